@@ -1,0 +1,44 @@
+"""The one seam between trainers and training backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from llmtrain.types import Address, Batch, Fragment, StepStats
+
+Scores = tuple[Tensor, Tensor]
+"""(log-probs [B, T] of the labels, entropies [B, T]), fp32; 0 where the label is IGNORE. Entropy has no gradient."""
+
+LossFn = Callable[[Scores, Batch], tuple[Tensor, dict[str, Tensor]]]
+"""-> (masked sum, metrics). Metrics are sums too, or maxima if named `*_max`; detached scalars."""
+
+FragmentReader = Callable[[Address], dict[str, Tensor]]
+"""-> flat fp32 tensors of that piece: `weight` and the optimizer's keys."""
+
+
+class Engine(Protocol):
+    """Takes the whole step: accumulation, averaging, clipping over all axes, precision, pipeline schedule."""
+
+    step: int  # optimizer steps taken
+
+    def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
+        """One optimizer step on this data-parallel rank's microbatches (equal number and shape on all ranks).
+
+        The gradient is that of sum over all ranks of `loss` / `denominator` (already global).
+        Raises FloatingPointError, before the update, when a loss or the gradient is not finite.
+        """
+
+    def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
+        """Log-probs and entropies of the labels, without gradient; on every pipeline stage the same."""
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, whole tensor) one at a time, in a fixed order, on every rank (a collective)."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank owns; over all ranks every element exactly once. No communication."""
+
+    def load_fragments(self, read: FragmentReader, step: int) -> None:
+        """Fill weights and optimizer state from `read` and go on at `step`."""

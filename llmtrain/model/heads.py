@@ -1,0 +1,35 @@
+"""What sits on top of the decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmtrain.types import IGNORE
+
+
+class LMHead(nn.Module):
+    """Hidden states to logits, or, when labels are given, to (log-probs, entropies) of the labels.
+
+    This one holds all logits at once and is the reference; training puts `parallel.logprob.ScoringHead` in its
+    place, which never does.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden [B, T, hidden] -> [B, T, vocabulary], or two fp32 [B, T]; `temperature` is [B]."""
+        logits = F.linear(hidden, self.weight)
+        if labels is None:
+            return logits
+        logits = logits.float() if temperature is None else logits.float() / temperature[:, None, None]
+        logp = logits.log_softmax(-1)
+        trained = labels != IGNORE
+        chosen = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return chosen * trained, entropy * trained

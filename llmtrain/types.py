@@ -1,0 +1,133 @@
+"""The few records that travel between packages. Tensors are batch-first; `T` is the row length in tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a label that is not trained and whose log-prob is not computed
+
+
+@dataclass
+class Batch:
+    """One microbatch of token rows.
+
+    Example: the document `a b c <eos>`, trained on everything, in a row of 4:
+        input_ids = [a, b, c, pad]      labels = [b, c, <eos>, IGNORE]     loss_mask = [T, T, T, F]
+        positions = [0, 1, 2, 0]        segment_ids = [0, 0, 0, -1]        branch_ids = None
+    A group that shares its prompt `p q` (GRPO, samples `x y` and `z`): the trunk is the prompt without its last
+    token, and every branch starts with that last token, so that each position has exactly one label:
+        input_ids = [p, q, x, q]        labels = [IGNORE, x, y, z]         loss_mask = [F, T, T, T]
+        positions = [0, 1, 2, 1]        segment_ids = [0, 0, 0, 0]         branch_ids = [0, 1, 1, 2]
+    A token sees earlier tokens of its own segment that lie on the trunk (branch 0) or on its own branch.
+    """
+
+    input_ids: Tensor  # [B, T] int64
+    labels: Tensor  # [B, T] int64: the token that follows, or IGNORE
+    loss_mask: Tensor  # [B, T] bool: True = trained
+    positions: Tensor  # [B, T] int64: for RoPE
+    segment_ids: Tensor | None = None  # [B, T] int64: document in the row, -1 = padding; None = one causal row
+    branch_ids: Tensor | None = None  # [B, T] int64: 0 = shared trunk, k = k-th sample of the group
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [B, T] each: what one loss needs (advantages, ...)
+    temperature: float = 1.0  # log-probs are those of logits / temperature
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        return replace(self, **{**moved, "extra": {k: v.to(device) for k, v in self.extra.items()}})
+
+
+@dataclass
+class Prompt:
+    """Token ids to continue, and the seed of its random stream (sample i of the group uses stream (seed, i)).
+
+    Example: Prompt([5, 7, 9], seed=42)
+    """
+
+    ids: list[int]
+    seed: int = 0
+
+
+@dataclass
+class Sampling:
+    """How to sample. `temperature=0` is greedy. Example: Sampling(max_new_tokens=64, num_samples=8, stop_ids=(1,))"""
+
+    max_new_tokens: int
+    num_samples: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class Rollout:
+    """One completion. `logprobs[i]` is the log-prob of `completion_ids[i]` under the sampling temperature, before
+    top-p/top-k truncation. The stop token is part of the completion.
+
+    Example: Rollout([5, 7], [9, 1], [-0.1, -0.3], finished=True, weight_version=3, group=0)
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+    finished: bool  # a stop token was sampled (else: cut at max_new_tokens)
+    weight_version: int  # of the weights that sampled it
+    group: int  # index of the prompt in the call
+
+
+@dataclass
+class Experience:
+    """A rollout with its credit. Example: Experience(rollout, reward=1.0, advantage=0.7, text="... answer 12")"""
+
+    rollout: Rollout
+    reward: float
+    advantage: float
+    text: str
+
+
+@dataclass
+class StepStats:
+    """What one optimizer step reports, equal on all ranks.
+
+    Example: StepStats(loss=2.31, grad_norm=0.8, lr=3e-4, metrics={"clip_fraction": 0.1})
+    `loss` is sum / denominator; `metrics` are global sums / denominator, or global maxima if named `*_max`.
+    """
+
+    loss: float
+    grad_norm: float  # before clipping
+    lr: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a rank's piece of a parameter lies.
+
+    The local parameter is the `tp_rank`-th of `tp_size` equal slices of the global tensor along `tp_dim` (the whole
+    tensor if `tp_dim` is None); the piece is `[start, start + numel)` of the flattened local parameter.
+    Example: rows 2-3 of a [4, 8] matrix split by rows over 2 ranks, second half by ZeRO over 2:
+        Address("head.weight", shape=(4, 8), tp_dim=0, tp_rank=1, tp_size=2, start=8, numel=8)
+    """
+
+    name: str  # canonical, as in a single-process Decoder
+    shape: tuple[int, ...]  # global
+    tp_dim: int | None
+    tp_rank: int
+    tp_size: int
+    start: int
+    numel: int
+
+
+@dataclass
+class Fragment:
+    """An address with its flat fp32 values: keys `weight` and the optimizer's (`exp_avg`, `exp_avg_sq`).
+
+    Example: Fragment(address, {"weight": ..., "exp_avg": ..., "exp_avg_sq": ...})
+    """
+
+    address: Address
+    tensors: dict[str, Tensor]
