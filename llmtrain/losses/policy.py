@@ -1,0 +1,54 @@
+"""Losses that push a policy along its advantages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmtrain.losses.reduce import masked_sum
+from llmtrain.types import Batch
+
+
+def grpo_loss(
+    scores: tuple[Tensor, Tensor], batch: Batch, clip_low: float, clip_high: float, kl_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO (arXiv 2402.03300, equation 3), summed over the trained tokens.
+
+    -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coef k3, with ratio = exp(log p - log p_old).
+    `scores` are (log-probs, entropies), [B, T] each; `batch.extra` holds, [B, T] each, `advantages`, `old_logprobs`
+    and, when a KL to a reference is wanted, `ref_logprobs`.
+    Metrics, summed over the trained tokens: `clip_fraction` (clipping binds: no gradient), `entropy`, `kl_old` (from
+    the old policy to this one), `kl` (from this one to the reference, if there is one); `logprob_gap_max` is the
+    largest |log p - log p_old|.
+    """
+    logprobs, entropies = scores
+    mask, extra = batch.loss_mask, batch.extra
+    assert kl_coef == 0 or "ref_logprobs" in extra, "a KL penalty needs extra['ref_logprobs']"
+    log_ratio = _log_ratio(logprobs, extra["old_logprobs"], mask)
+    ratio = log_ratio.exp()
+    unclipped = ratio * extra["advantages"]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * extra["advantages"]
+    loss = -masked_sum(torch.minimum(unclipped, clipped), mask)
+    metrics = {
+        "clip_fraction": masked_sum((clipped < unclipped).float(), mask),
+        "entropy": masked_sum(entropies, mask),
+        "kl_old": masked_sum(_k3(log_ratio), mask),
+        "logprob_gap_max": log_ratio.abs().max(),
+    }
+    if "ref_logprobs" in extra:
+        metrics["kl"] = masked_sum(_k3(-_log_ratio(logprobs, extra["ref_logprobs"], mask)), mask)
+        loss = loss + kl_coef * metrics["kl"]
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _log_ratio(logprobs: Tensor, others: Tensor, mask: Tensor) -> Tensor:
+    """log p - log q, 0 where masked: before any exponential, whose gradient at infinity would be 0 * inf."""
+    return torch.where(mask, logprobs - others, 0.0)
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """Estimate of KL(q || p) from samples of q, given log p - log q: (ratio - 1) - log ratio, never negative.
+
+    Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+    """
+    return log_ratio.expm1() - log_ratio

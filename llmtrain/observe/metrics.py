@@ -1,0 +1,84 @@
+"""metrics.jsonl and samples.jsonl: one JSON object a line, whole after a kill and a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any
+
+
+class StepLines:
+    """A JSONL file whose lines carry a `step`.
+
+    Opened to go on after `resume_step`: lines of later steps, which will be written again, and a last line cut by a
+    kill are dropped. `resume_step=-1` starts anew. Example: StepLines("samples.jsonl", resume_step=100)
+    """
+
+    def __init__(self, path: str, resume_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if os.path.exists(path) else []
+        _replace(path, kept)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
+        self.last_step = max((line["step"] for line in kept), default=-1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line and hand it to the system at once. NaN and infinities, which JSON lacks, become null."""
+        self._file.write(_dump(record))
+        self._file.flush()
+        self.last_step = record["step"]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsFile(StepLines):
+    """metrics.jsonl: every step stands once, in rising order."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        assert record["step"] > self.last_step, f"step {record['step']} after step {self.last_step} in metrics.jsonl"
+        super().write(record)
+
+
+class Samples(StepLines):
+    """samples.jsonl: completions; several may share a step."""
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """All whole lines; a last one without its newline (a killed or a running job) is left out.
+
+    Raises ValueError, with the line's number, when any other line is not a JSON object with an integer `step`.
+    """
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().split("\n")[:-1]
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: str, path: str, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number}: not JSON ({error}); repair or remove the line") from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{path}:{number}: needs a JSON object with an integer 'step'; repair or remove the line")
+    return record
+
+
+def _replace(path: str, records: list[dict[str, Any]]) -> None:
+    """Put a whole new file in place of the old one, which stays until then."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.writelines(_dump(record) for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def _dump(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,72 @@
+"""Weights & Biases: the only file that imports it."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+Mode = Literal["offline", "online", "off"]
+
+
+class Sink:
+    """Takes the metrics of a step; without a run (mode off) they go nowhere."""
+
+    def __init__(self, run: Any | None) -> None:
+        self._run = run
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step; steps rise."""
+        if self._run is not None:
+            self._run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        """Write out what is left and end the service process (it ends with this process in any case)."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def has_key() -> bool:
+    """Whether W&B would find an API key: WANDB_API_KEY, or the server's entry in the netrc file (`wandb login`)."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    return os.path.exists(path) and netrc.netrc(path).authenticators(host or "") is not None
+
+
+def start(mode: Mode, project: str, name: str, run_dir: str, config: dict[str, Any], resume: bool) -> Sink:
+    """Open the W&B run of a run directory; call it on one rank.
+
+    offline: a run directory <run_dir>/wandb/offline-run-* that `wandb sync` takes; nothing is sent. online: needs a
+    key. off: nothing at all. A resumed run keeps its identity, so that W&B joins the parts.
+    """
+    if mode == "off":
+        return Sink(None)
+    assert mode == "offline" or has_key(), "log.wandb: online needs a key: run `wandb login` or set WANDB_API_KEY"
+    if mode == "offline":
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # crash reports would be sent even then
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True)
+    run_id = _run_id(os.path.join(run_dir, "wandb"), resume)
+    run = wandb.init(
+        mode=mode, project=project, name=name, dir=run_dir, config=config, id=run_id, resume="allow", settings=settings
+    )
+    return Sink(run)
+
+
+def _run_id(directory: str, resume: bool) -> str:
+    """The id kept in the directory; a new one for a new run."""
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, "run_id")
+    if resume and os.path.exists(path):
+        with open(path) as file:
+            return file.read().strip()
+    run_id = secrets.token_hex(4)
+    with open(path, "w") as file:
+        file.write(run_id)
+    return run_id

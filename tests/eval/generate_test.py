@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from llmtrain.eval.generate import evaluate_problems
+from llmtrain.types import Prompt, Rollout, Sampling
+
+SAMPLED = [[7, 7, 8, 7], [5, 6, 6, 9], [1, 2, 3, 4]]  # answers of four samples to three problems
+GREEDY = [7, 6, 1]
+GOLD = [7, 5, 9]
+
+
+class Scripted:
+    """Completes prompt [100 + i] by the scripted answers."""
+
+    def __init__(self) -> None:
+        self.requests: list[Sampling] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        self.requests.append(sampling)
+        answers = [[a] for a in GREEDY] if sampling.temperature == 0 else SAMPLED
+        return [Rollout(p.ids, [a], [0.0], True, 0, i) for i, p in enumerate(prompts) for a in answers[i]]
+
+
+def _evaluate(generator: Scripted, prompts: list[Prompt]) -> tuple[dict, list[dict]]:
+    return evaluate_problems(
+        generator,
+        prompts,
+        decode=lambda ids: " ".join(map(str, ids)),
+        reward=lambda i, text: 1.0 if int(text) == GOLD[i] else 0.1,  # partial credit is not a solution
+        answer=lambda text: None if text == "9" else text,
+        gold=lambda i: str(GOLD[i]),
+        samples=4,
+        sampling=Sampling(max_new_tokens=3, num_samples=99, temperature=0.7, stop_ids=(2,)),
+    )
+
+
+def test_scores_by_hand() -> None:
+    # right samples 3, 1, 0 of 4: pass@1 = (3/4 + 1/4 + 0) / 3; two problems have one: pass@4 = 2/3;
+    # majorities 7 (gold), 6 (gold 5), 1 (gold 9): 1/3; greedy 7, 6, 1: 1/3
+    generator = Scripted()
+    scores, records = _evaluate(generator, [Prompt([100 + i], seed=i) for i in range(3)])
+    assert scores == pytest.approx({"pass@1": 1 / 3, "pass@4": 2 / 3, "maj@4": 1 / 3, "greedy": 1 / 3, "problems": 3})
+    assert [(r.temperature, r.num_samples, r.stop_ids) for r in generator.requests] == [(0.0, 1, (2,)), (0.7, 4, (2,))]
+    assert [r["greedy"] for r in records] == [True] * 3 + [False] * 12
+    assert records[1] == {"problem": 1, "prompt": "101", "completion": "6", "reward": 0.1, "greedy": True}
+    assert records[3 + 4]["completion"] == "5" and records[3 + 4]["reward"] == 1.0
+
+
+def test_no_problems_is_refused() -> None:
+    with pytest.raises(ValueError, match="no problems"):
+        _evaluate(Scripted(), [])

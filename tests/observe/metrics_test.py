@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtrain.observe.metrics import MetricsFile, Samples, read_metrics
+
+
+def _write(path: Path, steps: range, resume_step: int, run: int) -> None:
+    metrics = MetricsFile(str(path), resume_step)
+    for step in steps:
+        metrics.write({"step": step, "run": run})
+    metrics.close()
+
+
+def test_every_step_once_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(path, range(1, 8), -1, run=0)
+    with open(path, "a") as file:
+        file.write('{"step": 8, "ru')  # cut by a kill
+    _write(path, range(6, 11), 5, run=1)
+    lines = read_metrics(str(path))
+    assert [(r["step"], r["run"]) for r in lines] == [(s, 0) for s in range(1, 6)] + [(s, 1) for s in range(6, 11)]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_starting_anew_empties(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(path, range(0, 3), -1, run=0)
+    MetricsFile(str(path), -1).close()
+    assert read_metrics(str(path)) == []
+
+
+def test_a_step_twice_is_refused_but_samples_share_one(tmp_path: Path) -> None:
+    metrics, samples = MetricsFile(str(tmp_path / "m"), -1), Samples(str(tmp_path / "s"), -1)
+    for sink in (metrics, samples):
+        sink.write({"step": 3})
+    samples.write({"step": 3})
+    with pytest.raises(AssertionError, match="step 3 after step 3"):
+        metrics.write({"step": 3})
+    _write(tmp_path / "m", range(4, 5), 3, run=1)
+    with pytest.raises(AssertionError, match="step 4 after step 4"):
+        MetricsFile(str(tmp_path / "m"), 4).write({"step": 4})
+
+
+def test_not_finite_becomes_null(tmp_path: Path) -> None:
+    metrics = MetricsFile(str(tmp_path / "m"), -1)
+    metrics.write({"step": 1, "loss": math.nan, "more": {"a": [math.inf, 1.5]}, "text": "7 × 3 <eos>"})
+    text = (tmp_path / "m").read_text(encoding="utf-8")  # before close: each line is flushed
+    assert json.loads(text) == {"step": 1, "loss": None, "more": {"a": [None, 1.5]}, "text": "7 × 3 <eos>"}
+
+
+def test_lines_survive_a_kill(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from llmtrain.observe.metrics import MetricsFile\n"
+        "m = MetricsFile(sys.argv[1], -1); m.write({'step': 1}); m.write({'step': 2}); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert [r["step"] for r in read_metrics(str(tmp_path / "m"))] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', '{"step": "1"}'])
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        MetricsFile(str(path), 5)
+    assert path.read_text().count("\n") == 3  # left as it was
