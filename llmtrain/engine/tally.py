@@ -1,0 +1,61 @@
+"""Sums the losses and metrics of one step over microbatches and ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from torch import Tensor
+
+from llmtrain.parallel.mesh import Mesh
+
+
+class Tally:
+    """Fed by the last pipeline stage; `check_and_reduce` makes `loss` and `metrics` equal on all ranks."""
+
+    def __init__(self, denominator: float) -> None:
+        if denominator <= 0:
+            raise ValueError("no token of this step is trained; check the data's loss mask and train.seq_len")
+        self.denominator = denominator
+        self.parts: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self.loss = math.nan
+        self.metrics: dict[str, float] = {}
+
+    def add(self, index: int, loss_sum: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """Microbatch `index`; returns the loss sum, to be differentiated. A later call replaces an earlier one:
+        torch's pipeline calls the loss once more, on made-up values, to learn the shapes."""
+        self.parts[index] = (loss_sum.detach(), metrics)
+        return loss_sum
+
+    def check_and_reduce(self, mesh: Mesh, step: int, gradient_finite: bool) -> None:
+        """Collective. Raises FloatingPointError on every rank, naming step and ranks, if anything is not finite."""
+        mine = self._local() if mesh.is_last_stage else None
+        bad = not gradient_finite or (mine is not None and not math.isfinite(mine["loss"]))
+        # Tensor-parallel ranks hold the same values: count them once.
+        report = mine if mesh.coords["tp"] == 0 else None
+        gathered = mesh.all_gather_json({"bad": bad, "report": report})
+        broken = [rank for rank, each in enumerate(gathered) if each["bad"]]
+        if broken:
+            raise FloatingPointError(
+                f"step {step + 1}: loss or gradient is not finite on rank(s) {', '.join(map(str, broken))}; the update "
+                "was not made. Lower optim.lr, or inspect the batch; the last checkpoint is intact"
+            )
+        self._merge([each["report"] for each in gathered if each["report"] is not None])
+
+    def _local(self) -> dict:
+        sums: dict[str, float] = defaultdict(float)
+        maxima: dict[str, float] = {}
+        for _, metrics in self.parts.values():
+            for name, value in metrics.items():
+                if name.endswith("_max"):
+                    maxima[name] = max(maxima.get(name, -math.inf), float(value))
+                else:
+                    sums[name] += float(value)
+        return {"loss": sum(float(loss) for loss, _ in self.parts.values()), "sums": sums, "maxima": maxima}
+
+    def _merge(self, reports: list[dict]) -> None:
+        self.loss = sum(r["loss"] for r in reports) / self.denominator
+        for name in reports[0]["sums"]:
+            self.metrics[name] = sum(r["sums"][name] for r in reports) / self.denominator
+        for name in reports[0]["maxima"]:
+            self.metrics[name] = max(r["maxima"][name] for r in reports)

@@ -1,0 +1,180 @@
+"""DeepSpeed ZeRO stages 0-3 (arXiv 1910.02054). The only file that imports deepspeed; written for 0.19.8.
+
+DeepSpeed holds the parameters, the optimizer state and the data-parallel reduction. The microbatch loop, the pipeline
+schedule, the denominators and, at stage 0, clipping are ours. `docs/architecture.md` says why each odd-looking line is
+here; tests/parity holds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from llmtrain.config.schema import EngineConfig, OptimConfig
+from llmtrain.engine import zero_state
+from llmtrain.engine.base import FragmentReader, LossFn, Scores
+from llmtrain.engine.clip import clip_gradients, owns
+from llmtrain.engine.optim import build_optimizer, learning_rate
+from llmtrain.engine.tally import Tally
+from llmtrain.model.decoder import parameter_shapes
+from llmtrain.parallel.collectives import all_gather
+from llmtrain.parallel.mesh import Mesh, Mpu
+from llmtrain.parallel.pipeline import Pipeline, inputs_of, stage_of
+from llmtrain.parallel.plan import compile_blocks
+from llmtrain.types import Batch, Fragment, StepStats
+
+
+def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
+    """What DeepSpeed is told. Its own accumulation is 1: one `train_step` is one step."""
+    zero: dict = {"stage": engine.zero_stage}
+    if engine.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": grad_clip if engine.zero_stage else 0.0,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": engine.precision == "bf16"},
+    }
+
+
+class ZeroEngine:
+    """See engine.base.Engine. `model` is this rank's part, from parallel.plan.parallelize."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh, config: EngineConfig, optim: OptimConfig, total_steps: int) -> None:
+        self.model, self.mesh, self.config, self.optim, self.total_steps = model, mesh, config, optim, total_steps
+        self.step = 0
+        for p in model.parameters():
+            p.tensor_model_parallel = owns(p, mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
+        _prepare_deepspeed(mesh)
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, optim),
+            model_parameters=list(model.parameters()),
+            mpu=Mpu(mesh),
+            config=deepspeed_config(config, optim.grad_clip),
+        )
+        if config.compile:
+            compile_blocks(model)
+        self.pipeline = Pipeline(model, mesh) if mesh.sizes["pp"] > 1 else None
+
+    def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
+        """See Engine."""
+        lr = learning_rate(self.step, self.optim, self.total_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        tally = Tally(float(denominator))
+        scale = self.mesh.dp_size / tally.denominator  # DeepSpeed averages over data-parallel ranks; this undoes it
+        batches = [b.to(self.mesh.device) for b in microbatches]
+        with self._accumulate():
+            self._backward(batches, lambda scores, i: tally.add(i, *loss(scores, batches[i])) * scale)
+            self._sum_tied_gradients()
+        norm = self._reduce_gradients_stage0()
+        tally.check_and_reduce(self.mesh, self.step, gradient_finite=zero_state.gradients_finite(self.engine))
+        self.engine.step()
+        self.step += 1
+        norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
+        return StepStats(tally.loss, norm, lr, tally.metrics)
+
+    @torch.no_grad()
+    def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
+        """See Engine."""
+        batches = [b.to(self.mesh.device) for b in microbatches]
+        if self.pipeline is None:
+            return [self.model(b.input_ids, **inputs_of(b, True)) for b in batches]
+        scores = self.pipeline.score(batches)
+        out = []
+        for i, batch in enumerate(batches):
+            pair = torch.zeros(2, *batch.labels.shape, device=self.mesh.device)
+            if scores is not None:
+                pair = torch.stack(scores[i])
+            dist.broadcast(pair, group=self.mesh.groups["pp"], group_src=self.mesh.sizes["pp"] - 1)
+            out.append((pair[0], pair[1]))
+        return out
+
+    @torch.no_grad()
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Engine. Every rank must exhaust it."""
+        mine = {p.canonical: p for p in self.model.parameters() if not p.is_copy}
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        pp = self.mesh.sizes["pp"]
+        for name, shape in parameter_shapes(self.model.config).items():
+            owner = stage_of(name, self.model.config.num_layers, pp)
+            if owner == self.mesh.coords["pp"]:
+                full = self._gather(mine[name])
+            else:
+                full = torch.empty(shape, dtype=dtype, device=self.mesh.device)
+            if pp > 1:
+                dist.broadcast(full, group=self.mesh.groups["pp"], group_src=owner)
+            yield name, full
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See Engine."""
+        return zero_state.fragments(self.engine, self.mesh)
+
+    def load_fragments(self, read: FragmentReader, step: int) -> None:
+        """See Engine."""
+        zero_state.load(self.engine, self.mesh, read, step)
+        self.step = step
+
+    def _accumulate(self) -> contextlib.AbstractContextManager:
+        """Gradients stay on this rank until the block ends, then are reduced once. (Stage 0 has no such block.)"""
+        return self.engine.coalesce_grad_reduction() if self.config.zero_stage else contextlib.nullcontext()
+
+    def _backward(self, batches: Sequence[Batch], loss: object) -> None:
+        if self.pipeline is not None:
+            return self.pipeline.train(batches, loss)
+        for i, batch in enumerate(batches):
+            loss(self.model(batch.input_ids, **inputs_of(batch, True)), i).backward()
+
+    def _sum_tied_gradients(self) -> None:
+        """The first and the last stage each hold a copy of a tied embedding and half of its gradient."""
+        mesh = self.mesh
+        if self.pipeline is None or not self.model.config.tie_embeddings:
+            return
+        if mesh.is_first_stage or mesh.is_last_stage:
+            p = self.model.embed.weight if mesh.is_first_stage else self.model.head.weight
+            held = getattr(self.engine.optimizer, "get_gradient_for_reduction", lambda q: q.grad)
+            dist.all_reduce(held(p), group=mesh.groups["ends"])
+
+    def _reduce_gradients_stage0(self) -> float | None:
+        """At stage 0 DeepSpeed neither averages by itself nor reports a norm: -> the norm before clipping."""
+        if self.config.zero_stage:
+            return None
+        self.engine.allreduce_gradients()
+        return clip_gradients(
+            self.model.parameters(), self.optim.grad_clip, self.mesh.coords["tp"], self.mesh.groups["model"]
+        )
+
+    def _gather(self, p: nn.Parameter) -> Tensor:
+        """The whole tensor, from ZeRO-3 partitions and tensor-parallel shards."""
+        context = deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext()
+        with context:
+            local = p.detach().clone()
+        sharded = self.mesh.tp_group is not None and p.tp_dim is not None
+        return all_gather(local, p.tp_dim, self.mesh.tp_group) if sharded else local
+
+
+def _prepare_deepspeed(mesh: Mesh) -> None:
+    """Process-wide settings that `initialize` reads."""
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    groups.mpu = None  # an earlier engine of this process
+    if mesh.device.type == "cpu":
+        # It would compile a shared-memory collective with g++; a build that is killed leaves a lock that hangs all
+        # later runs. gloo does the work.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    if mesh.sizes["pp"] > 1:
+        # A debug check over all ranks; stages prefetch different parameters and would wait for each other for ever.
+        partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda *args, **kwargs: None

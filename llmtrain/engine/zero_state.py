@@ -1,0 +1,131 @@
+"""What a rank owns under DeepSpeed 0.19.8, without gathering: read it, fill it.
+
+DeepSpeed offers no public way to this for stages 1 and 2, so private names are used here and nowhere else;
+tests/parity/resume_test.py (bit-equal) is their guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmtrain.engine.base import FragmentReader
+from llmtrain.engine.clip import owns
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.types import Address, Fragment
+
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+def gradients_finite(engine: object) -> bool:
+    """Of this rank's reduced gradients, before the update."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 0:
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    else:
+        grads = [g for group in optimizer.averaged_gradients.values() if group is not None for g in group]
+        grads += [flat.grad for flat in _flats(optimizer) if flat.grad is not None]  # offload keeps them here
+    return all(bool(torch.isfinite(g).all()) for g in grads)
+
+
+@torch.no_grad()
+def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
+    """Pieces this rank writes to a checkpoint: over all ranks every element once."""
+    _link(engine)
+    for p, address in _pieces(engine, mesh):
+        if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or mesh.dp_rank == 0):
+            yield Fragment(address, {key: _read(engine, p, address, key).clone() for key in ("weight", *STATES)})
+
+
+@torch.no_grad()
+def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
+    """Fill master weights and optimizer state, then the working weights from them."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage():
+        for flat in _flats(optimizer):  # AdamW makes its state at the first step; here it must exist before
+            optimizer.optimizer.state[flat] = _fresh_state(flat, step)
+        _link(engine)
+    for p, address in _pieces(engine, mesh):
+        if not engine.zero_optimization_stage():
+            optimizer.state[p] = _fresh_state(p, step)
+        for key, value in read(address).items():
+            _write(engine, p, value.to(mesh.device), key)
+    _refresh_working_weights(optimizer)
+    engine.global_steps = step
+
+
+def _fresh_state(tensor: Tensor, step: int) -> dict[str, Tensor]:
+    return {"step": torch.tensor(float(step)), **{key: torch.zeros_like(tensor) for key in STATES}}
+
+
+def _refresh_working_weights(optimizer: object) -> None:
+    if hasattr(optimizer, "update_lp_params"):  # stages 1, 2
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "persistent_parameters"):  # stage 3
+        for i in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        if kept := optimizer.persistent_parameters:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+
+def _link(engine: object) -> None:
+    """Stages 1 and 2 link only the first parameter group's optimizer state by themselves."""
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _flats(optimizer: object) -> list[Tensor]:
+    """The flat fp32 tensors that the inner optimizer updates: stage 3, stages 1 and 2."""
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+
+
+def _pieces(engine: object, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Address]]:
+    """Every non-empty piece of a parameter whose state lies on this rank."""
+    for p in engine.module.parameters():
+        start, numel = _range(p)
+        if numel > 0:
+            yield p, Address(
+                p.canonical, p.global_shape, p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"], start, numel
+            )
+
+
+def _range(p: nn.Parameter) -> tuple[int, int]:
+    """[start, start + numel) of the flattened local parameter."""
+    if hasattr(p, "ds_id"):
+        width = p.ds_tensor.ds_numel
+        start = dist.get_rank(p.ds_process_group) * width
+        return start, min(width, p.ds_numel - start)
+    if not hasattr(p, "_hp_mapping"):
+        return 0, p.numel()
+    if p._hp_mapping is None:
+        return 0, 0
+    address = p._hp_mapping.lp_fragment_address
+    return address.start, address.numel
+
+
+def _read(engine: object, p: nn.Parameter, address: Address, key: str) -> Tensor:
+    if hasattr(p, "ds_id"):
+        stage3 = p._z3_optimizer
+        whole = stage3.get_local_fp32_param(p) if key == "weight" else stage3.get_local_fp32_param(p, key)
+        return whole[: address.numel]
+    if hasattr(p, "_hp_mapping"):
+        return p._hp_mapping.get_hp_fragment(None if key == "weight" else key)
+    return (p.detach() if key == "weight" else engine.optimizer.state[p][key]).flatten()
+
+
+def _write(engine: object, p: nn.Parameter, value: Tensor, key: str) -> None:
+    if hasattr(p, "ds_id"):
+        padded = F.pad(value, (0, p.ds_tensor.ds_numel - value.numel()))
+        p._z3_optimizer.set_local_hp_param(padded, p, *([] if key == "weight" else [key]))
+    elif hasattr(p, "_hp_mapping"):
+        p._hp_mapping.get_hp_fragment(None if key == "weight" else key).copy_(value)
+    else:
+        target = p if key == "weight" else engine.optimizer.state[p][key]
+        target.copy_(value.view_as(target))

@@ -1,0 +1,94 @@
+"""Collectives with their gradients, on a plain tensor of this rank; compilable. A group of None does nothing.
+
+The pairs of Megatron-LM (arXiv 1909.08053) and of its sequence parallelism (arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+SEQUENCE = 1  # the dim that sequence parallelism splits
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, op: str = "sum") -> Tensor:
+    """Without gradient."""
+    return _wait(functional.all_reduce(x.contiguous(), op, group))
+
+
+def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Without gradient."""
+    return _wait(functional.all_gather_tensor(x.contiguous(), dim, group))
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    return _wait(functional.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+
+
+def _wait(x: Tensor) -> Tensor:
+    return x.wait() if hasattr(x, "wait") else x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather(x, SEQUENCE, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter(grad, SEQUENCE, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, SEQUENCE, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, SEQUENCE, ctx.group), None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[B, T / tp, ...] -> [B, T, ...]; the gradient is summed and split again."""
+    return x if group is None else _Gather.apply(x, group)
+
+
+def scatter_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Partial sums [B, T, ...] -> summed [B, T / tp, ...]; the gradient is gathered."""
+    return x if group is None else _Scatter.apply(x, group)
+
+
+def copy_to(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Identity; the gradient is summed over the group (a replicated input of sharded weights)."""
+    return x if group is None else _Copy.apply(x, group)
+
+
+def reduce_from(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Partial sums -> their sum everywhere; the gradient passes."""
+    return x if group is None else _Reduce.apply(x, group)

@@ -1,0 +1,119 @@
+"""Hidden states to token log-probs and entropies, chunk by chunk: full logits never exist.
+
+The only file that knows about vocabulary shards. Cross entropy over a sharded vocabulary as in arXiv 1909.08053, 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from llmtrain.model.heads import LMHead
+from llmtrain.parallel.collectives import all_reduce
+from llmtrain.types import IGNORE
+
+
+class ScoringHead(LMHead):
+    """An LMHead whose labelled form holds at most `chunk_tokens` rows of (this rank's part of the) logits."""
+
+    group: ProcessGroup | None
+    first_id: int  # of this rank's vocabulary shard
+    chunk_tokens: int
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See LMHead. Positions whose label is IGNORE cost nothing."""
+        if labels is None:
+            assert self.group is None, "whole logits are never assembled from shards"
+            return super().forward(hidden)
+        flat = labels.flatten()
+        rows = (flat != IGNORE).nonzero()[:, 0]
+        scale = None if temperature is None else (1 / temperature.float()).repeat_interleave(labels.size(1))[rows]
+        scores = _TokenScores.apply(
+            hidden.flatten(0, 1).index_select(0, rows),
+            self.weight,
+            flat[rows] - self.first_id,
+            scale,
+            self.group,
+            self.chunk_tokens,
+        )
+        return tuple(s.new_zeros(flat.shape).index_copy(0, rows, s).view(labels.shape) for s in scores)
+
+
+def _logits(hidden: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    logits = (hidden @ weight.t()).float()
+    return logits if scale is None else logits * scale[:, None]
+
+
+def _part(x: Tensor | None, piece: slice) -> Tensor | None:
+    return None if x is None else x[piece]
+
+
+class _TokenScores(torch.autograd.Function):
+    """hidden [N, hidden], weight [V / tp, hidden], labels [N] (relative to the shard) -> log-probs, entropies [N].
+
+    The backward computes the logits of a chunk again rather than keeping them. Its gradient of `hidden` is this
+    rank's part of a sum over the group, which the norm in front of the head completes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: Tensor | None,
+        group: ProcessGroup | None,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.empty(3, hidden.size(0), device=hidden.device)
+        for start in range(0, hidden.size(0), chunk_tokens):
+            piece = slice(start, start + chunk_tokens)
+            out[:, piece] = _score_chunk(_logits(hidden[piece], weight, _part(scale, piece)), labels[piece], group)
+        logp, entropy, normalizer = out
+        ctx.save_for_backward(hidden, weight, labels, scale, normalizer.clone())
+        ctx.chunk_tokens = chunk_tokens
+        entropy = entropy.clone()
+        ctx.mark_non_differentiable(entropy)
+        return logp.clone(), entropy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, scale, normalizer = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for start in range(0, hidden.size(0), ctx.chunk_tokens):
+            piece = slice(start, start + ctx.chunk_tokens)
+            part = _part(scale, piece)
+            # d logp / d logits = onehot - softmax
+            d = _logits(hidden[piece], weight, part).sub_(normalizer[piece, None]).exp_().neg_()
+            target, mine = _local_target(labels[piece], weight.size(0))
+            d.scatter_add_(1, target[:, None], mine[:, None].float())
+            d = d.mul_((grad[piece] if part is None else grad[piece] * part)[:, None]).to(hidden.dtype)
+            grad_hidden[piece] = d @ weight
+            grad_weight += d.t() @ hidden[piece]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Index into the shard, and whether the label lies in it."""
+    return labels.clamp(0, rows - 1), (labels >= 0) & (labels < rows)
+
+
+def _score_chunk(logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[3, n]: log-prob of the label, entropy, log of the normalizer."""
+    top = logits.amax(-1)
+    if group is not None:
+        top = all_reduce(top, group, "max")
+    shifted = logits.sub_(top[:, None])
+    target, mine = _local_target(labels, logits.size(1))
+    chosen = shifted.gather(1, target[:, None])[:, 0] * mine
+    exp = shifted.exp()
+    sums = torch.stack([exp.sum(-1), (exp * shifted).sum(-1), chosen])
+    if group is not None:
+        sums = all_reduce(sums, group)
+    total, weighted, chosen = sums
+    log_total = total.log()
+    return torch.stack([chosen - log_total, log_total - weighted / total, log_total + top])

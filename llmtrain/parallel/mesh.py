@@ -1,0 +1,271 @@
+"""Which rank does what. The only file that creates process groups."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
+
+from llmtrain.config.schema import ParallelConfig, RolloutConfig
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first
+
+
+class Link:
+    """Collectives over all ranks of the job, trainers and rollout workers, beside every role's own default group.
+
+    A raw process group: an engine whose barriers use the default group never sees the other role.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        store = PrefixStore("link", store)
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self.group = dist.ProcessGroupNCCL(store, rank, size, options)
+        else:
+            self.group = dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    def broadcast(self, tensor: Tensor, root: int) -> Tensor:
+        """`tensor` of rank `root`, in place."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        self.group.broadcast([tensor], options).wait()
+        return tensor
+
+    def broadcast_json(self, value: object, root: int) -> object:
+        """Any JSON value of rank `root`."""
+        data = _encode(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
+        size = self.broadcast(torch.tensor([data.numel()], device=self.device), root)
+        data = data.to(self.device) if self.rank == root else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        return _decode(self.broadcast(data, root))
+
+
+@dataclass
+class Mesh:
+    """This rank's place. `rank` and `size` count the ranks of the own role; `groups` holds a group for each axis,
+    and `dp` (dp_replicate x dp_shard), `model` (pp x tp), `ends` (first and last stage of the own pipeline)."""
+
+    role: str  # trainer | rollout
+    rank: int
+    size: int
+    device: torch.device
+    sizes: dict[str, int]
+    coords: dict[str, int]
+    groups: dict[str, ProcessGroup] = field(default_factory=dict)
+    link: Link | None = None
+    num_trainers: int = 1
+
+    @property
+    def dp_size(self) -> int:
+        return self.sizes["dp_replicate"] * self.sizes["dp_shard"]
+
+    @property
+    def dp_rank(self) -> int:
+        return self.coords["dp_replicate"] * self.sizes["dp_shard"] + self.coords["dp_shard"]
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coords["pp"] == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coords["pp"] == self.sizes["pp"] - 1
+
+    @property
+    def tp_group(self) -> ProcessGroup | None:
+        """None when there is nothing to share."""
+        return self.groups["tp"] if self.sizes["tp"] > 1 else None
+
+    def barrier(self) -> None:
+        """Of the own role."""
+        dist.barrier()
+
+    def all_gather_json(self, value: object) -> list:
+        """Any JSON value of every rank of the own role. Floats survive exactly."""
+        if self.size == 1:
+            return [json.loads(json.dumps(value))]
+        data = _encode(value).to(self.device)
+        counts = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([data.numel()], device=self.device))
+        width = max(int(c) for c in counts)
+        parts = [torch.empty(width, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        dist.all_gather(parts, torch.cat([data, data.new_zeros(width - data.numel())]))
+        return [_decode(part[: int(count)]) for part, count in zip(parts, counts, strict=True)]
+
+    def table(self) -> str:
+        """One line a rank, for the log at start."""
+        rows = [f"{'rank':>5} {'role':8} " + " ".join(f"{axis:>12}" for axis in AXES)]
+        for rank in range(self.num_trainers):
+            coords = _coords(rank, self.sizes)
+            rows.append(f"{rank:>5} {'trainer':8} " + " ".join(f"{coords[axis]:>12}" for axis in AXES))
+        total = self.link.size if self.link else self.size
+        rows += [f"{rank:>5} rollout" for rank in range(self.num_trainers, total)]
+        return "\n".join(rows)
+
+
+def init_mesh(parallel: ParallelConfig, rollout: RolloutConfig | None, timeout_s: int) -> Mesh:
+    """Join the job: roles, default group, axes. `rollout` only for stages that generate.
+
+    Raises ValueError when the ranks do not fit the mesh.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    device = _device()
+    store, rank, size = _rendezvous(timeout)
+    workers = rollout.workers if rollout is not None and rollout.placement == "separate" else 0
+    num_trainers = size - workers
+    sizes = mesh_sizes(parallel, num_trainers)
+    role = "trainer" if rank < num_trainers else "rollout"
+    role_rank, role_size = (rank, num_trainers) if role == "trainer" else (rank - num_trainers, workers)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(role, store),
+        rank=role_rank,
+        world_size=role_size,
+        timeout=timeout,
+    )
+    link = Link(store, rank, size, timeout, device) if workers else None
+    if role == "trainer":
+        return trainer_mesh(sizes, device, timeout, link)
+    coords = dict.fromkeys(AXES, 0)
+    return Mesh(role, role_rank, role_size, device, sizes, coords, link=link, num_trainers=num_trainers)
+
+
+def trainer_mesh(sizes: dict[str, int], device: torch.device, timeout: timedelta, link: Link | None = None) -> Mesh:
+    """The axes over the default group's ranks (a collective)."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    groups = _axis_groups(sizes, size, timeout)
+    return Mesh("trainer", rank, size, device, sizes, _coords(rank, sizes), groups, link, num_trainers=size)
+
+
+def mesh_sizes(parallel: ParallelConfig, num_trainers: int) -> dict[str, int]:
+    """Ranks on each axis; `dp_shard: -1` takes what is left. Raises ValueError if the product is not the ranks."""
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    fixed = 1
+    for axis in AXES:
+        fixed *= sizes[axis] if axis != "dp_shard" else 1
+    if sizes["dp_shard"] == -1:
+        sizes["dp_shard"] = max(1, num_trainers // fixed)
+    if fixed * sizes["dp_shard"] != num_trainers:
+        raise ValueError(
+            f"parallel: pp x dp_replicate x dp_shard x cp x tp = {fixed * sizes['dp_shard']} must equal the "
+            f"{num_trainers} trainer ranks; change the axes or the number of processes"
+        )
+    return sizes
+
+
+def shutdown() -> None:
+    """Leave the job in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Mpu:
+    """The object DeepSpeed asks for its groups.
+
+    Its rank methods answer 1 everywhere, so that DeepSpeed counts a parameter in the gradient norm exactly when
+    `param.tensor_model_parallel` is set: `engine.zero` sets that on one owner of each piece (FINDINGS: DeepSpeed's own
+    rule miscounts under pipeline parallelism).
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self.mesh.groups["model"]
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.sizes["pp"] * self.mesh.sizes["tp"]
+
+    def get_model_parallel_rank(self) -> int:
+        return 1
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.mesh.sizes["tp"]
+
+    def get_tensor_model_parallel_group(self) -> ProcessGroup:
+        return self.mesh.groups["tp"]
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.mesh.sizes["pp"]
+
+    def get_pipeline_model_parallel_group(self) -> ProcessGroup:
+        return self.mesh.groups["pp"]
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self.mesh.groups["dp"]
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.dp_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp_rank
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _rendezvous(timeout: timedelta) -> tuple[Store, int, int]:
+    """Store, rank and size: the launcher's, or a job of one process that opens no socket."""
+    if "RANK" not in os.environ:
+        return HashStore(), 0, 1
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nothing listens on a public interface
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # The agent's store keeps the keys of the attempt before a restart.
+    return PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, size
+
+
+def _coords(rank: int, sizes: dict[str, int]) -> dict[str, int]:
+    coords = {}
+    for axis in reversed(AXES):
+        rank, coords[axis] = divmod(rank, sizes[axis])
+    return coords
+
+
+def _axis_groups(sizes: dict[str, int], num_trainers: int, timeout: timedelta) -> dict[str, ProcessGroup]:
+    """Every rank creates every group, in the same order; each keeps its own."""
+    varying = {axis: (axis,) for axis in AXES}
+    varying |= {"dp": ("dp_replicate", "dp_shard"), "model": ("pp", "tp")}
+    groups = {name: _partition(sizes, num_trainers, axes, timeout) for name, axes in varying.items()}
+    groups["ends"] = _partition(sizes, num_trainers, ("pp",), timeout, keep={0, sizes["pp"] - 1})
+    return groups
+
+
+def _partition(
+    sizes: dict[str, int], num_trainers: int, axes: tuple[str, ...], timeout: timedelta, keep: set[int] | None = None
+) -> ProcessGroup:
+    """The own group of ranks that differ only in `axes`; with `keep`, only these pipeline stages (others: None)."""
+    members: dict[tuple, list[int]] = {}
+    for rank in range(num_trainers):
+        coords = _coords(rank, sizes)
+        if keep is None or coords["pp"] in keep:
+            members.setdefault(tuple(coords[a] for a in AXES if a not in axes), []).append(rank)
+    mine = None
+    for ranks in members.values():
+        group = dist.new_group(ranks, timeout=timeout)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+def _encode(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(data: Tensor) -> object:
+    return json.loads(bytes(data.cpu().numpy()))

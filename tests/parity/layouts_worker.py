@@ -1,0 +1,182 @@
+"""Run under torchrun with a JSON list of layouts: trains 5 steps on each and compares everything with one process.
+
+Prints one JSON line a layout: the worst relative error of loss, gradient (by parameter), norm and weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+
+from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig, RolloutConfig
+from llmtrain.engine.zero import ZeroEngine
+from llmtrain.losses.token import token_loss
+from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
+from llmtrain.parallel.mesh import AXES, init_mesh, trainer_mesh
+from llmtrain.parallel.plan import parallelize
+from llmtrain.parallel.tensor import shard
+from llmtrain.types import IGNORE, Batch
+
+STEPS, ROWS, WIDTH, ACCUMULATION, SEED = 5, 2, 16, 2, 3
+
+
+def model_config(layout: dict) -> ModelConfig:
+    return ModelConfig(
+        num_layers=layout.get("num_layers", 4),
+        hidden_size=32,
+        ffn_size=48,
+        num_heads=4,
+        num_kv_heads=4 if layout.get("tp", 1) == 4 else 2,
+        vocab_size=64,
+        tie_embeddings=layout.get("tied", True),
+    )
+
+
+def initial(name: str, shape: tuple[int, ...], config: ModelConfig) -> torch.Tensor:
+    """Larger than the usual start: with std 0.02 on so small a model, gradients are near the rounding noise."""
+    value = init_tensor(name, shape, config, SEED)
+    return value * 5 if len(shape) > 1 else value
+
+
+def optim_config(layout: dict) -> OptimConfig:
+    clip = layout.get("grad_clip", 0.5)
+    return OptimConfig(lr=2e-3, min_lr=1e-3, eps=1e-6, warmup_steps=2, weight_decay=0.1, grad_clip=clip)
+
+
+def global_rows(step: int, rows: int) -> Batch:
+    """Rows with unequal numbers of trained tokens (row 0 has none) and two documents each."""
+    g = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(0, 64, (rows, WIDTH + 1), generator=g)
+    trained = torch.randint(0, WIDTH + 1, (rows,), generator=g)
+    trained[0], trained[1] = 0, WIDTH
+    mask = torch.arange(WIDTH) < trained[:, None]
+    cut = torch.randint(1, WIDTH, (rows, 1), generator=g)
+    at = torch.arange(WIDTH).expand(rows, WIDTH)
+    return Batch(
+        ids[:, :-1].contiguous(),
+        torch.where(mask, ids[:, 1:], IGNORE),
+        mask,
+        torch.where(at < cut, at, at - cut),
+        (at >= cut).long(),
+    )
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    names = ("input_ids", "labels", "loss_mask", "positions", "segment_ids")
+    return Batch(**{name: getattr(batch, name)[rows] for name in names})
+
+
+def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """One plain torch process: losses, norms, gradients by name, final weights."""
+    config, optim = model_config(layout), optim_config(layout)
+    model = Decoder(config)
+    for name, p in model.named_parameters():
+        p.data.copy_(initial(name, tuple(p.shape), config))
+    groups = [[p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]]
+    opt = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": optim.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+    )
+    from llmtrain.engine.optim import learning_rate
+
+    history = []
+    for step in range(STEPS):
+        b = global_rows(step, rows)
+        logits = model(b.input_ids, b.positions, b.segment_ids)
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), b.labels.flatten(), reduction="sum")
+        loss = total / b.loss_mask.sum()
+        opt.zero_grad()
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
+        for group in opt.param_groups:
+            group["lr"] = learning_rate(step, optim, STEPS)
+        opt.step()
+        history.append({"loss": loss.item(), "norm": norm.item(), "grads": grads})
+    return history, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / (b.float().norm() + 1e-12)).item()
+
+
+def grads_seen(engine: ZeroEngine, expected: dict[str, torch.Tensor], errors: dict[str, float]) -> None:
+    """Compare this rank's reduced gradients, parameter by parameter, before the update."""
+    mesh = engine.mesh
+    for p in engine.model.parameters():
+        grad = p.grad if engine.config.zero_stage == 0 else safe_get_full_grad(p)
+        want = shard(expected[p.canonical], p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
+        clipped = 1.0
+        if engine.config.zero_stage == 0 and errors["scale"] is not None:
+            clipped = errors["scale"]
+        error = relative(grad, want * clipped) if grad is not None else float("inf")
+        if error > errors["grad"]:
+            errors["grad"], errors["worst"] = error, p.canonical
+
+
+def run(layout: dict, rank: int, size: int) -> dict:
+    sizes = {axis: layout.get(axis, 1) for axis in AXES}
+    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60))
+    accumulation = max(ACCUMULATION, sizes["pp"])
+    rows = ROWS * accumulation * mesh.dp_size
+    history, weights = reference(layout, rows)
+    config, optim = model_config(layout), optim_config(layout)
+    settings = EngineConfig(
+        precision="fp32", logprob_chunk_tokens=7, **{k: layout[k] for k in ("zero_stage", "remat", "compile", "offload") if k in layout}
+    )
+    parallel = ParallelConfig(sequence_parallel=layout.get("sequence_parallel", True))
+    shapes = parameter_shapes(config)
+    model = parallelize(config, mesh, parallel, settings, lambda n: initial(n, shapes[n], config))
+    engine = ZeroEngine(model, mesh, settings, optim, STEPS)
+    errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "worst": "", "scale": None}
+    take = engine.engine.step
+    for step in range(STEPS):
+        want = history[step]
+        if settings.zero_stage == 0 and optim.grad_clip and want["norm"] > optim.grad_clip:
+            errors["scale"] = optim.grad_clip / want["norm"]
+        engine.engine.step = lambda: (grads_seen(engine, want["grads"], errors), take())
+        batch = global_rows(step, rows)
+        mine = [
+            rows_of(batch, slice(r := (a * mesh.dp_size + mesh.dp_rank) * ROWS, r + ROWS)) for a in range(accumulation)
+        ]
+        stats = engine.train_step(mine, token_loss, batch.loss_mask.sum())
+        errors["loss"] = max(errors["loss"], abs(stats.loss - want["loss"]) / want["loss"])
+        errors["norm"] = max(errors["norm"], abs(stats.grad_norm - want["norm"]) / want["norm"])
+    errors["weight"] = max(relative(full, weights[name]) for name, full in engine.full_weights())
+    scored = engine.score(mine)
+    with torch.no_grad():
+        plain = Decoder(config)
+        plain.load_state_dict({**weights, **({"head.weight": weights["embed.weight"]} if config.tie_embeddings else {})})
+        expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in mine]
+    errors["score"] = max((a[0] - b).abs().max().item() for a, b in zip(scored, expect, strict=True))
+    everyone = mesh.all_gather_json(errors)
+    worst = {k: max(e[k] for e in everyone) for k in ("loss", "norm", "grad", "weight", "score")}
+    worst["worst"] = max(everyone, key=lambda e: e["grad"])["worst"]
+    return worst
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    mesh = init_mesh(ParallelConfig(), None, 120)
+    for layout in json.loads(sys.argv[1]):
+        try:
+            result = run(layout, mesh.rank, mesh.size)
+        except Exception as error:
+            if os.environ.get("TRACE"):
+                raise
+            result = {"error": f"{type(error).__name__}: {error}"}
+        if mesh.rank == 0 or "error" in result:
+            print(json.dumps({"layout": layout, **result}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
