@@ -1,0 +1,28 @@
+"""A Hugging Face directory from any weights."""
+
+from __future__ import annotations
+
+import torch
+
+from llmtrain.checkpoint.source import weight_source
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.decoder import parameter_shapes
+from llmtrain.model.hf import save_hf
+
+
+def export(
+    source: str,
+    directory: str,
+    config: ModelConfig,
+    tokenizer_dir: str | None,
+    eos_id: int | list[int] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Write the weights of `source` (see `weight_source`) to `directory` as transformers reads them, one at a time.
+
+    Raises ValueError as `weight_source`.
+    """
+    weight = weight_source(source, config)
+    save_hf(
+        directory, config, ((name, weight(name)) for name in parameter_shapes(config)), dtype, tokenizer_dir, eos_id
+    )

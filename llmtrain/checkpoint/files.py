@@ -1,0 +1,79 @@
+"""Durable files with their checksum, and a safetensors file written as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FileEntry(TypedDict):
+    """What the manifest knows of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def write_durably(path: str, chunks: Iterable[bytes | np.ndarray]) -> FileEntry:
+    """Write, flush to the disk, and return size and checksum, computed on the way.
+
+    Raises OSError naming the file (a failed write or fsync does not name it by itself).
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "wb") as f:
+            for chunk in chunks:
+                f.write(chunk)
+                digest.update(chunk)
+                size += memoryview(chunk).nbytes
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, path) from e
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_json(path: str, value: object) -> FileEntry:
+    """As `write_durably`."""
+    return write_durably(path, [json.dumps(value, indent=1).encode()])
+
+
+def safetensors_chunks(
+    numels: Mapping[str, int], tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[bytes | np.ndarray]:
+    """A safetensors file of flat fp32 tensors, one tensor in memory at a time (the library's writer wants all).
+
+    `numels` announces names and sizes for the header; `tensors` brings the values in the same order.
+    Format: header length (8 bytes, little endian), JSON header padded with spaces, values back to back.
+    Raises ValueError when a tensor is not the one announced.
+    """
+    entries, end = {}, 0
+    for name, numel in numels.items():
+        start, end = end, end + 4 * numel
+        entries[name] = {"dtype": "F32", "shape": [numel], "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield struct.pack("<Q", len(header)) + header
+    for (name, numel), (given, tensor) in zip(numels.items(), tensors, strict=True):
+        if (given, tensor.dtype, tuple(tensor.shape)) != (name, torch.float32, (numel,)):
+            raise ValueError(
+                f"fragment {given}: {tensor.dtype} {tuple(tensor.shape)}; the rule is flat torch.float32 of the "
+                f"{numel} elements its address names ({name})"
+            )
+        yield tensor.detach().cpu().contiguous().numpy()
+
+
+def sync_directory(path: str) -> None:
+    """Make the entries of a directory (new files, renames) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,72 @@
+"""Which files a checkpoint directory holds, and the index of their pieces.
+
+state.json               what the trainer gave: step, samples, config, versions, mesh
+rank-00000.safetensors   flat fp32 tensors `name|key|i`: the i-th fragment of that rank, keys as in types.Fragment
+rank-00000.json          the addresses of its fragments and its random state
+manifest.json            size and sha256 of all of them
+manifest.sha256          and of the manifest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from llmtrain.checkpoint.reshard import check_coverage
+from llmtrain.types import Address
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One fragment in a checkpoint: the `number`-th of `rank`."""
+
+    address: Address
+    keys: tuple[str, ...]
+    rank: int
+    number: int
+
+    def tensor_name(self, key: str) -> str:
+        return f"{self.address.name}|{key}|{self.number}"
+
+    def to_json(self) -> dict:
+        return {"address": asdict(self.address), "keys": self.keys}
+
+
+def tensor_file(path: str, rank: int) -> str:
+    return os.path.join(path, f"rank-{rank:05d}.safetensors")
+
+
+def index_file(path: str, rank: int) -> str:
+    return os.path.join(path, f"rank-{rank:05d}.json")
+
+
+def read_index(path: str, rank: int) -> tuple[list[Stored], dict]:
+    """The fragments of one rank and its random state."""
+    with open(index_file(path, rank), encoding="utf-8") as f:
+        content = json.load(f)
+    return [_stored(entry, rank, number) for number, entry in enumerate(content["fragments"])], content["random"]
+
+
+def by_name(fragments: Iterable[Stored]) -> dict[str, list[Stored]]:
+    """The pieces of every parameter, in the order of their appearance.
+
+    Raises ValueError unless they cover it exactly once and hold the same keys.
+    """
+    parameters: dict[str, list[Stored]] = defaultdict(list)
+    for stored in fragments:
+        parameters[stored.address.name].append(stored)
+    for name, pieces in parameters.items():
+        check_coverage([stored.address for stored in pieces])
+        if len({stored.keys for stored in pieces}) > 1:
+            raise ValueError(f"{name}: pieces with different keys, {sorted({stored.keys for stored in pieces})}")
+    return dict(parameters)
+
+
+def _stored(entry: dict, rank: int, number: int) -> Stored:
+    address = Address(**{**entry["address"], "shape": tuple(entry["address"]["shape"])})
+    return Stored(address, tuple(entry["keys"]), rank, number)

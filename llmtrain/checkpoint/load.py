@@ -1,0 +1,109 @@
+"""Reading a checkpoint into any layout."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from functools import lru_cache
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llmtrain.checkpoint.layout import STATE, Stored, by_name, index_file, read_index, tensor_file
+from llmtrain.checkpoint.reshard import assemble, check_inside, overlap, piece, slice_index, slice_numel, slicing
+from llmtrain.checkpoint.rng import set_random_state
+from llmtrain.types import Address
+
+OPEN_FILES = 64  # memory maps held at a time
+
+
+class CheckpointReader:
+    """The parameters of one checkpoint directory, whatever layout wrote them.
+
+    Does not hash the files: take the path from `newest_intact`, or call `verify` first. Not a collective.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Reads the index only. Raises ValueError when the pieces do not make whole parameters."""
+        self.path = path
+        with open(os.path.join(path, STATE), encoding="utf-8") as f:
+            self.state: dict = json.load(f)
+        self.num_ranks = len(glob.glob(os.path.join(glob.escape(path), "rank-*.json")))
+        self._parameters = by_name(stored for rank in range(self.num_ranks) for stored in read_index(path, rank)[0])
+        self._cached_name, self._cached = "", dict[str, Tensor]()
+        self._open = lru_cache(maxsize=OPEN_FILES)(lambda rank: safe_open(tensor_file(path, rank), framework="pt"))
+
+    def names(self) -> list[str]:
+        """Canonical names of all parameters."""
+        return list(self._parameters)
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless the checkpoint holds this parameter with this global shape."""
+        saved = self._pieces(name)[0].address.shape
+        if saved != shape:
+            raise ValueError(
+                f"{self.path}: {name} has shape {list(saved)}, the model has {list(shape)}; "
+                "the model section must be the one it was trained with"
+            )
+
+    def full(self, name: str, key: str = "weight") -> Tensor:
+        """The global fp32 tensor; the last parameter stays cached, so do not write into it.
+
+        Raises ValueError when the checkpoint does not hold it.
+        """
+        stored = self._pieces(name)[0]
+        if key not in stored.keys:
+            raise ValueError(f"{self.path}: {name} has no {key}, only {', '.join(stored.keys)}")
+        if name != self._cached_name:
+            self._cached_name, self._cached = name, {}
+        if key not in self._cached:
+            self._cached[key] = self._assemble(stored.address, key)
+        return self._cached[key]
+
+    def read(self, address: Address) -> dict[str, Tensor]:
+        """All keys of one piece, flat, in the layout of whoever asks (a `FragmentReader`).
+
+        Raises ValueError when the checkpoint does not hold the parameter, or in another shape, and when the address
+        lies outside it.
+        """
+        self.check_shape(address.name, address.shape)
+        check_inside(address)
+        stored = self._pieces(address.name)[0]
+        if slicing(stored.address) == slicing(address):  # only the bytes that are asked for
+            return {key: self._span(address, key) for key in stored.keys}
+        return {key: piece(self.full(address.name, key), address) for key in stored.keys}
+
+    def restore_rng(self, rank: int) -> bool:
+        """Set this process's random state to what it was on `rank`; False if the run had fewer ranks."""
+        if not os.path.exists(index_file(self.path, rank)):
+            return False
+        set_random_state(read_index(self.path, rank)[1])
+        return True
+
+    def _pieces(self, name: str) -> list[Stored]:
+        if name not in self._parameters:
+            held = ", ".join(self._parameters)
+            raise ValueError(f"{self.path}: no parameter {name}; it holds {held}")
+        return self._parameters[name]
+
+    def _assemble(self, saved: Address, key: str) -> Tensor:
+        cut, numel = slicing(saved), slice_numel(saved)
+        whole = [Address(saved.name, saved.shape, *_place(cut, index), 0, numel) for index in range(cut[1])]
+        return assemble(saved.shape, cut, (self._span(address, key) for address in whole))
+
+    def _span(self, address: Address, key: str) -> Tensor:
+        """A piece whose slices are those of the checkpoint, joined from the stored pieces that overlap it."""
+        out = torch.empty(address.numel)
+        for stored in self._parameters[address.name]:
+            begin, end = overlap(stored.address, address.start, address.numel)
+            if slice_index(stored.address) == slice_index(address) and begin < end:
+                values = self._open(stored.rank).get_slice(stored.tensor_name(key))
+                own = stored.address.start
+                out[begin - address.start : end - address.start] = values[begin - own : end - own]
+        return out
+
+
+def _place(cut: tuple[int | None, int], index: int) -> tuple[int | None, int, int]:
+    return cut[0], index, cut[1]
