@@ -1,0 +1,100 @@
+"""The command line: checks the configuration before anything heavy is imported or started."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from llmtrain.config.check import check
+from llmtrain.config.load import ConfigError, load
+
+COMMANDS: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does)
+    "data": ("llmtrain.trainer.prepare:data", "collect text, make problems, tokenize into shards"),
+    "tokenizer": ("llmtrain.trainer.prepare:tokenizer", "train a byte-level BPE tokenizer"),
+    "pretrain": ("llmtrain.trainer.pretrain:main", "train on text (starts under torchrun too)"),
+    "sft": ("llmtrain.trainer.sft:main", "train on the answers of demonstrations (starts under torchrun too)"),
+    "grpo": (
+        "llmtrain.trainer.grpo:main",
+        "reinforcement learning with verifiable rewards (starts under torchrun too)",
+    ),
+    "eval": ("llmtrain.trainer.evaluate:main", "perplexity, pass@k and majority vote"),
+    "export": ("llmtrain.trainer.export:main", "write a Hugging Face directory"),
+    "report": ("llmtrain.trainer.report:main", "plots and samples as one HTML page"),
+    "plan": ("llmtrain.scaling.plan:main", "print ranks, batch and memory without starting anything"),
+    "run": ("llmtrain.trainer.run:main", "run a list of stages, going on where it was"),
+    "doctor": ("llmtrain.trainer.doctor:main", "look at this machine (takes no configuration)"),
+}
+EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"
+
+
+def usage() -> str:
+    """The help text."""
+    lines = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    head = "usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]"
+    return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 after a failure, 2 for wrong input, 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(usage())
+        return 0 if arguments else 2
+    try:
+        action = _prepare(*arguments)
+    except ValueError as error:
+        if int(os.environ.get("RANK", "0")) == 0:  # every rank finds the same
+            print(error, file=sys.stderr)
+        return 2
+    return _guarded(action)
+
+
+def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
+    """The checked call that the arguments ask for. Raises ConfigError."""
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        raise ConfigError(f"{command}: unknown command, {hint}")
+    if command == "doctor":
+        if rest:
+            raise ConfigError(f"doctor: takes no arguments, got {' '.join(rest)}")
+        return lambda: _function(command)()
+    if not rest or "=" in rest[0]:
+        raise ConfigError(f"{command}: needs a configuration file, as in: {EXAMPLE}")
+    config = load(rest[0], list(rest[1:]))
+    check(config, int(os.environ.get("WORLD_SIZE", "1")), command)
+    return lambda: _function(command)(config)
+
+
+def _function(command: str) -> Callable[..., int | None]:
+    module, name = COMMANDS[command][0].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _guarded(action: Callable[[], int | None]) -> int:
+    try:
+        return action() or 0
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        if not _ours(error):
+            traceback.print_exc()
+            return 1
+        rank = os.environ.get("RANK", "0")
+        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _ours(error: ValueError) -> bool:
+    """Was it raised by llmtrain, to tell the user something? A library's ValueError keeps its traceback."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("llmtrain.")

@@ -1,0 +1,226 @@
+"""YAML files, their includes and overrides as plain data that remembers where every key was written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import yaml
+
+Keys = tuple[str | int, ...]  # a path into a document: ("data", "sources", 0, "path")
+
+
+class ConfigError(ValueError):
+    """The configuration is at fault; each line of the text names one fault, its place and its remedy."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `3e-4` is a number, `off` and `no` are text, dates are text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str | None, list]] = {}
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes exactly what `Loader` would not read as text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str | None, list]] = Loader.yaml_implicit_resolvers
+
+
+_FLOAT = r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+for _tag, _pattern in {  # the first match wins: whole numbers before numbers
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(?:0|[1-9][\d_]*)",
+    "float": _FLOAT,
+}.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
+
+
+@dataclass
+class Document:
+    """Plain data, and for every key where it was written (`configs/x.yaml:12` or `override 'a.b=c'`)."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    where: dict[Keys, str] = field(default_factory=dict)
+
+    def place(self, keys: Keys) -> str:
+        """Where `keys`, or else the closest written section around it, stands."""
+        while keys and keys not in self.where:
+            keys = keys[:-1]
+        return self.where.get(keys, "configuration")
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` laid over `base`: sections are merged key by key, everything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {**base, **{k: merge(base[k], v) if k in base else v for k, v in over.items()}}
+
+
+def read_document(path: str, included_by: tuple[str, ...]) -> Document:
+    """One YAML file with its includes merged under it."""
+    own = _parse(path)
+    includes = own.data.pop("include", [])
+    document = Document()
+    for name in [includes] if isinstance(includes, str) else _texts(includes, own):
+        target = os.path.join(os.path.dirname(path), name)
+        if os.path.abspath(target) in (os.path.abspath(p) for p in (*included_by, path)):
+            raise ConfigError(f"{own.place(('include',))}: include: '{name}' includes itself; remove one of the two")
+        if not os.path.isfile(target):
+            raise ConfigError(
+                f"{own.place(('include',))}: include: '{target}' is not a file; paths are relative to {path}"
+            )
+        _lay_over(document, read_document(target, (*included_by, path)))
+    _lay_over(document, own)
+    return document
+
+
+def _texts(value: Any, document: Document) -> list[str]:
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return value
+    raise ConfigError(f"{document.place(('include',))}: include: value {value!r}: must be a path or a list of paths")
+
+
+def _lay_over(document: Document, over: Document) -> None:
+    document.data = merge(document.data, over.data)
+    document.where.update(over.where)
+
+
+def _parse(path: str) -> Document:
+    try:
+        with open(path, encoding="utf-8") as file:
+            node = Loader(file.read()).get_single_node()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}; give the path of a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ConfigError(f"{path}:{mark.line + 1}: broken YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+    if node is None or node.tag.endswith(":null"):
+        raise ConfigError(f"{path}: is empty; see configs/pretrain/tiny.yaml for an example")
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: must be a mapping of sections, such as `train:`")
+    document = Document(where={(): path})
+    try:
+        document.data = _plain(node, (), path, document.where)
+    except RecursionError:
+        raise ConfigError(f"{path}: an alias refers to the section it stands in; write the values out") from None
+    return document
+
+
+def _plain(node: yaml.Node, keys: Keys, source: str, where: dict[Keys, str]) -> Any:
+    """The value of a YAML node; notes in `where` the line of every key. `source` is a file, or whole if `where` has
+    no line to add (an override)."""
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node, source)
+    if isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            where[(*keys, i)] = _at(source, child)
+        return [_plain(child, (*keys, i), source, where) for i, child in enumerate(node.value)]
+    values: dict[str, Any] = {}
+    for key_node, child in node.value:
+        key = str(key_node.value)
+        if key in values:
+            raise ConfigError(f"{_at(source, key_node)}: {dotted((*keys, key))}: written twice; remove one")
+        where[(*keys, key)] = _at(source, key_node)
+        values[key] = _plain(child, (*keys, key), source, where)
+    return values
+
+
+def _at(source: str, node: yaml.Node) -> str:
+    return source if source.startswith("override ") else f"{source}:{node.start_mark.line + 1}"
+
+
+def _scalar(node: yaml.ScalarNode, source: str) -> Any:
+    kind, text = node.tag.rpartition(":")[2], node.value
+    if kind == "str":
+        return text
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text.replace("_", ""))
+    if kind != "float":
+        raise ConfigError(f"{_at(source, node)}: tag {node.tag}: is not known; remove it")
+    value = float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+    return int(value) if re.search(r"\d[eE]", text) and value.is_integer() else value  # 1e6 may be a count
+
+
+def override(document: Document, text: str) -> None:
+    """Apply `a.b=c`. It wins over a stage's `set` too: what is typed last is meant."""
+    source = f"override '{text}'"
+    dotted_keys, equals, value_text = text.partition("=")
+    keys = tuple(dotted_keys.split("."))
+    if not equals or not all(keys):
+        raise ConfigError(f"{source}: must have the form section.key=value")
+    where: dict[Keys, str] = {}
+    try:
+        node = Loader(value_text).get_single_node()
+    except yaml.YAMLError:
+        raise ConfigError(f"{source}: the value is broken YAML; quote it") from None
+    value = None if node is None else _plain(node, (), source, where)
+    _note(document, _assign(document.data, keys, value, source), where, source)
+    for i, chosen in enumerate(_stage_sets(document.data)):
+        if keys[0] != "stages" and _has(chosen, keys):
+            _note(document, ("stages", i, "set", *_assign(chosen, keys, value, source)), where, source)
+
+
+def _note(document: Document, keys: Keys, inner: dict[Keys, str], source: str) -> None:
+    """Remember that an override wrote `keys`, what lies in its value, and the sections it made on the way."""
+    for i in range(1, len(keys)):
+        document.where.setdefault(keys[:i], source)
+    document.where.update({keys: source, **{(*keys, *k): at for k, at in inner.items()}})
+
+
+def _stage_sets(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    stages = data.get("stages")
+    for stage in stages if isinstance(stages, list) else []:
+        chosen = stage.get("set") if isinstance(stage, dict) else None
+        yield chosen if isinstance(chosen, dict) else {}
+
+
+def _has(data: Any, keys: Keys) -> bool:
+    for key in keys:
+        if not isinstance(data, dict) or key not in data:
+            return False
+        data = data[key]
+    return True
+
+
+def _assign(data: dict[str, Any], keys: tuple[str, ...], value: Any, source: str) -> Keys:
+    """Put `value` at `keys`, making sections on the way. An entry of a list is named by its number or its `name`."""
+    node: Any = data
+    found: Keys = ()
+    for i, key in enumerate(keys):
+        if isinstance(node, list):
+            key = _entry(node, key, found, source)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"{source}: {dotted(found)}: is a value, not a section; set it as a whole")
+        found = (*found, key)
+        if i == len(keys) - 1:
+            present = node[key] if isinstance(node, list) else node.get(key)
+            node[key] = merge(present, value)
+        elif isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+    return found
+
+
+def _entry(entries: list[Any], key: str, found: Keys, source: str) -> int:
+    names = [e.get("name") if isinstance(e, dict) else None for e in entries]
+    if key in names:
+        return names.index(key)
+    if key.isdigit() and int(key) < len(entries):
+        return int(key)
+    known = ", ".join(n for n in names if isinstance(n, str)) or f"0 to {len(entries) - 1}"
+    raise ConfigError(f"{source}: {dotted(found)} has no entry '{key}'; it has {known}")
+
+
+def dotted(keys: Keys) -> str:
+    return ".".join(map(str, keys))

@@ -1,0 +1,91 @@
+"""YAML documents to configurations and back. Every error is one line: where, what, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from llmtrain.config.document import ConfigError, Document, Dumper, merge, override, read_document
+from llmtrain.config.explain import explain
+from llmtrain.config.schema import Config, RunConfig
+
+__all__ = ["ConfigError", "dump", "load", "stage_config"]
+
+
+def load(path: str, overrides: list[str]) -> Config:
+    """The configuration in the YAML file `path`, its includes and `section.key=value` overrides, in that order.
+
+    A document with `stages:` gives a RunConfig, and each of its stages is validated too.
+    Raises ConfigError, one line for each fault.
+    """
+    document = read_document(path, ())
+    for text in overrides:
+        override(document, text)
+    if "stages" not in document.data:
+        return _validate(Config, document)
+    config = _validate(RunConfig, document)
+    _validate_stages(config, document)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML; loading it gives an equal one.
+
+    A model that still takes fields from elsewhere (a preset, other weights, a stage) is written as the user wrote
+    it: a default written out would count as chosen.
+    """
+    data = config.model_dump(mode="json")
+    if isinstance(config, RunConfig) or config.model.preset or config.model.init_from:
+        data["model"] = config.model.model_dump(mode="json", exclude_unset=True)
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def stage_config(run: RunConfig, name: str) -> Config:
+    """The configuration of one stage: the shared sections with the stage's `set` merged over them, in the directory
+    `<run directory>/<stage>`, and `{run}` replaced by the run directory in every text."""
+    stage = next(s for s in run.stages if s.name == name)
+    data = merge(run.model_dump(mode="json", exclude={"stages"}, exclude_unset=True), stage.set)
+    data = {**data, "name": name, "run_dir": os.path.join(run.directory, name)}
+    return Config.model_validate_json(json.dumps(_fill(data, run.directory)), strict=True)
+
+
+def _fill(value: Any, directory: str) -> Any:
+    """`{run}` replaced in every text of plain data."""
+    if isinstance(value, str):
+        return value.replace("{run}", directory)
+    if isinstance(value, dict):
+        return {k: _fill(v, directory) for k, v in value.items()}
+    return [_fill(v, directory) for v in value] if isinstance(value, list) else value
+
+
+def _validate(schema: type[Config], document: Document) -> Config:
+    """Strict, as JSON: `true` is no number and '3' no count, but a list is a tuple."""
+    try:
+        return schema.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(schema, document, fault, ()) for fault in error.errors())) from None
+
+
+def _validate_stages(config: RunConfig, document: Document) -> None:
+    faults = []
+    names = [stage.name for stage in config.stages]
+    for i, stage in enumerate(config.stages):
+        at = f"{document.place(('stages', i, 'name'))}: stages.{stage.name}"
+        if names.index(stage.name) != i or not re.fullmatch(r"\w[\w.-]*", stage.name):
+            faults.append(f"{at}: name '{stage.name}': must be unique, of letters, digits, `-`, `_` and `.`; rename it")
+            continue
+        for key in {"name", "run_dir"} & stage.set.keys():
+            faults.append(f"{at}.set.{key}: follows from the stage's name; remove it")
+        try:
+            stage_config(config, stage.name)
+        except ValidationError as error:
+            faults += [explain(Config, document, fault, ("stages", i, "set")) for fault in error.errors()]
+    if not config.stages:
+        faults.append(f"{document.place(('stages',))}: stages: is empty; list at least one stage with name and command")
+    if faults:
+        raise ConfigError("\n".join(faults))
