@@ -44,9 +44,18 @@ class Samples(StepLines):
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
+    """`read_lines`, each with an integer `step`; raises ValueError, with the line's number, where there is none."""
+    records = read_lines(path)
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}:{number}: needs an integer 'step'; repair or remove the line")
+    return records
+
+
+def read_lines(path: str) -> list[dict[str, Any]]:
     """All whole lines; a last one without its newline (a killed or a running job) is left out.
 
-    Raises ValueError, with the line's number, when any other line is not a JSON object with an integer `step`.
+    Raises ValueError, with the line's number, when any other line is not a JSON object.
     """
     with open(path, encoding="utf-8") as file:
         lines = file.read().split("\n")[:-1]
@@ -58,8 +67,8 @@ def _parse(line: str, path: str, number: int) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{number}: not JSON ({error}); repair or remove the line") from None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError(f"{path}:{number}: needs a JSON object with an integer 'step'; repair or remove the line")
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}:{number}: not a JSON object; repair or remove the line")
     return record
 
 

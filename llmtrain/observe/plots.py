@@ -1,0 +1,111 @@
+"""PNG plots of a run. Matplotlib is loaded when the first one is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Panel = tuple[str, dict[str, str]]
+"""(title, {key in metrics.jsonl: name of its line})"""
+
+TRAINING: tuple[Panel, ...] = (
+    ("Loss, nats a token", {"loss": "training", "held_out_loss": "held out"}),
+    ("Gradient norm", {"grad_norm": "before clipping"}),
+    ("Learning rate", {"lr": "learning rate"}),
+    ("Tokens a second", {"tokens_per_s": "all ranks"}),
+)
+RL: tuple[Panel, ...] = (
+    ("Mean reward", {"reward_mean": "reward"}),
+    ("KL, nats a token", {"kl": "to the reference", "kl_old": "from the sampling policy"}),
+    ("Entropy, nats a token", {"entropy": "entropy"}),
+    ("Response length, tokens", {"response_tokens_mean": "mean"}),
+)
+LINES = ("#2563eb", "#d97706")
+SHADES = ("#bfdbfe", "#2563eb")  # of bars, from the first model to the last
+INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+SMOOTH_SHARE = 0.02  # a line's running mean spans this share of its steps
+
+
+def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """One small plot over the steps for each panel that has data; False, and no file, if none has."""
+    present = {key for record in metrics for key, value in record.items() if value is not None}
+    panels = [(title, {k: n for k, n in lines.items() if k in present}) for title, lines in panels]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return False
+    columns = min(len(panels), 2)
+    figure = _figure(5 * columns, 2.7 * math.ceil(len(panels) / columns))
+    for place, (title, lines) in enumerate(panels, start=1):
+        axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, place)
+        _style(axes, title)
+        axes.set_xlabel("step", fontsize=8, color=FAINT)
+        for (key, name), color in zip(lines.items(), LINES, strict=False):
+            _draw(axes, [(r["step"], r[key]) for r in metrics if r.get(key) is not None], name, color)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.savefig(path)
+    return True
+
+
+def plot_bars(path: str, title: str, rows: Mapping[str, Mapping[str, float]], digits: int) -> None:
+    """Grouped bars: a group for each measure, in it one bar for each row (label -> {measure: value})."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
+    shades = LinearSegmentedColormap.from_list("shades", SHADES)
+    figure = _figure(max(5.0, 0.75 * len(measures) * len(rows) + 1.5), 3.2)
+    axes = figure.add_subplot()
+    _style(axes, title)
+    width = 0.84 / len(rows)
+    for i, (label, row) in enumerate(rows.items()):
+        xs = [m + (i - (len(rows) - 1) / 2) * width for m, name in enumerate(measures) if name in row]
+        color = shades(i / max(len(rows) - 1, 1) if len(rows) > 1 else 1.0)
+        bars = axes.bar(
+            xs, [row[m] for m in measures if m in row], width * 0.92, label=label.replace("$", r"\$"), color=color
+        )
+        axes.bar_label(bars, fmt=f"%.{digits}f", fontsize=8, color=INK, padding=2)
+    axes.set_xticks(range(len(measures)), measures)
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Without pyplot: no global state and no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=144, layout="constrained", facecolor="white")
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(length=0, labelsize=8, labelcolor=FAINT)
+
+
+def _draw(axes: Axes, points: Sequence[tuple[int, float]], name: str, color: str) -> None:
+    """A long line: the values faintly, their running mean boldly. A few points: marks."""
+    steps, values = zip(*points, strict=True)
+    reach = int(len(values) * SMOOTH_SHARE / 2)
+    if reach == 0:
+        marks = {"marker": "o", "markersize": 4, "linestyle": ":"} if len(values) < 8 else {}
+        axes.plot(steps, values, color=color, linewidth=1.5, label=name, **marks)
+        return
+    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, _running_mean(values, reach), color=color, linewidth=1.5, label=name)
+
+
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over `reach` neighbours on both sides, fewer at the ends, so that the line neither lags nor jumps."""
+    last = len(values) - 1
+    reaches = [min(reach, i, last - i) for i in range(len(values))]
+    return [fmean(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]

@@ -1,0 +1,185 @@
+"""The report of a run: plots and one HTML page."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from llmtrain.observe.metrics import read_lines, read_metrics
+from llmtrain.observe.page import PAGE
+from llmtrain.observe.plots import RL, TRAINING, Panel, plot_bars, plot_curves
+
+SHOWN = 3  # samples from the start of a stage, and as many from its end
+
+
+@dataclass
+class Stage:
+    """What one stage left in its directory. Example: Stage("sft", [{"step": 1, "loss": 2.0}], [], None, "seed: 0")"""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    config: str | None
+
+
+def write_report(run_dir: str) -> str:
+    """Write `<run_dir>/report/index.html` and its PNG plots; returns the path of the page.
+
+    `run_dir` is one stage (it has metrics.jsonl or eval.json) or holds a directory a stage, shown in the order of
+    `stages.json` (a list of names), else of their names. Raises ValueError if nothing was recorded there.
+    """
+    from jinja2 import Environment  # comes with torch
+
+    stages = read_stages(run_dir)
+    out = os.path.join(run_dir, "report")
+    os.makedirs(out, exist_ok=True)
+    evaluated = _by_label(stages)
+    page = (
+        Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            title=os.path.basename(os.path.abspath(run_dir)),
+            evaluations=_evaluation_rows(evaluated),
+            evaluation_images=_evaluation_images(out, evaluated),
+            trained=[_training_row(s) for s in stages if s.metrics],
+            curves={s.name: _curves(out, s) for s in stages if s.metrics},
+            samples={s.name: _pick(s.samples) for s in stages if s.samples},
+            configs={s.name: s.config for s in stages if s.config},
+        )
+    )
+    path = os.path.join(out, "index.html")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(page)
+    return path
+
+
+def read_stages(run_dir: str) -> list[Stage]:
+    """The stages of a run directory in order, those that recorded something. Raises ValueError if there is none."""
+    if _recorded(run_dir):
+        return [_read_stage(os.path.basename(os.path.abspath(run_dir)), run_dir)]
+    listed = os.path.join(run_dir, "stages.json")
+    if not os.path.isdir(run_dir):
+        raise ValueError(f"{run_dir}: no such run directory; give one that a stage wrote, like runs/quickstart")
+    names = json.loads(_read(listed)) if os.path.exists(listed) else sorted(os.listdir(run_dir))
+    stages = [_read_stage(n, os.path.join(run_dir, n)) for n in names if _recorded(os.path.join(run_dir, n))]
+    if not stages:
+        raise ValueError(f"{run_dir}: nothing to report: no metrics.jsonl or eval.json here or one level below")
+    return stages
+
+
+def _recorded(path: str) -> bool:
+    return any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "eval.json"))
+
+
+def _read_stage(name: str, path: str) -> Stage:
+    metrics, samples, evaluation, config = (
+        os.path.join(path, f) for f in ("metrics.jsonl", "samples.jsonl", "eval.json", "config.yaml")
+    )
+    return Stage(
+        name,
+        read_metrics(metrics) if os.path.exists(metrics) else [],
+        read_lines(samples) if os.path.exists(samples) else [],
+        json.loads(_read(evaluation)) if os.path.exists(evaluation) else None,
+        _read(config) if os.path.exists(config) else None,
+    )
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _by_label(stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
+    """Evaluations by their label, or by the stage where a label is taken."""
+    evaluated: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        if stage.evaluation is not None:
+            label = stage.evaluation["label"]
+            evaluated[stage.name if label in evaluated else label] = stage.evaluation
+    return evaluated
+
+
+def _evaluation_rows(evaluated: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """One table row an evaluation; all rows have the columns that any of them needs."""
+    digits = dict.fromkeys(_problem_measures(evaluated), 3) | {"perplexity": 2, "bits_per_byte": 3}
+    digits |= {"problems": 0, "weight_step": 0}
+    used = [name for name in digits if any(e.get(name) is not None for e in evaluated.values())]
+    return [
+        {"model": label} | {name.replace("_", " "): _number(e.get(name), digits[name]) for name in used}
+        for label, e in evaluated.items()
+    ]
+
+
+def _problem_measures(evaluated: Mapping[str, dict[str, Any]]) -> list[str]:
+    """greedy, pass@1, pass@8, maj@8: those that were measured, in this order."""
+    names = {name for e in evaluated.values() for name, value in e.items() if value is not None}
+    sampled = [name for name in names if name.startswith(("pass@", "maj@"))]
+    sampled.sort(key=lambda name: (name.startswith("maj@"), int(name.split("@")[1])))
+    return ["greedy"] * ("greedy" in names) + sampled
+
+
+def _evaluation_images(out: str, evaluated: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
+    plots = (
+        ("problems.png", "Share of held-out problems solved", _problem_measures(evaluated), 2),
+        ("perplexity.png", "Perplexity of held-out text (lower is better)", ["perplexity"], 1),
+    )
+    images = []
+    for file, title, measures, digits in plots:
+        rows = {label: {m: e[m] for m in measures if e.get(m) is not None} for label, e in evaluated.items()}
+        if any(rows.values()):
+            plot_bars(os.path.join(out, file), title, {label: row for label, row in rows.items() if row}, digits)
+            images.append({"file": file, "alt": title})
+    return images
+
+
+def _curves(out: str, stage: Stage) -> list[dict[str, str]]:
+    plots: dict[str, tuple[Panel, ...]] = {f"{stage.name}.png": TRAINING}
+    if any("reward_mean" in record for record in stage.metrics):
+        plots = {f"{stage.name}-rl.png": RL} | plots
+    return [
+        {"file": file, "alt": f"{stage.name}: " + ", ".join(title for title, _ in panels)}
+        for file, panels in plots.items()
+        if plot_curves(os.path.join(out, file), panels, stage.metrics)
+    ]
+
+
+def _training_row(stage: Stage) -> dict[str, str]:
+    def values(key: str) -> list[float]:
+        return [record[key] for record in stage.metrics if record.get(key) is not None]
+
+    speed, memory = values("tokens_per_s"), values("peak_bytes")
+    return {
+        "stage": stage.name,
+        "steps": _number(stage.metrics[-1]["step"], 0),
+        "loss": _change(values("loss")),
+        "reward": _change(values("reward_mean")),
+        "tokens/s": _number(median(speed) if speed else None, 0),
+        "time": _duration(sum(values("step_s"))),
+        "peak memory": f"{max(memory) / 2**30:.2f} GiB" if memory else "–",
+    }
+
+
+def _change(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    tenth = max(1, len(values) // 10)
+    return f"{fmean(values[:tenth]):.3g} → {fmean(values[-tenth:]):.3g}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _pick(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return samples if len(samples) <= 2 * SHOWN else samples[:SHOWN] + samples[-SHOWN:]

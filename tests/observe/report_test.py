@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.observe.metrics import MetricsFile, Samples
+from llmtrain.observe.plots import _running_mean
+from llmtrain.observe.report import read_stages, write_report
+
+NASTY = "<script>alert('1')</script> & <|user|>"
+
+
+class Page(HTMLParser):
+    """Tags, text and image sources of a page."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.images: list[str] = []
+        self.text: list[str] = []
+        self.feed(Path(path).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def _stage(directory: Path, steps: int, **values: float | None) -> None:
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(f"name: {directory.name}\nnote: {NASTY}\n")
+    metrics = MetricsFile(str(directory / "metrics.jsonl"), -1)
+    for step in range(1, steps + 1):
+        metrics.write({"step": step, "loss": 10.0 / step, "lr": 1e-3, "tokens_per_s": 2e3, "step_s": 40.0, **values})
+
+
+def _evaluation(directory: Path, label: str, **scores: Any) -> None:
+    directory.mkdir(parents=True)
+    (directory / "eval.json").write_text(json.dumps({"label": label, "weight_step": 3, "problems": 8, **scores}))
+    samples = Samples(str(directory / "samples.jsonl"), -1)
+    for i in range(20):
+        samples.write({"step": 3, "prompt": NASTY, "completion": f"answer {i}", "reward": i % 2, "label": label})
+
+
+def _run(directory: Path) -> Path:
+    _stage(directory / "pretrain", 200, grad_norm=1.0)
+    _stage(directory / "grpo", 3, reward_mean=0.5, kl=0.01, entropy=0.4, response_tokens_mean=29.0, grad_norm=None)
+    _evaluation(directory / "eval-sft", "sft", **{"pass@1": 0.25, "pass@8": 0.5, "maj@8": 0.375, "greedy": 0.3})
+    _evaluation(directory / "eval-grpo", "grpo $x$", **{"pass@1": 0.75, "pass@8": 0.875, "perplexity": 12.5})
+    (directory / "export").mkdir()
+    (directory / "stages.json").write_text('["data", "pretrain", "eval-sft", "grpo", "eval-grpo", "export"]')
+    return directory
+
+
+def test_a_run_of_stages(tmp_path: Path) -> None:
+    path = write_report(str(_run(tmp_path / "quick")))
+    assert path == str(tmp_path / "quick" / "report" / "index.html")
+    page = Page(path)
+    expected = ["problems.png", "perplexity.png", "pretrain.png", "grpo-rl.png", "grpo.png"]
+    assert page.images == expected
+    for image in expected:
+        head = (tmp_path / "quick" / "report" / image).read_bytes()[:24]
+        width, height = struct.unpack(">II", head[16:])
+        assert head[:8] == b"\x89PNG\r\n\x1a\n" and width > 600 and height > 300
+    text = " ".join(page.text)
+    assert "script" not in page.tags and NASTY in text  # shown, not run
+    for shown in ("0.750", "0.875", "12.50", "grpo $x$", "2 h 13 min", "answer 0", "answer 19"):
+        assert shown in text
+    assert "answer 10" not in text
+
+
+def test_order_of_stages(tmp_path: Path) -> None:
+    run = _run(tmp_path / "quick")
+    assert [s.name for s in read_stages(str(run))] == ["pretrain", "eval-sft", "grpo", "eval-grpo"]
+    (run / "stages.json").unlink()
+    assert [s.name for s in read_stages(str(run))] == ["eval-grpo", "eval-sft", "grpo", "pretrain"]
+
+
+def test_one_stage_and_again(tmp_path: Path) -> None:
+    _stage(tmp_path / "tiny", 3)
+    for _ in range(2):  # the report directory that the first one leaves is no stage
+        page = Page(write_report(str(tmp_path / "tiny")))
+        assert page.images == ["tiny.png"] and "tiny" in page.text
+    assert "5.0" not in page.text and "10 → 3.33" in page.text  # means of the first and the last tenth
+
+
+def test_two_evaluations_of_one_label_are_both_shown(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        _evaluation(tmp_path / "run" / name, "model", perplexity=3.0)
+    text = Page(write_report(str(tmp_path / "run"))).text
+    assert "model" in text and "b" in text
+
+
+@pytest.mark.parametrize(("name", "reason"), [("missing", "no such run directory"), ("empty", "nothing to report")])
+def test_nothing_to_report(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "empty" / "export").mkdir(parents=True)
+    with pytest.raises(ValueError, match=reason):
+        write_report(str(tmp_path / name))
+
+
+def test_running_mean() -> None:
+    assert _running_mean([0.0, 3.0, 6.0, 3.0, 0.0], 1) == [0.0, 3.0, 4.0, 3.0, 0.0]
