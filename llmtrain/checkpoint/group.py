@@ -29,19 +29,19 @@ class LocalGroup:
 
 
 def together(group: CheckpointGroup, action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank and return the (JSON) results of all; no rank waits for one that failed.
+    """Run `action` on every rank and return the (JSON) results of all.
 
-    Raises on every rank, naming the failed ranks: OSError where the file system failed, else ValueError.
+    Raises on every rank, naming the ranks that failed: OSError where a file system did, else ValueError.
     """
-    result, kind, reason = None, None, None
+    result, error = None, None
     try:
         result = action()
-    except OSError as e:
-        kind, reason = "OSError", str(e)
-    except ValueError as e:
-        kind, reason = "ValueError", str(e)
-    outcomes = group.all_gather_json([result, kind, reason])
-    failures = [f"rank {rank}: {why}" for rank, (_, _, why) in enumerate(outcomes) if why is not None]
+    except Exception as e:  # whatever it is: the others must hear of it, or they wait for this rank forever
+        error = e
+    own = None if error is None else str(error) if isinstance(error, OSError | ValueError) else repr(error)
+    outcomes = group.all_gather_json([result, own, isinstance(error, OSError)])
+    failures = [f"rank {rank}: {reason}" for rank, (_, reason, _) in enumerate(outcomes) if reason is not None]
     if failures:
-        raise (OSError if any(k == "OSError" for _, k, _ in outcomes) else ValueError)("; ".join(failures))
+        kind = OSError if any(is_os_error for _, _, is_os_error in outcomes) else ValueError
+        raise kind("; ".join(failures)) from error
     return [value for value, _, _ in outcomes]

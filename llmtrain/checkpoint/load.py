@@ -90,12 +90,12 @@ class CheckpointReader:
 
     def _assemble(self, saved: Address, key: str) -> Tensor:
         cut, numel = slicing(saved), slice_numel(saved)
-        whole = [Address(saved.name, saved.shape, *_place(cut, index), 0, numel) for index in range(cut[1])]
+        whole = [Address(saved.name, saved.shape, cut[0], index, cut[1], 0, numel) for index in range(cut[1])]
         return assemble(saved.shape, cut, (self._span(address, key) for address in whole))
 
     def _span(self, address: Address, key: str) -> Tensor:
         """A piece whose slices are those of the checkpoint, joined from the stored pieces that overlap it."""
-        out = torch.empty(address.numel)
+        out = torch.empty(address.numel, dtype=torch.float32)
         for stored in self._parameters[address.name]:
             begin, end = overlap(stored.address, address.start, address.numel)
             if slice_index(stored.address) == slice_index(address) and begin < end:
@@ -103,7 +103,3 @@ class CheckpointReader:
                 own = stored.address.start
                 out[begin - address.start : end - address.start] = values[begin - own : end - own]
         return out
-
-
-def _place(cut: tuple[int | None, int], index: int) -> tuple[int | None, int, int]:
-    return cut[0], index, cut[1]

@@ -50,7 +50,7 @@ def piece(full: Tensor, address: Address) -> Tensor:
 
 def assemble(shape: tuple[int, ...], cut: Slicing, flat_slices: Iterable[Tensor]) -> Tensor:
     """The global tensor from its flat slices, in tensor-parallel order: the inverse of `slices`."""
-    full = torch.empty(shape)
+    full = torch.empty(shape, dtype=torch.float32)
     view = slices(full, cut)
     for index, flat in enumerate(flat_slices):
         view[:, index] = flat.view(view.size(0), -1)

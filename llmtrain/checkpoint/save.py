@@ -86,8 +86,7 @@ def _complete(path: str, state: dict, files: dict[str, FileEntry], num_ranks: in
 def _publish(partial: str, final: str) -> None:
     """The rename. One of the same step steps aside first and counts as a checkpoint until it is replaced."""
     if os.path.isdir(final):
-        if os.path.isdir(final + ".old"):
-            _discard(final + ".old")
+        _discard(final + ".old")
         os.rename(final, final + ".old")
     os.rename(partial, final)
     sync_directory(os.path.dirname(final))
@@ -95,15 +94,14 @@ def _publish(partial: str, final: str) -> None:
 
 def _prune(directory: str, final: str, keep: int) -> None:
     """Steps after this one are not touched: the run may have gone back, and which is wanted is not ours to say."""
+    _discard(final + ".old")
     checkpoints = list_checkpoints(directory)
-    checkpoints = checkpoints[: checkpoints.index(final) + 1]
-    replaced = [path for path in checkpoints if path == final + ".old"]
-    others = [path for path in checkpoints if path not in replaced]
-    for path in replaced + others[:-keep]:
+    for path in checkpoints[: checkpoints.index(final) + 1][:-keep]:
         _discard(path)
 
 
 def _discard(path: str) -> None:
     """Renamed first, so that a half-deleted directory never looks whole."""
-    os.rename(path, path + ".trash")
-    shutil.rmtree(path + ".trash")
+    if os.path.isdir(path):
+        os.rename(path, path + ".trash")
+        shutil.rmtree(path + ".trash")

@@ -311,3 +311,14 @@ def test_manifest_lists_what_lies_there(tmp_path: Path, fake: SimpleNamespace) -
         name: os.path.getsize(os.path.join(path, name)) for name in os.listdir(path) if "manifest" not in name
     }
     assert save_module.LEFTOVER.fullmatch(os.path.basename(path)) is None
+
+
+def test_whatever_goes_wrong_on_one_rank_is_told_to_all(tmp_path: Path, fake: SimpleNamespace) -> None:
+    def action(group: object) -> str:
+        state = {"step": 1, "bad": torch.ones(1)} if group.rank == 0 else {"step": 1}
+        return save_checkpoint(
+            str(tmp_path), fake.FakeEngine(fake.Layout(dp=2), group.rank, fake.tensors()), state, group, 1
+        )
+
+    errors = fake.run_ranks(2, action)
+    assert all(isinstance(e, ValueError) and "rank 0: TypeError" in str(e) for e in errors), errors
