@@ -1,0 +1,243 @@
+"""A whole path: the stages of a run document, each in processes of its own, going on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llmtrain.config.load import dump, stage_config
+from llmtrain.config.schema import LogConfig, RunConfig, StageConfig
+
+GRACE_S = 30  # between asking a stage to stop and killing it
+PR_SET_PDEATHSIG = 1  # prctl(2)
+MEASURES = ("pass@1", "pass@8", "maj@8", "perplexity")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage, ready to start."""
+
+    stage: StageConfig
+    directory: str
+    config: str  # YAML
+    hash: str  # of command, ranks, configuration, and the hash of the stage before
+
+    @property
+    def yaml(self) -> str:
+        """Where the stage's configuration is written."""
+        return os.path.join(self.directory, "stage.yaml")
+
+    @property
+    def done(self) -> str:
+        """The file that says that the stage has finished."""
+        return os.path.join(self.directory, "done.json")
+
+    @property
+    def head(self) -> str:
+        """First line of stage.yaml: whose work the directory holds."""
+        return f"# llmtrain run: {self.stage.command}, ranks {self.stage.ranks}, job {self.hash}\n"
+
+
+def main(config: RunConfig) -> int:
+    """Run the stages in order, skipping finished ones; returns 0 or the exit status of the stage that did not end well.
+
+    Raises ValueError if the document has no stages or another run is at work in its directory.
+    """
+    jobs = plan_jobs(config)
+    os.makedirs(config.directory, exist_ok=True)
+    with lock(config.directory) as held:
+        _write_json(os.path.join(config.directory, "stages.json"), [job.stage.name for job in jobs])
+        for number, job in enumerate(jobs, 1):
+            title = f"[{number}/{len(jobs)}] {job.stage.name}"
+            _say(f"{title}: was done before" if is_done(job) else title)
+            if not is_done(job) and (status := run_job(job, title, held)):
+                return status
+    summarize(config.directory, jobs)
+    return 0
+
+
+@contextlib.contextmanager
+def lock(directory: str, patience_s: float = GRACE_S + 10) -> Iterator[int]:
+    """Hold the run directory; yields the file descriptor, which stages inherit: when we are killed, the next run waits
+    until the stage of this one has ended. Raises ValueError if it has not after `patience_s` seconds."""
+    with open(os.path.join(directory, "lock"), "w", encoding="utf-8") as file:
+        give_up = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise ValueError(f"{directory}: another run is at work there; stop it or set name=") from None
+                time.sleep(0.2)
+        yield file.fileno()
+
+
+def plan_jobs(config: RunConfig) -> list[Job]:
+    """The jobs of a run. What is only logged does not enter the hashes."""
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"{config.name}: has no `stages:`; add them, or name the command of a single stage")
+    jobs: list[Job] = []
+    for stage in config.stages:
+        staged = stage_config(config, stage.name)
+        before = jobs[-1].hash if jobs else ""
+        content = [stage.command, stage.ranks, before, dump(staged.model_copy(update={"log": LogConfig()}))]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        jobs.append(Job(stage, staged.directory, dump(staged), digest))
+    return jobs
+
+
+def is_done(job: Job) -> bool:
+    """Has this very job finished before?"""
+    return os.path.exists(job.done) and _read_json(job.done)["hash"] == job.hash
+
+
+def run_job(job: Job, title: str, held: int) -> int:
+    """Start one stage, wait for it, and note that it is done; returns its exit status."""
+    set_aside_other(job)
+    os.makedirs(job.directory, exist_ok=True)
+    with open(job.yaml, "w", encoding="utf-8") as file:
+        file.write(job.head + job.config)
+    start, command = time.monotonic(), stage_command(job)
+    status = run_child(command, child_environment(job.stage.ranks), held)
+    seconds = round(time.monotonic() - start, 1)
+    if status:
+        _say(f"{title}: ended with status {status} after {seconds} s; its files are in {job.directory}")
+        _say("the same command goes on from there")
+        return status
+    _write_json(job.done, {"hash": job.hash, "seconds": seconds, "command": shlex.join(command)})
+    _say(f"{title}: done in {seconds} s")
+    return 0
+
+
+def set_aside_other(job: Job) -> None:
+    """Move away what a job with other settings left there: resuming from it would mix the two, silently."""
+    if not os.path.exists(job.yaml):
+        return
+    with open(job.yaml, encoding="utf-8") as file:
+        if file.readline() == job.head:
+            return
+    aside = next(p for n in itertools.count(1) if not os.path.exists(p := f"{job.directory}.old{n}"))
+    os.rename(job.directory, aside)
+    _say(f"{job.directory} was made with other settings: kept as {aside}, starting anew")
+
+
+def stage_command(job: Job) -> list[str]:
+    """The command line of a stage: a plain process for one rank, torchrun for more."""
+    module = ["-m", "llmtrain", job.stage.command, job.yaml]
+    if job.stage.ranks == 1:
+        return [sys.executable, *module]
+    # torchrun's workers live in sessions of their own, so it must have the time to end them itself
+    options = [f"--nproc-per-node={job.stage.ranks}", f"--shutdown-timeout={GRACE_S - 10}"]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *module]
+
+
+def child_environment(ranks: int) -> dict[str, str]:
+    """Ours, with the cores shared out to the ranks unless the user decided that."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+def run_child(command: list[str], environment: dict[str, str], held: int) -> int:
+    """Run a command on our terminal, in a process group of its own, with the lock `held`.
+
+    Returns its exit status, 128 + the signal if one ended it.
+    SIGINT and SIGTERM end it: SIGTERM to its group, SIGKILL after GRACE_S. If we are killed ourselves, it gets SIGTERM.
+    """
+    parent = os.getpid()
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=(held,),
+        process_group=0,
+        preexec_fn=lambda: _die_with(parent),
+    )
+    asked: list[tuple[float, int]] = []  # when, which signal
+
+    def stop(number: int, frame: object) -> None:
+        asked.append((time.monotonic(), number))
+        _signal_group(child.pid, signal.SIGTERM)
+
+    with _handlers(stop):
+        status = _wait(child, asked)
+    if asked:
+        return 128 + asked[0][1]
+    return status if status >= 0 else 128 - status
+
+
+def _wait(child: subprocess.Popen, asked: list[tuple[float, int]]) -> int:
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=1.0)
+        if asked and time.monotonic() > asked[0][0] + GRACE_S:
+            _signal_group(child.pid, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+@contextlib.contextmanager
+def _handlers(handler: Any) -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, previous, strict=True):
+            signal.signal(number, old)
+
+
+def _die_with(parent: int) -> None:
+    """In the child: SIGTERM when the parent dies, else two trainers would write one directory after a restart."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def summarize(directory: str, jobs: list[Job]) -> None:
+    """The last lines: what every evaluation measured, and where the report is."""
+    measured = [os.path.join(job.directory, "eval.json") for job in jobs if job.stage.command == "eval"]
+    rows = [_read_json(path) for path in measured if os.path.exists(path)]
+    shown = [name for name in MEASURES if any(name in row for row in rows)]
+    if rows:
+        table = Table("model", *shown)
+        for row in rows:
+            table.add_row(row["label"], *[f"{row[name]:.3f}" if name in row else "" for name in shown])
+        Console().print(table)
+    report = os.path.join(directory, "report", "index.html")
+    if os.path.exists(report):
+        _say(f"report: {report}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _write_json(path: str, value: Any) -> None:
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+    os.replace(f"{path}.tmp", path)
