@@ -55,7 +55,7 @@ summary { cursor: pointer; font-weight: 500; }
 {% if evaluations %}
 <h2 id="evaluation">Evaluation on held-out data</h2>
 {{- table(evaluations) }}
-{%- for image in evaluation_images %}{{ picture(image) }}{% endfor %}
+{%- if evaluation_image %}{{ picture(evaluation_image) }}{% endif %}
 {% endif %}
 {% if trained %}
 <h2 id="training">Training</h2>

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Panel = tuple[str, dict[str, str]]
 """(title, {key in metrics.jsonl: name of its line})"""
 
+BarPanel = tuple[str, Mapping[str, Mapping[str, float]], int]
+"""(title, {label: {measure: value}}, digits shown)"""
+
 TRAINING: tuple[Panel, ...] = (
     ("Loss, nats a token", {"loss": "training", "held_out_loss": "held out"}),
     ("Gradient norm", {"grad_norm": "before clipping"}),
@@ -27,7 +30,7 @@ RL: tuple[Panel, ...] = (
     ("Response length, tokens", {"response_tokens_mean": "mean"}),
 )
 LINES = ("#2563eb", "#d97706")
-SHADES = ("#bfdbfe", "#2563eb")  # of bars, from the first model to the last
+SHADES = ("#dbeafe", "#1d4ed8")  # of bars
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 SMOOTH_SHARE = 0.02  # a line's running mean spans this share of its steps
 
@@ -53,27 +56,47 @@ def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[st
     return True
 
 
-def plot_bars(path: str, title: str, rows: Mapping[str, Mapping[str, float]], digits: int) -> None:
-    """Grouped bars: a group for each measure, in it one bar for each row (label -> {measure: value})."""
-    from matplotlib.colors import LinearSegmentedColormap
+def plot_bars(path: str, panels: Sequence[BarPanel]) -> None:
+    """The panels side by side under one legend."""
+    from matplotlib.patches import Patch
 
-    measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
-    shades = LinearSegmentedColormap.from_list("shades", SHADES)
-    figure = _figure(max(5.0, 0.75 * len(measures) * len(rows) + 1.5), 3.2)
-    axes = figure.add_subplot()
-    _style(axes, title)
+    labels = list(dict.fromkeys(label for _, rows, _ in panels for label in rows))
+    colors = dict(zip(labels, _shades(len(labels)), strict=True))
+    measures = [list(dict.fromkeys(m for row in rows.values() for m in row)) for _, rows, _ in panels]
+    figure = _figure(10, 3.2)
+    grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=[len(names) for names in measures])[0]
+    for axes, names, (title, rows, digits) in zip(grid, measures, panels, strict=True):
+        _style(axes, title)
+        _bars(axes, names, rows, colors, digits)
+    # a dollar sign would start a formula
+    legend = [Patch(color=color, label=label.replace("$", r"\$")) for label, color in colors.items()]
+    figure.legend(handles=legend, frameon=False, fontsize=8, labelcolor=INK, loc="outside right upper")
+    figure.savefig(path)
+
+
+def _bars(
+    axes: Axes,
+    measures: Sequence[str],
+    rows: Mapping[str, Mapping[str, float]],
+    colors: Mapping[str, str],
+    digits: int,
+) -> None:
+    """A group of bars for each measure, in it one for each row; each bar carries its value."""
     width = 0.84 / len(rows)
     for i, (label, row) in enumerate(rows.items()):
-        xs = [m + (i - (len(rows) - 1) / 2) * width for m, name in enumerate(measures) if name in row]
-        color = shades(i / max(len(rows) - 1, 1) if len(rows) > 1 else 1.0)
-        bars = axes.bar(
-            xs, [row[m] for m in measures if m in row], width * 0.92, label=label.replace("$", r"\$"), color=color
-        )
+        xs = [x + (i - (len(rows) - 1) / 2) * width for x, name in enumerate(measures) if name in row]
+        bars = axes.bar(xs, [row[name] for name in measures if name in row], width * 0.92, color=colors[label])
         axes.bar_label(bars, fmt=f"%.{digits}f", fontsize=8, color=INK, padding=2)
     axes.set_xticks(range(len(measures)), measures)
     axes.margins(y=0.12)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path)
+
+
+def _shades(count: int) -> list[str]:
+    """From light, the first model, to dark, the last."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    shades = LinearSegmentedColormap.from_list("shades", SHADES)
+    return [to_hex(shades((i + 1) / count)) for i in range(count)]
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -105,7 +128,5 @@ def _draw(axes: Axes, points: Sequence[tuple[int, float]], name: str, color: str
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` neighbours on both sides, fewer at the ends, so that the line neither lags nor jumps."""
-    last = len(values) - 1
-    reaches = [min(reach, i, last - i) for i in range(len(values))]
-    return [fmean(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]
+    """Mean over `reach` neighbours on both sides, so that the line does not lag; fewer at the ends."""
+    return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

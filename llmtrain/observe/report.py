@@ -45,7 +45,7 @@ def write_report(run_dir: str) -> str:
         .render(
             title=os.path.basename(os.path.abspath(run_dir)),
             evaluations=_evaluation_rows(evaluated),
-            evaluation_images=_evaluation_images(out, evaluated),
+            evaluation_image=_evaluation_image(out, evaluated),
             trained=[_training_row(s) for s in stages if s.metrics],
             curves={s.name: _curves(out, s) for s in stages if s.metrics},
             samples={s.name: _pick(s.samples) for s in stages if s.samples},
@@ -123,18 +123,20 @@ def _problem_measures(evaluated: Mapping[str, dict[str, Any]]) -> list[str]:
     return ["greedy"] * ("greedy" in names) + sampled
 
 
-def _evaluation_images(out: str, evaluated: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
-    plots = (
-        ("problems.png", "Share of held-out problems solved", _problem_measures(evaluated), 2),
-        ("perplexity.png", "Perplexity of held-out text (lower is better)", ["perplexity"], 1),
-    )
-    images = []
-    for file, title, measures, digits in plots:
+def _evaluation_image(out: str, evaluated: Mapping[str, dict[str, Any]]) -> dict[str, str] | None:
+    """Bars of what was measured, all models beside each other."""
+    panels = []
+    for title, measures, digits in (
+        ("Share of held-out problems solved", _problem_measures(evaluated), 2),
+        ("Held-out text", ["perplexity"], 1),
+    ):
         rows = {label: {m: e[m] for m in measures if e.get(m) is not None} for label, e in evaluated.items()}
         if any(rows.values()):
-            plot_bars(os.path.join(out, file), title, {label: row for label, row in rows.items() if row}, digits)
-            images.append({"file": file, "alt": title})
-    return images
+            panels.append((title, {label: row for label, row in rows.items() if row}, digits))
+    if not panels:
+        return None
+    plot_bars(os.path.join(out, "evaluation.png"), panels)
+    return {"file": "evaluation.png", "alt": ", ".join(title for title, *_ in panels)}
 
 
 def _curves(out: str, stage: Stage) -> list[dict[str, str]]:

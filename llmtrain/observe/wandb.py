@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import secrets
 from collections.abc import Mapping
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 Mode = Literal["offline", "online", "off"]
 
@@ -29,24 +27,15 @@ class Sink:
             self._run.finish()
 
 
-def has_key() -> bool:
-    """Whether W&B would find an API key: WANDB_API_KEY, or the server's entry in the netrc file (`wandb login`)."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    return os.path.exists(path) and netrc.netrc(path).authenticators(host or "") is not None
-
-
 def start(mode: Mode, project: str, name: str, run_dir: str, config: dict[str, Any], resume: bool) -> Sink:
     """Open the W&B run of a run directory; call it on one rank.
 
-    offline: a run directory <run_dir>/wandb/offline-run-* that `wandb sync` takes; nothing is sent. online: needs a
-    key. off: nothing at all. A resumed run keeps its identity, so that W&B joins the parts.
+    offline: a run directory <run_dir>/wandb/offline-run-* that `wandb sync` takes; nothing is sent. online: needs
+    WANDB_API_KEY. off: nothing at all. A resumed run keeps its identity, so that W&B joins the parts.
     """
     if mode == "off":
         return Sink(None)
-    assert mode == "offline" or has_key(), "log.wandb: online needs a key: run `wandb login` or set WANDB_API_KEY"
+    assert mode == "offline" or os.environ.get("WANDB_API_KEY"), "log.wandb=online without WANDB_API_KEY"
     if mode == "offline":
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # crash reports would be sent even then
     import wandb

@@ -64,7 +64,7 @@ def test_a_run_of_stages(tmp_path: Path) -> None:
     path = write_report(str(_run(tmp_path / "quick")))
     assert path == str(tmp_path / "quick" / "report" / "index.html")
     page = Page(path)
-    expected = ["problems.png", "perplexity.png", "pretrain.png", "grpo-rl.png", "grpo.png"]
+    expected = ["evaluation.png", "pretrain.png", "grpo-rl.png", "grpo.png"]
     assert page.images == expected
     for image in expected:
         head = (tmp_path / "quick" / "report" / image).read_bytes()[:24]
@@ -107,4 +107,4 @@ def test_nothing_to_report(tmp_path: Path, name: str, reason: str) -> None:
 
 
 def test_running_mean() -> None:
-    assert _running_mean([0.0, 3.0, 6.0, 3.0, 0.0], 1) == [0.0, 3.0, 4.0, 3.0, 0.0]
+    assert _running_mean([0.0, 3.0, 6.0, 3.0, 9.0], 1) == [1.5, 3.0, 4.0, 6.0, 6.0]
