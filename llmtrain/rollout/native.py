@@ -1,0 +1,229 @@
+"""The generator on our own Decoder: static KV cache, continuous batching, a prompt computed once for its group."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmtrain.model.decoder import Decoder
+from llmtrain.rollout.cache import KVCache, Recorder, round_up
+from llmtrain.rollout.sampling import check_sampling, sample
+from llmtrain.types import Prompt, Rollout, Sampling
+
+_PREFILL_TOKENS = 8192  # of prompts computed in one forward, padding included (bounds the activations)
+
+
+class NativeGenerator:
+    """Samples from a whole Decoder, in its dtype. `rollout/generator.py` says what each method promises.
+
+    At most `max_batch_seqs` sequences are decoded together; a finished one makes room for the next. A sequence ends at
+    `max_seq_tokens` (prompt and completion; None = the model's max_positions) if nothing ends it before. Which tokens
+    are drawn depends only on the weights, the prompt, its seed and the sample's number, not on the batch around it.
+    """
+
+    def __init__(
+        self, model: Decoder, max_batch_seqs: int, device: torch.device | str, max_seq_tokens: int | None = None
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.device = torch.device(device)
+        self.max_batch_seqs = max_batch_seqs
+        self.max_seq_tokens = min(max_seq_tokens or model.config.max_positions, model.config.max_positions)
+        self.version = 0
+        self.asleep = False
+        self.cache: KVCache | None = None
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """`num_samples` rollouts a prompt, in the order of the prompts.
+
+        Raises ValueError for a prompt that is empty or leaves no room for a token, FloatingPointError when the logits
+        are not finite, RuntimeError when asleep.
+        """
+        self._check(prompts, sampling)
+        if not prompts:
+            return []
+        sequences = [s for group, prompt in enumerate(prompts) for s in self._sequences(group, prompt, sampling)]
+        slots = min(self.max_batch_seqs, len(sequences))
+        cache = self._reserve(slots, max(s.max_tokens for s in sequences))
+        _Decoding(self.model, cache, sampling, slots).run(sequences)
+        if not all(torch.tensor(s.logprobs).isfinite().all() for s in sequences):
+            self.cache = None  # it may hold NaN
+            raise FloatingPointError("the logits are not finite; the weights have diverged")
+        return [s.rollout(self.version) for s in sequences]
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copies every weight by canonical name; a tied head may come under both names.
+
+        Raises ValueError when one is missing, unknown or of another shape; the model is then a mixture: load again.
+        """
+        parameters = dict(self.model.named_parameters())
+        missing = dict(parameters)
+        for name, tensor in weights:
+            if name == "head.weight" and self.model.config.tie_embeddings:
+                continue
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                expected = list(parameters[name].shape) if name in parameters else "no tensor so named"
+                raise ValueError(f"{name} {list(tensor.shape)}: the generator's model has {expected}")
+            parameters[name].copy_(tensor)
+            missing.pop(name, None)
+        if missing:
+            raise ValueError(f"{next(iter(missing))}: not among the weights ({len(missing)} missing in all)")
+        self.version = version
+
+    def sleep(self) -> None:
+        """Frees the cache."""
+        self.cache, self.asleep = None, True
+
+    def wake(self) -> None:
+        """Allows `generate` again."""
+        self.asleep = False
+
+    def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        if self.asleep:
+            raise RuntimeError("the generator sleeps; call wake() before generate()")
+        check_sampling(sampling)
+        for i, prompt in enumerate(prompts):
+            if not 0 < len(prompt.ids) < self.max_seq_tokens:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt.ids)} tokens: must be 1 to {self.max_seq_tokens - 1}, as a sequence "
+                    f"may have {self.max_seq_tokens}; shorten it or raise model.max_positions"
+                )
+
+    def _sequences(self, group: int, prompt: Prompt, sampling: Sampling) -> list[_Sequence]:
+        tokens = min(len(prompt.ids) + sampling.max_new_tokens, self.max_seq_tokens)
+        streams = (random.Random(f"{prompt.seed}/{i}") for i in range(sampling.num_samples))
+        return [_Sequence(prompt.ids, group, tokens, sampling.stop_ids, stream) for stream in streams]
+
+    def _reserve(self, slots: int, tokens: int) -> KVCache:
+        """The cache, made anew when the last one is too small."""
+        if self.cache is None or not self.cache.holds(slots, tokens):
+            self.cache = None  # free the old one first
+            dtype = self.model.embed.weight.dtype
+            self.cache = KVCache(self.model.config, slots, round_up(tokens), dtype, self.device)
+        return self.cache
+
+
+@dataclass
+class _Sequence:
+    """One completion in the making."""
+
+    prompt_ids: list[int]
+    group: int
+    max_tokens: int  # prompt and completion
+    stop_ids: tuple[int, ...]
+    stream: random.Random
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.tokens)
+
+    @property
+    def stopped(self) -> bool:
+        return self.tokens[-1] in self.stop_ids
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or self.length == self.max_tokens
+
+    def uniform(self) -> float:
+        """The next number of the stream in [0, 1); 24 bits, so that fp32 cannot round it to 1."""
+        return self.stream.getrandbits(24) / 2**24
+
+    def rollout(self, version: int) -> Rollout:
+        return Rollout(self.prompt_ids, self.tokens, self.logprobs, self.stopped, version, self.group)
+
+
+@dataclass
+class _Prefill:
+    """A computed prompt: keys, values [layers, kv heads, T, head_dim] and the logits [vocabulary] after it."""
+
+    keys: Tensor
+    values: Tensor
+    logits: Tensor
+
+
+class _Decoding:
+    """One call of `generate`. Row i of the cache belongs to `active[i]`."""
+
+    def __init__(self, model: Decoder, cache: KVCache, sampling: Sampling, slots: int) -> None:
+        self.model, self.cache, self.sampling, self.slots = model, cache, sampling, slots
+        # The same modules without the head, which is wanted for the last position of a prompt only.
+        self.trunk = copy.copy(model)
+        self.trunk._modules = {**model._modules, "head": None}
+        self.active: list[_Sequence] = []
+        self.prefills: dict[int, _Prefill] = {}  # by group, until its last sample has started
+
+    def run(self, sequences: list[_Sequence]) -> None:
+        """Completes all sequences. Longest prompts start first: least padding, and least left over at the end."""
+        waiting = deque(sorted(sequences, key=lambda s: -len(s.prompt_ids)))
+        while waiting or self.active:
+            while waiting and len(self.active) < self.slots:
+                self._start([waiting.popleft() for _ in range(min(self.slots - len(self.active), len(waiting)))])
+                groups = {waiting[0].group} if waiting else set()
+                self.prefills = {group: p for group, p in self.prefills.items() if group in groups}
+                self._retire()
+            if self.active:
+                self._decode()
+                self._retire()
+
+    def _start(self, new: list[_Sequence]) -> None:
+        """Gives each a row with its prompt in it, and its first token."""
+        self._prefill(list({s.group: s.prompt_ids for s in new if s.group not in self.prefills}.items()))
+        for row, s in enumerate(new, len(self.active)):
+            self.cache.fill(row, self.prefills[s.group].keys, self.prefills[s.group].values)
+        self._append(new, torch.stack([self.prefills[s.group].logits for s in new]))
+        self.active += new
+
+    def _prefill(self, prompts: list[tuple[int, list[int]]]) -> None:
+        """Computes prompts (group, ids), longest first, several in a forward."""
+        while prompts:
+            count = max(1, _PREFILL_TOKENS // len(prompts[0][1]))
+            groups, rows = zip(*prompts[:count], strict=True)
+            self.prefills.update(zip(groups, self._forward_prompts(rows), strict=True))
+            prompts = prompts[count:]
+
+    def _forward_prompts(self, prompts: Sequence[list[int]]) -> list[_Prefill]:
+        """One forward. Padding is on the right, where causal attention never sees it."""
+        lengths, device = [len(ids) for ids in prompts], self.cache.keys.device
+        ids = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in prompts], device=device)
+        positions = torch.arange(ids.size(1), device=device).expand_as(ids)
+        recorder = Recorder()
+        hidden = self.trunk(ids, positions, caches=dict.fromkeys(self.model.layers, recorder))
+        keys, values = torch.stack(recorder.keys, 1), torch.stack(recorder.values, 1)
+        logits = self.model.head(hidden[range(len(prompts)), [n - 1 for n in lengths]])
+        return [_Prefill(keys[i, :, :, :n], values[i, :, :, :n], logits[i]) for i, n in enumerate(lengths)]
+
+    def _decode(self) -> None:
+        """One token more for every active sequence."""
+        mask, caches = self.cache.decoding([s.length - 1 for s in self.active])
+        device = self.cache.keys.device
+        ids = torch.tensor([[s.tokens[-1]] for s in self.active], device=device)
+        positions = torch.tensor([[s.length - 1] for s in self.active], device=device)
+        logits = self.model(ids, positions, mask=mask, caches=dict(zip(self.model.layers, caches, strict=True)))
+        self._append(self.active, logits[:, 0])
+
+    def _append(self, sequences: list[_Sequence], logits: Tensor) -> None:
+        """Samples a token for each from logits [len(sequences), vocabulary]."""
+        uniforms = torch.tensor([s.uniform() for s in sequences], device=logits.device)
+        tokens, logprobs = sample(logits, uniforms, self.sampling)
+        for s, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
+            s.tokens.append(token)
+            s.logprobs.append(logprob)
+
+    def _retire(self) -> None:
+        """Drops finished sequences; the last row moves into the gap, so that used rows stay together."""
+        for row in reversed(range(len(self.active))):
+            if self.active[row].done:
+                last = self.active.pop()
+                if row < len(self.active):
+                    self.active[row] = last
+                    self.cache.move(len(self.active), row, last.length - 1)

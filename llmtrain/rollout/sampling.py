@@ -1,0 +1,62 @@
+"""From logits to one token a row, by inverse CDF: one uniform number a row, not one for every vocabulary entry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmtrain.types import Sampling
+
+_CANDIDATES = 1024  # top-p first looks for its nucleus among this many tokens; sorting a whole vocabulary is 50x slower
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError for a value outside its range."""
+    rules = {
+        "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
+        "num_samples": (sampling.num_samples >= 1, "at least 1"),
+        "temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
+        "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1 (1 = all)"),
+        "top_k": (sampling.top_k >= 0, "0 (all) or more"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(f"{name}={getattr(sampling, name)}: must be {rule}")
+
+
+def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(tokens [B] int64, log-probs [B] fp32). logits [B, vocabulary]; uniforms [B] fp32 in [0, 1).
+
+    The log-prob is that of the whole distribution at the sampling temperature, before truncation; greedy (temperature
+    0) reports temperature 1.
+    """
+    logits = logits.float() / (sampling.temperature or 1.0)
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()
+    if sampling.temperature == 0 or sampling.top_k == 1:
+        tokens = logits.argmax(-1)
+    elif sampling.top_k == 0 and sampling.top_p == 1:
+        tokens = _invert(weights.cumsum(-1), uniforms)
+    else:
+        tokens = _truncated(weights, uniforms, sampling.top_k, sampling.top_p)
+    return tokens, (logits.gather(-1, tokens[:, None]) - top)[:, 0] - weights.sum(-1).log()
+
+
+def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
+    """The first index with cdf > u * total: a token of weight 0 is never chosen. (The clamp only meets NaN.)"""
+    target = uniforms[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.size(-1) - 1)
+
+
+def _truncated(weights: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Top-k, then the smallest set of its tokens that holds `top_p` of their mass (nucleus, arXiv 1904.09751)."""
+    vocab_size = weights.size(-1)
+    for count in (min(top_k or _CANDIDATES, vocab_size), vocab_size):
+        chosen, ids = weights.topk(count)
+        cdf = chosen.cumsum(-1)
+        mass = top_p * (cdf[:, -1] if top_k else weights.sum(-1))
+        if top_k or bool((cdf[:, -1] >= mass).all()):
+            break
+    outside = cdf - chosen >= mass[:, None]  # the tokens before this one already hold the mass
+    chosen = chosen.masked_fill(outside, 0)
+    return ids.gather(-1, _invert(chosen.cumsum(-1), uniforms)[:, None])[:, 0]

