@@ -1,0 +1,166 @@
+"""Rows of tokens for training: contiguous text, and demonstrations packed several to a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llmtrain.data.jsonl import read_jsonl, text_field
+from llmtrain.data.prompts import encode_prompt
+from llmtrain.data.sampler import derive, permuted, source_of
+from llmtrain.data.shards import ShardReader, open_shards
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.types import IGNORE, Batch
+
+Row = dict[str, list]
+"""Columns of one row before padding: input_ids, labels, positions, segment_ids; branch_ids where samples share a
+prompt; any other column is one of `Batch.extra`."""
+
+PADDING = {"labels": IGNORE, "segment_ids": -1}  # other columns: 0
+
+
+def to_batch(rows: Sequence[Row], width_tokens: int, pad_id: int) -> Batch:
+    """Pad rows to one width and stack them. Where there is a label it is trained."""
+    padding = PADDING | {"input_ids": pad_id}
+    columns = {
+        name: torch.tensor([row[name] + [padding.get(name, 0)] * (width_tokens - len(row[name])) for row in rows])
+        for name in rows[0]
+    }
+    known = {name: columns.pop(name) for name in tuple(columns) if name in Batch.__dataclass_fields__}
+    extra = {name: column.float() for name, column in columns.items()}
+    return Batch(**known, loss_mask=known["labels"] != IGNORE, extra=extra)
+
+
+def concatenate(rows: Sequence[Row]) -> Row:
+    """One row of several."""
+    return {name: [x for row in rows for x in row[name]] for name in rows[0]}
+
+
+def best_fit(lengths: Sequence[int], width_tokens: int) -> list[list[int]]:
+    """Put items, in the given order, each in the fullest row that still has room. Returns the items of each row."""
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(width_tokens + 1)]  # rows by the tokens that are free
+    for item, length in enumerate(lengths):
+        free = next((free for free in range(length, width_tokens + 1) if with_room[free]), None)
+        row = len(rows) if free is None else with_room[free].pop()
+        if free is None:
+            rows.append([])
+        rows[row].append(item)
+        with_room[(width_tokens if free is None else free) - length].append(row)
+    return rows
+
+
+class TextRows:
+    """Rows of `seq_len` contiguous tokens of pretraining text, each with the token that follows.
+
+    Training: sample numbers run on for ever; sources are mixed by `weights` (by name; None = by size), each in a new
+    order in each of its epochs. Held out: samples 0..len-1 are the rows in one fixed order, whatever the seed.
+    With `mask_documents` attention and positions restart at documents, and the first token of a document is not
+    predicted from the document before.
+    Raises ValueError when a source is too short for one row, or `weights` do not name the sources.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        split: str,
+        seq_len: int,
+        seed: int,
+        mask_documents: bool,
+        weights: dict[str, float] | None = None,
+    ) -> None:
+        self.seq_len, self.seed, self.mask_documents = seq_len, seed, mask_documents
+        self.shuffled = split == "train"
+        self.readers = open_shards(directory, split)
+        self.rows = {name: max(0, len(r.tokens) - 1) // seq_len for name, r in self.readers.items()}
+        self.weights = dict(self.rows if weights is None else weights)
+        where = f"{directory}, split {split}"
+        short = [name for name, rows in self.rows.items() if rows == 0]
+        if short if self.shuffled else not any(self.rows.values()):
+            raise ValueError(
+                f"{where}: {', '.join(short) or 'no source'} has fewer than train.seq_len={seq_len} + 1 tokens; "
+                "shorten the rows, give more text, or hold out another share"
+            )
+        if self.shuffled and self.weights.keys() != self.rows.keys():
+            raise ValueError(f"{where}: weights for {sorted(self.weights)}, but the shards hold {sorted(self.rows)}")
+
+    def __len__(self) -> int:
+        """Rows in all sources: an epoch."""
+        return sum(self.rows.values())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text a token, over the split: bits/byte = loss / ln 2 / bytes_per_token."""
+        readers = self.readers.values()
+        return sum(r.text_bytes for r in readers) / sum(len(r.tokens) for r in readers)
+
+    def locate(self, sample: int) -> tuple[ShardReader, int]:
+        """(source, row in it) of a sample."""
+        if self.shuffled:
+            names = list(self.rows)
+            source, ordinal = source_of(sample, [self.weights[n] for n in names], derive(self.seed, "sources"))
+            name = names[source]
+            return self.readers[name], permuted(ordinal, self.rows[name], derive(self.seed, name))
+        row = permuted(sample, len(self), 0)
+        for name, rows in self.rows.items():
+            if row < rows:
+                return self.readers[name], row
+            row -= rows
+        raise AssertionError("row lies in one of the sources")
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """The rows of these sample numbers, [len(samples), seq_len]."""
+        spans = [(reader.tokens, row * self.seq_len) for reader, row in map(self.locate, samples)]
+        tokens = np.stack([tokens[start : start + self.seq_len + 1] for tokens, start in spans]).astype(np.int64)
+        ids, labels = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
+        steps = torch.arange(self.seq_len).expand_as(ids)
+        if not self.mask_documents:
+            return Batch(ids, labels, torch.ones_like(ids, dtype=torch.bool), steps.clone())
+        ends = ids == next(iter(self.readers.values())).eos_id
+        starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
+        positions = steps - torch.where(starts, steps, 0).cummax(1).values
+        return Batch(ids, labels.masked_fill(ends, IGNORE), ~ends, positions, starts.long().cumsum(1))
+
+
+class Demonstrations:
+    """Rows of prompts with their answers: the loss is on `completion` (else `answer`) and the end-of-text token.
+
+    With `pack`, several examples share a row, each its own segment. Which do is fixed by the seed; rows come in a new
+    order in each epoch. Raises ValueError, with file and line, for a broken line and for an example longer than a row.
+    """
+
+    def __init__(self, path: str, tokenizer: Tokenizer, seq_len: int, seed: int, pack: bool = True) -> None:
+        self.seq_len, self.pad_id, self.seed = seq_len, tokenizer.pad_id, derive(seed, "rows")
+        self.examples = [demonstration(record, tokenizer, f"{path}:{n}", seq_len) for n, record in read_jsonl(path)]
+        order = [permuted(i, len(self.examples), derive(seed, "packing")) for i in range(len(self.examples))]
+        lengths = [len(self.examples[i]["labels"]) for i in order]
+        plan = best_fit(lengths, seq_len) if pack else [[i] for i in range(len(order))]
+        self.plan = [[order[i] for i in row] for row in plan]
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        return len(self.plan)
+
+    def row(self, sample: int) -> Row:
+        members = [self.examples[i] for i in self.plan[permuted(sample, len(self), self.seed)]]
+        return concatenate([m | {"segment_ids": [k] * len(m["labels"])} for k, m in enumerate(members)])
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """The rows of these sample numbers, [len(samples), seq_len]."""
+        return to_batch([self.row(sample) for sample in samples], self.seq_len, self.pad_id)
+
+
+def demonstration(record: dict, tokenizer: Tokenizer, where: str, seq_len: int) -> Row:
+    """The columns of one example, without segment ids."""
+    prompt = encode_prompt(record, tokenizer, where)
+    completion = tokenizer.encode(text_field(record, ("completion", "answer"), where), parse_special=False)
+    ids = [*prompt, *completion, tokenizer.eos_id]
+    if len(ids) - 1 > seq_len:
+        raise ValueError(
+            f"{where}: the example has {len(ids) - 1} tokens, more than train.seq_len={seq_len}; lengthen the rows or "
+            "drop the example"
+        )
+    labels = [IGNORE] * (len(prompt) - 1) + ids[len(prompt) :]
+    return {"input_ids": ids[:-1], "labels": labels, "positions": list(range(len(labels)))}

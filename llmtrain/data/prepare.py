@@ -1,0 +1,124 @@
+"""The data stage: problem sets, tokenizer, token shards. Done once for a configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from llmtrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from llmtrain.data.jsonl import read_jsonl
+from llmtrain.data.shards import split_documents, write_shards
+from llmtrain.data.tasks import write_task
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+MARKER = "prepared.json"
+EXCERPT_CHARS = 20_000  # of one document at most to train the tokenizer: variety over length
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int) -> None:
+    """Write the tasks and shards of `data` into `data_dir`, and train the tokenizer unless `tokenizer_dir` exists.
+
+    Returns at once when that was done before; a run that was killed starts over. Raises ValueError when `data_dir` was
+    made with another configuration or tokenizer, and when there is neither a tokenizer nor text to train one.
+    """
+    settings = relevant(data, tokenizer, seed)
+    if is_prepared(data_dir, tokenizer_dir, settings):
+        return
+    os.makedirs(data_dir, exist_ok=True)
+    with progress_bar() as progress:
+        for task in data.tasks:
+            with shown(progress, f"task {task.name}"):
+                write_task(task, data_dir, seed)
+        loaded = make_tokenizer(data, tokenizer, data_dir, tokenizer_dir, seed, progress)
+        if data.sources:
+            with shown(progress, "tokens") as row:
+                write_shards(data.sources, loaded, data_dir, seed, lambda name, n: show_bytes(progress, row, name, n))
+    write_marker(data_dir, settings | {"tokenizer": loaded.fingerprint})
+
+
+def progress_bar() -> Progress:
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+@contextmanager
+def shown(progress: Progress, description: str) -> Iterator[TaskID]:
+    """A line in the display, ticked off at the end."""
+    row = progress.add_task(description, total=None)
+    yield row
+    progress.update(row, total=1, completed=1, description=description)
+
+
+def show_bytes(progress: Progress, row: TaskID, source: str, text_bytes: int) -> None:
+    progress.update(row, description=f"tokens: {source}, {text_bytes / 1e6:.1f} MB")
+
+
+def relevant(data: DataConfig, tokenizer: TokenizerConfig, seed: int) -> dict[str, Any]:
+    """What decides the bytes of the result, hashed. The weights of the sources do not: they apply at training."""
+    sources = [source.model_dump(exclude={"weight"}) for source in data.sources]
+    tasks = [task.model_dump() for task in data.tasks]
+    trained = tokenizer.model_dump(exclude={"path"})
+    text = json.dumps([sources, tasks, trained, seed], sort_keys=True)
+    return {"config": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_prepared(data_dir: str, tokenizer_dir: str, settings: dict[str, Any]) -> bool:
+    """Whether the work is done. Raises ValueError when other work was done there."""
+    marker = Path(data_dir, MARKER)
+    if not marker.is_file():
+        return False
+    done = json.loads(marker.read_text())
+    remedy = f"give another data.path (and tokenizer.path), or delete {data_dir} and {tokenizer_dir}"
+    if done["config"] != settings["config"]:
+        raise ValueError(f"{data_dir} was made with other data, tokenizer or seed settings; {remedy}")
+    if done["tokenizer"] != load_tokenizer(tokenizer_dir).fingerprint:
+        raise ValueError(f"{data_dir} was made with another tokenizer than {tokenizer_dir}; {remedy}")
+    return True
+
+
+def make_tokenizer(
+    data: DataConfig, config: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int, progress: Progress
+) -> Tokenizer:
+    """The tokenizer of the directory, trained first if there is no such directory."""
+    if not os.path.exists(tokenizer_dir):
+        if not data.sources:
+            raise ValueError(f"{tokenizer_dir}: no tokenizer there, and no data.sources to train one from")
+        with shown(progress, "tokenizer"):
+            train_tokenizer(tokenizer_texts(data, config, data_dir, seed), tokenizer_dir, config.vocab_size)
+    return load_tokenizer(tokenizer_dir)
+
+
+def tokenizer_texts(data: DataConfig, config: TokenizerConfig, data_dir: str, seed: int) -> Iterator[str]:
+    """Training text, the same share of `train_bytes` from each source, and the plain prompts of the tasks."""
+    share = config.train_bytes // len(data.sources)
+    yield from chain.from_iterable(excerpts(source, share, seed) for source in data.sources)
+    for task in data.tasks:
+        for _, line in read_jsonl(Path(data_dir, f"{task.name}-train.jsonl")):
+            yield line.get("prompt", "") + line.get("completion", "")
+
+
+def excerpts(source: SourceConfig, max_bytes: int, seed: int) -> Iterator[str]:
+    """Beginnings of training documents, about `max_bytes` in all."""
+    left = max_bytes
+    for split, text in split_documents(source, seed):
+        if left <= 0:
+            return
+        if split == "train":
+            left -= len(text[:EXCERPT_CHARS].encode())
+            yield text[:EXCERPT_CHARS]
+
+
+def write_marker(data_dir: str, content: dict[str, Any]) -> None:
+    """By a rename: it is there only when all else is."""
+    unfinished = Path(data_dir, MARKER + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, Path(data_dir, MARKER))

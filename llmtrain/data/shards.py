@@ -1,0 +1,133 @@
+"""Flat files of token ids, one per source and split, read by memory map.
+
+`<source>-<split>.bin` holds the ids (uint16, or uint32 for a vocabulary above 65,536), every document followed by the
+end-of-text id; `<source>-<split>.offsets.npy` the start of every document and the end of the last (int64);
+`shards.json` the counts, and the fingerprint of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmtrain.config.schema import SourceConfig
+from llmtrain.data.collect import documents
+from llmtrain.data.tokenizer import Tokenizer
+
+SPLITS = ("train", "held_out")
+MANIFEST = "shards.json"
+BATCH = 64  # documents tokenized together
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """The tokens of one source and split."""
+
+    tokens: np.ndarray  # [tokens], mapped
+    offsets: np.ndarray  # [documents + 1] int64, in tokens
+    text_bytes: int  # UTF-8 bytes of the text
+    eos_id: int
+
+
+def split_documents(source: SourceConfig, seed: int) -> Iterator[tuple[str, str]]:
+    """(split, text) of every document. `held_out` of them, spread evenly, are for validation; the first never is."""
+    for i, text in enumerate(documents(source, seed)):
+        held = i > 0 and math.ceil(i * source.held_out) > math.ceil((i - 1) * source.held_out)
+        yield SPLITS[held], text
+
+
+def write_shards(
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    directory: str,
+    seed: int,
+    progress: Callable[[str, int], None] = lambda source, text_bytes: None,
+) -> None:
+    """Tokenize every source. `progress` is told, now and then, how many bytes of which source were done.
+
+    Raises ValueError for a source without text, or without a document left to train on.
+    """
+    os.makedirs(directory, exist_ok=True)
+    counts = {source.name: write_source(source, tokenizer, directory, seed, progress) for source in sources}
+    manifest = {
+        "tokenizer": tokenizer.fingerprint,
+        "eos_id": tokenizer.eos_id,
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "sources": counts,
+    }
+    Path(directory, MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def write_source(
+    source: SourceConfig, tokenizer: Tokenizer, directory: str, seed: int, progress: Callable[[str, int], None]
+) -> dict[str, dict[str, int]]:
+    """The files of one source; returns documents, tokens and bytes by split."""
+    dtype, stream = token_dtype(tokenizer.vocab_size), split_documents(source, seed)
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+    text_bytes = dict.fromkeys(SPLITS, 0)
+    paths = {split: os.path.join(directory, f"{source.name}-{split}") for split in SPLITS}
+    with open(paths["train"] + ".bin", "wb") as train, open(paths["held_out"] + ".bin", "wb") as held_out:
+        files = {"train": train, "held_out": held_out}
+        while batch := list(islice(stream, BATCH)):
+            all_ids = tokenizer.encode_batch([text for _, text in batch], parse_special=False)
+            for (split, text), ids in zip(batch, all_ids, strict=True):
+                files[split].write(np.array([*ids, tokenizer.eos_id], dtype))
+                lengths[split].append(len(ids) + 1)
+                text_bytes[split] += len(text.encode())
+            progress(source.name, sum(text_bytes.values()))
+    for split, path in paths.items():
+        np.save(path + ".offsets.npy", np.cumsum([0, *lengths[split]], dtype=np.int64), allow_pickle=False)
+    return {s: {"documents": len(lengths[s]), "tokens": sum(lengths[s]), "bytes": text_bytes[s]} for s in SPLITS}
+
+
+def token_dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def read_manifest(directory: str) -> dict[str, Any]:
+    """shards.json. Raises ValueError when the directory has none."""
+    path = Path(directory, MANIFEST)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; data.path has no token shards yet, write them with `llmtrain data`")
+    return json.loads(path.read_text())
+
+
+def check_tokenizer(directory: str, tokenizer: Tokenizer) -> None:
+    """Raises ValueError when the shards were made with another tokenizer."""
+    written = read_manifest(directory)["tokenizer"]
+    if written != tokenizer.fingerprint:
+        raise ValueError(
+            f"{directory}: the shards were made with tokenizer {written}, but {tokenizer.directory} is "
+            f"{tokenizer.fingerprint}; set tokenizer.path to the first, or delete the shards and make them anew"
+        )
+
+
+def open_shards(directory: str, split: str) -> dict[str, ShardReader]:
+    """Readers by source, for `train` or `held_out`. Raises ValueError when a file is missing or cut short."""
+    manifest = read_manifest(directory)
+    return {
+        name: open_source(os.path.join(directory, f"{name}-{split}"), counts[split], manifest)
+        for name, counts in manifest["sources"].items()
+    }
+
+
+def open_source(path: str, counts: dict[str, int], manifest: dict[str, Any]) -> ShardReader:
+    dtype = np.dtype(manifest["dtype"])
+    size = os.path.getsize(path + ".bin") if os.path.isfile(path + ".bin") else -1
+    if size != counts["tokens"] * dtype.itemsize or not os.path.isfile(path + ".offsets.npy"):
+        raise ValueError(
+            f"{path}.bin: {size} bytes where {MANIFEST} says {counts['tokens'] * dtype.itemsize} (-1 = missing); "
+            "delete the directory and make the shards anew"
+        )
+    # an empty file cannot be mapped
+    tokens = np.memmap(path + ".bin", dtype, mode="r") if size else np.empty(0, dtype)
+    offsets = np.load(path + ".offsets.npy", mmap_mode="r", allow_pickle=False)
+    return ShardReader(tokens, offsets, counts["bytes"], manifest["eos_id"])

@@ -1,0 +1,35 @@
+"""Answers, line by line, [gold or null, answer] with {"value": text or null, "equal": bool}. Started by math.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+READY = "ready\n"
+
+
+def answer_question(gold: str | None, answer: str) -> dict[str, Any]:
+    """What math-verify reads in `answer`, and whether it equals `gold`. What it cannot handle is unreadable."""
+    from math_verify import parse, verify
+
+    try:
+        found = parse(answer)
+        equal = gold is not None and verify(parse(f"\\boxed{{{gold}}}"), found)
+        return {"value": str(found[0]) if found else None, "equal": bool(equal)}
+    except Exception:  # sympy raises all sorts of things on what a model writes
+        return {"value": None, "equal": False}
+
+
+def main() -> None:
+    import math_verify  # noqa: F401
+
+    logging.disable(logging.ERROR)  # it reports every time limit that an answer runs into
+    print(READY, end="", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer_question(*json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.data.groups import group_batch, group_rows, row_width
+from llmtrain.model.decoder import Decoder, initialize
+from llmtrain.types import IGNORE, Batch, Experience, Rollout
+
+PAD = 0
+
+
+def experience(prompt: list[int], completion: list[int], advantage: float = 1.0) -> Experience:
+    logprobs = [-0.1 * t for t in completion]
+    return Experience(Rollout(prompt, completion, logprobs, True, 0, 0), reward=1.0, advantage=advantage, text="")
+
+
+def random_groups(rng: random.Random, prompts: int, samples: int) -> list[list[Experience]]:
+    groups = []
+    for _ in range(prompts):
+        prompt = [rng.randint(2, 49) for _ in range(rng.randint(1, 9))]
+        lengths = [rng.randint(1, 8) for _ in range(samples)]
+        groups.append([experience(prompt, [rng.randint(2, 49) for _ in range(n)], rng.random()) for n in lengths])
+    return groups
+
+
+def test_the_example_of_types() -> None:
+    p, q, x, y, z = 5, 6, 7, 8, 9
+    batch = group_batch([[experience([p, q], [x, y], 0.5), experience([p, q], [z], -2.0)]], 5, rows=1, pad_id=PAD)
+    assert batch.input_ids.tolist() == [[p, q, x, q, PAD]]
+    assert batch.labels.tolist() == [[IGNORE, x, y, z, IGNORE]]
+    assert batch.loss_mask.tolist() == [[False, True, True, True, False]]
+    assert batch.positions.tolist() == [[0, 1, 2, 1, 0]]
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 0, -1]]
+    assert batch.branch_ids.tolist() == [[0, 1, 1, 2, 0]]
+    assert batch.extra["advantages"].tolist() == [[0, 0.5, 0.5, -2.0, 0]]
+    assert torch.allclose(batch.extra["old_logprobs"], torch.tensor([[0, -0.7, -0.8, -0.9, 0]]))
+    assert {t.dtype for t in batch.extra.values()} == {torch.float32}
+
+
+def logprobs(model: Decoder, batch: Batch) -> torch.Tensor:
+    logits = model(batch.input_ids, batch.positions, batch.segment_ids, batch.branch_ids)
+    labels = batch.labels.clamp(min=0)
+    return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("width", [20, 40, 97])
+@torch.no_grad()
+def test_shared_prefix_equals_each_sample_alone(width: int) -> None:
+    config = ModelConfig(num_layers=2, hidden_size=32, ffn_size=48, num_kv_heads=2, vocab_size=50)
+    model = Decoder(config)
+    initialize(model, config, seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4 if p.dim() > 1 else 1)  # log-probs that depend on what is attended to
+    groups = random_groups(random.Random(width), prompts=6, samples=4)
+    batch = group_batch(groups, width, len(group_rows(groups, width)), PAD)
+    found = Counter()
+    for row, values in enumerate(logprobs(model, batch)):
+        branches = torch.stack([batch.segment_ids[row], batch.branch_ids[row]], 1)
+        for key in branches[batch.loss_mask[row]].unique(dim=0):
+            at = (branches == key).all(1) & batch.loss_mask[row]
+            old = batch.extra["old_logprobs"][row][at]
+            found[tuple(batch.labels[row][at].tolist()), tuple(values[at].tolist()), tuple(old.tolist())] += 1
+    expected = []
+    for sample in (s for group in groups for s in group):
+        r = sample.rollout
+        ids = torch.tensor([r.prompt_ids + r.completion_ids])
+        alone = model(ids[:, :-1], torch.arange(ids.size(1) - 1)[None]).log_softmax(-1)[0]
+        values = alone.gather(-1, ids[0, 1:, None])[len(r.prompt_ids) - 1 :, 0]
+        expected.append((tuple(r.completion_ids), tuple(values.tolist()), tuple(torch.tensor(r.logprobs).tolist())))
+    got = sorted(found.elements())
+    for mine, wanted in zip(got, sorted(expected), strict=True):
+        assert mine[0] == wanted[0]
+        assert mine[1] == pytest.approx(wanted[1], abs=1e-5)
+        assert mine[2] == wanted[2]
+
+
+def test_neighbours_share_rows_and_large_groups_are_cut() -> None:
+    groups = random_groups(random.Random(1), prompts=8, samples=4)
+    longest = row_width(groups, 1)
+    assert row_width(groups, 8) == -(-longest // 8) * 8
+    width = 2 * longest
+    tokens = sum(len(g[0].rollout.prompt_ids) - 1 + sum(len(s.rollout.completion_ids) for s in g) for g in groups)
+    assert -(-tokens // width) <= len(group_rows(groups, width)) < len(groups)
+    assert len(group_rows(groups, longest)) <= len(groups)
+    cut = group_rows(groups[:1], max(len(s.rollout.prompt_ids) + len(s.rollout.completion_ids) for s in groups[0]))
+    assert len(cut) > 1
+    assert all(row["labels"].count(IGNORE) == len(groups[0][0].rollout.prompt_ids) - 1 for row in cut)
+
+
+def test_rows_are_padded_and_bounded() -> None:
+    groups = random_groups(random.Random(2), prompts=3, samples=2)
+    needed = len(group_rows(groups, 40))
+    batch = group_batch(groups, 40, needed + 2, PAD)
+    assert batch.input_ids.shape == (needed + 2, 40)
+    assert not batch.loss_mask[needed:].any()
+    assert (batch.segment_ids[needed:] == -1).all()
+    with pytest.raises(ValueError, match=f"need {needed} rows of 40 tokens, but only 0"):
+        group_batch(groups, 40, 0, PAD)
+    with pytest.raises(ValueError, match="a sample of 11 tokens does not fit in a row of 10"):
+        group_rows([[experience([1, 2, 3, 4], [5] * 8)]], 10)
+
+
+def test_no_groups_give_empty_rows() -> None:
+    batch = group_batch([], row_width([], 16), 2, PAD)
+    assert batch.input_ids.shape == (2, 16)
+    assert batch.extra["advantages"].dtype == torch.float32
+    assert not batch.loss_mask.any()

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.config.schema import SourceConfig
+from llmtrain.data.packing import Demonstrations, TextRows, best_fit
+from llmtrain.data.shards import open_shards, write_shards
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.types import IGNORE
+
+T = 16
+
+
+@pytest.fixture(scope="module")
+def shards(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("shards")
+    for name, count in (("a", 40), ("b", 20)):
+        lines = [json.dumps({"text": f"{name}{i} " * (1 + i % 5)}) for i in range(count)]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [
+        SourceConfig(name=n, type="jsonl", path=str(directory / f"{n}.jsonl"), held_out=h)
+        for n, h in (("a", 0.3), ("b", 0.0))
+    ]
+    write_shards(sources, tokenizer, str(directory), 0)
+    return str(directory)
+
+
+def test_an_epoch_trains_every_token_once(shards: str) -> None:
+    rows = TextRows(shards, "train", T, seed=0, mask_documents=False, weights={"a": 1e-9 + 1, "b": 1.0})
+    tokens = open_shards(shards, "train")["a"].tokens
+    starts = {tuple(tokens[i : i + T + 1].tolist()): i for i in range(0, len(tokens) - T, T)}
+    batch = rows.batch(range(500))
+    found = [(*x, y[-1]) for x, y in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True)]
+    assert {starts[f] for f in found if f in starts} == set(range(0, rows.rows["a"] * T, T))
+    assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
+    assert batch.loss_mask.all()
+    assert batch.segment_ids is None
+    assert torch.equal(batch.positions[3], torch.arange(T))
+
+
+def test_documents_are_kept_apart(shards: str, tokenizer: Tokenizer) -> None:
+    plain = TextRows(shards, "train", T, 0, mask_documents=False).batch(range(20))
+    batch = TextRows(shards, "train", T, 0, mask_documents=True).batch(range(20))
+    assert torch.equal(batch.input_ids, plain.input_ids)
+    eos = tokenizer.eos_id
+    for ids, labels, after, mask, segments, positions in zip(
+        *(x.tolist() for x in (batch.input_ids, batch.labels, plain.labels, batch.loss_mask)),
+        batch.segment_ids.tolist(),
+        batch.positions.tolist(),
+        strict=True,
+    ):
+        segment = position = 0
+        for t in range(T):
+            assert (segments[t], positions[t]) == (segment, position)
+            assert mask[t] == (ids[t] != eos)
+            assert labels[t] == (IGNORE if ids[t] == eos else after[t])
+            segment, position = (segment + 1, 0) if ids[t] == eos else (segment, position + 1)
+    assert batch.segment_ids.max() > 0
+
+
+def test_samples_depend_on_seed_and_number_only(shards: str) -> None:
+    rows = TextRows(shards, "train", T, 0, True, {"a": 3.0, "b": 1.0})
+    whole = rows.batch(range(100, 108)).input_ids
+    again = TextRows(shards, "train", T, 0, True, {"a": 3.0, "b": 1.0})
+    parts = [again.batch(range(100 + rank, 108, 2)).input_ids for rank in (1, 0)]
+    assert torch.equal(whole[1::2], parts[0])
+    assert torch.equal(whole[0::2], parts[1])
+    assert not torch.equal(whole, TextRows(shards, "train", T, 1, True, {"a": 3.0, "b": 1.0}).batch(range(8)).input_ids)
+
+
+def test_held_out_rows_come_once_whatever_the_seed(shards: str) -> None:
+    rows = TextRows(shards, "held_out", T, seed=0, mask_documents=True)
+    ids = rows.batch(range(len(rows))).input_ids
+    assert len(ids.unique(dim=0)) == len(rows) > 3
+    other = TextRows(shards, "held_out", T, seed=9, mask_documents=True)
+    assert torch.equal(ids, other.batch(range(len(rows))).input_ids)
+    reader = open_shards(shards, "held_out")["a"]
+    assert rows.bytes_per_token == reader.text_bytes / len(reader.tokens)
+
+
+def test_rows_that_cannot_be_are_refused(shards: str) -> None:
+    with pytest.raises(ValueError, match=r"fewer than train.seq_len=9000 \+ 1 tokens"):
+        TextRows(shards, "train", 9000, 0, True)
+    with pytest.raises(ValueError, match=r"fewer than train.seq_len=9000 \+ 1 tokens"):
+        TextRows(shards, "held_out", 9000, 0, True)
+    with pytest.raises(ValueError, match=r"weights for \['a'\], but the shards hold \['a', 'b'\]"):
+        TextRows(shards, "train", T, 0, True, {"a": 1.0})
+
+
+def test_best_fit_fills_the_fullest_row() -> None:
+    assert best_fit([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit([10, 1], 10) == [[0], [1]]
+
+
+def demonstrations(tmp_path: Path, count: int = 40) -> tuple[str, list[dict]]:
+    records = [{"prompt": f"{i} + {i} =", "completion": f" {'1' * (i % 7)} answer {2 * i}"} for i in range(count)]
+    path = tmp_path / "sft.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return str(path), records
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_each_demonstration_is_trained_once_an_epoch(tokenizer: Tokenizer, tmp_path: Path, pack: bool) -> None:
+    path, records = demonstrations(tmp_path)
+    data = Demonstrations(path, tokenizer, 64, seed=0, pack=pack)
+    batch = data.batch(range(len(data)))
+    assert len(data) < 25 if pack else len(data) == 40
+    found = []
+    for r in range(len(data)):
+        for segment in range(int(batch.segment_ids[r].max()) + 1):
+            at = batch.segment_ids[r] == segment
+            ids, labels, mask = batch.input_ids[r][at], batch.labels[r][at], batch.loss_mask[r][at]
+            assert batch.positions[r][at].tolist() == list(range(len(ids)))
+            assert torch.equal(mask, labels != IGNORE)
+            assert torch.equal(labels[mask][:-1], ids[1:][mask[:-1]])
+            assert labels[-1] == tokenizer.eos_id
+            prompt = len(ids) + 1 - int(mask.sum())
+            found.append((tokenizer.decode(ids[:prompt].tolist()), tokenizer.decode(labels[mask].tolist())))
+    assert sorted(found) == sorted((r["prompt"], r["completion"]) for r in records)
+    padding = batch.segment_ids == -1
+    assert (batch.input_ids[padding] == tokenizer.pad_id).all()
+    assert not batch.loss_mask[padding].any()
+
+
+def test_epochs_differ_and_samples_repeat(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path, _ = demonstrations(tmp_path)
+    data = Demonstrations(path, tokenizer, 64, seed=0)
+    n = len(data)
+    first, second = data.batch(range(n)).input_ids, data.batch(range(n, 2 * n)).input_ids
+    assert not torch.equal(first, second)
+    assert torch.equal(first[first[:, 0].argsort(stable=True)].sum(), second.sum())
+    assert torch.equal(Demonstrations(path, tokenizer, 64, seed=0).batch([3]).input_ids, first[3:4])
+    assert not torch.equal(Demonstrations(path, tokenizer, 64, seed=1).batch(range(n)).input_ids[0], first[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"sft.jsonl:2: not valid JSON"),
+        ('{"prompt": "a"}', r"sft.jsonl:2: missing field 'completion' or 'answer'; found 'prompt'"),
+        ('{"answer": "a"}', r"sft.jsonl:2: missing field 'prompt' or 'messages'"),
+        ('{"prompt": "", "answer": "a"}', r"sft.jsonl:2: the prompt is empty"),
+        ('{"prompt": "a", "answer": 3}', r"sft.jsonl:2: field 'answer' must be a string"),
+        ('{"prompt": "a", "answer": "' + "7" * 64 + '"}', r"sft.jsonl:2: the example has 65 tokens, more than .*=64"),
+    ],
+)
+def test_broken_lines(tokenizer: Tokenizer, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        Demonstrations(str(tmp_path / "sft.jsonl"), tokenizer, 64, 0)
+
+
+def test_missing_and_empty_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        Demonstrations(str(tmp_path / "sft.jsonl"), tokenizer, 64, 0)
+    (tmp_path / "sft.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        Demonstrations(str(tmp_path / "sft.jsonl"), tokenizer, 64, 0)
+
+
+def test_the_longest_example_that_fits(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "answer": "' + "7" * 63 + '"}')
+    batch = Demonstrations(str(tmp_path / "sft.jsonl"), tokenizer, 64, 0).batch([0])
+    assert batch.loss_mask.all()
+    assert math.prod(batch.input_ids.shape) == 64
