@@ -182,6 +182,17 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never"] = "auto"
 
 
+class ExportConfig(Section):
+    """`llmtrain export`: the newest checkpoint of `model.init_from`, else of the run, as a Hugging Face directory."""
+
+    path: str | None = None  # None = export/ in the directory of that run
+    dtype: Literal["bf16", "fp32"] = "bf16"
+
+
+class ReportConfig(Section):
+    path: str | None = None  # the run to report on, or a directory of stages; None = the run directory
+
+
 class LogConfig(Section):
     every_steps: PositiveInt = 1
     wandb: Literal["offline", "online", "off"] = "offline"
@@ -206,6 +217,8 @@ class Config(Section):
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
+    report: ReportConfig = ReportConfig()
     log: LogConfig = LogConfig()
 
     @property

@@ -55,7 +55,7 @@ class Tally:
 
     def _merge(self, reports: list[dict]) -> None:
         self.loss = sum(r["loss"] for r in reports) / self.denominator
-        for name in reports[0]["sums"]:
-            self.metrics[name] = sum(r["sums"][name] for r in reports) / self.denominator
-        for name in reports[0]["maxima"]:
-            self.metrics[name] = max(r["maxima"][name] for r in reports)
+        for name in dict.fromkeys(name for r in reports for name in r["sums"]):
+            self.metrics[name] = sum(r["sums"].get(name, 0.0) for r in reports) / self.denominator
+        for name in dict.fromkeys(name for r in reports for name in r["maxima"]):
+            self.metrics[name] = max(r["maxima"].get(name, -math.inf) for r in reports)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -30,6 +31,7 @@ from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import Mesh, Mpu
 from llmtrain.parallel.pipeline import Pipeline, inputs_of, stage_of
 from llmtrain.parallel.plan import compile_blocks
+from llmtrain.parallel.scoring import score
 from llmtrain.types import Batch, Fragment, StepStats
 
 
@@ -52,7 +54,9 @@ def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
 class ZeroEngine:
     """See engine.base.Engine. `model` is this rank's part, from parallel.plan.parallelize."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, config: EngineConfig, optim: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, config: EngineConfig, optim: OptimConfig, total_steps: int
+    ) -> None:
         self.model, self.mesh, self.config, self.optim, self.total_steps = model, mesh, config, optim, total_steps
         self.step = 0
         for p in model.parameters():
@@ -87,21 +91,9 @@ class ZeroEngine:
         norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
         return StepStats(tally.loss, norm, lr, tally.metrics)
 
-    @torch.no_grad()
     def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
         """See Engine."""
-        batches = [b.to(self.mesh.device) for b in microbatches]
-        if self.pipeline is None:
-            return [self.model(b.input_ids, **inputs_of(b, True)) for b in batches]
-        scores = self.pipeline.score(batches)
-        out = []
-        for i, batch in enumerate(batches):
-            pair = torch.zeros(2, *batch.labels.shape, device=self.mesh.device)
-            if scores is not None:
-                pair = torch.stack(scores[i])
-            dist.broadcast(pair, group=self.mesh.groups["pp"], group_src=self.mesh.sizes["pp"] - 1)
-            out.append((pair[0], pair[1]))
-        return out
+        return score(self.model, self.pipeline, self.mesh, microbatches)
 
     @torch.no_grad()
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -170,6 +162,7 @@ def _prepare_deepspeed(mesh: Mesh) -> None:
     """Process-wide settings that `initialize` reads."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
     groups.mpu = None  # an earlier engine of this process
+    os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists on it
     if mesh.device.type == "cpu":
         # It would compile a shared-memory collective with g++; a build that is killed leaves a lock that hangs all
         # later runs. gloo does the work.

@@ -91,9 +91,7 @@ def _pieces(engine: object, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Address]
     for p in engine.module.parameters():
         start, numel = _range(p)
         if numel > 0:
-            yield p, Address(
-                p.canonical, p.global_shape, p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"], start, numel
-            )
+            yield p, Address(p.canonical, p.global_shape, p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"], start, numel)
 
 
 def _range(p: nn.Parameter) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
 
 from llmtrain.config.schema import ParallelConfig, RolloutConfig
 
+START_TIMEOUT = timedelta(minutes=30)  # until the trainers have their model
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first
 
 
@@ -25,7 +27,7 @@ class Link:
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
-        store = PrefixStore("link", store)
+        self.store = store = PrefixStore("link", store)
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
@@ -42,10 +44,22 @@ class Link:
 
     def broadcast_json(self, value: object, root: int) -> object:
         """Any JSON value of rank `root`."""
-        data = _encode(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
-        size = self.broadcast(torch.tensor([data.numel()], device=self.device), root)
-        data = data.to(self.device) if self.rank == root else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        data = _encode(value).to(self.device) if self.rank == root else None
+        size = self.broadcast(torch.tensor([0 if data is None else data.numel()], device=self.device), root)
+        if data is None:
+            data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
         return _decode(self.broadcast(data, root))
+
+    def all_gather_bytes(self, data: Tensor) -> list[Tensor]:
+        """A uint8 tensor of any length of every rank."""
+        return _all_gather_bytes(data, self.size, self.device, lambda out, x: self.group.allgather([out], [x]).wait())
+
+    def start(self, is_worker: bool) -> None:
+        """Workers wait here while trainers load: a collective's timeout runs from its first caller."""
+        if is_worker:
+            self.store.wait(["trainers_ready"], START_TIMEOUT)
+        else:
+            self.store.set("trainers_ready", "1")
 
 
 @dataclass
@@ -88,17 +102,13 @@ class Mesh:
         """Of the own role."""
         dist.barrier()
 
+    def all_gather_bytes(self, data: Tensor) -> list[Tensor]:
+        """A uint8 tensor of any length of every rank of the own role."""
+        return _all_gather_bytes(data, self.size, self.device, dist.all_gather)
+
     def all_gather_json(self, value: object) -> list:
         """Any JSON value of every rank of the own role. Floats survive exactly."""
-        if self.size == 1:
-            return [json.loads(json.dumps(value))]
-        data = _encode(value).to(self.device)
-        counts = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([data.numel()], device=self.device))
-        width = max(int(c) for c in counts)
-        parts = [torch.empty(width, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
-        dist.all_gather(parts, torch.cat([data, data.new_zeros(width - data.numel())]))
-        return [_decode(part[: int(count)]) for part, count in zip(parts, counts, strict=True)]
+        return [_decode(part) for part in self.all_gather_bytes(_encode(value))]
 
     def table(self) -> str:
         """One line a rank, for the log at start."""
@@ -261,6 +271,19 @@ def _partition(
         if dist.get_rank() in ranks:
             mine = group
     return mine
+
+
+def _all_gather_bytes(
+    data: Tensor, size: int, device: torch.device, all_gather: Callable[[list[Tensor], Tensor], None]
+) -> list[Tensor]:
+    counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(size)]
+    all_gather(counts, torch.tensor([data.numel()], device=device))
+    width = max(int(count) for count in counts)
+    padded = torch.zeros(width, dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data.to(device)
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    all_gather(parts, padded)
+    return [part[: int(count)].cpu() for part, count in zip(parts, counts, strict=True)]
 
 
 def _encode(value: object) -> Tensor:

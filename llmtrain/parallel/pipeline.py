@@ -94,7 +94,11 @@ class Pipeline:
         key = (len(batches), tuple(batches[0].input_ids.shape), torch.is_grad_enabled())
         if key not in self.schedules:
             stage = PipelineStage(
-                self.model, self.mesh.coords["pp"], self.mesh.sizes["pp"], self.mesh.device, group=self.mesh.groups["pp"]
+                self.model,
+                self.mesh.coords["pp"],
+                self.mesh.sizes["pp"],
+                self.mesh.device,
+                group=self.mesh.groups["pp"],
             )
             self.schedules[key] = Schedule1F1B(
                 stage, len(batches), loss_fn=lambda out, i: self.loss(out, int(i)), scale_grads=False

@@ -1,0 +1,107 @@
+"""Generators that span ranks: each rank answers its share of the prompts, every trainer gets all rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from llmtrain.parallel.mesh import Link, Mesh
+from llmtrain.rollout.generator import Generator
+from llmtrain.rollout.wire import pack, renumber, unpack
+from llmtrain.types import Prompt, Rollout, Sampling
+
+ROOT = 0  # the trainer that speaks
+
+
+class ColocatedGenerator:
+    """The trainers take turns: every rank holds a whole generator beside its part of the trained model."""
+
+    def __init__(self, local: Generator, mesh: Mesh) -> None:
+        self.local, self.mesh = local, mesh
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """A collective over the trainers; all pass the same prompts."""
+        rank, size = self.mesh.rank, self.mesh.size
+        mine = renumber(self.local.generate(prompts[rank::size], sampling), rank, size)
+        return _merge(self.mesh.all_gather_bytes(pack(mine)), prompts)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """`weights` is the engine's collective iterator, whole on every rank."""
+        self.local.load_weights(weights, version)
+
+    def sleep(self) -> None:
+        self.local.sleep()
+
+    def wake(self) -> None:
+        self.local.wake()
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+
+class RemoteGenerator:
+    """Rollout workers in the same job, behind the link. Every call is a collective over trainers and workers."""
+
+    def __init__(self, link: Link, num_trainers: int) -> None:
+        self.link, self.num_trainers = link, num_trainers
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """Trainers pass the same prompts."""
+        request = {"prompts": [asdict(p) for p in prompts], "sampling": asdict(sampling)}
+        self.link.broadcast_json({"command": "generate", **request}, ROOT)
+        parts = self.link.all_gather_bytes(pack([]))
+        return _merge(parts[self.num_trainers :], prompts)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Broadcast tensor by tensor: no rank holds the model twice."""
+        self.link.broadcast_json({"command": "load_weights", "version": version}, ROOT)
+        for name, tensor in weights:
+            head = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            self.link.broadcast_json(head, ROOT)
+            self.link.broadcast(tensor.contiguous(), ROOT)
+        self.link.broadcast_json(None, ROOT)
+
+    def sleep(self) -> None:
+        self.link.broadcast_json({"command": "sleep"}, ROOT)
+
+    def wake(self) -> None:
+        self.link.broadcast_json({"command": "wake"}, ROOT)
+
+    def close(self) -> None:
+        """Let the workers leave."""
+        self.link.broadcast_json({"command": "close"}, ROOT)
+
+
+def serve(link: Link, generator: Generator, worker: int, num_workers: int) -> None:
+    """A rollout worker's life: obey the trainers until they close."""
+    while True:
+        request = link.broadcast_json(None, ROOT)
+        match request["command"]:
+            case "generate":
+                prompts = [Prompt(**p) for p in request["prompts"]]
+                sampling = Sampling(**{**request["sampling"], "stop_ids": tuple(request["sampling"]["stop_ids"])})
+                mine = generator.generate(prompts[worker::num_workers], sampling)
+                link.all_gather_bytes(pack(renumber(mine, worker, num_workers)))
+            case "load_weights":
+                generator.load_weights(_receive(link), request["version"])
+            case "sleep":
+                generator.sleep()
+            case "wake":
+                generator.wake()
+            case "close":
+                return
+
+
+def _receive(link: Link) -> Iterator[tuple[str, Tensor]]:
+    while (head := link.broadcast_json(None, ROOT)) is not None:
+        tensor = torch.empty(head["shape"], dtype=getattr(torch, head["dtype"]), device=link.device)
+        yield head["name"], link.broadcast(tensor, ROOT)
+
+
+def _merge(parts: Sequence[Tensor], prompts: Sequence[Prompt]) -> list[Rollout]:
+    """In the order of the prompts."""
+    ids = [p.ids for p in prompts]
+    return sorted((r for part in parts for r in unpack(part, ids)), key=lambda r: r.group)

@@ -1,0 +1,116 @@
+"""Puts the parts of a training stage together. The stages share these functions and the loop, nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmtrain.checkpoint.group import together
+from llmtrain.checkpoint.load import CheckpointReader
+from llmtrain.checkpoint.manifest import newest_intact
+from llmtrain.checkpoint.source import weight_source
+from llmtrain.config.load import dump
+from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.config.shapes import resolve_model
+from llmtrain.data.prepare import prepare
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.engine.base import Engine
+from llmtrain.engine.zero import ZeroEngine
+from llmtrain.model.decoder import init_tensor, parameter_shapes
+from llmtrain.observe.log import log, make_run_dir
+from llmtrain.parallel.mesh import Mesh, init_mesh
+from llmtrain.parallel.plan import WeightSource, parallelize
+
+
+@dataclass
+class Job:
+    """One stage on one rank."""
+
+    config: Config
+    model: ModelConfig  # resolved
+    mesh: Mesh
+    tokenizer: Tokenizer
+    engine: Engine | None = None  # None on rollout workers
+    step: int = 0  # finished steps of the stage
+    tokens: int = 0  # seen in them
+
+
+def join(config: Config, generates: bool = False) -> Job:
+    """Process groups, run directory, data and tokenizer: everything before the model."""
+    seed_everything(config.seed)
+    mesh = init_mesh(config.parallel, config.rollout if generates else None, config.engine.timeout_s)
+    if mesh.role == "trainer":
+        log(mesh.table())
+        together(mesh, lambda: start_directory(config) if mesh.rank == 0 else None)
+    if mesh.link is not None:
+        mesh.link.start(is_worker=mesh.role == "rollout")
+    tokenizer = load_tokenizer(tokenizer_dir(config))
+    model = resolve_model(config.model)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: must hold the tokenizer's {tokenizer.vocab_size} tokens "
+            f"({tokenizer_dir(config)}); raise it or use the tokenizer the model was trained with"
+        )
+    return Job(config, model, mesh, tokenizer)
+
+
+def seed_everything(seed: int) -> None:
+    """Python, numpy and torch, the same on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def start_directory(config: Config) -> None:
+    """Run directory with the resolved configuration, and the data if this stage describes how to make it."""
+    make_run_dir(config.directory)
+    with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
+        file.write(dump(config))
+    if config.data.sources or config.data.tasks:
+        prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
+
+
+def data_dir(config: Config) -> str:
+    """Of the token shards."""
+    return config.data.path or os.path.join(config.directory, "data")
+
+
+def tokenizer_dir(config: Config) -> str:
+    return config.tokenizer.path or os.path.join(config.directory, "tokenizer")
+
+
+def start_source(job: Job) -> WeightSource:
+    """Weights before the first step: of `model.init_from`, else random ones."""
+    if job.config.model.init_from:
+        return weight_source(job.config.model.init_from, job.model)
+    shapes = parameter_shapes(job.model)
+    return lambda name: init_tensor(name, shapes[name], job.model, job.config.seed)
+
+
+def build_engine(job: Job, total_steps: int) -> None:
+    """The model on the mesh, in its engine, at the newest checkpoint of this run if there is one."""
+    config = job.config
+    model = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
+    job.engine = ZeroEngine(model, job.mesh, config.engine, config.optim, total_steps)
+    if config.checkpoint.resume == "auto":
+        resume(job)
+
+
+def checkpoint_dir(config: Config) -> str:
+    return os.path.join(config.directory, "checkpoints")
+
+
+def resume(job: Job) -> None:
+    """Weights, optimizer, counters and random state of the newest intact checkpoint."""
+    path = newest_intact(checkpoint_dir(job.config), job.mesh)
+    if path is None:
+        return
+    reader = CheckpointReader(path)
+    job.engine.load_fragments(reader.read, reader.state["optimizer_step"])
+    job.step, job.tokens = reader.state["step"], reader.state["tokens"]
+    reader.restore_rng(job.mesh.rank)
+    log(f"resumed {path}")

@@ -1,0 +1,60 @@
+"""Which samples a rank takes in a step, and the text rows that more than one stage uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmtrain.config.schema import Config
+from llmtrain.data.packing import TextRows
+from llmtrain.engine.base import Engine
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.trainer.assemble import data_dir
+from llmtrain.types import IGNORE, Batch
+
+
+def rank_samples(step: int, global_seqs: int, micro_seqs: int, mesh: Mesh) -> list[range]:
+    """Global sample numbers of this rank's microbatches. A step takes the same samples on any mesh."""
+    first, block = step * global_seqs, micro_seqs * mesh.dp_size
+    starts = range(first + mesh.dp_rank * micro_seqs, first + global_seqs, block)
+    return [range(start, start + micro_seqs) for start in starts]
+
+
+def count_trained(microbatches: Sequence[Batch], mesh: Mesh) -> Tensor:
+    """Trained tokens over all data-parallel ranks: the denominator of a mean."""
+    count = torch.tensor([float(sum(b.loss_mask.sum() for b in microbatches))], device=mesh.device)
+    dist.all_reduce(count, group=mesh.groups["dp"])
+    return count
+
+
+def text_rows(config: Config, split: str) -> TextRows:
+    """Rows of the shards, mixed by the weights of `data.sources` where they are given."""
+    weights = {source.name: source.weight for source in config.data.sources} or None
+    seq_len = config.train.seq_len
+    return TextRows(data_dir(config), split, seq_len, config.seed, config.data.mask_documents, weights)
+
+
+def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
+    """Mean loss (nats a token), perplexity and bits a byte over the first held-out rows; a collective."""
+    num_rows = min(num_rows, len(rows))
+    # Equal numbers of microbatches everywhere, at least one a pipeline stage; rows past the end count nothing.
+    turns = max(mesh.sizes["pp"], -(-num_rows // (micro_seqs * mesh.dp_size)))
+    batches = [
+        _held_out(rows, samples, num_rows)
+        for samples in rank_samples(0, turns * micro_seqs * mesh.dp_size, micro_seqs, mesh)
+    ]
+    total = torch.tensor([float(sum(logp.double().sum() for logp, _ in engine.score(batches)))], device=mesh.device)
+    dist.all_reduce(total, group=mesh.groups["dp"])
+    loss = -float(total) / float(count_trained(batches, mesh))
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / rows.bytes_per_token}
+
+
+def _held_out(rows: TextRows, samples: range, num_rows: int) -> Batch:
+    batch = rows.batch([min(s, num_rows - 1) for s in samples])
+    past = torch.tensor([s >= num_rows for s in samples])[:, None]
+    batch.labels, batch.loss_mask = batch.labels.masked_fill(past, IGNORE), batch.loss_mask & ~past
+    return batch

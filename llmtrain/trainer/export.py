@@ -1,0 +1,26 @@
+"""`llmtrain export`: a run's newest checkpoint as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from llmtrain.checkpoint.export import export
+from llmtrain.config.schema import Config
+from llmtrain.config.shapes import resolve_model
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.observe.log import log
+from llmtrain.trainer.assemble import tokenizer_dir
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(config: Config) -> None:
+    """See ExportConfig."""
+    source = config.model.init_from or config.directory
+    target = config.export.path or os.path.join(source, "export")
+    tokenizer = load_tokenizer(tokenizer_dir(config))
+    dtype = DTYPES[config.export.dtype]
+    export(source, target, resolve_model(config.model), tokenizer_dir(config), tokenizer.eos_id, dtype)
+    log(f"Hugging Face model in {target}")

@@ -1,0 +1,127 @@
+"""The loop of every training stage: step, log, save, and stop in good order when told to."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+
+from llmtrain import __version__
+from llmtrain.checkpoint.save import save_checkpoint
+from llmtrain.observe import wandb
+from llmtrain.observe.log import log, progress
+from llmtrain.observe.metrics import MetricsFile, StepLines
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.trainer.assemble import Job, checkpoint_dir
+
+SHOWN = ("loss", "reward_mean", "lr", "tokens_per_s")  # beside the progress bar
+INTERRUPTED = 75  # exit code (EX_TEMPFAIL): start the same command again and it goes on
+
+StepFn = Callable[[int], dict[str, float]]
+"""step -> metrics; `tokens` among them is the number of tokens of this step."""
+
+
+def train(job: Job, step_fn: StepFn) -> None:
+    """Steps `job.step` .. `train.steps`. Raises SystemExit(75) after a checkpoint on SIGTERM or SIGUSR1."""
+    config, mesh = job.config, job.mesh
+    record, stop = Record(job), StopSignal(mesh)
+    with progress(config.train.steps, job.step, config.name) as bar:
+        while job.step < config.train.steps:
+            began = time.perf_counter()
+            metrics = step_fn(job.step)
+            job.step += 1
+            record.write(job, metrics, time.perf_counter() - began, bar)
+            stopping = stop.requested()
+            if stopping or is_due(job.step, config.checkpoint.every_steps) or job.step == config.train.steps:
+                save(job)
+            if stopping and job.step < config.train.steps:
+                record.close()
+                log(f"stopped by a signal after step {job.step}; the same command goes on from here")
+                sys.exit(INTERRUPTED)
+    record.close()
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """0 = never."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+def save(job: Job) -> None:
+    """A checkpoint of this step (a collective)."""
+    state = {
+        "step": job.step,
+        "optimizer_step": job.engine.step,
+        "tokens": job.tokens,
+        "mesh": job.mesh.sizes,
+        "config": job.config.model_dump(mode="json"),
+        "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
+    }
+    save_checkpoint(checkpoint_dir(job.config), job.engine, state, job.mesh, job.config.checkpoint.keep)
+
+
+class Record:
+    """Where the numbers of a run go, on rank 0: metrics.jsonl, W&B, the progress bar."""
+
+    def __init__(self, job: Job) -> None:
+        self.every_steps, self.main = job.config.log.every_steps, job.mesh.rank == 0
+        if not self.main:
+            return
+        config, directory = job.config, job.config.directory
+        self.file = MetricsFile(os.path.join(directory, "metrics.jsonl"), resume_step=job.step)
+        settings = config.model_dump(mode="json")
+        self.sink = wandb.start(config.log.wandb, config.log.project, config.name, directory, settings, job.step > 0)
+
+    def write(self, job: Job, metrics: dict[str, float], step_s: float, bar: Callable) -> None:
+        """Metrics of `job.step`, with what every stage shares."""
+        tokens = metrics.pop("tokens")
+        job.tokens += int(tokens)
+        if not self.main or not is_due(job.step, self.every_steps):
+            return
+        timing = {"tokens_per_s": tokens / step_s, "step_s": step_s, "peak_bytes": peak_bytes()}
+        line = {**metrics, "tokens": job.tokens, **timing}
+        self.file.write({"step": job.step, **line})
+        self.sink.log(job.step, line)
+        bar(job.step, {name: line[name] for name in SHOWN if name in line})
+
+    def close(self) -> None:
+        if self.main:
+            self.file.close()
+            self.sink.finish()
+
+
+def peak_bytes() -> int:
+    """Of this rank so far: device memory where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StopSignal:
+    """SIGTERM or SIGUSR1 on any rank stops all of them after the step they are in."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.flag = torch.zeros(1, device=mesh.device)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: self.flag.fill_(1))
+
+    def requested(self) -> bool:
+        """A collective: the same answer everywhere."""
+        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
+        return bool(self.flag)
+
+
+def note_evaluation(job: Job, scores: dict[str, float]) -> None:
+    """One line in evaluations.jsonl, on rank 0."""
+    if job.mesh.rank == 0:
+        lines = StepLines(os.path.join(job.config.directory, "evaluations.jsonl"), resume_step=job.step - 1)
+        lines.write({"step": job.step, **scores})
+        lines.close()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        log(f"held out, step {job.step}: {shown}")

@@ -1,0 +1,59 @@
+"""Pretraining text mixed into a later stage, so that the language is not forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmtrain.config.schema import Config
+from llmtrain.engine.base import LossFn, Scores
+from llmtrain.losses.token import token_loss
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.trainer.batches import count_trained, rank_samples, text_rows
+from llmtrain.types import Batch
+
+MARK = "replay"  # key in Batch.extra
+
+
+class Replay:
+    """`data.replay_seqs` rows of text a step; their mean loss is added with weight `data.replay_weight`."""
+
+    def __init__(self, config: Config, micro_seqs: int, mesh: Mesh) -> None:
+        self.seqs, self.weight = config.data.replay_seqs, config.data.replay_weight
+        self.micro_seqs, self.mesh = micro_seqs, mesh
+        self.rows = text_rows(config, "train") if self.seqs else None
+
+    def mix(
+        self, step: int, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor
+    ) -> tuple[list[Batch], LossFn]:
+        """Microbatches with the text rows behind them, and a loss that tells them apart.
+
+        `denominator` is that of `loss`; the text's own mean is scaled to it.
+        """
+        if self.rows is None:
+            return list(microbatches), loss
+        samples = rank_samples(step, self.seqs, self.micro_seqs, self.mesh)
+        text = [like(self.rows.batch(s), microbatches[0]) for s in samples]
+        scale = float(denominator) / float(count_trained(text, self.mesh))
+
+        def mixed(scores: Scores, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            if MARK not in batch.extra:
+                return loss(scores, batch)
+            nll, _ = token_loss(scores, batch)
+            return nll * scale * self.weight, {"replay_loss": nll.detach() * scale}
+
+        return [*microbatches, *text], mixed
+
+
+def like(text: Batch, other: Batch) -> Batch:
+    """The text rows with the fields of another batch: a pipeline wants all microbatches of one form."""
+    filler = torch.zeros_like(text.input_ids)
+    return replace(
+        text,
+        segment_ids=filler if text.segment_ids is None and other.segment_ids is not None else text.segment_ids,
+        branch_ids=None if other.branch_ids is None else filler,
+        extra={MARK: filler},
+    )

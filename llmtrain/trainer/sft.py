@@ -1,0 +1,33 @@
+"""Supervised fine-tuning: the loss is on the answers only."""
+
+from __future__ import annotations
+
+from llmtrain.config.schema import Config
+from llmtrain.data.packing import Demonstrations
+from llmtrain.losses.token import token_loss
+from llmtrain.parallel.mesh import shutdown
+from llmtrain.trainer.assemble import build_engine, join
+from llmtrain.trainer.batches import count_trained, rank_samples
+from llmtrain.trainer.loop import train
+from llmtrain.trainer.replay import Replay
+
+
+def main(config: Config) -> None:
+    """`llmtrain sft`."""
+    job = join(config)
+    settings, mesh = config.train, job.mesh
+    rows = Demonstrations(config.data.train, job.tokenizer, settings.seq_len, config.seed)
+    replay = Replay(config, settings.micro_batch_seqs, mesh)
+    build_engine(job, settings.steps)
+
+    def step(number: int) -> dict[str, float]:
+        samples = rank_samples(number, settings.global_batch_seqs, settings.micro_batch_seqs, mesh)
+        microbatches = [rows.batch(s) for s in samples]
+        trained = count_trained(microbatches, mesh)
+        microbatches, loss = replay.mix(number, microbatches, token_loss, trained)
+        stats = job.engine.train_step(microbatches, loss, trained)
+        tokens = (settings.global_batch_seqs + replay.seqs) * settings.seq_len
+        return {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, "tokens": tokens, **stats.metrics}
+
+    train(job, step)
+    shutdown()
