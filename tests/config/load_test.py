@@ -102,16 +102,9 @@ def test_numbers_and_words_read_as_people_mean_them(tmp_path: Path) -> None:
 
 def test_overrides_win_and_reach_list_entries_by_name(tmp_path: Path) -> None:
     text = "data: {sources: [{name: a, type: stdlib}, {name: b, type: text}]}\nmodel: {num_layers: 2}\n"
-    config = load(
-        write(tmp_path, text),
-        [
-            "data.sources.b.weight=3",
-            "data.sources.0.held_out=0.5",
-            "model.rope_scaling.factor=4",
-            "model={num_heads: 8}",
-        ]
-        + ["tokenizer.path=", "optim.betas=[0.8, 0.9]"],
-    )
+    overrides = ["data.sources.b.weight=3", "data.sources.0.held_out=0.5", "model.rope_scaling.factor=4"]
+    overrides += ["model={num_heads: 8}", "tokenizer.path=", "optim.betas=[0.8, 0.9]"]
+    config = load(write(tmp_path, text), overrides)
     assert [(s.weight, s.held_out) for s in config.data.sources] == [(1.0, 0.5), (3.0, 0.05)]
     assert config.model.rope_scaling.factor == 4 and config.optim.betas == (0.8, 0.9)
     assert (config.model.num_layers, config.model.num_heads) == (2, 8)
@@ -220,7 +213,7 @@ def test_a_dump_keeps_what_a_preset_or_a_stage_gives(tmp_path: Path) -> None:
 def test_loading_and_checking_imports_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {preset: llama3-8b}\n")
     code = (
-        "import sys; from llmtrain.config.load import load; from llmtrain.config.check import check; import llmtrain.cli;"
+        "import sys, llmtrain.cli; from llmtrain.config.load import load; from llmtrain.config.check import check; "
         f"check(load({path!r}, ['train.seq_len=64']), 1, 'pretrain'); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -1,0 +1,192 @@
+"""Every cross-field rule: broken once, it says value, rule and remedy; kept, it is silent."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmtrain.config.check import check, mesh_sizes, violations
+from llmtrain.config.load import ConfigError, load
+from llmtrain.config.schema import Config, ParallelConfig
+
+GOOD = {
+    "model": {"num_kv_heads": 2},
+    "train": {"seq_len": 128},
+    "parallel": {"pp": 2, "tp": 2},
+    "data": {"train": __file__},
+}
+
+
+def config(*overrides: str, folder: Path) -> Config:
+    path = folder / "x.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    return load(str(path), list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("command", "world_size", "overrides", "expected"),
+    [
+        ("pretrain", 4, ["model.num_kv_heads=1"], "model.num_kv_heads=1: .* lower tp, K/V heads are not replicated"),
+        ("pretrain", 4, ["model.vocab_size=1025"], "model.vocab_size=1025: must be a multiple of parallel.tp=2"),
+        ("pretrain", 4, ["model.ffn_size=383"], "model.ffn_size=383: must be a multiple of parallel.tp=2"),
+        ("pretrain", 4, ["train.seq_len=127"], "train.seq_len=127: .*or set parallel.sequence_parallel=false"),
+        ("pretrain", 4, ["model.num_layers=1"], "parallel.pp=2: must be at most model.num_layers=1"),
+        ("pretrain", 4, ["model.hidden_size=130"], "model.hidden_size=130: must be a multiple of num_heads=4"),
+        ("pretrain", 4, ["model.head_dim=31"], "model.head_dim=31: must be even"),
+        (
+            "pretrain",
+            8,
+            ["model.num_kv_heads=4", "model.num_heads=6", "model.head_dim=8"],
+            "model.num_heads=6: .*num_kv_heads=4",
+        ),
+        ("pretrain", 4, ["model.vocab_size=512"], "model.vocab_size=512: must be at least tokenizer.vocab_size=1024"),
+        ("pretrain", 4, ["train.seq_len=4096"], "train.seq_len=4096: must be at most model.max_positions=2048"),
+        ("pretrain", 6, [], "parallel: pp 2 x .* = 4 ranks: must be the 6 trainer ranks; change"),
+        ("pretrain", 1, [], "parallel: pp 2 x .* = 4 ranks: must be the 1 trainer ranks; change"),
+        ("pretrain", 4, ["parallel.dp_shard=0"], "parallel.dp_shard=0: must be positive, or -1"),
+        ("sft", 8, ["train.global_batch_seqs=7"], "train.global_batch_seqs=7: .* = 1 x 2 = 2; change"),
+        ("pretrain", 4, ["engine.backend=fsdp"], "engine.backend=fsdp: not in this version; use deepspeed"),
+        ("pretrain", 4, ["engine.precision=fp16"], "engine.precision=fp16: not in this version; use bf16"),
+        ("pretrain", 4, ["engine.precision=fp8"], "engine.precision=fp8: not in this version"),
+        ("pretrain", 8, ["parallel.cp=2"], "parallel.cp=2: not in this version; use parallel.tp"),
+        ("pretrain", 4, ["parallel.ep=2"], "parallel.ep=2: not in this version; set parallel.ep=1"),
+        ("pretrain", 4, ["train.batch_ramp=[1]"], "train.batch_ramp: not in this version; leave it empty"),
+        ("pretrain", 4, ["train.seq_ramp=[1]"], "train.seq_ramp: not in this version; leave it empty"),
+        ("pretrain", 8, ["parallel.dp_replicate=2"], "parallel.dp_replicate=2: .*; use parallel.dp_shard"),
+        ("pretrain", 4, ["engine.zero_stage=0"], "engine.precision=bf16: drifts at engine.zero_stage=0"),
+        (
+            "pretrain",
+            4,
+            ["engine.offload=optimizer"],
+            "engine.offload=optimizer: needs engine.zero_stage 2 or 3, not 1",
+        ),
+        ("pretrain", 4, ["optim.lr=1e-5"], "optim.min_lr=3e-05: must be at most optim.lr=1e-05"),
+        ("pretrain", 4, ["log.wandb=online"], "log.wandb=online: needs the environment variable WANDB_API_KEY"),
+        ("pretrain", 4, ["data.sources=[{name: a, type: text}]"], "data.sources.a.path: must be set"),
+        ("data", 1, ["data.sources=[{name: a, type: text, path: no/x}]"], "data.sources.a.path=no/x: does not exist"),
+        ("sft", 4, ["data.train=no.jsonl"], "data.train=no.jsonl: does not exist; give an existing path"),
+        ("sft", 4, ["data.train="], "data.train: must be set, sft reads"),
+        ("sft", 4, ["data.replay_seqs=1"], "data.path: must be set, data.replay_seqs takes text"),
+        ("sft", 4, ["tokenizer.path=no"], "tokenizer.path=no: does not exist"),
+        ("sft", 4, ["model.init_from=no"], "model.init_from=no: does not exist; give the directory of a model"),
+        ("grpo", 4, [], "model.init_from: must be set, grpo starts from a trained model"),
+        ("eval", 1, ["eval.text=false", "eval.problems=0"], "model.init_from: must be set, eval starts"),
+    ],
+)
+def test_one_broken_rule_is_one_line(
+    command: str, world_size: int, overrides: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        check(config(*overrides, folder=tmp_path), world_size, command)
+    assert "\n" not in str(caught.value)
+    assert re.match(expected, str(caught.value))
+    assert ";" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["rollout.workers=2"], "rollout.workers=2: must be 0 with rollout.placement=colocated"),
+        (["rollout.placement=separate"], "rollout.workers=0: must be at least 1 with rollout.placement=separate"),
+        (["rollout.placement=separate", "rollout.workers=4"], "rollout.workers=4: must be fewer than the 4 ranks"),
+        (["rollout.placement=separate", "rollout.workers=1"], "parallel: pp 2 .* must be the 3 trainer ranks"),
+        (
+            ["grpo.prompts_per_step=30", "grpo.minibatches=4"],
+            "grpo.prompts_per_step=30: .*multiple of grpo.minibatches=4",
+        ),
+        (["rollout.group_size=1"], "rollout.group_size=1: must be at least 2"),
+    ],
+)
+def test_rules_of_reinforcement_learning(overrides: list[str], expected: str, tmp_path: Path) -> None:
+    lines = violations(config(*overrides, f"model.init_from={tmp_path}", folder=tmp_path), 4, "grpo")
+    assert [line for line in lines if re.match(expected, line)], lines
+
+
+def test_good_configurations_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world_size in (4, 8, 16):
+        check(config(folder=tmp_path), world_size, "pretrain")
+    check(config("parallel.dp_shard=2", folder=tmp_path), 8, "sft")
+    check(config("engine.zero_stage=0", "engine.precision=fp32", "parallel.dp_replicate=2", folder=tmp_path), 8, "sft")
+    check(config("engine.zero_stage=3", "engine.offload=optimizer", folder=tmp_path), 4, "pretrain")
+    check(config("parallel.sequence_parallel=false", "train.seq_len=127", folder=tmp_path), 4, "pretrain")
+    check(config("optim.lr=1e-5", "optim.schedule=constant", folder=tmp_path), 4, "pretrain")
+    check(config(folder=tmp_path), 1, "data")  # the mesh concerns only what trains
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    check(config("log.wandb=online", folder=tmp_path), 4, "pretrain")
+
+
+def test_all_violations_are_reported(tmp_path: Path) -> None:
+    overrides = ["model.num_heads=3", "model.num_kv_heads=3", "model.head_dim=32"]
+    lines = violations(config(*overrides, folder=tmp_path), 4, "pretrain")
+    assert lines[0].startswith("model.num_heads=3: must be a multiple of parallel.tp=2")
+    assert lines[1].startswith("model.num_kv_heads=3: must be a multiple of parallel.tp=2") and len(lines) == 2
+    lines = violations(config("parallel.ep=2", "train.seq_len=129", "optim.lr=1e-6", folder=tmp_path), 5, "pretrain")
+    assert [line.partition("=")[0].partition(":")[0] for line in lines] == [
+        "parallel.ep",
+        "parallel",
+        "train.seq_len",
+        "optim.min_lr",
+    ]
+
+
+def test_the_mesh_takes_what_is_left() -> None:
+    assert mesh_sizes(ParallelConfig(pp=2, tp=2), 12) == {"pp": 2, "dp_replicate": 1, "dp_shard": 3, "cp": 1, "tp": 2}
+    with pytest.raises(ValueError, match="= 8 ranks: must be the 12 trainer ranks"):
+        mesh_sizes(ParallelConfig(pp=2, tp=2, dp_shard=2), 12)
+
+
+RUN = """
+name: q
+run_dir: {folder}/q
+model: {{num_kv_heads: 2}}
+train: {{seq_len: 128}}
+stages:
+  - {{name: data, command: data}}
+  - {{name: pretrain, command: pretrain, ranks: 4, set: {{parallel: {{tp: 2}}}}}}
+  - name: sft
+    command: sft
+    ranks: {ranks}
+    set:
+      parallel: {{tp: 2}}
+      model: {{init_from: "{{run}}/{source}"}}
+      data: {{train: "{{run}}/data/a.jsonl"}}
+"""
+
+
+def run_faults(folder: Path, ranks: int, source: str) -> list[str]:
+    path = folder / "run.yaml"
+    path.write_text(RUN.format(folder=folder, ranks=ranks, source=source))
+    try:
+        check(load(str(path), []), 1, "run")
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_stages_are_checked_before_the_first_starts(tmp_path: Path) -> None:
+    assert run_faults(tmp_path, 4, "pretrain") == []
+    (line,) = run_faults(tmp_path, 3, "pretrain")
+    assert line.startswith("stages.sft: parallel: pp 1 x") and "must be the 3 trainer ranks" in line
+    (line,) = run_faults(tmp_path, 4, "pretrian")
+    assert line.startswith(f"stages.sft: model.init_from={tmp_path}/q/pretrian: does not exist")
+
+
+def test_a_stage_is_checked_with_the_shape_of_the_stage_before(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(folder=tmp_path, ranks=4, source="pretrain"))
+    with pytest.raises(ConfigError, match=r"stages.sft: model.num_kv_heads=2: must be a multiple of parallel.tp=4"):
+        check(load(str(path), ["stages.sft.set.parallel.tp=4"]), 1, "run")
+
+
+def test_a_run_document_is_for_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(folder=tmp_path, ranks=4, source="pretrain"))
+    run = load(str(path), [])
+    with pytest.raises(ConfigError, match="pretrain takes one stage; start this document with `llmtrain run`"):
+        check(run, 1, "pretrain")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=4: run starts the processes of its stages itself"):
+        check(run, 4, "run")

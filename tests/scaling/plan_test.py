@@ -1,0 +1,115 @@
+"""The plan's arithmetic against published tables and against sums done by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.load import load
+from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
+from llmtrain.config.shapes import parameter_count, resolve_model
+from llmtrain.scaling.plan import activation_bytes, bubble, main, parameters_per_rank, plan, zero_bytes
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_zero_memory_is_that_of_the_paper(stage: int, gigabytes: float) -> None:
+    """arXiv 1910.02054, figure 1: 7.5B parameters on 64 ranks."""
+    assert sum(zero_bytes(7_500_000_000, stage, 64, "bf16")) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+
+def test_fp32_has_no_second_copy_of_the_weights() -> None:
+    assert zero_bytes(100, 0, 4, "fp32") == (400, 400, 800)
+    assert zero_bytes(100, 1, 4, "fp32") == (400, 400, 200)
+
+
+def test_ranks_hold_the_whole_model_together() -> None:
+    model = resolve_model(ModelConfig(preset="llama3-8b"))
+    assert parameters_per_rank(model, 1, 1) == parameter_count(model)
+    norms = 2 * model.num_layers * model.hidden_size + model.hidden_size  # whole on every tensor-parallel rank
+    assert 8 * parameters_per_rank(model, 1, 8) == parameter_count(model) + 7 * norms
+    # by hand, 5 layers of 16: the first of two stages holds 3 and the embedding
+    small = resolve_model(ModelConfig(num_layers=5, tie_embeddings=False))
+    block = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
+    assert parameters_per_rank(small, 2, 1) == 3 * block + 1024 * 128
+    # and with evenly shared layers the last one, by the final norm
+    assert parameters_per_rank(small.model_copy(update={"num_layers": 4}), 2, 1) == 2 * block + 1024 * 128 + 128
+
+
+def test_activations_by_hand() -> None:
+    model = resolve_model(ModelConfig(num_kv_heads=2))
+    config = Config(train=TrainConfig(seq_len=64, micro_batch_seqs=2))
+    mesh = {"pp": 1, "tp": 1}
+    values = 4 * 128 + 2 * 32 * (4 + 2) + 4 * 384  # a token and layer
+    assert activation_bytes(config, model, mesh, 1) == 4 * 128 * 2 * values
+    assert activation_bytes(config, model, {"pp": 2, "tp": 1}, 8) == 2 * 2 * 128 * 2 * values  # 2 layers, 2 in flight
+    assert activation_bytes(config, model, {"pp": 1, "tp": 2}, 1) == 4 * 128 * 2 * values // 2
+    whole = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
+    assert activation_bytes(whole, model, {"pp": 1, "tp": 2}, 1) == 4 * 128 * 2 * (4 * 128 + (values - 4 * 128) // 2)
+    remat = config.model_copy(update={"engine": EngineConfig(remat="full")})
+    assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (4 * 128 + values)
+
+
+def test_bubble_of_1f1b() -> None:
+    assert bubble(4, 8) == 3 / 8
+    assert bubble(1, 8) == 0
+
+
+def test_batch_arithmetic() -> None:
+    config = Config(
+        parallel=ParallelConfig(pp=2, tp=2),
+        train=TrainConfig(steps=10, seq_len=128, micro_batch_seqs=2, global_batch_seqs=24),
+    )
+    p = plan(config, 12)
+    assert p.mesh["dp_shard"] == 3 and p.accumulation == 4 and p.bubble == 1 / 4
+    assert (p.tokens_per_step, p.total_tokens) == (24 * 128, 240 * 128)
+    assert plan(config, 13, rollout_ranks=1).mesh == p.mesh
+    with pytest.raises(ValueError, match="must be the 13 trainer ranks"):
+        plan(config, 13)
+
+
+def test_offloaded_optimizer_state_is_not_on_the_device() -> None:
+    config = Config(engine=EngineConfig(zero_stage=2, offload="optimizer"))
+    assert plan(config, 2).optimizer_bytes == 0
+
+
+def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    rollout = RolloutConfig(placement="separate", workers=3)
+    main(Config(parallel=ParallelConfig(pp=2, tp=2), rollout=rollout))
+    assert (
+        "ranks        7: pp 2 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 2, and 3 for rollouts"
+        in capsys.readouterr().out
+    )
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    main(Config(parallel=ParallelConfig(pp=2, tp=2)))
+    assert "ranks        8: pp 2 x dp_replicate 1 x dp_shard 2" in capsys.readouterr().out
+    main(Config(model=ModelConfig(init_from="not/there")))
+    assert "model.init_from=not/there: has neither" in capsys.readouterr().out
+
+
+RUN = """
+name: q
+model: {preset: smollm2-135m}
+stages:
+  - {name: data, command: data}
+  - {name: pretrain, command: pretrain, ranks: 3}
+  - {name: sft, command: sft, ranks: 3, set: {model: {preset: null, init_from: "{run}/pretrain"}}}
+"""
+
+
+def test_a_run_is_planned_stage_by_stage_without_torch(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    code = (
+        "import sys; from llmtrain.config.load import load; from llmtrain.scaling.plan import main;"
+        f"main(load({str(path)!r}, [])); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "data (" not in done.stdout and "batch        8 x 2048 tokens" in done.stdout
+    assert done.stdout.count("parameters   134,515,008") == 2
+    assert "accumulation 2.66667 (not whole: pretrain and sft will refuse)" in done.stdout
+    assert load(str(path), []).name == "q"
