@@ -86,6 +86,8 @@ def test_mixed_layouts_and_uneven_slices_are_refused() -> None:
         check_coverage([replace(rows, tp_size=3)])
     with pytest.raises(ValueError, match="outside"):
         check_inside(replace(rows, tp_rank=2))
+    with pytest.raises(ValueError, match="outside"):
+        check_coverage([replace(rows, tp_rank=2)])
 
 
 def test_overlap() -> None:

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,7 +146,7 @@ def test_the_same_step_again_replaces_and_leftovers_go(tmp_path: Path, fake: Sim
         (tmp_path / leftover / "rank-00000.json").touch()
     fake.save(tmp_path, fake.tensors(seed=0), fake.Layout(), 5, keep=1)
     newer = fake.tensors(seed=1)
-    path = fake.save(tmp_path, newer, fake.Layout(), 5, keep=1)[0]
+    path = fake.save(tmp_path, newer, fake.Layout(), 5, keep=3)[0]
     assert os.listdir(tmp_path) == ["step-00000005"]
     assert torch.equal(CheckpointReader(path).full("embed.weight"), newer["embed.weight"]["weight"])
 
@@ -169,6 +170,22 @@ def test_killed_between_the_two_renames_of_a_replacement(
     assert kept is not None and kept.endswith("step-00000005.old")
     fake.save(tmp_path, tensors, fake.Layout(), 5, keep=1)
     assert os.listdir(tmp_path) == ["step-00000005"]
+
+
+def test_killed_after_a_replacement_before_the_replaced_one_went(tmp_path: Path, fake: SimpleNamespace) -> None:
+    path = fake.save(tmp_path, fake.tensors(), fake.Layout(), 5)[0]
+    shutil.copytree(path, path + ".old")
+    fake.save(tmp_path, fake.tensors(), fake.Layout(), 5)
+    assert os.listdir(tmp_path) == ["step-00000005"]
+
+
+def test_a_layout_that_differs_in_zero_only_reads_no_more_than_it_asks_for(
+    tmp_path: Path, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = fake.tensors()
+    reader = CheckpointReader(fake.save(tmp_path, tensors, fake.Layout(tp=2, dp=2), 1)[0])
+    monkeypatch.setattr("llmtrain.checkpoint.load.assemble", lambda *_: pytest.fail("assembled a whole parameter"))
+    fake.FakeEngine(fake.Layout(pp=2, tp=2, dp=3), 5, tensors).load_fragments(reader.read, step=1)
 
 
 class FullDisk:
@@ -251,10 +268,17 @@ def damage_truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("damage", [damage_flip, damage_truncate, Path.unlink])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_flip, "check"),
+        (damage_truncate, "bytes where the manifest says|manifest.json: does not match"),
+        (Path.unlink, "No such file"),
+    ],
+)
 @pytest.mark.parametrize("name", ["rank-00001.safetensors", "rank-00000.json", "state.json", "manifest.json"])
 def test_a_broken_file_is_named_and_the_one_before_is_taken(
-    tmp_path: Path, fake: SimpleNamespace, caplog: pytest.LogCaptureFixture, damage: object, name: str
+    tmp_path: Path, fake: SimpleNamespace, caplog: pytest.LogCaptureFixture, damage: Callable, reason: str, name: str
 ) -> None:
     tensors, layout = {"p": fake.tensors()["norm.weight"]}, fake.Layout(dp=2)
     older, newer = (fake.save(tmp_path, tensors, layout, step)[0] for step in (1, 2))
@@ -262,6 +286,7 @@ def test_a_broken_file_is_named_and_the_one_before_is_taken(
     results = fake.run_ranks(2, lambda group: newest_intact(str(tmp_path), group))
     assert results == [older, older]
     assert len(caplog.records) == 1 and os.path.join(newer, name) in caplog.text
+    assert re.search(reason, caplog.text)
     shutil.rmtree(older)
     assert newest_intact(str(tmp_path)) is None
 
