@@ -39,9 +39,16 @@ class Case:
         separate = self.command == "grpo" and rollout.placement == "separate"
         return self.world_size - (rollout.workers if separate else 0)
 
+    @property
+    def makes_data(self) -> bool:
+        """Does the stage itself make the tokenizer and what lies in its data directory?"""
+        return self.command in TRAIN and bool(self.config.data.sources or self.config.data.tasks)
+
     def missing(self, path: str) -> bool:
-        """Is there nothing at `path`, and no stage before that could make it?"""
+        """Is there nothing at `path`, and neither this stage nor one before could make it?"""
+        data_dir = self.config.data.path or os.path.join(self.config.directory, "data")
         made = self.run_dir is not None and _inside(path, self.run_dir)
+        made = made or (self.makes_data and _inside(path, data_dir))
         return not made and not glob.glob(path, recursive=True)
 
     def missing_model(self, path: str) -> bool:
@@ -270,6 +277,11 @@ def _groups(case: Case) -> Iterator[str]:
             f"grpo.prompts_per_step={g.prompts_per_step}: must be a multiple of grpo.minibatches={g.minibatches}; "
             "change one of them"
         )
+    if case.config.rollout.max_new_tokens >= case.config.train.seq_len:
+        yield (
+            f"rollout.max_new_tokens={case.config.rollout.max_new_tokens}: must be less than "
+            f"train.seq_len={case.config.train.seq_len}, which holds the prompt too; lower it or raise seq_len"
+        )
     if group_size < 2:
         yield f"rollout.group_size={group_size}: must be at least 2, an advantage compares samples; raise it"
 
@@ -296,7 +308,8 @@ def _init_from(case: Case) -> Iterator[str]:
 
 
 def _tokenizer(case: Case) -> Iterator[str]:
-    yield from _existing(case, "tokenizer.path", case.config.tokenizer.path, None)
+    if not case.makes_data:
+        yield from _existing(case, "tokenizer.path", case.config.tokenizer.path, None)
 
 
 def _sources(case: Case) -> Iterator[str]:

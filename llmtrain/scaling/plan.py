@@ -7,11 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtrain.config.check import Earlier, mesh_sizes, planned_stages
+from llmtrain.config.check import TRAIN, Earlier, mesh_sizes, planned_stages
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, RunConfig
 from llmtrain.config.shapes import block_parameters, parameter_count, resolve_model
-
-TRAINING = ("pretrain", "sft", "grpo")
 
 
 @dataclass(frozen=True)
@@ -23,15 +21,15 @@ class Plan:
     mesh: dict[str, int]
     parameters: int
     parameters_per_rank: int  # before ZeRO
-    accumulation: float  # microbatches a step and data-parallel rank; not whole = the batch does not fit the ranks
-    tokens_per_step: int
+    accumulation: float | None  # microbatches a step and data-parallel rank; None in RL, where lengths decide
+    tokens_per_step: int  # in RL: sampled at most
     total_tokens: int
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
     logits_bytes: int
-    bubble: float  # idle share of the pipeline's ideal time
+    bubble: float | None  # idle share of the pipeline's ideal time; None where accumulation is
 
     @property
     def memory_bytes(self) -> int:
@@ -45,33 +43,47 @@ class Plan:
         )
 
 
-def plan(config: Config, world_size: int, rollout_ranks: int = 0, earlier: Earlier | None = None) -> Plan:
-    """The arithmetic of training with `config` on `world_size` ranks, of which `rollout_ranks` only generate.
+def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Earlier | None = None) -> Plan:
+    """The arithmetic of a training command on `world_size` ranks. `earlier`: see `config.check.planned_stages`.
 
     Raises ValueError if the mesh does not fit the ranks or the model is not known yet.
     """
     model = resolve_model(config.model, earlier)
-    mesh = mesh_sizes(config.parallel, world_size - rollout_ranks)
-    train, engine, dp = config.train, config.engine, mesh["dp_replicate"] * mesh["dp_shard"]
-    accumulation = train.global_batch_seqs / (train.micro_batch_seqs * dp)
+    workers = rollout_workers(config, command)
+    mesh = mesh_sizes(config.parallel, world_size - workers)
+    dp = mesh["dp_replicate"] * mesh["dp_shard"]
     local = parameters_per_rank(model, mesh["pp"], mesh["tp"])
-    weights, gradients, optimizer = zero_bytes(local, engine.zero_stage, dp, engine.precision)
+    weights, gradients, optimizer = zero_bytes(local, config.engine.zero_stage, dp, config.engine.precision)
+    accumulation, tokens = batch(config, dp, command)
     return Plan(
         ranks=world_size,
-        rollout_ranks=rollout_ranks,
+        rollout_ranks=workers,
         mesh=mesh,
         parameters=parameter_count(model),
         parameters_per_rank=local,
         accumulation=accumulation,
-        tokens_per_step=train.global_batch_seqs * train.seq_len,
-        total_tokens=train.steps * train.global_batch_seqs * train.seq_len,
+        tokens_per_step=tokens,
+        total_tokens=config.train.steps * tokens,
         weights_bytes=weights,
         gradients_bytes=gradients,
-        optimizer_bytes=0 if engine.offload == "optimizer" else optimizer,
-        activations_bytes=activation_bytes(config, model, mesh, math.ceil(accumulation)),
-        logits_bytes=logits_bytes(engine, model, mesh["tp"]),
-        bubble=bubble(mesh["pp"], accumulation),
+        optimizer_bytes=0 if config.engine.offload == "optimizer" else optimizer,
+        activations_bytes=activation_bytes(config, model, mesh, accumulation),
+        logits_bytes=logits_bytes(config.engine, model, mesh["tp"]),
+        bubble=None if accumulation is None else bubble(mesh["pp"], accumulation),
     )
+
+
+def batch(config: Config, dp: int, command: str) -> tuple[float | None, int]:
+    """(accumulation, tokens a step)."""
+    train = config.train
+    if command == "grpo":
+        return None, config.grpo.prompts_per_step * config.rollout.group_size * config.rollout.max_new_tokens
+    return train.global_batch_seqs / (train.micro_batch_seqs * dp), train.global_batch_seqs * train.seq_len
+
+
+def rollout_workers(config: Config, command: str) -> int:
+    """Ranks that only generate."""
+    return config.rollout.workers if command == "grpo" and config.rollout.placement == "separate" else 0
 
 
 def parameters_per_rank(model: ModelConfig, pp: int, tp: int) -> int:
@@ -100,8 +112,9 @@ def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple
     )
 
 
-def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: int) -> int:
-    """Activations kept for the backward pass on the first stage, which holds most microbatches under 1F1B: `pp`.
+def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> int:
+    """Activations kept for the backward pass on the first stage, which holds most microbatches under 1F1B: `pp`, if the
+    step has so many.
 
     Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each layer keeps its input, and one
     layer at a time is whole.
@@ -109,7 +122,8 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
     value = 4 if config.engine.precision == "fp32" else 2
     tokens = config.train.micro_batch_seqs * config.train.seq_len
-    layers, in_flight = math.ceil(model.num_layers / mesh["pp"]), min(mesh["pp"], accumulation)
+    in_flight = mesh["pp"] if accumulation is None else min(mesh["pp"], math.ceil(accumulation))
+    layers = math.ceil(model.num_layers / mesh["pp"])
     block = tokens * value * block_activations(model, tp, sequence_parallel)
     if config.engine.remat == "none":
         return int(layers * in_flight * block)
@@ -139,63 +153,64 @@ def bubble(pp: int, microbatches: float) -> float:
 
 def main(config: Config) -> None:
     """Print the plan of a stage, or of every training stage of a run."""
-    for title, staged, world_size, rollout_ranks, earlier in _stages(config):
-        print(title)
+    for stage, staged, world_size, earlier in _stages(config):
+        print(f"{staged.name} ({stage})")
         try:
-            lines = describe(staged, plan(staged, world_size, rollout_ranks, earlier))
+            lines = describe(staged, plan(staged, world_size, stage, earlier), stage)
         except ValueError as error:
             lines = str(error).splitlines()
         print("\n".join(f"  {line}" for line in lines))
 
 
-def _stages(config: Config) -> Iterator[tuple[str, Config, int, int, Earlier]]:
-    """(title, configuration, ranks, of these only generating, stages before) of everything that trains."""
-    if not isinstance(config, RunConfig):
-        workers = _workers(config)
-        yield config.name, config, _world_size(config, workers), workers, {}
-        return
-    for stage, staged, earlier in planned_stages(config):
-        if stage.command in TRAINING:
-            workers = _workers(staged) if stage.command == "grpo" else 0
-            yield f"{stage.name} ({stage.command})", staged, stage.ranks, workers, earlier
+def _stages(config: Config) -> Iterator[tuple[str, Config, int, Earlier]]:
+    """(command, configuration, ranks, stages before) of everything that trains."""
+    if isinstance(config, RunConfig):
+        for stage, staged, earlier in planned_stages(config):
+            if stage.command in TRAIN:
+                yield stage.command, staged, stage.ranks, earlier
+    else:
+        command = "grpo" if {"grpo", "rollout"} & config.model_fields_set else "pretrain"  # one document, one stage
+        yield command, config, int(os.environ.get("WORLD_SIZE", least_ranks(config, command))), {}
 
 
-def _workers(config: Config) -> int:
-    return config.rollout.workers if config.rollout.placement == "separate" else 0
-
-
-def _world_size(config: Config, workers: int) -> int:
-    """Of the launcher, or else the least that the mesh fits."""
+def least_ranks(config: Config, command: str) -> int:
+    """The fewest ranks that the mesh fits."""
     p = config.parallel
-    least = p.pp * p.dp_replicate * max(1, p.dp_shard) * p.cp * p.tp + workers
-    return int(os.environ.get("WORLD_SIZE", least))
+    return p.pp * p.dp_replicate * max(1, p.dp_shard) * p.cp * p.tp + rollout_workers(config, command)
 
 
-def describe(config: Config, p: Plan) -> list[str]:
+def describe(config: Config, p: Plan, command: str) -> list[str]:
     """A plan for reading."""
-    train, engine = config.train, config.engine
+    engine, most = config.engine, " at most" if command == "grpo" else ""
     axes = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
-    fits = "" if p.accumulation.is_integer() else " (not whole: pretrain and sft will refuse)"
-    parts = {
-        "weights": p.weights_bytes,
-        "gradients": p.gradients_bytes,
-        "optimizer": p.optimizer_bytes,
-        "activations": p.activations_bytes,
-        "logits": p.logits_bytes,
-    }
-    memory = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
     return [
         f"ranks        {p.ranks}: {axes}" + (f", and {p.rollout_ranks} for rollouts" if p.rollout_ranks else ""),
         f"parameters   {p.parameters:,}, {p.parameters_per_rank:,} on the fullest rank before ZeRO",
-        f"batch        {train.global_batch_seqs} x {train.seq_len} tokens = {p.tokens_per_step:,} a step, "
-        f"accumulation {p.accumulation:g}{fits}",
-        f"total        {train.steps:,} steps, {p.total_tokens:,} tokens",
-        f"memory       {gigabytes(p.memory_bytes)} a rank: {memory}",
+        f"batch        {_batch_line(config, p)}",
+        f"total        {config.train.steps:,} steps, {p.total_tokens:,} tokens{most}",
+        f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
         f"             ({engine.precision}, ZeRO {engine.zero_stage}, offload {engine.offload}, remat {engine.remat})",
-        f"bubble       {p.bubble:.1%} of the ideal time",
+        *([] if p.bubble is None else [f"bubble       {p.bubble:.1%} of the ideal time"]),
     ]
 
 
+def _batch_line(config: Config, p: Plan) -> str:
+    if p.accumulation is None:
+        rollout, settings = config.rollout, config.grpo
+        sampled = (
+            f"{settings.prompts_per_step} prompts x {rollout.group_size} samples x {rollout.max_new_tokens} tokens"
+        )
+        return f"at most {sampled} = {p.tokens_per_step:,} a step, in {settings.minibatches} updates"
+    fits = "" if p.accumulation.is_integer() else " (not whole: pretrain and sft will refuse)"
+    rows = f"{config.train.global_batch_seqs} x {config.train.seq_len} tokens = {p.tokens_per_step:,} a step"
+    return f"{rows}, accumulation {p.accumulation:g}{fits}"
+
+
+def _memory_line(p: Plan) -> str:
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    return ", ".join(f"{part} {gigabytes(getattr(p, f'{part}_bytes'))}" for part in parts)
+
+
 def gigabytes(size: int) -> str:
-    """Bytes in units of 1e9, as the papers do. Example: gigabytes(16_600_000_000) -> '16.6 GB'"""
-    return f"{size / 1e9:.3g} GB"
+    """Bytes in units of 1e9, as the papers do, or of 1e6. Example: gigabytes(16_600_000_000) -> '16.6 GB'"""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -72,7 +72,7 @@ def config(*overrides: str, folder: Path) -> Config:
         ("sft", 4, ["data.replay_seqs=1"], "data.path: must be set, data.replay_seqs takes text"),
         ("sft", 4, ["tokenizer.path=no"], "tokenizer.path=no: does not exist"),
         ("sft", 4, ["model.init_from=no"], "model.init_from=no: does not exist; give the directory of a model"),
-        ("grpo", 4, [], "model.init_from: must be set, grpo starts from a trained model"),
+        ("grpo", 4, ["rollout.max_new_tokens=9"], "model.init_from: must be set, grpo starts from a trained model"),
         ("eval", 1, ["eval.text=false", "eval.problems=0"], "model.init_from: must be set, eval starts"),
     ],
 )
@@ -98,6 +98,7 @@ def test_one_broken_rule_is_one_line(
             ["grpo.prompts_per_step=30", "grpo.minibatches=4"],
             "grpo.prompts_per_step=30: .*multiple of grpo.minibatches=4",
         ),
+        (["rollout.max_new_tokens=128"], "rollout.max_new_tokens=128: must be less than train.seq_len=128"),
         (["rollout.group_size=1"], "rollout.group_size=1: must be at least 2"),
     ],
 )
@@ -117,6 +118,13 @@ def test_good_configurations_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     check(config(folder=tmp_path), 1, "data")  # the mesh concerns only what trains
     monkeypatch.setenv("WANDB_API_KEY", "x")
     check(config("log.wandb=online", folder=tmp_path), 4, "pretrain")
+
+
+def test_a_stage_may_make_its_own_data(tmp_path: Path) -> None:
+    made = ["data.tasks=[{name: t, type: largest}]", "run_dir=r", "data.train=r/data/t.jsonl", "tokenizer.path=r/t"]
+    check(config(*made, folder=tmp_path), 4, "sft")
+    with pytest.raises(ConfigError, match=r"data.train=elsewhere/t.jsonl: does not exist"):
+        check(config(*made, "data.train=elsewhere/t.jsonl", folder=tmp_path), 4, "sft")
 
 
 def test_all_violations_are_reported(tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def test_batch_arithmetic() -> None:
     p = plan(config, 12)
     assert p.mesh["dp_shard"] == 3 and p.accumulation == 4 and p.bubble == 1 / 4
     assert (p.tokens_per_step, p.total_tokens) == (24 * 128, 240 * 128)
-    assert plan(config, 13, rollout_ranks=1).mesh == p.mesh
+    separate = config.model_copy(update={"rollout": RolloutConfig(placement="separate", workers=1, group_size=4)})
+    assert plan(separate, 13, "grpo").mesh == p.mesh
+    assert plan(separate, 13, "grpo").tokens_per_step == 32 * 4 * 256
     with pytest.raises(ValueError, match="must be the 13 trainer ranks"):
         plan(config, 13)
 
@@ -79,10 +81,9 @@ def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     rollout = RolloutConfig(placement="separate", workers=3)
     main(Config(parallel=ParallelConfig(pp=2, tp=2), rollout=rollout))
-    assert (
-        "ranks        7: pp 2 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 2, and 3 for rollouts"
-        in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "ranks        7: pp 2 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 2, and 3 for rollouts" in out
+    assert "at most 32 prompts x 8 samples x 256 tokens = 65,536 a step, in 1 updates" in out and "bubble" not in out
     monkeypatch.setenv("WORLD_SIZE", "8")
     main(Config(parallel=ParallelConfig(pp=2, tp=2)))
     assert "ranks        8: pp 2 x dp_replicate 1 x dp_shard 2" in capsys.readouterr().out
