@@ -45,6 +45,8 @@ def test_first_integer(completion: str, answer: str | None, reward: float) -> No
         ("\\frac{1}{2}", "of 12, 7 go: \\boxed{0.5}", "1/2", 1.0),
         ("x^2-1", "\\boxed{(x-1)(x+1)}", "(x - 1)*(x + 1)", 1.0),
         ("7", "7 then\n8", "8", 0.0),
+        ("8", "the final answer is 7. Wait,\n8", "8", 1.0),
+        ("8", "\\boxed{7}\nno, \\boxed{8}", "8", 1.0),
         ("7", "", None, 0.0),
     ],
 )
