@@ -19,23 +19,23 @@ def _batch(mask: Tensor, **extra: Tensor) -> Batch:
 
 
 def _case() -> tuple[Tensor, Batch]:
-    """Ratios 3/2, 1/2, 3/2, 1/2, 1 with advantages 2, 2, -2, -2, 2, and one masked token."""
+    """Ratios 3/2, 1/2, 3/2, 1/2, 1 with advantages 2, 2, -2, -4, 2, and one masked token."""
     ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5, 1.0, 9.0]])
     old = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.1]]))
     logp = (old + ratios.log()).requires_grad_()
-    advantages = torch.tensor([[2.0, 2.0, -2.0, -2.0, 2.0, 5.0]])
+    advantages = torch.tensor([[2.0, 2.0, -2.0, -4.0, 2.0, 5.0]])
     return logp, _batch(torch.tensor([[True] * 5 + [False]]), advantages=advantages, old_logprobs=old)
 
 
 def test_clipping_by_hand() -> None:
     # clip to [0.8, 1.3]:
     # A=2,  r=1.5: min(3, 2.6) = 2.6 clipped, no gradient     A=2,  r=0.5: min(1, 1.6) = 1, gradient r A = 1
-    # A=-2, r=1.5: min(-3, -2.6) = -3, gradient -3            A=-2, r=0.5: min(-1, -1.6) = -1.6 clipped
-    # A=2,  r=1: 2, gradient 2                                sum = 2.6 + 1 - 3 - 1.6 + 2 = 1
+    # A=-2, r=1.5: min(-3, -2.6) = -3, gradient -3            A=-4, r=0.5: min(-2, -3.2) = -3.2 clipped
+    # A=2,  r=1: 2, gradient 2                                sum = 2.6 + 1 - 3 - 3.2 + 2 = -0.6
     logp, batch = _case()
     loss, metrics = CLIP((logp, torch.full((1, 6), 0.5)), batch, kl_coef=0.0)
     loss.backward()
-    torch.testing.assert_close(loss, torch.tensor(-1.0))
+    torch.testing.assert_close(loss, torch.tensor(0.6))
     torch.testing.assert_close(logp.grad, torch.tensor([[0.0, -1.0, 3.0, 0.0, -2.0, 0.0]]))
     assert metrics["clip_fraction"].item() == 2.0 and metrics["entropy"].item() == 2.5
     # k3 against old: r - 1 - ln r = 0.5 - ln 1.5 twice, -0.5 + ln 2 twice, 0 once: 2 ln(4/3)
@@ -62,7 +62,7 @@ def test_reference_without_penalty_is_only_measured() -> None:
     logp, batch = _case()
     batch.extra["ref_logprobs"] = batch.extra["old_logprobs"] - 1
     loss, metrics = CLIP((logp, logp.detach()), batch, kl_coef=0.0)
-    torch.testing.assert_close(loss, torch.tensor(-1.0))
+    torch.testing.assert_close(loss, torch.tensor(0.6))
     assert metrics["kl"].item() > 0
 
 

@@ -14,6 +14,8 @@ from llmtrain.observe.report import read_stages, write_report
 
 NASTY = "<script>alert('1')</script> & <|user|>"
 
+FORMULA = r"grpo $\x$"  # no formula that Matplotlib knows
+
 
 class Page(HTMLParser):
     """Tags, text and image sources of a page."""
@@ -39,7 +41,16 @@ def _stage(directory: Path, steps: int, **values: float | None) -> None:
     (directory / "config.yaml").write_text(f"name: {directory.name}\nnote: {NASTY}\n")
     metrics = MetricsFile(str(directory / "metrics.jsonl"), -1)
     for step in range(1, steps + 1):
-        metrics.write({"step": step, "loss": 10.0 / step, "lr": 1e-3, "tokens_per_s": 2e3, "step_s": 40.0, **values})
+        metrics.write(
+            {
+                "step": step,
+                "loss": None if step == 7 else 10.0 / step,
+                "lr": 1e-3,
+                "tokens_per_s": 2e3,
+                "step_s": 40.0,
+                **values,
+            }
+        )
 
 
 def _evaluation(directory: Path, label: str, **scores: Any) -> None:
@@ -54,7 +65,9 @@ def _run(directory: Path) -> Path:
     _stage(directory / "pretrain", 200, grad_norm=1.0)
     _stage(directory / "grpo", 3, reward_mean=0.5, kl=0.01, entropy=0.4, response_tokens_mean=29.0, grad_norm=None)
     _evaluation(directory / "eval-sft", "sft", **{"pass@1": 0.25, "pass@8": 0.5, "maj@8": 0.375, "greedy": 0.3})
-    _evaluation(directory / "eval-grpo", "grpo $x$", **{"pass@1": 0.75, "pass@8": 0.875, "perplexity": 12.5})
+    _evaluation(
+        directory / "eval-grpo", FORMULA, **{"pass@1": 0.75, "pass@8": 0.875, "perplexity": 12.5, "bits_per_byte": 2.1}
+    )
     (directory / "export").mkdir()
     (directory / "stages.json").write_text('["data", "pretrain", "eval-sft", "grpo", "eval-grpo", "export"]')
     return directory
@@ -72,7 +85,7 @@ def test_a_run_of_stages(tmp_path: Path) -> None:
         assert head[:8] == b"\x89PNG\r\n\x1a\n" and width > 600 and height > 300
     text = " ".join(page.text)
     assert "script" not in page.tags and NASTY in text  # shown, not run
-    for shown in ("0.750", "0.875", "12.50", "grpo $x$", "2 h 13 min", "answer 0", "answer 19"):
+    for shown in ("0.750", "0.875", "12.50", "bits per byte", FORMULA, "2 h 13 min", "answer 0", "answer 19"):
         assert shown in text
     assert "answer 10" not in text
 
@@ -95,8 +108,8 @@ def test_one_stage_and_again(tmp_path: Path) -> None:
 def test_two_evaluations_of_one_label_are_both_shown(tmp_path: Path) -> None:
     for name in ("a", "b"):
         _evaluation(tmp_path / "run" / name, "model", perplexity=3.0)
-    text = Page(write_report(str(tmp_path / "run"))).text
-    assert "model" in text and "b" in text
+    page = Page(write_report(str(tmp_path / "run")))
+    assert page.tags.count("tr") == 3 and "model" in page.text  # a head and two rows
 
 
 @pytest.mark.parametrize(("name", "reason"), [("missing", "no such run directory"), ("empty", "nothing to report")])
