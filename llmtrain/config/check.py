@@ -308,8 +308,10 @@ def _init_from(case: Case) -> Iterator[str]:
 
 
 def _tokenizer(case: Case) -> Iterator[str]:
-    if not case.makes_data:
-        yield from _existing(case, "tokenizer.path", case.config.tokenizer.path, None)
+    path = case.config.tokenizer.path
+    if case.makes_data or os.path.exists(os.path.join(case.config.directory, "tokenizer")):
+        return
+    yield from _existing(case, "tokenizer.path", path, f"{case.command} uses the tokenizer that the model knows")
 
 
 def _sources(case: Case) -> Iterator[str]:
@@ -349,7 +351,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("grpo",), _groups),
     (TRAIN, _wandb),
     ((*TRAIN, "eval", "export"), _init_from),
-    ((*TUNE, "eval"), _tokenizer),
+    ((*TUNE, "eval", "export"), _tokenizer),
     (("data", "tokenizer", "pretrain"), _sources),
     (TUNE, _train_file),
     (("eval",), _evaluation_files),

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from llmtrain.config.schema import LogConfig, RunConfig, StageConfig
 
 GRACE_S = 30  # between asking a stage to stop and killing it
 PR_SET_PDEATHSIG = 1  # prctl(2)
-MEASURES = ("pass@1", "pass@8", "maj@8", "perplexity")
+MEASURE = re.compile(r"(pass|maj)@\d+|perplexity")  # of eval.json, shown at the end
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def summarize(directory: str, jobs: list[Job]) -> None:
     """The last lines: what every evaluation measured, and where the report is."""
     measured = [os.path.join(job.directory, "eval.json") for job in jobs if job.stage.command == "eval"]
     rows = [_read_json(path) for path in measured if os.path.exists(path)]
-    shown = [name for name in MEASURES if any(name in row for row in rows)]
+    shown = list(dict.fromkeys(name for row in rows for name in row if MEASURE.fullmatch(name)))
     if rows:
         table = Table("model", *shown)
         for row in rows:

@@ -17,6 +17,7 @@ GOOD = {
     "train": {"seq_len": 128},
     "parallel": {"pp": 2, "tp": 2},
     "data": {"train": __file__},
+    "tokenizer": {"path": str(Path(__file__).parent)},
 }
 
 
@@ -42,7 +43,12 @@ def config(*overrides: str, folder: Path) -> Config:
             ["model.num_kv_heads=4", "model.num_heads=6", "model.head_dim=8"],
             "model.num_heads=6: .*num_kv_heads=4",
         ),
-        ("pretrain", 4, ["model.vocab_size=512"], "model.vocab_size=512: must be at least tokenizer.vocab_size=1024"),
+        (
+            "pretrain",
+            4,
+            ["model.vocab_size=512", "tokenizer.path="],
+            "model.vocab_size=512: must be at least tokenizer.vocab_size=1024",
+        ),
         ("pretrain", 4, ["train.seq_len=4096"], "train.seq_len=4096: must be at most model.max_positions=2048"),
         ("pretrain", 6, [], "parallel: pp 2 x .* = 4 ranks: must be the 6 trainer ranks; change"),
         ("pretrain", 1, [], "parallel: pp 2 x .* = 4 ranks: must be the 1 trainer ranks; change"),
@@ -71,6 +77,7 @@ def config(*overrides: str, folder: Path) -> Config:
         ("sft", 4, ["data.train="], "data.train: must be set, sft reads"),
         ("sft", 4, ["data.replay_seqs=1"], "data.path: must be set, data.replay_seqs takes text"),
         ("sft", 4, ["tokenizer.path=no"], "tokenizer.path=no: does not exist"),
+        ("sft", 4, ["tokenizer.path="], "tokenizer.path: must be set, sft uses the tokenizer that the model knows"),
         ("sft", 4, ["model.init_from=no"], "model.init_from=no: does not exist; give the directory of a model"),
         ("grpo", 4, ["rollout.max_new_tokens=9"], "model.init_from: must be set, grpo starts from a trained model"),
         ("eval", 1, ["eval.text=false", "eval.problems=0"], "model.init_from: must be set, eval starts"),
@@ -152,6 +159,7 @@ name: q
 run_dir: {folder}/q
 model: {{num_kv_heads: 2}}
 train: {{seq_len: 128}}
+tokenizer: {{path: "{{run}}/tokenizer"}}
 stages:
   - {{name: data, command: data}}
   - {{name: pretrain, command: pretrain, ranks: 4, set: {{parallel: {{tp: 2}}}}}}
