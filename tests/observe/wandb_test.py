@@ -48,7 +48,7 @@ sink = start("offline", "p", "tiny", sys.argv[1], {"model": {"num_layers": 2}}, 
 
 
 def _run(code: str, *args: str) -> None:
-    """In its own process, for W&B keeps global state; it must say nothing, and what it is told beats its environment."""
+    """In its own process, for W&B keeps global state; it must say nothing and obey `start`, not its environment."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"WANDB_MODE": "online"}
     command = [sys.executable, "-c", HEAD + code, *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
