@@ -1,0 +1,8 @@
+"""Training backends."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out for itself, and warn

@@ -62,6 +62,7 @@ class ZeroEngine:
         for p in model.parameters():
             p.tensor_model_parallel = owns(p, mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
         _prepare_deepspeed(mesh)
+        originals = {p: p.detach().clone() for p in model.parameters()} if config.precision == "bf16" else {}
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, optim),
@@ -69,6 +70,7 @@ class ZeroEngine:
             mpu=Mpu(mesh),
             config=deepspeed_config(config, optim.grad_clip),
         )
+        zero_state.set_masters(self.engine, mesh, originals)
         if config.compile:
             compile_blocks(model)
         self.pipeline = Pipeline(model, mesh) if mesh.sizes["pp"] > 1 else None

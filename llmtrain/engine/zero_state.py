@@ -33,8 +33,18 @@ def gradients_finite(engine: object) -> bool:
 
 
 @torch.no_grad()
+def set_masters(engine: object, mesh: Mesh, originals: dict[nn.Parameter, Tensor]) -> None:
+    """Give the fp32 masters their unrounded start: DeepSpeed makes them from the bf16 weights."""
+    for p, address in _pieces(engine, mesh):
+        if p in originals:
+            piece = originals[p].flatten()[address.start : address.start + address.numel]
+            _write(engine, p, piece, "weight")
+
+
+@torch.no_grad()
 def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
     """Pieces this rank writes to a checkpoint: over all ranks every element once."""
+    _make_state(engine, 0)
     _link(engine)
     for p, address in _pieces(engine, mesh):
         if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or mesh.dp_rank == 0):

@@ -10,6 +10,10 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 renamed them
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_reduce_scatter_sum = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+
 SEQUENCE = 1  # the dim that sequence parallelism splits
 
 
@@ -20,11 +24,11 @@ def all_reduce(x: Tensor, group: ProcessGroup, op: str = "sum") -> Tensor:
 
 def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Without gradient."""
-    return _wait(functional.all_gather_tensor(x.contiguous(), dim, group))
+    return _wait(_all_gather(x.contiguous(), dim, group))
 
 
 def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    return _wait(functional.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+    return _wait(_reduce_scatter_sum(x.contiguous(), "sum", dim, group))
 
 
 def _wait(x: Tensor) -> Tensor:
