@@ -81,7 +81,7 @@ tokens a second are the median of the steps.</p>
 {%- endif %}
 {%- if s.greedy %}<span>greedy</span>{% endif %}
 {%- if s.label %}<span>{{ s.label }}</span>{% endif %}
-{%- if s.step is number %}<span>step {{ s.step }}</span>{% endif %}
+{%- if s.step %}<span>step {{ s.step }}</span>{% endif %}
 </div>
 </article>
 {%- endfor %}

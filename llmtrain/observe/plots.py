@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Panel = tuple[str, dict[str, str]]
-"""(title, {key in metrics.jsonl: name of its line})"""
+"""(title, {key of the records: name of its line})"""
 
 BarPanel = tuple[str, Mapping[str, Mapping[str, float]], int]
 """(title, {label: {measure: value}}, digits shown)"""
@@ -89,6 +89,7 @@ def _bars(
         axes.bar_label(bars, fmt=f"%.{digits}f", fontsize=8, color=INK, padding=2)
     axes.set_xticks(range(len(measures)), measures)
     axes.margins(y=0.12)
+    axes.set_ylim(bottom=0)
 
 
 def _shades(count: int) -> list[str]:

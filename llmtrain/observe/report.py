@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -18,10 +18,14 @@ SHOWN = 3  # samples from the start of a stage, and as many from its end
 
 @dataclass
 class Stage:
-    """What one stage left in its directory. Example: Stage("sft", [{"step": 1, "loss": 2.0}], [], None, "seed: 0")"""
+    """What one stage left in its directory: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, config.yaml.
+
+    Example: Stage("sft", [{"step": 1, "loss": 2.0}], [{"step": 0, "loss": 2.1}], [], None, "seed: 0")
+    """
 
     name: str
     metrics: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     config: str | None
@@ -77,15 +81,17 @@ def _recorded(path: str) -> bool:
 
 
 def _read_stage(name: str, path: str) -> Stage:
-    metrics, samples, evaluation, config = (
-        os.path.join(path, f) for f in ("metrics.jsonl", "samples.jsonl", "eval.json", "config.yaml")
-    )
+    def find(file: str, read: Callable[[str], Any], missing: Any) -> Any:
+        found = os.path.join(path, file)
+        return read(found) if os.path.exists(found) else missing
+
     return Stage(
         name,
-        read_metrics(metrics) if os.path.exists(metrics) else [],
-        read_lines(samples) if os.path.exists(samples) else [],
-        json.loads(_read(evaluation)) if os.path.exists(evaluation) else None,
-        _read(config) if os.path.exists(config) else None,
+        metrics=find("metrics.jsonl", read_metrics, []),
+        held_out=find("evaluations.jsonl", read_metrics, []),
+        samples=find("samples.jsonl", read_lines, []),
+        evaluation=find("eval.json", lambda file: json.loads(_read(file)), None),
+        config=find("config.yaml", _read, None),
     )
 
 
@@ -143,10 +149,11 @@ def _curves(out: str, stage: Stage) -> list[dict[str, str]]:
     plots: dict[str, tuple[Panel, ...]] = {f"{stage.name}.png": TRAINING}
     if any("reward_mean" in record for record in stage.metrics):
         plots = {f"{stage.name}-rl.png": RL} | plots
+    records = stage.metrics + [{"step": e["step"], "held_out_loss": e["loss"]} for e in stage.held_out]
     return [
         {"file": file, "alt": f"{stage.name}: " + ", ".join(title for title, _ in panels)}
         for file, panels in plots.items()
-        if plot_curves(os.path.join(out, file), panels, stage.metrics)
+        if plot_curves(os.path.join(out, file), panels, records)
     ]
 
 
@@ -159,6 +166,7 @@ def _training_row(stage: Stage) -> dict[str, str]:
         "stage": stage.name,
         "steps": _number(stage.metrics[-1]["step"], 0),
         "loss": _change(values("loss")),
+        "held-out loss": _change([e["loss"] for e in stage.held_out]),
         "reward": _change(values("reward_mean")),
         "tokens/s": _number(median(speed) if speed else None, 0),
         "time": _duration(sum(values("step_s"))),

@@ -51,6 +51,9 @@ def _stage(directory: Path, steps: int, **values: float | None) -> None:
                 **values,
             }
         )
+    held_out = MetricsFile(str(directory / "evaluations.jsonl"), -1)
+    for step, loss in ((0, 6.5), (steps, 2.25)):
+        held_out.write({"step": step, "loss": loss})
 
 
 def _evaluation(directory: Path, label: str, **scores: Any) -> None:
@@ -102,7 +105,9 @@ def test_one_stage_and_again(tmp_path: Path) -> None:
     for _ in range(2):  # the report directory that the first one leaves is no stage
         page = Page(write_report(str(tmp_path / "tiny")))
         assert page.images == ["tiny.png"] and "tiny" in page.text
-    assert "5.0" not in page.text and "10 → 3.33" in page.text  # means of the first and the last tenth
+    assert (
+        "5.0" not in page.text and "10 → 3.33" in page.text and "6.5 → 2.25" in page.text
+    )  # means of the first and the last tenth
 
 
 def test_two_evaluations_of_one_label_are_both_shown(tmp_path: Path) -> None:
