@@ -30,16 +30,16 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
     The log-prob is that of the whole distribution at the sampling temperature, before truncation; greedy (temperature
     0) reports temperature 1.
     """
-    logits = logits.float() / (sampling.temperature or 1.0)
-    top = logits.amax(-1, keepdim=True)
-    weights = (logits - top).exp_()
+    top = logits.amax(-1, keepdim=True).float()
+    scaled = (logits - top).div_(sampling.temperature or 1.0)
+    weights = scaled.exp()
     if sampling.temperature == 0 or sampling.top_k == 1:
         tokens = logits.argmax(-1)
     elif sampling.top_k == 0 and sampling.top_p == 1:
         tokens = _invert(weights.cumsum(-1), uniforms)
     else:
         tokens = _truncated(weights, uniforms, sampling.top_k, sampling.top_p)
-    return tokens, (logits.gather(-1, tokens[:, None]) - top)[:, 0] - weights.sum(-1).log()
+    return tokens, scaled.gather(-1, tokens[:, None])[:, 0] - weights.sum(-1).log()
 
 
 def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
