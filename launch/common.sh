@@ -55,6 +55,14 @@ run() {
   fi
 }
 
+# Waits for a child however often a trapped signal ends `wait` early; returns the child's exit code.
+wait_for() {
+  while kill -0 "$1" 2>/dev/null; do
+    wait "$1" || true
+  done
+  wait "$1"
+}
+
 # The project's own environment, or else the one that is active (a container, a cluster's module).
 python_of_project() { if [[ -x $venv/bin/python ]]; then echo "$venv/bin/python"; else command -v python3; fi; }
 

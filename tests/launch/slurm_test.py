@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def fake_slurm(tmp_path: Path) -> Path:
         '#!/usr/bin/env bash\necho "srun $*" >>"$CALLS"\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
     )
     (folder / "scontrol").write_text(
-        '#!/usr/bin/env bash\necho "scontrol $*" >>"$CALLS"\n[[ $1 != show ]] || printf "node-a\\nnode-b\\n"\n'
+        '#!/usr/bin/env bash\necho "scontrol $*" >>"$CALLS"\n'
+        'case "$1 $2" in "show hostnames") printf "node-a\\nnode-b\\n" ;; "show job") echo "JobState=$STATE" ;; esac\n'
     )
     for name in ("srun", "scontrol"):
         (folder / name).chmod(0o755)
@@ -69,7 +71,7 @@ def fake_slurm(tmp_path: Path) -> Path:
 def job_environment(fake_slurm: Path, **env: str) -> dict[str, str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     path = f"{fake_slurm}{os.pathsep}{os.environ['PATH']}"
-    return plain | IN_JOB | {"PATH": path, "CALLS": str(fake_slurm.parent / "calls")} | env
+    return plain | IN_JOB | {"PATH": path, "CALLS": str(fake_slurm.parent / "calls"), "STATE": "RUNNING"} | env
 
 
 def dry(fake_slurm: Path, script: Path, *args: str, **env: str) -> list[str]:
@@ -83,7 +85,7 @@ def dry(fake_slurm: Path, script: Path, *args: str, **env: str) -> list[str]:
 def test_one_torchrun_a_node(fake_slurm: Path) -> None:
     command = " ".join(dry(fake_slurm, SCRIPTS[0], "pretrain", "job.yaml", "seed=1"))
     assert command.startswith("srun --kill-on-bad-exit=1")
-    assert "torchrun.sh --nnodes 2 --master-addr node-a --master-port " in command
+    assert "slurm_step.sh --nnodes 2 --master-addr node-a --master-port " in command
     assert command.endswith("pretrain job.yaml seed=1")
 
 
@@ -91,7 +93,7 @@ def test_runs_from_slurms_spool_folder(fake_slurm: Path, tmp_path: Path) -> None
     spooled = tmp_path / "slurm_script"
     spooled.write_text(SCRIPTS[0].read_text())
     command = dry(fake_slurm, spooled, "pretrain", "job.yaml", SLURM_SUBMIT_DIR=str(ROOT))
-    assert str(ROOT / "launch/torchrun.sh") in command
+    assert str(ROOT / "launch/slurm_step.sh") in command
     lost = ["bash", spooled, "--dry-run", "pretrain", "job.yaml"]
     done = subprocess.run(lost, cwd=tmp_path, env=job_environment(fake_slurm), capture_output=True, text=True)
     assert done.returncode == 2 and "submit from the project's root" in done.stderr
@@ -126,32 +128,51 @@ time.sleep(100)
 """
 
 
-def start_job(fake_slurm: Path, program: str) -> subprocess.Popen[str]:
+def start_job(fake_slurm: Path, **env: str) -> subprocess.Popen[str]:
     folder = fake_slurm.parent
     (folder / "llmtrain").mkdir()
-    (folder / "llmtrain" / "__main__.py").write_text(program)
-    env = job_environment(fake_slurm, SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="")
-    command = ["bash", SCRIPTS[0], "pretrain", "job.yaml"]
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    (folder / "llmtrain" / "__main__.py").write_text(SAVES_ON_SIGNAL)
+    env = job_environment(fake_slurm, SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="", **env)
+    return subprocess.Popen(["bash", SCRIPTS[0], "pretrain", "job.yaml"], cwd=folder, env=env)
+
+
+def wait_until(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_is_a_checkpoint_and_a_place_in_the_queue(fake_slurm: Path, number: signal.Signals) -> None:
     """From the batch script through srun and torchrun to the ranks of llmtrain (a stand-in), and back."""
-    job = start_job(fake_slurm, SAVES_ON_SIGNAL)
-    deadline = time.monotonic() + 60
-    while not all((fake_slurm.parent / f"ready-{rank}").exists() for rank in range(2)):
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    job = start_job(fake_slurm)
+    wait_until(lambda: all((fake_slurm.parent / f"ready-{rank}").exists() for rank in range(2)), job)
     job.send_signal(number)
     assert job.wait(60) == 0
     calls = (fake_slurm.parent / "calls").read_text().splitlines()
     assert calls[0].startswith("srun ")
     assert sorted(calls[1:3]) == ["rank 0 saved", "rank 1 saved"]
-    assert calls[3:] == ["scontrol requeue 4711"]
+    assert calls[3:] == ["scontrol show job 4711", "scontrol requeue 4711"]
+
+
+SRUN_THAT_WAITS = """#!/usr/bin/env bash
+trap 'exit 3' USR1
+echo "srun $*" >>"$CALLS"
+while true; do sleep 0.1; done
+"""
+
+
+def test_a_cancelled_job_is_not_queued_again(fake_slurm: Path) -> None:
+    (fake_slurm / "srun").write_text(SRUN_THAT_WAITS)
+    job = start_job(fake_slurm, STATE="CANCELLED")
+    wait_until((fake_slurm.parent / "calls").exists, job)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 3
+    assert "requeue" not in (fake_slurm.parent / "calls").read_text()
 
 
 def test_a_failed_run_is_not_queued_again(fake_slurm: Path) -> None:
     (fake_slurm / "srun").write_text('#!/usr/bin/env bash\necho "srun $*" >>"$CALLS"\nexit 3\n')
-    assert start_job(fake_slurm, "").wait(60) == 3
+    assert start_job(fake_slurm).wait(60) == 3
     assert "requeue" not in (fake_slurm.parent / "calls").read_text()

@@ -9,12 +9,20 @@ import psutil
 import pytest
 
 
+RANK_1_FAILS = """
+import os, pathlib, sys, time
+print("rank", os.environ["RANK"], *sys.argv[2:], flush=True)
+if os.environ["RANK"] == "0":
+    sys.exit(pathlib.Path(sys.argv[1]).touch())
+while not os.path.exists(sys.argv[1]):  # torchrun ends rank 0 as soon as rank 1 fails
+    time.sleep(0.05)
+sys.exit("broken on purpose")
+"""
+
+
 def test_output_and_exit_code_come_back(torchrun: Callable, tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import os, sys\nprint('rank', os.environ['RANK'], *sys.argv[1:])\nsys.exit('broken on purpose')\n"
-    )
-    done = torchrun(2, script, "a=1", timeout_s=60)
+    (tmp_path / "ranks.py").write_text(RANK_1_FAILS)
+    done = torchrun(2, tmp_path / "ranks.py", tmp_path / "printed", "a=1", timeout_s=60)
     assert done.returncode == 1
     assert "rank 0 a=1" in done.stdout and "rank 1 a=1" in done.stdout and "broken on purpose" in done.stdout
 
