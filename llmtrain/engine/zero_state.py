@@ -54,22 +54,24 @@ def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
 @torch.no_grad()
 def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
     """Fill master weights and optimizer state, then the working weights from them."""
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage():
-        for flat in _flats(optimizer):  # AdamW makes its state at the first step; here it must exist before
-            optimizer.optimizer.state[flat] = _fresh_state(flat, step)
-        _link(engine)
+    _make_state(engine, step)
+    _link(engine)
     for p, address in _pieces(engine, mesh):
-        if not engine.zero_optimization_stage():
-            optimizer.state[p] = _fresh_state(p, step)
         for key, value in read(address).items():
             _write(engine, p, value.to(mesh.device), key)
-    _refresh_working_weights(optimizer)
+    _refresh_working_weights(engine.optimizer)
     engine.global_steps = step
 
 
-def _fresh_state(tensor: Tensor, step: int) -> dict[str, Tensor]:
-    return {"step": torch.tensor(float(step)), **{key: torch.zeros_like(tensor) for key in STATES}}
+def _make_state(engine: object, step: int) -> None:
+    """AdamW makes its state at the first update; before that it is made here, as after `step` updates."""
+    if engine.zero_optimization_stage():
+        state, tensors = engine.optimizer.optimizer.state, _flats(engine.optimizer)
+    else:
+        state, tensors = engine.optimizer.state, engine.module.parameters()
+    for t in tensors:
+        if not state.get(t):
+            state[t] = {"step": torch.tensor(float(step)), **{key: torch.zeros_like(t) for key in STATES}}
 
 
 def _refresh_working_weights(optimizer: object) -> None:

@@ -1,0 +1,58 @@
+"""Chunked log-probs against the plain head that holds all logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmtrain.model.heads import LMHead
+from llmtrain.parallel.logprob import ScoringHead
+from llmtrain.types import IGNORE
+
+
+def heads(chunk_tokens: int) -> tuple[LMHead, ScoringHead]:
+    plain, chunked = LMHead(16, 40).double(), LMHead(16, 40).double()
+    torch.nn.init.normal_(plain.weight)
+    chunked.load_state_dict(plain.state_dict())
+    chunked.__class__ = ScoringHead
+    chunked.group, chunked.first_id, chunked.chunk_tokens = None, 0, chunk_tokens
+    return plain, chunked
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_equals_the_plain_head(chunk_tokens: int, temperature: float | None) -> None:
+    torch.manual_seed(0)
+    plain, chunked = heads(chunk_tokens)
+    labels = torch.randint(0, 40, (3, 7))
+    labels[0, :4] = labels[2] = IGNORE
+    scale = None if temperature is None else torch.tensor([temperature, 1.0, 2.0])
+    weights, results = torch.randn(3, 7).double(), []
+    for head in (plain, chunked):
+        hidden = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        logp, entropy = head(hidden, labels, scale)
+        (logp * weights).sum().backward()
+        results.append((logp, entropy, hidden.grad, head.weight.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-6, atol=2e-6)  # both score in fp32
+
+
+def test_nothing_to_train_gives_zero_gradients() -> None:
+    _, head = heads(4)
+    hidden = torch.randn(1, 5, 16).double().requires_grad_()
+    logp, _ = head(hidden, torch.full((1, 5), IGNORE))
+    logp.sum().backward()
+    assert logp.abs().sum() == 0 and hidden.grad.abs().sum() == 0 and head.weight.grad.abs().sum() == 0
+
+
+def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor that appears has chunk_tokens rows."""
+    from llmtrain.parallel import logprob
+
+    rows = []
+    inner = logprob._logits
+    monkeypatch.setattr(logprob, "_logits", lambda h, w, s: rows.append(len(h)) or inner(h, w, s))
+    _, head = heads(4)
+    hidden = torch.randn(2, 9, 16).double().requires_grad_()
+    head(hidden, torch.zeros(2, 9, dtype=torch.int64))[0].sum().backward()
+    assert max(rows) == 4 and sum(rows) == 2 * 18  # forward, and again in the backward
