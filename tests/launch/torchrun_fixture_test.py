@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-
 RANK_1_FAILS = """
 import os, pathlib, sys, time
 print("rank", os.environ["RANK"], *sys.argv[2:], flush=True)
