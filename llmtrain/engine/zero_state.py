@@ -71,7 +71,7 @@ def _make_state(engine: object, step: int) -> None:
         state, tensors = engine.optimizer.state, engine.module.parameters()
     for t in tensors:
         if not state.get(t):
-            state[t] = {"step": torch.tensor(float(step)), **{key: torch.zeros_like(t) for key in STATES}}
+            state[t] = {"step": torch.tensor(float(step), device=t.device), **{key: torch.zeros_like(t) for key in STATES}}
 
 
 def _refresh_working_weights(optimizer: object) -> None:
