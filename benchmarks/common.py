@@ -1,0 +1,108 @@
+"""What the benchmarks share: contestants in processes of their own, taking turns."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Turns:
+    """A contestant's end of the pipe. It does `while turns.wait(): turns.done(one piece of work)`."""
+
+    pipe: Connection
+    left: int = 0  # pieces of work in this turn
+    values: list = field(default_factory=list)
+
+    def wait(self) -> bool:
+        """Blocks until it is this contestant's turn; False = no turn is left. The clock runs from here."""
+        if self.left:
+            return True
+        self.left, self.values = self.pipe.recv(), []
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        return self.left > 0
+
+    def done(self, value: float) -> None:
+        """One piece of work is finished; after the last of a turn its measurements are sent."""
+        self.values.append(value)
+        self.left -= 1
+        if self.left:
+            return
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        wall_s, cpu_s = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        self.pipe.send({"values": self.values, "wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak_bytes()})
+
+
+def peak_bytes() -> int:
+    """Of this process so far: of the GPU's memory if it uses one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+Contestant = Callable[..., None]
+"""Called with its Turns and the benchmark's own arguments; returns when `Turns.wait` says so."""
+
+
+def _run(pipe: Connection, contestant: Contestant, threads: int, args: tuple) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    contestant(Turns(pipe), *args)
+
+
+def compete(
+    contestants: dict[str, Contestant], args: tuple, threads: int, warmup: int, work: int, rounds: int
+) -> dict[str, list[dict]]:
+    """Measurements of each contestant, `rounds` turns of `work` pieces after a first turn of `warmup`.
+
+    In every round each contestant has one turn; the others sleep. Raises RuntimeError when one dies.
+    """
+    context, pipes, processes = get_context("spawn"), {}, []
+    for name, contestant in contestants.items():
+        pipes[name], end = context.Pipe()
+        processes.append(context.Process(target=_run, args=(end, contestant, threads, args), daemon=True))
+        processes[-1].start()
+        end.close()  # or a dead contestant would leave recv() waiting
+    measured: dict[str, list[dict]] = {name: [] for name in contestants}
+    for pieces in [warmup] + [work] * rounds:
+        for name, pipe in pipes.items():
+            pipe.send(pieces)
+            measured[name].append(_receive(name, pipe))
+    for pipe, process in zip(pipes.values(), processes, strict=True):
+        pipe.send(0)
+        process.join()
+    return measured
+
+
+def _receive(name: str, pipe: Connection) -> dict:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        raise RuntimeError(f"contestant {name!r} died; its traceback is above") from None
+
+
+def environment(module: str, packages: tuple[str, ...], threads: int) -> dict:
+    """What a reader needs to judge the figures."""
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": cpu[0].split(":")[1].strip(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "threads": threads,
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+    }
