@@ -16,30 +16,30 @@ class Section(BaseModel):
 class RopeScaling(Section):
     """Llama 3 frequency scaling (the released `rope_scaling` of type llama3)."""
 
-    factor: PositiveFloat = 8.0
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_positions: PositiveInt = 8192
+    factor: PositiveFloat = 8.0  # by which low frequencies are divided
+    low_freq_factor: PositiveFloat = 1.0  # wavelengths above original_max_positions / this are low
+    high_freq_factor: PositiveFloat = 4.0  # wavelengths below original_max_positions / this stay
+    original_max_positions: PositiveInt = 8192  # rows the model was first trained with
 
 
 class ModelConfig(Section):
     """Shape of the decoder. With `preset` or `init_from`, fields that are not written take their values from there."""
 
-    preset: str | None = None
+    preset: str | None = None  # a published shape; see the presets at the end of docs/configuration.md
     init_from: str | None = None  # a Hugging Face directory or a run directory
-    attention: Literal["gqa"] = "gqa"
-    num_layers: PositiveInt = 4
-    hidden_size: PositiveInt = 128
-    ffn_size: PositiveInt = 384
-    num_heads: PositiveInt = 4
-    num_kv_heads: PositiveInt = 4
+    attention: Literal["gqa"] = "gqa"  # grouped-query; with num_kv_heads = num_heads the plain one
+    num_layers: PositiveInt = 4  # blocks
+    hidden_size: PositiveInt = 128  # width of the residual stream
+    ffn_size: PositiveInt = 384  # inner width of SwiGLU
+    num_heads: PositiveInt = 4  # query heads
+    num_kv_heads: PositiveInt = 4  # shared by num_heads / num_kv_heads query heads each
     head_dim: PositiveInt | None = None  # None = hidden_size / num_heads
-    vocab_size: PositiveInt = 1024
-    max_positions: PositiveInt = 2048
-    norm_eps: PositiveFloat = 1e-5
-    rope_theta: PositiveFloat = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_embeddings: bool = True
+    vocab_size: PositiveInt = 1024  # at least the tokenizer's
+    max_positions: PositiveInt = 2048  # longest row, prompt and completion together
+    norm_eps: PositiveFloat = 1e-5  # of RMSNorm
+    rope_theta: PositiveFloat = 10000.0  # base of RoPE's frequencies
+    rope_scaling: RopeScaling | None = None  # None = plain RoPE
+    tie_embeddings: bool = True  # the head uses the embedding's weights
 
 
 class TokenizerConfig(Section):
@@ -53,11 +53,11 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     """One source of documents for pretraining."""
 
-    name: str
-    type: Literal["stdlib", "topics", "arithmetic", "text", "jsonl"]
+    name: str  # of its shards, and in overrides
+    type: Literal["stdlib", "topics", "arithmetic", "text", "jsonl"]  # stdlib, topics: Python's code and prose
     path: str | None = None  # text, jsonl: file, directory or glob
     weight: PositiveFloat = 1.0  # share of the samples, relative to the other sources
-    max_bytes: PositiveInt | None = None
+    max_bytes: PositiveInt | None = None  # of UTF-8; None = all
     held_out: float = Field(0.05, ge=0.0, lt=1.0)  # share of the documents kept for validation
     count: PositiveInt = 2000  # arithmetic: documents
     worked_share: float = Field(0.8, ge=0.0, le=1.0)  # arithmetic: share of sums worked by columns
@@ -66,10 +66,10 @@ class SourceConfig(Section):
 class TaskConfig(Section):
     """A generated problem set: JSONL of prompts and answers, every eighth expression held out."""
 
-    name: str
-    type: Literal["chain_sum", "largest"]
-    train: PositiveInt = 4000
-    held_out: PositiveInt = 256
+    name: str  # files: <data directory>/<name>-train.jsonl and -held_out.jsonl
+    type: Literal["chain_sum", "largest"]  # chain_sum: a + b or a - b of two digits; largest: of three numbers
+    train: PositiveInt = 4000  # problems to train on
+    held_out: PositiveInt = 256  # problems to evaluate on
     error_rate: float = Field(0.0, ge=0.0, lt=1.0)  # chance that one column sum of a demonstration is wrong
 
 
@@ -77,8 +77,8 @@ class DataConfig(Section):
     """Where text, demonstrations and prompts come from."""
 
     path: str | None = None  # directory of token shards; None = <run directory>/data
-    sources: list[SourceConfig] = []
-    tasks: list[TaskConfig] = []
+    sources: list[SourceConfig] = []  # text for pretraining
+    tasks: list[TaskConfig] = []  # problem sets to generate
     train: str | None = None  # sft, grpo: JSONL with prompt|messages, answer, optional prefill
     held_out: str | None = None  # eval: the same form
     mask_documents: bool = True  # attention and positions restart at document boundaries
@@ -89,25 +89,25 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """The mesh, outermost first: pp, dp_replicate, dp_shard, cp, tp. `dp_shard: -1` takes all ranks left."""
 
-    pp: PositiveInt = 1
-    dp_replicate: PositiveInt = 1
-    dp_shard: int = -1
-    cp: PositiveInt = 1
-    tp: PositiveInt = 1
-    ep: PositiveInt = 1
-    sequence_parallel: bool = True
-    schedule: Literal["1f1b"] = "1f1b"
+    pp: PositiveInt = 1  # pipeline stages
+    dp_replicate: PositiveInt = 1  # data-parallel copies that shard nothing; with zero_stage 0 only
+    dp_shard: int = -1  # data-parallel ranks that ZeRO shards over
+    cp: PositiveInt = 1  # context parallel; not in this version: 1
+    tp: PositiveInt = 1  # tensor-parallel ranks; divides heads, K/V heads, ffn_size, vocab_size
+    ep: PositiveInt = 1  # expert parallel; not in this version: 1
+    sequence_parallel: bool = True  # with tp > 1: norms and residuals on a slice of the row
+    schedule: Literal["1f1b"] = "1f1b"  # of the pipeline (arXiv 2104.04473)
 
 
 class EngineConfig(Section):
     """How a step runs on one rank."""
 
-    backend: Literal["deepspeed", "fsdp"] = "deepspeed"
-    zero_stage: int = Field(1, ge=0, le=3)
-    offload: Literal["none", "optimizer"] = "none"
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
-    remat: Literal["none", "full"] = "none"
-    compile: bool = False
+    backend: Literal["deepspeed", "fsdp"] = "deepspeed"  # fsdp: not in this version
+    zero_stage: int = Field(1, ge=0, le=3)  # shards 1: optimizer state, 2: also gradients, 3: also weights
+    offload: Literal["none", "optimizer"] = "none"  # optimizer: its state and step on the CPU, zero_stage 2 or 3
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"  # masters are fp32; fp16, fp8: not in this version
+    remat: Literal["none", "full"] = "none"  # full: recompute each block in the backward
+    compile: bool = False  # torch.compile of each block
     logprob_chunk_tokens: PositiveInt = 1024  # rows of logits held at a time
     timeout_s: PositiveInt = 600  # of a collective
 
@@ -115,26 +115,26 @@ class EngineConfig(Section):
 class OptimConfig(Section):
     """AdamW (arXiv 1711.05101) and its schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 3e-4
-    min_lr: float = Field(3e-5, ge=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.1, ge=0.0)
+    name: Literal["adamw"] = "adamw"  # decoupled weight decay
+    lr: PositiveFloat = 3e-4  # the highest
+    min_lr: float = Field(3e-5, ge=0.0)  # where linear and cosine end
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
+    eps: PositiveFloat = 1e-8  # added to the root of the second moment
+    weight_decay: float = Field(0.1, ge=0.0)  # on matrices, not on norms
     grad_clip: float = Field(1.0, ge=0.0)  # 0 = no clipping
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warmup, down to min_lr at the last step
+    warmup_steps: int = Field(100, ge=0)  # linear from 0; of updates (in grpo: steps x minibatches)
 
 
 class TrainConfig(Section):
     """How much is trained. `global_batch_seqs = micro_batch_seqs x data-parallel ranks x accumulation`."""
 
-    steps: PositiveInt = 1000
-    seq_len: PositiveInt = 2048
-    micro_batch_seqs: PositiveInt = 1
-    global_batch_seqs: PositiveInt = 8
-    batch_ramp: list[Any] = []
-    seq_ramp: list[Any] = []
+    steps: PositiveInt = 1000  # of the stage; resumed runs count on
+    seq_len: PositiveInt = 2048  # tokens a row; in grpo the longest row
+    micro_batch_seqs: PositiveInt = 1  # rows in one forward on one rank
+    global_batch_seqs: PositiveInt = 8  # rows a step over all ranks (pretrain, sft)
+    batch_ramp: list[Any] = []  # not in this version: leave empty
+    seq_ramp: list[Any] = []  # not in this version: leave empty
     eval_every_steps: int = Field(0, ge=0)  # 0 = before the first and after the last step only
     eval_seqs: PositiveInt = 64  # held-out rows
 
@@ -142,14 +142,14 @@ class TrainConfig(Section):
 class RolloutConfig(Section):
     """Sampling during RL."""
 
-    generator: Literal["native"] = "native"
-    placement: Literal["colocated", "separate"] = "colocated"
+    generator: Literal["native"] = "native"  # our own decoder with a static KV cache
+    placement: Literal["colocated", "separate"] = "colocated"  # who samples: the trainers, or ranks of their own
     workers: int = Field(0, ge=0)  # separate: ranks that only generate
-    group_size: PositiveInt = 8
-    max_new_tokens: PositiveInt = 256
-    temperature: PositiveFloat = 1.0
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0)
+    group_size: PositiveInt = 8  # samples a prompt
+    max_new_tokens: PositiveInt = 256  # of one completion
+    temperature: PositiveFloat = 1.0  # of sampling and of the log-probs that are trained
+    top_p: float = Field(1.0, gt=0.0, le=1.0)  # share of probability kept; 1 = all
+    top_k: int = Field(0, ge=0)  # most likely tokens kept; 0 = all
     max_batch_seqs: PositiveInt = 256  # sequences decoded together on one rank
     max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
 
@@ -157,11 +157,11 @@ class RolloutConfig(Section):
 class GrpoConfig(Section):
     """GRPO (arXiv 2402.03300)."""
 
-    reward: Literal["reasoning_gym", "first_integer", "math"] = "reasoning_gym"
-    prompts_per_step: PositiveInt = 32
+    reward: Literal["reasoning_gym", "first_integer", "math"] = "reasoning_gym"  # 1 for a right answer, else 0
+    prompts_per_step: PositiveInt = 32  # groups sampled a step
     minibatches: PositiveInt = 1  # updates on one set of rollouts
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
+    clip_low: PositiveFloat = 0.2  # the ratio is clipped to 1 - clip_low ...
+    clip_high: PositiveFloat = 0.2  # ... 1 + clip_high
     kl_coef: float = Field(0.0, ge=0.0)  # against the weights at the start
     normalize_std: bool = True  # advantage = (r - mean) / std of its group; False = Dr. GRPO
 
@@ -170,42 +170,48 @@ class EvalConfig(Section):
     """What `llmtrain eval` measures, on the newest checkpoint of `model.init_from` or a Hugging Face directory."""
 
     text: bool = True  # perplexity on the held-out shards of `data.path`
-    text_seqs: PositiveInt = 200
+    text_seqs: PositiveInt = 200  # held-out rows at most
     problems: int = Field(256, ge=0)  # from `data.held_out`
     samples: PositiveInt = 8  # pass@k up to this k, majority@k
     label: str = "model"  # how the report names it
 
 
 class CheckpointConfig(Section):
+    """When the state of a run is saved, and whether it is taken up again."""
+
     every_steps: int = Field(100, ge=0)  # 0 = only at the end
-    keep: PositiveInt = 3
-    resume: Literal["auto", "never"] = "auto"
+    keep: PositiveInt = 3  # the newest so many
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest intact one; never: start anew
 
 
 class ExportConfig(Section):
     """`llmtrain export`: the newest checkpoint of `model.init_from`, else of the run, as a Hugging Face directory."""
 
     path: str | None = None  # None = export/ in the directory of that run
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of the written weights
 
 
 class ReportConfig(Section):
+    """`llmtrain report`: plots and samples as one HTML page."""
+
     path: str | None = None  # the run to report on, or a directory of stages; None = the run directory
 
 
 class LogConfig(Section):
-    every_steps: PositiveInt = 1
-    wandb: Literal["offline", "online", "off"] = "offline"
-    project: str = "llmtrain"
+    """What is recorded while a stage runs."""
+
+    every_steps: PositiveInt = 1  # between lines of metrics.jsonl
+    wandb: Literal["offline", "online", "off"] = "offline"  # offline sends nothing; online needs WANDB_API_KEY
+    project: str = "llmtrain"  # of W&B
     samples: int = Field(4, ge=0)  # completions written to samples.jsonl at a logged RL step or an evaluation
 
 
 class Config(Section):
     """One document: one stage."""
 
-    name: str = "run"
+    name: str = "run"  # of the run
     run_dir: str | None = None  # None = runs/<name>
-    seed: int = 0
+    seed: int = 0  # of weights, data order and sampling
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
@@ -231,13 +237,13 @@ class StageConfig(Section):
     """One line of `stages:` in a `run` document. `set` holds sections that are merged over the document's own;
     the text `{run}` in any string is the run directory of the whole document."""
 
-    name: str
-    command: Literal["data", "tokenizer", "pretrain", "sft", "grpo", "eval", "export", "report"]
+    name: str  # its directory: <run directory>/<name>
+    command: Literal["data", "tokenizer", "pretrain", "sft", "grpo", "eval", "export", "report"]  # what it runs
     ranks: PositiveInt = 1  # processes under torchrun; 1 = a plain process
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = {}  # sections and keys that differ for this stage
 
 
 class RunConfig(Config):
     """A whole path: shared sections and a list of stages; each stage runs in <run directory>/<stage name>."""
 
-    stages: list[StageConfig] = []
+    stages: list[StageConfig] = []  # run in this order, finished ones skipped

@@ -1,0 +1,125 @@
+"""Writes docs/configuration.md from llmtrain/config/schema.py: names, types and defaults from the classes, words from
+the docstrings and the comments behind the fields. Run `python docs/generate.py` after every change of the schema."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config import schema
+from llmtrain.config.shapes import PRESETS, parameter_count, resolve_model
+
+PAGE = Path(__file__).with_name("configuration.md")
+SYMBOLS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+TOP = "With `stages` it is a document for `llmtrain run`, without it one stage. The sections follow below."
+NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "object": "section"}
+HEAD = """\
+# Every key of a configuration
+
+Generated from `llmtrain/config/schema.py` by `python docs/generate.py`; `tests/docs_test.py` fails when it is stale.
+
+- A document is YAML. `llmtrain COMMAND CONFIG.yaml section.key=value ...` changes single keys; in a document with
+  `stages`, in each stage that sets the key too.
+- A file named by `include:` at the top is merged first; what the document says wins.
+- An entry of a list is reached by its name: `stages.grpo.set.train.steps=80`, `data.sources.topics.weight=0.5`.
+- An unknown key, a value of the wrong type, or a combination that cannot work ends the command with exit code 2 before
+  any process group exists. `llmtrain/config/check.py` holds the rules over several keys.
+- `llmtrain plan CONFIG.yaml` prints what a document asks for: ranks, batch, memory. It starts nothing.
+- "–" as a default: the key must be written.
+"""
+PRESET_HEAD = """
+## Presets of `model.preset`
+
+| preset | layers | hidden size | FFN size | heads | K/V heads | vocabulary | parameters |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    comments = comments_of(schema)
+    definitions = schema.RunConfig.model_json_schema()
+    definitions["$defs"]["RunConfig"] = definitions
+    parts = [HEAD, *sections("RunConfig", "", definitions["$defs"], comments), PRESET_HEAD.rstrip("\n")]
+    return "\n".join(parts) + "\n" + "".join(map(preset_row, PRESETS))
+
+
+def comments_of(module: Any) -> dict[tuple[str, str], str]:
+    """(class, field) -> the comment behind the field, '' where there is none."""
+    source = inspect.getsource(module)
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        for field in getattr(node, "body", ()) if isinstance(node, ast.ClassDef) else ():
+            if isinstance(field, ast.AnnAssign):
+                found[node.name, field.target.id] = lines[field.end_lineno - 1].partition("  # ")[2]
+    return found
+
+
+def sections(name: str, prefix: str, classes: dict[str, Any], comments: dict[tuple[str, str], str]) -> Iterator[str]:
+    """A heading, the docstring and a table for a class, then the same for the classes of its fields."""
+    properties = classes[name]["properties"]
+    doc = inspect.getdoc(getattr(schema, name)) if prefix else TOP
+    yield f"## `{prefix.rstrip('.')}`\n" if prefix else "## Top of the document\n"
+    yield markdown(" ".join(doc.split())) + "\n"
+    yield "| key | value | default | meaning |\n|---|---|---|---|"
+    for key, spec in properties.items():
+        if meaning := comment(name, key, comments):  # a section of Config has none: its own heading follows
+            yield f"| `{prefix}{key}` | {kind(spec)} | {default(spec)} | {markdown(meaning)} |"
+    yield ""
+    for key, spec in properties.items():
+        if inner := class_of(spec):
+            entry = ".*" if spec.get("type") == "array" else ""
+            yield from sections(inner, f"{prefix}{key}{entry}.", classes, comments)
+
+
+def comment(name: str, key: str, comments: dict[tuple[str, str], str]) -> str:
+    """Of a field, which a parent class may have defined."""
+    owners = [c.__name__ for c in getattr(schema, name).__mro__]
+    return next(comments[owner, key] for owner in owners if (owner, key) in comments)
+
+
+def markdown(text: str) -> str:
+    """As YAML names its constants, and without what a table or HTML would swallow."""
+    for word, written in {"None": "null", "True": "true", "False": "false"}.items():
+        text = re.sub(rf"\b{word}\b", written, text)
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def class_of(spec: dict[str, Any]) -> str | None:
+    """The class behind a field, also as the entry of a list or beside null."""
+    inner = [spec, spec.get("items") or {}, *spec.get("anyOf", ())]
+    return next((s["$ref"].rpartition("/")[2] for s in inner if "$ref" in s), None)
+
+
+def kind(spec: dict[str, Any]) -> str:
+    """Example: {"type": "integer", "minimum": 0} -> "integer ≥ 0"."""
+    if "anyOf" in spec:
+        return " or ".join("null" if s.get("type") == "null" else kind(s) for s in spec["anyOf"])
+    if "$ref" in spec:
+        return "section"
+    if allowed := spec.get("enum") or ([spec["const"]] if "const" in spec else None):
+        return ", ".join(f"`{value}`" for value in allowed)
+    if spec.get("type") == "array":
+        entries = spec.get("prefixItems")
+        return f"list of {len(entries)} {kind(entries[0])}s" if entries else "list"
+    return " ".join([NAMES[spec["type"]], *(f"{s} {spec[key]:g}" for key, s in SYMBOLS.items() if key in spec)])
+
+
+def default(spec: dict[str, Any]) -> str:
+    """As one would write it in YAML."""
+    return f"`{json.dumps(spec['default'])}`" if "default" in spec else "–"
+
+
+def preset_row(name: str) -> str:
+    c = resolve_model(schema.ModelConfig(preset=name))
+    sizes = (c.num_layers, c.hidden_size, c.ffn_size, c.num_heads, c.num_kv_heads, c.vocab_size, parameter_count(c))
+    return f"| `{name}` | {' | '.join(f'{size:,}' for size in sizes)} |\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")

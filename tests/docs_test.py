@@ -1,0 +1,61 @@
+"""The documents: docs/configuration.md is what the schema says, and links and paths lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pydantic import BaseModel
+
+from llmtrain.config.schema import Config, StageConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")  # relative ones, without their anchor
+PATH = re.compile(r"`((?:llmtrain|configs|launch|tests|docs|docker|benchmarks)/[\w./-]+)")
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of every field that is not itself a section."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_configuration_is_current(generate: ModuleType) -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == generate.render(), "run `python docs/generate.py`"
+
+
+def test_every_key_stands_there_with_its_meaning(generate: ModuleType) -> None:
+    rows = dict(re.findall(r"^\| `([^`]+)` \|.*\| (.*) \|$", generate.render(), re.M))
+    for key in [*keys(Config), *keys(StageConfig, "stages.*."), "data.sources.*.weight", "model.rope_scaling.factor"]:
+        assert rows.get(key), f"{key}: give its line in llmtrain/config/schema.py a comment"
+
+
+def test_values_and_comments(generate: ModuleType) -> None:
+    page = generate.render()
+    assert "| `engine.zero_stage` | integer ≥ 0 ≤ 3 | `1` |" in page
+    assert "| `rollout.max_logprob_gap` | number > 0 or null | `null` | generator against trainer; null = " in page
+    assert "prompt\\|messages" in page and "&lt;run directory>" in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    broken = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+    broken += [path for path in PATH.findall(text) if not (ROOT / path.rstrip(".")).exists()]
+    assert broken == []
