@@ -22,6 +22,7 @@ CORE = [
     "pyyaml>=6",
     "rich>=14",
     "matplotlib>=3.10",
+    "jinja2>=3",
     "wandb>=0.25",
     "reasoning-gym>=0.1.25",  # the tasks that GRPO trains on
     "math-verify>=0.9",

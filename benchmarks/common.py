@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -46,10 +46,11 @@ class Turns:
 
 
 def peak_bytes() -> int:
-    """Of this process so far: of the GPU's memory if it uses one."""
+    """The most memory this process has had: of the GPU's if it uses one, else resident. (`ru_maxrss` would begin with
+    that of the parent.)"""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 Contestant = Callable[..., None]
@@ -104,5 +105,6 @@ def environment(module: str, packages: tuple[str, ...], threads: int) -> dict:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "threads": threads,
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD"))},
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
     }

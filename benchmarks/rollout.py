@@ -10,22 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import re
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.common import Turns, compete, environment
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
@@ -105,42 +99,17 @@ def transformers(directory: str, workload: Workload, dtype: torch.dtype) -> Cont
 CONTESTANTS = {"native": native, "transformers": transformers}
 
 
-def worker(
-    pipe: Connection, contestant: str, directory: str, workload: Workload, dtype_name: str, threads: int
-) -> None:
-    """Runs once for each message, until None."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    run = CONTESTANTS[contestant](directory, workload, getattr(torch, dtype_name))
-    while pipe.recv() is not None:
-        wall, cpu = time.perf_counter(), time.process_time()
-        tokens = run()
-        wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
-        pipe.send({"tokens": tokens, "wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak_bytes()})
+def contestant(turns: Turns, directory: str, workload: Workload, dtype: str, name: str) -> None:
+    run = CONTESTANTS[name](directory, workload, getattr(torch, dtype))
+    while turns.wait():
+        turns.done(run())
 
 
-def peak_bytes() -> int:
-    """The most resident memory this process has had. (`ru_maxrss` would begin with that of the parent.)"""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def compare(directory: str, workload: Workload, dtype: str, threads: int, rounds: int) -> dict[str, list[dict]]:
-    """Measurements of each contestant; the first round warms up and is dropped."""
-    context, pipes, processes = get_context("spawn"), {}, []
-    for name in CONTESTANTS:
-        pipes[name], end = context.Pipe()
-        processes.append(context.Process(target=worker, args=(end, name, directory, workload, dtype, threads)))
-        processes[-1].start()
-        end.close()  # or a dead worker would leave recv() waiting
-    measured: dict[str, list[dict]] = {name: [] for name in CONTESTANTS}
-    for _ in range(rounds + 1):
-        for name, pipe in pipes.items():
-            pipe.send("run")
-            measured[name].append(pipe.recv())
-    for pipe, process in zip(pipes.values(), processes, strict=True):
-        pipe.send(None)
-        process.join()
-    return {name: runs[1:] for name, runs in measured.items()}
+def race(directory: str, workload: Workload, args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Measurements of each contestant's rounds, one run each; an earlier run warms up and is dropped."""
+    contestants = {name: partial(contestant, name=name) for name in CONTESTANTS}
+    measured = compete(contestants, (directory, workload, args.dtype), args.threads, 1, 1, args.rounds)
+    return {name: [{"tokens": turn.pop("values")[0], **turn} for turn in turns[1:]] for name, turns in measured.items()}
 
 
 def summary(runs: list[dict]) -> dict[str, float]:
@@ -157,7 +126,7 @@ def summary(runs: list[dict]) -> dict[str, float]:
 
 def measure(title: str, directory: str, workload: Workload, args: argparse.Namespace) -> dict:
     """Runs one comparison, prints its table, returns its record."""
-    runs = compare(directory, workload, args.dtype, args.threads, args.rounds)
+    runs = race(directory, workload, args)
     result = {name: summary(r) for name, r in runs.items()}
     ratio = result["native"]["tokens_per_cpu_s"] / result["transformers"]["tokens_per_cpu_s"]
     print(f"\n{title}, {workload.name}: {workload.prompts} x {workload.samples} sequences, {args.dtype}")
@@ -168,19 +137,6 @@ def measure(title: str, directory: str, workload: Workload, args: argparse.Names
         print(f"{name:14}{line}", flush=True)
     print(f"native is {ratio:.2f}x in tokens per CPU-second", flush=True)
     return {"model": title, "workload": asdict(workload), "results": result, "ratio_per_cpu_s": ratio, "runs": runs}
-
-
-def environment(args: argparse.Namespace) -> dict:
-    """What a reader needs to judge the figures."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": cpu[0].split(":")[1].strip(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers")},
-        "threads": args.threads,
-        "command": "python -m benchmarks.rollout " + " ".join(sys.argv[1:]),
-    }
 
 
 def models(chosen: str | None, scratch: str) -> list[tuple[str, str, Workload]]:
@@ -211,7 +167,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         records = [measure(*model, args) for model in models(args.model, scratch)]
     if args.out:
-        Path(args.out).write_text(json.dumps({**environment(args), "comparisons": records}, indent=2) + "\n")
+        versions = environment("benchmarks.rollout", ("torch", "transformers"), args.threads)
+        Path(args.out).write_text(json.dumps({**versions, "comparisons": records}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

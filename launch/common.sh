@@ -7,7 +7,6 @@ venv=$root/.venv
 stamp=$venv/.llmtrain-installed   # line 1: what was installed; then one line an extra
 unfinished=$venv/.llmtrain-installing
 cpu_torch=2.13.0
-cpu_torch_index=https://download.pytorch.org/whl/cpu
 dry_run=false
 
 note() { printf 'llmtrain: %s\n' "$*" >&2; }
@@ -87,7 +86,7 @@ python_for_venv() {
 pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install "$@"; }
 
 # Without its dependencies, which come with the rest. A CPU machine takes the CPU build from wherever pip is configured
-# to look, else from PyTorch's own index; where neither has one for this Python, the plain build, which is larger.
+# to look, else the plain build, which works too but brings gigabytes of CUDA: LLMTRAIN_TORCH_INDEX names a better index.
 install_torch() {
   local index=(${LLMTRAIN_TORCH_INDEX:+--index-url "$LLMTRAIN_TORCH_INDEX"})
   if [[ $(gpu_count) -gt 0 ]]; then
@@ -95,7 +94,8 @@ install_torch() {
   elif [[ ${#index[@]} -gt 0 ]]; then
     pip_install --no-deps "torch==$cpu_torch" "${index[@]}"
   elif ! pip_install --quiet --no-deps "torch==$cpu_torch+cpu" 2>/dev/null; then
-    pip_install --no-deps "torch==$cpu_torch" --extra-index-url "$cpu_torch_index"
+    note "no CPU build of torch $cpu_torch where pip looks: taking the plain one (LLMTRAIN_TORCH_INDEX names another index)"
+    pip_install --no-deps "torch==$cpu_torch"
   fi
 }
 

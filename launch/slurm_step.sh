@@ -3,7 +3,7 @@
 #
 # What launch/slurm.sbatch has srun start on each node: launch/torchrun.sh, with USR1 handed to the ranks and not to
 # torchrun, which would give them 30 s, fail, and so end the other nodes. This way all ranks save, take the time they
-# need, and end with 0.
+# need, and end with the code for "start me again" (75).
 here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
 

@@ -7,7 +7,7 @@
 # Environment: as launch/quickstart.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-limit_s=2400 # for all tests together, on a machine that other work slows down
+limit_s=5400 # for all tests together, on a machine that other work slows down
 install_only=false
 while [[ ${1:-} =~ ^(-h|--help|--dry-run|--install-only)$ ]]; do
   if [[ $1 == --install-only ]]; then install_only=true; else common_option "$1"; fi

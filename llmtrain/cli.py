@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> (module:function, what it do
     "run": ("llmtrain.trainer.run:main", "run a list of stages, going on where it was"),
     "doctor": ("llmtrain.trainer.doctor:main", "look at this machine (takes no configuration)"),
 }
+TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, or a run that must not go on
 EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"
 
 
@@ -80,20 +81,17 @@ def _guarded(action: Callable[[], int | None]) -> int:
         return action() or 0
     except KeyboardInterrupt:
         return 130
-    except ValueError as error:
-        if not _ours(error):
+    except Exception as error:
+        if not isinstance(error, TOLD) or not _ours(error):
             traceback.print_exc()
             return 1
         rank = os.environ.get("RANK", "0")
         print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
 
 
-def _ours(error: ValueError) -> bool:
-    """Was it raised by llmtrain, to tell the user something? A library's ValueError keeps its traceback."""
+def _ours(error: Exception) -> bool:
+    """Was it raised by llmtrain, to tell the user something? A library's error keeps its traceback."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

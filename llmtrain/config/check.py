@@ -169,8 +169,6 @@ def _ranks(case: Case) -> Iterator[str]:
 
 def _placement(case: Case) -> Iterator[str]:
     r = case.config.rollout
-    if r.placement == "colocated" and r.workers:
-        yield f"rollout.workers={r.workers}: must be 0 with rollout.placement=colocated; set placement=separate or 0"
     if r.placement == "separate" and not r.workers:
         yield "rollout.workers=0: must be at least 1 with rollout.placement=separate; raise it or use colocated"
     if r.placement == "separate" and r.workers >= case.world_size:
@@ -249,6 +247,26 @@ def _batch(case: Case) -> Iterator[str]:
             f"train.global_batch_seqs={t.global_batch_seqs}: must be a multiple of micro_batch_seqs x data-parallel "
             f"ranks = {t.micro_batch_seqs} x {dp} = {t.micro_batch_seqs * dp}; change one of the three"
         )
+    elif t.global_batch_seqs // (t.micro_batch_seqs * dp) < sizes["pp"]:
+        yield (
+            f"parallel.pp={sizes['pp']}: must be at most the microbatches of a step, global_batch_seqs / "
+            f"(micro_batch_seqs x data-parallel ranks) = {t.global_batch_seqs // (t.micro_batch_seqs * dp)}; "
+            "lower micro_batch_seqs or raise global_batch_seqs"
+        )
+
+
+def _replay(case: Case) -> Iterator[str]:
+    seqs, micro = case.config.data.replay_seqs, case.config.train.micro_batch_seqs
+    try:
+        sizes = mesh_sizes(case.config.parallel, case.trainers)
+    except ValueError:
+        return  # reported by `_ranks`
+    block = micro * sizes["dp_replicate"] * sizes["dp_shard"]
+    if block > 0 and seqs % block:
+        yield (
+            f"data.replay_seqs={seqs}: must be a multiple of micro_batch_seqs x data-parallel ranks = {block}, so that "
+            "every rank has as many microbatches; change one of them"
+        )
 
 
 def _zero(case: Case) -> Iterator[str]:
@@ -260,6 +278,11 @@ def _zero(case: Case) -> Iterator[str]:
         )
     if e.zero_stage == 0 and e.precision == "bf16":
         yield "engine.precision=bf16: drifts at engine.zero_stage=0, without an fp32 master; set zero_stage=1 or fp32"
+    if e.zero_stage == 3 and e.compile:
+        yield (
+            "engine.compile=true: must be false with engine.zero_stage=3, whose hooks make every layer compile anew; "
+            "use zero_stage 1 or 2, or compile=false"
+        )
     if e.zero_stage < 2 and e.offload == "optimizer":
         yield f"engine.offload=optimizer: needs engine.zero_stage 2 or 3, not {e.zero_stage}; raise it or use none"
 
@@ -346,6 +369,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     ((*TRAIN, "plan"), _pipeline),
     ((*TRAIN, "plan"), _positions),
     (("pretrain", "sft"), _batch),
+    (TUNE, _replay),
     ((*TRAIN, "plan"), _zero),
     (TRAIN, _learning_rate),
     (("grpo",), _groups),

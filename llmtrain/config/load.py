@@ -42,7 +42,7 @@ def dump(config: Config) -> str:
     data = config.model_dump(mode="json")
     if isinstance(config, RunConfig) or config.model.preset or config.model.init_from:
         data["model"] = config.model.model_dump(mode="json", exclude_unset=True)
-    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False, width=120)
 
 
 def stage_config(run: RunConfig, name: str) -> Config:

@@ -1,7 +1,7 @@
 """What a rank owns under DeepSpeed 0.19.8, without gathering: read it, fill it.
 
 DeepSpeed offers no public way to this for stages 1 and 2, so private names are used here and nowhere else;
-tests/parity/resume_test.py (bit-equal) is their guard.
+tests/trainer/pretrain_test.py (resume, bit for bit) is their guard.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def _make_state(engine: object, step: int) -> None:
         state, tensors = engine.optimizer.state, engine.module.parameters()
     for t in tensors:
         if not state.get(t):
-            state[t] = {"step": torch.tensor(float(step), device=t.device), **{key: torch.zeros_like(t) for key in STATES}}
+            state[t] = {
+                "step": torch.tensor(float(step), device=t.device),
+                **{key: torch.zeros_like(t) for key in STATES},
+            }
 
 
 def _refresh_working_weights(optimizer: object) -> None:

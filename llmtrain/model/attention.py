@@ -22,7 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     group = q.size(1) // k.size(1)
     if q.size(2) == 1 and group > 1 and mask is not None and mask.size(1) == 1:
-        # Decoding: the queries that share a key/value head as one block. `enable_gqa` is 4x slower here on a CPU in bf16.
+        # Decoding: the queries that share a key/value head as one block; on a CPU in bf16 `enable_gqa` is 4x slower.
         folded = q.view(q.size(0), k.size(1), group, -1)
         return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).view(q.shape)
     return F.scaled_dot_product_attention(

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
 
+from llmtrain.config.check import AXES, mesh_sizes
 from llmtrain.config.schema import ParallelConfig, RolloutConfig
 
 START_TIMEOUT = timedelta(minutes=30)  # until the trainers have their model
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first
 
 
 class Link:
@@ -155,22 +155,6 @@ def trainer_mesh(sizes: dict[str, int], device: torch.device, timeout: timedelta
     return Mesh("trainer", rank, size, device, sizes, _coords(rank, sizes), groups, link, num_trainers=size)
 
 
-def mesh_sizes(parallel: ParallelConfig, num_trainers: int) -> dict[str, int]:
-    """Ranks on each axis; `dp_shard: -1` takes what is left. Raises ValueError if the product is not the ranks."""
-    sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    fixed = 1
-    for axis in AXES:
-        fixed *= sizes[axis] if axis != "dp_shard" else 1
-    if sizes["dp_shard"] == -1:
-        sizes["dp_shard"] = max(1, num_trainers // fixed)
-    if fixed * sizes["dp_shard"] != num_trainers:
-        raise ValueError(
-            f"parallel: pp x dp_replicate x dp_shard x cp x tp = {fixed * sizes['dp_shard']} must equal the "
-            f"{num_trainers} trainer ranks; change the axes or the number of processes"
-        )
-    return sizes
-
-
 def shutdown() -> None:
     """Leave the job in order."""
     if dist.is_initialized():
@@ -181,7 +165,7 @@ class Mpu:
     """The object DeepSpeed asks for its groups.
 
     Its rank methods answer 1 everywhere, so that DeepSpeed counts a parameter in the gradient norm exactly when
-    `param.tensor_model_parallel` is set: `engine.zero` sets that on one owner of each piece (FINDINGS: DeepSpeed's own
+    `param.tensor_model_parallel` is set: `engine.zero` sets that on one owner of each piece (DeepSpeed's own
     rule miscounts under pipeline parallelism).
     """
 

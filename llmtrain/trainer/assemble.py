@@ -69,9 +69,14 @@ def start_directory(config: Config) -> None:
     """Run directory with the resolved configuration, and the data if this stage describes how to make it."""
     make_run_dir(config.directory)
     with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
-        file.write(dump(config))
+        file.write(dump(resolved(config)))
     if config.data.sources or config.data.tasks:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
+
+
+def resolved(config: Config) -> Config:
+    """With the shape of the model written out."""
+    return config.model_copy(update={"model": resolve_model(config.model)})
 
 
 def data_dir(config: Config) -> str:
@@ -96,8 +101,7 @@ def build_engine(job: Job, total_steps: int) -> None:
     config = job.config
     model = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
     job.engine = ZeroEngine(model, job.mesh, config.engine, config.optim, total_steps)
-    if config.checkpoint.resume == "auto":
-        resume(job)
+    resume(job)
 
 
 def checkpoint_dir(config: Config) -> str:
@@ -105,10 +109,17 @@ def checkpoint_dir(config: Config) -> str:
 
 
 def resume(job: Job) -> None:
-    """Weights, optimizer, counters and random state of the newest intact checkpoint."""
+    """Weights, optimizer, counters and random state of the newest intact checkpoint, if there is one.
+
+    Raises ValueError when there is and `checkpoint.resume` is never: the new run's would mix with the old one's.
+    """
     path = newest_intact(checkpoint_dir(job.config), job.mesh)
     if path is None:
         return
+    if job.config.checkpoint.resume == "never":
+        raise ValueError(
+            f"checkpoint.resume=never: {path} is there already; give the run another name, or delete its directory"
+        )
     reader = CheckpointReader(path)
     job.engine.load_fragments(reader.read, reader.state["optimizer_step"])
     job.step, job.tokens = reader.state["step"], reader.state["tokens"]

@@ -20,7 +20,7 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.rewards import extract_answer, reward_fn
 from llmtrain.rollout.native import NativeGenerator
-from llmtrain.trainer.assemble import tokenizer_dir
+from llmtrain.trainer.assemble import resolved, tokenizer_dir
 from llmtrain.trainer.batches import text_rows
 from llmtrain.trainer.rollouts import compute_dtype
 from llmtrain.types import Prompt, Sampling
@@ -32,7 +32,7 @@ def main(config: Config) -> None:
     """Writes eval.json and samples.jsonl into the run directory."""
     make_run_dir(config.directory)
     with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
-        file.write(dump(config))
+        file.write(dump(resolved(config)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_decoder(config.model.init_from, resolve_model(config.model), compute_dtype(config)).to(device).eval()
     tokenizer = load_tokenizer(tokenizer_dir(config))

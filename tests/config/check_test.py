@@ -97,7 +97,6 @@ def test_one_broken_rule_is_one_line(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["rollout.workers=2"], "rollout.workers=2: must be 0 with rollout.placement=colocated"),
         (["rollout.placement=separate"], "rollout.workers=0: must be at least 1 with rollout.placement=separate"),
         (["rollout.placement=separate", "rollout.workers=4"], "rollout.workers=4: must be fewer than the 4 ranks"),
         (["rollout.placement=separate", "rollout.workers=1"], "parallel: pp 2 .* must be the 3 trainer ranks"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.config.check import mesh_sizes
 from llmtrain.config.schema import ParallelConfig
-from llmtrain.parallel.mesh import mesh_sizes
 from llmtrain.parallel.pipeline import stage_layers, stage_of
 
 

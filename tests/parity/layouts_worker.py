@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
-from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig, RolloutConfig
+from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine.zero import ZeroEngine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
@@ -122,6 +124,11 @@ def grads_seen(engine: ZeroEngine, expected: dict[str, torch.Tensor], errors: di
             errors["grad"], errors["worst"] = error, p.canonical
 
 
+def look_then_step(engine: ZeroEngine, expected: dict[str, torch.Tensor], errors: dict, take: Callable) -> None:
+    grads_seen(engine, expected, errors)
+    take()
+
+
 def run(layout: dict, rank: int, size: int) -> dict:
     sizes = {axis: layout.get(axis, 1) for axis in AXES}
     mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60))
@@ -130,7 +137,9 @@ def run(layout: dict, rank: int, size: int) -> dict:
     history, weights = reference(layout, rows)
     config, optim = model_config(layout), optim_config(layout)
     settings = EngineConfig(
-        precision="fp32", logprob_chunk_tokens=7, **{k: layout[k] for k in ("zero_stage", "remat", "compile", "offload") if k in layout}
+        precision="fp32",
+        logprob_chunk_tokens=7,
+        **{k: layout[k] for k in ("zero_stage", "remat", "compile", "offload") if k in layout},
     )
     parallel = ParallelConfig(sequence_parallel=layout.get("sequence_parallel", True))
     shapes = parameter_shapes(config)
@@ -142,7 +151,7 @@ def run(layout: dict, rank: int, size: int) -> dict:
         want = history[step]
         if settings.zero_stage == 0 and optim.grad_clip and want["norm"] > optim.grad_clip:
             errors["scale"] = optim.grad_clip / want["norm"]
-        engine.engine.step = lambda: (grads_seen(engine, want["grads"], errors), take())
+        engine.engine.step = partial(look_then_step, engine, want["grads"], errors, take)
         batch = global_rows(step, rows)
         mine = [
             rows_of(batch, slice(r := (a * mesh.dp_size + mesh.dp_rank) * ROWS, r + ROWS)) for a in range(accumulation)
@@ -154,7 +163,9 @@ def run(layout: dict, rank: int, size: int) -> dict:
     scored = engine.score(mine)
     with torch.no_grad():
         plain = Decoder(config)
-        plain.load_state_dict({**weights, **({"head.weight": weights["embed.weight"]} if config.tie_embeddings else {})})
+        plain.load_state_dict(
+            {**weights, **({"head.weight": weights["embed.weight"]} if config.tie_embeddings else {})}
+        )
         expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in mine]
     errors["score"] = max((a[0] - b).abs().max().item() for a, b in zip(scored, expect, strict=True))
     everyone = mesh.all_gather_json(errors)

@@ -12,7 +12,8 @@ from llmtrain.data.prepare import prepare
 DOCUMENT = """
 name: small
 seed: 1
-model: {{num_layers: 4, hidden_size: 32, ffn_size: 48, num_heads: 4, num_kv_heads: 2, vocab_size: 512, max_positions: 256}}
+model:
+  {{num_layers: 4, hidden_size: 32, ffn_size: 48, num_heads: 4, num_kv_heads: 2, vocab_size: 512, max_positions: 256}}
 tokenizer: {{path: {data}/tokenizer, vocab_size: 512}}
 data: {{path: {data}/shards, train: {data}/shards/sums-train.jsonl, held_out: {data}/shards/sums-held_out.jsonl}}
 engine: {{precision: fp32, zero_stage: 1, timeout_s: 60}}
