@@ -11,6 +11,8 @@ from torch import Tensor
 
 from llmtrain.config.schema import Config
 from llmtrain.data.packing import TextRows
+from llmtrain.data.shards import check_tokenizer
+from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.base import Engine
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.trainer.assemble import data_dir
@@ -31,8 +33,12 @@ def count_trained(microbatches: Sequence[Batch], mesh: Mesh) -> Tensor:
     return count
 
 
-def text_rows(config: Config, split: str) -> TextRows:
-    """Rows of the shards, mixed by the weights of `data.sources` where they are given."""
+def text_rows(config: Config, split: str, tokenizer: Tokenizer) -> TextRows:
+    """Rows of the shards, mixed by the weights of `data.sources` where they are given.
+
+    Raises ValueError when the shards were made with another tokenizer.
+    """
+    check_tokenizer(data_dir(config), tokenizer)
     weights = {source.name: source.weight for source in config.data.sources} or None
     seq_len = config.train.seq_len
     return TextRows(data_dir(config), split, seq_len, config.seed, config.data.mask_documents, weights)

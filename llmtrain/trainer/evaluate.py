@@ -38,7 +38,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(tokenizer_dir(config))
     result: dict[str, object] = {"label": config.eval.label}
     if config.eval.text:
-        result |= text_scores(config, model)
+        result |= text_scores(config, model, tokenizer)
     if config.eval.problems:
         scores, samples = problem_scores(config, model, tokenizer, device)
         result |= scores
@@ -52,9 +52,9 @@ def main(config: Config) -> None:
     )
 
 
-def text_scores(config: Config, model: Decoder) -> dict[str, float]:
+def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, float]:
     """Loss, perplexity and bits a byte on the held-out shards."""
-    rows = text_rows(config, "held_out")
+    rows = text_rows(config, "held_out", tokenizer)
     numbers = range(min(config.eval.text_seqs, len(rows)))
     batches = (rows.batch(numbers[i : i + ROWS_A_BATCH]) for i in range(0, len(numbers), ROWS_A_BATCH))
     return perplexity(model, batches, rows.bytes_per_token)

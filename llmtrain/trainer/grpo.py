@@ -37,7 +37,7 @@ def run(job: Job) -> None:
     """The trainers' side."""
     config = job.config
     prompts = PromptSet(config.data.train, job.tokenizer, config.train.seq_len - config.rollout.max_new_tokens)
-    replay = Replay(config, config.train.micro_batch_seqs, job.mesh)
+    replay = Replay(job)
     build_engine(job, config.train.steps * config.grpo.minibatches)
     reference = build_reference(job)
     generator = build_generator(job)

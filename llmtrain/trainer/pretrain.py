@@ -14,7 +14,7 @@ def main(config: Config) -> None:
     """`llmtrain pretrain`."""
     job = join(config)
     settings, mesh = config.train, job.mesh
-    rows, held_out = text_rows(config, "train"), text_rows(config, "held_out")
+    rows, held_out = (text_rows(config, split, job.tokenizer) for split in ("train", "held_out"))
     build_engine(job, settings.steps)
 
     def evaluate() -> None:

@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmtrain.config.schema import Config
 from llmtrain.engine.base import LossFn, Scores
 from llmtrain.losses.token import token_loss
-from llmtrain.parallel.mesh import Mesh
+from llmtrain.trainer.assemble import Job
 from llmtrain.trainer.batches import count_trained, rank_samples, text_rows
 from llmtrain.types import Batch
 
@@ -21,10 +20,11 @@ MARK = "replay"  # key in Batch.extra
 class Replay:
     """`data.replay_seqs` rows of text a step; their mean loss is added with weight `data.replay_weight`."""
 
-    def __init__(self, config: Config, micro_seqs: int, mesh: Mesh) -> None:
+    def __init__(self, job: Job) -> None:
+        config, self.mesh = job.config, job.mesh
         self.seqs, self.weight = config.data.replay_seqs, config.data.replay_weight
-        self.micro_seqs, self.mesh = micro_seqs, mesh
-        self.rows = text_rows(config, "train") if self.seqs else None
+        self.micro_seqs = config.train.micro_batch_seqs
+        self.rows = text_rows(config, "train", job.tokenizer) if self.seqs else None
 
     def mix(
         self, step: int, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor

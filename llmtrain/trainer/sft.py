@@ -17,7 +17,7 @@ def main(config: Config) -> None:
     job = join(config)
     settings, mesh = config.train, job.mesh
     rows = Demonstrations(config.data.train, job.tokenizer, settings.seq_len, config.seed)
-    replay = Replay(config, settings.micro_batch_seqs, mesh)
+    replay = Replay(job)
     build_engine(job, settings.steps)
 
     def step(number: int) -> dict[str, float]:
