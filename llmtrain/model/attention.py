@@ -14,12 +14,17 @@ from llmtrain.model.rope import apply_rope
 LayerCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the new keys and values [B, kv heads, T, head_dim], returns those to attend to."""
 
+PLAIN_TOKENS = 512
+HIDDEN = -1e30  # a score that softmax turns into 0
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v. q [B, heads, T, head_dim]; k, v [B, kv heads, S, head_dim].
 
     `mask` is bool, True = may look, broadcastable to [B, heads, T, S]; None = causal.
     """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and k.size(2) <= PLAIN_TOKENS:
+        return _plain_attention(q, k, v, mask)
     group = q.size(1) // k.size(1)
     if q.size(2) == 1 and group > 1 and mask is not None and mask.size(1) == 1:
         # Decoding: the queries that share a key/value head as one block; on a CPU in bf16 `enable_gqa` is 4x slower.
@@ -28,6 +33,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
     )
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The formula as it stands. On a CPU in bf16 its backward is two to four times faster than that of the fused
+    kernel, up to PLAIN_TOKENS; in fp32 the fused one wins."""
+    B, H, T, D = q.shape
+    if mask is None:
+        mask = torch.ones(T, k.size(2), dtype=torch.bool).tril(k.size(2) - T)
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, HIDDEN)
+    grouped = (q * D**-0.5).reshape(B, k.size(1), -1, D)  # the queries of a key/value head as one block
+    scores = (grouped @ k.transpose(-1, -2)).view(B, H, T, -1).add_(bias)
+    return (scores.softmax(-1).view(B, k.size(1), -1, k.size(2)) @ v).view(q.shape)
 
 
 def attention_mask(segment_ids: Tensor, branch_ids: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ The pairs of Megatron-LM (arXiv 1909.08053) and of its sequence parallelism (arX
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -19,7 +20,11 @@ SEQUENCE = 1  # the dim that sequence parallelism splits
 
 def all_reduce(x: Tensor, group: ProcessGroup, op: str = "sum") -> Tensor:
     """Without gradient."""
-    return _wait(functional.all_reduce(x.contiguous(), op, group))
+    if torch.compiler.is_compiling():
+        return _wait(functional.all_reduce(x.contiguous(), op, group))
+    x = x.clone(memory_format=torch.contiguous_format)  # half the time of the functional form, which wraps its result
+    dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
+    return x
 
 
 def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:

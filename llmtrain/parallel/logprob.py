@@ -111,7 +111,8 @@ def _score_chunk(logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> 
     target, mine = _local_target(labels, logits.size(1))
     chosen = shifted.gather(1, target[:, None])[:, 0] * mine
     exp = shifted.exp()
-    sums = torch.stack([exp.sum(-1), (exp * shifted).sum(-1), chosen])
+    total = exp.sum(-1)
+    sums = torch.stack([total, exp.mul_(shifted).sum(-1), chosen])
     if group is not None:
         sums = all_reduce(sums, group)
     total, weighted, chosen = sums

@@ -35,13 +35,16 @@ def parallelize(
     return model.train()
 
 
-def scoring_head(model: nn.Module, mesh: Mesh, chunk_tokens: int) -> None:
+def scoring_head(model: nn.Module, mesh: Mesh, chunk_tokens: int | None) -> None:
     """Let the head compute log-probs in chunks, in place."""
     if model.head is None:
         return
+    rows = model.config.vocab_size // mesh.sizes["tp"]
+    if chunk_tokens is None:  # on a CPU a chunk that the allocator keeps (2^22 fp32 numbers) beats a larger one
+        chunk_tokens = max(64, 2**22 // rows) if mesh.device.type == "cpu" else 1024
     model.head.__class__ = ScoringHead
     model.head.group, model.head.chunk_tokens = mesh.tp_group, chunk_tokens
-    model.head.first_id = mesh.coords["tp"] * (model.config.vocab_size // mesh.sizes["tp"])
+    model.head.first_id = mesh.coords["tp"] * rows
 
 
 def materialize(model: nn.Module, mesh: Mesh, source: WeightSource) -> None:

@@ -150,9 +150,9 @@ def stage_command(job: Job) -> list[str]:
 
 
 def child_environment(ranks: int) -> dict[str, str]:
-    """Ours, with the cores shared out to the ranks unless the user decided that."""
+    """Ours, with the cores shared out to the ranks and `KEEP_FREED`, unless the user decided that."""
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return {"OMP_NUM_THREADS": str(threads), **KEEP_FREED, **os.environ}
 
 
 def run_child(command: list[str], environment: dict[str, str], held: int) -> int:
