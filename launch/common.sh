@@ -7,6 +7,9 @@ venv=$root/.venv
 stamp=$venv/.llmtrain-installed   # line 1: what was installed; then one line an extra
 unfinished=$venv/.llmtrain-installing
 cpu_torch=2.13.0
+# glibc keeps freed blocks: a step takes the same sizes again and again, and fresh pages cost a CPU step about a tenth
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2000000000}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
 dry_run=false
 
 note() { printf 'llmtrain: %s\n' "$*" >&2; }

@@ -23,7 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     `mask` is bool, True = may look, broadcastable to [B, heads, T, S]; None = causal.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and k.size(2) <= PLAIN_TOKENS:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) > 1 and k.size(2) <= PLAIN_TOKENS:
         return _plain_attention(q, k, v, mask)
     group = q.size(1) // k.size(1)
     if q.size(2) == 1 and group > 1 and mask is not None and mask.size(1) == 1:

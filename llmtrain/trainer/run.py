@@ -27,6 +27,8 @@ from llmtrain.config.schema import LogConfig, RunConfig, StageConfig
 
 GRACE_S = 30  # between asking a stage to stop and killing it
 PR_SET_PDEATHSIG = 1  # prctl(2)
+# glibc keeps freed blocks: a step takes the same sizes again and again, and fresh pages cost a CPU step about a tenth
+KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 MEASURE = re.compile(r"(pass|maj)@\d+|perplexity")  # of eval.json, shown at the end
 
 
