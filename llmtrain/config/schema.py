@@ -108,7 +108,7 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"  # masters are fp32; fp16, fp8: not in this version
     remat: Literal["none", "full"] = "none"  # full: recompute each block in the backward
     compile: bool = False  # torch.compile of each block
-    logprob_chunk_tokens: PositiveInt | None = None  # rows of logits held at a time; None = 1024 on a GPU, 16 MB on a CPU
+    logprob_chunk_tokens: PositiveInt | None = None  # rows of logits at a time; None = 1024 on a GPU, 16 MB on a CPU
     timeout_s: PositiveInt = 600  # of a collective
 
 

@@ -143,7 +143,7 @@ def block_activations(model: ModelConfig, tp: int, sequence_parallel: bool) -> f
 
 def logits_bytes(engine: EngineConfig, model: ModelConfig, tp: int) -> int:
     """One chunk of fp32 logits and its gradient on the last stage."""
-    return 2 * 4 * engine.logprob_chunk_tokens * model.vocab_size // tp
+    return 2 * 4 * (engine.logprob_chunk_tokens or 1024) * model.vocab_size // tp
 
 
 def bubble(pp: int, microbatches: float) -> float:
