@@ -14,4 +14,8 @@ done
 cd "$root"
 # shellcheck disable=SC2119 # no extras
 $dry_run || ensure_venv
+if [[ $(gpu_count) -gt 0 && $(gpu_count) -lt 4 ]]; then
+  note "the quickstart starts four ranks, one a GPU: with fewer GPUs it runs on the CPU"
+  export CUDA_VISIBLE_DEVICES=
+fi
 run "$venv/bin/llmtrain" run configs/quickstart.yaml "$@"

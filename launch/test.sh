@@ -16,6 +16,7 @@ done
 cd "$root"
 $dry_run || ensure_venv dev smollm2
 $install_only && exit 0
+[[ $(gpu_count) -ge 8 ]] || export CUDA_VISIBLE_DEVICES= # tests start up to eight ranks, one a GPU
 (run "$venv/bin/python" -m ruff check .)
 # INT, so that pytest stops what its tests started and still prints its summary
 run timeout --signal=INT --kill-after=90 "$limit_s" "$venv/bin/python" -m pytest "$@"

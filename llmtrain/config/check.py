@@ -167,6 +167,11 @@ def _ranks(case: Case) -> Iterator[str]:
             yield str(error)
 
 
+def _one_process(case: Case) -> Iterator[str]:
+    if case.world_size > 1:
+        yield f"ranks={case.world_size}: {case.command} runs in one process; start it without torchrun (ranks: 1)"
+
+
 def _placement(case: Case) -> Iterator[str]:
     r = case.config.rollout
     if r.placement == "separate" and not r.workers:
@@ -362,6 +367,7 @@ def _evaluation_files(case: Case) -> Iterator[str]:
 RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     ((*TRAIN, "plan"), _offered),
     (TRAIN, _ranks),
+    (("data", "tokenizer", "eval", "export", "report"), _one_process),
     (("grpo",), _placement),
     ((*TRAIN, "plan", "eval", "export"), _heads),
     (("pretrain",), _vocabulary),

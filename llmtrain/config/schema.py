@@ -82,7 +82,7 @@ class DataConfig(Section):
     train: str | None = None  # sft, grpo: JSONL with prompt|messages, answer, optional prefill
     held_out: str | None = None  # eval: the same form
     mask_documents: bool = True  # attention and positions restart at document boundaries
-    replay_seqs: int = Field(0, ge=0)  # sft, grpo: rows of pretraining text added to each step
+    replay_seqs: int = Field(0, ge=0)  # sft, grpo: rows of pretraining text added to each update
     replay_weight: float = Field(1.0, ge=0.0)  # weight of the mean loss of those rows
 
 
@@ -122,7 +122,7 @@ class OptimConfig(Section):
     eps: PositiveFloat = 1e-8  # added to the root of the second moment
     weight_decay: float = Field(0.1, ge=0.0)  # on matrices, not on norms
     grad_clip: float = Field(1.0, ge=0.0)  # 0 = no clipping
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warmup, down to min_lr at the last step
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warmup, towards min_lr
     warmup_steps: int = Field(100, ge=0)  # linear from 0; of updates (in grpo: steps x minibatches)
 
 
@@ -144,7 +144,7 @@ class RolloutConfig(Section):
 
     generator: Literal["native"] = "native"  # our own decoder with a static KV cache
     placement: Literal["colocated", "separate"] = "colocated"  # who samples: the trainers, or ranks of their own
-    workers: int = Field(0, ge=0)  # separate: ranks that only generate
+    workers: int = Field(0, ge=0)  # ranks that only generate; read with `separate` only
     group_size: PositiveInt = 8  # samples a prompt
     max_new_tokens: PositiveInt = 256  # of one completion
     temperature: PositiveFloat = 1.0  # of sampling and of the log-probs that are trained
@@ -181,7 +181,9 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(100, ge=0)  # 0 = only at the end
     keep: PositiveInt = 3  # the newest so many
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest intact one; never: start anew
+    resume: Literal["auto", "never"] = (
+        "auto"  # auto: go on from the newest intact one; never: refuse a directory that has one
+    )
 
 
 class ExportConfig(Section):

@@ -48,7 +48,7 @@ class Tally:
         for _, metrics in self.parts.values():
             for name, value in metrics.items():
                 if name.endswith("_max"):
-                    maxima[name] = max(maxima.get(name, -math.inf), float(value))
+                    maxima[name] = max(maxima.get(name, -math.inf), float(value.nan_to_num(math.inf)))
                 else:
                     sums[name] += float(value)
         return {"loss": sum(float(loss) for loss, _ in self.parts.values()), "sums": sums, "maxima": maxima}

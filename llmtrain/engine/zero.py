@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import deepspeed
 import torch
@@ -126,7 +126,7 @@ class ZeroEngine:
         """Gradients stay on this rank until the block ends, then are reduced once. (Stage 0 has no such block.)"""
         return self.engine.coalesce_grad_reduction() if self.config.zero_stage else contextlib.nullcontext()
 
-    def _backward(self, batches: Sequence[Batch], loss: object) -> None:
+    def _backward(self, batches: Sequence[Batch], loss: Callable[[Scores, int], Tensor]) -> None:
         if self.pipeline is not None:
             return self.pipeline.train(batches, loss)
         for i, batch in enumerate(batches):

@@ -32,4 +32,8 @@ def perplexity(
     if tokens == 0:
         raise ValueError("no token to predict: perplexity needs held-out text; raise data.sources[].held_out")
     loss = nats / tokens
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token}
+    return {
+        "loss": loss,
+        "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+    }

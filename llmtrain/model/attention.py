@@ -29,7 +29,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.size(2) == 1 and group > 1 and mask is not None and mask.size(1) == 1:
         # Decoding: the queries that share a key/value head as one block; on a CPU in bf16 `enable_gqa` is 4x slower.
         folded = q.view(q.size(0), k.size(1), group, -1)
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).view(q.shape)
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
+    if q.device.type == "cuda" and group > 1 and mask is not None:  # with both, only the unfused kernel takes it
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
     )

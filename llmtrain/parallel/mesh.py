@@ -54,12 +54,13 @@ class Link:
         """A uint8 tensor of any length of every rank."""
         return _all_gather_bytes(data, self.size, self.device, lambda out, x: self.group.allgather([out], [x]).wait())
 
-    def start(self, is_worker: bool) -> None:
-        """Workers wait here while trainers load: a collective's timeout runs from its first caller."""
-        if is_worker:
-            self.store.wait(["trainers_ready"], START_TIMEOUT)
+    def await_trainers(self, event: str, role: str) -> None:
+        """Workers wait here for an event of the trainers, up to START_TIMEOUT: the timeout of a collective, which is
+        shorter, runs from its first caller."""
+        if role == "trainer":
+            self.store.set(event, "1")
         else:
-            self.store.set("trainers_ready", "1")
+            self.store.wait([event], START_TIMEOUT)
 
 
 @dataclass
@@ -208,7 +209,13 @@ class Mpu:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(
+            f"LOCAL_RANK={local_rank}: this machine has {gpus} GPU(s), and each rank needs one; start fewer ranks, or set "
+            "CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -47,11 +47,11 @@ def split_stage(model: nn.Module, stage: int, pp: int) -> None:
     model.layers = nn.ModuleDict({str(i): model.layers[str(i)] for i in keep})
 
 
-def inputs_of(batch: Batch, last_stage: bool) -> dict[str, Tensor]:
-    """Keyword arguments of Decoder.forward for a stage."""
+def inputs_of(batch: Batch, last_stage: bool, scaled: bool | None = None) -> dict[str, Tensor]:
+    """Keyword arguments of Decoder.forward for a stage; `scaled`: with the temperature (None: if it is not 1)."""
     names = ["positions", "segment_ids", "branch_ids"] + (["labels"] if last_stage else [])
     kwargs = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
-    if last_stage and batch.temperature != 1.0:
+    if last_stage and (batch.temperature != 1.0 if scaled is None else scaled):
         kwargs["temperature"] = torch.full_like(batch.positions[:, 0], batch.temperature, dtype=torch.float32)
     return kwargs
 
@@ -61,7 +61,7 @@ class Pipeline:
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
-        self.schedules: dict[tuple, Schedule1F1B] = {}
+        self.schedules: dict[bool, tuple[tuple, Schedule1F1B]] = {}
         self.loss: Callable[[Output, int], Tensor] | None = None
 
     def train(self, batches: Sequence[Batch], loss: Callable[[Output, int], Tensor]) -> None:
@@ -85,22 +85,21 @@ class Pipeline:
         return [torch.cat([b.input_ids for b in batches])] if self.mesh.is_first_stage else []
 
     def _kwargs(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        each = [inputs_of(b, self.mesh.is_last_stage) for b in batches]
+        scaled = any(b.temperature != 1.0 for b in batches)
+        each = [inputs_of(b, self.mesh.is_last_stage, scaled) for b in batches]
         assert all(e.keys() == each[0].keys() for e in each), "microbatches of one step have the same fields"
         return {name: torch.cat([e[name] for e in each]) for name in each[0]}
 
     def _schedule(self, batches: Sequence[Batch]) -> Schedule1F1B:
-        """One for each number and shape of microbatches: a stage's buffers are sized once."""
-        key = (len(batches), tuple(batches[0].input_ids.shape), torch.is_grad_enabled())
-        if key not in self.schedules:
-            stage = PipelineStage(
-                self.model,
-                self.mesh.coords["pp"],
-                self.mesh.sizes["pp"],
-                self.mesh.device,
-                group=self.mesh.groups["pp"],
-            )
-            self.schedules[key] = Schedule1F1B(
+        """For this number and shape of microbatches, a stage's buffers being sized once; the last one is kept, of each
+        of training and scoring."""
+        training = torch.is_grad_enabled()
+        key = (len(batches), tuple(batches[0].input_ids.shape))
+        if training not in self.schedules or self.schedules[training][0] != key:
+            pp, at = self.mesh.sizes["pp"], self.mesh.coords["pp"]
+            stage = PipelineStage(self.model, at, pp, self.mesh.device, group=self.mesh.groups["pp"])
+            schedule = Schedule1F1B(
                 stage, len(batches), loss_fn=lambda out, i: self.loss(out, int(i)), scale_grads=False
             )
-        return self.schedules[key]
+            self.schedules[training] = (key, schedule)
+        return self.schedules[training][1]

@@ -23,9 +23,11 @@ class ColocatedGenerator:
         self.local, self.mesh = local, mesh
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """A collective over the trainers; all pass the same prompts."""
+        """A collective over the trainers; all pass the same prompts. The cache is freed while they train."""
         rank, size = self.mesh.rank, self.mesh.size
+        self.local.wake()
         mine = renumber(self.local.generate(prompts[rank::size], sampling), rank, size)
+        self.local.sleep()
         return _merge(self.mesh.all_gather_bytes(pack(mine)), prompts)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

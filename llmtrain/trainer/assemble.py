@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -46,8 +48,11 @@ def join(config: Config, generates: bool = False) -> Job:
     if mesh.role == "trainer":
         log(mesh.table())
         together(mesh, lambda: start_directory(config) if mesh.rank == 0 else None)
+    if mesh.role == "rollout":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # the trainers save first, then they let the workers go
     if mesh.link is not None:
-        mesh.link.start(is_worker=mesh.role == "rollout")
+        mesh.link.await_trainers("data", mesh.role)
     tokenizer = load_tokenizer(tokenizer_dir(config))
     model = resolve_model(config.model)
     if tokenizer.vocab_size > model.vocab_size:
@@ -72,6 +77,23 @@ def start_directory(config: Config) -> None:
         file.write(dump(resolved(config)))
     if config.data.sources or config.data.tasks:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
+
+
+# What says which sample a step takes: another value would repeat some and skip others.
+SAME = ("seed", "train.seq_len", "train.global_batch_seqs", "grpo.prompts_per_step", "grpo.minibatches")
+
+
+def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
+    """Raises ValueError when the checkpoint is of another model, or of a run that takes its samples otherwise."""
+    if set(reader.names()) != set(parameter_shapes(job.model)):
+        raise ValueError(f"{path}: holds other parameters than the model section describes; use the section it had")
+    saved, now = reader.state["config"], job.config.model_dump(mode="json")
+    for key in SAME:
+        was, is_now = (reduce(lambda section, name: section[name], key.split("."), c) for c in (saved, now))
+        if was != is_now:
+            raise ValueError(
+                f"{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name"
+            )
 
 
 def resolved(config: Config) -> Config:
@@ -121,6 +143,7 @@ def resume(job: Job) -> None:
             f"checkpoint.resume=never: {path} is there already; give the run another name, or delete its directory"
         )
     reader = CheckpointReader(path)
+    check_same_run(job, reader, path)
     job.engine.load_fragments(reader.read, reader.state["optimizer_step"])
     job.step, job.tokens = reader.state["step"], reader.state["tokens"]
     reader.restore_rng(job.mesh.rank)

@@ -56,7 +56,11 @@ def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int
     total = torch.tensor([float(sum(logp.double().sum() for logp, _ in engine.score(batches)))], device=mesh.device)
     dist.all_reduce(total, group=mesh.groups["dp"])
     loss = -float(total) / float(count_trained(batches, mesh))
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / rows.bytes_per_token}
+    return {
+        "loss": loss,
+        "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
+        "bits_per_byte": loss / math.log(2) / rows.bytes_per_token,
+    }
 
 
 def _held_out(rows: TextRows, samples: range, num_rows: int) -> Batch:

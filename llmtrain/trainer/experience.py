@@ -34,7 +34,7 @@ def collect(job: Job, generator: Generator, prompts: PromptSet, number: int) -> 
     stale = {r.weight_version for r in rollouts} - {number}
     assert not stale, f"rollouts of weight version {stale} at step {number}"
     texts = [job.tokenizer.decode(r.completion_ids) for r in rollouts]
-    rewards = score(job, texts, [prompts.examples[chosen[r.group]] for r in rollouts])
+    rewards = rewards_of(job, texts, [prompts.examples[chosen[r.group]] for r in rollouts])
     return credit(rollouts, texts, rewards, config.rollout.group_size, config.grpo.normalize_std)
 
 
@@ -45,7 +45,7 @@ def sampling_of(job: Job) -> Sampling:
     return Sampling(r.max_new_tokens, r.group_size, r.temperature, r.top_p, r.top_k, stop_ids)
 
 
-def score(job: Job, texts: Sequence[str], examples: Sequence[dict]) -> list[float]:
+def rewards_of(job: Job, texts: Sequence[str], examples: Sequence[dict]) -> list[float]:
     """Rewards; each trainer scores its share."""
     reward, mesh = reward_fn(job.config.grpo.reward), job.mesh
     mine = [reward(t, e) for t, e in zip(texts[mesh.rank :: mesh.size], examples[mesh.rank :: mesh.size], strict=True)]

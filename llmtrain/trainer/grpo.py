@@ -10,6 +10,7 @@ import torch
 from llmtrain.config.schema import Config
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.base import Scores
+from llmtrain.engine.optim import learning_rate
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.parallel.plan import parallelize
@@ -18,7 +19,7 @@ from llmtrain.trainer.assemble import Job, build_engine, join, start_source
 from llmtrain.trainer.experience import collect, learnable, microbatches_of, split_groups
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import Gate, build_generator, compute_dtype, serve_rollouts
+from llmtrain.trainer.rollouts import Disagreement, Gate, build_generator, compute_dtype, serve_rollouts
 from llmtrain.trainer.samples import SampleLog
 from llmtrain.types import Batch, Experience
 
@@ -64,8 +65,10 @@ def run(job: Job) -> None:
 
     try:
         train(job, step)
-    finally:
+    except (SystemExit, FloatingPointError, Disagreement):  # raised on all trainers together
         generator.close()
+        raise
+    generator.close()
 
 
 def update(
@@ -92,7 +95,8 @@ def update(
         stats = job.engine.train_step(mixed, loss, denominator)
         steps.append({"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, **stats.metrics})
     if not steps:
-        return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
+        lr = learning_rate(job.engine.step, job.config.optim, job.config.train.steps * settings.minibatches)
+        return {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
     gate.after_update(steps[0]["logprob_gap_max"], number)
     means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
     return {**means, "logprob_gap_max": steps[0]["logprob_gap_max"]}
@@ -127,7 +131,7 @@ def summary(experiences: list[Experience]) -> dict[str, float]:
     lengths = [len(e.rollout.completion_ids) for e in experiences]
     return {
         "reward_mean": sum(e.reward for e in experiences) / count,
-        "kept_fraction": sum(e.advantage != 0 for e in experiences) / count,
+        "kept_fraction": sum(map(len, learnable(experiences))) / count,
         "response_tokens_mean": sum(lengths) / count,
         "finished_fraction": sum(e.rollout.finished for e in experiences) / count,
         "tokens": sum(lengths),

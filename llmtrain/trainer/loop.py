@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -104,17 +105,22 @@ def peak_bytes() -> int:
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 on any rank stops all of them after the step they are in."""
+    """SIGTERM or SIGUSR1 on any trainer stops all of them after the step they are in."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.flag = torch.zeros(1, device=mesh.device)
+        self.device, self.told = mesh.device, False
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: self.flag.fill_(1))
+            signal.signal(number, self.tell)
+
+    def tell(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        self.told = True
 
     def requested(self) -> bool:
-        """A collective: the same answer everywhere."""
-        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
-        return bool(self.flag)
+        """A collective: the same answer everywhere, also when a signal comes while it runs."""
+        flag = torch.tensor([float(self.told)], device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 def note_evaluation(job: Job, scores: dict[str, float]) -> None:

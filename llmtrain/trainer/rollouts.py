@@ -23,8 +23,11 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 def local_generator(job: Job) -> NativeGenerator:
     """A whole model on this rank; its weights come with the first sync."""
-    with torch.device(job.mesh.device):
-        model = Decoder(job.model).to(compute_dtype(job.config))
+    with torch.device("meta"):
+        model = Decoder(job.model)
+    model = model.to(compute_dtype(job.config)).to_empty(device=job.mesh.device)
+    if job.model.tie_embeddings:
+        model.head.weight = model.embed.weight
     r = job.config.rollout
     return NativeGenerator(model, r.max_batch_seqs, job.mesh.device, job.config.train.seq_len)
 
@@ -32,13 +35,20 @@ def local_generator(job: Job) -> NativeGenerator:
 def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:
     """By `rollout.placement`."""
     if job.config.rollout.placement == "separate":
+        job.mesh.link.await_trainers("model", job.mesh.role)
         return RemoteGenerator(job.mesh.link, job.mesh.num_trainers)
     return ColocatedGenerator(local_generator(job), job.mesh)
 
 
 def serve_rollouts(job: Job) -> None:
     """The whole life of a rollout rank."""
-    serve(job.mesh.link, local_generator(job), job.mesh.rank, job.mesh.size)
+    generator = local_generator(job)
+    job.mesh.link.await_trainers("model", job.mesh.role)
+    serve(job.mesh.link, generator, job.mesh.rank, job.mesh.size)
+
+
+class Disagreement(RuntimeError):
+    """Generator and trainer differ; raised on every trainer."""
 
 
 class Gate:
@@ -57,17 +67,17 @@ class Gate:
         """The first step's comparison (a collective)."""
         if self.passed:
             return
-        gap = 0.0
+        gaps = [0.0]
         for batch, (logprobs, _) in zip(batches, job.engine.score(batches), strict=True):
             difference = (logprobs.cpu() - batch.extra["old_logprobs"]).abs().masked_fill(~batch.loss_mask, 0.0)
-            gap = max(gap, float(difference.max()))
-        self.after_update(max(self.mesh.all_gather_json(gap)), number)
+            gaps.append(float(difference.nan_to_num(math.inf).max()))  # max() would lose a NaN
+        self.after_update(max(self.mesh.all_gather_json(max(gaps))), number)
         self.passed = True
 
     def after_update(self, gap: float, number: int) -> None:
-        """Raises RuntimeError when the gap is above `rollout.max_logprob_gap`."""
+        """Raises Disagreement when the gap is above `rollout.max_logprob_gap`."""
         if not math.isfinite(gap) or gap > self.limit:
-            raise RuntimeError(
+            raise Disagreement(
                 f"step {number + 1}: generator and trainer differ by {gap:.4g} in a token's log-prob, more than "
                 f"rollout.max_logprob_gap={self.limit}: they do not hold the same weights, or compute in too "
                 "different a precision; try engine.precision=fp32, or raise the limit if the gap is understood"

@@ -14,7 +14,8 @@ class SampleLog:
     """Writes the first `log.samples` completions of each logged step, on rank 0."""
 
     def __init__(self, job: Job) -> None:
-        self.decode, self.settings, self.file = job.tokenizer.decode, job.config.log, None
+        self.decode, self.settings = job.tokenizer.decode, job.config.log
+        self.file: Samples | None = None
         if job.mesh.rank == 0 and self.settings.samples:
             self.file = Samples(os.path.join(job.config.directory, "samples.jsonl"), resume_step=job.step)
 

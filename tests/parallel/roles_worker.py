@@ -10,7 +10,7 @@ from llmtrain.config.schema import ParallelConfig, RolloutConfig
 from llmtrain.parallel.mesh import init_mesh, shutdown
 
 mesh = init_mesh(ParallelConfig(), RolloutConfig(placement="separate", workers=1), 30)
-mesh.link.start(is_worker=mesh.role == "rollout")
+mesh.link.await_trainers("here", mesh.role)
 message = mesh.link.broadcast_json({"pi": 3.141592653589793} if mesh.link.rank == 0 else None, 0)
 rank = mesh.link.rank
 parts = mesh.link.all_gather_bytes(torch.full((rank + 1,), rank, dtype=torch.uint8))

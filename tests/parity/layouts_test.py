@@ -25,12 +25,15 @@ FOUR = [
     {"pp": 2, "tp": 2, "zero_stage": 3, "tied": False},
     {"pp": 2, "dp_shard": 2, "zero_stage": 2, "num_layers": 3},
     {"pp": 4, "zero_stage": 1},
+    {"pp": 2, "tp": 2, "zero_stage": 2, "offload": "optimizer"},
+    {"dp_shard": 4, "zero_stage": 3, "offload": "optimizer"},
 ]
 EIGHT = [
     {"pp": 2, "tp": 2, "dp_shard": 2, "zero_stage": 1},
     {"pp": 2, "tp": 2, "dp_shard": 2, "zero_stage": 3},
 ]
 COMPILED = [
+    {"pp": 2, "tp": 2, "zero_stage": 0, "compile": True},
     {"pp": 2, "tp": 2, "zero_stage": 1, "compile": True},
     {"tp": 2, "dp_shard": 2, "zero_stage": 2, "compile": True, "remat": "full"},
 ]

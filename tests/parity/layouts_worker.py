@@ -107,7 +107,8 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.float() - b.float()).norm() / (b.float().norm() + 1e-12)).item()
+    error = (a.float() - b.float()).norm() / (b.float().norm() + 1e-12)
+    return error.nan_to_num(float("inf")).item()  # max() would lose a NaN
 
 
 def grads_seen(engine: ZeroEngine, expected: dict[str, torch.Tensor], errors: dict[str, float]) -> None:
@@ -167,7 +168,9 @@ def run(layout: dict, rank: int, size: int) -> dict:
             {**weights, **({"head.weight": weights["embed.weight"]} if config.tie_embeddings else {})}
         )
         expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in mine]
-    errors["score"] = max((a[0] - b).abs().max().item() for a, b in zip(scored, expect, strict=True))
+    errors["score"] = max(
+        (a[0] - b).abs().nan_to_num(float("inf")).max().item() for a, b in zip(scored, expect, strict=True)
+    )
     everyone = mesh.all_gather_json(errors)
     worst = {k: max(e[k] for e in everyone) for k in ("loss", "norm", "grad", "weight", "score")}
     worst["worst"] = max(everyone, key=lambda e: e["grad"])["worst"]

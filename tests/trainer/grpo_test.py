@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
+
+from tests.conftest import ROOT
 
 # The untrained policy now and then writes the digit that is asked for: some groups have a spread of rewards.
 SETTINGS = (
@@ -120,12 +128,46 @@ def test_colocated_does_the_same(
 
 def test_reference_and_replay_on_a_pipeline(run: Callable, tmp_path: Path) -> None:
     """KL to the start is 0 at the first update and grows; text rows bring their own loss."""
-    extra = ("grpo.kl_coef=0.1", "data.replay_seqs=4", "grpo.minibatches=1", "train.seq_len=256")
+    extra = (
+        "grpo.kl_coef=0.1",
+        "data.replay_seqs=4",
+        "grpo.minibatches=1",
+        "train.seq_len=256",
+        "rollout.temperature=0.9",
+    )
     result = run(4, tmp_path / "run", "parallel.pp=2", "parallel.tp=2", *extra)
     assert result.returncode == 0, result.stdout[-3000:]
     lines = [line for line in metrics(tmp_path / "run") if "kl" in line]
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-9) and lines[-1]["kl"] > 1e-6
     assert all(5 < line["replay_loss"] < 7 for line in lines)  # about ln 512
+
+
+def test_signal_saves_and_stops_with_workers(start: Path, tmp_path: Path) -> None:
+    """USR1 to every rank, as Slurm does: the trainers save, then let the worker go."""
+    run_dir = tmp_path / "run"
+    model = json.dumps({"init_from": str(start / "hf")})
+    paths = (f"model={model}", f"data.train={start / 'problems.jsonl'}", f"run_dir={run_dir}")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    options = (*paths, *SETTINGS, *SEPARATE, "train.steps=1000", "checkpoint.every_steps=0")
+    process = subprocess.Popen(
+        [*launcher, "-m", "llmtrain", "grpo", str(start / "small.yaml"), *options],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    give_up = time.monotonic() + 90
+    while not (run_dir / "metrics.jsonl").exists() or not metrics(run_dir):
+        assert time.monotonic() < give_up and process.poll() is None, process.communicate(timeout=40)[0][-3000:]
+        time.sleep(0.05)
+    for worker in psutil.Process(process.pid).children():
+        worker.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    last = metrics(run_dir)[-1]["step"]
+    assert f"stopped by a signal after step {last}" in output, output[-3000:]
+    assert (run_dir / f"checkpoints/step-{last:08d}").exists()
+    assert "exitcode  : 75" in output and "exitcode  : -" not in output, output[-3000:]
 
 
 def test_gate_stops_a_generator_that_disagrees(run: Callable, tmp_path: Path) -> None:
