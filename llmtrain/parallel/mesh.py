@@ -212,8 +212,8 @@ def _device() -> torch.device:
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= gpus:
         raise ValueError(
-            f"LOCAL_RANK={local_rank}: this machine has {gpus} GPU(s), and each rank needs one; start fewer ranks, or set "
-            "CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+            f"LOCAL_RANK={local_rank}: this machine has {gpus} GPU(s), and each rank needs one; start fewer ranks, or "
+            "set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
