@@ -181,9 +181,7 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(100, ge=0)  # 0 = only at the end
     keep: PositiveInt = 3  # the newest so many
-    resume: Literal["auto", "never"] = (
-        "auto"  # auto: go on from the newest intact one; never: refuse a directory that has one
-    )
+    resume: Literal["auto", "never"] = "auto"  # auto: from the newest intact one; never: refuse a used directory
 
 
 class ExportConfig(Section):
