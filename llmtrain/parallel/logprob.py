@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 
 from llmtrain.model.heads import LMHead
@@ -60,7 +61,7 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: FunctionCtx,
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -80,7 +81,7 @@ class _TokenScores(torch.autograd.Function):
         return logp.clone(), entropy
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, scale, normalizer = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
