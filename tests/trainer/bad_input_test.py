@@ -41,7 +41,9 @@ def test_empty_corpus(small: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     sources = json.dumps([{"name": "empty", "type": "text", "path": str(empty)}])
-    result = llmtrain("pretrain", small, f"data.sources={sources}", f"data.path={tmp_path / 'd'}", "run_dir=none")
+    result = llmtrain(
+        "pretrain", small, f"data.sources={sources}", f"data.path={tmp_path / 'd'}", f"run_dir={tmp_path / 'run'}"
+    )
     assert result.returncode == 2 and "empty" in last_line(result)
 
 
