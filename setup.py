@@ -64,5 +64,5 @@ setup(
     packages=find_packages(include=["llmtrain", "llmtrain.*"]),
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["llmtrain=llmtrain.cli:main"]},
+    entry_points={"console_scripts": ["llmtrain=llmtrain.cli:entry"]},
 )

@@ -1,8 +1,6 @@
 """`python -m llmtrain`, the form that torchrun starts."""
 
-import sys
-
-from llmtrain.cli import main
+from llmtrain.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from llmtrain.config.check import check
 from llmtrain.config.load import ConfigError, load
@@ -54,6 +55,21 @@ def main(argv: list[str] | None = None) -> int:
     return _guarded(action)
 
 
+def entry() -> NoReturn:
+    """The console script and `python -m llmtrain`: `main`, then the end of the process.
+
+    A failed stage still has its process groups. Their native threads run on while the interpreter is torn down, which
+    now and then ends in SIGABRT instead of our status; so such a process leaves without the teardown.
+    """
+    status = main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
     """The checked call that the arguments ask for. Raises ConfigError."""
     if command not in COMMANDS:
@@ -81,6 +97,8 @@ def _guarded(action: Callable[[], int | None]) -> int:
         return action() or 0
     except KeyboardInterrupt:
         return 130
+    except SystemExit as told:  # a stage that a signal stopped
+        return int(told.code or 0)
     except Exception as error:
         if not isinstance(error, TOLD) or not _ours(error):
             traceback.print_exc()

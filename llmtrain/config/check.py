@@ -145,7 +145,11 @@ def _offered(case: Case) -> Iterator[str]:
     instead = {
         f"engine.backend={c.engine.backend}": (c.engine.backend == "fsdp", "use deepspeed with engine.zero_stage=3"),
         f"engine.precision={c.engine.precision}": (c.engine.precision in ("fp16", "fp8"), "use bf16 or fp32"),
+        f"engine.offload={c.engine.offload}": (c.engine.offload in ("params", "nvme"), "use optimizer"),
+        f"engine.remat={c.engine.remat}": (c.engine.remat == "selective", "use full"),
+        f"optim.name={c.optim.name}": (c.optim.name == "muon", "use adamw"),
         f"parallel.cp={p.cp}": (p.cp > 1, "use parallel.tp with sequence_parallel for long rows"),
+        f"parallel.schedule={p.schedule}": (p.schedule != "1f1b", "use 1f1b"),
         f"parallel.ep={p.ep}": (p.ep > 1, "set parallel.ep=1, the models are dense"),
         "train.batch_ramp": (bool(c.train.batch_ramp), "leave it empty and set train.global_batch_seqs"),
         "train.seq_ramp": (bool(c.train.seq_ramp), "leave it empty and set train.seq_len"),

@@ -82,6 +82,11 @@ class DataConfig(Section):
     train: str | None = None  # sft, grpo: JSONL with prompt|messages, answer, optional prefill
     held_out: str | None = None  # eval: the same form
     mask_documents: bool = True  # attention and positions restart at document boundaries
+    fim_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as fill-in-the-middle (arXiv 2207.14255)
+    fim_spm_share: float = Field(0.5, ge=0.0, le=1.0)  # of those: suffix-prefix-middle, the rest prefix-suffix-middle
+    span_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as span corruption (arXiv 1910.10683)
+    span_noise: float = Field(0.15, gt=0.0, lt=1.0)  # span corruption: share of the tokens that are hidden
+    span_mean_tokens: PositiveFloat = 3.0  # span corruption: mean length of a hidden span
     replay_seqs: int = Field(0, ge=0)  # sft, grpo: rows of pretraining text added to each update
     replay_weight: float = Field(1.0, ge=0.0)  # weight of the mean loss of those rows
 
@@ -89,41 +94,66 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """The mesh, outermost first: pp, dp_replicate, dp_shard, cp, tp. `dp_shard: -1` takes all ranks left."""
 
-    pp: PositiveInt = 1  # pipeline stages
-    dp_replicate: PositiveInt = 1  # data-parallel copies that shard nothing; with zero_stage 0 only
-    dp_shard: int = -1  # data-parallel ranks that ZeRO shards over
-    cp: PositiveInt = 1  # context parallel; not in this version: 1
+    pp: PositiveInt = 1  # pipeline ranks
+    dp_replicate: PositiveInt = 1  # data-parallel copies that shard nothing; with fsdp (HSDP) or zero_stage 0
+    dp_shard: int = -1  # data-parallel ranks that ZeRO or FSDP2 shards over (together with cp)
+    cp: PositiveInt = 1  # context-parallel ranks: each has a part of every row
     tp: PositiveInt = 1  # tensor-parallel ranks; divides heads, K/V heads, ffn_size, vocab_size
-    ep: PositiveInt = 1  # expert parallel; not in this version: 1
+    ep: PositiveInt = 1  # expert parallel, a view of dp_shard x cp; not in this version: 1
     sequence_parallel: bool = True  # with tp > 1: norms and residuals on a slice of the row
-    schedule: Literal["1f1b"] = "1f1b"  # of the pipeline (arXiv 2104.04473)
+    context: Literal["ring", "alltoall", "allgather"] = "ring"  # attention over cp (arXiv 2310.01889, 2309.14509)
+    schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"  # of the pipeline
+    virtual_stages: PositiveInt = 1  # stages a pipeline rank; 1f1b: 1, zbv: 2, interleaved: 2 or more
+    stage_layers: list[int] | None = None  # layers of each stage, in order; None = balanced, with the head counted
 
 
 class EngineConfig(Section):
     """How a step runs on one rank."""
 
-    backend: Literal["deepspeed", "fsdp"] = "deepspeed"  # fsdp: not in this version
-    zero_stage: int = Field(1, ge=0, le=3)  # shards 1: optimizer state, 2: also gradients, 3: also weights
-    offload: Literal["none", "optimizer"] = "none"  # optimizer: its state and step on the CPU, zero_stage 2 or 3
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"  # masters are fp32; fp16, fp8: not in this version
-    remat: Literal["none", "full"] = "none"  # full: recompute each block in the backward
+    backend: Literal["deepspeed", "fsdp"] = "deepspeed"  # DeepSpeed ZeRO, or PyTorch FSDP2
+    zero_stage: int = Field(1, ge=0, le=3)  # deepspeed: shards 1: optimizer state, 2: also gradients, 3: also weights
+    reshard: bool = True  # fsdp: free whole weights after the forward (as ZeRO-3); false: after the backward (ZeRO-2)
+    offload: Literal["none", "optimizer", "params", "nvme"] = "none"  # to the CPU, or optimizer state to a disk
+    offload_path: str | None = None  # nvme: a directory on a fast local disk
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"  # masters are fp32; fp16 scales the loss
+    loss_scale: PositiveFloat | None = None  # fp16: None = dynamic
+    loss_scale_window: PositiveInt = 1000  # fp16, dynamic: steps without overflow before the scale doubles
+    remat: Literal["none", "selective", "full"] = "none"  # full: recompute each block in the backward
     compile: bool = False  # torch.compile of each block
     logprob_chunk_tokens: PositiveInt | None = None  # rows of logits at a time; None = 1024 on a GPU, 16 MB on a CPU
     timeout_s: PositiveInt = 600  # of a collective
 
 
 class OptimConfig(Section):
-    """AdamW (arXiv 1711.05101) and its schedule."""
+    """The optimizer and its schedule."""
 
-    name: Literal["adamw"] = "adamw"  # decoupled weight decay
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices of blocks, adamw for the rest
     lr: PositiveFloat = 3e-4  # the highest
-    min_lr: float = Field(3e-5, ge=0.0)  # where linear and cosine end
-    betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
+    min_lr: float = Field(3e-5, ge=0.0)  # where linear, cosine and wsd end
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's two moments
     eps: PositiveFloat = 1e-8  # added to the root of the second moment
-    weight_decay: float = Field(0.1, ge=0.0)  # on matrices, not on norms
+    weight_decay: float = Field(0.1, ge=0.0)  # on matrices, not on norms and biases
+    muon_momentum: float = Field(0.95, ge=0.0, lt=1.0)  # Nesterov
     grad_clip: float = Field(1.0, ge=0.0)  # 0 = no clipping
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warmup, towards min_lr
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warmup, towards min_lr
+    wsd_decay_share: float = Field(0.2, gt=0.0, le=1.0)  # wsd: the last share of the steps falls linearly
     warmup_steps: int = Field(100, ge=0)  # linear from 0; of updates (in grpo: steps x minibatches)
+
+
+class BatchRamp(Section):
+    """From `from_tokens` trained tokens on, steps have `global_batch_seqs` rows."""
+
+    from_tokens: PositiveInt  # of the whole run; takes effect at the next step
+    global_batch_seqs: PositiveInt  # rows a step over all ranks
+
+
+class SeqRamp(Section):
+    """From `from_tokens` trained tokens on, rows have `seq_len` tokens."""
+
+    from_tokens: PositiveInt  # of the whole run; takes effect at the next step
+    seq_len: PositiveInt  # tokens a row
+    rope_theta: PositiveFloat | None = None  # base of RoPE's frequencies from here on; None = as before
+    rope_scaling: RopeScaling | None = None  # None = as before
 
 
 class TrainConfig(Section):
@@ -133,10 +163,21 @@ class TrainConfig(Section):
     seq_len: PositiveInt = 2048  # tokens a row; in grpo the longest row
     micro_batch_seqs: PositiveInt = 1  # rows in one forward on one rank
     global_batch_seqs: PositiveInt = 8  # rows a step over all ranks (pretrain, sft)
-    batch_ramp: list[Any] = []  # not in this version: leave empty
-    seq_ramp: list[Any] = []  # not in this version: leave empty
+    batch_ramp: list[BatchRamp] = []  # pretrain: larger steps later, rising from_tokens
+    seq_ramp: list[SeqRamp] = []  # pretrain: longer rows later, rising from_tokens
     eval_every_steps: int = Field(0, ge=0)  # 0 = before the first and after the last step only
     eval_seqs: PositiveInt = 64  # held-out rows
+
+
+class GuardConfig(Section):
+    """What happens when a step goes wrong. Every decision is the same on all ranks, logged, and repeatable."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"  # NaN or Inf in loss or gradient: end the run, or leave the update out
+    spike: Literal["off", "skip", "rewind"] = "off"  # rewind: back to the last checkpoint, without these batches
+    spike_sigma: PositiveFloat = 6.0  # a spike is a loss so many standard deviations above the window's mean
+    spike_window: PositiveInt = 128  # steps the mean and deviation are taken over; no spike before it is full
+    max_skips: PositiveInt = 10  # skipped or rewound steps in a row before the run stops
+    replica_check_steps: int = Field(0, ge=0)  # compare the weights of data-parallel copies every so often; 0 = never
 
 
 class RolloutConfig(Section):
@@ -182,6 +223,8 @@ class CheckpointConfig(Section):
     every_steps: int = Field(100, ge=0)  # 0 = only at the end
     keep: PositiveInt = 3  # the newest so many
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest intact one; never: refuse a used directory
+    background: bool = False  # write while the next steps run; costs a copy of the state in host memory
+    on_error: Literal["warn", "stop"] = "warn"  # a save that fails: go on with a warning, or end the run
 
 
 class ExportConfig(Section):
@@ -219,6 +262,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    guard: GuardConfig = GuardConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()

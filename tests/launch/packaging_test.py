@@ -26,7 +26,7 @@ def requirements(tmp_path_factory: pytest.TempPathFactory) -> list[Requirement]:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
     (distribution,) = metadata.distributions(path=[str(folder)])
     assert distribution.version == llmtrain.__version__
-    assert {entry.name: entry.value for entry in distribution.entry_points} == {"llmtrain": "llmtrain.cli:main"}
+    assert {entry.name: entry.value for entry in distribution.entry_points} == {"llmtrain": "llmtrain.cli:entry"}
     return [Requirement(line) for line in distribution.requires]
 
 
