@@ -84,8 +84,8 @@ def llmtrain(turns: Turns, task: Task, compiled: bool) -> None:
     from llmtrain.trainer.batches import count_trained
 
     mesh, settings, batches = _mesh(), EngineConfig(compile=compiled), task.batches()
-    model = parallelize(task.model, mesh, ONE_RANK, settings, task.source())
-    engine = ZeroEngine(model, mesh, settings, OPTIM, task.total_steps)
+    parts = parallelize(task.model, mesh, ONE_RANK, settings, task.source())
+    engine = ZeroEngine(parts, mesh, ONE_RANK, settings, OPTIM, task.total_steps)
     while turns.wait():
         batch = next(batches)
         turns.done(engine.train_step([batch], token_loss, count_trained([batch], mesh)).loss)
@@ -95,8 +95,8 @@ def llmtrain(turns: Turns, task: Task, compiled: bool) -> None:
 def decoder_loop(turns: Turns, task: Task, compiled: bool) -> None:
     """The same decoder and precision without the engine: what is left of the difference is DeepSpeed and checks."""
     mesh, batches = _mesh(), task.batches()
-    masters = parallelize(task.model, mesh, ONE_RANK, EngineConfig(), task.source())
-    model = parallelize(task.model, mesh, ONE_RANK, EngineConfig(), task.source()).to(torch.bfloat16)
+    (masters,) = parallelize(task.model, mesh, ONE_RANK, EngineConfig(), task.source())
+    (model,) = (p.to(torch.bfloat16) for p in parallelize(task.model, mesh, ONE_RANK, EngineConfig(), task.source()))
     pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
     optimizer = build_optimizer(masters, OPTIM)
     if compiled:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from llmtrain.config.load import ConfigError, stage_config
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from llmtrain.config.shapes import resolve_model
+from llmtrain.config.stages import plan_stages
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first
 TRAIN = ("pretrain", "sft", "grpo")
@@ -230,9 +231,11 @@ def _tensor_parallel(case: Case) -> Iterator[str]:
 
 
 def _pipeline(case: Case) -> Iterator[str]:
-    pp = case.config.parallel.pp
-    if case.model and case.model.num_layers < pp:
-        yield f"parallel.pp={pp}: must be at most model.num_layers={case.model.num_layers}, a layer a stage; lower it"
+    if case.model:
+        try:
+            plan_stages(case.model, case.config.parallel)
+        except ValueError as error:
+            yield str(error)
 
 
 def _positions(case: Case) -> Iterator[str]:

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
+from llmtrain.model.decoder import Decoder
+from llmtrain.parallel.mesh import Mesh
 from llmtrain.types import Address, Batch, Fragment, StepStats
 
 Scores = tuple[Tensor, Tensor]
@@ -42,3 +45,21 @@ class Engine(Protocol):
 
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         """Fill weights and optimizer state from `read` and go on at `step`."""
+
+
+def make_engine(
+    parts: list[Decoder],
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    config: EngineConfig,
+    optim: OptimConfig,
+    total_steps: int,
+) -> Engine:
+    """The backend that `engine.backend` names around this rank's stages (from parallel.plan.parallelize)."""
+    if config.backend == "fsdp":
+        from llmtrain.engine.fsdp import FsdpEngine
+
+        return FsdpEngine(parts, mesh, parallel, config, optim, total_steps)
+    from llmtrain.engine.zero import ZeroEngine
+
+    return ZeroEngine(parts, mesh, parallel, config, optim, total_steps)

@@ -29,7 +29,7 @@ class Tally:
 
     def check_and_reduce(self, mesh: Mesh, step: int, gradient_finite: bool) -> None:
         """Collective. Raises FloatingPointError on every rank, naming step and ranks, if anything is not finite."""
-        mine = self._local() if mesh.is_last_stage else None
+        mine = self._local() if mesh.has_head else None
         bad = not gradient_finite or (mine is not None and not math.isfinite(mine["loss"]))
         # Tensor-parallel ranks hold the same values: count them once.
         report = mine if mesh.coords["tp"] == 0 else None

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import deepspeed
 import torch
@@ -20,17 +20,19 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from llmtrain.config.schema import EngineConfig, OptimConfig
+from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
+from llmtrain.config.stages import plan_stages
 from llmtrain.engine import zero_state
 from llmtrain.engine.base import FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, owns
 from llmtrain.engine.optim import build_optimizer, learning_rate
+from llmtrain.engine.step import backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally
-from llmtrain.model.decoder import parameter_shapes
+from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import Mesh, Mpu
-from llmtrain.parallel.pipeline import Pipeline, inputs_of, stage_of
-from llmtrain.parallel.plan import compile_blocks
+from llmtrain.parallel.pipeline import Pipeline
+from llmtrain.parallel.plan import compile_blocks, parameters_of
 from llmtrain.parallel.scoring import score
 from llmtrain.types import Batch, Fragment, StepStats
 
@@ -52,13 +54,20 @@ def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
 
 
 class ZeroEngine:
-    """See engine.base.Engine. `model` is this rank's part, from parallel.plan.parallelize."""
+    """See engine.base.Engine. `parts` are this rank's stages, from parallel.plan.parallelize."""
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, config: EngineConfig, optim: OptimConfig, total_steps: int
+        self,
+        parts: list[Decoder],
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        config: EngineConfig,
+        optim: OptimConfig,
+        total_steps: int,
     ) -> None:
-        self.model, self.mesh, self.config, self.optim, self.total_steps = model, mesh, config, optim, total_steps
-        self.step = 0
+        self.parts, self.mesh, self.config, self.optim, self.total_steps = parts, mesh, config, optim, total_steps
+        self.plan, self.step = plan_stages(parts[0].config, parallel), 0
+        model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         for p in model.parameters():
             p.tensor_model_parallel = owns(p, mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
         _prepare_deepspeed(mesh)
@@ -72,8 +81,8 @@ class ZeroEngine:
         )
         zero_state.set_masters(self.engine, mesh, originals)
         if config.compile:
-            compile_blocks(model)
-        self.pipeline = Pipeline(model, mesh) if mesh.sizes["pp"] > 1 else None
+            compile_blocks(parts)
+        self.pipeline = Pipeline(parts, self.plan, mesh) if mesh.sizes["pp"] > 1 else None
 
     def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
         """See Engine."""
@@ -81,11 +90,14 @@ class ZeroEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         tally = Tally(float(denominator))
-        scale = self.mesh.dp_size / tally.denominator  # DeepSpeed averages over data-parallel ranks; this undoes it
+        scale = self.mesh.grad_size / tally.denominator  # DeepSpeed averages over these ranks; this undoes it
         batches = [b.to(self.mesh.device) for b in microbatches]
         with self._accumulate():
-            self._backward(batches, lambda scores, i: tally.add(i, *loss(scores, batches[i])) * scale)
-            self._sum_tied_gradients()
+            backward(
+                self.parts, self.pipeline, batches, lambda scores, i: tally.add(i, *loss(scores, batches[i])) * scale
+            )
+            held = getattr(self.engine.optimizer, "get_gradient_for_reduction", lambda p: p.grad)
+            sum_tied_gradients(self.parts, self.mesh, held)
         norm = self._reduce_gradients_stage0()
         tally.check_and_reduce(self.mesh, self.step, gradient_finite=zero_state.gradients_finite(self.engine))
         self.engine.step()
@@ -95,23 +107,12 @@ class ZeroEngine:
 
     def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
         """See Engine."""
-        return score(self.model, self.pipeline, self.mesh, microbatches)
+        return score(self.parts, self.pipeline, self.mesh, microbatches)
 
-    @torch.no_grad()
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine. Every rank must exhaust it."""
-        mine = {p.canonical: p for p in self.model.parameters() if not p.is_copy}
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        pp = self.mesh.sizes["pp"]
-        for name, shape in parameter_shapes(self.model.config).items():
-            owner = stage_of(name, self.model.config.num_layers, pp)
-            if owner == self.mesh.coords["pp"]:
-                full = self._gather(mine[name])
-            else:
-                full = torch.empty(shape, dtype=dtype, device=self.mesh.device)
-            if pp > 1:
-                dist.broadcast(full, group=self.mesh.groups["pp"], group_src=owner)
-            yield name, full
+        return full_weights(self.parts, self.plan, self.mesh, dtype, self._gather)
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine."""
@@ -126,29 +127,13 @@ class ZeroEngine:
         """Gradients stay on this rank until the block ends, then are reduced once. (Stage 0 has no such block.)"""
         return self.engine.coalesce_grad_reduction() if self.config.zero_stage else contextlib.nullcontext()
 
-    def _backward(self, batches: Sequence[Batch], loss: Callable[[Scores, int], Tensor]) -> None:
-        if self.pipeline is not None:
-            return self.pipeline.train(batches, loss)
-        for i, batch in enumerate(batches):
-            loss(self.model(batch.input_ids, **inputs_of(batch, True)), i).backward()
-
-    def _sum_tied_gradients(self) -> None:
-        """The first and the last stage each hold a copy of a tied embedding and half of its gradient."""
-        mesh = self.mesh
-        if self.pipeline is None or not self.model.config.tie_embeddings:
-            return
-        if mesh.is_first_stage or mesh.is_last_stage:
-            p = self.model.embed.weight if mesh.is_first_stage else self.model.head.weight
-            held = getattr(self.engine.optimizer, "get_gradient_for_reduction", lambda q: q.grad)
-            dist.all_reduce(held(p), group=mesh.groups["ends"])
-
     def _reduce_gradients_stage0(self) -> float | None:
         """At stage 0 DeepSpeed neither averages by itself nor reports a norm: -> the norm before clipping."""
         if self.config.zero_stage:
             return None
         self.engine.allreduce_gradients()
         return clip_gradients(
-            self.model.parameters(), self.optim.grad_clip, self.mesh.coords["tp"], self.mesh.groups["model"]
+            parameters_of(self.parts), self.optim.grad_clip, self.mesh.coords["tp"], self.mesh.groups["model"]
         )
 
     def _gather(self, p: nn.Parameter) -> Tensor:

@@ -47,7 +47,7 @@ def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
     _make_state(engine, 0)
     _link(engine)
     for p, address in _pieces(engine, mesh):
-        if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or mesh.dp_rank == 0):
+        if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or dist.get_rank(mesh.groups["grad"]) == 0):
             yield Fragment(address, {key: _read(engine, p, address, key).clone() for key in ("weight", *STATES)})
 
 

@@ -65,8 +65,10 @@ class Link:
 
 @dataclass
 class Mesh:
-    """This rank's place. `rank` and `size` count the ranks of the own role; `groups` holds a group for each axis,
-    and `dp` (dp_replicate x dp_shard), `model` (pp x tp), `ends` (first and last stage of the own pipeline)."""
+    """This rank's place. `rank` and `size` count the ranks of the own role. `groups` holds a group for each axis, and
+    `dp` (dp_replicate x dp_shard: who has other rows), `grad` (dp x cp: over whom gradients are summed), `shard`
+    (dp_shard x cp: over whom states are sharded), `model` (pp x tp), `ends` (the ranks with the embedding and the head
+    of the own pipeline; None on others)."""
 
     role: str  # trainer | rollout
     rank: int
@@ -77,6 +79,7 @@ class Mesh:
     groups: dict[str, ProcessGroup] = field(default_factory=dict)
     link: Link | None = None
     num_trainers: int = 1
+    head_pp: int = 0  # the pp coordinate of the rank with the head
 
     @property
     def dp_size(self) -> int:
@@ -87,12 +90,16 @@ class Mesh:
         return self.coords["dp_replicate"] * self.sizes["dp_shard"] + self.coords["dp_shard"]
 
     @property
-    def is_first_stage(self) -> bool:
+    def grad_size(self) -> int:
+        return self.dp_size * self.sizes["cp"]
+
+    @property
+    def has_embedding(self) -> bool:
         return self.coords["pp"] == 0
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.coords["pp"] == self.sizes["pp"] - 1
+    def has_head(self) -> bool:
+        return self.coords["pp"] == self.head_pp
 
     @property
     def tp_group(self) -> ProcessGroup | None:
@@ -144,16 +151,23 @@ def init_mesh(parallel: ParallelConfig, rollout: RolloutConfig | None, timeout_s
     )
     link = Link(store, rank, size, timeout, device) if workers else None
     if role == "trainer":
-        return trainer_mesh(sizes, device, timeout, link)
+        return trainer_mesh(sizes, device, timeout, link, parallel.schedule)
     coords = dict.fromkeys(AXES, 0)
     return Mesh(role, role_rank, role_size, device, sizes, coords, link=link, num_trainers=num_trainers)
 
 
-def trainer_mesh(sizes: dict[str, int], device: torch.device, timeout: timedelta, link: Link | None = None) -> Mesh:
+def trainer_mesh(
+    sizes: dict[str, int],
+    device: torch.device,
+    timeout: timedelta,
+    link: Link | None = None,
+    schedule: str = "1f1b",
+) -> Mesh:
     """The axes over the default group's ranks (a collective)."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    groups = _axis_groups(sizes, size, timeout)
-    return Mesh("trainer", rank, size, device, sizes, _coords(rank, sizes), groups, link, num_trainers=size)
+    head_pp = 0 if schedule == "zbv" else sizes["pp"] - 1
+    groups = _axis_groups(sizes, rank, size, head_pp, timeout)
+    return Mesh("trainer", rank, size, device, sizes, _coords(rank, sizes), groups, link, size, head_pp)
 
 
 def shutdown() -> None:
@@ -197,13 +211,13 @@ class Mpu:
         return self.mesh.groups["pp"]
 
     def get_data_parallel_group(self) -> ProcessGroup:
-        return self.mesh.groups["dp"]
+        return self.mesh.groups["grad"]
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh.dp_size
+        return self.mesh.grad_size
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.dp_rank
+        return dist.get_rank(self.mesh.groups["grad"])
 
 
 def _device() -> torch.device:
@@ -238,30 +252,31 @@ def _coords(rank: int, sizes: dict[str, int]) -> dict[str, int]:
     return coords
 
 
-def _axis_groups(sizes: dict[str, int], num_trainers: int, timeout: timedelta) -> dict[str, ProcessGroup]:
-    """Every rank creates every group, in the same order; each keeps its own."""
+def _axis_groups(
+    sizes: dict[str, int], rank: int, num_trainers: int, head_pp: int, timeout: timedelta
+) -> dict[str, ProcessGroup | None]:
+    """The groups of this rank. Each is created by its members alone, so a start costs the same on any number of ranks;
+    axes with the same ranks share one."""
     varying = {axis: (axis,) for axis in AXES}
-    varying |= {"dp": ("dp_replicate", "dp_shard"), "model": ("pp", "tp")}
-    groups = {name: _partition(sizes, num_trainers, axes, timeout) for name, axes in varying.items()}
-    groups["ends"] = _partition(sizes, num_trainers, ("pp",), timeout, keep={0, sizes["pp"] - 1})
-    return groups
+    varying |= {"dp": ("dp_replicate", "dp_shard"), "grad": ("dp_replicate", "dp_shard", "cp")}
+    varying |= {"shard": ("dp_shard", "cp"), "model": ("pp", "tp")}
+    members = {name: _neighbours(sizes, rank, num_trainers, axes) for name, axes in varying.items()}
+    coords = [_coords(r, sizes)["pp"] for r in members["pp"]]
+    members["ends"] = [r for r, pp in zip(members["pp"], coords, strict=True) if pp in (0, head_pp)]
+    made: dict[tuple[int, ...], ProcessGroup | None] = {}
+    for name, ranks in members.items():
+        if tuple(ranks) not in made:
+            mine = rank in ranks
+            made[tuple(ranks)] = dist.new_group(ranks, timeout, use_local_synchronization=True) if mine else None
+    return {name: made[tuple(ranks)] for name, ranks in members.items()}
 
 
-def _partition(
-    sizes: dict[str, int], num_trainers: int, axes: tuple[str, ...], timeout: timedelta, keep: set[int] | None = None
-) -> ProcessGroup:
-    """The own group of ranks that differ only in `axes`; with `keep`, only these pipeline stages (others: None)."""
-    members: dict[tuple, list[int]] = {}
-    for rank in range(num_trainers):
-        coords = _coords(rank, sizes)
-        if keep is None or coords["pp"] in keep:
-            members.setdefault(tuple(coords[a] for a in AXES if a not in axes), []).append(rank)
-    mine = None
-    for ranks in members.values():
-        group = dist.new_group(ranks, timeout=timeout)
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine
+def _neighbours(sizes: dict[str, int], rank: int, num_trainers: int, axes: tuple[str, ...]) -> list[int]:
+    """The ranks that differ from `rank` only in `axes`, itself among them."""
+    here = _coords(rank, sizes)
+    fixed = [axis for axis in AXES if axis not in axes]
+    everyone = ((r, _coords(r, sizes)) for r in range(num_trainers))
+    return [r for r, coords in everyone if all(coords[axis] == here[axis] for axis in fixed)]
 
 
 def _all_gather_bytes(

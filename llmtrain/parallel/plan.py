@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from llmtrain.config.stages import plan_stages
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.logprob import ScoringHead
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.pipeline import split_stage
+from llmtrain.parallel.pipeline import keep_stage
 from llmtrain.parallel.remat import remat_blocks
 from llmtrain.parallel.tensor import shard, tensor_parallel
 
@@ -21,18 +22,27 @@ WeightSource = Callable[[str], Tensor]
 
 def parallelize(
     config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig, source: WeightSource
-) -> Decoder:
-    """This rank's part of the decoder with its weights, on `mesh.device`: split stage -> tensor parallel -> scoring
-    head -> remat -> weights. Compilation follows when the engine has wrapped it (`compile_blocks`)."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    split_stage(model, mesh.coords["pp"], mesh.sizes["pp"])
-    tensor_parallel(model, mesh.tp_group, parallel.sequence_parallel)
-    scoring_head(model, mesh, engine.logprob_chunk_tokens)
-    if engine.remat == "full":
-        remat_blocks(model)
-    materialize(model, mesh, source)
-    return model.train()
+) -> list[Decoder]:
+    """This rank's pipeline stages with their weights, on `mesh.device` (without a pipeline: the one decoder).
+
+    cut stages -> tensor parallel -> scoring head -> remat -> weights. Compilation follows when the engine has wrapped
+    them (`compile_blocks`).
+    """
+    plan = plan_stages(config, parallel)
+    parts = []
+    for stage in plan.stages_of(mesh.coords["pp"]):
+        with torch.device("meta"):
+            part = Decoder(config)
+        keep_stage(part, plan, stage)
+        tensor_parallel(part, mesh.tp_group, parallel.sequence_parallel)
+        scoring_head(part, mesh, engine.logprob_chunk_tokens)
+        if engine.remat == "full":
+            remat_blocks(part)
+        parts.append(part.train())
+    if config.tie_embeddings and mesh.has_embedding and mesh.has_head:
+        parts[-1].head.weight = parts[0].embed.weight
+    materialize(parts, mesh, source)
+    return parts
 
 
 def scoring_head(model: nn.Module, mesh: Mesh, chunk_tokens: int | None) -> None:
@@ -47,27 +57,40 @@ def scoring_head(model: nn.Module, mesh: Mesh, chunk_tokens: int | None) -> None
     model.head.first_id = mesh.coords["tp"] * rows
 
 
-def materialize(model: nn.Module, mesh: Mesh, source: WeightSource) -> None:
+def materialize(parts: Sequence[Decoder], mesh: Mesh, source: WeightSource) -> None:
     """Replace the meta parameters by this rank's slices, one global tensor at a time.
 
     Every parameter gets `tp_dim`, `global_shape`, `canonical` (its name in a whole model) and `is_copy` (the second
     copy of a tied embedding, on the last stage).
     """
-    shapes = parameter_shapes(model.config)
+    shapes = parameter_shapes(parts[0].config)
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        for leaf, meta in list(module.named_parameters(recurse=False)):
-            if meta not in made:
-                name = f"{prefix}.{leaf}"
-                canonical = name if name in shapes else "embed.weight"
-                value = shard(source(canonical), meta.tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
-                made[meta] = parameter = nn.Parameter(value.to(mesh.device, torch.float32).clone())
-                parameter.tp_dim, parameter.global_shape = meta.tp_dim, shapes[canonical]
-                parameter.canonical, parameter.is_copy = canonical, canonical != name
-            setattr(module, leaf, made[meta])
+    for part in parts:
+        for prefix, module in part.named_modules():
+            for leaf, meta in list(module.named_parameters(recurse=False)):
+                if meta not in made:
+                    made[meta] = _place(f"{prefix}.{leaf}", meta.tp_dim, shapes, mesh, source)
+                setattr(module, leaf, made[meta])
 
 
-def compile_blocks(model: nn.Module) -> None:
+def _place(
+    name: str, tp_dim: int | None, shapes: dict[str, tuple[int, ...]], mesh: Mesh, source: WeightSource
+) -> nn.Parameter:
+    canonical = name if name in shapes else "embed.weight"
+    value = shard(source(canonical), tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
+    parameter = nn.Parameter(value.to(mesh.device, torch.float32).clone())
+    parameter.tp_dim, parameter.global_shape = tp_dim, shapes[canonical]
+    parameter.canonical, parameter.is_copy = canonical, canonical != name
+    return parameter
+
+
+def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Each once, in a fixed order."""
+    return list(dict.fromkeys(p for part in parts for p in part.parameters()))
+
+
+def compile_blocks(parts: Sequence[nn.Module]) -> None:
     """torch.compile each block for itself: one graph, compiled once, in place."""
-    for block in model.layers.values():
-        block.compile()
+    for part in parts:
+        for block in part.layers.values():
+            block.compile()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtrain.config.stages import StagePlan
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline, inputs_of
 from llmtrain.types import Batch
@@ -15,29 +16,29 @@ from llmtrain.types import Batch
 
 @torch.no_grad()
 def score(
-    model: nn.Module, pipeline: Pipeline | None, mesh: Mesh, microbatches: Sequence[Batch]
+    parts: Sequence[nn.Module], pipeline: Pipeline | None, mesh: Mesh, microbatches: Sequence[Batch]
 ) -> list[tuple[Tensor, Tensor]]:
     """(log-probs, entropies), [B, T] fp32, for each microbatch, the same on every pipeline stage."""
     batches = [b.to(mesh.device) for b in microbatches]
     if pipeline is None:
-        return [model(b.input_ids, **inputs_of(b, True)) for b in batches]
+        return [parts[0](b.input_ids, **inputs_of(b, True)) for b in batches]
     scores = pipeline.score(batches)
-    return [_from_last_stage(None if scores is None else scores[i], b, mesh) for i, b in enumerate(batches)]
+    return [_from_head(None if scores is None else scores[i], b, mesh) for i, b in enumerate(batches)]
 
 
-def _from_last_stage(scores: tuple[Tensor, Tensor] | None, batch: Batch, mesh: Mesh) -> tuple[Tensor, Tensor]:
+def _from_head(scores: tuple[Tensor, Tensor] | None, batch: Batch, mesh: Mesh) -> tuple[Tensor, Tensor]:
     pair = torch.zeros(2, *batch.labels.shape, device=mesh.device) if scores is None else torch.stack(scores)
-    dist.broadcast(pair, group=mesh.groups["pp"], group_src=mesh.sizes["pp"] - 1)
+    dist.broadcast(pair, group=mesh.groups["pp"], group_src=mesh.head_pp)
     return pair[0], pair[1]
 
 
 class FrozenModel:
     """A model that is only scored with: the reference of a KL penalty or a preference loss."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
-        self.model, self.mesh = model.to(dtype).eval().requires_grad_(False), mesh
-        self.pipeline = Pipeline(self.model, mesh) if mesh.sizes["pp"] > 1 else None
+    def __init__(self, parts: Sequence[nn.Module], plan: StagePlan, mesh: Mesh, dtype: torch.dtype) -> None:
+        self.parts, self.mesh = [part.to(dtype).eval().requires_grad_(False) for part in parts], mesh
+        self.pipeline = Pipeline(self.parts, plan, mesh) if mesh.sizes["pp"] > 1 else None
 
     def score(self, microbatches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """See `score`."""
-        return score(self.model, self.pipeline, self.mesh, microbatches)
+        return score(self.parts, self.pipeline, self.mesh, microbatches)

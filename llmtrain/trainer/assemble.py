@@ -20,8 +20,7 @@ from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.engine.base import Engine
-from llmtrain.engine.zero import ZeroEngine
+from llmtrain.engine.base import Engine, make_engine
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.parallel.mesh import Mesh, init_mesh
@@ -121,8 +120,8 @@ def start_source(job: Job) -> WeightSource:
 def build_engine(job: Job, total_steps: int) -> None:
     """The model on the mesh, in its engine, at the newest checkpoint of this run if there is one."""
     config = job.config
-    model = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
-    job.engine = ZeroEngine(model, job.mesh, config.engine, config.optim, total_steps)
+    parts = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
+    job.engine = make_engine(parts, job.mesh, config.parallel, config.engine, config.optim, total_steps)
     resume(job)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from llmtrain.config.schema import Config
+from llmtrain.config.stages import plan_stages
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.base import Scores
 from llmtrain.engine.optim import learning_rate
@@ -114,8 +115,8 @@ def build_reference(job: Job) -> FrozenModel | None:
     config = job.config
     if config.grpo.kl_coef == 0:
         return None
-    model = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
-    return FrozenModel(model, job.mesh, compute_dtype(config))
+    parts = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
+    return FrozenModel(parts, plan_stages(job.model, config.parallel), job.mesh, compute_dtype(config))
 
 
 def add_reference(batches: list[Batch], reference: FrozenModel | None) -> None:

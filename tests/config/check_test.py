@@ -34,7 +34,7 @@ def config(*overrides: str, folder: Path) -> Config:
         ("pretrain", 4, ["model.vocab_size=1025"], "model.vocab_size=1025: must be a multiple of parallel.tp=2"),
         ("pretrain", 4, ["model.ffn_size=383"], "model.ffn_size=383: must be a multiple of parallel.tp=2"),
         ("pretrain", 4, ["train.seq_len=127"], "train.seq_len=127: .*or set parallel.sequence_parallel=false"),
-        ("pretrain", 4, ["model.num_layers=1"], "parallel.pp=2: must be at most model.num_layers=1"),
+        ("pretrain", 4, ["model.num_layers=1"], "parallel.pp x virtual_stages=2: must be at most model.num_layers=1"),
         ("pretrain", 4, ["model.hidden_size=130"], "model.hidden_size=130: must be a multiple of num_heads=4"),
         ("pretrain", 4, ["model.head_dim=31"], "model.head_dim=31: must be even"),
         (

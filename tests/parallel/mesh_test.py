@@ -8,7 +8,6 @@ import pytest
 
 from llmtrain.config.check import mesh_sizes
 from llmtrain.config.schema import ParallelConfig
-from llmtrain.parallel.pipeline import stage_layers, stage_of
 
 
 def test_dp_shard_takes_what_is_left() -> None:
@@ -24,21 +23,6 @@ def test_dp_shard_takes_what_is_left() -> None:
 def test_ranks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="6 trainer ranks"):
         mesh_sizes(ParallelConfig(pp=2, tp=2), 6)
-
-
-def test_stages_cover_every_layer_once() -> None:
-    for layers in range(1, 12):
-        for pp in range(1, layers + 1):
-            covered = [i for stage in range(pp) for i in stage_layers(layers, pp, stage)]
-            assert covered == list(range(layers))
-    with pytest.raises(ValueError, match="at most one stage a layer"):
-        stage_layers(2, 3, 0)
-
-
-def test_owner_of_a_parameter() -> None:
-    assert stage_of("embed.weight", 5, 2) == 0
-    assert [stage_of(f"layers.{i}.attention.q.weight", 5, 2) for i in range(5)] == [0, 0, 0, 1, 1]
-    assert stage_of("norm.weight", 5, 2) == stage_of("head.weight", 5, 2) == 1
 
 
 def test_roles_in_one_job(torchrun: Callable) -> None:

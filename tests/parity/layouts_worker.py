@@ -10,18 +10,19 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from torch.distributed.tensor import DTensor
 
+from llmtrain.config.check import AXES
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
-from llmtrain.engine.zero import ZeroEngine
+from llmtrain.engine.base import Engine, make_engine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
-from llmtrain.parallel.mesh import AXES, init_mesh, trainer_mesh
-from llmtrain.parallel.plan import parallelize
+from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
+from llmtrain.parallel.plan import parallelize, parameters_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch
 
@@ -111,48 +112,77 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return error.nan_to_num(float("inf")).item()  # max() would lose a NaN
 
 
-def grads_seen(engine: ZeroEngine, expected: dict[str, torch.Tensor], errors: dict[str, float]) -> None:
+def gradient(engine: Engine, p: torch.nn.Parameter) -> torch.Tensor:
+    """The reduced gradient of the tensor-parallel shard, before the update (a collective over its shards)."""
+    if isinstance(p, DTensor):
+        return p.grad.full_tensor()
+    return p.grad if engine.config.zero_stage == 0 else safe_get_full_grad(p)
+
+
+def grads_seen(engine: Engine, expected: dict[str, torch.Tensor], scale: float, errors: dict) -> None:
     """Compare this rank's reduced gradients, parameter by parameter, before the update."""
     mesh = engine.mesh
-    for p in engine.model.parameters():
-        grad = p.grad if engine.config.zero_stage == 0 else safe_get_full_grad(p)
+    for p in parameters_of(engine.parts):
+        grad = gradient(engine, p)
         want = shard(expected[p.canonical], p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
-        clipped = 1.0
-        if engine.config.zero_stage == 0 and errors["scale"] is not None:
-            clipped = errors["scale"]
-        error = relative(grad, want * clipped) if grad is not None else float("inf")
+        error = relative(grad, want * scale) if grad is not None else float("inf")
         if error > errors["grad"]:
             errors["grad"], errors["worst"] = error, p.canonical
 
 
-def look_then_step(engine: ZeroEngine, expected: dict[str, torch.Tensor], errors: dict, take: Callable) -> None:
-    grads_seen(engine, expected, errors)
-    take()
+def watch_updates(engine: Engine, look: Callable[[], None]) -> None:
+    """Call `look` before every update."""
+    holder = engine.optimizer if hasattr(engine, "optimizer") else engine.engine
+    take = holder.step
+
+    def step(*args: object, **kwargs: object) -> None:
+        look()
+        return take(*args, **kwargs)
+
+    holder.step = step
+
+
+def settings_of(layout: dict) -> tuple[ParallelConfig, EngineConfig]:
+    """What a layout says; the rest are the defaults of fp32 on small rows."""
+    parallel = {k: layout[k] for k in ParallelConfig.model_fields if k in layout}
+    engine = {k: layout[k] for k in EngineConfig.model_fields if k in layout}
+    return ParallelConfig(**{"dp_shard": 1, **parallel}), EngineConfig(
+        **{"precision": "fp32", "logprob_chunk_tokens": 7, **engine}
+    )
+
+
+def build(layout: dict, mesh: Mesh) -> Engine:
+    parallel, settings = settings_of(layout)
+    config = model_config(layout)
+    shapes = parameter_shapes(config)
+    parts = parallelize(config, mesh, parallel, settings, lambda n: initial(n, shapes[n], config))
+    return make_engine(parts, mesh, parallel, settings, optim_config(layout), STEPS)
+
+
+def clips_first(engine: Engine) -> bool:
+    """Is the gradient already clipped when the optimizer is called?"""
+    return engine.config.backend == "fsdp" or engine.config.zero_stage == 0
 
 
 def run(layout: dict, rank: int, size: int) -> dict:
-    sizes = {axis: layout.get(axis, 1) for axis in AXES}
-    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60))
-    accumulation = max(ACCUMULATION, sizes["pp"])
+    parallel = settings_of(layout)[0]
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
+    accumulation = max(ACCUMULATION, sizes["pp"] * parallel.virtual_stages)
     rows = ROWS * accumulation * mesh.dp_size
     history, weights = reference(layout, rows)
     config, optim = model_config(layout), optim_config(layout)
-    settings = EngineConfig(
-        precision="fp32",
-        logprob_chunk_tokens=7,
-        **{k: layout[k] for k in ("zero_stage", "remat", "compile", "offload") if k in layout},
-    )
-    parallel = ParallelConfig(sequence_parallel=layout.get("sequence_parallel", True))
-    shapes = parameter_shapes(config)
-    model = parallelize(config, mesh, parallel, settings, lambda n: initial(n, shapes[n], config))
-    engine = ZeroEngine(model, mesh, settings, optim, STEPS)
-    errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "worst": "", "scale": None}
-    take = engine.engine.step
+    engine = build(layout, mesh)
+    errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "worst": ""}
+
+    def look() -> None:
+        want = history[engine.step]
+        clipped = clips_first(engine) and optim.grad_clip and want["norm"] > optim.grad_clip
+        grads_seen(engine, want["grads"], optim.grad_clip / want["norm"] if clipped else 1.0, errors)
+
+    watch_updates(engine, look)
     for step in range(STEPS):
         want = history[step]
-        if settings.zero_stage == 0 and optim.grad_clip and want["norm"] > optim.grad_clip:
-            errors["scale"] = optim.grad_clip / want["norm"]
-        engine.engine.step = partial(look_then_step, engine, want["grads"], errors, take)
         batch = global_rows(step, rows)
         mine = [
             rows_of(batch, slice(r := (a * mesh.dp_size + mesh.dp_rank) * ROWS, r + ROWS)) for a in range(accumulation)
@@ -161,20 +191,23 @@ def run(layout: dict, rank: int, size: int) -> dict:
         errors["loss"] = max(errors["loss"], abs(stats.loss - want["loss"]) / want["loss"])
         errors["norm"] = max(errors["norm"], abs(stats.grad_norm - want["norm"]) / want["norm"])
     errors["weight"] = max(relative(full, weights[name]) for name, full in engine.full_weights())
-    scored = engine.score(mine)
-    with torch.no_grad():
-        plain = Decoder(config)
-        plain.load_state_dict(
-            {**weights, **({"head.weight": weights["embed.weight"]} if config.tie_embeddings else {})}
-        )
-        expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in mine]
-    errors["score"] = max(
-        (a[0] - b).abs().nan_to_num(float("inf")).max().item() for a, b in zip(scored, expect, strict=True)
-    )
+    errors["score"] = score_error(engine, mine, weights, config)
     everyone = mesh.all_gather_json(errors)
     worst = {k: max(e[k] for e in everyone) for k in ("loss", "norm", "grad", "weight", "score")}
     worst["worst"] = max(everyone, key=lambda e: e["grad"])["worst"]
     return worst
+
+
+def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:
+    """The largest difference of a log-prob to that of a plain decoder with the reference's weights."""
+    scored = engine.score(mine)
+    plain = Decoder(config)
+    tied = {"head.weight": weights["embed.weight"]} if config.tie_embeddings else {}
+    plain.load_state_dict({**weights, **tied})
+    with torch.no_grad():
+        expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in mine]
+    pairs = zip(scored, expect, strict=True)
+    return max((a[0] - b).abs().nan_to_num(float("inf")).max().item() for a, b in pairs)
 
 
 def main() -> None:
