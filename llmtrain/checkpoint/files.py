@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TypedDict
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -45,29 +44,20 @@ def write_json(path: str, value: object) -> FileEntry:
     return write_durably(path, [json.dumps(value, indent=1).encode()])
 
 
-def safetensors_chunks(
-    numels: Mapping[str, int], tensors: Iterable[tuple[str, Tensor]]
-) -> Iterator[bytes | np.ndarray]:
-    """A safetensors file of flat fp32 tensors, one tensor in memory at a time (the library's writer wants all).
+def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | np.ndarray]:
+    """A safetensors file of flat fp32 tensors, one tensor in host memory at a time (the library's writer wants all).
 
-    `numels` announces names and sizes for the header; `tensors` brings the values in the same order.
     Format: header length (8 bytes, little endian), JSON header padded with spaces, values back to back.
-    Raises ValueError when a tensor is not the one announced.
     """
     entries, end = {}, 0
-    for name, numel in numels.items():
-        start, end = end, end + 4 * numel
-        entries[name] = {"dtype": "F32", "shape": [numel], "data_offsets": [start, end]}
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     yield struct.pack("<Q", len(header)) + header
-    for (name, numel), (given, tensor) in zip(numels.items(), tensors, strict=True):
-        if (given, tensor.dtype, tuple(tensor.shape)) != (name, torch.float32, (numel,)):
-            raise ValueError(
-                f"fragment {given}: {tensor.dtype} {tuple(tensor.shape)}; the rule is flat torch.float32 of the "
-                f"{numel} elements its address names ({name})"
-            )
-        yield tensor.detach().cpu().contiguous().numpy()
+    for tensor in tensors.values():
+        yield tensor.cpu().contiguous().numpy()
 
 
 def sync_directory(path: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from llmtrain.checkpoint.reshard import check_coverage
@@ -65,6 +65,16 @@ def by_name(fragments: Iterable[Stored]) -> dict[str, list[Stored]]:
         if len({stored.keys for stored in pieces}) > 1:
             raise ValueError(f"{name}: pieces with different keys, {sorted({stored.keys for stored in pieces})}")
     return dict(parameters)
+
+
+def check_complete(parameters: Mapping[str, list[Stored]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless the parameters are those of the model, with their global shapes."""
+    held = {name: pieces[0].address.shape for name, pieces in parameters.items()}
+    for name in sorted(held.keys() | shapes.keys()):
+        if held.get(name) != shapes.get(name):
+            found = f"has shape {list(held[name])}" if name in held else "is reported by no rank"
+            wanted = f"has shape {list(shapes[name])} in" if name in shapes else "is unknown to"
+            raise ValueError(f"{name}: {found} and {wanted} the model; a checkpoint holds exactly the model")
 
 
 def _stored(entry: dict, rank: int, number: int) -> Stored:

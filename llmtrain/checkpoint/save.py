@@ -6,27 +6,69 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.files import FileEntry, safetensors_chunks, sync_directory, write_durably, write_json
 from llmtrain.checkpoint.group import CheckpointGroup, together
-from llmtrain.checkpoint.layout import STATE, Stored, by_name, index_file, read_index, tensor_file
+from llmtrain.checkpoint.layout import STATE, Stored, by_name, check_complete, index_file, read_index, tensor_file
 from llmtrain.checkpoint.manifest import list_checkpoints, write_manifest
 from llmtrain.checkpoint.rng import random_state
 from llmtrain.engine.base import Engine
 
 LEFTOVER = re.compile(r"step-\d+(\.old)?\.(tmp|trash)")  # of an attempt that did not end
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Canonical name -> global shape of every parameter of the model (`model.decoder.parameter_shapes`)."""
 
-def save_checkpoint(directory: str, engine: Engine, state: dict, group: CheckpointGroup, keep: int) -> str:
+
+@dataclass
+class Snapshot:
+    """What one rank writes: the content of its index file, and its flat fp32 tensors as they are named there."""
+
+    index: dict
+    tensors: dict[str, Tensor]
+
+
+def take(engine: Engine, rank: int, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Snapshot:
+    """This rank's fragments and random state now, in one pass; `keep` may copy what the next step will change.
+
+    Raises ValueError when a tensor is not the one its address describes.
+    """
+    entries, tensors = [], {}
+    for number, fragment in enumerate(engine.fragments()):
+        stored = Stored(fragment.address, tuple(fragment.tensors), rank, number)
+        entries.append(stored.to_json())
+        for key, tensor in fragment.tensors.items():
+            name, numel = stored.tensor_name(key), fragment.address.numel
+            if tensor.dtype != torch.float32 or tuple(tensor.shape) != (numel,):
+                raise ValueError(
+                    f"fragment {name}: {tensor.dtype} {tuple(tensor.shape)}; the rule is flat torch.float32 of the "
+                    f"{numel} elements its address names"
+                )
+            tensors[name] = keep(tensor.detach())
+    return Snapshot({"fragments": entries, "random": random_state()}, tensors)
+
+
+def save_checkpoint(
+    directory: str, engine: Engine, state: dict, group: CheckpointGroup, keep: int, shapes: Shapes
+) -> str:
+    """`write_checkpoint` of what the engine holds now."""
+    return write_checkpoint(directory, lambda: take(engine, group.rank), state, group, keep, shapes)
+
+
+def write_checkpoint(
+    directory: str, snapshot: Callable[[], Snapshot], state: dict, group: CheckpointGroup, keep: int, shapes: Shapes
+) -> str:
     """Save to `directory`/step-<state["step"]> and return that path; a collective over `group`.
 
     `state` is JSON and comes back as `CheckpointReader.state`. Of the steps up to this one the newest `keep` stay.
     A directory without a suffix is whole: whatever dies on the way, the last one stays usable.
     Raises OSError on every rank, naming rank and file, when one of them cannot write; ValueError when the
-    fragments do not cover every parameter exactly once.
+    fragments do not cover every parameter of `shapes` exactly once.
     """
     final = os.path.join(directory, f"step-{state['step']:08d}")
     partial = final + ".tmp"
@@ -36,14 +78,14 @@ def save_checkpoint(directory: str, engine: Engine, state: dict, group: Checkpoi
 
     on_first(_prepare, directory, partial)
     try:
-        entries = together(group, lambda: _write_rank(partial, engine, group.rank))
+        entries = together(group, lambda: _write_rank(partial, snapshot(), group.rank))
         files = {name: entry for entries_of_rank in entries for name, entry in entries_of_rank.items()}
-        on_first(_complete, partial, state, files, group.size)
+        on_first(_complete, partial, state, files, group.size, shapes)
+        on_first(_publish, partial, final)
     except (OSError, ValueError):
         if group.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
         raise
-    on_first(_publish, partial, final)
     on_first(_prune, directory, final, keep)
     return final
 
@@ -55,29 +97,18 @@ def _prepare(directory: str, partial: str) -> None:
     os.mkdir(partial)
 
 
-def _write_rank(path: str, engine: Engine, rank: int) -> dict[str, FileEntry]:
+def _write_rank(path: str, snapshot: Snapshot, rank: int) -> dict[str, FileEntry]:
     """This rank's two files; their names with size and checksum."""
-    # Two passes over the fragments, which are views or cheap copies: the header comes first and needs all sizes.
-    stored = [Stored(f.address, tuple(f.tensors), rank, number) for number, f in enumerate(engine.fragments())]
-    numels = {s.tensor_name(key): s.address.numel for s in stored for key in s.keys}
-    index = {"fragments": [s.to_json() for s in stored], "random": random_state()}
-    tensors, addresses = tensor_file(path, rank), index_file(path, rank)
+    tensors, index = tensor_file(path, rank), index_file(path, rank)
     return {
-        os.path.basename(tensors): write_durably(tensors, safetensors_chunks(numels, _named(engine, rank))),
-        os.path.basename(addresses): write_durably(addresses, [json.dumps(index).encode()]),
+        os.path.basename(tensors): write_durably(tensors, safetensors_chunks(snapshot.tensors)),
+        os.path.basename(index): write_durably(index, [json.dumps(snapshot.index).encode()]),
     }
 
 
-def _named(engine: Engine, rank: int) -> Iterator[tuple[str, Tensor]]:
-    for number, fragment in enumerate(engine.fragments()):
-        stored = Stored(fragment.address, tuple(fragment.tensors), rank, number)
-        for key, tensor in fragment.tensors.items():
-            yield stored.tensor_name(key), tensor
-
-
-def _complete(path: str, state: dict, files: dict[str, FileEntry], num_ranks: int) -> None:
+def _complete(path: str, state: dict, files: dict[str, FileEntry], num_ranks: int, shapes: Shapes) -> None:
     """Check that nothing is lost or doubled, add the trainer's state, and write the manifest."""
-    by_name(stored for rank in range(num_ranks) for stored in read_index(path, rank)[0])
+    check_complete(by_name(stored for rank in range(num_ranks) for stored in read_index(path, rank)[0]), shapes)
     entry = write_json(os.path.join(path, STATE), state)
     write_manifest(path, {**files, STATE: entry})
     sync_directory(path)

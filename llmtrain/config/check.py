@@ -6,9 +6,10 @@ import glob
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtrain.config.load import ConfigError, stage_config
+from llmtrain.config.ramp import phases, ramp_faults, with_phase
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.config.stages import plan_stages
@@ -90,10 +91,17 @@ def violations(
         if not absent:  # a missing directory is the business of `_init_from`
             found += str(error).splitlines()
     case = Case(config, model, world_size, command, run_dir, earlier or {})
-    for commands, rule in RULES:
-        if command in commands:
-            found += rule(case)
+    found += _broken(case)
+    for phase in phases(config.train)[1:] if command in ("pretrain", "plan") else ():
+        lines = _broken(replace(case, config=with_phase(config, phase)))
+        found += [f"train ramp from token {phase.first_token}: {line}" for line in lines if line not in found]
     return found
+
+
+def _broken(case: Case) -> Iterator[str]:
+    for commands, rule in RULES:
+        if case.command in commands:
+            yield from rule(case)
 
 
 def _run_violations(run: RunConfig, world_size: int, command: str) -> list[str]:
@@ -152,8 +160,6 @@ def _offered(case: Case) -> Iterator[str]:
         f"parallel.cp={p.cp}": (p.cp > 1, "use parallel.tp with sequence_parallel for long rows"),
         f"parallel.schedule={p.schedule}": (p.schedule != "1f1b", "use 1f1b"),
         f"parallel.ep={p.ep}": (p.ep > 1, "set parallel.ep=1, the models are dense"),
-        "train.batch_ramp": (bool(c.train.batch_ramp), "leave it empty and set train.global_batch_seqs"),
-        "train.seq_ramp": (bool(c.train.seq_ramp), "leave it empty and set train.seq_len"),
     }
     for key, (used, remedy) in instead.items():
         if used:
@@ -244,6 +250,23 @@ def _positions(case: Case) -> Iterator[str]:
         yield (
             f"train.seq_len={seq_len}: must be at most model.max_positions={case.model.max_positions}; "
             "lower it or raise max_positions"
+        )
+
+
+def _ramps(case: Case) -> Iterator[str]:
+    train = case.config.train
+    for name in ("batch_ramp", "seq_ramp"):
+        if case.command in TUNE and getattr(train, name):
+            yield f"train.{name}: must be empty, only pretrain has ramps; remove it from {case.command}"
+    yield from ramp_faults(train)
+
+
+def _objectives(case: Case) -> Iterator[str]:
+    d = case.config.data
+    if d.fim_share + d.span_share > 1:
+        yield (
+            f"data.fim_share={d.fim_share:g}: must be at most 1 - data.span_share={d.span_share:g}, a document has one "
+            "objective; lower one of them"
         )
 
 
@@ -381,6 +404,8 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     ((*TRAIN, "plan"), _tensor_parallel),
     ((*TRAIN, "plan"), _pipeline),
     ((*TRAIN, "plan"), _positions),
+    ((*TRAIN, "plan"), _ramps),
+    (TRAIN, _objectives),
     (("pretrain", "sft"), _batch),
     (TUNE, _replay),
     ((*TRAIN, "plan"), _zero),

@@ -16,7 +16,7 @@ class StagePlan:
     schedule: str
 
     def rank_of(self, stage: int) -> int:
-        """The pp coordinate that has the stage: in turns, but zbv goes down the ranks and back up (arXiv 2401.10241)."""
+        """The pp coordinate that has the stage: in turns, or for zbv down the ranks and back up (arXiv 2401.10241)."""
         if self.schedule == "zbv" and stage >= self.pp:
             return 2 * self.pp - 1 - stage
         return stage % self.pp

@@ -41,7 +41,10 @@ class Engine(Protocol):
         """(canonical name, whole tensor) one at a time, in a fixed order, on every rank (a collective)."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank owns; over all ranks every element exactly once. No communication."""
+        """What this rank owns; over all ranks every element exactly once. No communication.
+
+        The tensors may be views of the live state: they hold until the next step.
+        """
 
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         """Fill weights and optimizer state from `read` and go on at `step`."""

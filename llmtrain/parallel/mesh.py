@@ -264,7 +264,7 @@ def _axis_groups(
     coords = [_coords(r, sizes)["pp"] for r in members["pp"]]
     members["ends"] = [r for r, pp in zip(members["pp"], coords, strict=True) if pp in (0, head_pp)]
     made: dict[tuple[int, ...], ProcessGroup | None] = {}
-    for name, ranks in members.items():
+    for ranks in members.values():
         if tuple(ranks) not in made:
             mine = rank in ranks
             made[tuple(ranks)] = dist.new_group(ranks, timeout, use_local_synchronization=True) if mine else None

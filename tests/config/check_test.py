@@ -59,8 +59,60 @@ def config(*overrides: str, folder: Path) -> Config:
         ("pretrain", 4, ["engine.precision=fp8"], "engine.precision=fp8: not in this version"),
         ("pretrain", 8, ["parallel.cp=2"], "parallel.cp=2: not in this version; use parallel.tp"),
         ("pretrain", 4, ["parallel.ep=2"], "parallel.ep=2: not in this version; set parallel.ep=1"),
-        ("pretrain", 4, ["train.batch_ramp=[1]"], "train.batch_ramp: not in this version; leave it empty"),
-        ("pretrain", 4, ["train.seq_ramp=[1]"], "train.seq_ramp: not in this version; leave it empty"),
+        (
+            "sft",
+            4,
+            ["train.batch_ramp=[{from_tokens: 9, global_batch_seqs: 16}]"],
+            "train.batch_ramp: must be empty, only pretrain has ramps; remove it from sft",
+        ),
+        (
+            "grpo",
+            4,
+            ["train.seq_ramp=[{from_tokens: 9, seq_len: 256}]"],
+            "train.seq_ramp: must be empty, only pretrain has ramps",
+        ),
+        (
+            "pretrain",
+            4,
+            ["train.batch_ramp=[{from_tokens: 9, global_batch_seqs: 16}, {from_tokens: 9, global_batch_seqs: 32}]"],
+            "train.batch_ramp: from_tokens=.9, 9.: must rise from entry to entry; sort them",
+        ),
+        (
+            "pretrain",
+            4,
+            ["train.seq_ramp=[{from_tokens: 9, seq_len: 192}]"],
+            "train.seq_len=128: must divide the longest row of train.seq_ramp=192",
+        ),
+        (
+            "pretrain",
+            4,
+            ["train.seq_ramp=[{from_tokens: 9, seq_len: 2048}]"],
+            "train.global_batch_seqs=8: from token 0 a step has 8 x 128 = 1024 tokens: must be a multiple of the longest row, 2048",
+        ),
+        (
+            "pretrain",
+            4,
+            ["train.seq_ramp=[{from_tokens: 9, seq_len: 4096}]"],
+            "train ramp from token 1024: train.seq_len=4096: must be at most model.max_positions=2048",
+        ),
+        (
+            "pretrain",
+            8,
+            ["train.batch_ramp=[{from_tokens: 9, global_batch_seqs: 9}]"],
+            "train ramp from token 1024: train.global_batch_seqs=9: must be a multiple of .* = 1 x 2 = 2; change",
+        ),
+        (
+            "plan",
+            4,
+            ["train.seq_ramp=[{from_tokens: 9, seq_len: 127}]"],
+            "train ramp from token 1024: train.seq_len=127: must be a multiple of parallel.tp=2",
+        ),
+        (
+            "pretrain",
+            4,
+            ["data.fim_share=0.7", "data.span_share=0.5"],
+            "data.fim_share=0.7: must be at most 1 - data.span",
+        ),
         ("pretrain", 8, ["parallel.dp_replicate=2"], "parallel.dp_replicate=2: .*; use parallel.dp_shard"),
         ("pretrain", 4, ["engine.zero_stage=0"], "engine.precision=bf16: drifts at engine.zero_stage=0"),
         (
@@ -122,6 +174,11 @@ def test_good_configurations_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     check(config("parallel.sequence_parallel=false", "train.seq_len=127", folder=tmp_path), 4, "pretrain")
     check(config("optim.lr=1e-5", "optim.schedule=constant", folder=tmp_path), 4, "pretrain")
     check(config(folder=tmp_path), 1, "data")  # the mesh concerns only what trains
+    ramps = [
+        "train.batch_ramp=[{from_tokens: 2000, global_batch_seqs: 16}]",
+        "train.seq_ramp=[{from_tokens: 9000, seq_len: 1024, rope_theta: 5e5}]",
+    ]
+    check(config(*ramps, "data.fim_share=0.5", "data.span_share=0.5", folder=tmp_path), 8, "pretrain")
     monkeypatch.setenv("WANDB_API_KEY", "x")
     check(config("log.wandb=online", folder=tmp_path), 4, "pretrain")
 

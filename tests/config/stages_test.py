@@ -18,7 +18,7 @@ def test_stages_cover_every_layer_and_every_rank(pp: int, virtual: int, schedule
 
 
 def test_more_stages_than_layers() -> None:
-    with pytest.raises(ValueError, match="must be at most model.num_layers=2"):
+    with pytest.raises(ValueError, match=r"must be at most model\.num_layers=2"):
         plan_stages(ModelConfig(num_layers=2), ParallelConfig(pp=3))
 
 
