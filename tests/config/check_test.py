@@ -66,12 +66,6 @@ def config(*overrides: str, folder: Path) -> Config:
             "train.batch_ramp: must be empty, only pretrain has ramps; remove it from sft",
         ),
         (
-            "grpo",
-            4,
-            ["train.seq_ramp=[{from_tokens: 9, seq_len: 256}]"],
-            "train.seq_ramp: must be empty, only pretrain has ramps",
-        ),
-        (
             "pretrain",
             4,
             ["train.batch_ramp=[{from_tokens: 9, global_batch_seqs: 16}, {from_tokens: 9, global_batch_seqs: 32}]"],
@@ -80,20 +74,20 @@ def config(*overrides: str, folder: Path) -> Config:
         (
             "pretrain",
             4,
-            ["train.seq_ramp=[{from_tokens: 9, seq_len: 192}]"],
+            ["train.seq_ramp=[{from_tokens: 9, seq_len: 192}]", "train.global_batch_seqs=192"],
             "train.seq_len=128: must divide the longest row of train.seq_ramp=192",
         ),
         (
             "pretrain",
             4,
             ["train.seq_ramp=[{from_tokens: 9, seq_len: 2048}]"],
-            "train.global_batch_seqs=8: from token 0 a step has 8 x 128 = 1024 tokens: must be a multiple of the longest row, 2048",
+            "train.global_batch_seqs=8: from token 0 .* = 1024 tokens: must be a multiple of the longest row, 2048",
         ),
         (
             "pretrain",
             4,
-            ["train.seq_ramp=[{from_tokens: 9, seq_len: 4096}]"],
-            "train ramp from token 1024: train.seq_len=4096: must be at most model.max_positions=2048",
+            ["train.seq_ramp=[{from_tokens: 9, seq_len: 4096}]", "train.global_batch_seqs=32"],
+            "train ramp from token 4096: train.seq_len=4096: must be at most model.max_positions=2048",
         ),
         (
             "pretrain",
@@ -104,8 +98,8 @@ def config(*overrides: str, folder: Path) -> Config:
         (
             "plan",
             4,
-            ["train.seq_ramp=[{from_tokens: 9, seq_len: 127}]"],
-            "train ramp from token 1024: train.seq_len=127: must be a multiple of parallel.tp=2",
+            ["train.seq_ramp=[{from_tokens: 9, seq_len: 1}]", "train.global_batch_seqs=128"],
+            "train ramp from token 16384: train.seq_len=1: must be a multiple of parallel.tp=2",
         ),
         (
             "pretrain",
