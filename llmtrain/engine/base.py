@@ -18,6 +18,10 @@ Scores = tuple[Tensor, Tensor]
 LossFn = Callable[[Scores, Batch], tuple[Tensor, dict[str, Tensor]]]
 """-> (masked sum, metrics). Metrics are sums too, or maxima if named `*_max`; detached scalars."""
 
+Admit = Callable[[float, list[int]], bool]
+"""(loss, ranks whose loss or gradient is not finite) -> whether to make the update. Called before every update, on all
+ranks with the same values; it must answer the same on all."""
+
 FragmentReader = Callable[[Address], dict[str, Tensor]]
 """-> flat fp32 tensors of that piece: `weight` and the optimizer's keys."""
 
@@ -25,13 +29,15 @@ FragmentReader = Callable[[Address], dict[str, Tensor]]
 class Engine(Protocol):
     """Takes the whole step: accumulation, averaging, clipping over all axes, precision, pipeline schedule."""
 
-    step: int  # optimizer steps taken
+    step: int  # updates made
+    admit: Admit  # by default tally.stop_if_not_finite
 
     def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
         """One optimizer step on this data-parallel rank's microbatches (equal number and shape on all ranks).
 
         The gradient is that of sum over all ranks of `loss` / `denominator` (already global).
-        Raises FloatingPointError, before the update, when a loss or the gradient is not finite.
+        Without `admit`'s leave weights and optimizer state stay as they are, the gradient is dropped, and the norm in
+        StepStats is NaN.
         """
 
     def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
@@ -48,6 +54,10 @@ class Engine(Protocol):
 
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         """Fill weights and optimizer state from `read` and go on at `step`."""
+
+    def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(group of `Mesh.groups`, canonical name, tensor): weights of which every rank of that group holds the same
+        bits, as long as all is well; in the same order on all of them. No communication."""
 
 
 def make_engine(

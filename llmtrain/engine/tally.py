@@ -10,8 +10,18 @@ from torch import Tensor
 from llmtrain.parallel.mesh import Mesh
 
 
+def stop_if_not_finite(loss: float, broken: list[int]) -> bool:
+    """The plain `Admit`. Raises FloatingPointError, on every rank, naming the ranks."""
+    if broken:
+        raise FloatingPointError(
+            f"loss or gradient is not finite on rank(s) {', '.join(map(str, broken))}; the update was not made. Lower "
+            "optim.lr, or inspect the batch; the last checkpoint is intact"
+        )
+    return True
+
+
 class Tally:
-    """Fed by the last pipeline stage; `check_and_reduce` makes `loss` and `metrics` equal on all ranks."""
+    """Fed by the last pipeline stage; `reduce` makes `loss` and `metrics` equal on all ranks."""
 
     def __init__(self, denominator: float) -> None:
         if denominator <= 0:
@@ -27,20 +37,15 @@ class Tally:
         self.parts[index] = (loss_sum.detach(), metrics)
         return loss_sum
 
-    def check_and_reduce(self, mesh: Mesh, step: int, gradient_finite: bool) -> None:
-        """Collective. Raises FloatingPointError on every rank, naming step and ranks, if anything is not finite."""
+    def reduce(self, mesh: Mesh, gradient_finite: bool) -> list[int]:
+        """Collective. Returns the ranks whose loss or (reduced) gradient is not finite."""
         mine = self._local() if mesh.has_head else None
         bad = not gradient_finite or (mine is not None and not math.isfinite(mine["loss"]))
         # Tensor-parallel ranks hold the same values: count them once.
         report = mine if mesh.coords["tp"] == 0 else None
         gathered = mesh.all_gather_json({"bad": bad, "report": report})
-        broken = [rank for rank, each in enumerate(gathered) if each["bad"]]
-        if broken:
-            raise FloatingPointError(
-                f"step {step + 1}: loss or gradient is not finite on rank(s) {', '.join(map(str, broken))}; the update "
-                "was not made. Lower optim.lr, or inspect the batch; the last checkpoint is intact"
-            )
         self._merge([each["report"] for each in gathered if each["report"] is not None])
+        return [rank for rank, each in enumerate(gathered) if each["bad"]]
 
     def _local(self) -> dict:
         sums: dict[str, float] = defaultdict(float)

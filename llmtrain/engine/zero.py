@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
 from llmtrain.engine import zero_state
-from llmtrain.engine.base import FragmentReader, LossFn, Scores
+from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, owns
 from llmtrain.engine.optim import build_optimizer, learning_rate
 from llmtrain.engine.step import backward, full_weights, sum_tied_gradients
-from llmtrain.engine.tally import Tally
+from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import Mesh, Mpu
@@ -67,6 +68,7 @@ class ZeroEngine:
     ) -> None:
         self.parts, self.mesh, self.config, self.optim, self.total_steps = parts, mesh, config, optim, total_steps
         self.plan, self.step = plan_stages(parts[0].config, parallel), 0
+        self.admit: Admit = stop_if_not_finite
         model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         for p in model.parameters():
             p.tensor_model_parallel = owns(p, mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
@@ -99,7 +101,10 @@ class ZeroEngine:
             held = getattr(self.engine.optimizer, "get_gradient_for_reduction", lambda p: p.grad)
             sum_tied_gradients(self.parts, self.mesh, held)
         norm = self._reduce_gradients_stage0()
-        tally.check_and_reduce(self.mesh, self.step, gradient_finite=zero_state.gradients_finite(self.engine))
+        broken = tally.reduce(self.mesh, gradient_finite=zero_state.gradients_finite(self.engine))
+        if not self.admit(tally.loss, broken):
+            zero_state.drop_gradients(self.engine)
+            return StepStats(tally.loss, math.nan, lr, tally.metrics)
         self.engine.step()
         self.step += 1
         norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
@@ -122,6 +127,15 @@ class ZeroEngine:
         """See Engine."""
         zero_state.load(self.engine, self.mesh, read, step)
         self.step = step
+
+    def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
+        """See Engine. The pieces of stage 3 have no copies over the data-parallel ranks."""
+        for p in parameters_of(self.parts):
+            held = p.ds_tensor if self.config.zero_stage == 3 else p.detach()
+            if self.config.zero_stage < 3:
+                yield "grad", p.canonical, held
+            if p.tp_dim is None:
+                yield "tp", p.canonical, held
 
     def _accumulate(self) -> contextlib.AbstractContextManager:
         """Gradients stay on this rank until the block ends, then are reduced once. (Stage 0 has no such block.)"""

@@ -32,6 +32,24 @@ def gradients_finite(engine: object) -> bool:
     return all(bool(torch.isfinite(g).all()) for g in grads)
 
 
+def drop_gradients(engine: object) -> None:
+    """Forget the reduced gradients as if the backward had not been: what DeepSpeed does when fp16 overflows."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 0:
+        engine.zero_grad()
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(optimizer.loss_scale)
+    else:
+        optimizer.micro_step_id = -1  # its INITIAL_MICRO_STEP_ID; this file imports no deepspeed
+        optimizer._offload_accumulated_param_ids = set()
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.reset_cpu_buffers()
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+        optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+
+
 @torch.no_grad()
 def set_masters(engine: object, mesh: Mesh, originals: dict[nn.Parameter, Tensor]) -> None:
     """Give the fp32 masters their unrounded start: DeepSpeed makes them from the bf16 weights."""

@@ -1,0 +1,85 @@
+"""Do ranks that should hold the same weights hold the same bits? A flipped bit changes no shape and raises no error."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmtrain.parallel.mesh import Mesh
+
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes an element -> its bits as a number
+CHUNK = 2**20  # elements that are widened to 64 bits at a time
+FACTOR = 6364136223846793005  # odd: no chunk's difference is lost (Knuth's multiplier)
+SHOWN = 8  # findings in a message
+
+Finding = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""(parameter, ranks that hold other bits than most, all ranks that compared); without a majority everyone is named."""
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """Of the bits of a tensor, int64 [], on its device: a sum weighted by position, modulo 2^64, so exact in any order.
+
+    The weights are odd: one flipped bit, or one changed element, always changes it.
+    """
+    words = tensor.detach().contiguous().flatten().view(WORDS[tensor.element_size()])
+    weights = torch.arange(1, 2 * min(CHUNK, words.numel()) + 1, 2, device=tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for chunk in words.split(CHUNK) if words.numel() else ():
+        total = total * FACTOR + (chunk * weights[: chunk.numel()]).sum()
+    return total
+
+
+def check_replicas(replicas: Iterable[tuple[str, str, Tensor]], mesh: Mesh) -> None:
+    """Compare the copies (`Engine.replicas`) over their groups; a collective of all trainers.
+
+    Raises RuntimeError on every rank, naming parameter, ranks and hosts, when a bit differs. Most decide who is wrong;
+    of two copies both are named.
+    """
+    sums: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
+    for group, name, tensor in replicas:
+        if dist.get_world_size(mesh.groups[group]) > 1:
+            sums[group].append((name, checksum(tensor)))
+    found = [finding for group, each in sums.items() for finding in _compare(each, mesh, group)]
+    reports = mesh.all_gather_json([socket.gethostname(), found])
+    hosts = [host for host, _ in reports]
+    distinct = dict.fromkeys((name, tuple(odd), tuple(ranks)) for _, rows in reports for name, odd, ranks in rows)
+    if distinct:
+        shown = "; ".join(_describe(finding, hosts) for finding in list(distinct)[:SHOWN])
+        raise RuntimeError(
+            f"{shown} ({len(distinct)} in all). Memory or a device there is not to be trusted: start again without "
+            "that host; the run goes on from the last checkpoint, which was written before this was seen"
+        )
+
+
+def _compare(sums: list[tuple[str, Tensor]], mesh: Mesh, group: str) -> list[Finding]:
+    members = mesh.groups[group]
+    own = torch.stack([value for _, value in sums])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(members))]
+    dist.all_gather(parts, own, group=members)
+    columns = torch.stack(parts, dim=1).tolist()
+    ranks = tuple(dist.get_process_group_ranks(members))
+    return [
+        (name, tuple(ranks[i] for i in odd_ones(column)), ranks)
+        for (name, _), column in zip(sums, columns, strict=True)
+        if len(set(column)) > 1
+    ]
+
+
+def odd_ones(values: list[int]) -> list[int]:
+    """Positions that differ from the majority; all, where no value has more than half. [7, 7, 5] -> [2]."""
+    value, count = Counter(values).most_common(1)[0]
+    return [i for i, v in enumerate(values) if v != value or 2 * count <= len(values)]
+
+
+def _describe(finding: Finding, hosts: list[str]) -> str:
+    name, odd, ranks = finding
+    named = ", ".join(f"{rank} ({hosts[rank]})" for rank in odd)
+    if len(odd) < len(ranks):
+        return f"rank {named}: other bits of {name} than most of its {len(ranks)} copies"
+    return f"ranks {named}: different bits of {name}, which should be equal, and no majority says which is wrong"

@@ -1,0 +1,105 @@
+"""On each layout: a step that is left out changes nothing, the next one is right; a flipped bit is named.
+
+Run under torchrun with a JSON list of layouts; prints one JSON line a layout, from rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from llmtrain.config.check import AXES
+from llmtrain.config.schema import ParallelConfig
+from llmtrain.engine.base import Engine
+from llmtrain.losses.token import token_loss
+from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
+from llmtrain.parallel.plan import parameters_of
+from llmtrain.parallel.replicas import check_replicas
+from tests.parity.layouts_worker import ROWS, build, global_rows, rows_of, settings_of
+
+NAN = float("nan")
+
+
+def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies of all that this rank owns, and of its working weights."""
+    owned = {f"{f.address.name} {key}": t.clone() for f in engine.fragments() for key, t in f.tensors.items()}
+    return owned | {name: full.clone() for name, full in engine.full_weights()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
+
+
+def one_step(engine: Engine, mesh: Mesh, step: int, scale: float = 1.0) -> float:
+    rows = global_rows(step, ROWS * 2 * mesh.dp_size)
+    starts = [(a * mesh.dp_size + mesh.dp_rank) * ROWS for a in range(2)]
+    batches = [rows_of(rows, slice(start, start + ROWS)) for start in starts]
+
+    def loss(scores: tuple, batch: object) -> tuple:
+        total, metrics = token_loss(scores, batch)
+        return total * scale, metrics
+
+    return engine.train_step(batches, loss, rows.loss_mask.sum()).grad_norm
+
+
+def leave_out(layout: dict, mesh: Mesh) -> dict:
+    """Steps 0, (1: spike, 2: NaN: left out), 3 against steps 0, 3."""
+    engine, asked = build(layout, mesh), []
+
+    def admit(loss: float, broken: list[int]) -> bool:
+        asked.append((loss, broken))
+        return not broken and loss < 100
+
+    engine.admit = admit
+    one_step(engine, mesh, 0)
+    before = state_of(engine)
+    norms = [one_step(engine, mesh, 1, 1e4), one_step(engine, mesh, 2, NAN)]
+    unchanged = equal(before, state_of(engine)) and engine.step == 1
+    norms.append(one_step(engine, mesh, 3))
+    plain = build(layout, mesh)
+    expected = [one_step(plain, mesh, 0), one_step(plain, mesh, 3)]
+    return {
+        "unchanged": unchanged,
+        "next": equal(state_of(plain), state_of(engine)) and norms[2] == expected[1] and engine.step == 2,
+        "norms": norms[:2],
+        "broken": [broken for _, broken in asked],
+        "flip": flip(engine, mesh),
+    }
+
+
+def flip(engine: Engine, mesh: Mesh) -> list[str]:
+    """What the replica check says with whole weights, and with the lowest bit of one number changed on rank 1."""
+    said = []
+    p = next(p for p in parameters_of(engine.parts) if p.canonical == "layers.1.attention_norm.weight")
+    held = getattr(p, "ds_tensor", p.data)
+    held = held.to_local() if hasattr(held, "to_local") else held
+    for bit in (0, 1 if mesh.rank == 1 else 0):
+        held.view(torch.int32).flatten()[3] ^= bit
+        try:
+            check_replicas(engine.replicas(), mesh)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    base = init_mesh(ParallelConfig(), None, 60)
+    for layout in json.loads(sys.argv[1]):
+        parallel = settings_of(layout)[0]
+        mesh = trainer_mesh({a: getattr(parallel, a) for a in AXES}, torch.device("cpu"), timedelta(seconds=60))
+        results = mesh.all_gather_json(leave_out(layout, mesh))
+        same = all(r["broken"] == results[0]["broken"] and r["flip"] == results[0]["flip"] for r in results)
+        merged = {key: all(r[key] for r in results) for key in ("unchanged", "next")}
+        if base.rank == 0:
+            print(json.dumps({"layout": layout, **results[0], **merged, "same": same}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
