@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,21 @@ class Link:
 
 
 @dataclass
+class SideGroup:
+    """JSON between the ranks of the own role from another thread than the training's: collectives of two threads in one
+    group would meet the wrong partners. Over gloo, on GPUs too."""
+
+    rank: int
+    size: int
+    group: ProcessGroup
+
+    def all_gather_json(self, value: object) -> list:
+        """As `Mesh.all_gather_json`."""
+        gather = partial(dist.all_gather, group=self.group)
+        return [_decode(part) for part in _all_gather_bytes(_encode(value), self.size, torch.device("cpu"), gather)]
+
+
+@dataclass
 class Mesh:
     """This rank's place. `rank` and `size` count the ranks of the own role. `groups` holds a group for each axis, and
     `dp` (dp_replicate x dp_shard: who has other rows), `grad` (dp x cp: over whom gradients are summed), `shard`
@@ -117,6 +133,10 @@ class Mesh:
     def all_gather_json(self, value: object) -> list:
         """Any JSON value of every rank of the own role. Floats survive exactly."""
         return [_decode(part) for part in self.all_gather_bytes(_encode(value))]
+
+    def side_group(self, timeout_s: int) -> SideGroup:
+        """A new group of all ranks of the own role (a collective)."""
+        return SideGroup(self.rank, self.size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
     def table(self) -> str:
         """One line a rank, for the log at start."""

@@ -14,6 +14,7 @@ import torch
 from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
+from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.source import weight_source
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config, ModelConfig
@@ -38,6 +39,7 @@ class Job:
     engine: Engine | None = None  # None on rollout workers
     step: int = 0  # finished steps of the stage
     tokens: int = 0  # seen in them
+    saver: Saver | None = None  # made by the loop
 
 
 def join(config: Config, generates: bool = False) -> Job:

@@ -66,7 +66,7 @@ def run(job: Job) -> None:
 
     try:
         train(job, step)
-    except (SystemExit, FloatingPointError, Disagreement):  # raised on all trainers together
+    except (SystemExit, FloatingPointError, Disagreement, OSError):  # raised on all trainers together
         generator.close()
         raise
     generator.close()

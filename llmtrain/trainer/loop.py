@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from llmtrain import __version__
-from llmtrain.checkpoint.save import save_checkpoint
+from llmtrain.checkpoint.saver import Saver
+from llmtrain.model.decoder import parameter_shapes
 from llmtrain.observe import wandb
 from llmtrain.observe.log import log, progress
 from llmtrain.observe.metrics import MetricsFile, StepLines
@@ -30,22 +31,28 @@ StepFn = Callable[[int], dict[str, float]]
 
 
 def train(job: Job, step_fn: StepFn) -> None:
-    """Steps `job.step` .. `train.steps`. Raises SystemExit(75) after a checkpoint on SIGTERM or SIGUSR1."""
+    """Steps `job.step` .. `train.steps`. Raises SystemExit(75) after a checkpoint on SIGTERM or SIGUSR1, OSError on all
+    ranks when the last save fails (or any, with `checkpoint.on_error: stop`)."""
     config, mesh = job.config, job.mesh
     record, stop = Record(job), StopSignal(mesh)
-    with progress(config.train.steps, job.step, config.name) as bar:
+    job.saver = make_saver(job)
+    with job.saver, progress(config.train.steps, job.step, config.name) as bar:
         while job.step < config.train.steps:
             began = time.perf_counter()
             metrics = step_fn(job.step)
             job.step += 1
             record.write(job, metrics, time.perf_counter() - began, bar)
-            stopping = stop.requested()
+            stopping, failing = stop.poll(job.saver.failed)
+            if failing:
+                job.saver.wait()  # raises on all ranks at the same step
             if stopping or is_due(job.step, config.checkpoint.every_steps) or job.step == config.train.steps:
                 save(job)
             if stopping and job.step < config.train.steps:
+                job.saver.close()
                 record.close()
                 log(f"stopped by a signal after step {job.step}; the same command goes on from here")
                 sys.exit(INTERRUPTED)
+        job.saver.close()
     record.close()
 
 
@@ -54,8 +61,15 @@ def is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
+def make_saver(job: Job) -> Saver:
+    """A collective."""
+    settings, mesh = job.config.checkpoint, job.mesh
+    group = mesh.side_group(job.config.engine.timeout_s) if settings.background else mesh
+    return Saver(checkpoint_dir(job.config), job.engine, parameter_shapes(job.model), settings, group)
+
+
 def save(job: Job) -> None:
-    """A checkpoint of this step (a collective)."""
+    """A checkpoint of this step (a collective); see `Saver.save`."""
     state = {
         "step": job.step,
         "optimizer_step": job.engine.step,
@@ -64,7 +78,7 @@ def save(job: Job) -> None:
         "config": job.config.model_dump(mode="json"),
         "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
     }
-    save_checkpoint(checkpoint_dir(job.config), job.engine, state, job.mesh, job.config.checkpoint.keep)
+    job.saver.save(state)
 
 
 class Record:
@@ -116,11 +130,13 @@ class StopSignal:
         """The handler."""
         self.told = True
 
-    def requested(self) -> bool:
-        """A collective: the same answer everywhere, also when a signal comes while it runs."""
-        flag = torch.tensor([float(self.told)], device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+    def poll(self, failing: bool) -> tuple[bool, bool]:
+        """Whether any rank was told to stop, and whether any is `failing`. A collective: the same answer everywhere,
+        also when a signal comes while it runs."""
+        flags = torch.tensor([float(self.told), float(failing)], device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stopping, failed = flags.tolist()
+        return bool(stopping), bool(failed)
 
 
 def note_evaluation(job: Job, scores: dict[str, float]) -> None:

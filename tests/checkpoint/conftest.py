@@ -66,7 +66,7 @@ class FakeEngine:
     def fragments(self) -> Iterator[Fragment]:
         for a in self.addresses():
             if a.numel:
-                yield Fragment(a, {key: piece(self.tensors[a.name][key], a) for key in KEYS})
+                yield Fragment(a, {key: piece(full, a) for key, full in self.tensors[a.name].items()})
 
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         self.loaded = [Fragment(a, read(a)) for a in self.addresses()]
@@ -115,12 +115,17 @@ def make_tensors(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, dict[
     }
 
 
+def shapes_of(tensors: dict[str, dict[str, Tensor]]) -> dict[str, tuple[int, ...]]:
+    """What the model should hold."""
+    return {name: tuple(keys["weight"].shape) for name, keys in tensors.items()}
+
+
 def save(directory: object, tensors: dict, layout: Layout, step: int, keep: int = 3) -> list:
     """Save on all ranks of a layout; the result, or the exception, of each."""
 
     def action(group: ThreadGroup) -> str:
         engine = FakeEngine(layout, group.rank, tensors)
-        return save_checkpoint(str(directory), engine, {"step": step, "note": "hello"}, group, keep)
+        return save_checkpoint(str(directory), engine, {"step": step, "note": "hello"}, group, keep, shapes_of(tensors))
 
     return run_ranks(layout.size, action)
 
@@ -135,5 +140,6 @@ def fake() -> SimpleNamespace:
         FakeEngine=FakeEngine,
         run_ranks=run_ranks,
         tensors=make_tensors,
+        shapes=shapes_of,
         save=save,
     )

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -44,8 +44,8 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_a_file(numels: dict, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes | np.ndarray]:
-    chunks = CHUNKS(numels, tensors)
+def half_a_file(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | np.ndarray]:
+    chunks = CHUNKS(tensors)
     yield next(chunks)
     yield next(chunks)
     die()
@@ -81,8 +81,9 @@ def one_rank(rank: int, store: str, directory: str, step: int, point: str | None
     )
     if point is not None and POINTS[point][0] == rank:
         setattr(save_module, POINTS[point][1], POINTS[point][2])
-    engine = helpers.FakeEngine(helpers.Layout(tp=2), rank, helpers.make_tensors(seed=step))
-    save_checkpoint(directory, engine, {"step": step}, GlooGroup(), keep=1)
+    tensors = helpers.make_tensors(seed=step)
+    engine = helpers.FakeEngine(helpers.Layout(tp=2), rank, tensors)
+    save_checkpoint(directory, engine, {"step": step}, GlooGroup(), 1, helpers.shapes_of(tensors))
     os._exit(0)
 
 

@@ -127,7 +127,7 @@ class Broken:
 )
 def test_fragments_that_do_not_make_a_model_are_refused(tmp_path: Path, fragments: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        save_checkpoint(str(tmp_path), Broken(*fragments), {"step": 1}, LocalGroup(), 3)
+        save_checkpoint(str(tmp_path), Broken(*fragments), {"step": 1}, LocalGroup(), 3, {"p": (4,)})
     assert os.listdir(tmp_path) == []
 
 
@@ -164,7 +164,8 @@ def test_killed_between_the_two_renames_of_a_replacement(
 
     monkeypatch.setattr(os, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(str(tmp_path), fake.FakeEngine(fake.Layout(), 0, tensors), {"step": 5}, LocalGroup(), 1)
+        engine = fake.FakeEngine(fake.Layout(), 0, tensors)
+        save_checkpoint(str(tmp_path), engine, {"step": 5}, LocalGroup(), 1, fake.shapes(tensors))
     monkeypatch.undo()
     kept = newest_intact(str(tmp_path))
     assert kept is not None and kept.endswith("step-00000005.old")
@@ -341,9 +342,9 @@ def test_manifest_lists_what_lies_there(tmp_path: Path, fake: SimpleNamespace) -
 def test_whatever_goes_wrong_on_one_rank_is_told_to_all(tmp_path: Path, fake: SimpleNamespace) -> None:
     def action(group: object) -> str:
         state = {"step": 1, "bad": torch.ones(1)} if group.rank == 0 else {"step": 1}
-        return save_checkpoint(
-            str(tmp_path), fake.FakeEngine(fake.Layout(dp=2), group.rank, fake.tensors()), state, group, 1
-        )
+        tensors = fake.tensors()
+        engine = fake.FakeEngine(fake.Layout(dp=2), group.rank, tensors)
+        return save_checkpoint(str(tmp_path), engine, state, group, 1, fake.shapes(tensors))
 
     errors = fake.run_ranks(2, action)
     assert all(isinstance(e, ValueError) and "rank 0: TypeError" in str(e) for e in errors), errors

@@ -1,0 +1,123 @@
+"""The saves of one run, at once or behind the next steps, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint.group import CheckpointGroup
+from llmtrain.checkpoint.save import Shapes, Snapshot, take, write_checkpoint
+from llmtrain.config.schema import CheckpointConfig
+from llmtrain.engine.base import Engine
+
+GRACE_S = 10  # a run that fails for another reason gives the save in flight so long
+
+logger = logging.getLogger(__name__)
+
+
+class HostBuffer:
+    """Host memory for one copy of what a rank owns, the same from save to save."""
+
+    def __init__(self, engine: Engine) -> None:
+        tensors = [tensor for fragment in engine.fragments() for tensor in fragment.tensors.values()]
+        self.pinned = any(tensor.is_cuda for tensor in tensors)
+        # Filled, so that the pages are there: the first save would pay for them, ten times what a copy costs.
+        self.memory = torch.empty(sum(tensor.numel() for tensor in tensors), pin_memory=self.pinned).fill_(0)
+        self.used = 0
+
+    def take(self, engine: Engine, rank: int) -> Snapshot:
+        """As `save.take`, copied; holds until the next call."""
+        self.used = 0
+        snapshot = take(engine, rank, self._copy)
+        if self.pinned:
+            torch.cuda.synchronize()
+        return snapshot
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        start, self.used = self.used, self.used + tensor.numel()
+        return self.memory[start : self.used].copy_(tensor, non_blocking=True)
+
+
+class Saver:
+    """Saves of one engine into one directory; all methods but `failed` are collectives over the ranks of `group`.
+
+    With `background` a save only copies the state (`HostBuffer`); a thread writes it while training goes on, and talks
+    to the other ranks through `group`, which must then be no group of the training's. At most one is in flight: the
+    next waits for it. Use it as a context: a failure inside leaves the save in flight GRACE_S to end.
+    """
+
+    def __init__(
+        self, directory: str, engine: Engine, shapes: Shapes, settings: CheckpointConfig, group: CheckpointGroup
+    ) -> None:
+        self.directory, self.engine, self.shapes = directory, engine, shapes
+        self.settings, self.group = settings, group
+        self.buffer = HostBuffer(engine) if settings.background else None
+        self.in_flight: threading.Thread | None = None
+        self.error: Exception | None = None  # of the last save
+
+    def save(self, state: dict) -> None:
+        """A checkpoint of the state as it is now. Raises as `wait`, for this save unless it goes to the background."""
+        self.wait()
+        if self.buffer is None:
+            self._write(lambda: take(self.engine, self.group.rank), state)
+            self.wait()
+            return
+        self.in_flight = threading.Thread(target=self._write, args=(self._copied(), state), daemon=True)
+        self.in_flight.start()
+
+    def wait(self) -> None:
+        """Until no save is in flight. Raises its error unless the run is to go on without it."""
+        if self.in_flight is not None:
+            self.in_flight.join()
+            self.in_flight = None
+        if self.error is not None and not self._tolerated(self.error):
+            raise self.error
+
+    def close(self) -> None:
+        """At the end of a run, whose last save must not be lost: raises its error whatever `on_error` says."""
+        self.wait()
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows of an error that `wait` will raise; the others may learn of it a moment later."""
+        return self.error is not None and not self._tolerated(self.error)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.in_flight is not None:
+            self.in_flight.join(GRACE_S)
+
+    def _tolerated(self, error: Exception) -> bool:
+        """A disk may recover. Anything else would fail again."""
+        return isinstance(error, OSError) and self.settings.on_error == "warn"
+
+    def _copied(self) -> Callable[[], Snapshot]:
+        """Gives the copy, or raises what went wrong with it, where the other ranks will hear of it."""
+        copied: Future[Snapshot] = Future()
+        try:
+            copied.set_result(self.buffer.take(self.engine, self.group.rank))
+        except Exception as error:
+            copied.set_exception(error)
+        return copied.result
+
+    def _write(self, snapshot: Callable[[], Snapshot], state: dict) -> None:
+        self.error = None
+        try:
+            write_checkpoint(self.directory, snapshot, state, self.group, self.settings.keep, self.shapes)
+        except Exception as error:
+            self.error = error
+            if self._tolerated(error) and self.group.rank == 0:
+                logger.warning(
+                    "step %d was not saved: %s; the checkpoints before it are untouched and the run goes on "
+                    "(checkpoint.on_error=stop would end it)", state["step"], error,
+                )  # fmt: skip
