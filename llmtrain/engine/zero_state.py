@@ -66,7 +66,7 @@ def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
     _link(engine)
     for p, address in _pieces(engine, mesh):
         if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or dist.get_rank(mesh.groups["grad"]) == 0):
-            yield Fragment(address, {key: _read(engine, p, address, key).clone() for key in ("weight", *STATES)})
+            yield Fragment(address, {key: _read(engine, p, address, key) for key in ("weight", *STATES)})
 
 
 @torch.no_grad()
@@ -145,6 +145,7 @@ def _read(engine: object, p: nn.Parameter, address: Address, key: str) -> Tensor
     if hasattr(p, "ds_id"):
         stage3 = p._z3_optimizer
         whole = stage3.get_local_fp32_param(p) if key == "weight" else stage3.get_local_fp32_param(p, key)
+        whole = whole.clone() if stage3.swap_optimizer else whole  # a buffer that the next read fills anew
         return whole[: address.numel]
     if hasattr(p, "_hp_mapping"):
         return p._hp_mapping.get_hp_fragment(None if key == "weight" else key)
