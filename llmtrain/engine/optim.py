@@ -5,29 +5,64 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from llmtrain.config.schema import OptimConfig
+from llmtrain.engine.muon import Muon
+from llmtrain.parallel.mesh import Mesh
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
-    """Of the update that follows `step` finished ones: linear warmup, then constant, linear or cosine to `min_lr`."""
+    """Of the update that follows `step` finished ones, `total_steps` in all.
+
+    The first `warmup_steps` updates rise linearly from lr / warmup_steps to lr. Of those that follow, the first has
+    exactly lr and the last exactly min_lr (a single one: lr); `constant` stays at lr. `wsd` (warmup, stable, decay;
+    arXiv 2404.06395) leaves lr with the last `wsd_decay_share` of all updates. Beyond the last update: min_lr.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.min_lr + (config.lr - config.min_lr) * left
+    last, start = total_steps - 1, config.warmup_steps  # `start`: the last update at lr
+    if config.schedule == "wsd":
+        start = max(start, last - max(1, round(config.wsd_decay_share * total_steps)))
+    done = min(1.0, max(0.0, (step - start) / max(1, last - start)))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.lr * left + config.min_lr * (1 - left)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101); weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+def build_optimizer(model: nn.Module, config: OptimConfig, mesh: Mesh | None = None) -> Optimizer:
+    """AdamW (arXiv 1711.05101), fused, over all parameters of `model`; with `name: muon` Muon for the matrices of
+    blocks and AdamW for the rest. Weight decay on matrices, embeddings among them, not on norms and biases.
+
+    Call it when the parameters have the form in which they are updated, plain tensors or FSDP2's DTensors, and the
+    attributes of `parallel.plan.materialize`. A mesh of None: one process. Engines set `lr` in every one of
+    `param_groups` before a step.
+    """
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.muon = config.name == "muon" and p.dim() == 2 and p.canonical.startswith("layers.")
+    matrices = [p for p in parameters if p.dim() > 1 and not p.muon]
+    vectors = [p for p in parameters if p.dim() <= 1]
     groups = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if params
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return Muon([p for p in parameters if p.muon], adamw, config, mesh) if config.name == "muon" else adamw
+
+
+def state_keys(parameter: Tensor) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter, as tensors of its form: the keys of its fragments beside `weight`.
+    A flat tensor into which an engine has packed parameters counts as AdamW's."""
+    return ("momentum",) if getattr(parameter, "muon", False) else ("exp_avg", "exp_avg_sq")
+
+
+def initial_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
+    """The optimizer's state of a parameter before its first update, counting `step` updates: to be filled from a
+    checkpoint, or written to one."""
+    zeros = {key: torch.zeros_like(parameter) for key in state_keys(parameter)}
+    count = {} if "momentum" in zeros else {"step": torch.tensor(float(step), device=parameter.device)}
+    return {**count, **zeros}

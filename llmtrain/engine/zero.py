@@ -76,7 +76,7 @@ class ZeroEngine:
         originals = {p: p.detach().clone() for p in model.parameters()} if config.precision == "bf16" else {}
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, optim),
+            optimizer=build_optimizer(model, optim, mesh),
             model_parameters=list(model.parameters()),
             mpu=Mpu(mesh),
             config=deepspeed_config(config, optim.grad_clip),

@@ -1,0 +1,146 @@
+"""Muon: a matrix moves by its averaged gradient, orthogonalised (kellerjordan.github.io/posts/muon), at AdamW's scale
+(arXiv 2502.16982)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from llmtrain.config.schema import OptimConfig
+from llmtrain.parallel.collectives import all_gather
+from llmtrain.parallel.mesh import Mesh
+
+COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of x, x^3, x^5: steepest at 0, singular values end between 0.7 and 1.2
+ITERATIONS = 5
+STACK_NUMEL = 2**24  # matrices smaller than this are orthogonalised together, up to so many elements a rank
+
+Axis = tuple[ProcessGroup, int | None]
+"""Ranks that share a matrix, and the dim along which it is cut over them; None: each holds what the others hold."""
+
+
+class Muon(Optimizer):
+    """Muon for `matrices`, `adamw` for what it was given; `param_groups` and `state` hold both.
+
+    Momentum is Nesterov's, weight decay decoupled. The factor 0.2 sqrt(max(rows, cols)) gives an update the RMS that
+    AdamW's usually has, so that one lr and one weight decay serve both. State of a matrix: `momentum`, of its form.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], adamw: AdamW, config: OptimConfig, mesh: Mesh | None) -> None:
+        """`matrices` carry `global_shape` and `tp_dim`, and are plain tensors, equal over data-parallel ranks, or
+        DTensors sharded over them on dim 0. A mesh of None: one process."""
+        defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
+        super().__init__([{"params": matrices}], defaults)
+        self.adamw, self.mesh = adamw, mesh
+        self.param_groups += adamw.param_groups
+        self.state = adamw.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of all parameters; a collective over the ranks that share them."""
+        self.adamw.step()
+        group = self.param_groups[0]
+        for batch in self._batches(group["params"]):
+            axes = _axes(batch[0], self.mesh)
+            stack = torch.stack([self._direction(p, group["momentum"]) for p in batch])
+            for p, update in zip(batch, orthogonalize(stack, axes), strict=True):
+                weight = _local(p)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(update[: len(weight)], alpha=0.2 * math.sqrt(max(p.global_shape)) * group["lr"])
+
+    def _batches(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """Matrices cut alike, as many as keep every rank busy without holding more than a few of them whole."""
+        alike = defaultdict(list)
+        for p in parameters:
+            if p.grad is not None:
+                alike[p.global_shape, p.tp_dim].append(p)
+        for (shape, _), members in alike.items():
+            ranks = math.prod(dist.get_world_size(group) for group, _ in _axes(members[0], self.mesh))
+            size = ranks * max(1, STACK_NUMEL // math.prod(shape))
+            yield from (members[i : i + size] for i in range(0, len(members), size))
+
+    def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
+        """This rank's piece of the averaged gradient, with zero rows up to the largest piece: they stay zero."""
+        if "momentum" not in self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        grad, average = _local(p.grad), _local(self.state[p]["momentum"])
+        average.lerp_(grad, 1 - momentum)
+        piece = grad.lerp(average, momentum).to(_dtype(p.device))
+        return F.pad(piece, (0, 0, 0, _largest_piece(p) - len(piece)))
+
+
+def orthogonalize(stack: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """[k, a, b], this rank's pieces of k matrices, to its pieces of the orthogonalised ones.
+
+    Every axis gives each of its ranks a share of the matrices, whole along one more dim, so that each matrix is
+    orthogonalised once; then everything goes back.
+    """
+    if not axes:
+        return newton_schulz(stack)
+    (group, dim), *inner = axes
+    size = dist.get_world_size(group)
+    padded = F.pad(stack, (0, 0, 0, 0, 0, -len(stack) % size))
+    if dim is None:
+        share = padded.chunk(size)[dist.get_rank(group)]
+        return all_gather(orthogonalize(share, inner), 0, group)[: len(stack)]
+    share = _exchange(padded, 0, dim + 1, group)
+    return _exchange(orthogonalize(share, inner), dim + 1, 0, group)[: len(stack)]
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """Each matrix of [k, rows, cols] towards the nearest orthogonal one: U V^T of its singular value decomposition, up
+    to singular values of 0.7 to 1.2, by a quintic Newton-Schulz iteration."""
+    a, b, c = COEFFICIENTS
+    wide = x.size(1) <= x.size(2)
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU, which multiplies it many times faster and whose rounding the iteration tolerates; a CPU gains
+    little, and fp32 lets the tests compare layouts there."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _axes(p: nn.Parameter, mesh: Mesh | None) -> list[Axis]:
+    """The inverse order of cutting: tensor parallel cut first, so it is joined last."""
+    if mesh is None:
+        return []
+    if isinstance(p, DTensor):
+        placed = zip(p.device_mesh.get_all_groups(), p.placements, strict=True)
+        data = [(group, placement.dim if placement.is_shard() else None) for group, placement in placed]
+    else:
+        data = [(mesh.groups["grad"], None)]
+    return [axis for axis in (*data, (mesh.groups["tp"], p.tp_dim)) if dist.get_world_size(axis[0]) > 1]
+
+
+def _largest_piece(p: nn.Parameter) -> int:
+    """Rows of the first piece of a DTensor, which no other exceeds; of a plain tensor its own."""
+    if not isinstance(p, DTensor):
+        return len(p)
+    ranks = math.prod(p.device_mesh.size(i) for i, placement in enumerate(p.placements) if placement.is_shard())
+    return -(-len(p) // ranks)
+
+
+def _exchange(x: Tensor, cut: int, join: int, group: ProcessGroup) -> Tensor:
+    """All-to-all: rank r gets the r-th part along `cut` of every rank's tensor, joined along `join`."""
+    sent = torch.stack(x.chunk(dist.get_world_size(group), cut))
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return torch.cat(received.unbind(), join)
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,0 +1,97 @@
+"""Muon against torch.optim.Muon, and cut over ranks against one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from llmtrain.config.schema import OptimConfig
+from llmtrain.engine import muon
+from llmtrain.engine.muon import newton_schulz
+from llmtrain.engine.optim import build_optimizer
+
+SHAPES = {"q": (24, 24), "k": (8, 24), "v": (8, 24), "gate": (40, 24), "down": (24, 40)}
+
+
+def matrices() -> torch.nn.ParameterDict:
+    torch.manual_seed(1)
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()})
+    model["norm"] = torch.nn.Parameter(torch.ones(24))
+    for name, p in model.items():
+        p.canonical, p.tp_dim, p.global_shape = f"layers.0.{name}", None, tuple(p.shape)
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_equal_to_torch(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch iterates in bf16 always; made to keep fp32 it is the same to rounding."""
+    ours, theirs = matrices(), matrices()
+    config = OptimConfig(name="muon", lr=0.02, weight_decay=0.1)
+    optimizer = build_optimizer(ours, config)
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    reference = torch.optim.Muon([theirs[name] for name in SHAPES], momentum=config.muon_momentum, **settings)
+    monkeypatch.setattr(muon, "_dtype", lambda device: dtype)
+    for step in range(3):
+        for name in SHAPES:
+            ours[name].grad = torch.randn(SHAPES[name]) * 10.0 ** (step - 1)
+            theirs[name].grad = ours[name].grad.clone()
+        optimizer.step()
+        keep = torch.Tensor.clone if dtype == torch.float32 else torch.Tensor.bfloat16
+        with mock.patch.object(torch.Tensor, "bfloat16", keep):
+            reference.step()
+        for name in SHAPES:
+            moved = (theirs[name] - matrices()[name]).norm()
+            assert (ours[name] - theirs[name]).norm() < tolerance * moved, (step, name)
+
+
+def test_an_update_by_hand() -> None:
+    """Singular values of the orthogonalised gradient are near 1, its vectors are the gradient's own."""
+    torch.manual_seed(0)
+    gradient = torch.randn(2, 12, 30) * torch.tensor([1e-3, 1e3]).view(2, 1, 1)
+    u, _, vt = torch.linalg.svd(gradient, full_matrices=False)
+    for matrices in (gradient, gradient.mT):
+        found = newton_schulz(matrices)
+        assert found.shape == matrices.shape
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.6 and values.max() < 1.3
+    core = u.mT @ newton_schulz(gradient) @ vt.mT
+    assert (core - torch.diag_embed(core.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+    assert not newton_schulz(torch.zeros(1, 3, 5)).any()  # and no NaN
+
+
+def test_first_update_has_adamw_size() -> None:
+    """0.2 sqrt(max(rows, cols)) of an orthogonal matrix has RMS 0.2, before weight decay."""
+    model = matrices()
+    before = {name: p.detach().clone() for name, p in model.items()}
+    optimizer = build_optimizer(model, OptimConfig(name="muon", lr=1.0, weight_decay=0.0))
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    for name in SHAPES:
+        assert float((model[name].detach() - before[name]).square().mean().sqrt()) == pytest.approx(0.2, rel=0.25), name
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_are_one_process(torchrun: Callable) -> None:
+    """Tensor parallel, replicated, FSDP2 shards of unequal size: weights after 4 updates."""
+    check(torchrun, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_four_ranks_are_one_process(torchrun: Callable) -> None:
+    check(torchrun, 4)
+
+
+def check(run: Callable, ranks: int) -> None:
+    result = run(ranks, Path(__file__).with_name("muon_worker.py"), str(ranks), timeout_s=100)
+    assert result.returncode == 0, result.stdout[-3000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
+    assert len(lines) == 4 * ranks, result.stdout[-3000:]
+    for line in lines:
+        assert line["error"] < 1e-5, line  # fp32 rounding, in another order
