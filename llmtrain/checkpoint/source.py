@@ -58,4 +58,10 @@ def _checkpoint_source(path: str, config: ModelConfig) -> Callable[[str], Tensor
             f"{path}: the model of this config has no {unknown[0]} ({len(unknown)} such); "
             "the model section must be the one it was trained with"
         )
+    trained, now = reader.state.get("model", {}), config.model_dump(mode="json")
+    for key in ("rope_theta", "rope_scaling"):  # changes within a run that has a ramp
+        if trained.get(key, now[key]) != now[key]:
+            raise ValueError(
+                f"model.{key}={now[key]}: {path} was trained with {trained[key]}; give that, or a newer checkpoint"
+            )
     return reader.full

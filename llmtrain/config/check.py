@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from llmtrain.config.load import ConfigError, stage_config
-from llmtrain.config.ramp import phases, ramp_faults, with_phase
+from llmtrain.config.ramp import phases, ramp_faults, trained_model, with_phase
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.config.stages import plan_stages
@@ -123,7 +123,8 @@ def planned_stages(run: RunConfig) -> Iterator[tuple[StageConfig, Config, Earlie
         config = stage_config(run, stage.name)
         yield stage, config, dict(earlier)
         try:
-            earlier[config.directory] = resolve_model(config.model, earlier)
+            model = resolve_model(config.model, earlier)
+            earlier[config.directory] = trained_model(model, config.train, config.train.steps)
         except ValueError:
             earlier[config.directory] = None  # this stage's own check says why
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from llmtrain.config.load import load
+from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import ModelConfig, RopeScaling, RunConfig
 
 SHAPE = tuple(name for name in ModelConfig.model_fields if name not in ("preset", "init_from"))
@@ -130,7 +132,14 @@ def _read_run(path: str) -> dict[str, Any]:
     config = load(path, [])
     if isinstance(config, RunConfig):
         raise ValueError(f"model.init_from: {path} is a run of several stages; give the directory of one of them")
-    return _shape(resolve_model(config.model))
+    return _shape(trained_model(resolve_model(config.model), config.train, newest_step(os.path.dirname(path))))
+
+
+def newest_step(run: str) -> int:
+    """Of the checkpoints in a run directory; 0 without any."""
+    folder = os.path.join(run, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return max((int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name)), default=0)
 
 
 # Keys of config.json that change what the model computes, with the only values that our decoder computes.

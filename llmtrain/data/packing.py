@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from llmtrain.data.jsonl import read_jsonl, text_field
+from llmtrain.data.objectives import Objectives
 from llmtrain.data.prompts import encode_prompt
 from llmtrain.data.sampler import derive, permuted, source_of
 from llmtrain.data.shards import ShardReader, open_shards
@@ -53,12 +54,12 @@ def best_fit(lengths: Sequence[int], width_tokens: int) -> list[list[int]]:
 
 
 class TextRows:
-    """Rows of `seq_len` contiguous tokens of pretraining text, each with the token that follows.
+    """Rows of `seq_len` contiguous tokens of pretraining text, each with the token that follows, or equal pieces.
 
     Training: sample numbers run on for ever; sources are mixed by `weights` (by name; None = by size), each in a new
     order in each of its epochs. Held out: samples 0..len-1 are the rows in one fixed order, whatever the seed.
     With `mask_documents` attention and positions restart at documents, and the first token of a document is not
-    predicted from the document before.
+    predicted from the document before. `objectives` rearranges documents.
     Raises ValueError when a source is too short for one row, or `weights` do not name the sources.
     """
 
@@ -70,7 +71,9 @@ class TextRows:
         seed: int,
         mask_documents: bool,
         weights: dict[str, float] | None = None,
+        objectives: Objectives | None = None,
     ) -> None:
+        self.objectives = objectives
         self.seq_len, self.seed, self.mask_documents = seq_len, seed, mask_documents
         self.shuffled = split == "train"
         self.readers = open_shards(directory, split)
@@ -110,18 +113,35 @@ class TextRows:
             row -= rows
         raise AssertionError("row lies in one of the sources")
 
-    def batch(self, samples: Sequence[int]) -> Batch:
-        """The rows of these sample numbers, [len(samples), seq_len]."""
-        spans = [(reader.tokens, row * self.seq_len) for reader, row in map(self.locate, samples)]
-        tokens = np.stack([tokens[start : start + self.seq_len + 1] for tokens, start in spans]).astype(np.int64)
-        ids, labels = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
-        steps = torch.arange(self.seq_len).expand_as(ids)
+    def window(self, sample: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a sample with the one that follows, and which of them are trained, [seq_len + 1] each."""
+        base, offset = divmod(sample * seq_len, self.seq_len)
+        reader, row = self.locate(base)
+        start = row * self.seq_len + offset
+        tokens = reader.tokens[start : start + seq_len + 1].astype(np.int64)
+        if self.objectives is None:
+            return tokens, np.ones(len(tokens), bool)
+        return self.objectives.apply(tokens, sample * seq_len)
+
+    def batch(self, samples: Sequence[int], seq_len: int | None = None) -> Batch:
+        """The rows of these sample numbers, [len(samples), seq_len].
+
+        A `seq_len` that divides the rows' own counts samples in such pieces, row after row in the same order: sample i
+        always begins with token i * seq_len of the run, whatever the length of the samples before.
+        """
+        seq_len = seq_len or self.seq_len
+        tokens, trained = (
+            torch.from_numpy(np.stack(x)) for x in zip(*(self.window(s, seq_len) for s in samples), strict=True)
+        )
+        ids, labels = tokens[:, :-1].clone(), tokens[:, 1:].masked_fill(~trained[:, 1:], IGNORE)
+        steps = torch.arange(seq_len).expand_as(ids)
         if not self.mask_documents:
-            return Batch(ids, labels, torch.ones_like(ids, dtype=torch.bool), steps.clone())
+            return Batch(ids, labels, labels != IGNORE, steps.clone())
         ends = ids == next(iter(self.readers.values())).eos_id
         starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
         positions = steps - torch.where(starts, steps, 0).cummax(1).values
-        return Batch(ids, labels.masked_fill(ends, IGNORE), ~ends, positions, starts.long().cumsum(1))
+        labels = labels.masked_fill(ends, IGNORE)
+        return Batch(ids, labels, labels != IGNORE, positions, starts.long().cumsum(1))
 
 
 class Demonstrations:

@@ -16,6 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 from llmtrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from llmtrain.data.jsonl import read_jsonl
+from llmtrain.data.objectives import sentinels
 from llmtrain.data.shards import split_documents, write_shards
 from llmtrain.data.tasks import write_task
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -67,7 +68,7 @@ def relevant(data: DataConfig, tokenizer: TokenizerConfig, seed: int) -> dict[st
     sources = [source.model_dump(exclude={"weight"}) for source in data.sources]
     tasks = [task.model_dump() for task in data.tasks]
     trained = tokenizer.model_dump(exclude={"path"})
-    text = json.dumps([sources, tasks, trained, seed], sort_keys=True)
+    text = json.dumps([sources, tasks, trained, seed, *sentinels(data)], sort_keys=True)
     return {"config": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -93,7 +94,8 @@ def make_tokenizer(
         if not data.sources:
             raise ValueError(f"{tokenizer_dir}: no tokenizer there, and no data.sources to train one from")
         with shown(progress, "tokenizer"):
-            train_tokenizer(tokenizer_texts(data, config, data_dir, seed), tokenizer_dir, config.vocab_size)
+            texts = tokenizer_texts(data, config, data_dir, seed)
+            train_tokenizer(texts, tokenizer_dir, config.vocab_size, sentinels(data))
     return load_tokenizer(tokenizer_dir)
 
 

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1
 
 
-def train_tokenizer(texts: Iterable[str], directory: str, vocab_size: int) -> None:
+def train_tokenizer(texts: Iterable[str], directory: str, vocab_size: int, specials: Sequence[str] = ()) -> None:
     """Byte-level BPE (arXiv 1508.07909) in which every digit is a token, written as a Hugging Face directory.
 
-    The directory appears whole or not at all. Raises ValueError when `texts` do not yield `vocab_size` tokens.
+    `specials` are special tokens beside padding and end of text; they count in `vocab_size`. The directory
+    appears whole or not at all. Raises ValueError when `texts` do not yield `vocab_size` tokens.
     """
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -34,13 +35,13 @@ def train_tokenizer(texts: Iterable[str], directory: str, vocab_size: int) -> No
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=[PAD, EOS, *specials], initial_alphabet=alphabet, show_progress=False
         ),
     )
     if bpe.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"tokenizer.vocab_size={vocab_size}: the text yields {bpe.get_vocab_size()} tokens (256 bytes, 2 specials "
-            "and merges); give more text or that size"
+            f"tokenizer.vocab_size={vocab_size}: the text yields {bpe.get_vocab_size()} tokens (256 bytes, "
+            f"{2 + len(specials)} specials and merges); give more text or that size"
         )
     save(bpe, directory)
 
@@ -77,6 +78,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text, without special tokens."""
         return self.bpe.decode(list(ids), skip_special_tokens=True)
+
+    def special_ids(self, names: Sequence[str]) -> list[int]:
+        """The ids of special tokens. Raises ValueError naming those that are missing."""
+        ids = [self.bpe.token_to_id(name) for name in names]
+        missing = [name for name, i in zip(names, ids, strict=True) if i is None]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"{self.directory}: the tokenizer has no {', '.join(missing[:3])}{more}, which data.fim_share and "
+                "data.span_share need; add them as special tokens, or set the share to 0"
+            )
+        return ids
 
     @cached_property
     def fingerprint(self) -> str:

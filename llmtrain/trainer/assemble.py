@@ -81,7 +81,10 @@ def start_directory(config: Config) -> None:
 
 
 # What says which sample a step takes: another value would repeat some and skip others.
-SAME = ("seed", "train.seq_len", "train.global_batch_seqs", "grpo.prompts_per_step", "grpo.minibatches")
+SAME = (
+    *("seed", "train.seq_len", "train.global_batch_seqs", "train.batch_ramp", "train.seq_ramp"),
+    *("grpo.prompts_per_step", "grpo.minibatches"),
+)
 
 
 def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:

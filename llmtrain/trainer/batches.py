@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llmtrain.config.ramp import longest_row
 from llmtrain.config.schema import Config
+from llmtrain.data.objectives import objectives
 from llmtrain.data.packing import TextRows
 from llmtrain.data.shards import check_tokenizer
 from llmtrain.data.tokenizer import Tokenizer
@@ -21,7 +23,12 @@ from llmtrain.types import IGNORE, Batch
 
 def rank_samples(step: int, global_seqs: int, micro_seqs: int, mesh: Mesh) -> list[range]:
     """Global sample numbers of this rank's microbatches. A step takes the same samples on any mesh."""
-    first, block = step * global_seqs, micro_seqs * mesh.dp_size
+    return samples_from(step * global_seqs, global_seqs, micro_seqs, mesh)
+
+
+def samples_from(first: int, global_seqs: int, micro_seqs: int, mesh: Mesh) -> list[range]:
+    """`rank_samples` of a step that begins with sample `first`."""
+    block = micro_seqs * mesh.dp_size
     starts = range(first + mesh.dp_rank * micro_seqs, first + global_seqs, block)
     return [range(start, start + micro_seqs) for start in starts]
 
@@ -36,12 +43,17 @@ def count_trained(microbatches: Sequence[Batch], mesh: Mesh) -> Tensor:
 def text_rows(config: Config, split: str, tokenizer: Tokenizer) -> TextRows:
     """Rows of the shards, mixed by the weights of `data.sources` where they are given.
 
-    Raises ValueError when the shards were made with another tokenizer.
+    For training they are as long as the longest row of the run, with the objectives of the data section; held-out rows
+    are always `train.seq_len` tokens of plain text, so their scores compare over a run.
+    Raises ValueError when the shards were made with another tokenizer, or it lacks a sentinel.
     """
     check_tokenizer(data_dir(config), tokenizer)
     weights = {source.name: source.weight for source in config.data.sources} or None
-    seq_len = config.train.seq_len
-    return TextRows(data_dir(config), split, seq_len, config.seed, config.data.mask_documents, weights)
+    mask = config.data.mask_documents
+    if split == "held_out":
+        return TextRows(data_dir(config), split, config.train.seq_len, config.seed, mask, weights)
+    rearranged = objectives(config.data, tokenizer, config.seed)
+    return TextRows(data_dir(config), split, longest_row(config.train), config.seed, mask, weights, rearranged)
 
 
 def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:

@@ -7,8 +7,9 @@ import os
 import torch
 
 from llmtrain.checkpoint.export import export
+from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import Config
-from llmtrain.config.shapes import resolve_model
+from llmtrain.config.shapes import newest_step, resolve_model
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.observe.log import log
 from llmtrain.trainer.assemble import tokenizer_dir
@@ -22,5 +23,8 @@ def main(config: Config) -> None:
     target = config.export.path or os.path.join(source, "export")
     tokenizer = load_tokenizer(tokenizer_dir(config))
     dtype = DTYPES[config.export.dtype]
-    export(source, target, resolve_model(config.model), tokenizer_dir(config), tokenizer.eos_id, dtype)
+    model = resolve_model(config.model)
+    if not config.model.init_from:  # the run's own checkpoint, whatever phase of a ramp it is of
+        model = trained_model(model, config.train, newest_step(source))
+    export(source, target, model, tokenizer_dir(config), tokenizer.eos_id, dtype)
     log(f"Hugging Face model in {target}")

@@ -76,6 +76,7 @@ def save(job: Job) -> None:
         "tokens": job.tokens,
         "mesh": job.mesh.sizes,
         "config": job.config.model_dump(mode="json"),
+        "model": job.model.model_dump(mode="json"),
         "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
     }
     job.saver.save(state)

@@ -1,13 +1,15 @@
-"""Pretraining: next-token loss on packed text."""
+"""Pretraining: next-token loss on packed text, some of it rearranged (`data.objectives`)."""
 
 from __future__ import annotations
 
+from llmtrain.config.ramp import phase_at, trained_model, with_rope
 from llmtrain.config.schema import Config
 from llmtrain.losses.token import token_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.trainer.assemble import build_engine, join
-from llmtrain.trainer.batches import count_trained, evaluate_text, rank_samples, text_rows
+from llmtrain.trainer.batches import count_trained, evaluate_text, text_rows
 from llmtrain.trainer.loop import is_due, note_evaluation, train
+from llmtrain.trainer.ramp import announce, phase_batches, set_rope
 
 
 def main(config: Config) -> None:
@@ -16,6 +18,8 @@ def main(config: Config) -> None:
     settings, mesh = config.train, job.mesh
     rows, held_out = (text_rows(config, split, job.tokenizer) for split in ("train", "held_out"))
     build_engine(job, settings.steps)
+    model = job.model
+    set_rope(job, trained_model(model, settings, job.step))  # what the checkpoint was trained with, for `evaluate`
 
     def evaluate() -> None:
         note_evaluation(job, evaluate_text(job.engine, held_out, settings.eval_seqs, settings.micro_batch_seqs, mesh))
@@ -23,11 +27,14 @@ def main(config: Config) -> None:
     def step(number: int) -> dict[str, float]:
         if number == 0 or is_due(number, settings.eval_every_steps):
             evaluate()
-        samples = rank_samples(number, settings.global_batch_seqs, settings.micro_batch_seqs, mesh)
-        microbatches = [rows.batch(s) for s in samples]
+        phase = phase_at(settings, number)
+        announce(phase, number, settings)
+        set_rope(job, with_rope(model, phase))
+        microbatches = phase_batches(rows, phase, number, settings.micro_batch_seqs, mesh)
         stats = job.engine.train_step(microbatches, token_loss, count_trained(microbatches, mesh))
-        tokens = settings.global_batch_seqs * settings.seq_len
-        return {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, "tokens": tokens}
+        shape = {"seq_len": phase.seq_len, "global_batch_seqs": phase.global_batch_seqs}
+        measured = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
+        return {**measured, **shape, "tokens": phase.tokens_per_step}
 
     train(job, step)
     evaluate()

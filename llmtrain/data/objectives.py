@@ -1,0 +1,138 @@
+"""Pretraining objectives beside plain next-token prediction: fill-in-the-middle and span corruption.
+
+Both rearrange one document within its row, in place: sentinels and the closing end-of-text token take the room of the
+document's last tokens, which are cut, so the row keeps its width and every other document its place. Cut documents
+(at the row's ends) count as documents. Cuts are between tokens, not between characters as in arXiv 2207.14255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmtrain.config.schema import DataConfig
+from llmtrain.data.sampler import derive, permuted
+from llmtrain.data.tokenizer import Tokenizer
+
+FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+# As many as T5 has: at its rates enough for 2,000 tokens. In longer documents the same share is hidden in longer spans.
+SPANS = tuple(f"<|extra_id_{i}|>" for i in range(100))
+SHORTEST_TOKENS = 16  # shorter documents stay as they are: the sentinels would cost them a quarter and more
+
+
+def sentinels(data: DataConfig) -> tuple[str, ...]:
+    """The special tokens that the objectives need."""
+    return (FIM if data.fim_share else ()) + (SPANS if data.span_share else ())
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Which documents are rearranged and how: a pure function of (seed, row), so the same on any ranks."""
+
+    data: DataConfig
+    fim_ids: tuple[int, ...]  # prefix, middle, suffix
+    span_ids: tuple[int, ...]
+    eos_id: int
+    seed: int
+
+    def apply(self, tokens: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [T], which of them are trained [T] bool) of a row of documents that end with `eos_id`.
+
+        `row` is a number that no other row of the run has.
+        """
+        tokens, trained = tokens.copy(), np.ones(len(tokens), bool)
+        for number, (start, end) in enumerate(documents(tokens, self.eos_id)):
+            seed = derive(self.seed, f"{row}/{number}")
+            chosen = uniform(seed, "objective") - self.data.span_share
+            if end - start < SHORTEST_TOKENS or chosen >= self.data.fim_share:
+                continue
+            if chosen >= 0:
+                tokens[start:end] = self.fill_in_the_middle(tokens[start:end], seed)
+            else:
+                context, targets = self.corrupt(tokens[start:end], seed)
+                tokens[start:end] = np.hstack([context, targets])
+                trained[start : start + len(context)] = False
+        return tokens, trained
+
+    def fill_in_the_middle(self, document: np.ndarray, seed: int) -> np.ndarray:
+        """Cut at two places drawn uniformly; every piece may be empty. As long as `document`."""
+        body = document[: len(document) - len(FIM) - 1]
+        cuts = sorted(int(uniform(seed, name) * (len(body) + 1)) for name in ("first cut", "second cut"))
+        spm = uniform(seed, "spm") < self.data.fim_spm_share
+        return np.hstack([fim(body, cuts, spm, self.fim_ids), self.eos_id])
+
+    def corrupt(self, document: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(context, targets), together as long as `document`. Spans are drawn as T5 draws them: hidden tokens and kept
+        tokens are each cut into as many pieces at random places, and the pieces take turns."""
+        count = span_count(len(document), self.data.span_noise, self.data.span_mean_tokens)
+        body = document[: len(document) - 2 * count - 1]
+        num_hidden = min(max(round(self.data.span_noise * len(body)), count), len(body) - count)
+        hidden = random_lengths(num_hidden, count, derive(seed, "hidden"))
+        kept = random_lengths(len(body) - num_hidden, count, derive(seed, "kept"))
+        context, targets = corrupted(body, kept, hidden, self.span_ids)
+        return context, np.hstack([targets, self.eos_id])
+
+
+def objectives(data: DataConfig, tokenizer: Tokenizer, seed: int) -> Objectives | None:
+    """None when all text is trained as it is. Raises ValueError when the tokenizer lacks a sentinel."""
+    needed = sentinels(data)
+    if not needed:
+        return None
+    ids = dict(zip(needed, tokenizer.special_ids(needed), strict=True))
+    fim_ids, span_ids = (tuple(ids[name] for name in names if name in ids) for names in (FIM, SPANS))
+    return Objectives(data, fim_ids, span_ids, tokenizer.eos_id, derive(seed, "objectives"))
+
+
+def documents(tokens: np.ndarray, eos_id: int) -> Iterator[tuple[int, int]]:
+    """[start, end) of the documents of a row, each with its end-of-text token if that is in the row."""
+    ends = (np.flatnonzero(tokens == eos_id) + 1).tolist()
+    starts = [0, *ends]
+    return ((start, end) for start, end in zip(starts, [*ends, len(tokens)], strict=True) if start < end)
+
+
+def fim(body: np.ndarray, cuts: Sequence[int], spm: bool, ids: Sequence[int]) -> np.ndarray:
+    """Fill-in-the-middle (arXiv 2207.14255): the pieces prefix, middle, suffix of `body` with sentinels `ids`.
+
+    PSM: <prefix> prefix <suffix> suffix <middle> middle. SPM, in the form that is trained together with PSM (its
+    appendix D, variant 2): <prefix> <suffix> suffix <middle> prefix middle. All of it is trained.
+    """
+    prefix, middle, suffix = np.split(body, cuts)
+    prefix_id, middle_id, suffix_id = ids
+    if spm:
+        return np.hstack([prefix_id, suffix_id, suffix, middle_id, prefix, middle])
+    return np.hstack([prefix_id, prefix, suffix_id, suffix, middle_id, middle])
+
+
+def corrupted(
+    body: np.ndarray, kept: Sequence[int], hidden: Sequence[int], ids: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Span corruption (arXiv 1910.10683) for a decoder: (context, targets), one behind the other in the row.
+
+    `body` is kept[0] tokens, hidden[0] tokens, kept[1] tokens, ... Context: the kept pieces, a sentinel for each hidden
+    one; it is not trained. Targets: each hidden piece behind its sentinel. T5's closing sentinel is left out, the
+    end-of-text token follows instead.
+    """
+    pieces = np.split(body, np.cumsum(np.stack([kept, hidden], axis=1).ravel())[:-1])
+    context = [part for piece, i in zip(pieces[0::2], ids, strict=False) for part in (piece, i)]
+    targets = [part for piece, i in zip(pieces[1::2], ids, strict=False) for part in (i, piece)]
+    return np.hstack(context), np.hstack(targets)
+
+
+def span_count(length: int, noise: float, mean_tokens: float) -> int:
+    """Spans of a document so that its room of `length` tokens holds the kept and hidden tokens, two sentinels a span
+    and the end: count = noise / mean x (length - 1 - 2 count), within what the sentinels and the text allow."""
+    count = round((length - 1) * noise / (mean_tokens + 2 * noise))
+    return min(max(count, 1), len(SPANS), (length - 1) // 4)
+
+
+def random_lengths(total: int, parts: int, seed: int) -> list[int]:
+    """`total` as a sum of `parts` positive numbers, all such sums equally likely."""
+    cuts = sorted(permuted(i, total - 1, seed) + 1 for i in range(parts - 1))
+    return np.diff([0, *cuts, total]).tolist()
+
+
+def uniform(seed: int, name: str) -> float:
+    """A number in [0, 1) for one purpose."""
+    return (derive(seed, name) >> 11) / 2**53
