@@ -29,6 +29,7 @@ FragmentReader = Callable[[Address], dict[str, Tensor]]
 class Engine(Protocol):
     """Takes the whole step: accumulation, averaging, clipping over all axes, precision, pipeline schedule."""
 
+    parts: list[Decoder]  # this rank's pipeline stages
     step: int  # updates made
     admit: Admit  # by default tally.stop_if_not_finite
 
