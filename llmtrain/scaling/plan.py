@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmtrain.config.check import TRAIN, Earlier, mesh_sizes, planned_stages
-from llmtrain.config.schema import Config, EngineConfig, ModelConfig, RunConfig
+from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
+from llmtrain.config.schema import Config, EngineConfig, ModelConfig, RunConfig, TrainConfig
 from llmtrain.config.shapes import block_parameters, parameter_count, resolve_model
 
 
@@ -22,7 +23,7 @@ class Plan:
     parameters: int
     parameters_per_rank: int  # before ZeRO
     accumulation: float | None  # microbatches a step and data-parallel rank; None in RL, where lengths decide
-    tokens_per_step: int  # in RL: sampled at most
+    tokens_per_step: int  # at the start; in RL: sampled at most
     total_tokens: int
     weights_bytes: int
     gradients_bytes: int
@@ -63,7 +64,7 @@ def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Ea
         parameters_per_rank=local,
         accumulation=accumulation,
         tokens_per_step=tokens,
-        total_tokens=config.train.steps * tokens,
+        total_tokens=config.train.steps * tokens if accumulation is None else total_tokens(config.train),
         weights_bytes=weights,
         gradients_bytes=gradients,
         optimizer_bytes=0 if config.engine.offload == "optimizer" else optimizer,
@@ -116,12 +117,12 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
     """Activations kept for the backward pass on the first stage, which holds most microbatches under 1F1B: `pp`, if the
     step has so many.
 
-    Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each layer keeps its input, and one
+    Rows are the longest of the run. Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each layer keeps its input, and one
     layer at a time is whole.
     """
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
     value = 4 if config.engine.precision == "fp32" else 2
-    tokens = config.train.micro_batch_seqs * config.train.seq_len
+    tokens = config.train.micro_batch_seqs * longest_row(config.train)
     in_flight = mesh["pp"] if accumulation is None else min(mesh["pp"], math.ceil(accumulation))
     layers = math.ceil(model.num_layers / mesh["pp"])
     block = tokens * value * block_activations(model, tp, sequence_parallel)
@@ -187,6 +188,7 @@ def describe(config: Config, p: Plan, command: str) -> list[str]:
         f"ranks        {p.ranks}: {axes}" + (f", and {p.rollout_ranks} for rollouts" if p.rollout_ranks else ""),
         f"parameters   {p.parameters:,}, {p.parameters_per_rank:,} on the fullest rank before ZeRO",
         f"batch        {_batch_line(config, p)}",
+        *_phase_lines(config.train),
         f"total        {config.train.steps:,} steps, {p.total_tokens:,} tokens{most}",
         f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
         f"             ({engine.precision}, ZeRO {engine.zero_stage}, offload {engine.offload}, remat {engine.remat})",
@@ -204,6 +206,19 @@ def _batch_line(config: Config, p: Plan) -> str:
     fits = "" if p.accumulation.is_integer() else " (not whole: pretrain and sft will refuse)"
     rows = f"{config.train.global_batch_seqs} x {config.train.seq_len} tokens = {p.tokens_per_step:,} a step"
     return f"{rows}, accumulation {p.accumulation:g}{fits}"
+
+
+def _phase_lines(train: TrainConfig) -> list[str]:
+    """Where batch and rows change; nothing without ramps."""
+    table = phases(train)
+    return [_phase_line(phase, "phases" if i == 0 else "") for i, phase in enumerate(table) if len(table) > 1]
+
+
+def _phase_line(phase: Phase, title: str) -> str:
+    shape = f"{phase.global_batch_seqs} x {phase.seq_len} = {phase.tokens_per_step:,} tokens a step"
+    theta = "" if phase.rope_theta is None else f", rope_theta {phase.rope_theta:g}"
+    factor = "" if phase.rope_scaling is None else f", rope_scaling.factor {phase.rope_scaling.factor:g}"
+    return f"{title:<13}from step {phase.first_step:,}, token {phase.first_token:,}: {shape}{theta}{factor}"
 
 
 def _memory_line(p: Plan) -> str:

@@ -91,6 +91,22 @@ def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "model.init_from=not/there: has neither" in capsys.readouterr().out
 
 
+def test_ramps_are_printed_phase_by_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    ramps = {
+        "batch_ramp": [{"from_tokens": 5000, "global_batch_seqs": 16}],
+        "seq_ramp": [{"from_tokens": 10_000, "seq_len": 256, "rope_theta": 5e5}],
+    }
+    config = Config(train=TrainConfig(steps=20, seq_len=128, **ramps))
+    main(config)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "phases       from step 0, token 0: 8 x 128 = 1,024 tokens a step" in lines
+    assert "from step 5, token 5,120: 16 x 128 = 2,048 tokens a step" in lines
+    assert "from step 8, token 11,264: 16 x 256 = 4,096 tokens a step, rope_theta 500000" in lines
+    assert "total        20 steps, 60,416 tokens" in lines
+    steady = config.model_copy(update={"train": TrainConfig(steps=20, seq_len=256)})
+    assert plan(config, 1).activations_bytes == plan(steady, 1).activations_bytes
+
+
 RUN = """
 name: q
 model: {preset: smollm2-135m}
