@@ -157,7 +157,6 @@ def _offered(case: Case) -> Iterator[str]:
         f"engine.precision={c.engine.precision}": (c.engine.precision in ("fp16", "fp8"), "use bf16 or fp32"),
         f"engine.offload={c.engine.offload}": (c.engine.offload in ("params", "nvme"), "use optimizer"),
         f"engine.remat={c.engine.remat}": (c.engine.remat == "selective", "use full"),
-        f"optim.name={c.optim.name}": (c.optim.name == "muon", "use adamw"),
         f"parallel.cp={p.cp}": (p.cp > 1, "use parallel.tp with sequence_parallel for long rows"),
         f"parallel.schedule={p.schedule}": (p.schedule != "1f1b", "use 1f1b"),
         f"parallel.ep={p.ep}": (p.ep > 1, "set parallel.ep=1, the models are dense"),
@@ -323,6 +322,25 @@ def _zero(case: Case) -> Iterator[str]:
         yield f"engine.offload=optimizer: needs engine.zero_stage 2 or 3, not {e.zero_stage}; raise it or use none"
 
 
+def _muon(case: Case) -> Iterator[str]:
+    e, muon = case.config.engine, case.config.optim.name == "muon"
+    if muon and e.backend == "deepspeed" and e.zero_stage > 0:
+        yield (
+            f"optim.name=muon: needs whole matrices, engine.zero_stage={e.zero_stage} gives the optimizer flat pieces; "
+            "use engine.backend=fsdp or engine.zero_stage=0"
+        )
+    if muon and e.backend == "deepspeed" and e.zero_stage == 0 and e.precision == "fp16":
+        yield (
+            "engine.precision=fp16: must be fp32 with optim.name=muon at engine.zero_stage=0, where the optimizer gets "
+            "copies of the weights that have no names; use fp32 or engine.backend=fsdp"
+        )
+    if muon and e.offload != "none":
+        yield (
+            f"engine.offload={e.offload}: must be none with optim.name=muon, whose matrix products would run on the "
+            "CPU; use none or optim.name=adamw"
+        )
+
+
 def _learning_rate(case: Case) -> Iterator[str]:
     o = case.config.optim
     if o.schedule != "constant" and o.min_lr > o.lr:
@@ -410,6 +428,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("pretrain", "sft"), _batch),
     (TUNE, _replay),
     ((*TRAIN, "plan"), _zero),
+    ((*TRAIN, "plan"), _muon),
     (TRAIN, _learning_rate),
     (("grpo",), _groups),
     (TRAIN, _wandb),

@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from llmtrain.engine.base import FragmentReader
 from llmtrain.engine.clip import owns
+from llmtrain.engine.optim import initial_state, state_keys
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.types import Address, Fragment
-
-STATES = ("exp_avg", "exp_avg_sq")
 
 
 def gradients_finite(engine: object) -> bool:
@@ -66,7 +65,7 @@ def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
     _link(engine)
     for p, address in _pieces(engine, mesh):
         if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or dist.get_rank(mesh.groups["grad"]) == 0):
-            yield Fragment(address, {key: _read(engine, p, address, key) for key in ("weight", *STATES)})
+            yield Fragment(address, {key: _read(engine, p, address, key) for key in ("weight", *state_keys(p))})
 
 
 @torch.no_grad()
@@ -82,17 +81,14 @@ def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
 
 
 def _make_state(engine: object, step: int) -> None:
-    """AdamW makes its state at the first update; before that it is made here, as after `step` updates."""
+    """An optimizer makes its state at the first update; before that it is made here, as after `step` updates."""
     if engine.zero_optimization_stage():
         state, tensors = engine.optimizer.optimizer.state, _flats(engine.optimizer)
     else:
         state, tensors = engine.optimizer.state, engine.module.parameters()
     for t in tensors:
         if not state.get(t):
-            state[t] = {
-                "step": torch.tensor(float(step), device=t.device),
-                **{key: torch.zeros_like(t) for key in STATES},
-            }
+            state[t] = initial_state(t, step)
 
 
 def _refresh_working_weights(optimizer: object) -> None:

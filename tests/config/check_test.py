@@ -115,6 +115,12 @@ def config(*overrides: str, folder: Path) -> Config:
             ["engine.offload=optimizer"],
             "engine.offload=optimizer: needs engine.zero_stage 2 or 3, not 1",
         ),
+        (
+            "pretrain",
+            4,
+            ["optim.name=muon"],
+            "optim.name=muon: needs whole matrices, engine.zero_stage=1 gives .*; use engine.backend=fsdp or",
+        ),
         ("pretrain", 4, ["optim.lr=1e-5"], "optim.min_lr=3e-05: must be at most optim.lr=1e-05"),
         ("pretrain", 4, ["log.wandb=online"], "log.wandb=online: needs the environment variable WANDB_API_KEY"),
         ("pretrain", 4, ["data.sources=[{name: a, type: text}]"], "data.sources.a.path: must be set"),
@@ -157,6 +163,18 @@ def test_one_broken_rule_is_one_line(
 def test_rules_of_reinforcement_learning(overrides: list[str], expected: str, tmp_path: Path) -> None:
     lines = violations(config(*overrides, f"model.init_from={tmp_path}", folder=tmp_path), 4, "grpo")
     assert [line for line in lines if re.match(expected, line)], lines
+
+
+def test_rules_of_muon(tmp_path: Path) -> None:
+    def lines(*overrides: str) -> list[str]:
+        return violations(config("optim.name=muon", "engine.zero_stage=0", *overrides, folder=tmp_path), 4, "pretrain")
+
+    assert lines("engine.precision=fp32") == []
+    half = lines("engine.precision=fp16")
+    assert any(re.match("engine.precision=fp16: must be fp32 with optim.name=muon", line) for line in half)
+    for offload in ("optimizer", "params", "nvme"):
+        found = lines("engine.precision=fp32", f"engine.offload={offload}", "engine.offload_path=x")
+        assert any(re.match(f"engine.offload={offload}: must be none with optim.name=muon", line) for line in found)
 
 
 def test_good_configurations_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
