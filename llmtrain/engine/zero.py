@@ -31,6 +31,7 @@ from llmtrain.engine.step import backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.collectives import all_gather
+from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, Mpu
 from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.parallel.plan import compile_blocks, parameters_of
@@ -93,7 +94,7 @@ class ZeroEngine:
             group["lr"] = lr
         tally = Tally(float(denominator))
         scale = self.mesh.grad_size / tally.denominator  # DeepSpeed averages over these ranks; this undoes it
-        batches = [b.to(self.mesh.device) for b in microbatches]
+        batches = local_batches(microbatches, self.mesh)
         with self._accumulate():
             backward(
                 self.parts, self.pipeline, batches, lambda scores, i: tally.add(i, *loss(scores, batches[i])) * scale

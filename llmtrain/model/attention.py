@@ -49,13 +49,19 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     return (scores.softmax(-1).view(B, k.size(1), -1, k.size(2)) @ v).view(q.shape)
 
 
-def attention_mask(segment_ids: Tensor, branch_ids: Tensor | None) -> Tensor:
-    """Who sees whom, bool [B, 1, T, T]: earlier, same segment, and on the trunk or the own branch."""
-    T = segment_ids.size(1)
-    causal = torch.ones(T, T, dtype=torch.bool, device=segment_ids.device).tril()
-    mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+def attention_mask(
+    segment_ids: Tensor, branch_ids: Tensor | None, queries: Tensor | None = None, keys: Tensor | None = None
+) -> Tensor:
+    """Who sees whom, bool [B, 1, Q, K]: earlier, same segment, and on the trunk or the own branch.
+
+    `queries` [Q] and `keys` [K] are places in the row, whose ids are given whole; None = all of them.
+    """
+    whole = torch.arange(segment_ids.size(1), device=segment_ids.device)
+    queries, keys = whole if queries is None else queries, whole if keys is None else keys
+    mask = (queries[:, None] >= keys) & (segment_ids[:, queries, None] == segment_ids[:, None, keys])
     if branch_ids is not None:
-        mask = mask & ((branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :]))
+        branch = branch_ids[:, None, keys]
+        mask = mask & ((branch == 0) | (branch_ids[:, queries, None] == branch))
     return mask[:, None]
 
 
@@ -78,4 +84,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache(k, v)
-        return self.o(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        return self.o(self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`attention`. A plan may replace it, and `Decoder.visibility` with it."""
+        return attention(q, k, v, mask)

@@ -77,14 +77,18 @@ class Decoder(nn.Module):
         """
         if self.embed is not None:
             x = self.embed(x)
-        if mask is None and segment_ids is not None:
-            mask = attention_mask(segment_ids, branch_ids)
+        if mask is None:
+            mask = self.visibility(segment_ids, branch_ids)
         cos, sin = self.angles(positions, x.dtype)
         for name, block in self.layers.items():
             x = block(x, cos, sin, mask, caches[name] if caches else None)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.head is None else self.head(x, labels, temperature)
+
+    def visibility(self, segment_ids: Tensor | None, branch_ids: Tensor | None) -> Tensor | None:
+        """What `Attention.attend` takes as its mask; None = causal."""
+        return None if segment_ids is None else attention_mask(segment_ids, branch_ids)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """RoPE's cos and sin. Computed anew: a buffer would be rounded when an engine casts the module to bf16."""

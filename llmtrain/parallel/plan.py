@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
 from llmtrain.model.decoder import Decoder, parameter_shapes
+from llmtrain.parallel.context import context_parallel
 from llmtrain.parallel.logprob import ScoringHead
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import keep_stage
@@ -25,8 +26,8 @@ def parallelize(
 ) -> list[Decoder]:
     """This rank's pipeline stages with their weights, on `mesh.device` (without a pipeline: the one decoder).
 
-    cut stages -> tensor parallel -> scoring head -> remat -> weights. Compilation follows when the engine has wrapped
-    them (`compile_blocks`).
+    cut stages -> tensor parallel -> context parallel -> scoring head -> remat -> weights. Compilation follows when the
+    engine has wrapped them (`compile_blocks`).
     """
     plan = plan_stages(config, parallel)
     parts = []
@@ -35,6 +36,8 @@ def parallelize(
             part = Decoder(config)
         keep_stage(part, plan, stage)
         tensor_parallel(part, mesh.tp_group, parallel.sequence_parallel)
+        if mesh.sizes["cp"] > 1:
+            context_parallel(part, mesh.groups["cp"], parallel.context)
         scoring_head(part, mesh, engine.logprob_chunk_tokens)
         if engine.remat == "full":
             remat_blocks(part)

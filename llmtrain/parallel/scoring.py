@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.config.stages import StagePlan
+from llmtrain.parallel.context import local_batches, whole_rows
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline, inputs_of
 from llmtrain.types import Batch
@@ -18,12 +19,15 @@ from llmtrain.types import Batch
 def score(
     parts: Sequence[nn.Module], pipeline: Pipeline | None, mesh: Mesh, microbatches: Sequence[Batch]
 ) -> list[tuple[Tensor, Tensor]]:
-    """(log-probs, entropies), [B, T] fp32, for each microbatch, the same on every pipeline stage."""
-    batches = [b.to(mesh.device) for b in microbatches]
+    """(log-probs, entropies), [B, T] fp32, for each microbatch, the same on every pipeline and context
+    rank."""
+    batches = local_batches(microbatches, mesh)
     if pipeline is None:
-        return [parts[0](b.input_ids, **inputs_of(b, True)) for b in batches]
-    scores = pipeline.score(batches)
-    return [_from_head(None if scores is None else scores[i], b, mesh) for i, b in enumerate(batches)]
+        scores = [parts[0](b.input_ids, **inputs_of(b, True)) for b in batches]
+    else:
+        at_head = pipeline.score(batches)
+        scores = [_from_head(None if at_head is None else at_head[i], b, mesh) for i, b in enumerate(batches)]
+    return [(whole_rows(logp, mesh), whole_rows(entropy, mesh)) for logp, entropy in scores]
 
 
 def _from_head(scores: tuple[Tensor, Tensor] | None, batch: Batch, mesh: Mesh) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,170 @@
+"""Context parallelism: each rank of `cp` has a part of every row, and attention looks at the whole row.
+
+A row of T tokens is cut into 2 cp chunks; rank i has the chunks i and 2 cp - 1 - i. In a causal row early tokens see
+little and late ones much, so that pairing gives every rank the same work (as in the training of Llama 3, arXiv
+2407.21783, 3.3.2). Ring and allgather need it; for alltoall, where a rank sees whole rows, any order would do, and one
+order for all leaves a single way to cut a batch.
+
+What a rank receives for one layer of one microbatch, forward + backward, in bytes. A K or V shard has
+kv = B (T/cp) (kv heads / tp) head_dim e bytes, a Q shard q = B (T/cp) (heads / tp) head_dim e, e bytes an element:
+    allgather   2 (cp - 1) kv  +  2 (cp - 1) kv                        K and V gathered; their gradients scattered
+    alltoall    2 (q + kv) (cp - 1) / cp  +  the same                  Q, K, V and the output; kv times
+                                                                       lcm(kv heads / tp, cp) / (kv heads / tp)
+    ring        2 (cp - 1) kv  +  2 (cp - 1) kv + 2 cp kv 4 / e        K and V; their gradients travel in fp32
+Rematerialisation adds one more forward. Beside that a row with documents has its segment (and branch) ids gathered
+once a microbatch and stage: (cp - 1) B (T/cp) 8 bytes each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
+
+import torch
+import torch.distributed._functional_collectives as functional
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.distributed import ProcessGroup
+
+from llmtrain.model.attention import attention, attention_mask
+from llmtrain.parallel.collectives import all_gather, gather_sequence
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.types import Batch
+
+
+def to_shards(x: Tensor, dim: int, cp: int) -> Tensor:
+    """The row's own order along `dim` -> the ranks' parts, one behind the other.
+
+    Example, cp=2: [0 1 2 3 4 5 6 7] -> [0 1 6 7  2 3 4 5]
+    """
+    early, late = x.unflatten(dim, (2, cp, -1)).unbind(dim)
+    return torch.stack([early, late.flip(dim)], dim + 1).flatten(dim, dim + 2)
+
+
+def from_shards(x: Tensor, dim: int, cp: int) -> Tensor:
+    """The inverse of `to_shards`."""
+    early, late = x.unflatten(dim, (cp, 2, -1)).unbind(dim + 1)
+    return torch.cat([early, late.flip(dim)], dim).flatten(dim, dim + 1)
+
+
+def places(T: int, group: ProcessGroup, device: torch.device) -> Tensor:
+    """Where in the row this rank's tokens are, [T / cp]."""
+    return to_shards(torch.arange(T, device=device), 0, group.size()).chunk(group.size())[group.rank()]
+
+
+def local_batches(microbatches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
+    """On `mesh.device`, every [B, T] field cut to this rank's [B, T / cp]. All cp ranks give the same rows.
+
+    Raises ValueError when T is not a multiple of 2 cp.
+    """
+    return [_local(batch.to(mesh.device), mesh.sizes["cp"], mesh.coords["cp"]) for batch in microbatches]
+
+
+def _local(batch: Batch, cp: int, rank: int) -> Batch:
+    if cp == 1:
+        return batch
+    T = batch.input_ids.size(1)
+    if T % (2 * cp):
+        raise ValueError(f"rows of {T} tokens: must be a multiple of 2 x parallel.cp = {2 * cp}; pad them or lower cp")
+
+    def cut(x: Tensor) -> Tensor:
+        return to_shards(x, 1, cp).chunk(cp, 1)[rank].contiguous()
+
+    own = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    own = {name: cut(x) if isinstance(x, Tensor) else x for name, x in own.items()}
+    return replace(batch, **{**own, "extra": {name: cut(x) for name, x in batch.extra.items()}})
+
+
+def whole_rows(x: Tensor, mesh: Mesh) -> Tensor:
+    """[B, T / cp] of every cp rank -> [B, T] on all of them, without gradient (a collective)."""
+    return x if mesh.sizes["cp"] == 1 else _gathered(x, mesh.groups["cp"])
+
+
+def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
+    return from_shards(all_gather(x, 1, group), 1, group.size())
+
+
+def context_parallel(model: nn.Module, group: ProcessGroup, method: str) -> None:
+    """Let the attention of a decoder look over the group's parts of the rows, in place."""
+    attend, visibility = METHODS[method]
+    model.visibility = partial(visibility, group=group)
+    for block in model.layers.values():
+        block.attention.attend = partial(attend, group=group)
+
+
+def attend_allgather(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup) -> Tensor:
+    """Attention of this rank's queries to the gathered keys and values; `mask` [B, 1, T / cp, T]."""
+    cp, rank, n = group.size(), group.rank(), q.size(2) // 2
+    gathered = gather_sequence(torch.cat([k, v], -1).transpose(1, 2), group)
+    k, v = from_shards(gathered, 1, cp).transpose(1, 2).split([k.size(-1), v.size(-1)], -1)
+    outputs = []
+    for rows, end in ((slice(0, n), (rank + 1) * n), (slice(n, 2 * n), (2 * cp - rank) * n)):  # later keys are hidden
+        if mask is None:
+            seen = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(end - n)
+        else:
+            seen = mask[:, :, rows, :end]
+        outputs.append(attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], seen))
+    return torch.cat(outputs, 2)
+
+
+def _visibility_allgather(segment_ids: Tensor | None, branch_ids: Tensor | None, group: ProcessGroup) -> Tensor | None:
+    if segment_ids is None:
+        return None
+    segments, branches = _whole_ids(segment_ids, branch_ids, group)
+    return attention_mask(segments, branches, queries=places(segments.size(1), group, segments.device))
+
+
+def attend_alltoall(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup) -> Tensor:
+    """Attention to whole rows, of heads / cp heads (Ulysses, arXiv 2309.14509); `mask` [B, 1, T, T].
+
+    K/V heads are repeated where they do not divide by cp; query heads must.
+    """
+    copies = math.lcm(k.size(1), group.size()) // k.size(1)
+    if copies > 1:
+        k, v = (x.repeat_interleave(copies, 1) for x in (k, v))
+    return _rows_to_heads(attention(*(_heads_to_rows(x, group) for x in (q, k, v)), mask), group)
+
+
+def _visibility_alltoall(segment_ids: Tensor | None, branch_ids: Tensor | None, group: ProcessGroup) -> Tensor | None:
+    return None if segment_ids is None else attention_mask(*_whole_ids(segment_ids, branch_ids, group))
+
+
+def _whole_ids(segment_ids: Tensor, branch_ids: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None]:
+    return _gathered(segment_ids, group), None if branch_ids is None else _gathered(branch_ids, group)
+
+
+def _heads_to_rows(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[B, heads, T / cp, D] -> [B, heads / cp, T, D]."""
+    parts = _Exchange.apply(x.unflatten(1, (group.size(), -1)).movedim(1, 0), group)
+    return from_shards(parts.movedim(0, 2).flatten(2, 3), 2, group.size())
+
+
+def _rows_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[B, heads / cp, T, D] -> [B, heads, T / cp, D]."""
+    parts = to_shards(x, 2, group.size()).unflatten(2, (group.size(), -1))
+    return _Exchange.apply(parts.movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
+
+
+class _Exchange(torch.autograd.Function):
+    """[cp, ...]: part i goes to rank i, and what rank i sent becomes part i. It is its own inverse and gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _exchange(x, group)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grad, ctx.group), None
+
+
+def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
+    return functional.wait_tensor(functional.all_to_all_single(x.contiguous(), None, None, group))
+
+
+METHODS = {
+    "allgather": (attend_allgather, _visibility_allgather),
+    "alltoall": (attend_alltoall, _visibility_alltoall),
+}
