@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from llmtrain.config.stages import StagePlan
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.types import Batch
 
 Output = tuple[Tensor, Tensor]
+Schedule = Schedule1F1B | PipelineScheduleMulti
+
+SCHEDULES = {
+    "1f1b": Schedule1F1B,  # arXiv 2104.04473, section 2.2.1
+    "interleaved_1f1b": ScheduleInterleaved1F1B,  # section 2.2.2
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,  # arXiv 2401.10241, section 2
+    "zbv": ScheduleZBVZeroBubble,  # section 6
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of hidden states, by number
 
 
 def keep_stage(model: nn.Module, plan: StagePlan, stage: int) -> None:
@@ -38,51 +55,84 @@ def inputs_of(batch: Batch, has_head: bool, scaled: bool | None = None) -> dict[
 
 
 class Pipeline:
-    """Runs microbatches through the stages, 1F1B (arXiv 2104.04473). `parts` are this rank's stages, rising."""
+    """Runs microbatches through the stages. `parts` are this rank's stages, rising.
+
+    Training follows a schedule of torch; scoring is a plain pass of all microbatches through one stage after the other.
+    """
 
     def __init__(self, parts: Sequence[nn.Module], plan: StagePlan, mesh: Mesh) -> None:
-        self.parts, self.plan, self.mesh = parts, plan, mesh
-        self.schedules: dict[bool, tuple[tuple, Schedule1F1B]] = {}
+        self.plan, self.mesh, self.group = plan, mesh, mesh.groups["pp"]
+        self.rank = mesh.coords["pp"]
+        self.parts = dict(zip(plan.stages_of(self.rank), parts, strict=True))
+        self.schedule: tuple[tuple, Schedule] | None = None
         self.loss: Callable[[Output, int], Tensor] | None = None
 
     def train(self, batches: Sequence[Batch], loss: Callable[[Output, int], Tensor]) -> None:
         """Forward and backward; on the rank with the head `loss(scores, i)` is called for microbatch i."""
         self.loss = loss
+        scaled = any(b.temperature != 1.0 for b in batches)
+        each = [inputs_of(b, self.mesh.has_head, scaled) for b in batches]
+        assert all(e.keys() == each[0].keys() for e in each), "microbatches of one step have the same fields"
+        kwargs = {name: torch.cat([e[name] for e in each]) for name in each[0]}  # every stage of a rank gets them all
+        args = [torch.cat([b.input_ids for b in batches])] if self.mesh.has_embedding else []
         last = {"target": torch.arange(len(batches)), "losses": []} if self.mesh.has_head else {}
-        self._schedule(batches).step(*self._args(batches), **self._kwargs(batches), **last)
+        self._schedule(batches).step(*args, **kwargs, **last, return_outputs=False)
+
+    def _schedule(self, batches: Sequence[Batch]) -> Schedule:
+        """For this number and shape of microbatches, a stage's buffers being sized once; the last one is kept."""
+        key = (len(batches), tuple(batches[0].input_ids.shape))
+        if self.schedule is None or self.schedule[0] != key:
+            stages = [
+                PipelineStage(part, stage, len(self.plan.layers), self.mesh.device, group=self.group)
+                for stage, part in self.parts.items()
+            ]
+            made = SCHEDULES[self.plan.schedule](
+                stages[0] if self.plan.schedule == "1f1b" else stages,
+                len(batches),
+                loss_fn=lambda out, i: self.loss(out, int(i)),
+                scale_grads=False,
+            )
+            self.schedule = (key, made)
+        return self.schedule[1]
 
     @torch.no_grad()
     def score(self, batches: Sequence[Batch]) -> list[Output] | None:
         """The last stage's outputs, None on ranks without it."""
-        self.loss = lambda scores, i: scores[0].sum()
-        last = {"target": torch.arange(len(batches)), "losses": []} if self.mesh.has_head else {}
-        out = self._schedule(batches).eval(*self._args(batches), **self._kwargs(batches), **last)
-        if not self.mesh.has_head:
-            return None
-        rows = len(batches[0].input_ids)
-        return list(zip(*(o.split(rows) for o in out), strict=True))
+        outputs: list = []
+        sending: list[tuple[dist.Work, Tensor]] = []  # the tensors must live until they are sent
+        for stage, part in self.parts.items():
+            arriving = self._inputs(stage, batches, outputs)
+            outputs = []
+            for batch, x in zip(batches, arriving, strict=True):
+                outputs.append(part(x, **inputs_of(batch, self.mesh.has_head)))
+                sending += self._send(stage, outputs[-1], first=len(outputs) == 1)
+        for work, _ in sending:
+            work.wait()
+        return outputs if self.mesh.has_head else None
 
-    def _args(self, batches: Sequence[Batch]) -> list[Tensor]:
-        return [torch.cat([b.input_ids for b in batches])] if self.mesh.has_embedding else []
+    def _inputs(self, stage: int, batches: Sequence[Batch], own: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What the stage reads for each microbatch; `own` are the outputs of this rank's stage before."""
+        if stage == 0:
+            return iter([b.input_ids for b in batches])
+        source = self.plan.rank_of(stage - 1)
+        return iter(own) if source == self.rank else self._receive(source, len(batches))
 
-    def _kwargs(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        scaled = any(b.temperature != 1.0 for b in batches)
-        each = [inputs_of(b, self.mesh.has_head, scaled) for b in batches]
-        assert all(e.keys() == each[0].keys() for e in each), "microbatches of one step have the same fields"
-        return {name: torch.cat([e[name] for e in each]) for name in each[0]}
+    def _receive(self, source: int, count: int) -> Iterator[Tensor]:
+        """All receives are posted first, in the order of the sends: on a pair of ranks that sends in both directions
+        NCCL runs one operation after the other."""
+        header = torch.empty(4, dtype=torch.int64, device=self.mesh.device)
+        dist.recv(header, group=self.group, group_src=source)
+        *shape, dtype = header.tolist()
+        buffers = [torch.empty(shape, dtype=DTYPES[dtype], device=self.mesh.device) for _ in range(count)]
+        works = [dist.irecv(buffer, group=self.group, group_src=source) for buffer in buffers]
+        for work, buffer in zip(works, buffers, strict=True):
+            work.wait()
+            yield buffer
 
-    def _schedule(self, batches: Sequence[Batch]) -> Schedule1F1B:
-        """For this number and shape of microbatches, a stage's buffers being sized once; the last one is kept, of each
-        of training and scoring."""
-        training = torch.is_grad_enabled()
-        key = (len(batches), tuple(batches[0].input_ids.shape))
-        if training not in self.schedules or self.schedules[training][0] != key:
-            stages = [
-                PipelineStage(part, index, len(self.plan.layers), self.mesh.device, group=self.mesh.groups["pp"])
-                for part, index in zip(self.parts, self.plan.stages_of(self.mesh.coords["pp"]), strict=True)
-            ]
-            schedule = Schedule1F1B(
-                stages[0], len(batches), loss_fn=lambda out, i: self.loss(out, int(i)), scale_grads=False
-            )
-            self.schedules[training] = (key, schedule)
-        return self.schedules[training][1]
+    def _send(self, stage: int, x: Tensor | Output, first: bool) -> list[tuple[dist.Work, Tensor]]:
+        """To the next stage, if another rank has it; before the first microbatch its shape and dtype."""
+        if stage == len(self.plan.layers) - 1 or (target := self.plan.rank_of(stage + 1)) == self.rank:
+            return []
+        header = torch.tensor([*x.shape, DTYPES.index(x.dtype)], device=x.device)
+        tensors = [header, x.contiguous()] if first else [x.contiguous()]
+        return [(dist.isend(tensor, group=self.group, group_dst=target), tensor) for tensor in tensors]
