@@ -154,8 +154,7 @@ def _offered(case: Case) -> Iterator[str]:
     c, p = case.config, case.config.parallel
     instead = {
         f"engine.backend={c.engine.backend}": (c.engine.backend == "fsdp", "use deepspeed with engine.zero_stage=3"),
-        f"engine.precision={c.engine.precision}": (c.engine.precision in ("fp16", "fp8"), "use bf16 or fp32"),
-        f"engine.offload={c.engine.offload}": (c.engine.offload in ("params", "nvme"), "use optimizer"),
+        f"engine.precision={c.engine.precision}": (c.engine.precision == "fp8", "use bf16"),
         f"engine.remat={c.engine.remat}": (c.engine.remat == "selective", "use full"),
         f"parallel.cp={p.cp}": (p.cp > 1, "use parallel.tp with sequence_parallel for long rows"),
         f"parallel.schedule={p.schedule}": (p.schedule != "1f1b", "use 1f1b"),
@@ -306,20 +305,37 @@ def _replay(case: Case) -> Iterator[str]:
 
 def _zero(case: Case) -> Iterator[str]:
     e, p = case.config.engine, case.config.parallel
-    if e.zero_stage > 0 and p.dp_replicate > 1 and e.backend == "deepspeed":
+    if e.backend != "deepspeed":
+        return
+    if e.zero_stage > 0 and p.dp_replicate > 1:
         yield (
             f"parallel.dp_replicate={p.dp_replicate}: must be 1 with engine.zero_stage={e.zero_stage}, ZeRO shards "
             "over all data-parallel ranks; use parallel.dp_shard"
         )
-    if e.zero_stage == 0 and e.precision == "bf16":
-        yield "engine.precision=bf16: drifts at engine.zero_stage=0, without an fp32 master; set zero_stage=1 or fp32"
+    if e.zero_stage == 0 and e.precision in ("bf16", "fp16"):
+        yield (
+            f"engine.precision={e.precision}: drifts at engine.zero_stage=0, without an fp32 master; "
+            "set zero_stage=1 or fp32"
+        )
     if e.zero_stage == 3 and e.compile:
         yield (
             "engine.compile=true: must be false with engine.zero_stage=3, whose hooks make every layer compile anew; "
             "use zero_stage 1 or 2, or compile=false"
         )
-    if e.zero_stage < 2 and e.offload == "optimizer":
-        yield f"engine.offload=optimizer: needs engine.zero_stage 2 or 3, not {e.zero_stage}; raise it or use none"
+
+
+def _offload(case: Case) -> Iterator[str]:
+    e = case.config.engine
+    least = {"none": 0, "optimizer": 2, "params": 3, "nvme": 3}[e.offload]
+    if e.backend == "deepspeed" and e.zero_stage < least:
+        needed = "2 or 3" if least == 2 else "3"
+        yield (
+            f"engine.offload={e.offload}: needs engine.zero_stage {needed}, not {e.zero_stage}; raise it or use none"
+        )
+    if e.offload == "nvme" and e.offload_path is None:
+        yield "engine.offload=nvme: needs engine.offload_path, a directory on a fast local disk; set it or use optimizer"
+    if e.loss_scale is not None and e.precision != "fp16":
+        yield f"engine.loss_scale={e.loss_scale:g}: is for engine.precision=fp16, not {e.precision}; leave it out"
 
 
 def _muon(case: Case) -> Iterator[str]:
@@ -428,6 +444,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("pretrain", "sft"), _batch),
     (TUNE, _replay),
     ((*TRAIN, "plan"), _zero),
+    ((*TRAIN, "plan"), _offload),
     ((*TRAIN, "plan"), _muon),
     (TRAIN, _learning_rate),
     (("grpo",), _groups),

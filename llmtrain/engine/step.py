@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.config.stages import StagePlan
-from llmtrain.engine.base import Scores
+from llmtrain.engine.base import Admit, Scores
+from llmtrain.engine.precision import LossScaler
+from llmtrain.engine.tally import Tally
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline, inputs_of
@@ -31,11 +34,17 @@ def backward(
 
 
 def sum_tied_gradients(parts: Sequence[nn.Module], mesh: Mesh, gradient: Callable[[nn.Parameter], Tensor]) -> None:
-    """A tied embedding whose copies lie on two ranks: each has half of the gradient; afterwards both have the sum."""
-    if not parts[0].config.tie_embeddings or mesh.has_embedding == mesh.has_head:
+    """A tied embedding in two copies, on two ranks or in two stages of one: each has half of the gradient; afterwards
+    both have the sum."""
+    if not parts[0].config.tie_embeddings:
         return
-    p = parts[0].embed.weight if mesh.has_embedding else parts[-1].head.weight
-    dist.all_reduce(gradient(p), group=mesh.groups["ends"])
+    held = ([parts[0].embed.weight] if mesh.has_embedding else []) + ([parts[-1].head.weight] if mesh.has_head else [])
+    if len(held) == 1:
+        dist.all_reduce(gradient(held[0]), group=mesh.groups["ends"])
+    elif len(held) == 2 and held[0] is not held[1]:
+        total = gradient(held[0]) + gradient(held[1])
+        for p in held:
+            gradient(p).copy_(total)
 
 
 @torch.no_grad()
@@ -52,3 +61,13 @@ def full_weights(
         if plan.pp > 1:
             dist.broadcast(full, group=mesh.groups["pp"], group_src=plan.owner(name))
         yield name, full
+
+
+def admitted(scaler: LossScaler, tally: Tally, broken: list[int], admit: Admit) -> bool:
+    """Whether the update is made. An overflow that a smaller loss scale can avoid never reaches `admit`; a loss that is
+    not finite does. `broken`: ranks whose gradient or loss is not finite."""
+    if scaler.dynamic:
+        tally.metrics["loss_scale"] = scaler.scale
+    if scaler.explains(bool(broken) and math.isfinite(tally.loss)):
+        return False
+    return admit(tally.loss, broken)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from llmtrain.engine import zero_state
 from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, owns
 from llmtrain.engine.optim import build_optimizer, learning_rate
-from llmtrain.engine.step import backward, full_weights, sum_tied_gradients
+from llmtrain.engine.precision import LossScaler, compute_dtype
+from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.collectives import all_gather
@@ -42,8 +44,12 @@ from llmtrain.types import Batch, Fragment, StepStats
 def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
     """What DeepSpeed is told. Its own accumulation is 1: one `train_step` is one step."""
     zero: dict = {"stage": engine.zero_stage}
-    if engine.offload == "optimizer":
+    if engine.offload == "nvme":
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": engine.offload_path}
+    elif engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload == "params":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -52,6 +58,7 @@ def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": engine.precision == "bf16"},
+        "fp16": {"enabled": engine.precision == "fp16", "loss_scale": 1.0},  # the scale is ours, see `train_step`
     }
 
 
@@ -70,11 +77,12 @@ class ZeroEngine:
         self.parts, self.mesh, self.config, self.optim, self.total_steps = parts, mesh, config, optim, total_steps
         self.plan, self.step = plan_stages(parts[0].config, parallel), 0
         self.admit: Admit = stop_if_not_finite
+        self.scaler = LossScaler(config)
         model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         for p in model.parameters():
             p.tensor_model_parallel = owns(p, mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
-        _prepare_deepspeed(mesh)
-        originals = {p: p.detach().clone() for p in model.parameters()} if config.precision == "bf16" else {}
+        _prepare_deepspeed(mesh, config.precision)
+        originals = {p: p.detach().clone() for p in model.parameters()} if config.precision != "fp32" else {}
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, optim, mesh),
@@ -93,7 +101,10 @@ class ZeroEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         tally = Tally(float(denominator))
-        scale = self.mesh.grad_size / tally.denominator  # DeepSpeed averages over these ranks; this undoes it
+        # DeepSpeed averages over these ranks, and divides by the loss scale; this undoes both
+        scale = self.scaler.scale * self.mesh.grad_size / tally.denominator
+        if self.config.precision == "fp16":
+            self.engine.optimizer.override_loss_scale(self.scaler.scale)
         batches = local_batches(microbatches, self.mesh)
         with self._accumulate():
             backward(
@@ -103,7 +114,7 @@ class ZeroEngine:
             sum_tied_gradients(self.parts, self.mesh, held)
         norm = self._reduce_gradients_stage0()
         broken = tally.reduce(self.mesh, gradient_finite=zero_state.gradients_finite(self.engine))
-        if not self.admit(tally.loss, broken):
+        if not admitted(self.scaler, tally, broken, self.admit):
             zero_state.drop_gradients(self.engine)
             return StepStats(tally.loss, math.nan, lr, tally.metrics)
         self.engine.step()
@@ -117,8 +128,7 @@ class ZeroEngine:
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine. Every rank must exhaust it."""
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        return full_weights(self.parts, self.plan, self.mesh, dtype, self._gather)
+        return full_weights(self.parts, self.plan, self.mesh, compute_dtype(self.config.precision), self._gather)
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine."""
@@ -128,6 +138,14 @@ class ZeroEngine:
         """See Engine."""
         zero_state.load(self.engine, self.mesh, read, step)
         self.step = step
+
+    def extra_state(self) -> dict[str, float]:
+        """See Engine."""
+        return self.scaler.state()
+
+    def load_extra_state(self, state: dict[str, float]) -> None:
+        """See Engine."""
+        self.scaler.load(state)
 
     def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
         """See Engine. The pieces of stage 3 have no copies over the data-parallel ranks."""
@@ -160,8 +178,13 @@ class ZeroEngine:
         return all_gather(local, p.tp_dim, self.mesh.tp_group) if sharded else local
 
 
-def _prepare_deepspeed(mesh: Mesh) -> None:
-    """Process-wide settings that `initialize` reads."""
+def _prepare_deepspeed(mesh: Mesh, precision: str) -> None:
+    """Process-wide settings that `initialize` reads. Raises ValueError when this machine has no fp16 for DeepSpeed."""
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ValueError(
+            f"engine.precision=fp16: DeepSpeed finds no fp16 arithmetic on this {mesh.device.type}; use bf16, or "
+            "engine.backend=fsdp"
+        )
     deepspeed.utils.logger.setLevel(logging.ERROR)
     groups.mpu = None  # an earlier engine of this process
     os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists on it

@@ -116,7 +116,7 @@ def gradient(engine: Engine, p: torch.nn.Parameter) -> torch.Tensor:
     """The reduced gradient of the tensor-parallel shard, before the update (a collective over its shards)."""
     if isinstance(p, DTensor):
         return p.grad.full_tensor()
-    return p.grad if engine.config.zero_stage == 0 else safe_get_full_grad(p)
+    return p.grad if engine.config.zero_stage == 0 else safe_get_full_grad(p) / engine.scaler.scale
 
 
 def grads_seen(engine: Engine, expected: dict[str, torch.Tensor], scale: float, errors: dict) -> None:
