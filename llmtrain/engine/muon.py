@@ -115,7 +115,7 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _axes(p: nn.Parameter, mesh: Mesh | None) -> list[Axis]:
-    """The inverse order of cutting: tensor parallel cut first, so it is joined last."""
+    """Who shares a matrix, in any order: permuted rows orthogonalise to permuted rows, and go back where they were."""
     if mesh is None:
         return []
     if isinstance(p, DTensor):
