@@ -71,7 +71,9 @@ def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
 @torch.no_grad()
 def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
     """Fill master weights and optimizer state, then the working weights from them."""
-    _make_state(engine, step)
+    for state in _make_state(engine, step):
+        if "step" in state:  # Muon counts none
+            state["step"].fill_(step)  # an engine that has stepped already
     _link(engine)
     for p, address in _pieces(engine, mesh):
         for key, value in read(address).items():
@@ -80,15 +82,16 @@ def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
     engine.global_steps = step
 
 
-def _make_state(engine: object, step: int) -> None:
+def _make_state(engine: object, step: int) -> list[dict[str, Tensor]]:
     """An optimizer makes its state at the first update; before that it is made here, as after `step` updates."""
     if engine.zero_optimization_stage():
         state, tensors = engine.optimizer.optimizer.state, _flats(engine.optimizer)
     else:
-        state, tensors = engine.optimizer.state, engine.module.parameters()
+        state, tensors = engine.optimizer.state, list(engine.module.parameters())
     for t in tensors:
         if not state.get(t):
             state[t] = initial_state(t, step)
+    return [state[t] for t in tensors]
 
 
 def _refresh_working_weights(optimizer: object) -> None:

@@ -39,6 +39,29 @@ class MetricsFile(StepLines):
         super().write(record)
 
 
+class Events:
+    """events.jsonl: what a run decided, each line on the disk before the run acts on it. `step` and `event` in each."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def go_on_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop what steps after this one decided and will decide again; rewinds stay, unless a run starts anew at 0.
+        Returns what is kept."""
+        held = read_metrics(self.path) if os.path.exists(self.path) else []
+        kept = [line for line in held if step and (line["step"] <= step or line["event"] == "rewind")]
+        if kept or held:
+            _replace(self.path, kept)
+        return kept
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_dump(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+
 class Samples(StepLines):
     """samples.jsonl: completions; several may share a step."""
 

@@ -21,10 +21,10 @@ class Sink:
         if self._run is not None:
             self._run.log(dict(metrics), step=step)
 
-    def finish(self) -> None:
-        """Write out what is left and end the service process (it ends with this process in any case)."""
+    def finish(self, exit_code: int = 0) -> None:
+        """Write out what is left and end the service process; other than 0: the run is marked as failed."""
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code)
 
 
 def start(mode: Mode, project: str, name: str, run_dir: str, config: dict[str, Any], resume: bool) -> Sink:

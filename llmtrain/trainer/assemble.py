@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import numpy as np
@@ -29,6 +29,23 @@ from llmtrain.parallel.plan import WeightSource, parallelize
 
 
 @dataclass
+class GuardState:
+    """What trainer.guard decides by; a part of every checkpoint."""
+
+    losses: list[float] = field(default_factory=list)  # of the last updates, for spikes
+    skips: int = 0  # updates left out in a row
+    rewinds: list[list[int]] = field(default_factory=list)  # [back to step, steps, tokens skipped there] each
+
+    def skipped_steps(self, step: int) -> int:
+        """How far `step`, counted from 0, is ahead in the data because of rewinds."""
+        return sum(steps for to_step, steps, _ in self.rewinds if to_step <= step)
+
+    def skipped_tokens(self, step: int) -> int:
+        """The same in tokens."""
+        return sum(tokens for to_step, _, tokens in self.rewinds if to_step <= step)
+
+
+@dataclass
 class Job:
     """One stage on one rank."""
 
@@ -39,6 +56,7 @@ class Job:
     engine: Engine | None = None  # None on rollout workers
     step: int = 0  # finished steps of the stage
     tokens: int = 0  # seen in them
+    guard: GuardState = field(default_factory=GuardState)
     saver: Saver | None = None  # made by the loop
 
 
@@ -80,8 +98,9 @@ def start_directory(config: Config) -> None:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
 
 
-# What says which sample a step takes: another value would repeat some and skip others.
+# What says which sample a step takes: another value would repeat some and skip others. And whose state is stored.
 SAME = (
+    "optim.name",
     *("seed", "train.seq_len", "train.global_batch_seqs", "train.batch_ramp", "train.seq_ramp"),
     *("grpo.prompts_per_step", "grpo.minibatches"),
 )
@@ -135,20 +154,30 @@ def checkpoint_dir(config: Config) -> str:
 
 
 def resume(job: Job) -> None:
-    """Weights, optimizer, counters and random state of the newest intact checkpoint, if there is one.
+    """Go on from the newest checkpoint, if there is one.
 
     Raises ValueError when there is and `checkpoint.resume` is never: the new run's would mix with the old one's.
     """
-    path = newest_intact(checkpoint_dir(job.config), job.mesh)
-    if path is None:
-        return
-    if job.config.checkpoint.resume == "never":
+    path = load_newest(job)
+    if path is not None and job.config.checkpoint.resume == "never":
         raise ValueError(
             f"checkpoint.resume=never: {path} is there already; give the run another name, or delete its directory"
         )
+
+
+def load_newest(job: Job) -> str | None:
+    """Weights, optimizer, counters and random state of the newest intact checkpoint, if there is one: -> its path.
+
+    Raises ValueError when it is not of this run.
+    """
+    path = newest_intact(checkpoint_dir(job.config), job.mesh)
+    if path is None:
+        return None
     reader = CheckpointReader(path)
     check_same_run(job, reader, path)
     job.engine.load_fragments(reader.read, reader.state["optimizer_step"])
     job.step, job.tokens = reader.state["step"], reader.state["tokens"]
+    job.guard = GuardState(**reader.state["guard"])
     reader.restore_rng(job.mesh.rank)
     log(f"resumed {path}")
+    return path

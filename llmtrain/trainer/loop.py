@@ -8,8 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
-from types import FrameType
+from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from llmtrain.observe.log import log, progress
 from llmtrain.observe.metrics import MetricsFile, StepLines
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.trainer.assemble import Job, checkpoint_dir
+from llmtrain.trainer.guard import Guard
 
 SHOWN = ("loss", "reward_mean", "lr", "tokens_per_s")  # beside the progress bar
 INTERRUPTED = 75  # exit code (EX_TEMPFAIL): start the same command again and it goes on
@@ -34,14 +36,19 @@ def train(job: Job, step_fn: StepFn) -> None:
     """Steps `job.step` .. `train.steps`. Raises SystemExit(75) after a checkpoint on SIGTERM or SIGUSR1, OSError on all
     ranks when the last save fails (or any, with `checkpoint.on_error: stop`)."""
     config, mesh = job.config, job.mesh
-    record, stop = Record(job), StopSignal(mesh)
+    guard, stop = Guard(job), StopSignal(mesh)
     job.saver = make_saver(job)
-    with job.saver, progress(config.train.steps, job.step, config.name) as bar:
+    with Record(job) as record, job.saver, progress(config.train.steps, job.step, config.name) as bar:
         while job.step < config.train.steps:
             began = time.perf_counter()
             metrics = step_fn(job.step)
+            if guard.spiked:
+                job.saver.wait()
+                guard.rewind(int(metrics["tokens"]))
+                record.go_on_after(job.step)
+                continue
             job.step += 1
-            record.write(job, metrics, time.perf_counter() - began, bar)
+            record.write(job, metrics | guard.report(), time.perf_counter() - began, bar)
             stopping, failing = stop.poll(job.saver.failed)
             if failing:
                 job.saver.wait()  # raises on all ranks at the same step
@@ -49,11 +56,9 @@ def train(job: Job, step_fn: StepFn) -> None:
                 save(job)
             if stopping and job.step < config.train.steps:
                 job.saver.close()
-                record.close()
                 log(f"stopped by a signal after step {job.step}; the same command goes on from here")
                 sys.exit(INTERRUPTED)
         job.saver.close()
-    record.close()
 
 
 def is_due(step: int, every_steps: int) -> bool:
@@ -74,6 +79,7 @@ def save(job: Job) -> None:
         "step": job.step,
         "optimizer_step": job.engine.step,
         "tokens": job.tokens,
+        "guard": asdict(job.guard),
         "mesh": job.mesh.sizes,
         "config": job.config.model_dump(mode="json"),
         "model": job.model.model_dump(mode="json"),
@@ -83,14 +89,16 @@ def save(job: Job) -> None:
 
 
 class Record:
-    """Where the numbers of a run go, on rank 0: metrics.jsonl, W&B, the progress bar."""
+    """Where the numbers of a run go, on rank 0: metrics.jsonl, W&B, the progress bar. A context: closed, and W&B told
+    of a failure, however the run ends."""
 
     def __init__(self, job: Job) -> None:
         self.every_steps, self.main = job.config.log.every_steps, job.mesh.rank == 0
         if not self.main:
             return
         config, directory = job.config, job.config.directory
-        self.file = MetricsFile(os.path.join(directory, "metrics.jsonl"), resume_step=job.step)
+        self.path = os.path.join(directory, "metrics.jsonl")
+        self.file = MetricsFile(self.path, resume_step=job.step)
         settings = config.model_dump(mode="json")
         self.sink = wandb.start(config.log.wandb, config.log.project, config.name, directory, settings, job.step > 0)
 
@@ -106,10 +114,19 @@ class Record:
         self.sink.log(job.step, line)
         bar(job.step, {name: line[name] for name in SHOWN if name in line})
 
-    def close(self) -> None:
+    def go_on_after(self, step: int) -> None:
+        """The run went back: later lines are written again. (W&B keeps the first value of a step.)"""
         if self.main:
             self.file.close()
-            self.sink.finish()
+            self.file = MetricsFile(self.path, resume_step=step)
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.main:
+            self.file.close()
+            self.sink.finish(exit_code=0 if kind is None or kind is SystemExit else 1)
 
 
 def peak_bytes() -> int:

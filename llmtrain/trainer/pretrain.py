@@ -19,9 +19,9 @@ def main(config: Config) -> None:
     rows, held_out = (text_rows(config, split, job.tokenizer) for split in ("train", "held_out"))
     build_engine(job, settings.steps)
     model = job.model
-    set_rope(job, trained_model(model, settings, job.step))  # what the checkpoint was trained with, for `evaluate`
 
     def evaluate() -> None:
+        set_rope(job, trained_model(model, settings, job.step))  # what the weights were trained with
         note_evaluation(job, evaluate_text(job.engine, held_out, settings.eval_seqs, settings.micro_batch_seqs, mesh))
 
     def step(number: int) -> dict[str, float]:
@@ -30,7 +30,8 @@ def main(config: Config) -> None:
         phase = phase_at(settings, number)
         announce(phase, number, settings)
         set_rope(job, with_rope(model, phase))
-        microbatches = phase_batches(rows, phase, number, settings.micro_batch_seqs, mesh)
+        skipped = job.guard.skipped_tokens(number)
+        microbatches = phase_batches(rows, phase, number, skipped, settings.micro_batch_seqs, mesh)
         stats = job.engine.train_step(microbatches, token_loss, count_trained(microbatches, mesh))
         shape = {"seq_len": phase.seq_len, "global_batch_seqs": phase.global_batch_seqs}
         measured = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}

@@ -23,10 +23,12 @@ def set_rope(job: Job, model: ModelConfig) -> None:
         part.config = part.config.model_copy(update=rope)
 
 
-def phase_batches(rows: TextRows, phase: Phase, step: int, micro_seqs: int, mesh: Mesh) -> list[Batch]:
+def phase_batches(
+    rows: TextRows, phase: Phase, step: int, skipped_tokens: int, micro_seqs: int, mesh: Mesh
+) -> list[Batch]:
     """This rank's microbatches of a step of the phase. Shorter rows are pieces of the longest ones, in their order, so
-    over the steps every token of the data order comes once."""
-    first = phase.token_at(step) // phase.seq_len
+    over the steps every token of the data order comes once, but for those that rewinds skipped before."""
+    first = (phase.token_at(step) + skipped_tokens) // phase.seq_len
     samples = samples_from(first, phase.global_batch_seqs, micro_seqs, mesh)
     return [rows.batch(s, phase.seq_len) for s in samples]
 

@@ -21,10 +21,11 @@ def main(config: Config) -> None:
     build_engine(job, settings.steps)
 
     def step(number: int) -> dict[str, float]:
-        samples = rank_samples(number, settings.global_batch_seqs, settings.micro_batch_seqs, mesh)
+        turn = number + job.guard.skipped_steps(number)
+        samples = rank_samples(turn, settings.global_batch_seqs, settings.micro_batch_seqs, mesh)
         microbatches = [rows.batch(s) for s in samples]
         trained = count_trained(microbatches, mesh)
-        microbatches, loss = replay.mix(number, microbatches, token_loss, trained)
+        microbatches, loss = replay.mix(turn, microbatches, token_loss, trained)
         stats = job.engine.train_step(microbatches, loss, trained)
         tokens = (settings.global_batch_seqs + replay.seqs) * settings.seq_len
         return {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, "tokens": tokens, **stats.metrics}

@@ -1,0 +1,163 @@
+"""Steps that go wrong: left out, gone back from, or the end of the run, each the same again after a kill."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.checkpoint.load import CheckpointReader
+from llmtrain.observe.metrics import Events, read_lines
+from llmtrain.parallel.replicas import checksum, odd_ones
+from llmtrain.trainer.guard import is_spike
+from tests.conftest import ROOT
+
+WORKERS = Path(__file__).parent
+LAYOUTS = (
+    {"zero_stage": 0, "dp_replicate": 2},
+    {"zero_stage": 1, "dp_shard": 2},
+    {"zero_stage": 2, "dp_shard": 2, "offload": "optimizer"},
+    {"zero_stage": 3, "dp_shard": 2},
+)
+SET = [
+    *("train.steps=10", "train.eval_seqs=2", "train.global_batch_seqs=4", "train.micro_batch_seqs=4"),
+    *("checkpoint.every_steps=3", "guard.spike_window=4", "guard.max_skips=1"),
+]
+
+
+def test_a_step_left_out_changes_nothing(torchrun: Callable) -> None:
+    """Weights and optimizer state stay bit for bit, the next step is that of a run without it."""
+    result = torchrun(2, WORKERS / "guard_worker.py", json.dumps(LAYOUTS))
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
+    assert len(lines) == len(LAYOUTS), result.stdout[-3000:]
+    for line in lines:
+        assert line["unchanged"] and line["next"] and line["same"], line
+        assert line["broken"] == [[], [], [0, 1], []], line
+        whole, flipped = line["flip"]
+        assert whole == ""
+        if line["layout"]["zero_stage"] == 3:
+            assert flipped == ""  # no copies
+        else:
+            assert "layers.1.attention_norm.weight" in flipped and "ranks 0 (" in flipped and ", 1 (" in flipped
+
+
+def test_checksum_sees_every_bit() -> None:
+    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+        tensor = torch.randn(3, 5).to(dtype)
+        whole = checksum(tensor)
+        seen = {int(whole)}
+        for index in range(15):
+            for bit in range(torch.iinfo(bits).bits):
+                flipped = tensor.clone()
+                flipped.view(bits).view(-1)[index] ^= -(2**bit) if bit == torch.iinfo(bits).bits - 1 else 2**bit
+                seen.add(int(checksum(flipped)))
+        assert len(seen) == 1 + 15 * torch.iinfo(bits).bits
+    long = torch.zeros(2**20 + 3)  # two chunks
+    other = long.clone()
+    other[-1] = 1.0
+    assert checksum(long) != checksum(other) and checksum(other.flip(0)) != checksum(other)
+    assert checksum(torch.empty(0)) == 0
+
+
+def test_the_majority_is_right() -> None:
+    assert odd_ones([7, 7, 5]) == [2]
+    assert odd_ones([5, 7]) == [0, 1]
+    assert odd_ones([1, 1, 2, 2]) == [0, 1, 2, 3]
+    assert odd_ones([3, 1, 1, 2, 1]) == [0, 3]
+
+
+def test_spike_needs_a_full_window() -> None:
+    window = [2.0, 2.2, 1.8, 2.0]  # deviation 0.141
+    assert is_spike(2.5, window, 4, 3.0) and not is_spike(2.4, window, 4, 3.0)
+    assert not is_spike(99.0, window, 5, 3.0)
+
+
+def test_events_forget_what_comes_again(tmp_path: Path) -> None:
+    events = Events(str(tmp_path / "events.jsonl"))
+    assert events.go_on_after(0) == []
+    lines = [{"step": 4, "event": "skip"}, {"step": 9, "event": "rewind"}, {"step": 8, "event": "skip"}]
+    for line in lines:
+        events.write(line)
+    assert events.go_on_after(6) == lines[:2] == read_lines(str(tmp_path / "events.jsonl"))
+    assert events.go_on_after(0) == []
+
+
+@pytest.fixture(scope="module")
+def runs(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Directory -> what its runs, one after the other, raised. The data of step 7 (from 0) spikes."""
+    from tests.trainer.conftest import DOCUMENT
+
+    base, poison = tmp_path_factory.mktemp("runs"), {"7": 1000}
+    (base / "small.yaml").write_text(DOCUMENT.format(data=small_data))
+    nan, back, out = {"3": "nan", "5": "nan", "6": "nan"}, "guard.spike=rewind", "guard.nonfinite=skip"
+    specs = [
+        {"dir": "jump", "jump": [6, 2]},
+        {"dir": "rewind", "poison": poison, "set": [back]},
+        {"dir": "killed", "poison": poison, "set": [back], "die": [7, 2]},
+        {"dir": "killed", "set": [back]},  # now only events.jsonl knows
+        {"dir": "again", "poison": {"7": 1000, "8": 1000, "9": 1000}, "set": [back]},
+        {"dir": "skip", "poison": {"4": "nan", "7": 1000}, "set": ["guard.spike=skip", out]},
+        {"dir": "bounded", "poison": nan, "set": [out], "die": [6, 1]},
+        {"dir": "bounded", "poison": nan, "set": [out]},
+    ]
+    specs = [{**spec, "dir": str(base / spec["dir"]), "set": [*SET, *spec.get("set", [])]} for spec in specs]
+    command = [sys.executable, WORKERS / "spikes_worker.py", base / "small.yaml", json.dumps(specs)]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    raised: dict[str, list[str]] = {"base": [str(base)]}
+    for line in result.stdout.splitlines():
+        if line.startswith('{"dir"'):
+            each = json.loads(line)
+            raised.setdefault(Path(each["dir"]).name, []).append(each["raised"])
+    assert sum(map(len, raised.values())) == len(specs) + 1, result.stderr[-3000:]
+    return raised
+
+
+def lines_of(runs: dict[str, list[str]], name: str, file: str = "metrics.jsonl") -> list[dict]:
+    timing = ("tokens_per_s", "step_s", "peak_bytes")
+    lines = read_lines(str(Path(runs["base"][0]) / name / file))
+    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+
+
+def weights_of(runs: dict[str, list[str]], name: str) -> list[torch.Tensor]:
+    reader = CheckpointReader(str(Path(runs["base"][0]) / name / "checkpoints/step-00000010"))
+    return [reader.full(n, key).clone() for n in reader.names() for key in ("weight", "exp_avg", "exp_avg_sq")]
+
+
+@pytest.mark.parametrize("name", ["rewind", "killed"])
+def test_rewind_is_a_run_without_that_data(runs: dict[str, list[str]], name: str) -> None:
+    """Equal, bit for bit, to a run whose data order leaves out the two steps' worth; also when killed after it."""
+    assert runs[name] == ([""] if name == "rewind" else ["Interrupted", ""])
+    assert [line["step"] for line in lines_of(runs, name)] == list(range(1, 11))
+    assert lines_of(runs, name) == lines_of(runs, "jump")
+    assert all(a.equal(b) for a, b in zip(weights_of(runs, name), weights_of(runs, "jump"), strict=True))
+    event = {"step": 8, "event": "rewind", "to_step": 6, "steps": 2, "tokens": 2 * 4 * 64}
+    assert lines_of(runs, name, "events.jsonl") == [event]
+
+
+def test_rewinds_are_bounded(runs: dict[str, list[str]]) -> None:
+    """Behind the first spike lies another one: the second rewind to the same checkpoint is one too many."""
+    assert "guard.max_skips=1" in runs["again"][0] and "step 6" in runs["again"][0]
+    assert [line["event"] for line in lines_of(runs, "again", "events.jsonl")] == ["rewind", "rewind"]
+
+
+def test_skips_are_logged(runs: dict[str, list[str]]) -> None:
+    assert runs["skip"] == [""]
+    lines = lines_of(runs, "skip")
+    assert [line["step"] for line in lines if line.get("skipped") == 1] == [5, 8]
+    assert lines[4]["loss"] is None and lines[4]["grad_norm"] is None and lines[7]["loss"] > 1000
+    assert [line["tokens"] for line in lines] == [256 * step for step in range(1, 11)]
+    events = lines_of(runs, "skip", "events.jsonl")
+    assert [(e["step"], e["event"]) for e in events] == [(5, "skip"), (8, "skip")]
+
+
+def test_skips_in_a_row_are_bounded_over_a_kill(runs: dict[str, list[str]]) -> None:
+    """Steps 4, 6 and 7 are not finite, one in a row is allowed; the run is killed between 6 and 7."""
+    first, second = runs["bounded"]
+    assert first == "Interrupted" and "step 7" in second and "guard.max_skips=1" in second
