@@ -98,9 +98,8 @@ def start_directory(config: Config) -> None:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
 
 
-# What says which sample a step takes: another value would repeat some and skip others. And whose state is stored.
+# What says which sample a step takes: another value would repeat some and skip others.
 SAME = (
-    "optim.name",
     *("seed", "train.seq_len", "train.global_batch_seqs", "train.batch_ramp", "train.seq_ramp"),
     *("grpo.prompts_per_step", "grpo.minibatches"),
 )
