@@ -286,8 +286,10 @@ def _axis_groups(
     made: dict[tuple[int, ...], ProcessGroup | None] = {}
     for ranks in members.values():
         if tuple(ranks) not in made:
+            # torch's name of a group holds the number of those that the rank has made: all ranks make as many
             mine = rank in ranks
-            made[tuple(ranks)] = dist.new_group(ranks, timeout, use_local_synchronization=True) if mine else None
+            group = dist.new_group(ranks if mine else [rank], timeout, use_local_synchronization=True)
+            made[tuple(ranks)] = group if mine else None
     return {name: made[tuple(ranks)] for name, ranks in members.items()}
 
 
