@@ -115,9 +115,9 @@ def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple
 
 def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> int:
     """Activations kept for the backward pass on the first stage, which holds most microbatches under 1F1B: `pp`, if the
-    step has so many.
+    step has so many. Rows are the longest of the run.
 
-    Rows are the longest of the run. Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each layer keeps its input, and one
+    Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each layer keeps its input, and one
     layer at a time is whole.
     """
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.config.schema import SourceConfig
+from llmtrain.config.schema import DataConfig, SourceConfig
+from llmtrain.data.objectives import Objectives
 from llmtrain.data.packing import Demonstrations, TextRows, best_fit
 from llmtrain.data.shards import open_shards, write_shards
 from llmtrain.data.tokenizer import Tokenizer
@@ -71,6 +72,45 @@ def test_samples_depend_on_seed_and_number_only(shards: str) -> None:
     assert torch.equal(whole[1::2], parts[0])
     assert torch.equal(whole[0::2], parts[1])
     assert not torch.equal(whole, TextRows(shards, "train", T, 1, True, {"a": 3.0, "b": 1.0}).batch(range(8)).input_ids)
+
+
+def test_shorter_rows_are_the_pieces_of_the_longer_in_their_order(shards: str) -> None:
+    whole, pieces = (TextRows(shards, "train", T, 0, mask_documents=False) for _ in range(2))
+    for seq_len in (1, 4, 8, T):
+        n = T // seq_len
+        batch = pieces.batch(range(20 * n, 28 * n), seq_len)
+        assert batch.input_ids.shape == (8 * n, seq_len)
+        assert torch.equal(batch.input_ids.view(8, T), whole.batch(range(20, 28)).input_ids)
+        assert torch.equal(batch.labels.view(8, T), whole.batch(range(20, 28)).labels)
+        assert torch.equal(batch.positions[-1], torch.arange(seq_len))
+
+
+@pytest.mark.parametrize("mask_documents", [True, False])
+def test_rearranged_documents_keep_their_place(shards: str, tokenizer: Tokenizer, mask_documents: bool) -> None:
+    """A row of documents under both objectives against the same row as plain text."""
+    width = 128
+    chosen = DataConfig(fim_share=0.5, span_share=0.5)
+    fim_ids, span_ids = (500, 501, 502), tuple(range(600, 700))
+    rearranged = Objectives(chosen, fim_ids, span_ids, tokenizer.eos_id, seed=3)
+    plain = TextRows(shards, "train", width, 0, mask_documents).batch(range(8))
+    rows = TextRows(shards, "train", width, 0, mask_documents, objectives=rearranged)
+    batch = rows.batch(range(8))
+    assert torch.equal(batch.positions, plain.positions)
+    ends = plain.input_ids == tokenizer.eos_id
+    assert torch.equal(batch.input_ids == tokenizer.eos_id, ends) and 8 < ends.sum() < 80
+    if mask_documents:
+        assert torch.equal(batch.segment_ids, plain.segment_ids)
+        assert not batch.loss_mask[ends].any()
+    assert torch.equal(batch.loss_mask, batch.labels != IGNORE)
+    trained = batch.loss_mask[:, :-1]
+    assert torch.equal(batch.labels[:, :-1][trained], batch.input_ids[:, 1:][trained])
+    assert (batch.input_ids >= 600).any() and (batch.input_ids == 500).any()
+    # span corruption trains from the second <extra_id_0> of a document on, and not the text before it
+    for r in range(8):
+        for context, targets in (batch.input_ids[r] == 600).nonzero().flatten().unfold(0, 2, 2).tolist():
+            assert batch.labels[r, targets - 1] == 600 and not batch.loss_mask[r, context - 1 : targets - 1].any()
+    again = [rows.batch([i]).input_ids for i in (5, 2)]
+    assert torch.equal(torch.cat(again), batch.input_ids[[5, 2]])
 
 
 def test_held_out_rows_come_once_whatever_the_seed(shards: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from llmtrain.config.schema import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from llmtrain.data import prepare as module
+from llmtrain.data.objectives import FIM
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.data.prepare import prepare
 from llmtrain.data.shards import check_tokenizer
@@ -57,6 +58,19 @@ def test_weights_may_change_but_nothing_else(tmp_path: Path) -> None:
     prepare(DATA, TOKENIZER.model_copy(update={"vocab_size": 300}), str(tmp_path / "c"), str(tmp_path / "tokenizer"), 0)
     with pytest.raises(ValueError, match="another tokenizer than"):
         run(tmp_path)
+
+
+def test_sentinels_are_made_when_an_objective_needs_them(tmp_path: Path) -> None:
+    run(tmp_path / "plain")
+    with_fim = DATA.model_copy(update={"fim_share": 0.5})
+    run(tmp_path / "fim", with_fim)
+    plain, fim = (load_tokenizer(str(tmp_path / name / "tokenizer")) for name in ("plain", "fim"))
+    assert fim.special_ids(FIM) == [2, 3, 4] and fim.vocab_size == plain.vocab_size == 400
+    with pytest.raises(ValueError, match="has no"):
+        plain.special_ids(FIM)
+    run(tmp_path / "fim", with_fim.model_copy(update={"fim_share": 0.1}))  # the share is for training
+    with pytest.raises(ValueError, match="made with other data"):
+        run(tmp_path / "plain", with_fim)
 
 
 def test_a_killed_run_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,16 @@ def test_missing_and_broken_files_are_one_line_errors(tokenizer: Tokenizer, tmp_
     assert "\n" not in str(error.value)
 
 
+def test_special_tokens_count_and_are_never_text(tmp_path: Path) -> None:
+    train_tokenizer(["some text " * 9] * 9, str(tmp_path / "t"), 263, ["<|a|>", "<|b|>"])
+    made = load_tokenizer(str(tmp_path / "t"))
+    assert made.special_ids(["<|a|>", "<|b|>"]) == [2, 3] and (made.pad_id, made.eos_id, made.vocab_size) == (0, 1, 263)
+    assert made.encode("<|b|>") == [3] and 3 not in made.encode("<|b|>", parse_special=False)
+    assert made.hugging_face.convert_tokens_to_ids("<|a|>") == 2
+    with pytest.raises(ValueError, match=r"the tokenizer has no <\|c\|>, which data.fim_share"):
+        made.special_ids(["<|a|>", "<|c|>"])
+
+
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer.vocab_size=500: the text yields \d+ tokens"):
         train_tokenizer(["abc"], str(tmp_path / "t"), 500)
