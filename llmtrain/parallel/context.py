@@ -1,9 +1,7 @@
 """Context parallelism: each rank of `cp` has a part of every row, and attention looks at the whole row.
 
-A row of T tokens is cut into 2 cp chunks; rank i has the chunks i and 2 cp - 1 - i. In a causal row early tokens see
-little and late ones much, so that pairing gives every rank the same work (as in the training of Llama 3, arXiv
-2407.21783, 3.3.2). Ring and allgather need it; for alltoall, where a rank sees whole rows, any order would do, and one
-order for all leaves a single way to cut a batch.
+How a row is cut: `parallel.zigzag`. Ring and allgather need that order to have the same work everywhere; for alltoall,
+where a rank sees whole rows, any would do, and one order for all leaves a single way to cut a batch.
 
 What a rank receives for one layer of one microbatch, forward + backward, in bytes. A K or V shard has
 kv = B (T/cp) (kv heads / tp) head_dim e bytes, a Q shard q = B (T/cp) (heads / tp) head_dim e, e bytes an element:
@@ -31,27 +29,9 @@ from torch.distributed import ProcessGroup
 from llmtrain.model.attention import attention, attention_mask
 from llmtrain.parallel.collectives import all_gather, gather_sequence
 from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.ring import attend_ring
+from llmtrain.parallel.zigzag import from_shards, places, shard, to_shards
 from llmtrain.types import Batch
-
-
-def to_shards(x: Tensor, dim: int, cp: int) -> Tensor:
-    """The row's own order along `dim` -> the ranks' parts, one behind the other.
-
-    Example, cp=2: [0 1 2 3 4 5 6 7] -> [0 1 6 7  2 3 4 5]
-    """
-    early, late = x.unflatten(dim, (2, cp, -1)).unbind(dim)
-    return torch.stack([early, late.flip(dim)], dim + 1).flatten(dim, dim + 2)
-
-
-def from_shards(x: Tensor, dim: int, cp: int) -> Tensor:
-    """The inverse of `to_shards`."""
-    early, late = x.unflatten(dim, (cp, 2, -1)).unbind(dim + 1)
-    return torch.cat([early, late.flip(dim)], dim).flatten(dim, dim + 1)
-
-
-def places(T: int, group: ProcessGroup, device: torch.device) -> Tensor:
-    """Where in the row this rank's tokens are, [T / cp]."""
-    return to_shards(torch.arange(T, device=device), 0, group.size()).chunk(group.size())[group.rank()]
 
 
 def local_batches(microbatches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
@@ -69,11 +49,10 @@ def _local(batch: Batch, cp: int, rank: int) -> Batch:
     if T % (2 * cp):
         raise ValueError(f"rows of {T} tokens: must be a multiple of 2 x parallel.cp = {2 * cp}; pad them or lower cp")
 
-    def cut(x: Tensor) -> Tensor:
-        return to_shards(x, 1, cp).chunk(cp, 1)[rank].contiguous()
+    def cut(value: object) -> object:
+        return shard(value, 1, rank, cp) if isinstance(value, Tensor) else value
 
-    own = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    own = {name: cut(x) if isinstance(x, Tensor) else x for name, x in own.items()}
+    own = {f.name: cut(getattr(batch, f.name)) for f in fields(batch)}
     return replace(batch, **{**own, "extra": {name: cut(x) for name, x in batch.extra.items()}})
 
 
@@ -113,7 +92,7 @@ def _visibility_allgather(segment_ids: Tensor | None, branch_ids: Tensor | None,
     if segment_ids is None:
         return None
     segments, branches = _whole_ids(segment_ids, branch_ids, group)
-    return attention_mask(segments, branches, queries=places(segments.size(1), group, segments.device))
+    return attention_mask(segments, branches, places(group.rank(), group.size(), segment_ids.size(1), segments.device))
 
 
 def attend_alltoall(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup) -> Tensor:
@@ -164,7 +143,15 @@ def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
     return functional.wait_tensor(functional.all_to_all_single(x.contiguous(), None, None, group))
 
 
+def _visibility_ring(segment_ids: Tensor | None, branch_ids: Tensor | None, group: ProcessGroup) -> Tensor | None:
+    """The ids themselves, [1 or 2, B, T]."""
+    if segment_ids is None:
+        return None
+    return torch.stack([ids for ids in _whole_ids(segment_ids, branch_ids, group) if ids is not None])
+
+
 METHODS = {
+    "ring": (attend_ring, _visibility_ring),
     "allgather": (attend_allgather, _visibility_allgather),
     "alltoall": (attend_alltoall, _visibility_alltoall),
 }

@@ -1,0 +1,78 @@
+"""Run under torchrun: each method of context parallelism against plain attention on whole rows.
+
+Prints one JSON line a case: the worst relative error of the output and of the gradients of q, k and v.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmtrain.model.attention import attention, attention_mask
+from llmtrain.parallel import ring
+from llmtrain.parallel.context import METHODS
+from llmtrain.parallel.zigzag import shard, to_shards
+
+B, T, HEADS, HEAD_DIM = 2, 32, 4, 8
+
+
+def row_ids(kind: str) -> tuple[Tensor | None, Tensor | None]:
+    """Segment and branch ids: none, unequal documents with padding, or a trunk with branches in each document."""
+    if kind == "causal":
+        return None, None
+    at = torch.arange(T).expand(B, T)
+    segments = (at >= torch.tensor([[5], [19]])).long().masked_fill(at >= 29, -1)
+    if kind == "documents":
+        return segments, None
+    starts = torch.where(segments == 1, torch.tensor([[5], [19]]), 0)
+    return segments, ((at - starts) // 3).clamp(max=4)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).nan_to_num(torch.inf).item()
+
+
+def errors(method: str, kind: str, kv_heads: int, dtype: torch.dtype) -> dict[str, float]:
+    group, g = dist.group.WORLD, torch.Generator().manual_seed(1)
+    rank, cp = group.rank(), group.size()
+    heads = (HEADS, kv_heads, kv_heads, HEADS)
+    q, k, v, weights = (torch.randn(B, n, T, HEAD_DIM, generator=g).to(dtype) for n in heads)
+    segments, branches = row_ids(kind)
+    whole = [x.float().clone().requires_grad_() for x in (q, k, v)]
+    expected = attention(*whole, None if segments is None else attention_mask(segments, branches))
+    (expected * weights.float()).sum().backward()
+    want = {"out": expected.detach(), **{name: x.grad for name, x in zip("qkv", whole, strict=True)}}
+
+    attend, visibility = METHODS[method]
+    mine = [shard(x, 2, rank, cp).requires_grad_() for x in (q, k, v)]
+    ids = [None if x is None else shard(x, 1, rank, cp) for x in (segments, branches)]
+    out = attend(*mine, visibility(*ids, group), group)
+    (out * shard(weights, 2, rank, cp)).sum().backward()
+    got = {"out": out.detach(), **{name: x.grad for name, x in zip("qkv", mine, strict=True)}}
+    assert all(x.dtype == dtype for x in got.values())
+    return {name: relative(got[name], shard(want[name], 2, rank, cp)) for name in got}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    ring.TILE_TOKENS = 3  # tiles of unequal size
+    kinds = ("causal", "documents", "branches")
+    cases = [(m, kind, kv, torch.float32) for m, kind, kv in product(METHODS, kinds, (4, 2, 1))]
+    cases += [(m, "documents", 2, torch.bfloat16) for m in METHODS]
+    for method, kind, kv_heads, dtype in cases:
+        found = torch.tensor(list(errors(method, kind, kv_heads, dtype).values()))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        if dist.get_rank() == 0:
+            case = {"case": [method, kind, kv_heads, str(dtype)], "error": float(found.max())}
+            sys.stdout.write(json.dumps(case) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
