@@ -379,6 +379,36 @@ def _groups(case: Case) -> Iterator[str]:
         yield f"rollout.group_size={group_size}: must be at least 2, an advantage compares samples; raise it"
 
 
+def _spikes(case: Case) -> Iterator[str]:
+    g, every_steps = case.config.guard, case.config.checkpoint.every_steps
+    if g.spike == "off":
+        return
+    if case.command == "grpo":
+        yield f"guard.spike={g.spike}: must be off in grpo, whose loss is near 0 whatever happens; remove it"
+    if g.spike_window < 2:
+        yield f"guard.spike_window={g.spike_window}: must be at least 2, a deviation needs them; raise it"
+    if g.spike == "rewind" and not 0 < every_steps <= g.spike_window:
+        yield (
+            f"checkpoint.every_steps={every_steps}: must be in 1 .. guard.spike_window={g.spike_window} with "
+            "guard.spike=rewind, so that there is a checkpoint to go back to; change one of them"
+        )
+
+
+def _replica_check(case: Case) -> Iterator[str]:
+    e, steps = case.config.engine, case.config.guard.replica_check_steps
+    try:
+        sizes = mesh_sizes(case.config.parallel, case.trainers)
+    except ValueError:
+        return  # reported by `_ranks`
+    whole = e.backend == "deepspeed" and e.zero_stage < 3
+    copies = sizes["dp_replicate"] * (sizes["dp_shard"] * sizes["cp"] if whole else 1)
+    if steps and copies == 1:
+        yield (
+            f"guard.replica_check_steps={steps}: needs data-parallel copies of the weights, on {case.trainers} rank(s) "
+            "with these parallel and engine sections there are none; set it to 0"
+        )
+
+
 def _wandb(case: Case) -> Iterator[str]:
     if case.config.log.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
         yield "log.wandb=online: needs the environment variable WANDB_API_KEY; set it or use log.wandb=offline"
@@ -448,6 +478,8 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     ((*TRAIN, "plan"), _muon),
     (TRAIN, _learning_rate),
     (("grpo",), _groups),
+    (TRAIN, _spikes),
+    (TRAIN, _replica_check),
     (TRAIN, _wandb),
     ((*TRAIN, "eval", "export"), _init_from),
     ((*TUNE, "eval", "export"), _tokenizer),

@@ -135,6 +135,14 @@ def config(*overrides: str, folder: Path) -> Config:
             "optim.name=muon: needs whole matrices, engine.zero_stage=1 gives .*; use engine.backend=fsdp or",
         ),
         ("pretrain", 4, ["optim.lr=1e-5"], "optim.min_lr=3e-05: must be at most optim.lr=1e-05"),
+        (
+            "sft",
+            4,
+            ["guard.spike=rewind", "guard.spike_window=99"],
+            "checkpoint.every_steps=100: must be in 1 .. guard.spike_window=99 with guard.spike=rewind",
+        ),
+        ("sft", 4, ["guard.spike=skip", "guard.spike_window=1"], "guard.spike_window=1: must be at least 2"),
+        ("sft", 4, ["guard.replica_check_steps=9"], "guard.replica_check_steps=9: needs data-parallel copies"),
         ("pretrain", 4, ["log.wandb=online"], "log.wandb=online: needs the environment variable WANDB_API_KEY"),
         ("pretrain", 4, ["data.sources=[{name: a, type: text}]"], "data.sources.a.path: must be set"),
         ("data", 1, ["data.sources=[{name: a, type: text, path: no/x}]"], "data.sources.a.path=no/x: does not exist"),
@@ -170,6 +178,7 @@ def test_one_broken_rule_is_one_line(
             "grpo.prompts_per_step=30: .*multiple of grpo.minibatches=4",
         ),
         (["rollout.max_new_tokens=128"], "rollout.max_new_tokens=128: must be less than train.seq_len=128"),
+        (["guard.spike=skip"], "guard.spike=skip: must be off in grpo"),
         (["rollout.group_size=1"], "rollout.group_size=1: must be at least 2"),
     ],
 )
@@ -198,6 +207,8 @@ def test_good_configurations_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     check(config("engine.zero_stage=3", "engine.offload=optimizer", folder=tmp_path), 4, "pretrain")
     check(config("parallel.sequence_parallel=false", "train.seq_len=127", folder=tmp_path), 4, "pretrain")
     check(config("optim.lr=1e-5", "optim.schedule=constant", folder=tmp_path), 4, "pretrain")
+    guarded = ["guard.spike=rewind", "checkpoint.every_steps=128", "guard.replica_check_steps=10"]
+    check(config(*guarded, folder=tmp_path), 8, "sft")
     check(config(folder=tmp_path), 1, "data")  # the mesh concerns only what trains
     ramps = [
         "train.batch_ramp=[{from_tokens: 2000, global_batch_seqs: 16}]",
