@@ -281,16 +281,15 @@ def _axis_groups(
     varying |= {"dp": ("dp_replicate", "dp_shard"), "grad": ("dp_replicate", "dp_shard", "cp")}
     varying |= {"shard": ("dp_shard", "cp"), "model": ("pp", "tp")}
     members = {name: _neighbours(sizes, rank, num_trainers, axes) for name, axes in varying.items()}
-    coords = [_coords(r, sizes)["pp"] for r in members["pp"]]
-    members["ends"] = [r for r, pp in zip(members["pp"], coords, strict=True) if pp in (0, head_pp)]
-    made: dict[tuple[int, ...], ProcessGroup | None] = {}
+    made: dict[tuple[int, ...], ProcessGroup] = {}
     for ranks in members.values():
         if tuple(ranks) not in made:
-            # torch's name of a group holds the number of those that the rank has made: all ranks make as many
-            mine = rank in ranks
-            group = dist.new_group(ranks if mine else [rank], timeout, use_local_synchronization=True)
-            made[tuple(ranks)] = group if mine else None
-    return {name: made[tuple(ranks)] for name, ranks in members.items()}
+            made[tuple(ranks)] = dist.new_group(ranks, timeout, use_local_synchronization=True)
+    groups = {name: made[tuple(ranks)] for name, ranks in members.items()}
+    ends = [r for r in members["pp"] if _coords(r, sizes)["pp"] in (0, head_pp)]
+    # A rank between the ends makes one for itself: torch's name of a group holds how many its rank has made before.
+    group = dist.new_group(ends if rank in ends else [rank], timeout, use_local_synchronization=True)
+    return groups | {"ends": group if rank in ends else None}
 
 
 def _neighbours(sizes: dict[str, int], rank: int, num_trainers: int, axes: tuple[str, ...]) -> list[int]:
