@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from llmtrain.config.check import AXES
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine.base import Engine, make_engine
+from llmtrain.engine.optim import build_optimizer, learning_rate
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
@@ -49,7 +50,8 @@ def initial(name: str, shape: tuple[int, ...], config: ModelConfig) -> torch.Ten
 
 def optim_config(layout: dict) -> OptimConfig:
     clip = layout.get("grad_clip", 0.5)
-    return OptimConfig(lr=2e-3, min_lr=1e-3, eps=1e-6, warmup_steps=2, weight_decay=0.1, grad_clip=clip)
+    name = layout.get("optimizer", "adamw")
+    return OptimConfig(name=name, lr=2e-3, min_lr=1e-3, eps=1e-6, warmup_steps=2, weight_decay=0.1, grad_clip=clip)
 
 
 def global_rows(step: int, rows: int) -> Batch:
@@ -75,28 +77,33 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     return Batch(**{name: getattr(batch, name)[rows] for name in names})
 
 
+def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Torch's AdamW with decay on matrices. Muon is our own in one process: torch's rounds to bf16 (tests/engine)."""
+    if optim.name == "muon":
+        for name, p in model.named_parameters():
+            p.canonical, p.global_shape, p.tp_dim = name, tuple(p.shape), None
+        return build_optimizer(model, optim, None)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
 def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """One plain torch process: losses, norms, gradients by name, final weights."""
     config, optim = model_config(layout), optim_config(layout)
     model = Decoder(config)
     for name, p in model.named_parameters():
         p.data.copy_(initial(name, tuple(p.shape), config))
-    groups = [[p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]]
-    opt = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": optim.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-    )
-    from llmtrain.engine.optim import learning_rate
-
+    opt = plain_optimizer(model, optim)
     history = []
     for step in range(STEPS):
         b = global_rows(step, rows)
         logits = model(b.input_ids, b.positions, b.segment_ids)
         total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), b.labels.flatten(), reduction="sum")
         loss = total / b.loss_mask.sum()
-        opt.zero_grad()
+        model.zero_grad()
         loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))

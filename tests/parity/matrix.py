@@ -1,0 +1,112 @@
+"""Draws layouts from the features of docs/parallelism.py until every pair that is allowed stands in one of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from types import ModuleType
+
+MAX_RANKS = 8
+TRIES = 12  # random completions of a pair, of which the one with the most new pairs is kept
+SHAPE = {"model.num_layers": 4, "model.num_heads": 4, "model.num_kv_heads": 2, "model.hidden_size": 32}
+NOT_FP32 = {"bf16", "fp16", "offload NVMe"}  # compared otherwise: rounding hides an error, and NVMe needs a library
+
+
+def _load() -> ModuleType:
+    path = Path(__file__).parents[2] / "docs" / "parallelism.py"
+    spec = importlib.util.spec_from_file_location("parallelism", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+parallelism = _load()
+FEATURES = {name: feature for name, feature in parallelism.FEATURES.items() if name not in NOT_FP32}
+
+
+def keys(names: frozenset[str]) -> dict | None:
+    """The features' configuration keys on the shape that the worker trains; None where two exclude each other."""
+    both = parallelism.merged(SHAPE, *(FEATURES[name] for name in sorted(names)))
+    return None if both is None or "engine.backend" not in both else both
+
+
+def ranks(layout: dict) -> int:
+    """Processes that a layout needs."""
+    return math.prod(layout.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"))
+
+
+def layout_of(names: frozenset[str]) -> dict:
+    """What tests/parity/layouts_worker.py is told."""
+    renamed = {"model.tie_embeddings": "tied", "optim.name": "optimizer"}
+    chosen = {key: value for key, value in keys(names).items() if key not in SHAPE}
+    return {renamed.get(key, key.partition(".")[2]): value for key, value in chosen.items()}
+
+
+def allowed(names: frozenset[str]) -> bool:
+    """Does it mean something, fit into MAX_RANKS and pass the rules?"""
+    both = keys(names)
+    return both is not None and 2 <= ranks(layout_of(names)) <= MAX_RANKS and not parallelism.refusals(both)
+
+
+def completions(pair: frozenset[str], rng: random.Random) -> Iterator[frozenset[str]]:
+    """Allowed sets of features around a pair, as large as they get in a random order."""
+    for _ in range(TRIES):
+        names = pair
+        for name in rng.sample(sorted(FEATURES), len(FEATURES)):
+            larger = names | {name}
+            either = keys(larger) is None and parallelism.merged(*(FEATURES[n] for n in larger)) is not None
+            if rng.random() < 0.6 and (allowed(larger) or (either and not _engine(larger))):
+                names = larger
+        if not _engine(names):
+            names = names | {rng.choice([n for n in FEATURES if "engine.backend" in FEATURES[n]])}
+        if allowed(names):
+            yield names
+
+
+def _engine(names: frozenset[str]) -> bool:
+    return any("engine.backend" in FEATURES[name] for name in names)
+
+
+def generate(seed: int = 0) -> list[frozenset[str]]:
+    """Sets of features that together hold every pair that goes together at all."""
+    rng = random.Random(seed)
+    missing = {frozenset(pair) for pair in combinations(FEATURES, 2)}
+    chosen: list[frozenset[str]] = []
+    for pair in sorted(missing, key=sorted):
+        if pair not in missing:
+            continue
+        found = list(completions(pair, rng))
+        if found:
+            best = max(found, key=lambda names: len(missing & _pairs(names)))
+            chosen.append(best)
+            missing -= _pairs(best)
+    return chosen
+
+
+def at_least(count: int) -> list[frozenset[str]]:
+    """As many layouts, or more: several covers of all pairs, each drawn anew."""
+    chosen: dict[frozenset[str], None] = {}
+    for seed in range(count):
+        chosen |= dict.fromkeys(generate(seed))
+        if len(chosen) >= count:
+            break
+    return list(chosen)
+
+
+def _pairs(names: frozenset[str]) -> set[frozenset[str]]:
+    return {frozenset(pair) for pair in combinations(names, 2)}
+
+
+def covering(chosen: list[frozenset[str]], max_ranks: int) -> list[frozenset[str]]:
+    """Few of them that together show every feature, the cheap ones first."""
+    missing, kept = set(FEATURES), []
+    candidates = [names for names in chosen if ranks(layout_of(names)) <= max_ranks]
+    while gain := max((len(missing & names) for names in candidates), default=0):
+        best = min((n for n in candidates if len(missing & n) == gain), key=lambda n: (ranks(layout_of(n)), sorted(n)))
+        kept.append(best)
+        missing -= best
+    return kept
