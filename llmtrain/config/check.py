@@ -333,7 +333,7 @@ def _offload(case: Case) -> Iterator[str]:
             f"engine.offload={e.offload}: needs engine.zero_stage {needed}, not {e.zero_stage}; raise it or use none"
         )
     if e.offload == "nvme" and e.offload_path is None:
-        yield "engine.offload=nvme: needs engine.offload_path, a directory on a fast local disk; set it or use optimizer"
+        yield "engine.offload=nvme: needs engine.offload_path, a directory on a fast disk; set it or use optimizer"
     if e.loss_scale is not None and e.precision != "fp16":
         yield f"engine.loss_scale={e.loss_scale:g}: is for engine.precision=fp16, not {e.precision}; leave it out"
 

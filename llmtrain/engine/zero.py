@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator

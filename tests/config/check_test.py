@@ -59,7 +59,7 @@ def config(*overrides: str, folder: Path) -> Config:
             "pretrain",
             4,
             ["engine.precision=fp16", "engine.zero_stage=0"],
-            "engine.precision=fp16: drifts at engine.zero_",
+            "engine.precision=fp16: drifts at engine",
         ),
         ("pretrain", 4, ["engine.loss_scale=8"], "engine.loss_scale=8: is for engine.precision=fp16, not bf16"),
         ("pretrain", 4, ["engine.offload=params"], "engine.offload=params: needs engine.zero_stage 3, not 1"),
