@@ -57,7 +57,7 @@ def total_tokens(train: TrainConfig) -> int:
 def longest_row(train: TrainConfig) -> int:
     """Tokens of the longest row: the unit of the data order, of which shorter rows are equal pieces. It does not
     depend on `steps`, so a longer run takes the same samples."""
-    return max(train.seq_len, *(entry.seq_len for entry in train.seq_ramp), 0)
+    return max([train.seq_len, *(entry.seq_len for entry in train.seq_ramp)])
 
 
 def with_rope(model: ModelConfig, phase: Phase) -> ModelConfig:

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.sampler import derive, permuted
+from llmtrain.data.sampler import derive, scramble
 from llmtrain.data.tokenizer import Tokenizer
 
 FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 # As many as T5 has: at its rates enough for 2,000 tokens. In longer documents the same share is hidden in longer spans.
 SPANS = tuple(f"<|extra_id_{i}|>" for i in range(100))
 SHORTEST_TOKENS = 16  # shorter documents stay as they are: the sentinels would cost them a quarter and more
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step
 
 
 def sentinels(data: DataConfig) -> tuple[str, ...]:
@@ -129,8 +131,8 @@ def span_count(length: int, noise: float, mean_tokens: float) -> int:
 
 def random_lengths(total: int, parts: int, seed: int) -> list[int]:
     """`total` as a sum of `parts` positive numbers, all such sums equally likely."""
-    cuts = sorted(permuted(i, total - 1, seed) + 1 for i in range(parts - 1))
-    return np.diff([0, *cuts, total]).tolist()
+    order = np.argsort(scramble(np.arange(1, total, dtype=np.uint64) * GOLDEN + np.uint64(seed)), kind="stable")
+    return np.diff([0, *np.sort(order[: parts - 1] + 1), total]).tolist()
 
 
 def uniform(seed: int, name: str) -> float:

@@ -83,8 +83,8 @@ class TextRows:
         short = [name for name, rows in self.rows.items() if rows == 0]
         if short if self.shuffled else not any(self.rows.values()):
             raise ValueError(
-                f"{where}: {', '.join(short) or 'no source'} has fewer than train.seq_len={seq_len} + 1 tokens; "
-                "shorten the rows, give more text, or hold out another share"
+                f"{where}: {', '.join(short) or 'no source'} has fewer than {seq_len} + 1 tokens, the longest "
+                "row of train.seq_len and train.seq_ramp; shorten the rows, give more text, or hold out another share"
             )
         if self.shuffled and self.weights.keys() != self.rows.keys():
             raise ValueError(f"{where}: weights for {sorted(self.weights)}, but the shards hold {sorted(self.rows)}")

@@ -124,9 +124,9 @@ def test_held_out_rows_come_once_whatever_the_seed(shards: str) -> None:
 
 
 def test_rows_that_cannot_be_are_refused(shards: str) -> None:
-    with pytest.raises(ValueError, match=r"fewer than train.seq_len=9000 \+ 1 tokens"):
+    with pytest.raises(ValueError, match=r"fewer than 9000 \+ 1 tokens, the longest row of train.seq_len"):
         TextRows(shards, "train", 9000, 0, True)
-    with pytest.raises(ValueError, match=r"fewer than train.seq_len=9000 \+ 1 tokens"):
+    with pytest.raises(ValueError, match=r"fewer than 9000 \+ 1 tokens, the longest row of train.seq_len"):
         TextRows(shards, "held_out", 9000, 0, True)
     with pytest.raises(ValueError, match=r"weights for \['a'\], but the shards hold \['a', 'b'\]"):
         TextRows(shards, "train", T, 0, True, {"a": 1.0})
