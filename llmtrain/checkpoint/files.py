@@ -60,6 +60,28 @@ def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | np.nda
         yield tensor.cpu().contiguous().numpy()
 
 
+class FlatFile:
+    """Reads a file of `safetensors_chunks`, only what is asked for. (The library maps it, and every page that was read
+    counts as this process's memory until the file is closed.)"""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open(path, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            entries = json.loads(f.read(length))
+        self.starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items()}
+
+    def read(self, name: str, begin: int, out: Tensor) -> None:
+        """Fill `out`, flat and contiguous fp32, with the elements of the tensor `name` from `begin` on.
+
+        Raises ValueError where the file ends too early.
+        """
+        with open(self.path, "rb") as f:
+            f.seek(self.starts[name] + 4 * begin)
+            if f.readinto(out.numpy()) != out.nbytes:
+                raise ValueError(f"{self.path}: ends within {name}; verify it before it is read")
+
+
 def sync_directory(path: str) -> None:
     """Make the entries of a directory (new files, renames) survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

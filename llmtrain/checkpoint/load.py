@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from functools import lru_cache
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from llmtrain.checkpoint.layout import STATE, Stored, by_name, index_file, read_index, tensor_file
+from llmtrain.checkpoint.files import FlatFile
+from llmtrain.checkpoint.layout import STATE, Stored, by_name, read_index, tensor_file
+from llmtrain.checkpoint.manifest import read_manifest
 from llmtrain.checkpoint.reshard import assemble, check_inside, overlap, piece, slice_index, slice_numel, slicing
 from llmtrain.checkpoint.rng import set_random_state
 from llmtrain.types import Address
-
-OPEN_FILES = 64  # memory maps held at a time
 
 
 class CheckpointReader:
@@ -30,10 +28,11 @@ class CheckpointReader:
         self.path = path
         with open(os.path.join(path, STATE), encoding="utf-8") as f:
             self.state: dict = json.load(f)
-        self.num_ranks = len(glob.glob(os.path.join(glob.escape(path), "rank-*.json")))
+        # By the manifest, not by what lies there: only that has been verified.
+        self.num_ranks = sum(name.endswith(".safetensors") for name in read_manifest(path))
         self._parameters = by_name(stored for rank in range(self.num_ranks) for stored in read_index(path, rank)[0])
         self._cached_name, self._cached = "", dict[str, Tensor]()
-        self._open = lru_cache(maxsize=OPEN_FILES)(lambda rank: safe_open(tensor_file(path, rank), framework="pt"))
+        self._file = lru_cache(maxsize=None)(lambda rank: FlatFile(tensor_file(path, rank)))
 
     def names(self) -> list[str]:
         """Canonical names of all parameters."""
@@ -77,7 +76,7 @@ class CheckpointReader:
 
     def restore_rng(self, rank: int) -> bool:
         """Set this process's random state to what it was on `rank`; False if the run had fewer ranks."""
-        if not os.path.exists(index_file(self.path, rank)):
+        if rank >= self.num_ranks:
             return False
         set_random_state(read_index(self.path, rank)[1])
         return True
@@ -99,7 +98,6 @@ class CheckpointReader:
         for stored in self._parameters[address.name]:
             begin, end = overlap(stored.address, address.start, address.numel)
             if slice_index(stored.address) == slice_index(address) and begin < end:
-                values = self._open(stored.rank).get_slice(stored.tensor_name(key))
-                own = stored.address.start
-                out[begin - address.start : end - address.start] = values[begin - own : end - own]
+                wanted = out[begin - address.start : end - address.start]
+                self._file(stored.rank).read(stored.tensor_name(key), begin - stored.address.start, wanted)
         return out

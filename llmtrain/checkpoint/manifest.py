@@ -36,6 +36,16 @@ def verify(path: str, group: CheckpointGroup | None = None) -> None:
             raise ValueError(f"{problem}; this checkpoint cannot be trusted, use another one")
 
 
+def read_manifest(path: str) -> dict[str, FileEntry]:
+    """The files of a checkpoint directory. Raises ValueError when the list is not the one that was written."""
+    manifest, checksum = os.path.join(path, MANIFEST), os.path.join(path, MANIFEST_SUM)
+    with open(manifest, "rb") as f, open(checksum, "rb") as g:
+        content, line = f.read(), g.read()
+    if line != _sum_line(hashlib.sha256(content).hexdigest()):
+        raise ValueError(f"{manifest}: does not match its checksum in {checksum}")
+    return json.loads(content)["files"]
+
+
 def list_checkpoints(directory: str) -> list[str]:
     """Paths of the checkpoints in `<run>/checkpoints`, oldest step first; none if there is no such directory."""
     if not os.path.isdir(directory):
@@ -63,7 +73,7 @@ def newest_intact(directory: str, group: CheckpointGroup | None = None) -> str |
 def _first_problem(path: str, rank: int, size: int) -> str | None:
     """None, or what is wrong with this rank's share of the files."""
     try:
-        files = _read_manifest(path)
+        files = read_manifest(path)
         by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
         for name in by_size[rank::size]:
             _check_file(os.path.join(path, name), files[name])
@@ -72,15 +82,6 @@ def _first_problem(path: str, rank: int, size: int) -> str | None:
     except OSError as e:
         return f"{e.filename or path}: {e.strerror}"
     return None
-
-
-def _read_manifest(path: str) -> dict[str, FileEntry]:
-    manifest, checksum = os.path.join(path, MANIFEST), os.path.join(path, MANIFEST_SUM)
-    with open(manifest, "rb") as f, open(checksum, "rb") as g:
-        content, line = f.read(), g.read()
-    if line != _sum_line(hashlib.sha256(content).hexdigest()):
-        raise ValueError(f"{manifest}: does not match its checksum in {checksum}")
-    return json.loads(content)["files"]
 
 
 def _check_file(path: str, entry: FileEntry) -> None:

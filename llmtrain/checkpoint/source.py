@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llmtrain.checkpoint.group import CheckpointGroup
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import MANIFEST, newest_intact, verify
 from llmtrain.config.schema import ModelConfig
@@ -15,18 +16,19 @@ from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.model.hf import hf_weight_source
 
 
-def weight_source(path: str, config: ModelConfig) -> Callable[[str], Tensor]:
+def weight_source(path: str, config: ModelConfig, group: CheckpointGroup | None = None) -> Callable[[str], Tensor]:
     """Canonical name -> global fp32 tensor, from a run directory (its newest intact checkpoint), a checkpoint
     directory, or a Hugging Face directory. A tied model has no `head.weight` of its own.
 
+    With a `group` this call is a collective, and every rank hashes its share of the files; the reading is not.
     Raises ValueError when the path is none of these, a file is broken, or the parameters are not those of `config`.
     """
     checkpoints = os.path.join(path, "checkpoints")
     if os.path.isfile(os.path.join(path, MANIFEST)):
-        verify(path)
+        verify(path, group)
         return _checkpoint_source(path, config)
     if os.path.isdir(checkpoints):
-        newest = newest_intact(checkpoints)
+        newest = newest_intact(checkpoints, group)
         if newest is None:
             raise ValueError(f"{checkpoints}: no intact checkpoint in it; the run must save one first")
         return _checkpoint_source(newest, config)

