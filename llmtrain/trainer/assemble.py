@@ -26,6 +26,7 @@ from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import WeightSource, parallelize
+from llmtrain.parallel.watch import Watch
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Job:
     model: ModelConfig  # resolved
     mesh: Mesh
     tokenizer: Tokenizer
+    watch: Watch
     engine: Engine | None = None  # None on rollout workers
     step: int = 0  # finished steps of the stage
     tokens: int = 0  # seen in them
@@ -64,6 +66,7 @@ def join(config: Config, generates: bool = False) -> Job:
     """Process groups, run directory, data and tokenizer: everything before the model."""
     seed_everything(config.seed)
     mesh = init_mesh(config.parallel, config.rollout if generates else None, config.engine.timeout_s)
+    watch = Watch(config.engine.timeout_s)
     if mesh.role == "trainer":
         log(mesh.table())
         together(mesh, lambda: start_directory(config) if mesh.rank == 0 else None)
@@ -79,7 +82,7 @@ def join(config: Config, generates: bool = False) -> Job:
             f"model.vocab_size={model.vocab_size}: must hold the tokenizer's {tokenizer.vocab_size} tokens "
             f"({tokenizer_dir(config)}); raise it or use the tokenizer the model was trained with"
         )
-    return Job(config, model, mesh, tokenizer)
+    return Job(config, model, mesh, tokenizer, watch)
 
 
 def seed_everything(seed: int) -> None:

@@ -40,7 +40,7 @@ def train(job: Job, step_fn: StepFn) -> None:
     job.saver = make_saver(job)
     with Record(job) as record, job.saver, progress(config.train.steps, job.step, config.name) as bar:
         while job.step < config.train.steps:
-            began = time.perf_counter()
+            began, job.watch.step = time.perf_counter(), job.step + 1
             metrics = step_fn(job.step)
             if guard.spiked:
                 job.saver.wait()
