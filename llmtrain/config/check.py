@@ -156,7 +156,6 @@ def _offered(case: Case) -> Iterator[str]:
         f"engine.backend={c.engine.backend}": (c.engine.backend == "fsdp", "use deepspeed with engine.zero_stage=3"),
         f"engine.precision={c.engine.precision}": (c.engine.precision == "fp8", "use bf16"),
         f"engine.remat={c.engine.remat}": (c.engine.remat == "selective", "use full"),
-        f"parallel.cp={p.cp}": (p.cp > 1, "use parallel.tp with sequence_parallel for long rows"),
         f"parallel.schedule={p.schedule}": (p.schedule != "1f1b", "use 1f1b"),
         f"parallel.ep={p.ep}": (p.ep > 1, "set parallel.ep=1, the models are dense"),
     }
@@ -232,6 +231,23 @@ def _tensor_parallel(case: Case) -> Iterator[str]:
         yield (
             f"train.seq_len={seq_len}: must be a multiple of parallel.tp={tp} with sequence_parallel; "
             "change it or set parallel.sequence_parallel=false"
+        )
+
+
+def _context_parallel(case: Case) -> Iterator[str]:
+    p, seq_len = case.config.parallel, case.config.train.seq_len
+    if p.cp == 1:
+        return
+    multiple = p.cp * math.lcm(2, p.tp if p.sequence_parallel else 1)
+    if seq_len % multiple:
+        yield (
+            f"train.seq_len={seq_len}: must be a multiple of {multiple}, for two chunks of a row on each of the "
+            f"parallel.cp={p.cp} ranks, divided again by tp with sequence_parallel; change it or lower cp"
+        )
+    if p.context == "alltoall" and case.model and case.model.num_heads // p.tp % p.cp:
+        yield (
+            f"parallel.context=alltoall: model.num_heads={case.model.num_heads} / parallel.tp={p.tp} must be a "
+            f"multiple of parallel.cp={p.cp}, which splits the heads; use ring or allgather, or lower cp"
         )
 
 
@@ -467,6 +483,7 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     ((*TRAIN, "plan", "eval", "export"), _heads),
     (("pretrain",), _vocabulary),
     ((*TRAIN, "plan"), _tensor_parallel),
+    ((*TRAIN, "plan"), _context_parallel),
     ((*TRAIN, "plan"), _pipeline),
     ((*TRAIN, "plan"), _positions),
     ((*TRAIN, "plan"), _ramps),

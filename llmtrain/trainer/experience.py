@@ -81,7 +81,7 @@ def microbatches_of(job: Job, groups: Sequence[Group], fixed_width: bool) -> lis
     """
     config, mesh = job.config, job.mesh
     seq_len, micro = config.train.seq_len, config.train.micro_batch_seqs
-    multiple = WIDTH_MULTIPLE * mesh.sizes["tp"]
+    multiple = WIDTH_MULTIPLE * mesh.sizes["cp"] * mesh.sizes["tp"]
     width = seq_len if fixed_width else min(seq_len, row_width(groups, multiple))
     block = micro * mesh.dp_size
     turns = max(mesh.sizes["pp"], -(-len(group_rows(groups, width)) // block))

@@ -70,7 +70,24 @@ def config(*overrides: str, folder: Path) -> Config:
             "engine.offload=nvme: needs engine.offload_path",
         ),
         ("pretrain", 4, ["engine.precision=fp8"], "engine.precision=fp8: not in this version"),
-        ("pretrain", 8, ["parallel.cp=2"], "parallel.cp=2: not in this version; use parallel.tp"),
+        (
+            "pretrain",
+            8,
+            ["parallel.cp=2", "parallel.tp=1", "train.seq_len=126"],
+            "train.seq_len=126: must be a multiple of 4, .* or lower cp",
+        ),
+        (
+            "pretrain",
+            16,
+            ["parallel.cp=2", "parallel.tp=4", "model.num_kv_heads=4", "train.seq_len=124"],
+            "train.seq_len=124: must be a multiple of 8, .* tp with sequence_parallel",
+        ),
+        (
+            "pretrain",
+            16,
+            ["parallel.cp=4", "parallel.context=alltoall"],
+            "parallel.context=alltoall: model.num_heads=4 / parallel.tp=2 must be a multiple of parallel.cp=4",
+        ),
         ("pretrain", 4, ["parallel.ep=2"], "parallel.ep=2: not in this version; set parallel.ep=1"),
         (
             "sft",
