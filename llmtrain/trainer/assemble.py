@@ -109,10 +109,16 @@ SAME = (
 
 
 def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
-    """Raises ValueError when the checkpoint is of another model, or of a run that takes its samples otherwise."""
+    """Raises ValueError when the checkpoint is of another model or optimizer, or of a run that takes its samples
+    otherwise."""
     if set(reader.names()) != set(parameter_shapes(job.model)):
         raise ValueError(f"{path}: holds other parameters than the model section describes; use the section it had")
     saved, now = reader.state["config"], job.config.model_dump(mode="json")
+    if (was := saved["optim"]["name"]) != (is_now := now["optim"]["name"]):
+        raise ValueError(
+            f"optim.name={is_now}: must stay {was}, whose state {path} holds; to go on from its weights alone, set "
+            f"model.init_from={path} and give the run another name"
+        )
     for key in SAME:
         was, is_now = (reduce(lambda section, name: section[name], key.split("."), c) for c in (saved, now))
         if was != is_now:
@@ -136,9 +142,9 @@ def tokenizer_dir(config: Config) -> str:
 
 
 def start_source(job: Job) -> WeightSource:
-    """Weights before the first step: of `model.init_from`, else random ones."""
+    """Weights before the first step: of `model.init_from`, else random ones. A collective."""
     if job.config.model.init_from:
-        return weight_source(job.config.model.init_from, job.model)
+        return weight_source(job.config.model.init_from, job.model, job.mesh)
     shapes = parameter_shapes(job.model)
     return lambda name: init_tensor(name, shapes[name], job.model, job.config.seed)
 
