@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,11 +59,10 @@ def main(directory: str, config_json: str) -> None:
     def take_in() -> Decoder:
         return parallelize(config, mesh, parallel, EngineConfig(), weight_source(f"{directory}/hf", config, mesh))[0]
 
-    model, import_bytes = growth(take_in)
-    path, save_bytes = growth(
-        lambda: save_checkpoint(f"{directory}/checkpoints", Weights(model, mesh.rank), {"step": 1}, mesh, 1, shapes)
-    )
-    del model
+    engine, import_bytes = growth(lambda: Weights(take_in(), mesh.rank))
+    save = partial(save_checkpoint, f"{directory}/checkpoints", engine, {"step": 1}, mesh, 1, shapes)
+    path, save_bytes = growth(save)
+    del engine, save
     export_bytes = 0
     if mesh.rank == 0:
         _, export_bytes = growth(lambda: export(path, f"{directory}/again", config, None, None, torch.float32))

@@ -247,18 +247,74 @@ def flip(path: Path, offset: int, bit: int) -> None:
     path.write_bytes(data)
 
 
-def test_no_flipped_byte_loads_silently(tmp_path: Path, fake: SimpleNamespace) -> None:
-    path = Path(fake.save(tmp_path, {"p": fake.tensors()["norm.weight"]}, fake.Layout(dp=2), 1)[0])
-    chance = random.Random(0)
-    files = sorted(path.iterdir())
-    for trial in range(200):
+def damage_at_random(file: Path, chance: random.Random) -> None:
+    """One bit, one byte, a run of bytes, a shorter file, a longer one, or none at all."""
+    data = bytearray(file.read_bytes())
+    at = chance.randrange(len(data))
+    match chance.choice(("bit", "bit", "bit", "byte", "run", "cut", "cut", "longer", "gone")):
+        case "bit":
+            data[at] ^= 1 << chance.randrange(8)
+        case "byte":
+            data[at] = (data[at] + chance.randrange(1, 256)) % 256
+        case "run":
+            data[at : at + 512] = bytes(255 - byte for byte in data[at : at + 512])
+        case "cut":
+            del data[at:]
+        case "longer":
+            data += chance.randbytes(chance.randrange(1, 100))
+        case "gone":
+            return file.unlink()
+    file.write_bytes(data)
+
+
+def test_2000_damages_none_loads_silently(
+    tmp_path: Path, fake: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors, layout = {"p": fake.tensors()["norm.weight"]}, fake.Layout(dp=2)
+    older, newer = (Path(fake.save(tmp_path, tensors, layout, step)[0]) for step in (1, 2))
+    chance, files = random.Random(0), sorted(newer.iterdir())
+    assert len(files) == 7
+    for trial in range(2000):
         file = files[trial % len(files)]
-        offset, bit = chance.randrange(file.stat().st_size), chance.randrange(8)
-        flip(file, offset, bit)
-        with pytest.raises(ValueError, match=r"manifest\.json" if "manifest" in file.name else file.name):
-            verify(str(path))
-        flip(file, offset, bit)
+        whole = file.read_bytes()
+        damage_at_random(file, chance)
+        if trial % 10:
+            named = r"manifest\.(json|sha256)" if "manifest" in file.name else re.escape(str(file))
+            with pytest.raises(ValueError, match=named):
+                verify(str(newer))
+        else:  # costs hashing the older one too
+            caplog.clear()
+            assert newest_intact(str(tmp_path)) == str(older)
+            assert str(newer) in caplog.text and "falling back" in caplog.text
+        file.write_bytes(whole)
+    verify(str(newer))
+
+
+def test_a_file_that_was_not_saved_is_not_read(tmp_path: Path, fake: SimpleNamespace) -> None:
+    tensors = fake.tensors()
+    path = Path(fake.save(tmp_path, tensors, fake.Layout(dp=2), 1)[0])
+    for suffix in ("json", "safetensors"):
+        shutil.copyfile(path / f"rank-00001.{suffix}", path / f"rank-00002.{suffix}")
+    (path / "notes.txt").write_text("the good one")
     verify(str(path))
+    reader = CheckpointReader(str(path))
+    assert reader.full("embed.weight").equal(tensors["embed.weight"]["weight"]) and not reader.restore_rng(2)
+
+
+def test_parameters_may_have_different_optimizer_keys(tmp_path: Path, fake: SimpleNamespace) -> None:
+    """As with Muon for matrices and AdamW for the rest."""
+    tensors = fake.tensors()
+    for keys in tensors.values():
+        if keys["weight"].dim() > 1:
+            keys["momentum"] = keys.pop("exp_avg")
+            del keys["exp_avg_sq"]
+    reader = CheckpointReader(fake.save(tmp_path, tensors, fake.Layout(tp=2, dp=2), 1)[0])
+    for name, keys in tensors.items():
+        address = Address(name, tuple(keys["weight"].shape), None, 0, 1, 0, keys["weight"].numel())
+        read = reader.read(address)
+        assert read.keys() == keys.keys() and all(read[key].equal(keys[key].flatten()) for key in keys)
+    with pytest.raises(ValueError, match=r"embed\.weight has no exp_avg, only weight, momentum"):
+        reader.full("embed.weight", "exp_avg")
 
 
 def damage_flip(file: Path) -> None:
