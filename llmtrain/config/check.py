@@ -153,7 +153,6 @@ def _offered(case: Case) -> Iterator[str]:
     """What the schema foresees and this version does not do."""
     c, p = case.config, case.config.parallel
     instead = {
-        f"engine.backend={c.engine.backend}": (c.engine.backend == "fsdp", "use deepspeed with engine.zero_stage=3"),
         f"engine.precision={c.engine.precision}": (c.engine.precision == "fp8", "use bf16"),
         f"engine.remat={c.engine.remat}": (c.engine.remat == "selective", "use full"),
         f"parallel.schedule={p.schedule}": (p.schedule != "1f1b", "use 1f1b"),
@@ -348,7 +347,12 @@ def _offload(case: Case) -> Iterator[str]:
         yield (
             f"engine.offload={e.offload}: needs engine.zero_stage {needed}, not {e.zero_stage}; raise it or use none"
         )
-    if e.offload == "nvme" and e.offload_path is None:
+    if e.backend == "fsdp" and e.offload in ("optimizer", "nvme"):
+        yield (
+            f"engine.offload={e.offload}: not with engine.backend=fsdp, whose shards are what the optimizer updates; "
+            "use params, which keeps both on the CPU, or backend=deepspeed"
+        )
+    elif e.offload == "nvme" and e.offload_path is None:
         yield "engine.offload=nvme: needs engine.offload_path, a directory on a fast disk; set it or use optimizer"
     if e.loss_scale is not None and e.precision != "fp16":
         yield f"engine.loss_scale={e.loss_scale:g}: is for engine.precision=fp16, not {e.precision}; leave it out"

@@ -6,8 +6,12 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from llmtrain.parallel.mesh import Mesh
 
 
 def owns(parameter: nn.Parameter, tp_rank: int) -> bool:
@@ -16,15 +20,19 @@ def owns(parameter: nn.Parameter, tp_rank: int) -> bool:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, tp_rank: int, model: ProcessGroup) -> float:
-    """Scale whole (unsharded over data parallel) gradients so that their norm over the `model` group (pp x tp) is at
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, group: ProcessGroup) -> float:
+    """Scale the gradients so that their norm over `group`, the ranks that hold one copy of all of them together, is at
     most `max_norm` (0: leave them). Returns the norm before."""
     parameters = [p for p in parameters if p.grad is not None]
-    squares = [p.grad.float().square().sum() for p in parameters if owns(p, tp_rank)]
-    total = torch.stack(squares).sum() if squares else parameters[0].grad.new_zeros(())
-    dist.all_reduce(total, group=model)
-    norm = total.sqrt()
+    own = get_total_norm([local(p.grad) for p in parameters if owns(p, mesh.coords["tp"])])
+    total = own.square().to(mesh.device)
+    dist.all_reduce(total, group=group)
+    norm = float(total.sqrt())
     if max_norm and norm > max_norm:
-        for p in parameters:
-            p.grad.mul_(max_norm / (norm + 1e-6))
-    return float(norm)
+        torch._foreach_mul_([local(p.grad) for p in parameters], max_norm / (norm + 1e-6))
+    return norm
+
+
+def local(x: Tensor) -> Tensor:
+    """What lies on this rank, sharing memory."""
+    return x.to_local() if isinstance(x, DTensor) else x

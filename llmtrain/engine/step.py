@@ -14,6 +14,7 @@ from llmtrain.engine.base import Admit, Scores
 from llmtrain.engine.precision import LossScaler
 from llmtrain.engine.tally import Tally
 from llmtrain.model.decoder import parameter_shapes
+from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline, inputs_of
 from llmtrain.parallel.plan import parameters_of
@@ -40,7 +41,9 @@ def sum_tied_gradients(parts: Sequence[nn.Module], mesh: Mesh, gradient: Callabl
         return
     held = ([parts[0].embed.weight] if mesh.has_embedding else []) + ([parts[-1].head.weight] if mesh.has_head else [])
     if len(held) == 1:
-        dist.all_reduce(gradient(held[0]), group=mesh.groups["ends"])
+        total = gradient(held[0]).to(mesh.device)  # offloaded ones lie on the CPU
+        dist.all_reduce(total, group=mesh.groups["ends"])
+        gradient(held[0]).copy_(total)
     elif len(held) == 2 and held[0] is not held[1]:
         total = gradient(held[0]) + gradient(held[1])
         for p in held:
@@ -49,18 +52,26 @@ def sum_tied_gradients(parts: Sequence[nn.Module], mesh: Mesh, gradient: Callabl
 
 @torch.no_grad()
 def full_weights(
-    parts: Sequence[nn.Module], plan: StagePlan, mesh: Mesh, dtype: torch.dtype, whole: Callable[[nn.Parameter], Tensor]
+    parts: Sequence[nn.Module],
+    plan: StagePlan,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    gather: Callable[[nn.Parameter], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, whole tensor) on every rank; `whole` gathers a parameter over the ranks that share it."""
+    """(canonical name, whole tensor) on every rank; `gather` joins a parameter over the data-parallel ranks."""
     mine = {p.canonical: p for p in parameters_of(parts) if not p.is_copy}
     for name, shape in parameter_shapes(parts[0].config).items():
         if plan.owner(name) == mesh.coords["pp"]:
-            full = whole(mine[name])
+            full = _join_shards(gather(mine[name]), mine[name].tp_dim, mesh)
         else:
             full = torch.empty(shape, dtype=dtype, device=mesh.device)
         if plan.pp > 1:
             dist.broadcast(full, group=mesh.groups["pp"], group_src=plan.owner(name))
         yield name, full
+
+
+def _join_shards(piece: Tensor, tp_dim: int | None, mesh: Mesh) -> Tensor:
+    return piece if mesh.tp_group is None or tp_dim is None else all_gather(piece, tp_dim, mesh.tp_group)
 
 
 def admitted(scaler: LossScaler, tally: Tally, broken: list[int], admit: Admit) -> bool:

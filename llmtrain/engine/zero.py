@@ -31,7 +31,6 @@ from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
-from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, Mpu
 from llmtrain.parallel.pipeline import Pipeline
@@ -164,17 +163,13 @@ class ZeroEngine:
         if self.config.zero_stage:
             return None
         self.engine.allreduce_gradients()
-        return clip_gradients(
-            parameters_of(self.parts), self.optim.grad_clip, self.mesh.coords["tp"], self.mesh.groups["model"]
-        )
+        return clip_gradients(parameters_of(self.parts), self.optim.grad_clip, self.mesh, self.mesh.groups["model"])
 
     def _gather(self, p: nn.Parameter) -> Tensor:
-        """The whole tensor, from ZeRO-3 partitions and tensor-parallel shards."""
+        """From ZeRO-3 partitions, else as it is."""
         context = deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext()
         with context:
-            local = p.detach().clone()
-        sharded = self.mesh.tp_group is not None and p.tp_dim is not None
-        return all_gather(local, p.tp_dim, self.mesh.tp_group) if sharded else local
+            return p.detach().clone()
 
 
 def _prepare_deepspeed(mesh: Mesh, precision: str) -> None:

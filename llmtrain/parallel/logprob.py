@@ -29,8 +29,8 @@ class ScoringHead(LMHead):
         if labels is None:
             assert self.group is None, "whole logits are never assembled from shards"
             return super().forward(hidden)
-        flat = labels.flatten()
-        rows = (flat != IGNORE).nonzero()[:, 0]
+        flat, wanted = labels.flatten(), labels != IGNORE
+        rows = wanted.flatten().nonzero()[:, 0]
         scale = None if temperature is None else (1 / temperature.float()).repeat_interleave(labels.size(1))[rows]
         scores = _TokenScores.apply(
             hidden.flatten(0, 1).index_select(0, rows),
@@ -40,7 +40,7 @@ class ScoringHead(LMHead):
             self.group,
             self.chunk_tokens,
         )
-        return tuple(s.new_zeros(flat.shape).index_copy(0, rows, s).view(labels.shape) for s in scores)
+        return tuple(s.new_zeros(labels.shape).masked_scatter(wanted, s) for s in scores)
 
 
 def _logits(hidden: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

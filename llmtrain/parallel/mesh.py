@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
+from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.check import AXES, mesh_sizes
 from llmtrain.config.schema import ParallelConfig, RolloutConfig
@@ -83,8 +84,9 @@ class SideGroup:
 class Mesh:
     """This rank's place. `rank` and `size` count the ranks of the own role. `groups` holds a group for each axis, and
     `dp` (dp_replicate x dp_shard: who has other rows), `grad` (dp x cp: over whom gradients are summed), `shard`
-    (dp_shard x cp: over whom states are sharded), `model` (pp x tp), `ends` (the ranks with the embedding and the head
-    of the own pipeline; None on others)."""
+    (dp_shard x cp: over whom states are sharded), `model` (pp x tp), `replica` (all but dp_replicate: who has one copy
+    of the whole state together), `ends` (the ranks with the embedding and the head of the own pipeline; None on
+    others)."""
 
     role: str  # trainer | rollout
     rank: int
@@ -121,6 +123,15 @@ class Mesh:
     def tp_group(self) -> ProcessGroup | None:
         """None when there is nothing to share."""
         return self.groups["tp"] if self.sizes["tp"] > 1 else None
+
+    def fsdp_mesh(self) -> DeviceMesh:
+        """The `shard` group as torch's FSDP2 takes it; with copies `dp_replicate` x `shard`."""
+        shard, device = self.groups["shard"], self.device.type
+        if self.sizes["dp_replicate"] == 1:
+            return DeviceMesh.from_group(shard, device)
+        groups = [self.groups["dp_replicate"], shard]
+        ranks = torch.tensor(dist.get_process_group_ranks(self.groups["grad"])).view(self.sizes["dp_replicate"], -1)
+        return DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("dp_replicate", "shard"))
 
     def barrier(self) -> None:
         """Of the own role."""
@@ -279,7 +290,7 @@ def _axis_groups(
     axes with the same ranks share one."""
     varying = {axis: (axis,) for axis in AXES}
     varying |= {"dp": ("dp_replicate", "dp_shard"), "grad": ("dp_replicate", "dp_shard", "cp")}
-    varying |= {"shard": ("dp_shard", "cp"), "model": ("pp", "tp")}
+    varying |= {"shard": ("dp_shard", "cp"), "model": ("pp", "tp"), "replica": ("pp", "dp_shard", "cp", "tp")}
     members = {name: _neighbours(sizes, rank, num_trainers, axes) for name, axes in varying.items()}
     made: dict[tuple[int, ...], ProcessGroup] = {}
     for ranks in members.values():

@@ -54,7 +54,12 @@ def config(*overrides: str, folder: Path) -> Config:
         ("pretrain", 1, [], "parallel: pp 2 x .* = 4 ranks: must be the 1 trainer ranks; change"),
         ("pretrain", 4, ["parallel.dp_shard=0"], "parallel.dp_shard=0: must be positive, or -1"),
         ("sft", 8, ["train.global_batch_seqs=7"], "train.global_batch_seqs=7: .* = 1 x 2 = 2; change"),
-        ("pretrain", 4, ["engine.backend=fsdp"], "engine.backend=fsdp: not in this version; use deepspeed"),
+        (
+            "pretrain",
+            4,
+            ["engine.backend=fsdp", "engine.offload=nvme"],
+            "engine.offload=nvme: not with engine.backend=fsdp, .*; use params",
+        ),
         (
             "pretrain",
             4,
@@ -222,6 +227,9 @@ def test_good_configurations_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     check(config("parallel.dp_shard=2", folder=tmp_path), 8, "sft")
     check(config("engine.zero_stage=0", "engine.precision=fp32", "parallel.dp_replicate=2", folder=tmp_path), 8, "sft")
     check(config("engine.zero_stage=3", "engine.offload=optimizer", folder=tmp_path), 4, "pretrain")
+    fsdp = ["engine.backend=fsdp", "parallel.dp_replicate=2", "engine.offload=params", "engine.precision=fp16"]
+    check(config(*fsdp, "engine.zero_stage=0", folder=tmp_path), 8, "pretrain")
+    check(config("engine.backend=fsdp", "engine.zero_stage=3", "engine.compile=true", folder=tmp_path), 4, "sft")
     check(config("parallel.sequence_parallel=false", "train.seq_len=127", folder=tmp_path), 4, "pretrain")
     check(config("optim.lr=1e-5", "optim.schedule=constant", folder=tmp_path), 4, "pretrain")
     guarded = ["guard.spike=rewind", "checkpoint.every_steps=128", "guard.replica_check_steps=10"]

@@ -1,0 +1,197 @@
+"""PyTorch FSDP2 (`fully_shard`; arXiv 2304.11277), also as HSDP: sharded over `shard`, copied over `dp_replicate`.
+
+FSDP2 holds fp32 shards, gathers whole weights in the compute precision block by block, and sums gradients in fp32.
+Tensor-parallel shards are plain tensors to it: it never sees the tp axis. The microbatch loop, the pipeline schedule,
+denominators, clipping, the loss scale and checkpoints are ours; tests/parity holds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
+from llmtrain.config.stages import plan_stages
+from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
+from llmtrain.engine.clip import clip_gradients, local, owns
+from llmtrain.engine.optim import build_optimizer, initial_state, learning_rate, state_keys
+from llmtrain.engine.precision import LossScaler, compute_dtype
+from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
+from llmtrain.engine.tally import Tally, stop_if_not_finite
+from llmtrain.model.decoder import Decoder
+from llmtrain.parallel.context import local_batches
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.pipeline import Pipeline
+from llmtrain.parallel.plan import compile_blocks, parameters_of
+from llmtrain.parallel.scoring import score
+from llmtrain.types import Address, Batch, Fragment, StepStats
+
+MARKS = ("tp_dim", "global_shape", "canonical", "is_copy")  # see parallel.plan.materialize
+
+
+def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
+    """Shard every block and, as the root, what is left (embedding, norm, head), in place. The parameters become fp32
+    DTensors with the marks of the plain ones."""
+    marks = {name: [getattr(p, mark) for mark in MARKS] for name, p in part.named_parameters()}
+    dtype = None if config.precision == "fp32" else compute_dtype(config.precision)
+    settings = {
+        "mesh": mesh.fsdp_mesh(),
+        # Inputs stay as they are: positions, temperatures and masks are not to be rounded.
+        "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": offload_policy(config, mesh.device),
+    }
+    for block in part.layers.values():
+        fully_shard(block, reshard_after_forward=config.reshard, **settings)
+    fully_shard(part, **settings)  # the root's are used at both ends of a forward: kept until its backward
+    for module in fsdp_modules(part):
+        module.set_gradient_divide_factor(1.0)  # the loss has the global denominator
+        module.set_force_sum_reduction_for_comms(True)  # else that factor becomes an operation that gloo lacks
+    for name, p in part.named_parameters():
+        for mark, value in zip(MARKS, marks[name], strict=True):
+            setattr(p, mark, value)
+
+
+def fsdp_modules(part: nn.Module) -> Iterator[FSDPModule]:
+    """The root and the blocks; most of FSDP2's settings hold for one of them."""
+    return (module for module in part.modules() if isinstance(module, FSDPModule))
+
+
+def offload_policy(config: EngineConfig, device: torch.device) -> OffloadPolicy:
+    """Shards, their gradients and optimizer state on the CPU, or all on the device."""
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.offload == "params" else OffloadPolicy()
+
+
+class FsdpEngine:
+    """See engine.base.Engine. `parts` are this rank's stages, from parallel.plan.parallelize."""
+
+    def __init__(
+        self,
+        parts: list[Decoder],
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        config: EngineConfig,
+        optim: OptimConfig,
+        total_steps: int,
+    ) -> None:
+        self.parts, self.mesh, self.config, self.optim, self.total_steps = parts, mesh, config, optim, total_steps
+        self.plan, self.step = plan_stages(parts[0].config, parallel), 0
+        self.admit: Admit = stop_if_not_finite
+        self.scaler = LossScaler(config)
+        for part in parts:
+            shard_part(part, mesh, config)
+        if len(parts) > 1 and parts[0].config.tie_embeddings and mesh.has_embedding and mesh.has_head:
+            parts[-1].head.weight.is_copy = True  # each stage shards for itself what they had in common
+        self.parameters = parameters_of(parts)  # the sharded ones; during a step the modules hold whole ones
+        self.optimizer = build_optimizer(nn.ModuleList(parts), optim, mesh)
+        if config.compile:
+            compile_blocks(parts)
+        self.pipeline = Pipeline(parts, self.plan, mesh) if mesh.sizes["pp"] > 1 else None
+
+    def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
+        """See Engine."""
+        lr = learning_rate(self.step, self.optim, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        tally = Tally(float(denominator))
+        self._backward(local_batches(microbatches, self.mesh), loss, tally)
+        finite = self._unscale()
+        norm = clip_gradients(self.parameters, self.optim.grad_clip, self.mesh, self.mesh.groups["replica"])
+        broken = tally.reduce(self.mesh, gradient_finite=finite)
+        taken = admitted(self.scaler, tally, broken, self.admit)
+        if taken:
+            self.optimizer.step()
+            self.step += 1
+        self.optimizer.zero_grad()
+        return StepStats(tally.loss, norm if taken else math.nan, lr, tally.metrics)
+
+    def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
+        """See Engine."""
+        scores = score(self.parts, self.pipeline, self.mesh, microbatches)
+        for module in (module for part in self.parts for module in fsdp_modules(part)):
+            module.reshard()  # which otherwise waits for a backward
+        return scores
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Engine. Every rank must exhaust it."""
+        return full_weights(self.parts, self.plan, self.mesh, compute_dtype(self.config.precision), self._gather)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See Engine."""
+        if self.mesh.coords["dp_replicate"] > 0:
+            return
+        for p in self.parameters:
+            address = self._address(p)
+            if address.numel and owns(p, self.mesh.coords["tp"]):
+                state = self.optimizer.state.get(p) or initial_state(p, 0)
+                yield Fragment(address, {"weight": _flat(p), **{key: _flat(state[key]) for key in state_keys(p)}})
+
+    @torch.no_grad()
+    def load_fragments(self, read: FragmentReader, step: int) -> None:
+        """See Engine."""
+        for p in self.parameters:
+            self.optimizer.state[p] = initial_state(p, step)
+            held = {"weight": p, **self.optimizer.state[p]}
+            for key, value in read(self._address(p)).items():
+                _flat(held[key]).copy_(value)
+        self.step = step
+
+    def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
+        """See Engine."""
+        for p in self.parameters:
+            yield "dp_replicate", p.canonical, _flat(p)
+            if p.tp_dim is None:
+                yield "tp", p.canonical, _flat(p)
+
+    def extra_state(self) -> dict[str, float]:
+        """See Engine."""
+        return self.scaler.state()
+
+    def load_extra_state(self, state: dict[str, float]) -> None:
+        """See Engine."""
+        self.scaler.load(state)
+
+    def _backward(self, batches: Sequence[Batch], loss: LossFn, tally: Tally) -> None:
+        """Gradients in `grad` of the sharded parameters, summed over microbatches and ranks, times the loss scale."""
+        factor = self.scaler.scale / tally.denominator
+
+        def scaled(scores: Scores, i: int) -> Tensor:
+            self._reduce_gradients(last=i == len(batches) - 1)
+            return tally.add(i, *loss(scores, batches[i])) * factor
+
+        backward(self.parts, self.pipeline, batches, scaled)
+        sum_tied_gradients(self.parts, self.mesh, lambda p: local(p.grad))
+
+    def _reduce_gradients(self, last: bool) -> None:
+        """Whether the coming backward ends in the reduction over ranks. A pipeline schedule sees to that by itself."""
+        if self.pipeline is None:
+            self.parts[0].set_requires_gradient_sync(last)
+            self.parts[0].set_reshard_after_backward(last or self.config.reshard)
+
+    @torch.no_grad()
+    def _unscale(self) -> bool:
+        """Undo the loss scale. Returns whether this rank's gradients are finite."""
+        grads = [local(p.grad) for p in self.parameters]
+        if self.scaler.scale != 1:
+            torch._foreach_mul_(grads, 1 / self.scaler.scale)
+        return all(bool(torch.isfinite(g).all()) for g in grads)
+
+    def _address(self, p: nn.Parameter) -> Address:
+        """FSDP2 gives every rank as many rows as the first one, until there are none left."""
+        group, rows = self.mesh.groups["shard"], p.size(0)
+        first = min(rows, dist.get_rank(group) * -(-rows // dist.get_world_size(group)))
+        tp, numel = self.mesh.coords["tp"], p.to_local().numel()
+        return Address(
+            p.canonical, p.global_shape, p.tp_dim, tp, self.mesh.sizes["tp"], first * (p.numel() // rows), numel
+        )
+
+    def _gather(self, p: nn.Parameter) -> Tensor:
+        return p.detach().to(self.mesh.device, compute_dtype(self.config.precision)).full_tensor()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return local(x.detach()).flatten()
