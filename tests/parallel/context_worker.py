@@ -16,7 +16,7 @@ from torch import Tensor
 from llmtrain.model.attention import attention, attention_mask
 from llmtrain.parallel import ring
 from llmtrain.parallel.context import METHODS
-from llmtrain.parallel.zigzag import shard, to_shards
+from llmtrain.parallel.zigzag import shard
 
 B, T, HEADS, HEAD_DIM = 2, 32, 4, 8
 
