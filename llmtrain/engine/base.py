@@ -56,6 +56,12 @@ class Engine(Protocol):
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         """Fill weights and optimizer state from `read` and go on at `step`."""
 
+    def extra_state(self) -> dict[str, float]:
+        """What a checkpoint must hold beside the fragments, the same on all ranks (the fp16 loss scale); else empty."""
+
+    def load_extra_state(self, state: dict[str, float]) -> None:
+        """Go on with what `extra_state` of any engine gave."""
+
     def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
         """(group of `Mesh.groups`, canonical name, tensor): weights of which every rank of that group holds the same
         bits, as long as all is well; in the same order on all of them. No communication."""

@@ -184,6 +184,7 @@ def load_newest(job: Job) -> str | None:
     reader = CheckpointReader(path)
     check_same_run(job, reader, path)
     job.engine.load_fragments(reader.read, reader.state["optimizer_step"])
+    job.engine.load_extra_state(reader.state["engine"])
     job.step, job.tokens = reader.state["step"], reader.state["tokens"]
     job.guard = GuardState(**reader.state["guard"])
     reader.restore_rng(job.mesh.rank)

@@ -79,6 +79,7 @@ def save(job: Job) -> None:
         "step": job.step,
         "optimizer_step": job.engine.step,
         "tokens": job.tokens,
+        "engine": job.engine.extra_state(),
         "guard": asdict(job.guard),
         "mesh": job.mesh.sizes,
         "config": job.config.model_dump(mode="json"),
