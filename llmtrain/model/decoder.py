@@ -42,8 +42,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
-        return x + self.feedforward(self.feedforward_norm(x))
+        x = x + self.attend(x, cos, sin, mask, cache)
+        return x + self.feed(x)
+
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """The first half, without its residual."""
+        return self.attention(self.attention_norm(x), cos, sin, mask, cache)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second half, without its residual."""
+        return self.feedforward(self.feedforward_norm(x))
 
 
 class Decoder(nn.Module):

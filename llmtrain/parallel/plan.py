@@ -39,8 +39,8 @@ def parallelize(
         if mesh.sizes["cp"] > 1:
             context_parallel(part, mesh.groups["cp"], parallel.context)
         scoring_head(part, mesh, engine.logprob_chunk_tokens)
-        if engine.remat == "full":
-            remat_blocks(part)
+        if engine.remat != "none":
+            remat_blocks(part, engine.remat)
         parts.append(part.train())
     if config.tie_embeddings and mesh.has_embedding and mesh.has_head:
         parts[-1].head.weight = parts[0].embed.weight

@@ -1,14 +1,54 @@
-"""Rematerialisation: a block's activations are computed again in the backward (arXiv 1604.06174)."""
+"""Rematerialisation: activations are computed again in the backward (arXiv 1604.06174).
+
+`full` keeps each block's input and computes a third more. `selective` keeps what is costly to compute, the outputs of
+matrix products and fused attention, and computes again what is cheap: norms, rotations, activation functions, products
+element by element, and gathers of the sequence. The last product of each half of a block, whose output only the
+residual stream reads, is neither kept nor computed again. Without fused attention the scores, which are large, are
+computed again, as in arXiv 2205.05198, section 5.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)  # of linear layers
+FUSED_ATTENTION = (
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
 
 
-def remat_blocks(model: nn.Module) -> None:
-    """Keep only each block's input, in place."""
+def remat_blocks(model: nn.Module, kind: str) -> None:
+    """Let each block keep less for its backward, in place; `kind`: full or selective."""
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing here draws random numbers
     for block in model.layers.values():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if kind == "full":
+            block.forward = partial(again, block.forward)
+            continue
+        block.attend = partial(again, block.attend, context_fn=partial(_contexts, _num_linears(block.attention)))
+        block.feed = partial(again, block.feed, context_fn=partial(_contexts, _num_linears(block.feedforward)))
+
+
+def _num_linears(module: nn.Module) -> int:
+    return sum(isinstance(m, nn.Linear) for m in module.modules())
+
+
+def _contexts(num_products: int) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For one pass through a region whose last matrix product is number `num_products`."""
+    seen = 0
+
+    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        nonlocal seen
+        seen += op in MATRIX_PRODUCTS
+        keep = op in FUSED_ATTENTION or (op in MATRIX_PRODUCTS and seen < num_products)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
