@@ -158,11 +158,12 @@ def settings_of(layout: dict) -> tuple[ParallelConfig, EngineConfig]:
     )
 
 
-def build(layout: dict, mesh: Mesh) -> Engine:
+def build(layout: dict, mesh: Mesh, factor: float = 1.0) -> Engine:
+    """Starting from the reference's values times `factor`."""
     parallel, settings = settings_of(layout)
     config = model_config(layout)
     shapes = parameter_shapes(config)
-    parts = parallelize(config, mesh, parallel, settings, lambda n: initial(n, shapes[n], config))
+    parts = parallelize(config, mesh, parallel, settings, lambda n: initial(n, shapes[n], config) * factor)
     return make_engine(parts, mesh, parallel, settings, optim_config(layout), STEPS)
 
 

@@ -1,0 +1,78 @@
+"""A checkpoint of any layout, loaded on any other: the next losses and norms are those of never having stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.parity.matrix import ranks
+
+WORKER = Path(__file__).with_name("transfer_worker.py")
+# Layouts sum in different orders; five AdamW steps let a rounding of 1e-7 grow. Seen: 2e-6.
+TOLERANCE = 1e-5
+
+LAYOUTS = [
+    {"zero_stage": 0},
+    {"backend": "fsdp"},
+    {"dp_shard": 2, "zero_stage": 3},
+    {"tp": 2, "zero_stage": 1},
+    {"pp": 2, "backend": "fsdp"},
+    {"pp": 2, "tp": 2, "zero_stage": 1},
+    {"dp_shard": 2, "tp": 2, "backend": "fsdp"},
+    {"dp_replicate": 2, "dp_shard": 2, "backend": "fsdp"},
+    {"dp_shard": 4, "zero_stage": 2, "offload": "optimizer"},
+    {"cp": 2, "dp_shard": 2, "zero_stage": 3},
+    {"pp": 2, "dp_shard": 2, "virtual_stages": 2, "schedule": "interleaved_1f1b", "zero_stage": 1},
+    {"dp_shard": 6, "zero_stage": 1},
+    {"pp": 3, "dp_shard": 2, "zero_stage": 1},
+    {"dp_shard": 3, "tp": 2, "backend": "fsdp"},
+    {"pp": 2, "tp": 2, "dp_shard": 2, "zero_stage": 3},
+    {"dp_shard": 8, "backend": "fsdp"},
+    {"pp": 2, "cp": 2, "dp_shard": 2, "backend": "fsdp"},
+]
+QUICK = [(3, 4), (4, 3), (2, 3), (2, 2), (4, 4)]  # tensor to pipeline parallel, FSDP2 to ZeRO and back, and in place
+
+
+def random_pairs(count: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Different layouts, each once in place, and 8 ranks to 1 to 6 among them."""
+    eight, one, six = 14, 0, 11
+    pairs = dict.fromkeys([(eight, one), (one, six), *((i, i) for i in range(len(LAYOUTS)))])
+    rng = random.Random(seed)
+    while len(pairs) < count:
+        pairs[rng.randrange(len(LAYOUTS)), rng.randrange(len(LAYOUTS))] = None
+    return list(pairs)
+
+
+def check(run: Callable, directory: Path, pairs: list[tuple[int, int]], timeout_s: float) -> None:
+    saves, loads = defaultdict(list), defaultdict(list)
+    for saved in sorted({saved for saved, _ in pairs}):
+        saves[ranks(LAYOUTS[saved])].append((saved, LAYOUTS[saved]))
+    for saved, loaded in pairs:
+        loads[ranks(LAYOUTS[loaded])].append((saved, loaded, LAYOUTS[loaded]))
+    for size, jobs in saves.items():
+        result = run(size, WORKER, "save", directory, json.dumps(jobs), timeout_s=timeout_s)
+        assert result.returncode == 0, result.stdout[-3000:]
+    lines = []
+    for size, jobs in loads.items():
+        result = run(size, WORKER, "load", directory, json.dumps(jobs), timeout_s=timeout_s)
+        lines += [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"saved"')]
+        assert result.returncode == 0, result.stdout[-3000:]
+    assert sorted((line["saved"], line["loaded"]) for line in lines) == sorted(pairs)
+    for line in lines:
+        print(line)
+        assert line["error"] <= (0 if line["saved"] == line["loaded"] else TOLERANCE), line
+
+
+def test_between_engines_and_axes(torchrun: Callable, tmp_path: Path) -> None:
+    check(torchrun, tmp_path, QUICK, timeout_s=150)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_forty_pairs(torchrun: Callable, tmp_path: Path) -> None:
+    check(torchrun, tmp_path, random_pairs(40), timeout_s=600)

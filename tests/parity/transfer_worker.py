@@ -1,0 +1,93 @@
+"""Run under torchrun: `save DIRECTORY LAYOUTS` or `load DIRECTORY PAIRS` (JSON), the layouts all of this many ranks.
+
+save: each layout (a number and its keys) trains, saves a checkpoint, goes on and notes its losses, never having stopped.
+load: of each pair (saved number, own number and keys) the own layout starts elsewhere, loads the checkpoint of the other
+and goes on with the same global samples; one JSON line with the largest relative difference of loss and norm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from llmtrain.checkpoint.load import CheckpointReader
+from llmtrain.checkpoint.manifest import newest_intact
+from llmtrain.checkpoint.save import save_checkpoint
+from llmtrain.config.check import AXES
+from llmtrain.config.schema import ParallelConfig
+from llmtrain.engine.base import Engine
+from llmtrain.losses.token import token_loss
+from llmtrain.model.decoder import parameter_shapes
+from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
+from llmtrain.trainer.batches import rank_samples
+from tests.parity.layouts_worker import build, global_rows, model_config, rows_of, settings_of
+
+BEFORE, AFTER = 3, 5  # steps before the save and after it
+GLOBAL_SEQS = 48  # divides among 1, 2, 3, 4, 6 and 8 data-parallel ranks
+
+
+def mesh_of(layout: dict) -> Mesh:
+    parallel = settings_of(layout)[0]
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    return trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
+
+
+def steps(engine: Engine, mesh: Mesh, first: int, count: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the steps; the samples are those of the step, whatever the mesh."""
+    micro_seqs = GLOBAL_SEQS // (mesh.dp_size * max(2, mesh.sizes["pp"]))
+    history = []
+    for step in range(first, first + count):
+        batch = global_rows(step, GLOBAL_SEQS)
+        offset = step * GLOBAL_SEQS
+        samples = [[i - offset for i in each] for each in rank_samples(step, GLOBAL_SEQS, micro_seqs, mesh)]
+        stats = engine.train_step([rows_of(batch, each) for each in samples], token_loss, batch.loss_mask.sum())
+        history.append((stats.loss, stats.grad_norm))
+    return history
+
+
+def save(directory: str, number: int, layout: dict) -> None:
+    mesh = mesh_of(layout)
+    engine = build(layout, mesh)
+    steps(engine, mesh, 0, BEFORE)
+    place, state = os.path.join(directory, str(number)), {"step": BEFORE, "layout": layout}
+    save_checkpoint(place, engine, state, mesh, 1, parameter_shapes(model_config(layout)))
+    uninterrupted = steps(engine, mesh, BEFORE, AFTER)
+    if mesh.rank == 0:
+        with open(os.path.join(place, "losses.json"), "w", encoding="utf-8") as file:
+            json.dump(uninterrupted, file)
+
+
+def load(directory: str, saved: int, number: int, layout: dict) -> dict:
+    mesh, place = mesh_of(layout), os.path.join(directory, str(saved))
+    engine = build(layout, mesh, factor=0.5)
+    reader = CheckpointReader(newest_intact(place, mesh))
+    engine.load_fragments(reader.read, BEFORE)
+    resumed = steps(engine, mesh, BEFORE, AFTER)
+    with open(os.path.join(place, "losses.json"), encoding="utf-8") as file:
+        expected = json.load(file)
+    pairs = [(a, b) for got, want in zip(resumed, expected, strict=True) for a, b in zip(got, want, strict=True)]
+    worst = max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in pairs)
+    return {"saved": saved, "loaded": number, "error": worst, "from": reader.state["layout"], "to": layout}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    mesh = init_mesh(ParallelConfig(), None, 120)
+    action, directory, work = sys.argv[1:]
+    for job in json.loads(work):
+        if action == "save":
+            save(directory, *job)
+        else:
+            result = load(directory, *job)
+            if mesh.rank == 0:
+                print(json.dumps(result), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
