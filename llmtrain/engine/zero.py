@@ -26,6 +26,7 @@ from llmtrain.config.stages import plan_stages
 from llmtrain.engine import zero_state
 from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, owns
+from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.engine.optim import build_optimizer, learning_rate
 from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
@@ -55,7 +56,7 @@ def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
         "steps_per_print": 10**9,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": False},  # `train_step` has looked
         "fp16": {"enabled": engine.precision == "fp16", "loss_scale": 1.0},  # the scale is ours, see `train_step`
     }
 
@@ -88,6 +89,8 @@ class ZeroEngine:
             mpu=Mpu(mesh),
             config=deepspeed_config(config, optim.grad_clip),
         )
+        if mesh.grad_size == 1 and config.zero_stage in (1, 2) and config.offload == "none":
+            zero_state.take_gradients_as_they_are(self.engine)
         zero_state.set_masters(self.engine, mesh, originals)
         if config.compile:
             compile_blocks(parts)
@@ -186,6 +189,7 @@ def _prepare_deepspeed(mesh: Mesh, precision: str) -> None:
         # It would compile a shared-memory collective with g++; a build that is killed leaves a lock that hangs all
         # later runs. gloo does the work.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        keep_freed_memory()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     if mesh.sizes["pp"] > 1:
         # A debug check over all ranks; stages prefetch different parameters and would wait for each other for ever.

@@ -45,7 +45,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
         mask = torch.ones(T, k.size(2), dtype=torch.bool).tril(k.size(2) - T)
     bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, HIDDEN)
     grouped = (q * D**-0.5).reshape(B, k.size(1), -1, D)  # the queries of a key/value head as one block
-    scores = (grouped @ k.transpose(-1, -2)).view(B, H, T, -1).add_(bias)
+    scores = (grouped @ k.transpose(-1, -2)).view(B, H, T, -1) + bias  # in place, the backward would copy both
     return (scores.softmax(-1).view(B, k.size(1), -1, k.size(2)) @ v).view(q.shape)
 
 
