@@ -1,0 +1,74 @@
+"""Saves that fail or are in flight when a run ends, with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtrain.checkpoint.manifest import newest_intact, verify
+
+TOO_FEW_BYTES = 100_000  # a rank's fragments take about 250 kB
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def limited(tmp_path: Path) -> Path:
+    """`llmtrain` whose rank 1 cannot write files of more than LIMIT bytes."""
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import os, resource, sys\n"
+        "from llmtrain.cli import entry\n"
+        "if os.environ['RANK'] == '1':\n"
+        f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({TOO_FEW_BYTES}, {TOO_FEW_BYTES}))\n"
+        "entry()\n"
+    )
+    return script
+
+
+def test_a_failing_disk_is_warned_of_and_the_last_save_not_forgiven(
+    small: Path, tmp_path: Path, torchrun: Callable
+) -> None:
+    run_dir = tmp_path / "run"
+    options = ("checkpoint.background=true", "train.eval_seqs=1")
+    result = torchrun(2, limited(tmp_path), "pretrain", small, f"run_dir={run_dir}", *options)
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert result.stdout.count("step 3 was not saved: rank 1: ") == 1, result.stdout[-3000:]
+    assert "File too large" in result.stdout and "rank-00001.safetensors" in result.stdout
+    assert result.returncode != 0 and 'Traceback (most recent call last):\n  File "/' not in result.stdout
+    assert os.listdir(run_dir / "checkpoints") == []
+
+
+def test_stop_means_stop(small: Path, tmp_path: Path, torchrun: Callable) -> None:
+    run_dir = tmp_path / "run"
+    options = ("checkpoint.background=true", "checkpoint.on_error=stop", "checkpoint.every_steps=1", "train.steps=200")
+    result = torchrun(2, limited(tmp_path), "pretrain", small, f"run_dir={run_dir}", *options)
+    assert result.returncode != 0 and "File too large" in result.stdout, result.stdout[-3000:]
+    assert len(metrics(run_dir)) <= 2  # at the latest the next save waits for the first
+
+
+def test_a_signal_waits_for_the_save_in_flight(small: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ("train.steps=10000", "checkpoint.background=true", "checkpoint.every_steps=1", "checkpoint.keep=100")
+    command = [sys.executable, "-m", "llmtrain", "pretrain", str(small), f"run_dir={run_dir}", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    give_up = time.monotonic() + 100
+    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 3:
+        assert time.monotonic() < give_up and process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, errors[-2000:]
+    steps = [line["step"] for line in metrics(run_dir)]
+    saved = sorted(os.listdir(run_dir / "checkpoints"))
+    assert saved == [f"step-{step:08d}" for step in steps][-100:]
+    assert newest_intact(str(run_dir / "checkpoints")).endswith(saved[-1])
+    for name in saved[:3]:
+        verify(str(run_dir / "checkpoints" / name))
