@@ -115,7 +115,10 @@ def test_resumed_bit_for_bit(separate: Path, run: Callable, tmp_path: Path) -> N
     assert numbers(tmp_path / "run") == numbers(separate)[2:]
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(2, ()), (4, ("parallel.pp=2", "parallel.tp=2"))])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, ()), (4, ("parallel.pp=2", "parallel.tp=2")), (2, ("parallel.cp=2",))],
+)
 def test_colocated_does_the_same(
     ranks: int, layout: tuple[str, ...], separate: Path, run: Callable, tmp_path: Path
 ) -> None:
