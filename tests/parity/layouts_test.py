@@ -1,4 +1,4 @@
-"""DeepSpeed on a mesh against one plain torch process: loss, every gradient, norm, weights after 5 steps, scoring."""
+"""Both engines on any mesh against one plain process: loss, every gradient, norm, weights after 5 steps, scores."""
 
 from __future__ import annotations
 
@@ -8,51 +8,31 @@ from pathlib import Path
 
 import pytest
 
+from tests.parity.matrix import at_least, covering, generate, layout_of, ranks
+
 WORKER = Path(__file__).with_name("layouts_worker.py")
 # fp32 rounding: sums over tokens, ranks and vocabulary run in another order than in one process. Seen: 4e-6.
 TOLERANCE = 1e-5
 
-FOUR = [
-    {"dp_shard": 4, "zero_stage": 1},
-    {"dp_shard": 4, "zero_stage": 2, "offload": "optimizer"},
-    {"dp_replicate": 4, "zero_stage": 0},
-    {"tp": 4, "zero_stage": 1, "remat": "full"},
-    {"tp": 2, "dp_shard": 2, "zero_stage": 2, "sequence_parallel": False},
-    {"tp": 2, "dp_shard": 2, "zero_stage": 3},
-    {"pp": 2, "tp": 2, "zero_stage": 1},
-    {"pp": 2, "tp": 2, "zero_stage": 0},
+# Cases that went wrong once or hide what others show; the rest is drawn, see matrix.py.
+PINNED = [
     {"pp": 2, "tp": 2, "zero_stage": 1, "grad_clip": 0},  # clipping would hide a gradient of the wrong size
-    {"pp": 2, "tp": 2, "zero_stage": 3, "tied": False},
-    {"pp": 2, "dp_shard": 2, "zero_stage": 2, "num_layers": 3},
-    {"pp": 4, "zero_stage": 1},
-    {"pp": 2, "tp": 2, "zero_stage": 2, "offload": "optimizer"},
-    {"dp_shard": 4, "zero_stage": 3, "offload": "optimizer"},
+    {"pp": 2, "dp_shard": 2, "zero_stage": 2, "num_layers": 3},  # unequal stages, tied
+    {"pp": 2, "dp_shard": 2, "backend": "fsdp", "num_layers": 3, "tied": False},
+    {"pp": 4, "zero_stage": 3},
+    {"tp": 4, "backend": "fsdp"},  # nothing to shard
+    {"cp": 4, "zero_stage": 1, "context": "ring"},
 ]
 EIGHT = [
-    {"pp": 2, "tp": 2, "dp_shard": 2, "zero_stage": 1},
     {"pp": 2, "tp": 2, "dp_shard": 2, "zero_stage": 3},
-]
-COMPILED = [
-    {"pp": 2, "tp": 2, "zero_stage": 0, "compile": True},
-    {"pp": 2, "tp": 2, "zero_stage": 1, "compile": True},
-    {"tp": 2, "dp_shard": 2, "zero_stage": 2, "compile": True, "remat": "full"},
+    {"pp": 2, "tp": 2, "cp": 2, "backend": "fsdp", "context": "ring"},
 ]
 
 
-def every(ranks: int) -> list[dict]:
-    """All stages on all factorizations, tied and not, with and without sequence parallelism."""
-    meshes = [
-        {"pp": pp, "tp": tp, "dp_shard": ranks // (pp * tp)}
-        for pp in (1, 2, 4)
-        for tp in (1, 2, 4)
-        if ranks % (pp * tp) == 0
-    ]
-    return [
-        {**mesh, "zero_stage": stage, "tied": tied, "sequence_parallel": tied or mesh["tp"] == 1}
-        for mesh in meshes
-        for stage in range(4)
-        for tied in (True, False)
-    ]
+def by_ranks(layouts: list[dict]) -> dict[int, list[dict]]:
+    """The layouts that run on so many processes."""
+    sizes = sorted({ranks(layout) for layout in layouts})
+    return {size: [layout for layout in layouts if ranks(layout) == size] for size in sizes}
 
 
 def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float) -> None:
@@ -66,8 +46,11 @@ def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float) -> N
             assert line[measure] <= TOLERANCE, line
 
 
-def test_four_ranks(torchrun: Callable) -> None:
-    check(torchrun, 4, FOUR, timeout_s=200)
+def test_every_feature(torchrun: Callable) -> None:
+    """Few drawn layouts that together show every feature but compilation, which takes its time."""
+    drawn = [layout_of(names) for names in covering(generate(max_ranks=4), without=frozenset({"compile"}))]
+    for size, layouts in by_ranks([*PINNED, *drawn]).items():
+        check(torchrun, size, layouts, timeout_s=300)
 
 
 def test_eight_ranks(torchrun: Callable) -> None:
@@ -75,13 +58,9 @@ def test_eight_ranks(torchrun: Callable) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_compiled(torchrun: Callable) -> None:
-    check(torchrun, 4, COMPILED, timeout_s=800)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("ranks", [4, 8])
-def test_every_layout(torchrun: Callable, ranks: int) -> None:
-    check(torchrun, ranks, every(ranks), timeout_s=1700)
+@pytest.mark.timeout(7200)
+def test_matrix(torchrun: Callable) -> None:
+    """Every pair of features that goes together, several times: see docs/parallelism.md."""
+    drawn = [layout_of(names) for names in at_least(64)]
+    for size, layouts in by_ranks(drawn).items():
+        check(torchrun, size, layouts, timeout_s=3600)

@@ -46,24 +46,23 @@ def layout_of(names: frozenset[str]) -> dict:
     return {renamed.get(key, key.partition(".")[2]): value for key, value in chosen.items()}
 
 
-def allowed(names: frozenset[str]) -> bool:
-    """Does it mean something, fit into MAX_RANKS and pass the rules?"""
+def allowed(names: frozenset[str], max_ranks: int) -> bool:
+    """Does it mean something, need 2 to `max_ranks` processes and pass the rules?"""
     both = keys(names)
-    return both is not None and 2 <= ranks(layout_of(names)) <= MAX_RANKS and not parallelism.refusals(both)
+    return both is not None and 2 <= ranks(layout_of(names)) <= max_ranks and not parallelism.refusals(both)
 
 
-def completions(pair: frozenset[str], rng: random.Random) -> Iterator[frozenset[str]]:
-    """Allowed sets of features around a pair, as large as they get in a random order."""
+def completions(pair: frozenset[str], rng: random.Random, max_ranks: int) -> Iterator[frozenset[str]]:
+    """Allowed sets of features around a pair, as large as they get in a random order, on few ranks or many."""
+    engines = [name for name in sorted(FEATURES) if "engine.backend" in FEATURES[name]]
     for _ in range(TRIES):
-        names = pair
+        limit = rng.choice([n for n in (2, 4, 8) if n <= max_ranks])
+        names = pair if _engine(pair) else pair | {rng.choice(engines)}
         for name in rng.sample(sorted(FEATURES), len(FEATURES)):
             larger = names | {name}
-            either = keys(larger) is None and parallelism.merged(*(FEATURES[n] for n in larger)) is not None
-            if rng.random() < 0.6 and (allowed(larger) or (either and not _engine(larger))):
-                names = larger
-        if not _engine(names):
-            names = names | {rng.choice([n for n in FEATURES if "engine.backend" in FEATURES[n]])}
-        if allowed(names):
+            if keys(larger) is not None and (ranks(layout_of(larger)) == 1 or allowed(larger, limit)):
+                names = larger if rng.random() < 0.7 else names
+        if allowed(names, limit):
             yield names
 
 
@@ -71,7 +70,7 @@ def _engine(names: frozenset[str]) -> bool:
     return any("engine.backend" in FEATURES[name] for name in names)
 
 
-def generate(seed: int = 0) -> list[frozenset[str]]:
+def generate(seed: int = 0, max_ranks: int = MAX_RANKS) -> list[frozenset[str]]:
     """Sets of features that together hold every pair that goes together at all."""
     rng = random.Random(seed)
     missing = {frozenset(pair) for pair in combinations(FEATURES, 2)}
@@ -79,7 +78,7 @@ def generate(seed: int = 0) -> list[frozenset[str]]:
     for pair in sorted(missing, key=sorted):
         if pair not in missing:
             continue
-        found = list(completions(pair, rng))
+        found = list(completions(pair, rng, max_ranks))
         if found:
             best = max(found, key=lambda names: len(missing & _pairs(names)))
             chosen.append(best)
@@ -101,10 +100,10 @@ def _pairs(names: frozenset[str]) -> set[frozenset[str]]:
     return {frozenset(pair) for pair in combinations(names, 2)}
 
 
-def covering(chosen: list[frozenset[str]], max_ranks: int) -> list[frozenset[str]]:
-    """Few of them that together show every feature, the cheap ones first."""
-    missing, kept = set(FEATURES), []
-    candidates = [names for names in chosen if ranks(layout_of(names)) <= max_ranks]
+def covering(chosen: list[frozenset[str]], without: frozenset[str]) -> list[frozenset[str]]:
+    """Few of them that together show every feature but those `without`, the cheap ones first."""
+    missing, kept = set(FEATURES) - without, []
+    candidates = [names for names in chosen if not names & without]
     while gain := max((len(missing & names) for names in candidates), default=0):
         best = min((n for n in candidates if len(missing & n) == gain), key=lambda n: (ranks(layout_of(n)), sorted(n)))
         kept.append(best)

@@ -1,8 +1,8 @@
 """Run under torchrun: `save DIRECTORY LAYOUTS` or `load DIRECTORY PAIRS` (JSON), the layouts all of this many ranks.
 
-save: each layout (a number and its keys) trains, saves a checkpoint, goes on and notes its losses, never having stopped.
-load: of each pair (saved number, own number and keys) the own layout starts elsewhere, loads the checkpoint of the other
-and goes on with the same global samples; one JSON line with the largest relative difference of loss and norm.
+save: each layout (a number and its keys) trains, saves a checkpoint, goes on and notes its losses.
+load: of each pair (saved number, own number and keys) the own layout starts elsewhere, loads the other's checkpoint and
+goes on with the same global samples; one JSON line a pair with the largest relative difference of loss and norm.
 """
 
 from __future__ import annotations
