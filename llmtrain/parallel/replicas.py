@@ -15,7 +15,6 @@ from llmtrain.parallel.mesh import Mesh
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes an element -> its bits as a number
 CHUNK = 2**20  # elements that are widened to 64 bits at a time
 FACTOR = 6364136223846793005  # odd: no chunk's difference is lost (Knuth's multiplier)
-SHOWN = 8  # findings in a message
 
 Finding = tuple[str, tuple[int, ...], tuple[int, ...]]
 """(parameter, ranks that hold other bits than most, all ranks that compared); without a majority everyone is named."""
@@ -35,11 +34,11 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def check_replicas(replicas: Iterable[tuple[str, str, Tensor]], mesh: Mesh) -> None:
-    """Compare the copies (`Engine.replicas`) over their groups; a collective of all trainers.
+def differing(replicas: Iterable[tuple[str, str, Tensor]], mesh: Mesh) -> list[str]:
+    """What is wrong with the copies (`Engine.replicas`): a line for each parameter with a bit that differs within its
+    group, naming ranks and hosts, equal on all trainers; a collective of them.
 
-    Raises RuntimeError on every rank, naming parameter, ranks and hosts, when a bit differs. Most decide who is wrong;
-    of two copies both are named.
+    Most decide who is wrong; without a majority, as with two copies, all are named.
     """
     sums: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
     for group, name, tensor in replicas:
@@ -49,12 +48,7 @@ def check_replicas(replicas: Iterable[tuple[str, str, Tensor]], mesh: Mesh) -> N
     reports = mesh.all_gather_json([socket.gethostname(), found])
     hosts = [host for host, _ in reports]
     distinct = dict.fromkeys((name, tuple(odd), tuple(ranks)) for _, rows in reports for name, odd, ranks in rows)
-    if distinct:
-        shown = "; ".join(_describe(finding, hosts) for finding in list(distinct)[:SHOWN])
-        raise RuntimeError(
-            f"{shown} ({len(distinct)} in all). Memory or a device there is not to be trusted: start again without "
-            "that host; the run goes on from the last checkpoint, which was written before this was seen"
-        )
+    return [_describe(finding, hosts) for finding in distinct]
 
 
 def _compare(sums: list[tuple[str, Tensor]], mesh: Mesh, group: str) -> list[Finding]:

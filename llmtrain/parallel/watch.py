@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -31,7 +32,7 @@ class Watch:
     def __init__(self, timeout_s: float) -> None:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.quiet_s, self.slow_s = min(QUIET_S, timeout_s / 2), 0.8 * timeout_s
-        self.step, self.done = 0, threading.Event()
+        self.step, self.done, self.parent = 0, threading.Event(), os.getppid()
         self.moved = (0, time.monotonic())  # step, and since when
         if self.size > 1:
             thread = threading.Thread(target=self._run, daemon=True)
@@ -43,7 +44,7 @@ class Watch:
         thread.join(2 * BEAT_S)
 
     def _run(self) -> None:
-        with contextlib.suppress(DistNetworkError):  # the store is gone: the job ends
+        with contextlib.suppress(DistNetworkError):  # who held the store has ended
             try:
                 self._watch(_store(self.quiet_s))
             except DistStoreError:
@@ -51,11 +52,14 @@ class Watch:
                     f"rank {self.rank}: the store of this job has not answered for {self.quiet_s:.0f} s; "
                     "the launcher of node 0, or without one rank 0, is stopped or cannot be reached"
                 )
+        if os.getppid() != self.parent and not self.done.is_set():
+            _say(f"rank {self.rank}: the launcher is gone; saving and stopping, as it cannot be told to any more")
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self, store: Store) -> None:
         neighbour = (self.rank + 1) % self.size
         last, since, told = "", time.monotonic(), False
-        while not self.done.wait(BEAT_S):
+        while not self.done.wait(BEAT_S) and os.getppid() == self.parent:
             store.set(str(self.rank), json.dumps(self._beat()))
             beat = store.get(str(neighbour)).decode() if last or store.check([str(neighbour)]) else ""
             if beat != last:

@@ -12,8 +12,10 @@ from statistics import fmean, pstdev
 from llmtrain.engine.tally import stop_if_not_finite
 from llmtrain.observe.log import log
 from llmtrain.observe.metrics import Events
-from llmtrain.parallel.replicas import check_replicas
+from llmtrain.parallel.replicas import differing
 from llmtrain.trainer.assemble import Job, load_newest
+
+SHOWN = 8  # parameters named in a message
 
 
 class Guard:
@@ -32,7 +34,7 @@ class Guard:
         `guard.max_skips` in a row; RuntimeError when copies of the weights differ."""
         settings, memory, step = self.settings, self.job.guard, self.job.step + 1
         if settings.replica_check_steps and step % settings.replica_check_steps == 0:
-            check_replicas(self.job.engine.replicas(), self.job.mesh)
+            self._check_replicas(step)
         if broken:
             return self._not_finite(loss, broken)
         if settings.spike != "off" and is_spike(loss, memory.losses, settings.spike_window, settings.spike_sigma):
@@ -67,6 +69,13 @@ class Guard:
             raise FloatingPointError(
                 f"guard.max_skips={self.settings.max_skips}: the run went back to step {job.step} more often; "
                 "lower optim.lr, or take up an older checkpoint"
+            )
+
+    def _check_replicas(self, step: int) -> None:
+        if found := differing(self.job.engine.replicas(), self.job.mesh):
+            raise RuntimeError(
+                f"step {step}: {'; '.join(found[:SHOWN])} ({len(found)} in all). Memory or a device there is not to be "
+                "trusted: start again without that host; the run goes on from its last checkpoint"
             )
 
     def _not_finite(self, loss: float, broken: list[int]) -> bool:

@@ -1,9 +1,9 @@
 """`llmtrain` as it is, with accidents: run under torchrun with the arguments of `llmtrain`.
 
 ACCIDENTS is a JSON list of {"attempt", "rank", "at", "count"}: the count-th time this rank is at that point, in that
-attempt of torchrun, it is killed, or stopped with "signal". The points: `batch` (a microbatch's forward: accumulation),
-`write` (a chunk of a checkpoint's file), `publish` (before the rename), `prune` (after it), `log` (before a metrics
-line); `random`: after `count` milliseconds.
+attempt of torchrun, it is killed, or gets "signal", or sleeps "sleep" seconds, or has a bit of its weights flipped
+("flip", at `step`). The points: `step` (its begin), `batch` (a microbatch, in the accumulation), `write` (a file of a
+checkpoint), `publish` (before the rename), `prune` (after it), `log` (a metrics line); `random`: after `count` ms.
 """
 
 from __future__ import annotations
@@ -16,18 +16,32 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import torch
+
 from llmtrain import cli
 from llmtrain.checkpoint import files, save
 from llmtrain.engine import tally
+from llmtrain.engine.zero import ZeroEngine
 from llmtrain.observe import metrics
+from llmtrain.parallel.plan import parameters_of
 
 RANK, ATTEMPT = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 MINE = [a for a in json.loads(os.environ.get("ACCIDENTS", "[]")) if (a["rank"], a["attempt"]) == (RANK, ATTEMPT)]
 visits: Counter[str] = Counter()
 
 
-def happen(accident: dict) -> None:
+def happen(accident: dict, *args: object) -> None:
+    print(f"accident {accident}", flush=True)
+    if "sleep" in accident:
+        return time.sleep(accident["sleep"])
+    if "flip" in accident:
+        return flip(args[0])
     os.kill(os.getpid(), signal.Signals[accident.get("signal", "SIGKILL")])
+
+
+def flip(engine: ZeroEngine) -> None:
+    p = next(p for p in parameters_of(engine.parts) if p.canonical == "layers.1.attention_norm.weight")
+    p.data.view(torch.int32)[3] ^= 1
 
 
 def at(point: str, action: Callable) -> Callable:
@@ -37,7 +51,7 @@ def at(point: str, action: Callable) -> Callable:
         visits[point] += 1
         for accident in MINE:
             if (accident["at"], accident["count"]) == (point, visits[point]):
-                happen(accident)
+                happen(accident, *args)
         return action(*args, **kwargs)
 
     return visited
@@ -48,6 +62,7 @@ def later(accident: dict) -> None:
     happen(accident)
 
 
+ZeroEngine.train_step = at("step", ZeroEngine.train_step)
 save._publish, save._prune = at("publish", save._publish), at("prune", save._prune)
 save.write_durably = at("write", files.write_durably)
 tally.Tally.add = at("batch", tally.Tally.add)
