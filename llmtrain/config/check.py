@@ -154,8 +154,6 @@ def _offered(case: Case) -> Iterator[str]:
     c, p = case.config, case.config.parallel
     instead = {
         f"engine.precision={c.engine.precision}": (c.engine.precision == "fp8", "use bf16"),
-        f"engine.remat={c.engine.remat}": (c.engine.remat == "selective", "use full"),
-        f"parallel.schedule={p.schedule}": (p.schedule != "1f1b", "use 1f1b"),
         f"parallel.ep={p.ep}": (p.ep > 1, "set parallel.ep=1, the models are dense"),
     }
     for key, (used, remedy) in instead.items():
@@ -256,6 +254,55 @@ def _pipeline(case: Case) -> Iterator[str]:
             plan_stages(case.model, case.config.parallel)
         except ValueError as error:
             yield str(error)
+
+
+def _schedule(case: Case) -> Iterator[str]:
+    p, e = case.config.parallel, case.config.engine
+    if p.schedule != "1f1b" and p.pp == 1:
+        yield f"parallel.schedule={p.schedule}: needs parallel.pp of at least 2; raise it or use 1f1b"
+    exact = {"1f1b": 1, "zbv": 2}.get(p.schedule)
+    if p.virtual_stages != (exact or max(2, p.virtual_stages)):
+        rule = f"must be {exact or 'at least 2'} with parallel.schedule={p.schedule}"
+        yield f"parallel.virtual_stages={p.virtual_stages}: {rule}; set it or choose another schedule"
+    if p.schedule not in ("interleaved_zero_bubble", "zbv"):
+        return
+    reasons = {
+        "engine.compile=true": (e.compile, "a compiled block cannot split its backward into two"),
+        f"engine.remat={e.remat}": (e.remat != "none", "a block would be computed again for each of its weights"),
+        "engine.zero_stage=3": (
+            e.backend == "deepspeed" and e.zero_stage == 3,
+            "it frees weights before their gradients are computed",
+        ),
+    }
+    for key, (used, reason) in reasons.items():
+        if used:
+            yield f"{key}: not with parallel.schedule={p.schedule}, {reason}; change it or use interleaved_1f1b"
+
+
+def _rounds(case: Case) -> Iterator[str]:
+    c, p = case.config, case.config.parallel
+    try:
+        sizes = mesh_sizes(p, case.trainers)
+    except ValueError:
+        return  # reported by `_ranks`
+    block = c.train.micro_batch_seqs * sizes["dp_replicate"] * sizes["dp_shard"]
+    if not p.schedule.startswith("interleaved") or block < 1:
+        return
+    if case.command == "grpo":
+        yield (
+            f"parallel.schedule={p.schedule}: needs equal rounds of microbatches, whose number in grpo follows the "
+            "lengths of the samples; use 1f1b or zbv"
+        )
+        return
+    replayed = c.data.replay_seqs if case.command == "sft" else 0
+    microbatches = (c.train.global_batch_seqs + replayed) // block
+    rounds = max(1, microbatches // sizes["pp"])
+    if microbatches % rounds:
+        yield (
+            f"parallel.schedule={p.schedule}: takes the microbatches of a step in equal rounds of at least pp="
+            f"{sizes['pp']}, and {microbatches} is not a multiple of {rounds} rounds; make it a multiple of pp by "
+            "train.global_batch_seqs or micro_batch_seqs"
+        )
 
 
 def _positions(case: Case) -> Iterator[str]:
@@ -489,6 +536,8 @@ RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     ((*TRAIN, "plan"), _tensor_parallel),
     ((*TRAIN, "plan"), _context_parallel),
     ((*TRAIN, "plan"), _pipeline),
+    ((*TRAIN, "plan"), _schedule),
+    (TRAIN, _rounds),
     ((*TRAIN, "plan"), _positions),
     ((*TRAIN, "plan"), _ramps),
     (TRAIN, _objectives),

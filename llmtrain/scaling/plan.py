@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmtrain.config.check import TRAIN, Earlier, mesh_sizes, planned_stages
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
-from llmtrain.config.schema import Config, EngineConfig, ModelConfig, RunConfig, TrainConfig
+from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.config.shapes import block_parameters, parameter_count, resolve_model
 
 
@@ -70,7 +70,9 @@ def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Ea
         optimizer_bytes=0 if config.engine.offload == "optimizer" else optimizer,
         activations_bytes=activation_bytes(config, model, mesh, accumulation),
         logits_bytes=logits_bytes(config.engine, model, mesh["tp"]),
-        bubble=None if accumulation is None else bubble(mesh["pp"], accumulation),
+        bubble=None
+        if accumulation is None
+        else bubble_share(config.parallel.schedule, mesh["pp"], config.parallel.virtual_stages, accumulation),
     )
 
 
@@ -114,22 +116,39 @@ def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple
 
 
 def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> int:
-    """Activations kept for the backward pass on the first stage, which holds most microbatches under 1F1B: `pp`, if the
-    step has so many. Rows are the longest of the run.
+    """Activations kept for the backward pass on the first stage, which holds most microbatches. Rows are the longest of
+    the run.
 
-    Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each layer keeps its input, and one
-    layer at a time is whole.
+    Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each layer keeps what
+    `kept_activations` says, and one layer at a time is whole.
     """
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
     value = 4 if config.engine.precision == "fp32" else 2
     tokens = config.train.micro_batch_seqs * longest_row(config.train)
-    in_flight = mesh["pp"] if accumulation is None else min(mesh["pp"], math.ceil(accumulation))
-    layers = math.ceil(model.num_layers / mesh["pp"])
-    block = tokens * value * block_activations(model, tp, sequence_parallel)
+    layers = math.ceil(model.num_layers / mesh["pp"]) * in_flight(config.parallel, accumulation)
+    block = block_activations(model, tp, sequence_parallel)
     if config.engine.remat == "none":
-        return int(layers * in_flight * block)
-    layer_input = tokens * value * model.hidden_size / (tp if sequence_parallel else 1)
-    return int(layers * in_flight * layer_input + block)
+        return int(tokens * value * layers * block)
+    kept = kept_activations(model, tp, sequence_parallel, config.engine.remat)
+    return int(tokens * value * (layers * kept + block))
+
+
+def in_flight(parallel: ParallelConfig, accumulation: float | None) -> float:
+    """Microbatches whose activations the fullest pipeline rank holds at a time, as many as the schedule lets in."""
+    most = parallel.pp
+    if parallel.schedule == "interleaved_1f1b":  # P (v + 1) - 1 of its v stages, arXiv 2104.04473, section 2.2.2
+        most += (parallel.pp - 1) / parallel.virtual_stages
+    return most if accumulation is None else min(most, math.ceil(accumulation))
+
+
+def kept_activations(model: ModelConfig, tp: int, sequence_parallel: bool, remat: str) -> float:
+    """Values a token that one block keeps with recomputation. Full: its input. Selective: the inputs of its two halves
+    and, sharded, q, k, v, attention's output, gate and up."""
+    assert model.head_dim is not None
+    hidden = model.hidden_size / (tp if sequence_parallel else 1)
+    if remat == "full":
+        return hidden
+    return 2 * hidden + 2 * (model.head_dim * (model.num_heads + model.num_kv_heads) + model.ffn_size) / tp
 
 
 def block_activations(model: ModelConfig, tp: int, sequence_parallel: bool) -> float:
@@ -147,9 +166,21 @@ def logits_bytes(engine: EngineConfig, model: ModelConfig, tp: int) -> int:
     return 2 * 4 * (engine.logprob_chunk_tokens or 1024) * model.vocab_size // tp
 
 
-def bubble(pp: int, microbatches: float) -> float:
-    """Idle share of 1F1B over the ideal time, (P - 1) / m (arXiv 2104.04473, section 2.2)."""
-    return (pp - 1) / max(1.0, microbatches)
+def bubble_share(schedule: str, pp: int, virtual_stages: int, microbatches: float) -> float:
+    """Idle share of a step over the ideal time, with uniform stages and forward, input gradient and weight gradient
+    of equal length; from the start of the first rank to the end of the last.
+
+    1F1B and interleaved: (P - 1) / (v m), arXiv 2104.04473, section 2.2. With a zero bubble weight gradients fill two
+    thirds of it, arXiv 2401.10241, table 2 (ZB-H1); ZBV does so from 2 P - 1 microbatches on.
+    """
+    ideal = 3 * virtual_stages * max(1.0, microbatches)  # in units of a stage's forward
+    idle = {
+        "1f1b": 3 * (pp - 1),
+        "interleaved_1f1b": 3 * (pp - 1),
+        "interleaved_zero_bubble": pp - 1,
+        "zbv": max(pp - 1, 4 * pp - 2 - 2 * microbatches),
+    }
+    return idle[schedule] / ideal
 
 
 def main(config: Config) -> None:

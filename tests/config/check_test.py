@@ -20,6 +20,9 @@ GOOD = {
     "tokenizer": {"path": str(Path(__file__).parent)},
 }
 
+ZBV = ["parallel.schedule=zbv", "parallel.virtual_stages=2"]
+INTERLEAVED = ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"]
+
 
 def config(*overrides: str, folder: Path) -> Config:
     path = folder / "x.yaml"
@@ -35,6 +38,30 @@ def config(*overrides: str, folder: Path) -> Config:
         ("pretrain", 4, ["model.ffn_size=383"], "model.ffn_size=383: must be a multiple of parallel.tp=2"),
         ("pretrain", 4, ["train.seq_len=127"], "train.seq_len=127: .*or set parallel.sequence_parallel=false"),
         ("pretrain", 4, ["model.num_layers=1"], "parallel.pp x virtual_stages=2: must be at most model.num_layers=1"),
+        ("pretrain", 4, ["parallel.virtual_stages=2"], "parallel.virtual_stages=2: must be 1 with .*=1f1b; set it or"),
+        ("sft", 4, ["parallel.schedule=zbv"], "parallel.virtual_stages=1: must be 2 with parallel.schedule=zbv; set"),
+        (
+            "sft",
+            4,
+            ["parallel.schedule=interleaved_1f1b"],
+            "parallel.virtual_stages=1: must be at least 2 with .*; set",
+        ),
+        ("sft", 4, ["parallel.pp=1", *ZBV], "parallel.schedule=zbv: needs parallel.pp of at least 2; raise it or use"),
+        ("sft", 4, ["engine.compile=true", *ZBV], "engine.compile=true: not with .*=zbv, .*; change it or use inter"),
+        ("sft", 4, ["engine.remat=selective", *ZBV], "engine.remat=selective: not with .*=zbv, .*; change it or use"),
+        ("sft", 4, ["engine.zero_stage=3", *ZBV], "engine.zero_stage=3: not with parallel.schedule=zbv, .*; change it"),
+        (
+            "pretrain",
+            4,
+            [*INTERLEAVED, "train.global_batch_seqs=5"],
+            "parallel.schedule=interleaved_1f1b: .* at least pp=2, and 5 is not a multiple of 2 rounds; make it",
+        ),
+        (
+            "sft",
+            4,
+            [*INTERLEAVED, "train.global_batch_seqs=4", "data.replay_seqs=3", "data.path=."],
+            "parallel.schedule=interleaved_1f1b: .* and 7 is not a multiple of 3 rounds; make it a multiple of pp",
+        ),
         ("pretrain", 4, ["model.hidden_size=130"], "model.hidden_size=130: must be a multiple of num_heads=4"),
         ("pretrain", 4, ["model.head_dim=31"], "model.head_dim=31: must be even"),
         (
@@ -202,6 +229,7 @@ def test_one_broken_rule_is_one_line(
         (["rollout.max_new_tokens=128"], "rollout.max_new_tokens=128: must be less than train.seq_len=128"),
         (["guard.spike=skip"], "guard.spike=skip: must be off in grpo"),
         (["rollout.group_size=1"], "rollout.group_size=1: must be at least 2"),
+        (INTERLEAVED, "parallel.schedule=interleaved_1f1b: .* in grpo .*; use 1f1b or zbv"),
     ],
 )
 def test_rules_of_reinforcement_learning(overrides: list[str], expected: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from llmtrain.config.load import load
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
 from llmtrain.config.shapes import parameter_count, resolve_model
-from llmtrain.scaling.plan import activation_bytes, bubble, main, parameters_per_rank, plan, zero_bytes
+from llmtrain.scaling.plan import activation_bytes, bubble_share, main, parameters_per_rank, plan, zero_bytes
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
@@ -44,17 +44,23 @@ def test_activations_by_hand() -> None:
     mesh = {"pp": 1, "tp": 1}
     values = 4 * 128 + 2 * 32 * (4 + 2) + 4 * 384  # a token and layer
     assert activation_bytes(config, model, mesh, 1) == 4 * 128 * 2 * values
-    assert activation_bytes(config, model, {"pp": 2, "tp": 1}, 8) == 2 * 2 * 128 * 2 * values  # 2 layers, 2 in flight
+    piped = config.model_copy(update={"parallel": ParallelConfig(pp=2)})
+    assert activation_bytes(piped, model, {"pp": 2, "tp": 1}, 8) == 2 * 2 * 128 * 2 * values  # 2 layers, 2 in flight
     assert activation_bytes(config, model, {"pp": 1, "tp": 2}, 1) == 4 * 128 * 2 * values // 2
     whole = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
     assert activation_bytes(whole, model, {"pp": 1, "tp": 2}, 1) == 4 * 128 * 2 * (4 * 128 + (values - 4 * 128) // 2)
     remat = config.model_copy(update={"engine": EngineConfig(remat="full")})
     assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (4 * 128 + values)
+    remat = config.model_copy(update={"engine": EngineConfig(remat="selective")})
+    kept = 2 * 128 + 32 * (4 + 2 + 2) + 4 * 32 + 2 * 384
+    assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (4 * kept + values)
 
 
-def test_bubble_of_1f1b() -> None:
-    assert bubble(4, 8) == 3 / 8
-    assert bubble(1, 8) == 0
+def test_bubble() -> None:
+    """tests/parallel/bubble_test.py compares it with the schedules themselves."""
+    assert bubble_share("1f1b", 4, 1, 8) == 3 / 8
+    assert bubble_share("1f1b", 1, 1, 8) == 0
+    assert bubble_share("zbv", 4, 2, 8) == 1 / 16
 
 
 def test_batch_arithmetic() -> None:
