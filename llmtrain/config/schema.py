@@ -118,7 +118,7 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"  # masters are fp32; fp16 scales the loss
     loss_scale: PositiveFloat | None = None  # fp16: None = dynamic
     loss_scale_window: PositiveInt = 1000  # fp16, dynamic: steps without overflow before the scale doubles
-    remat: Literal["none", "selective", "full"] = "none"  # full: recompute each block in the backward
+    remat: Literal["none", "selective", "full"] = "none"  # keep all; matrix products and attention; inputs of blocks
     compile: bool = False  # torch.compile of each block
     logprob_chunk_tokens: PositiveInt | None = None  # rows of logits at a time; None = 1024 on a GPU, 16 MB on a CPU
     timeout_s: PositiveInt = 600  # of a collective
