@@ -10,7 +10,8 @@ kv = B (T/cp) (kv heads / tp) head_dim e bytes, a Q shard q = B (T/cp) (heads / 
                                                                        lcm(kv heads / tp, cp) / (kv heads / tp)
     ring        2 (cp - 1) kv  +  2 (cp - 1) kv + 2 cp kv 4 / e        K and V; their gradients travel in fp32
 Rematerialisation adds one more forward. Beside that a row with documents has its segment (and branch) ids gathered
-once a microbatch and stage: (cp - 1) B (T/cp) 8 bytes each.
+once a microbatch and stage: (cp - 1) B (T/cp) 8 bytes each. The mask made of them has B T T entries for alltoall,
+B (T/cp) T for allgather, and exists tile by tile for ring.
 """
 
 from __future__ import annotations
