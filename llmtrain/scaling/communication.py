@@ -1,0 +1,281 @@
+"""What one training step sends, by arithmetic, on every axis and itemised. Starts nothing.
+
+Bytes are those of whole messages, as `parallel.traffic` counts them: what an all-gather returns, what a reduce-scatter,
+an all-to-all, an all-reduce or a send takes. A ring moves an all-reduce twice and the others once, less 1 / ranks, so in
+messages the 2, 2, 2 and 3 weights of ZeRO's stages (arXiv 1910.02054, section 7; here with `accumulation` = 1) are
+    stage 0     all-reduce of gradients
+    stage 1, 2  all-reduce of gradients (the paper: reduce-scatter), all-gather of weights
+    stage 3     reduce-scatter of gradients, all-gather of weights for the forward, and again for the backward
+DeepSpeed 0.19 all-reduces at stages 1 and 2, one bucket for all ranks; its alternative is a reduction to each owner in
+turn. Its stage 3 keeps parameters of at most PERSISTENT elements whole between the steps, and gathers the others once a
+microbatch rather than twice if they are used again within REUSE elements: all of them in a model of up to REUSE / 2.
+FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
+
+Left out: Muon's exchange of matrices, and a byte by which DeepSpeed's fp16 agrees on overflows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llmtrain.config.check import AXES
+from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from llmtrain.config.stages import StagePlan, plan_stages
+from llmtrain.scaling.parts import Shape, numel, rank_shapes, stage_units
+
+PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold
+REUSE = 1_000_000_000  # its stage3_max_reuse_distance
+GROUPS = {  # as in parallel.mesh
+    **{axis: (axis,) for axis in AXES},
+    "grad": ("dp_replicate", "dp_shard", "cp"),
+    "shard": ("dp_shard", "cp"),
+    "model": ("pp", "tp"),
+    "replica": ("pp", "dp_shard", "cp", "tp"),
+    "ends": ("pp",),
+    "world": AXES,
+}
+
+
+class Item(NamedTuple):
+    """Example: Item("tp", "all_gather", "activations forward", 65536)"""
+
+    axis: str  # a name of `Mesh.groups`, or world
+    kind: str  # all_reduce | all_gather | reduce_scatter | all_to_all | send
+    what: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank is given in one step."""
+
+    microbatches: int
+    rows: int  # a microbatch
+    tokens: int  # of a whole row
+    trained_tokens: int  # of this rank, in all microbatches: labels that are not IGNORE
+    ids: int = 1  # fields that say who sees whom: segment ids (1), branch ids (2)
+    report_bytes: int = 0  # of the longest report in engine.tally, JSON
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rank's place. `model` is resolved and `parallel.dp_shard` is not -1."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    step: Step
+    pp_rank: int = 0
+    shard_rank: int = 0  # in the group `shard`
+
+    @property
+    def plan(self) -> StagePlan:
+        return plan_stages(self.model, self.parallel)
+
+    @property
+    def value_bytes(self) -> int:
+        """Of an activation, and of a weight as it is computed with."""
+        return 4 if self.engine.precision == "fp32" else 2
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(self.plan.layers[stage]) for stage in self.plan.stages_of(self.pp_rank))
+
+    @property
+    def has_embedding(self) -> bool:
+        return self.plan.rank_of(0) == self.pp_rank
+
+    @property
+    def has_head(self) -> bool:
+        return self.plan.rank_of(len(self.plan.layers) - 1) == self.pp_rank
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of the hidden states of a microbatch, [rows, tokens / cp, hidden]."""
+        tokens = self.step.rows * self.step.tokens // self.parallel.cp
+        return tokens * self.model.hidden_size * self.value_bytes
+
+    def ranks(self, group: str) -> int:
+        """How many share a group."""
+        return math.prod(getattr(self.parallel, axis) for axis in GROUPS[group])
+
+
+def communication(case: Case) -> list[Item]:
+    """Everything that this rank takes part in during one step (after the first few, in which engines exchange shapes).
+    Receives count at their senders."""
+    engine = _fsdp(case) if case.engine.backend == "fsdp" else _zero(case)
+    items = [*engine, *_tied(case), *_pipeline(case), *_context(case), *_tensor(case), *_control(case)]
+    return [item for item in items if item.size_bytes and case.ranks(item.axis) > 1]
+
+
+def moved_bytes(items: Iterable[Item]) -> int:
+    """What a ring moves over each rank's link, but for the factor 1 - 1 / ranks: all-reduces count twice."""
+    return sum(item.size_bytes * (2 if item.kind == "all_reduce" else 1) for item in items)
+
+
+def _zero(case: Case) -> Iterator[Item]:
+    shapes, ranks, value = rank_shapes(case.model, case.parallel, case.pp_rank), case.ranks("grad"), case.value_bytes
+    groups = _optimizer_groups(shapes)
+    if case.engine.zero_stage == 0:
+        yield Item("grad", "all_reduce", "gradients", numel(shapes) * value)
+        yield Item("model", "all_reduce", "norm", 4)
+    elif case.engine.zero_stage < 3:
+        padded = sum(_up(numel(group), 2 * ranks) for group in groups)
+        yield Item("grad", "all_reduce", "gradients", numel(shapes) * value)
+        yield Item("grad", "all_gather", "weights", numel(shapes) * value)
+        yield Item("grad", "all_gather", "padding", (padded - numel(shapes)) * value)
+    else:
+        yield from _zero3(case, shapes)
+    if case.engine.zero_stage:
+        for axis in ("grad", "model"):
+            yield Item(axis, "all_reduce", "norm", len(groups) * (8 if case.engine.zero_stage == 3 else 4))
+
+
+def _zero3(case: Case, shapes: Sequence[Shape]) -> Iterator[Item]:
+    ranks, value, microbatches = case.ranks("grad"), case.value_bytes, case.step.microbatches
+    padding = sum(-math.prod(shape) % ranks for shape in shapes)
+    yield Item("grad", "reduce_scatter", "gradients", numel(shapes) * value)
+    yield Item("grad", "reduce_scatter", "padding", padding * value)
+    for kept in (True, False):
+        some = [shape for shape in shapes if (math.prod(shape) <= PERSISTENT) == kept]
+        times = 1 if kept else microbatches
+        what = "weights after the update" if kept else "weights forward"
+        yield Item("grad", "all_gather", what, numel(some) * times * value)
+        yield Item("grad", "all_gather", "padding", sum(-math.prod(shape) % ranks for shape in some) * times * value)
+    yield Item("grad", "all_gather", "weights backward", _gathered_again(shapes) * microbatches * value)
+
+
+def _gathered_again(shapes: Sequence[Shape]) -> int:
+    """Elements that are freed between forward and backward, as REUSE others come between."""
+    after, total = numel(shapes), 0
+    for shape in shapes:
+        after -= math.prod(shape)
+        if math.prod(shape) > PERSISTENT and 2 * after >= REUSE:
+            total += math.prod(shape)
+    return total
+
+
+def _fsdp(case: Case) -> Iterator[Item]:
+    for stage in case.plan.stages_of(case.pp_rank):
+        *blocks, rest = stage_units(case.model, case.parallel, stage)
+        yield from _fsdp_unit(case, [shape for block in blocks for shape in block], _block_gathers(case))
+        yield from _fsdp_unit(case, rest, _root_gathers(case))
+    yield Item("replica", "all_reduce", "norm", 4)
+
+
+def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int) -> Iterator[Item]:
+    """Weights travel in the precision of the compute, gradients in fp32; dim 0 is padded to a multiple of the ranks."""
+    ranks = case.ranks("shard")
+    padding = numel((-shape[0] % ranks, *shape[1:]) for shape in shapes)
+    for what, elements in (("weights", numel(shapes)), ("padding", padding)):
+        yield Item("shard", "all_gather", what, elements * gathers * case.value_bytes)
+    for what, elements in (("gradients", numel(shapes)), ("padding", padding)):
+        yield Item("shard", "reduce_scatter", what, elements * 4)
+    yield Item("dp_replicate", "all_reduce", "gradients", (numel(shapes) + padding) // ranks * 4)
+
+
+def _block_gathers(case: Case) -> int:
+    """A step. Under 1F1B a block stays whole between a backward and the forward that follows it."""
+    if not case.engine.reshard:
+        return 1
+    return 2 * case.step.microbatches if case.parallel.pp == 1 else case.step.microbatches + 1
+
+
+def _root_gathers(case: Case) -> int:
+    return case.step.microbatches if case.engine.reshard and case.parallel.pp == 1 else 1
+
+
+def _tied(case: Case) -> Iterator[Item]:
+    """The two copies of a tied embedding have their gradients summed."""
+    if not case.model.tie_embeddings or case.has_embedding == case.has_head:
+        return
+    rows, value = case.model.vocab_size // case.parallel.tp, case.value_bytes
+    if case.engine.backend == "fsdp":
+        width = -(-rows // case.ranks("shard"))
+        rows, value = max(0, min(width, rows - case.shard_rank * width)), 4
+    yield Item("ends", "all_reduce", "tied gradient", rows * case.model.hidden_size * value)
+
+
+def _pipeline(case: Case) -> Iterator[Item]:
+    p, plan = case.parallel, case.plan
+    hidden = case.hidden_bytes // (p.tp if p.sequence_parallel else 1)
+    for what, step in (("activations forward", 1), ("activations backward", -1)):
+        targets = [stage + step for stage in plan.stages_of(case.pp_rank) if 0 <= stage + step < len(plan.layers)]
+        sends = sum(plan.rank_of(target) != case.pp_rank for target in targets)
+        yield Item("pp", "send", what, sends * case.step.microbatches * hidden)
+
+
+def _context(case: Case) -> Iterator[Item]:
+    p, step = case.parallel, case.step
+    parts = len(case.plan.stages_of(case.pp_rank))
+    yield Item("cp", "all_gather", "document ids", step.ids * parts * step.microbatches * step.rows * step.tokens * 8)
+    tokens = step.rows * step.tokens // p.cp
+    q, kv = (tokens * heads // p.tp * case.model.head_dim for heads in (case.model.num_heads, case.model.num_kv_heads))
+    times = case.num_layers * step.microbatches
+    forwards = times * (1 if case.engine.remat == "none" else 2)
+    yield from ATTENTION[p.context](q, kv, case, forwards, times)
+
+
+def _ring(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
+    """K and V travel to all others; in the backward also their gradients, in fp32, and on to where they belong."""
+    cp = case.parallel.cp
+    keys = 2 * (cp - 1) * kv * case.value_bytes
+    yield Item("cp", "send", "attention forward", forwards * keys)
+    yield Item("cp", "send", "attention backward", backwards * (keys + 2 * cp * kv * 4))
+
+
+def _alltoall(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
+    """Q, K, V and the output change from rows to heads or back; K and V are repeated up to a multiple of cp heads."""
+    heads = case.model.num_kv_heads // case.parallel.tp
+    each = 2 * (q + kv * math.lcm(heads, case.parallel.cp) // heads) * case.value_bytes
+    yield Item("cp", "all_to_all", "attention forward", forwards * each)
+    yield Item("cp", "all_to_all", "attention backward", backwards * each)
+
+
+def _allgather(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
+    whole = 2 * case.parallel.cp * kv * case.value_bytes
+    yield Item("cp", "all_gather", "attention forward", forwards * whole)
+    yield Item("cp", "reduce_scatter", "attention backward", backwards * whole)
+
+
+ATTENTION = {"ring": _ring, "alltoall": _alltoall, "allgather": _allgather}
+
+
+def _tensor(case: Case) -> Iterator[Item]:
+    """Megatron's f and g (arXiv 1909.08053), or with sequence parallelism g and g-bar (arXiv 2205.05198), around each
+    half of a block; the embedding has only the second of a pair, the final norm only the first."""
+    halves = 2 * case.num_layers
+    enter, leave = halves + case.has_head, halves + case.has_embedding
+    again_enter = halves if case.engine.remat != "none" else 0
+    again_leave = case.num_layers if case.engine.remat == "full" else 0  # what only the residual reads is not needed
+    size = case.step.microbatches * case.hidden_bytes
+    if case.parallel.sequence_parallel:
+        yield Item("tp", "all_gather", "activations forward", (enter + again_enter) * size)
+        yield Item("tp", "reduce_scatter", "activations forward", (leave + again_leave) * size)
+        yield Item("tp", "all_gather", "activations backward", leave * size)
+        yield Item("tp", "reduce_scatter", "activations backward", enter * size)
+        norms = enter * case.step.microbatches * case.model.hidden_size * case.value_bytes
+        yield Item("tp", "all_reduce", "gradients of norms", norms)
+    else:
+        yield Item("tp", "all_reduce", "activations forward", (leave + again_leave) * size)
+        yield Item("tp", "all_reduce", "activations backward", enter * size)
+    if case.has_head:  # the largest logit and three sums of each trained token
+        yield Item("tp", "all_reduce", "log-probs", case.step.trained_tokens * 4 * 4)
+
+
+def _control(case: Case) -> Iterator[Item]:
+    ranks = case.ranks("world")
+    yield Item("world", "all_gather", "report", ranks * (8 + case.step.report_bytes))
+
+
+def _optimizer_groups(shapes: Sequence[Shape]) -> list[list[Shape]]:
+    """Matrices and vectors: they differ in weight decay."""
+    groups = [[shape for shape in shapes if (len(shape) > 1) == matrix] for matrix in (True, False)]
+    return [group for group in groups if group]
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

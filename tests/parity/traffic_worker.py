@@ -1,0 +1,107 @@
+"""Run under torchrun with a JSON list of layouts: counts what a step sends on each, beside what the formula says.
+
+Prints one JSON line a layout and rank where the two differ, and one a layout with rank 0's items.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from layouts_worker import AXES, global_rows, model_config, optim_config, rows_of, settings_of
+
+from llmtrain.config.schema import ModelConfig, ParallelConfig
+from llmtrain.config.shapes import resolve_model
+from llmtrain.engine.base import Engine, make_engine
+from llmtrain.losses.token import token_loss
+from llmtrain.model.decoder import init_tensor, parameter_shapes
+from llmtrain.parallel.context import local_batches
+from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
+from llmtrain.parallel.plan import parallelize
+from llmtrain.parallel.traffic import Traffic
+from llmtrain.scaling.communication import Case, Step, communication
+from llmtrain.types import IGNORE, Batch
+
+WARM_STEPS = 2  # engines learn shapes and the order of modules
+ROWS = 2
+
+
+def shape_of(layout: dict) -> ModelConfig:
+    """A small model, with the fields of `layout["model"]`."""
+    return resolve_model(model_config(layout).model_copy(update=layout.get("model", {})))
+
+
+def build(layout: dict, model: ModelConfig, mesh: Mesh) -> Engine:
+    parallel, engine = settings_of(layout)
+    shapes = parameter_shapes(model)
+    parts = parallelize(model, mesh, parallel, engine, lambda n: init_tensor(n, shapes[n], model, 0))
+    return make_engine(parts, mesh, parallel, engine, optim_config(layout), 10)
+
+
+def batches_of(layout: dict, mesh: Mesh) -> tuple[list[Batch], torch.Tensor]:
+    microbatches = layout.get("microbatches", 2)
+    whole = global_rows(0, ROWS * microbatches * mesh.dp_size)
+    first = [(a * mesh.dp_size + mesh.dp_rank) * ROWS for a in range(microbatches)]
+    return [rows_of(whole, slice(row, row + ROWS)) for row in first], whole.loss_mask.sum()
+
+
+def watch_reports(mesh: Mesh) -> list[int]:
+    """Bytes of the longest report of each step."""
+    gather, seen = mesh.all_gather_json, []
+
+    def watched(value: object) -> list:
+        everyone = gather(value)
+        seen.append(max(len(json.dumps(each).encode()) for each in everyone))
+        return everyone
+
+    mesh.all_gather_json = watched
+    return seen
+
+
+def count(layout: dict) -> tuple[dict, dict, list]:
+    """(counted, by formula, items) of this rank; the first two by axis and kind."""
+    parallel, settings = settings_of(layout)
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
+    model = shape_of(layout)
+    engine = build(layout, model, mesh)
+    microbatches, denominator = batches_of(layout, mesh)
+    for _ in range(WARM_STEPS):
+        engine.train_step(microbatches, token_loss, denominator)
+    reports = watch_reports(mesh)
+    with Traffic(mesh) as traffic:
+        engine.train_step(microbatches, token_loss, denominator)
+    trained = sum(int((b.labels != IGNORE).sum()) for b in local_batches(microbatches, mesh))
+    step = Step(len(microbatches), ROWS, microbatches[0].input_ids.size(1), trained, 1, reports[0])
+    shard_rank = dist.get_rank(mesh.groups["shard"])
+    items = communication(Case(model, parallel, settings, step, mesh.coords["pp"], shard_rank))
+    expected: dict[str, int] = defaultdict(int)
+    for axis, kind, _, size in items:
+        group = mesh.groups.get(axis)
+        expected[f"{axis if group is None else traffic.axes[group.group_name]} {kind}"] += size
+    return {" ".join(key): size for key, size in traffic.bytes.items()}, dict(expected), items
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    mesh = init_mesh(ParallelConfig(), None, 120)
+    for layout in json.loads(sys.argv[1]):
+        try:
+            counted, expected, items = count(layout)
+        except Exception as error:
+            if os.environ.get("TRACE"):
+                raise
+            counted, expected, items = {"error": f"{type(error).__name__}: {error}"}, {}, []
+        if mesh.rank == 0 or counted != expected:
+            line = {"layout": layout, "rank": mesh.rank, "counted": counted, "formula": expected, "items": items}
+            print(json.dumps(line), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
