@@ -28,7 +28,7 @@ Generated from `llmtrain/config/schema.py` by `python docs/generate.py`; `tests/
 - A file named by `include:` at the top is merged first; what the document says wins.
 - An entry of a list is reached by its name: `stages.grpo.set.train.steps=80`, `data.sources.topics.weight=0.5`.
 - An unknown key, a value of the wrong type, or a combination that cannot work ends the command with exit code 2 before
-  any process group exists. `llmtrain/config/check.py` holds the rules over several keys.
+  any process group exists. `llmtrain/config/rules.py` and `rules_parallel.py` hold them.
 - `llmtrain plan CONFIG.yaml` prints what a document asks for: ranks, batch, memory. It starts nothing.
 - "–" as a default: the key must be written.
 """

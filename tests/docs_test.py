@@ -1,4 +1,4 @@
-"""The documents: docs/configuration.md is what the schema says, and links and paths lead somewhere."""
+"""The documents: generated pages are what the code says, and links and paths lead somewhere."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")  # relative ones, without their
 PATH = re.compile(r"`((?:llmtrain|configs|launch|tests|docs|docker|benchmarks)/[\w./-]+)")
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    return script("generate")
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -38,6 +42,11 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_configuration_is_current(generate: ModuleType) -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == generate.render(), "run `python docs/generate.py`"
+
+
+def test_parallelism_is_current() -> None:
+    written = (ROOT / "docs" / "parallelism.md").read_text()
+    assert written == script("parallelism").render(), "run `python docs/parallelism.py`"
 
 
 def test_every_key_stands_there_with_its_meaning(generate: ModuleType) -> None:

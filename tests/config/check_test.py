@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmtrain.config.check import check, mesh_sizes, violations
+from llmtrain.config.case import mesh_sizes
+from llmtrain.config.check import check, violations
 from llmtrain.config.load import ConfigError, load
 from llmtrain.config.schema import Config, ParallelConfig
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config.check import mesh_sizes
+from llmtrain.config.case import mesh_sizes
 from llmtrain.config.schema import ParallelConfig
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch.distributed.tensor import DTensor
 
-from llmtrain.config.check import AXES
+from llmtrain.config.case import AXES
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.engine.optim import build_optimizer, learning_rate

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
 from llmtrain.checkpoint.save import save_checkpoint
-from llmtrain.config.check import AXES
+from llmtrain.config.case import AXES
 from llmtrain.config.schema import ParallelConfig
 from llmtrain.engine.base import Engine
 from llmtrain.losses.token import token_loss

@@ -1,0 +1,168 @@
+"""Rules of the model, the run and its files. Each says value, rule and remedy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from llmtrain.config.case import TRAIN, TUNE, Case, Rules
+from llmtrain.config.ramp import ramp_faults
+
+
+def _one_process(case: Case) -> Iterator[str]:
+    if case.world_size > 1:
+        yield f"ranks={case.world_size}: {case.command} runs in one process; start it without torchrun (ranks: 1)"
+
+
+def _heads(case: Case) -> Iterator[str]:
+    m = case.model
+    if m is None:
+        return
+    if case.config.model.head_dim is None and m.head_dim * m.num_heads != m.hidden_size and not m.init_from:
+        yield f"model.hidden_size={m.hidden_size}: must be a multiple of num_heads={m.num_heads}; or set model.head_dim"
+    if m.head_dim % 2:
+        yield f"model.head_dim={m.head_dim}: must be even, RoPE rotates pairs; change hidden_size or num_heads"
+    if m.num_heads % m.num_kv_heads:
+        yield f"model.num_heads={m.num_heads}: must be a multiple of num_kv_heads={m.num_kv_heads}; change one of them"
+
+
+def _vocabulary(case: Case) -> Iterator[str]:
+    c = case.config
+    path = c.tokenizer.path or os.path.join(c.directory, "tokenizer")
+    if case.model and not os.path.exists(path) and case.model.vocab_size < c.tokenizer.vocab_size:
+        yield (
+            f"model.vocab_size={case.model.vocab_size}: must be at least "
+            f"tokenizer.vocab_size={c.tokenizer.vocab_size}; raise it or lower the tokenizer's"
+        )
+
+
+def _positions(case: Case) -> Iterator[str]:
+    seq_len = case.config.train.seq_len
+    if case.model and seq_len > case.model.max_positions:
+        yield (
+            f"train.seq_len={seq_len}: must be at most model.max_positions={case.model.max_positions}; "
+            "lower it or raise max_positions"
+        )
+
+
+def _ramps(case: Case) -> Iterator[str]:
+    train = case.config.train
+    for name in ("batch_ramp", "seq_ramp"):
+        if case.command in TUNE and getattr(train, name):
+            yield f"train.{name}: must be empty, only pretrain has ramps; remove it from {case.command}"
+    yield from ramp_faults(train)
+
+
+def _objectives(case: Case) -> Iterator[str]:
+    d = case.config.data
+    if d.fim_share + d.span_share > 1:
+        yield (
+            f"data.fim_share={d.fim_share:g}: must be at most 1 - data.span_share={d.span_share:g}, a document has one "
+            "objective; lower one of them"
+        )
+
+
+def _learning_rate(case: Case) -> Iterator[str]:
+    o = case.config.optim
+    if o.schedule != "constant" and o.min_lr > o.lr:
+        yield f"optim.min_lr={o.min_lr:g}: must be at most optim.lr={o.lr:g}, where the schedule ends; lower min_lr"
+
+
+def _groups(case: Case) -> Iterator[str]:
+    g, group_size = case.config.grpo, case.config.rollout.group_size
+    if g.prompts_per_step % g.minibatches:
+        yield (
+            f"grpo.prompts_per_step={g.prompts_per_step}: must be a multiple of grpo.minibatches={g.minibatches}; "
+            "change one of them"
+        )
+    if case.config.rollout.max_new_tokens >= case.config.train.seq_len:
+        yield (
+            f"rollout.max_new_tokens={case.config.rollout.max_new_tokens}: must be less than "
+            f"train.seq_len={case.config.train.seq_len}, which holds the prompt too; lower it or raise seq_len"
+        )
+    if group_size < 2:
+        yield f"rollout.group_size={group_size}: must be at least 2, an advantage compares samples; raise it"
+
+
+def _spikes(case: Case) -> Iterator[str]:
+    g, every_steps = case.config.guard, case.config.checkpoint.every_steps
+    if g.spike == "off":
+        return
+    if case.command == "grpo":
+        yield f"guard.spike={g.spike}: must be off in grpo, whose loss is near 0 whatever happens; remove it"
+    if g.spike_window < 2:
+        yield f"guard.spike_window={g.spike_window}: must be at least 2, a deviation needs them; raise it"
+    if g.spike == "rewind" and not 0 < every_steps <= g.spike_window:
+        yield (
+            f"checkpoint.every_steps={every_steps}: must be in 1 .. guard.spike_window={g.spike_window} with "
+            "guard.spike=rewind, so that there is a checkpoint to go back to; change one of them"
+        )
+
+
+def _wandb(case: Case) -> Iterator[str]:
+    if case.config.log.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
+        yield "log.wandb=online: needs the environment variable WANDB_API_KEY; set it or use log.wandb=offline"
+
+
+def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Iterator[str]:
+    """A path that is read must be there; None is refused with the reason `needed`."""
+    if path is None and needed:
+        yield f"{key}: must be set, {needed}; give a path"
+    if path is not None and case.missing(path):
+        yield f"{key}={path}: does not exist; give an existing path or make it first"
+
+
+def _init_from(case: Case) -> Iterator[str]:
+    path = case.config.model.init_from
+    if path is None and case.command in ("grpo", "eval"):
+        yield f"model.init_from: must be set, {case.command} starts from a trained model; give its directory"
+    if path is not None and case.missing_model(path):
+        yield f"model.init_from={path}: does not exist; give the directory of a model or of an earlier stage"
+
+
+def _tokenizer(case: Case) -> Iterator[str]:
+    path = case.config.tokenizer.path
+    if case.makes_data or os.path.exists(os.path.join(case.config.directory, "tokenizer")):
+        return
+    yield from _existing(case, "tokenizer.path", path, f"{case.command} uses the tokenizer that the model knows")
+
+
+def _sources(case: Case) -> Iterator[str]:
+    for source in case.config.data.sources:
+        if source.type in ("text", "jsonl"):
+            needed = f"a source of type {source.type} reads files"
+            yield from _existing(case, f"data.sources.{source.name}.path", source.path, needed)
+
+
+def _train_file(case: Case) -> Iterator[str]:
+    data = case.config.data
+    yield from _existing(case, "data.train", data.train, f"{case.command} reads its prompts there")
+    if data.replay_seqs:
+        yield from _existing(case, "data.path", data.path, "data.replay_seqs takes text from the shards there")
+
+
+def _evaluation_files(case: Case) -> Iterator[str]:
+    data, evaluation = case.config.data, case.config.eval
+    if evaluation.problems:
+        yield from _existing(case, "data.held_out", data.held_out, "eval.problems are read there")
+    if evaluation.text:
+        yield from _existing(case, "data.path", data.path, "eval.text measures on the held-out shards there")
+
+
+RULES: Rules = (
+    (("data", "tokenizer", "eval", "export", "report"), _one_process),
+    ((*TRAIN, "plan", "eval", "export"), _heads),
+    (("pretrain",), _vocabulary),
+    ((*TRAIN, "plan"), _positions),
+    ((*TRAIN, "plan"), _ramps),
+    (TRAIN, _objectives),
+    (TRAIN, _learning_rate),
+    (("grpo",), _groups),
+    (TRAIN, _spikes),
+    (TRAIN, _wandb),
+    ((*TRAIN, "eval", "export"), _init_from),
+    ((*TUNE, "eval", "export"), _tokenizer),
+    (("data", "tokenizer", "pretrain"), _sources),
+    (TUNE, _train_file),
+    (("eval",), _evaluation_files),
+)
