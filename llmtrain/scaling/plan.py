@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtrain.config.check import TRAIN, Earlier, mesh_sizes, planned_stages
+from llmtrain.config.case import TRAIN, Earlier, mesh_sizes
+from llmtrain.config.check import planned_stages
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.config.shapes import block_parameters, parameter_count, resolve_model

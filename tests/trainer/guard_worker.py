@@ -1,6 +1,6 @@
 """On each layout: a step that is left out changes nothing, the next one is right; a flipped bit is named.
 
-Run under torchrun with a JSON list of layouts; prints one JSON line a layout, from rank 0.
+Run under torchrun with a JSON list of layouts and an empty directory; prints one JSON line a layout, from rank 0.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from llmtrain.config.check import AXES
-from llmtrain.config.schema import ParallelConfig
+from llmtrain.checkpoint.load import CheckpointReader
+from llmtrain.checkpoint.saver import Saver
+from llmtrain.config.case import AXES
+from llmtrain.config.schema import CheckpointConfig, ParallelConfig
 from llmtrain.engine.base import Engine
 from llmtrain.losses.token import token_loss
+from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.plan import parameters_of
 from llmtrain.parallel.replicas import differing
-from tests.parity.layouts_worker import ROWS, build, global_rows, rows_of, settings_of
+from tests.parity.layouts_worker import ROWS, build, global_rows, model_config, rows_of, settings_of
 
 NAN = float("nan")
 
@@ -46,8 +49,8 @@ def one_step(engine: Engine, mesh: Mesh, step: int, scale: float = 1.0) -> float
     return engine.train_step(batches, loss, rows.loss_mask.sum()).grad_norm
 
 
-def leave_out(layout: dict, mesh: Mesh) -> dict:
-    """Steps 0, (1: spike, 2: NaN: left out), 3 against steps 0, 3."""
+def leave_out(layout: dict, mesh: Mesh, directory: str) -> dict:
+    """Steps 0, (1: spike, 2: NaN: left out), 3, then back behind step 0 and 3 again, against steps 0, 3."""
     engine, asked = build(layout, mesh), []
 
     def admit(loss: float, broken: list[int]) -> bool:
@@ -57,14 +60,20 @@ def leave_out(layout: dict, mesh: Mesh) -> dict:
     engine.admit = admit
     one_step(engine, mesh, 0)
     before = state_of(engine)
+    Saver(directory, engine, parameter_shapes(model_config(layout)), CheckpointConfig(), mesh).save({"step": 1})
     norms = [one_step(engine, mesh, 1, 1e4), one_step(engine, mesh, 2, NAN)]
     unchanged = equal(before, state_of(engine)) and engine.step == 1
     norms.append(one_step(engine, mesh, 3))
+    after = state_of(engine)
+    engine.load_fragments(CheckpointReader(f"{directory}/step-00000001").read, 1)
+    back = equal(before, state_of(engine))
+    again = one_step(engine, mesh, 3)
     plain = build(layout, mesh)
     expected = [one_step(plain, mesh, 0), one_step(plain, mesh, 3)]
     return {
         "unchanged": unchanged,
-        "next": equal(state_of(plain), state_of(engine)) and norms[2] == expected[1] and engine.step == 2,
+        "next": equal(state_of(plain), after) and norms[2] == expected[1] and engine.step == 2,
+        "rewound": back and again == norms[2] and equal(after, state_of(engine)) and engine.step == 2,
         "norms": norms[:2],
         "broken": [broken for _, broken in asked],
         "flip": flip(engine, mesh),
@@ -86,12 +95,12 @@ def flip(engine: Engine, mesh: Mesh) -> list[str]:
 def main() -> None:
     torch.set_num_threads(1)
     base = init_mesh(ParallelConfig(), None, 60)
-    for layout in json.loads(sys.argv[1]):
+    for number, layout in enumerate(json.loads(sys.argv[1])):
         parallel = settings_of(layout)[0]
         mesh = trainer_mesh({a: getattr(parallel, a) for a in AXES}, torch.device("cpu"), timedelta(seconds=60))
-        results = mesh.all_gather_json(leave_out(layout, mesh))
+        results = mesh.all_gather_json(leave_out(layout, mesh, f"{sys.argv[2]}/{number}"))
         same = all(r["broken"] == results[0]["broken"] and r["flip"] == results[0]["flip"] for r in results)
-        merged = {key: all(r[key] for r in results) for key in ("unchanged", "next")}
+        merged = {key: all(r[key] for r in results) for key in ("unchanged", "next", "rewound")}
         if base.rank == 0:
             print(json.dumps({"layout": layout, **results[0], **merged, "same": same}), flush=True)
     dist.destroy_process_group()
