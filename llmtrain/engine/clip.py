@@ -20,9 +20,11 @@ def owns(parameter: nn.Parameter, tp_rank: int) -> bool:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, group: ProcessGroup) -> float:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, group: ProcessGroup
+) -> tuple[float, bool]:
     """Scale the gradients so that their norm over `group`, the ranks that hold one copy of all of them together, is at
-    most `max_norm` (0: leave them). Returns the norm before."""
+    most `max_norm` (0: leave them). Returns the norm before, and whether this rank's part of it is finite."""
     parameters = [p for p in parameters if p.grad is not None]
     own = get_total_norm([local(p.grad) for p in parameters if owns(p, mesh.coords["tp"])])
     total = own.square().to(mesh.device)
@@ -30,7 +32,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
     norm = float(total.sqrt())
     if max_norm and norm > max_norm:
         torch._foreach_mul_([local(p.grad) for p in parameters], max_norm / (norm + 1e-6))
-    return norm
+    return norm, bool(own.isfinite())
 
 
 def local(x: Tensor) -> Tensor:

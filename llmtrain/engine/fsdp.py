@@ -19,6 +19,7 @@ from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
 from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, local, owns
+from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.engine.optim import build_optimizer, initial_state, learning_rate, state_keys
 from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
@@ -82,6 +83,8 @@ class FsdpEngine:
         self.plan, self.step = plan_stages(parts[0].config, parallel), 0
         self.admit: Admit = stop_if_not_finite
         self.scaler = LossScaler(config)
+        if mesh.device.type == "cpu":
+            keep_freed_memory()
         for part in parts:
             shard_part(part, mesh, config)
         if len(parts) > 1 and parts[0].config.tie_embeddings and mesh.has_embedding and mesh.has_head:
@@ -99,8 +102,7 @@ class FsdpEngine:
             group["lr"] = lr
         tally = Tally(float(denominator))
         self._backward(local_batches(microbatches, self.mesh), loss, tally)
-        finite = self._unscale()
-        norm = clip_gradients(self.parameters, self.optim.grad_clip, self.mesh, self.mesh.groups["replica"])
+        norm, finite = clip_gradients(self.parameters, self.optim.grad_clip, self.mesh, self.mesh.groups["replica"])
         broken = tally.reduce(self.mesh, gradient_finite=finite)
         taken = admitted(self.scaler, tally, broken, self.admit)
         if taken:
@@ -156,7 +158,7 @@ class FsdpEngine:
         self.scaler.load(state)
 
     def _backward(self, batches: Sequence[Batch], loss: LossFn, tally: Tally) -> None:
-        """Gradients in `grad` of the sharded parameters, summed over microbatches and ranks, times the loss scale."""
+        """Gradients in `grad` of the sharded parameters, summed over microbatches and ranks."""
         factor = self.scaler.scale / tally.denominator
 
         def scaled(scores: Scores, i: int) -> Tensor:
@@ -165,20 +167,14 @@ class FsdpEngine:
 
         backward(self.parts, self.pipeline, batches, scaled)
         sum_tied_gradients(self.parts, self.mesh, lambda p: local(p.grad))
+        if self.scaler.scale != 1:
+            torch._foreach_mul_([local(p.grad) for p in self.parameters], 1 / self.scaler.scale)
 
     def _reduce_gradients(self, last: bool) -> None:
         """Whether the coming backward ends in the reduction over ranks. A pipeline schedule sees to that by itself."""
         if self.pipeline is None:
             self.parts[0].set_requires_gradient_sync(last)
             self.parts[0].set_reshard_after_backward(last or self.config.reshard)
-
-    @torch.no_grad()
-    def _unscale(self) -> bool:
-        """Undo the loss scale. Returns whether this rank's gradients are finite."""
-        grads = [local(p.grad) for p in self.parameters]
-        if self.scaler.scale != 1:
-            torch._foreach_mul_(grads, 1 / self.scaler.scale)
-        return all(bool(torch.isfinite(g).all()) for g in grads)
 
     def _address(self, p: nn.Parameter) -> Address:
         """FSDP2 gives every rank as many rows as the first one, until there are none left."""

@@ -166,7 +166,7 @@ class ZeroEngine:
         if self.config.zero_stage:
             return None
         self.engine.allreduce_gradients()
-        return clip_gradients(parameters_of(self.parts), self.optim.grad_clip, self.mesh, self.mesh.groups["model"])
+        return clip_gradients(parameters_of(self.parts), self.optim.grad_clip, self.mesh, self.mesh.groups["model"])[0]
 
     def _gather(self, p: nn.Parameter) -> Tensor:
         """From ZeRO-3 partitions, else as it is."""
