@@ -3,7 +3,8 @@
 ACCIDENTS is a JSON list of {"attempt", "rank", "at", "count"}: the count-th time this rank is at that point, in that
 attempt of torchrun, it is killed, or gets "signal", or sleeps "sleep" seconds, or has a bit of its weights flipped
 ("flip", at `step`). The points: `step` (its begin), `batch` (a microbatch, in the accumulation), `write` (a file of a
-checkpoint), `publish` (before the rename), `prune` (after it), `log` (a metrics line); `random`: after `count` ms.
+checkpoint), `publish` (before the rename), `prune` (after it), `log` (a metrics line); `random`:
+`count` ms after the first step began.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def at(point: str, action: Callable) -> Callable:
     def visited(*args: object, **kwargs: object) -> object:
         visits[point] += 1
         for accident in MINE:
+            if accident["at"] == "random" and (point, visits[point]) == ("step", 1):
+                threading.Thread(target=later, args=(accident,), daemon=True).start()
             if (accident["at"], accident["count"]) == (point, visits[point]):
                 happen(accident, *args)
         return action(*args, **kwargs)
@@ -67,9 +70,6 @@ save._publish, save._prune = at("publish", save._publish), at("prune", save._pru
 save.write_durably = at("write", files.write_durably)
 tally.Tally.add = at("batch", tally.Tally.add)
 metrics.MetricsFile.write = at("log", metrics.MetricsFile.write)
-for accident in MINE:
-    if accident["at"] == "random":
-        threading.Thread(target=later, args=(accident,), daemon=True).start()
 
 if __name__ == "__main__":
     cli.entry()
