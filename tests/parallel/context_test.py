@@ -85,7 +85,7 @@ def test_every_field_of_a_batch_is_cut() -> None:
         local_batches([Batch(*(ids[:, :6],) * 4)], mesh)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_methods_equal_plain_attention(torchrun: Callable, ranks: int) -> None:
     """Output and gradients of q, k, v; causal rows, documents, branches; as many and fewer key/value heads."""
     result = torchrun(ranks, WORKER, timeout_s=100)
