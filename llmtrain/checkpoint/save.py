@@ -27,21 +27,26 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass
 class Snapshot:
-    """What one rank writes: the content of its index file, and its flat fp32 tensors as they are named there."""
+    """What one rank writes: its fragments, their flat fp32 tensors by `Stored.tensor_name`, and its random state."""
 
-    index: dict
+    fragments: list[Stored]
     tensors: dict[str, Tensor]
+    random: dict
+
+    def index(self) -> bytes:
+        """The content of the index file."""
+        return json.dumps({"fragments": [f.to_json() for f in self.fragments], "random": self.random}).encode()
 
 
-def take(engine: Engine, rank: int, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Snapshot:
-    """This rank's fragments and random state now, in one pass; `keep` may copy what the next step will change.
+def take(engine: Engine, rank: int) -> Snapshot:
+    """This rank's fragments, as the engine gives them, and its random state now, in one pass.
 
     Raises ValueError when a tensor is not the one its address describes.
     """
-    entries, tensors = [], {}
+    fragments, tensors = [], {}
     for number, fragment in enumerate(engine.fragments()):
         stored = Stored(fragment.address, tuple(fragment.tensors), rank, number)
-        entries.append(stored.to_json())
+        fragments.append(stored)
         for key, tensor in fragment.tensors.items():
             name, numel = stored.tensor_name(key), fragment.address.numel
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != (numel,):
@@ -49,8 +54,8 @@ def take(engine: Engine, rank: int, keep: Callable[[Tensor], Tensor] = lambda te
                     f"fragment {name}: {tensor.dtype} {tuple(tensor.shape)}; the rule is flat torch.float32 of the "
                     f"{numel} elements its address names"
                 )
-            tensors[name] = keep(tensor.detach())
-    return Snapshot({"fragments": entries, "random": random_state()}, tensors)
+            tensors[name] = tensor.detach()
+    return Snapshot(fragments, tensors, random_state())
 
 
 def save_checkpoint(
@@ -102,7 +107,7 @@ def _write_rank(path: str, snapshot: Snapshot, rank: int) -> dict[str, FileEntry
     tensors, index = tensor_file(path, rank), index_file(path, rank)
     return {
         os.path.basename(tensors): write_durably(tensors, safetensors_chunks(snapshot.tensors)),
-        os.path.basename(index): write_durably(index, [json.dumps(snapshot.index).encode()]),
+        os.path.basename(index): write_durably(index, [snapshot.index()]),
     }
 
 
