@@ -24,6 +24,8 @@ if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 # DeepSpeed's op builder leaves a lock file when it is killed, and the next user of that directory waits on it forever.
 os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="llmtrain-extensions-")
+# A compilation killed while it links leaves an empty library in the cache, which every later run fails on.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["TORCH_EXTENSIONS_DIR"], "inductor")
 torch.set_num_threads(1)
 
 Torchrun = Callable[..., subprocess.CompletedProcess[str]]
