@@ -105,6 +105,7 @@ def check_training(run: Callable, ranks: int, layouts: list[dict], timeout_s: fl
             assert line[measure] <= TRAINING_TOLERANCE, line
 
 
+@pytest.mark.slow
 def test_training_equals_one_process(torchrun: Callable) -> None:
     check_training(torchrun, 4, FOUR, timeout_s=200)
 
