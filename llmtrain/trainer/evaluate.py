@@ -14,6 +14,7 @@ from llmtrain.config.shapes import resolve_model
 from llmtrain.data.prompts import PromptSet
 from llmtrain.data.sampler import derive
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.engine.precision import compute_dtype
 from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
 from llmtrain.model.decoder import Decoder
@@ -22,7 +23,6 @@ from llmtrain.rewards import extract_answer, reward_fn
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.assemble import resolved, tokenizer_dir
 from llmtrain.trainer.batches import text_rows
-from llmtrain.trainer.rollouts import compute_dtype
 from llmtrain.types import Prompt, Sampling
 
 ROWS_A_BATCH = 16
@@ -34,7 +34,8 @@ def main(config: Config) -> None:
     with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
         file.write(dump(resolved(config)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_decoder(config.model.init_from, resolve_model(config.model), compute_dtype(config)).to(device).eval()
+    dtype = compute_dtype(config.engine.precision)
+    model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
     tokenizer = load_tokenizer(tokenizer_dir(config))
     result: dict[str, object] = {"label": config.eval.label}
     if config.eval.text:

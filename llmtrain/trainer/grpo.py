@@ -12,6 +12,7 @@ from llmtrain.config.stages import plan_stages
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.base import Scores
 from llmtrain.engine.optim import learning_rate
+from llmtrain.engine.precision import compute_dtype
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.parallel.plan import parallelize
@@ -20,7 +21,7 @@ from llmtrain.trainer.assemble import Job, build_engine, join, start_source
 from llmtrain.trainer.experience import collect, learnable, microbatches_of, split_groups
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import Disagreement, Gate, build_generator, compute_dtype, serve_rollouts
+from llmtrain.trainer.rollouts import Disagreement, Gate, build_generator, serve_rollouts
 from llmtrain.trainer.samples import SampleLog
 from llmtrain.types import Batch, Experience
 
@@ -116,7 +117,7 @@ def build_reference(job: Job) -> FrozenModel | None:
     if config.grpo.kl_coef == 0:
         return None
     parts = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
-    return FrozenModel(parts, plan_stages(job.model, config.parallel), job.mesh, compute_dtype(config))
+    return FrozenModel(parts, plan_stages(job.model, config.parallel), job.mesh, compute_dtype(config.engine.precision))
 
 
 def add_reference(batches: list[Batch], reference: FrozenModel | None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from llmtrain.config.schema import Config
+from llmtrain.engine.precision import compute_dtype
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.native import NativeGenerator
@@ -16,16 +17,11 @@ from llmtrain.trainer.assemble import Job
 from llmtrain.types import Batch
 
 
-def compute_dtype(config: Config) -> torch.dtype:
-    """Of weights and activations."""
-    return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-
-
 def local_generator(job: Job) -> NativeGenerator:
     """A whole model on this rank; its weights come with the first sync."""
     with torch.device("meta"):
         model = Decoder(job.model)
-    model = model.to(compute_dtype(job.config)).to_empty(device=job.mesh.device)
+    model = model.to(compute_dtype(job.config.engine.precision)).to_empty(device=job.mesh.device)
     if job.model.tie_embeddings:
         model.head.weight = model.embed.weight
     r = job.config.rollout
