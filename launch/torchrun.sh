@@ -9,7 +9,8 @@
 #   --master-addr HOST   name or address of node 0    (default: $MASTER_ADDR, or localhost)
 #   --master-port PORT   a free port of node 0        (default: $MASTER_PORT, or 29500)
 #   --ranks N            ranks on each node           (default: the number of GPUs, or 1 without any)
-#   --max-restarts N     restarts after a failed rank (default: 0)
+#   --max-restarts N     restarts after a failed rank, from the newest checkpoint (default: 0; a rank that was told to
+#                        stop by USR1 counts as failed, so not under Slurm, which queues the job again)
 #   --id NAME            tells jobs apart             (default: llmtrain)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

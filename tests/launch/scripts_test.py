@@ -94,7 +94,11 @@ def test_wrong_option_values_are_refused(launch: Launch, script: str, arguments:
 @pytest.mark.parametrize(
     ("script", "options", "expected"),
     [
-        ("local.sh", ["--ranks", "4"], {"nproc_per_node": "4", "standalone": True}),
+        (
+            "local.sh",
+            ["--ranks", "4", "--max-restarts", "2"],
+            {"nproc_per_node": "4", "standalone": True, "max_restarts": 2},
+        ),
         (
             "torchrun.sh",
             ["--nnodes", "3", "--node-rank", "1", "--ranks", "2", "--master-addr", "node-a", "--master-port", "1234"],

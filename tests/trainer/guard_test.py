@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llmtrain.checkpoint.load import CheckpointReader
-from llmtrain.observe.metrics import Events, read_lines
+from llmtrain.observe.metrics import Events, MetricsFile, read_lines
 from llmtrain.parallel.replicas import checksum, odd_ones
 from llmtrain.trainer.guard import is_spike
+from llmtrain.trainer.loop import Record
 from tests.conftest import ROOT
 
 WORKERS = Path(__file__).parent
@@ -98,6 +101,20 @@ def test_events_forget_what_comes_again(tmp_path: Path) -> None:
         events.write(line)
     assert events.go_on_after(6) == lines[:2] == read_lines(str(tmp_path / "events.jsonl"))
     assert events.go_on_after(0) == []
+
+
+@pytest.mark.parametrize(("error", "code"), [(FloatingPointError, 1), (SystemExit, 0), (None, 0)])
+def test_the_record_is_closed_however_a_run_ends(tmp_path: Path, error: type[BaseException] | None, code: int) -> None:
+    finished = []
+    record = Record.__new__(Record)
+    record.main, record.file = True, MetricsFile(str(tmp_path / "metrics.jsonl"), resume_step=0)
+    record.sink = SimpleNamespace(finish=lambda exit_code: finished.append(exit_code))
+    with contextlib.suppress(*([error] if error else [])), record:
+        if error:
+            raise error
+    assert finished == [code]
+    with pytest.raises(ValueError, match="closed file"):
+        record.file.write({"step": 1})
 
 
 @pytest.fixture(scope="module")
