@@ -49,6 +49,7 @@ def config(*overrides: str, folder: Path) -> Config:
         ),
         ("sft", 4, ["parallel.pp=1", *ZBV], "parallel.schedule=zbv: needs parallel.pp of at least 2; raise it or use"),
         ("sft", 4, ["engine.compile=true", *ZBV], "engine.compile=true: not with .*=zbv, .*; change it or use inter"),
+        ("sft", 4, ["engine.backend=fsdp", *ZBV], "engine.backend=fsdp: not with .*=zbv, .*; change it or use inter"),
         ("sft", 4, ["engine.remat=selective", *ZBV], "engine.remat=selective: not with .*=zbv, .*; change it or use"),
         ("sft", 4, ["engine.zero_stage=3", *ZBV], "engine.zero_stage=3: not with parallel.schedule=zbv, .*; change it"),
         (
