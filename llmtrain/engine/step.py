@@ -77,8 +77,8 @@ def _join_shards(piece: Tensor, tp_dim: int | None, mesh: Mesh) -> Tensor:
 def admitted(scaler: LossScaler, tally: Tally, broken: list[int], admit: Admit) -> bool:
     """Whether the update is made. An overflow that a smaller loss scale can avoid never reaches `admit`; a loss that is
     not finite does. `broken`: ranks whose gradient or loss is not finite."""
+    overflow = bool(broken) and math.isfinite(tally.loss)
+    scale, explained = scaler.scale, scaler.explains(overflow)
     if scaler.dynamic:
-        tally.metrics["loss_scale"] = scaler.scale
-    if scaler.explains(bool(broken) and math.isfinite(tally.loss)):
-        return False
-    return admit(tally.loss, broken)
+        tally.metrics |= {"loss_scale": scale, "skipped": float(explained)}
+    return not explained and admit(tally.loss, broken)

@@ -34,7 +34,7 @@ def main(config: Config) -> None:
         microbatches = phase_batches(rows, phase, number, skipped, settings.micro_batch_seqs, mesh)
         stats = job.engine.train_step(microbatches, token_loss, count_trained(microbatches, mesh))
         shape = {"seq_len": phase.seq_len, "global_batch_seqs": phase.global_batch_seqs}
-        measured = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
+        measured = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, **stats.metrics}
         return {**measured, **shape, "tokens": phase.tokens_per_step}
 
     train(job, step)

@@ -27,7 +27,10 @@ def test_beside_parity(torchrun: Callable, tmp_path: Path) -> None:
             assert r["hidden"] == ([half] if rank < 2 else [])  # the first stage's
             assert r["masters"] == ["torch.float32"] and r["working"] == [half]
     for r in ranks["overflow"]:
-        assert r["unchanged"] and r["finite"] and r["scale"] == 23 and 1 < r["tries"] < 10, r
+        tries = len(r["scales"])
+        assert r["unchanged"] and r["finite"] and 2 < tries < 10, r
+        assert r["scales"] == [24 - i for i in range(tries)] and r["skipped"] == [1] * (tries - 1) + [0], r
+        assert [norm == "nan" for norm in r["norms"]] == [True] * (tries - 1) + [False], r
     assert all(r["same"] for case in ("resumed", "resumed, copies") for r in ranks[case])
     assert [r["empty_pieces"] for r in ranks["resumed"]] == [0, 0, 4, 4]
 

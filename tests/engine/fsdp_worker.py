@@ -23,6 +23,7 @@ from llmtrain.engine.base import Engine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
+from llmtrain.types import StepStats
 from tests.parity import layouts_worker as parity
 
 ACCUMULATION = 3
@@ -36,13 +37,13 @@ def start(**layout: object) -> Engine:
     return parity.build(layout, mesh)
 
 
-def step(engine: Engine, number: int) -> float:
-    """One step on this rank's share of the rows of that step; its loss."""
+def step(engine: Engine, number: int) -> StepStats:
+    """One step on this rank's share of the rows of that step."""
     mesh: Mesh = engine.mesh
     whole = parity.global_rows(number, 2 * ACCUMULATION * mesh.dp_size)
     firsts = [2 * (i * mesh.dp_size + mesh.dp_rank) for i in range(ACCUMULATION)]
     batches = [parity.rows_of(whole, slice(first, first + 2)) for first in firsts]
-    return engine.train_step(batches, token_loss, whole.loss_mask.sum()).loss
+    return engine.train_step(batches, token_loss, whole.loss_mask.sum())
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def reductions(**layout: object) -> dict:
 def left_out() -> dict:
     """A step that is not admitted changes nothing, and neither does scoring."""
     one, two = start(dp_shard=2, tp=2, reshard=False), start(dp_shard=2, tp=2, reshard=False)
-    losses = [[step(engine, 0)] for engine in (one, two)]
+    losses = [[step(engine, 0).loss] for engine in (one, two)]
     before = weights(two)
     two.admit = lambda loss, broken: False
     step(two, 1)
@@ -79,7 +80,7 @@ def left_out() -> dict:
     unchanged = same(before, weights(two)) and two.step == 1
     two.admit = one.admit
     for engine, history in zip((one, two), losses, strict=True):
-        history.append(step(engine, 2))
+        history.append(step(engine, 2).loss)
     return {"unchanged": unchanged, "same": losses[0] == losses[1] and same(weights(one), weights(two))}
 
 
@@ -97,7 +98,7 @@ def resumed(directory: str, **layout: object) -> dict:
     reader = CheckpointReader(path)
     two.load_fragments(reader.read, 3)
     two.load_extra_state({key: reader.state[key] for key in one.extra_state()})
-    losses = [[step(engine, number) for number in (3, 4)] for engine in (one, two)]
+    losses = [[step(engine, number).loss for number in (3, 4)] for engine in (one, two)]
     pieces = sum(p.to_local().numel() == 0 for p in one.parameters)
     return {"same": losses[0] == losses[1] and same(weights(one), weights(two)), "empty_pieces": pieces}
 
@@ -107,7 +108,7 @@ def mixed(precision: str) -> dict:
     seen, layout = set(), {"pp": 2, "dp_shard": 2, "sequence_parallel": False}
     exact, rounded = start(**layout), start(**layout, precision=precision, loss_scale_window=2)
     rounded.parts[0].register_forward_hook(lambda part, args, out: seen.add(str(out.dtype)) if part.embed else None)
-    pairs = [[step(engine, number) for number in range(4)] for engine in (exact, rounded)]
+    pairs = [[step(engine, number).loss for number in range(4)] for engine in (exact, rounded)]
     full = {str(w.dtype) for _, w in rounded.full_weights()}
     return {
         "error": max(abs(a - b) / a for a, b in zip(*pairs, strict=True)),
@@ -123,14 +124,17 @@ def overflow() -> dict:
     engine = start(dp_replicate=2, dp_shard=2, precision="fp16", loss_scale_window=100)
     step(engine, 0)
     before, engine.scaler.scale = weights(engine), 2.0**24
-    step(engine, 1)
-    unchanged, scale = same(before, weights(engine)) and engine.step == 1, engine.scaler.scale
-    tries = 1
+    tries = [step(engine, 1)]
+    unchanged = same(before, weights(engine)) and engine.step == 1
     while engine.step == 1:
-        step(engine, 1)
-        tries += 1
-    finite = all(t.isfinite().all() for t in weights(engine).values())
-    return {"unchanged": unchanged, "scale": math.log2(scale), "tries": tries, "finite": bool(finite)}
+        tries.append(step(engine, 1))
+    return {
+        "unchanged": unchanged,
+        "scales": [math.log2(stats.metrics["loss_scale"]) for stats in tries],
+        "skipped": [stats.metrics["skipped"] for stats in tries],
+        "norms": [str(stats.grad_norm) for stats in tries],
+        "finite": all(bool(t.isfinite().all()) for t in weights(engine).values()),
+    }
 
 
 def cases(directory: str) -> Iterator[tuple[str, Callable[[], dict]]]:
