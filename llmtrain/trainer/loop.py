@@ -35,11 +35,11 @@ StepFn = Callable[[int], dict[str, float]]
 def train(job: Job, step_fn: StepFn) -> None:
     """Steps `job.step` .. `train.steps`. Raises SystemExit(75) after a checkpoint on SIGTERM or SIGUSR1, OSError on all
     ranks when the last save fails (or any, with `checkpoint.on_error: stop`)."""
-    config, mesh = job.config, job.mesh
-    guard, stop = Guard(job), StopSignal(mesh)
+    steps, name = job.config.train.steps, job.config.name
+    guard, stop = Guard(job), StopSignal(job.mesh)
     job.saver = make_saver(job)
-    with Record(job) as record, job.saver, progress(config.train.steps, job.step, config.name) as bar:
-        while job.step < config.train.steps:
+    with Record(job) as record, job.saver, progress(steps, job.step, name) as bar:
+        while job.step < steps:
             began, job.watch.step = time.perf_counter(), job.step + 1
             metrics = step_fn(job.step)
             if guard.spiked:
@@ -49,16 +49,22 @@ def train(job: Job, step_fn: StepFn) -> None:
                 continue
             job.step += 1
             record.write(job, metrics | guard.report(), time.perf_counter() - began, bar)
-            stopping, failing = stop.poll(job.saver.failed)
-            if failing:
-                job.saver.wait()  # raises on all ranks at the same step
-            if stopping or is_due(job.step, config.checkpoint.every_steps) or job.step == config.train.steps:
-                save(job)
-            if stopping and job.step < config.train.steps:
-                job.saver.close()
-                log(f"stopped by a signal after step {job.step}; the same command goes on from here")
-                sys.exit(INTERRUPTED)
+            save_or_stop(job, stop)
         job.saver.close()
+
+
+def save_or_stop(job: Job, stop: StopSignal) -> None:
+    """After a step: save where that is due, and leave if a signal came, or a save failed and must not."""
+    config = job.config
+    stopping, failing = stop.poll(job.saver.failed)
+    if failing:
+        job.saver.wait()  # raises on all ranks at the same step
+    if stopping or is_due(job.step, config.checkpoint.every_steps) or job.step == config.train.steps:
+        save(job)
+    if stopping and job.step < config.train.steps:
+        job.saver.close()
+        log(f"stopped by a signal after step {job.step}; the same command goes on from here")
+        sys.exit(INTERRUPTED)
 
 
 def is_due(step: int, every_steps: int) -> bool:
