@@ -100,7 +100,10 @@ def _schedule(case: Case) -> Iterator[str]:
     if p.schedule not in ("interleaved_zero_bubble", "zbv"):
         return
     reasons = {
-        "engine.backend=fsdp": (e.backend == "fsdp", "a split backward does not find weights that it sharded again"),
+        "engine.reshard=true": (
+            e.backend == "fsdp" and e.reshard,
+            "a split backward does not find weights that FSDP2 sharded again",
+        ),
         "engine.compile=true": (e.compile, "a compiled block cannot split its backward into two"),
         f"engine.remat={e.remat}": (e.remat != "none", "a block would be computed again for each of its weights"),
         "engine.zero_stage=3": (

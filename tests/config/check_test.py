@@ -49,7 +49,7 @@ def config(*overrides: str, folder: Path) -> Config:
         ),
         ("sft", 4, ["parallel.pp=1", *ZBV], "parallel.schedule=zbv: needs parallel.pp of at least 2; raise it or use"),
         ("sft", 4, ["engine.compile=true", *ZBV], "engine.compile=true: not with .*=zbv, .*; change it or use inter"),
-        ("sft", 4, ["engine.backend=fsdp", *ZBV], "engine.backend=fsdp: not with .*=zbv, .*; change it or use inter"),
+        ("sft", 4, ["engine.backend=fsdp", *ZBV], "engine.reshard=true: not with .*=zbv, .*; change it or use inter"),
         ("sft", 4, ["engine.remat=selective", *ZBV], "engine.remat=selective: not with .*=zbv, .*; change it or use"),
         ("sft", 4, ["engine.zero_stage=3", *ZBV], "engine.zero_stage=3: not with parallel.schedule=zbv, .*; change it"),
         (
@@ -260,6 +260,7 @@ def test_good_configurations_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fsdp = ["engine.backend=fsdp", "parallel.dp_replicate=2", "engine.offload=params", "engine.precision=fp16"]
     check(config(*fsdp, "engine.zero_stage=0", folder=tmp_path), 8, "pretrain")
     check(config("engine.backend=fsdp", "engine.zero_stage=3", "engine.compile=true", folder=tmp_path), 4, "sft")
+    check(config("engine.backend=fsdp", "engine.reshard=false", *ZBV, folder=tmp_path), 4, "sft")
     check(config("parallel.sequence_parallel=false", "train.seq_len=127", folder=tmp_path), 4, "pretrain")
     check(config("optim.lr=1e-5", "optim.schedule=constant", folder=tmp_path), 4, "pretrain")
     guarded = ["guard.spike=rewind", "checkpoint.every_steps=128", "guard.replica_check_steps=10"]
