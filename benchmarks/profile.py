@@ -1,0 +1,64 @@
+"""Where the time of a step goes: operators of two contestants side by side."""
+
+from __future__ import annotations
+
+import os
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.common import Contestant
+from benchmarks.task import WARMUP_STEPS, Task
+
+STEPS = 3
+ROWS = 20
+
+
+class Profiled:
+    """Stands in for `common.Turns`: profiles STEPS steps after the warmup, then stops the contestant."""
+
+    def __init__(self) -> None:
+        self.step, self.profile = 0, profile(activities=[ProfilerActivity.CPU])
+
+    def wait(self) -> bool:
+        if self.step == WARMUP_STEPS:
+            self.profile.start()
+        return self.step < WARMUP_STEPS + STEPS
+
+    def done(self, value: float) -> None:
+        self.step += 1
+        if self.step == WARMUP_STEPS + STEPS:
+            self.profile.stop()
+
+    def milliseconds(self) -> dict[str, float]:
+        """Of one step, by operator, its own time without that of the operators it calls."""
+        return {e.key: e.self_cpu_time_total / 1e3 / STEPS for e in self.profile.key_averages()}
+
+
+def _run(contestant: Contestant, task: Task, threads: int) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    turns = Profiled()
+    contestant(turns, task)
+    return turns.milliseconds()
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """Two columns of milliseconds and their difference, the largest differences first."""
+    (a, first), (b, second) = found.items()
+    rows = [(name, first.get(name, 0.0), second.get(name, 0.0)) for name in first.keys() | second.keys()]
+    rows.sort(key=lambda row: -abs(row[1] - row[2]))
+    lines = [f"{'ms a step, by operator':44}{a:>26}{b:>26}{'difference':>12}"]
+    lines += [f"{n[:43]:44}{x:>26.1f}{y:>26.1f}{x - y:>12.1f}" for n, x, y in rows[:ROWS]]
+    total = [sum(column.values()) for column in (first, second)]
+    return "\n".join([*lines, f"{'all':44}{total[0]:>26.1f}{total[1]:>26.1f}{total[0] - total[1]:>12.1f}", ""])
+
+
+def write_profile(pair: dict[str, Contestant], task: Task, threads: int, path: Path) -> None:
+    """One process each, one after the other, so that neither slows the other."""
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        found = {name: pool.apply(_run, (contestant, task, threads)) for name, contestant in pair.items()}
+    text = table(found) + f"load average {os.getloadavg()[0]:.1f}, {threads} threads, torch {torch.__version__}\n"
+    path.write_text(text)
+    print(text)

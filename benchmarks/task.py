@@ -1,0 +1,50 @@
+"""What every contestant of the pretraining benchmark trains, whatever it is built on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.config.schema import ModelConfig, OptimConfig
+from llmtrain.model.decoder import init_tensor, parameter_shapes
+from llmtrain.parallel.plan import WeightSource
+from llmtrain.types import Batch
+
+OPTIM = OptimConfig(schedule="constant", warmup_steps=0)
+WARMUP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """Model, batch and number of steps."""
+
+    model: ModelConfig
+    seqs: int
+    seq_len: int
+    total_steps: int
+
+    @property
+    def step_tokens(self) -> int:
+        return self.seqs * self.seq_len
+
+    def source(self) -> WeightSource:
+        """Initial weights by canonical name."""
+        shapes = parameter_shapes(self.model)
+        return lambda name: init_tensor(name, shapes[name], self.model, seed=0)
+
+    def rows(self) -> Tensor:
+        """Ids for all steps, [steps x seqs, seq_len + 1]; word frequencies as in text (Zipf), so there is something
+        to learn and the losses say whether everyone learns it."""
+        frequencies = 1.0 / torch.arange(10, self.model.vocab_size + 10)
+        count = self.total_steps * self.seqs * (self.seq_len + 1)
+        ids = torch.multinomial(frequencies, count, replacement=True, generator=torch.Generator().manual_seed(0))
+        return ids.view(-1, self.seq_len + 1)
+
+    def batches(self) -> Iterator[Batch]:
+        """One a step."""
+        for ids in self.rows().split(self.seqs):
+            inputs, positions = ids[:, :-1].contiguous(), torch.arange(self.seq_len).repeat(self.seqs, 1)
+            yield Batch(inputs, ids[:, 1:].contiguous(), torch.ones_like(inputs, dtype=torch.bool), positions)
