@@ -1,8 +1,8 @@
 """What one training step sends, by arithmetic, on every axis and itemised. Starts nothing.
 
 Bytes are those of whole messages, as `parallel.traffic` counts them: what an all-gather returns, what a reduce-scatter,
-an all-to-all, an all-reduce or a send takes. A ring moves an all-reduce twice and the others once, less 1 / ranks, so in
-messages the 2, 2, 2 and 3 weights of ZeRO's stages (arXiv 1910.02054, section 7; here with `accumulation` = 1) are
+an all-to-all, an all-reduce or a send takes. A ring moves an all-reduce twice and the others once, less 1 / ranks, so
+in messages the 2, 2, 2 and 3 weights of ZeRO's stages (arXiv 1910.02054, section 7), with one microbatch a step, are
     stage 0     all-reduce of gradients
     stage 1, 2  all-reduce of gradients (the paper: reduce-scatter), all-gather of weights
     stage 3     reduce-scatter of gradients, all-gather of weights for the forward, and again for the backward
@@ -11,6 +11,9 @@ turn. Its stage 3 keeps parameters of at most PERSISTENT elements whole between 
 microbatch rather than twice if they are used again within REUSE elements: all of them in a model of up to REUSE / 2.
 FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
 
+Not exact: ZeRO-3 on any stage of a pipeline but the last, for DeepSpeed takes forward and backward to alternate, and
+where they do not it gathers up to twice a microbatch more; ZeRO-3 with more than REUSE / 2 elements, by an embedding or
+two blocks a step; FSDP2 with `reshard` and more than three pipeline stages a rank.
 Left out: Muon's exchange of matrices, and a byte by which DeepSpeed's fp16 agrees on overflows.
 """
 
@@ -21,13 +24,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llmtrain.config.check import AXES
+from llmtrain.config.case import AXES
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import StagePlan, plan_stages
-from llmtrain.scaling.parts import Shape, numel, rank_shapes, stage_units
+from llmtrain.scaling.parts import PERSISTENT, REUSE, Shape, numel, optimizer_groups, rank_shapes, stage_units
 
-PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold
-REUSE = 1_000_000_000  # its stage3_max_reuse_distance
 GROUPS = {  # as in parallel.mesh
     **{axis: (axis,) for axis in AXES},
     "grad": ("dp_replicate", "dp_shard", "cp"),
@@ -37,6 +38,7 @@ GROUPS = {  # as in parallel.mesh
     "ends": ("pp",),
     "world": AXES,
 }
+CONTROL = ("norm", "report")  # some bytes
 
 
 class Item(NamedTuple):
@@ -48,8 +50,7 @@ class Item(NamedTuple):
     size_bytes: int
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What a rank is given in one step."""
 
     microbatches: int
@@ -118,7 +119,7 @@ def moved_bytes(items: Iterable[Item]) -> int:
 
 def _zero(case: Case) -> Iterator[Item]:
     shapes, ranks, value = rank_shapes(case.model, case.parallel, case.pp_rank), case.ranks("grad"), case.value_bytes
-    groups = _optimizer_groups(shapes)
+    groups = optimizer_groups(shapes)
     if case.engine.zero_stage == 0:
         yield Item("grad", "all_reduce", "gradients", numel(shapes) * value)
         yield Item("model", "all_reduce", "norm", 4)
@@ -130,8 +131,9 @@ def _zero(case: Case) -> Iterator[Item]:
     else:
         yield from _zero3(case, shapes)
     if case.engine.zero_stage:
+        in_fp64 = case.engine.zero_stage == 3 and case.engine.offload == "none"
         for axis in ("grad", "model"):
-            yield Item(axis, "all_reduce", "norm", len(groups) * (8 if case.engine.zero_stage == 3 else 4))
+            yield Item(axis, "all_reduce", "norm", len(groups) * (8 if in_fp64 else 4))
 
 
 def _zero3(case: Case, shapes: Sequence[Shape]) -> Iterator[Item]:
@@ -145,15 +147,20 @@ def _zero3(case: Case, shapes: Sequence[Shape]) -> Iterator[Item]:
         what = "weights after the update" if kept else "weights forward"
         yield Item("grad", "all_gather", what, numel(some) * times * value)
         yield Item("grad", "all_gather", "padding", sum(-math.prod(shape) % ranks for shape in some) * times * value)
-    yield Item("grad", "all_gather", "weights backward", _gathered_again(shapes) * microbatches * value)
+    again = _gathered_again(case, shapes)
+    yield Item("grad", "all_gather", "weights backward", again * microbatches * value)
 
 
-def _gathered_again(shapes: Sequence[Shape]) -> int:
-    """Elements that are freed between forward and backward, as REUSE others come between."""
+def _gathered_again(case: Case, shapes: Sequence[Shape]) -> int:
+    """Elements that are freed between two uses, as REUSE others come between; their padding is left out. The backward
+    of an embedding does not read it; a tied one is used again by the head."""
     after, total = numel(shapes), 0
-    for shape in shapes:
+    for i, shape in enumerate(shapes):
         after -= math.prod(shape)
-        if math.prod(shape) > PERSISTENT and 2 * after >= REUSE:
+        between = 2 * after
+        if i == 0 and case.has_embedding:
+            between = after if case.model.tie_embeddings and case.has_head else 0
+        if math.prod(shape) > PERSISTENT and between >= REUSE:
             total += math.prod(shape)
     return total
 
@@ -178,7 +185,7 @@ def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int) -> Iterator[It
 
 
 def _block_gathers(case: Case) -> int:
-    """A step. Under 1F1B a block stays whole between a backward and the forward that follows it."""
+    """A step. In a pipeline only forwards free a block: one gather precedes all, and one follows each."""
     if not case.engine.reshard:
         return 1
     return 2 * case.step.microbatches if case.parallel.pp == 1 else case.step.microbatches + 1
@@ -269,12 +276,6 @@ def _tensor(case: Case) -> Iterator[Item]:
 def _control(case: Case) -> Iterator[Item]:
     ranks = case.ranks("world")
     yield Item("world", "all_gather", "report", ranks * (8 + case.step.report_bytes))
-
-
-def _optimizer_groups(shapes: Sequence[Shape]) -> list[list[Shape]]:
-    """Matrices and vectors: they differ in weight decay."""
-    groups = [[shape for shape in shapes if (len(shape) > 1) == matrix] for matrix in (True, False)]
-    return [group for group in groups if group]
 
 
 def _up(value: int, multiple: int) -> int:

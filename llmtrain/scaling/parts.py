@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.config.stages import StagePlan, plan_stages
 
 Shape = tuple[int, ...]
+PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: parameters not larger stay whole between steps
+REUSE = 1_000_000_000  # its stage3_max_reuse_distance: what is used again within so many elements stays whole till then
 
 
 def block_shapes(model: ModelConfig, tp: int) -> list[Shape]:
@@ -34,18 +36,32 @@ def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: int) -> lis
 
 
 def rank_shapes(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[Shape]:
-    """Of everything on a pipeline rank, each parameter once."""
-    plan = plan_stages(model, parallel)
-    shapes = [s for stage in plan.stages_of(pp_rank) for unit in stage_units(model, parallel, stage) for s in unit]
-    if model.tie_embeddings and holds_both_ends(plan, pp_rank):
-        shapes.remove((model.vocab_size // parallel.tp, model.hidden_size))
-    return shapes
+    """Of everything on a pipeline rank, each parameter once, in module order: the embedding first, the head last."""
+    plan, shapes = plan_stages(model, parallel), []
+    for stage in plan.stages_of(pp_rank):
+        *blocks, rest = stage_units(model, parallel, stage)
+        lookup = 1 if stage == 0 else 0
+        shapes += rest[:lookup] + [shape for block in blocks for shape in block] + rest[lookup:]
+    return shapes[:-1] if model.tie_embeddings and holds_both_ends(plan, pp_rank) else shapes
 
 
 def holds_both_ends(plan: StagePlan, pp_rank: int) -> bool:
     """Does the rank have the embedding and, on another stage, the head?"""
     last = len(plan.layers) - 1
     return last > 0 and plan.rank_of(0) == pp_rank == plan.rank_of(last)
+
+
+def block_matrices(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[Shape]:
+    """Of a pipeline rank's blocks: what Muon updates."""
+    plan = plan_stages(model, parallel)
+    layers = sum(len(plan.layers[stage]) for stage in plan.stages_of(pp_rank))
+    return [shape for shape in block_shapes(model, parallel.tp) if len(shape) > 1] * layers
+
+
+def optimizer_groups(shapes: Sequence[Shape]) -> list[list[Shape]]:
+    """Matrices and vectors: they differ in weight decay."""
+    groups = [[shape for shape in shapes if (len(shape) > 1) == matrix] for matrix in (True, False)]
+    return [group for group in groups if group]
 
 
 def numel(shapes: Iterable[Shape]) -> int:

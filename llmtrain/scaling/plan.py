@@ -11,7 +11,10 @@ from llmtrain.config.case import TRAIN, Earlier, mesh_sizes
 from llmtrain.config.check import planned_stages
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from llmtrain.config.shapes import block_parameters, parameter_count, resolve_model
+from llmtrain.config.shapes import parameter_count, resolve_model
+from llmtrain.scaling.communication import CONTROL, GROUPS, Case, Item, Step, communication, moved_bytes
+from llmtrain.scaling.parts import numel, rank_shapes
+from llmtrain.scaling.states import States, state_bytes
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ class Plan:
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    buffers_bytes: int  # gathered weights, and gradients before they are reduced
     activations_bytes: int
     logits_bytes: int
+    sent_bytes: dict[str, int] | None  # a step, by axes, as a ring moves them; None where accumulation is
     bubble: float | None  # idle share of the pipeline's ideal time; None where accumulation is
 
     @property
@@ -40,6 +45,7 @@ class Plan:
             self.weights_bytes
             + self.gradients_bytes
             + self.optimizer_bytes
+            + self.buffers_bytes
             + self.activations_bytes
             + self.logits_bytes
         )
@@ -53,24 +59,25 @@ def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Ea
     model = resolve_model(config.model, earlier)
     workers = rollout_workers(config, command)
     mesh = mesh_sizes(config.parallel, world_size - workers)
-    dp = mesh["dp_replicate"] * mesh["dp_shard"]
-    local = parameters_per_rank(model, mesh["pp"], mesh["tp"])
-    weights, gradients, optimizer = zero_bytes(local, config.engine.zero_stage, dp, config.engine.precision)
-    accumulation, tokens = batch(config, dp, command)
+    parallel = config.parallel.model_copy(update=mesh)
+    accumulation, tokens = batch(config, mesh["dp_replicate"] * mesh["dp_shard"], command)
+    states = fullest_states(config, model, parallel, accumulation)
     return Plan(
         ranks=world_size,
         rollout_ranks=workers,
         mesh=mesh,
         parameters=parameter_count(model),
-        parameters_per_rank=local,
+        parameters_per_rank=max(numel(rank_shapes(model, parallel, rank)) for rank in range(parallel.pp)),
         accumulation=accumulation,
         tokens_per_step=tokens,
         total_tokens=config.train.steps * tokens if accumulation is None else total_tokens(config.train),
-        weights_bytes=weights,
-        gradients_bytes=gradients,
-        optimizer_bytes=0 if config.engine.offload == "optimizer" else optimizer,
+        weights_bytes=states.weights,
+        gradients_bytes=states.gradients,
+        optimizer_bytes=states.optimizer,
+        buffers_bytes=states.gathered + states.unreduced,
         activations_bytes=activation_bytes(config, model, mesh, accumulation),
         logits_bytes=logits_bytes(config.engine, model, mesh["tp"]),
+        sent_bytes=None if accumulation is None else sent_bytes(config, model, parallel, math.ceil(accumulation)),
         bubble=None
         if accumulation is None
         else bubble_share(config.parallel.schedule, mesh["pp"], config.parallel.virtual_stages, accumulation),
@@ -90,30 +97,30 @@ def rollout_workers(config: Config, command: str) -> int:
     return config.rollout.workers if command == "grpo" and config.rollout.placement == "separate" else 0
 
 
-def parameters_per_rank(model: ModelConfig, pp: int, tp: int) -> int:
-    """Parameters on the fullest rank: the first stage (embedding, one layer more if they do not divide evenly) or the
-    last (head, final norm). `model` is resolved. A tied embedding is held by both ends."""
-    block = block_parameters(model, tp)
-    matrix = model.vocab_size * model.hidden_size // tp
-    first = math.ceil(model.num_layers / pp) * block + matrix
-    if pp == 1:
-        return first + (0 if model.tie_embeddings else matrix) + model.hidden_size
-    last = model.num_layers // pp * block + matrix + model.hidden_size
-    return max(first, last)
-
-
-def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer state) of one rank under ZeRO, arXiv 1910.02054, section 3 and figure 1.
-
-    Mixed precision holds 2 + 2 + 12 bytes a parameter (the 12: fp32 weight and AdamW's two moments), fp32 4 + 4 + 8.
-    Stage 1 shards the optimizer state over the data-parallel `ranks`, stage 2 gradients too, stage 3 weights too.
-    """
-    sizes = (4, 4, 8) if precision == "fp32" else (2, 2, 12)
-    sharded_from = (3, 2, 1)
-    return tuple(
-        math.ceil(parameters * size / (ranks if stage >= least else 1))
-        for size, least in zip(sizes, sharded_from, strict=True)
+def fullest_states(config: Config, model: ModelConfig, parallel: ParallelConfig, accumulation: float | None) -> States:
+    """Of the pipeline rank that holds most."""
+    microbatches = 2 if accumulation is None else accumulation
+    each = (
+        state_bytes(model, parallel, config.engine, config.optim.name, microbatches, rank)
+        for rank in range(parallel.pp)
     )
+    return max(each, key=sum)
+
+
+def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, microbatches: int) -> dict[str, int]:
+    """Of the pipeline rank that moves most, by the axes of more than one rank. Every token is trained."""
+    train = config.train
+    tokens = microbatches * train.micro_batch_seqs * train.seq_len // parallel.cp
+    step = Step(microbatches, train.micro_batch_seqs, train.seq_len, tokens, int(config.data.mask_documents))
+    each = (communication(Case(model, parallel, config.engine, step, rank)) for rank in range(parallel.pp))
+    items = max(each, key=moved_bytes)
+    by_axes: dict[str, list[Item]] = {}
+    for item in items:
+        if item.what in CONTROL:
+            continue
+        axes = [axis for axis in GROUPS[item.axis] if getattr(parallel, axis) > 1]
+        by_axes.setdefault(" x ".join(axes), []).append(item)
+    return {axes: moved_bytes(group) for axes, group in by_axes.items()}
 
 
 def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> int:
@@ -125,7 +132,7 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
     """
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
     value = 4 if config.engine.precision == "fp32" else 2
-    tokens = config.train.micro_batch_seqs * longest_row(config.train)
+    tokens = config.train.micro_batch_seqs * longest_row(config.train) // mesh["cp"]
     layers = math.ceil(model.num_layers / mesh["pp"]) * in_flight(config.parallel, accumulation)
     block = block_activations(model, tp, sequence_parallel)
     if config.engine.remat == "none":
@@ -216,14 +223,16 @@ def describe(config: Config, p: Plan, command: str) -> list[str]:
     """A plan for reading."""
     engine, most = config.engine, " at most" if command == "grpo" else ""
     axes = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
+    backend = f"ZeRO {engine.zero_stage}" if engine.backend == "deepspeed" else "FSDP2"
     return [
         f"ranks        {p.ranks}: {axes}" + (f", and {p.rollout_ranks} for rollouts" if p.rollout_ranks else ""),
-        f"parameters   {p.parameters:,}, {p.parameters_per_rank:,} on the fullest rank before ZeRO",
+        f"parameters   {p.parameters:,}, {p.parameters_per_rank:,} on the fullest rank before ZeRO or FSDP2",
         f"batch        {_batch_line(config, p)}",
         *_phase_lines(config.train),
         f"total        {config.train.steps:,} steps, {p.total_tokens:,} tokens{most}",
         f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
-        f"             ({engine.precision}, ZeRO {engine.zero_stage}, offload {engine.offload}, remat {engine.remat})",
+        f"             ({engine.precision}, {backend}, offload {engine.offload}, remat {engine.remat})",
+        *_sent_lines(p),
         *([] if p.bubble is None else [f"bubble       {p.bubble:.1%} of the ideal time"]),
     ]
 
@@ -253,11 +262,21 @@ def _phase_line(phase: Phase, title: str) -> str:
     return f"{title:<13}from step {phase.first_step:,}, token {phase.first_token:,}: {shape}{theta}{factor}"
 
 
+def _sent_lines(p: Plan) -> list[str]:
+    """What a ring moves over a rank's links, in a step."""
+    if not p.sent_bytes:
+        return []
+    each = ", ".join(f"{axes} {gigabytes(size)}" for axes, size in p.sent_bytes.items())
+    return [f"sent         {gigabytes(sum(p.sent_bytes.values()))} a step and rank: {each}"]
+
+
 def _memory_line(p: Plan) -> str:
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    parts = ("weights", "gradients", "optimizer", "buffers", "activations", "logits")
     return ", ".join(f"{part} {gigabytes(getattr(p, f'{part}_bytes'))}" for part in parts)
 
 
 def gigabytes(size: int) -> str:
-    """Bytes in units of 1e9, as the papers do, or of 1e6. Example: gigabytes(16_600_000_000) -> '16.6 GB'"""
+    """Bytes in units of 1e9, as the papers do, of 1e12 or 1e6. Example: gigabytes(16_600_000_000) -> '16.6 GB'"""
+    if size >= 1e12:
+        return f"{size / 1e12:.3g} TB"
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -17,6 +17,7 @@ from layouts_worker import AXES, global_rows, model_config, optim_config, rows_o
 
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.config.shapes import resolve_model
+from llmtrain.engine import zero
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import init_tensor, parameter_shapes
@@ -24,6 +25,7 @@ from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.plan import parallelize
 from llmtrain.parallel.traffic import Traffic
+from llmtrain.scaling import communication as scaling
 from llmtrain.scaling.communication import Case, Step, communication
 from llmtrain.types import IGNORE, Batch
 
@@ -34,6 +36,18 @@ ROWS = 2
 def shape_of(layout: dict) -> ModelConfig:
     """A small model, with the fields of `layout["model"]`."""
     return resolve_model(model_config(layout).model_copy(update=layout.get("model", {})))
+
+
+def shorten_reuse(elements: int) -> None:
+    """Let DeepSpeed's stage 3 free what a small model uses again, as it does with one of more than 10^9 elements."""
+    original = zero.deepspeed_config
+
+    def shortened(*args: object) -> dict:
+        config = original(*args)
+        config["zero_optimization"] |= {"stage3_max_reuse_distance": elements, "stage3_prefetch_bucket_size": 0}
+        return config
+
+    zero.deepspeed_config, scaling.REUSE = shortened, elements
 
 
 def build(layout: dict, model: ModelConfig, mesh: Mesh) -> Engine:
@@ -69,6 +83,8 @@ def count(layout: dict) -> tuple[dict, dict, list]:
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
     mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
     model = shape_of(layout)
+    if "reuse" in layout:
+        shorten_reuse(layout["reuse"])
     engine = build(layout, model, mesh)
     microbatches, denominator = batches_of(layout, mesh)
     for _ in range(WARM_STEPS):

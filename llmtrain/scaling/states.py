@@ -1,0 +1,120 @@
+"""Bytes of model states that a rank holds, by arithmetic. tests/parity/memory_test.py weighs them.
+
+The rule of 18 bytes a parameter, mixed-precision AdamW on one rank: bf16 weight 2, fp32 master 4, fp32 gradient 4, two
+fp32 moments 8. FSDP2 without `reshard` has just these. DeepSpeed has 16, with bf16 gradients, as in the ZeRO paper.
+Both hold whole gradients until a step's last microbatch (`unreduced`), and sharded ones from then on: a peak before the
+update that ZeRO's table leaves out. DeepSpeed's communication buckets come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from llmtrain.config.stages import plan_stages
+from llmtrain.scaling.parts import (
+    PERSISTENT,
+    REUSE,
+    Shape,
+    block_matrices,
+    numel,
+    optimizer_groups,
+    rank_shapes,
+    stage_units,
+)
+
+
+class States(NamedTuple):
+    """Bytes on the device."""
+
+    weights: int  # between steps
+    gradients: int  # reduced, as the update finds them
+    optimizer: int  # moments, and fp32 masters if these are not the weights
+    gathered: int  # whole weights in the precision of the compute, for a while
+    unreduced: int  # what gradients take more before their reduction
+
+
+def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple[int, int, int]:
+    """(weights, gradients, optimizer state) of one rank under ZeRO, arXiv 1910.02054, section 3 and figure 1.
+
+    Mixed precision holds 2 + 2 + 12 bytes a parameter (the 12: fp32 master and AdamW's two moments); fp32 4 + 4 + 12,
+    for DeepSpeed has a master all the same, but 8 at stage 0. Stage 1 shards the optimizer state over the data-parallel
+    `ranks`, stage 2 gradients too, stage 3 weights too.
+    """
+    value = 4 if precision == "fp32" else 2
+    sizes = (value, value, 8 if precision == "fp32" and stage == 0 else 12)
+    return tuple(
+        math.ceil(parameters * size / (ranks if stage >= least else 1))
+        for size, least in zip(sizes, (3, 2, 1), strict=True)
+    )
+
+
+def state_bytes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    optimizer: str = "adamw",
+    accumulation: float = 2,
+    pp_rank: int = 0,
+) -> States:
+    """Of the fullest rank of a pipeline rank's. `model` is resolved and `parallel.dp_shard` is not -1."""
+    spared = 4 * numel(block_matrices(model, parallel, pp_rank)) if optimizer == "muon" else 0  # one of two moments
+    if engine.backend == "fsdp":
+        states = _fsdp(model, parallel, engine, accumulation, pp_rank)
+        spared //= parallel.dp_shard * parallel.cp
+    else:
+        states = _zero(rank_shapes(model, parallel, pp_rank), parallel, engine)
+    states = states._replace(optimizer=states.optimizer - spared)
+    if engine.offload == "none":
+        return states
+    kept = states.weights if engine.offload != "params" else 0
+    return states._replace(weights=kept, gradients=0, optimizer=0, unreduced=states.unreduced + states.gradients)
+
+
+def _zero(shapes: Sequence[Shape], parallel: ParallelConfig, engine: EngineConfig) -> States:
+    ranks, value, total = parallel.dp_replicate * parallel.dp_shard * parallel.cp, _value(engine), numel(shapes)
+    weights, gradients, state = zero_bytes(total, engine.zero_stage, ranks, engine.precision)
+    gathered = 0
+    if engine.zero_stage in (1, 2):  # at stage 1 too those of other ranks are dropped
+        gradients = value * max(_touched(shapes, ranks, rank) for rank in range(ranks))
+    elif engine.zero_stage == 3:
+        kept = numel(shape for shape in shapes if math.prod(shape) <= PERSISTENT)
+        weights += value * kept
+        gathered = value * min(total - kept, REUSE)
+    return States(weights, gradients, state, gathered, max(0, value * total - gradients))
+
+
+def _touched(shapes: Sequence[Shape], ranks: int, rank: int) -> int:
+    """Elements of the parameters of which stages 1 and 2 give a rank a part: it holds their gradients whole. Matrices,
+    and vectors, lie one behind the other and are cut into equal runs."""
+    total = 0
+    for group in optimizer_groups(shapes):
+        run, start = -(-numel(group) // (2 * ranks)) * 2, 0
+        for shape in group:
+            size = math.prod(shape)
+            total += size if start < (rank + 1) * run and start + size > rank * run else 0
+            start += size
+    return total
+
+
+def _fsdp(
+    model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, accumulation: float, pp_rank: int
+) -> States:
+    """fp32 shards of everything. Whole are the weights of what is not in blocks and of two blocks, the next one being
+    on its way, or all; and gradients in fp32 while they accumulate, else of one block in the compute's precision."""
+    ranks, value = parallel.dp_shard * parallel.cp, _value(engine)
+    stages = plan_stages(model, parallel).stages_of(pp_rank)
+    units = [unit for stage in stages for unit in stage_units(model, parallel, stage)]
+    total, block = sum(map(numel, units)), numel(units[0])
+    own = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for unit in units for shape in unit)
+    resharded = engine.reshard and parallel.pp == 1
+    gathered = min(total, total - (len(units) - 3) * block) if resharded else total
+    accumulates = accumulation > 1 or parallel.pp > 1
+    unreduced = 4 * (total - own) if accumulates else value * block
+    return States(4 * own, 4 * own, 8 * own, gathered * value, unreduced)
+
+
+def _value(engine: EngineConfig) -> int:
+    return 4 if engine.precision == "fp32" else 2

@@ -1,0 +1,40 @@
+"""Model states that engines hold are those of the formula."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("memory_worker.py")
+TOLERANCE = 0.01  # the optimizer's counters of steps, padding
+# 1.6M parameters; DeepSpeed's stage 3 shards matrices of more than 10^5 elements
+MODEL = {
+    "model": {"hidden_size": 320, "ffn_size": 1024, "num_kv_heads": 4, "head_dim": 80, "vocab_size": 512},
+    "num_layers": 1,
+}
+
+LAYOUTS = [
+    {"dp_replicate": 4, "zero_stage": 0},
+    {"dp_replicate": 4, "zero_stage": 0, "optimizer": "muon"},
+    {"dp_shard": 4, "zero_stage": 1},
+    {"dp_shard": 4, "zero_stage": 1, "precision": "bf16"},
+    {"dp_shard": 4, "zero_stage": 2, "precision": "bf16"},
+    {"dp_shard": 4, "zero_stage": 3},
+    {"dp_shard": 4, "zero_stage": 3, "precision": "bf16"},
+    {"dp_shard": 4, "backend": "fsdp"},
+    {"dp_shard": 2, "cp": 2, "backend": "fsdp", "precision": "bf16", "optimizer": "muon"},
+    {"dp_replicate": 2, "dp_shard": 2, "backend": "fsdp", "precision": "bf16"},
+]
+
+
+def test_held_bytes_are_those_of_the_formula(torchrun: Callable) -> None:
+    layouts = [{**layout, **MODEL} for layout in LAYOUTS]
+    result = torchrun(4, WORKER, json.dumps(layouts), timeout_s=250)
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
+    assert len(lines) == len(layouts), result.stdout[-3000:]
+    for line in lines:
+        print(line)
+        assert "error" not in line, line
+        for name, size in line["formula"].items():
+            assert abs(line["measured"][name] - size) <= TOLERANCE * size, (name, line)

@@ -1,0 +1,132 @@
+"""Run under torchrun with a JSON list of layouts: bytes of the model states that a rank holds, beside the formula's.
+
+Prints one JSON line a layout, of the largest rank: weights and optimizer state between steps, gradients before the
+update and while they accumulate, in bytes, measured and by formula.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from layouts_worker import AXES, settings_of
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from traffic_worker import batches_of, build, shape_of
+
+from llmtrain.config.schema import ParallelConfig
+from llmtrain.engine.base import Engine, Scores
+from llmtrain.losses.token import token_loss
+from llmtrain.parallel.mesh import init_mesh, trainer_mesh
+from llmtrain.parallel.plan import parameters_of
+from llmtrain.scaling.states import state_bytes
+from llmtrain.types import Batch
+
+
+def held_bytes(tensors: Iterable[Tensor | None], counted: set[int]) -> int:
+    """Of the storages behind them, each once; those in `counted` belong to another class and are left out."""
+    total = 0
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def states(engine: Engine) -> dict[str, int]:
+    """Bytes by class, each storage in one."""
+    counted: set[int] = set()
+    return {
+        "weights": held_bytes(weights(engine), counted),
+        "optimizer": held_bytes(optimizer_state(engine), counted),
+        "gradients": held_bytes(gradients(engine), counted),
+    }
+
+
+def unreduced_bytes(engine: Engine) -> int:
+    """Of the gradients that a rank accumulates."""
+    if engine.config.backend == "deepspeed":
+        return held_bytes((p.grad for p in parameters_of(engine.parts)), set())
+    units = (m for part in engine.parts for m in part.modules() if isinstance(m, FSDPModule))
+    groups = (group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups)
+    held = [p for group in groups for p in group.fsdp_params]
+    return held_bytes((g for p in held for g in (p.unsharded_accumulated_grad, p._unsharded_param.grad)), set())
+
+
+def weights(engine: Engine) -> list[Tensor]:
+    """As they are computed with: under FSDP2 the shards they are gathered from."""
+    own = engine.parameters if engine.config.backend == "fsdp" else parameters_of(engine.parts)
+    return [*own, *(p.ds_tensor for p in own if hasattr(p, "ds_tensor"))]
+
+
+def gradients(engine: Engine) -> list[Tensor | None]:
+    own = engine.parameters if engine.config.backend == "fsdp" else parameters_of(engine.parts)
+    held = engine.optimizer if engine.config.backend == "fsdp" else engine.engine.optimizer
+    averaged = getattr(held, "averaged_gradients", {})
+    return [*(p.grad for p in own), *(g for group in averaged.values() for g in group or [])]
+
+
+def optimizer_state(engine: Engine) -> list[Tensor]:
+    """What the inner optimizer updates (masters, if they are not the weights) and what it keeps of it."""
+    outer = engine.optimizer if engine.config.backend == "fsdp" else engine.engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    flats = [
+        name for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups") if hasattr(outer, name)
+    ]
+    masters = getattr(outer, flats[0]) if flats else []
+    return [*masters, *(x for state in inner.state.values() for x in state.values() if isinstance(x, Tensor))]
+
+
+def measure(layout: dict) -> dict:
+    parallel, settings = settings_of(layout)
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
+    model = shape_of(layout)
+    engine = build(layout, model, mesh)
+    microbatches, denominator = batches_of(layout, mesh)
+    seen: dict[str, int] = {}
+
+    def before_update(loss: float, broken: list[int]) -> bool:
+        seen["gradients"] = states(engine)["gradients"]
+        return True
+
+    def loss_fn(scores: Scores, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        seen["accumulated"] = unreduced_bytes(engine)  # the last time, of all microbatches but one
+        return token_loss(scores, batch)
+
+    engine.admit = before_update
+    for _ in range(2):
+        engine.train_step(microbatches, loss_fn, denominator)
+    everyone = mesh.all_gather_json({**states(engine), **seen})
+    measured = {name: max(each[name] for each in everyone) for name in everyone[0]}
+    by_formula = state_bytes(model, parallel, settings, layout.get("optimizer", "adamw"))._asdict()
+    by_formula["accumulated"] = by_formula["gradients"] + by_formula.pop("unreduced")
+    return {"measured": measured, "formula": {name: by_formula[name] for name in measured}}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    mesh = init_mesh(ParallelConfig(), None, 120)
+    for layout in json.loads(sys.argv[1]):
+        try:
+            result = measure(layout)
+        except Exception as error:
+            if os.environ.get("TRACE"):
+                raise
+            result = {"error": f"{type(error).__name__}: {error}"}
+        if mesh.rank == 0 or "error" in result:
+            print(json.dumps({"layout": layout, **result}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Bytes counted on every axis in one step are those of the formula, for each way to share the work; exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("traffic_worker.py")
+# Nothing divides by 4: rows of the vocabulary and of ffn matrices, elements of vectors.
+ODD = {"model": {"hidden_size": 34, "head_dim": 6, "ffn_size": 51, "vocab_size": 67}, "num_layers": 2}
+LARGE = {
+    "model": {"hidden_size": 320, "head_dim": 80, "ffn_size": 320},
+    "num_layers": 3,
+}  # stage 3 frees them
+
+LAYOUTS = [
+    {"dp_replicate": 4, "zero_stage": 0},
+    {"dp_shard": 4, "zero_stage": 1, **ODD},
+    {"dp_shard": 4, "zero_stage": 2, "precision": "bf16"},
+    {"dp_shard": 4, "zero_stage": 3, "microbatches": 3, **ODD},
+    {"dp_shard": 4, "backend": "fsdp", **ODD},
+    {"dp_replicate": 2, "dp_shard": 2, "backend": "fsdp", "reshard": False, "precision": "bf16", **ODD},
+    {"tp": 4, "zero_stage": 0, "sequence_parallel": False, "remat": "full"},
+    {"tp": 2, "dp_shard": 2, "zero_stage": 1, "remat": "selective"},
+    {"cp": 2, "tp": 2, "zero_stage": 1, "context": "ring", "remat": "full"},
+    {"cp": 2, "dp_shard": 2, "zero_stage": 2, "context": "alltoall"},
+    {"cp": 4, "backend": "fsdp", "context": "allgather"},
+    {"pp": 2, "tp": 2, "zero_stage": 1},
+    {"pp": 2, "dp_shard": 2, "backend": "fsdp", "microbatches": 4},
+    {"pp": 2, "dp_shard": 2, "zero_stage": 1, "microbatches": 4, "schedule": "interleaved_1f1b", "virtual_stages": 2},
+    # these change DeepSpeed's setting: the last ones
+    {"dp_shard": 4, "zero_stage": 3, "reuse": 900_000, **LARGE},
+    {"dp_shard": 4, "zero_stage": 3, "reuse": 900_000, "tied": False, "offload": "params", **LARGE},
+]
+
+
+def test_counted_bytes_are_those_of_the_formula(torchrun: Callable) -> None:
+    result = torchrun(4, WORKER, json.dumps(LAYOUTS), timeout_s=250)
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
+    for line in lines:
+        print(line["layout"], *line["items"], sep="\n    ")
+        assert line["counted"] == line["formula"], line
+    assert [line["layout"] for line in lines] == LAYOUTS, result.stdout[-3000:]
+    padded = [line["layout"] for line in lines if any(what == "padding" for _, _, what, _ in line["items"])]
+    assert padded == [layout for layout in LAYOUTS if layout.get("model") == ODD["model"]]

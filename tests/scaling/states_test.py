@@ -1,0 +1,82 @@
+"""Bytes of model states against the table of the ZeRO paper and against sums done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from llmtrain.config.shapes import parameter_count, resolve_model
+from llmtrain.scaling.parts import block_shapes, numel, rank_shapes
+from llmtrain.scaling.states import state_bytes, zero_bytes
+
+BIG = resolve_model(ModelConfig(preset="llama3-8b"))
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_zero_memory_is_that_of_the_paper(stage: int, gigabytes: float) -> None:
+    """arXiv 1910.02054, figure 1: 7.5B parameters on 64 ranks."""
+    assert sum(zero_bytes(7_500_000_000, stage, 64, "bf16")) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+
+def test_fp32_has_masters_from_stage_1_on() -> None:
+    assert zero_bytes(100, 0, 4, "fp32") == (400, 400, 800)
+    assert zero_bytes(100, 1, 4, "fp32") == (400, 400, 300)
+
+
+def test_ranks_hold_the_whole_model_together() -> None:
+    total, norms = parameter_count(BIG), numel(s for s in block_shapes(BIG, 1) if len(s) == 1) * BIG.num_layers + 4096
+    assert numel(rank_shapes(BIG, ParallelConfig(), 0)) == total
+    assert 8 * numel(rank_shapes(BIG, ParallelConfig(tp=8), 0)) == total + 7 * norms  # norms are whole on each
+    for schedule, virtual in (("1f1b", 1), ("interleaved_1f1b", 2), ("zbv", 2)):
+        cut = ParallelConfig(pp=4, schedule=schedule, virtual_stages=virtual)
+        assert sum(numel(rank_shapes(BIG, cut, rank)) for rank in range(4)) == total
+
+
+def test_a_tied_embedding_is_held_by_both_ends_but_once_a_rank() -> None:
+    tied = BIG.model_copy(update={"tie_embeddings": True})
+    matrix = BIG.vocab_size * BIG.hidden_size
+    for schedule, virtual, copies in (("1f1b", 1, 1), ("zbv", 2, 0)):
+        cut = ParallelConfig(pp=2, schedule=schedule, virtual_stages=virtual)
+        held = sum(numel(rank_shapes(tied, cut, rank)) for rank in range(2))
+        assert held == parameter_count(tied) + copies * matrix
+
+
+def test_eighteen_bytes_a_parameter() -> None:
+    """bf16 weight, fp32 master, fp32 gradient, two fp32 moments; DeepSpeed's gradients are bf16."""
+    total, one = parameter_count(BIG), ParallelConfig(dp_shard=1)
+    fsdp = state_bytes(BIG, one, EngineConfig(backend="fsdp", reshard=False))
+    assert fsdp.gathered == 2 * total and sum(fsdp[:4]) == 18 * total
+    assert sum(state_bytes(BIG, one, EngineConfig(zero_stage=1))) == 16 * total
+
+
+def test_fsdp_shards_over_dp_shard_and_cp_and_copies_over_dp_replicate() -> None:
+    total = parameter_count(BIG)
+    for parallel, ranks in (
+        (ParallelConfig(dp_shard=4, cp=2), 8),
+        (ParallelConfig(dp_shard=4, dp_replicate=2), 4),
+    ):
+        states = state_bytes(BIG, parallel, EngineConfig(backend="fsdp"))
+        assert states[:3] == (4 * total // ranks, 4 * total // ranks, 8 * total // ranks)
+
+
+def test_a_step_of_one_microbatch_has_no_whole_gradients() -> None:
+    parallel, engine = ParallelConfig(dp_shard=8), EngineConfig(backend="fsdp")
+    block = numel(block_shapes(BIG, 1))
+    rest = 2 * BIG.vocab_size * BIG.hidden_size + BIG.hidden_size
+    one, two = (state_bytes(BIG, parallel, engine, accumulation=n) for n in (1, 2))
+    assert one.gathered == two.gathered == 2 * (rest + 2 * block)
+    assert (one.unreduced, two.unreduced) == (2 * block, 4 * parameter_count(BIG) * 7 // 8)
+
+
+def test_offload_leaves_the_device() -> None:
+    parallel = ParallelConfig(dp_shard=4)
+    for stage, offload, weights in ((2, "optimizer", True), (3, "nvme", True), (3, "params", False)):
+        states = state_bytes(BIG, parallel, EngineConfig(zero_stage=stage, offload=offload))
+        assert (bool(states.weights), states.gradients, states.optimizer) == (weights, 0, 0)
+
+
+def test_muon_has_one_momentum_for_matrices_of_blocks() -> None:
+    engine = EngineConfig(zero_stage=0, precision="fp32")
+    matrices = BIG.num_layers * numel(s for s in block_shapes(BIG, 1) if len(s) > 1)
+    adamw, muon = (state_bytes(BIG, ParallelConfig(dp_shard=1), engine, name) for name in ("adamw", "muon"))
+    assert adamw.optimizer - muon.optimizer == 4 * matrices
