@@ -49,14 +49,15 @@ def layout_of(names: frozenset[str]) -> dict:
 def allowed(names: frozenset[str], max_ranks: int) -> bool:
     """Does it mean something, need 2 to `max_ranks` processes and pass the rules?"""
     both = keys(names)
-    return both is not None and 2 <= ranks(layout_of(names)) <= max_ranks and not parallelism.refusals(both)
+    most = min(max_ranks, 4) if "compile" in names else max_ranks  # every rank compiles: 8 take minutes a layout
+    return both is not None and 2 <= ranks(layout_of(names)) <= most and not parallelism.refusals(both)
 
 
 def completions(pair: frozenset[str], rng: random.Random, max_ranks: int) -> Iterator[frozenset[str]]:
     """Allowed sets of features around a pair, as large as they get in a random order, on few ranks or many."""
     engines = [name for name in sorted(FEATURES) if "engine.backend" in FEATURES[name]]
     for _ in range(TRIES):
-        limit = rng.choice([n for n in (2, 4, 8) if n <= max_ranks])
+        limit = rng.choice([n for n in (4, 8) if n <= max_ranks])
         names = pair if _engine(pair) else pair | {rng.choice(engines)}
         for name in rng.sample(sorted(FEATURES), len(FEATURES)):
             larger = names | {name}
