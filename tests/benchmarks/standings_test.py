@@ -42,7 +42,7 @@ def test_targets_are_met_and_missed() -> None:
 @pytest.mark.parametrize("loss", [2.1, float("nan")])
 def test_other_work_is_refused(loss: float) -> None:
     other = [{**rounds(1)[0], "values": [loss]}]
-    with pytest.raises(RuntimeError, match="other: loss .* at step 1"):
+    with pytest.raises(RuntimeError, match=r"other: loss .* at step 1"):
         check_same_work({"ours": rounds(1), "other": other}, "ours")
 
 
