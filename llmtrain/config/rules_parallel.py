@@ -195,6 +195,11 @@ def _zero(case: Case) -> Iterator[str]:
             "engine.compile=true: must be false with engine.zero_stage=3, whose hooks make every layer compile anew; "
             "use zero_stage 1 or 2, or compile=false"
         )
+    if e.zero_stage == 3 and e.remat == "selective":
+        yield (
+            "engine.remat=selective: not with engine.zero_stage=3, which gathers weights within the layers, not twice in "
+            "the same way; use full, zero_stage 1 or 2, or engine.backend=fsdp"
+        )
 
 
 def _offload(case: Case) -> Iterator[str]:

@@ -51,6 +51,12 @@ def config(*overrides: str, folder: Path) -> Config:
         ("sft", 4, ["engine.compile=true", *ZBV], "engine.compile=true: not with .*=zbv, .*; change it or use inter"),
         ("sft", 4, ["engine.backend=fsdp", *ZBV], "engine.reshard=true: not with .*=zbv, .*; change it or use inter"),
         ("sft", 4, ["engine.remat=selective", *ZBV], "engine.remat=selective: not with .*=zbv, .*; change it or use"),
+        (
+            "sft",
+            4,
+            ["engine.zero_stage=3", "engine.remat=selective"],
+            "engine.remat=selective: not with engine.zero_stage=3, .*; use full, zero_stage 1 or 2, or engine.backend",
+        ),
         ("sft", 4, ["engine.zero_stage=3", *ZBV], "engine.zero_stage=3: not with parallel.schedule=zbv, .*; change it"),
         (
             "pretrain",

@@ -13,13 +13,13 @@ ZERO_BUBBLE = {"virtual_stages": 2, "schedule": "interleaved_zero_bubble"}
 ZBV = {"virtual_stages": 2, "schedule": "zbv"}
 
 TWO = [
-    {"pp": 2, **INTERLEAVED, "zero_stage": 3, "remat": "selective"},
+    {"pp": 2, **INTERLEAVED, "zero_stage": 3, "remat": "full"},
     {"pp": 2, **ZERO_BUBBLE, "zero_stage": 1, "tied": False},
     {"pp": 2, **ZBV, "zero_stage": 2, "offload": "optimizer"},
     {"pp": 2, **ZBV, "zero_stage": 0, "num_layers": 5, "grad_clip": 0},
 ]
 FOUR = [
-    {"pp": 2, "tp": 2, **INTERLEAVED, "zero_stage": 2, "remat": "full", "sequence_parallel": False},
+    {"pp": 2, "tp": 2, **INTERLEAVED, "zero_stage": 2, "remat": "selective", "sequence_parallel": False},
     {"pp": 2, "tp": 2, **ZERO_BUBBLE, "zero_stage": 0, "sequence_parallel": False, "tied": False},
     {"pp": 2, "tp": 2, **ZBV, "zero_stage": 1},
     {"pp": 2, "dp_shard": 2, **INTERLEAVED, "backend": "fsdp"},
