@@ -197,8 +197,8 @@ def _zero(case: Case) -> Iterator[str]:
         )
     if e.zero_stage == 3 and e.remat == "selective":
         yield (
-            "engine.remat=selective: not with engine.zero_stage=3, which gathers weights within the layers, not twice in "
-            "the same way; use full, zero_stage 1 or 2, or engine.backend=fsdp"
+            "engine.remat=selective: not with engine.zero_stage=3, which gathers weights within the layers, not twice "
+            "in the same way; use full, zero_stage 1 or 2, or engine.backend=fsdp"
         )
 
 
