@@ -40,8 +40,8 @@ def train_and_save(turns: Turns, task: Task, directory: str, background: bool) -
     from llmtrain.trainer.batches import count_trained
 
     mesh, settings, batch = init_mesh(ONE_RANK, None, timeout_s=60), EngineConfig(), next(task.batches())
-    parts = parallelize(task.model, mesh, ONE_RANK, settings, task.source())
-    engine = make_engine(parts, mesh, ONE_RANK, settings, OPTIM, task.total_steps)
+    parts = parallelize(task.model, mesh, ONE_RANK, settings)
+    engine = make_engine(parts, task.source(), mesh, ONE_RANK, settings, OPTIM, task.total_steps)
     checkpoint = CheckpointConfig(keep=1, background=background)
     group = mesh.side_group(timeout_s=60) if background else mesh
     saver = Saver(f"{directory}/{background}", engine, parameter_shapes(task.model), checkpoint, group)

@@ -32,7 +32,7 @@ from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown
 from llmtrain.parallel.pipeline import inputs_of
-from llmtrain.parallel.plan import compile_blocks, parallelize
+from llmtrain.parallel.plan import compile_blocks, materialize, parallelize
 
 ONE_RANK = ParallelConfig()
 REFERENCE = "transformers loop"
@@ -45,7 +45,7 @@ def llmtrain(turns: Turns, task: Task, compiled: bool, backend: str = "deepspeed
 
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
     settings = EngineConfig(compile=compiled, backend=backend)
-    engine = _engine(backend)(_decoder(task, mesh), mesh, ONE_RANK, settings, OPTIM, task.total_steps)
+    engine = _engine(backend)(_decoder(task, mesh), task.source(), mesh, ONE_RANK, settings, OPTIM, task.total_steps)
     while turns.wait():
         batch = next(batches)
         turns.done(engine.train_step([batch], token_loss, count_trained([batch], mesh)).loss)
@@ -63,13 +63,16 @@ def _engine(backend: str) -> type:
 
 
 def _decoder(task: Task, mesh: Mesh) -> list[Decoder]:
-    return parallelize(task.model, mesh, ONE_RANK, EngineConfig(), task.source())
+    return parallelize(task.model, mesh, ONE_RANK, EngineConfig())
 
 
 def decoder_loop(turns: Turns, task: Task, compiled: bool) -> None:
     """The same decoder and precision without the engine: what is left of the difference is DeepSpeed and checks."""
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
-    masters, model = _decoder(task, mesh)[0], _decoder(task, mesh)[0].to(torch.bfloat16)
+    masters, model = _decoder(task, mesh)[0], _decoder(task, mesh)[0]
+    materialize([masters], mesh, task.source())
+    materialize([model], mesh, task.source())
+    model.to(torch.bfloat16)
     pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
     optimizer = build_optimizer(masters, OPTIM)
     if compiled:

@@ -10,6 +10,7 @@ from torch import Tensor
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.plan import WeightSource
 from llmtrain.types import Address, Batch, Fragment, StepStats
 
 Scores = tuple[Tensor, Tensor]
@@ -69,17 +70,19 @@ class Engine(Protocol):
 
 def make_engine(
     parts: list[Decoder],
+    source: WeightSource,
     mesh: Mesh,
     parallel: ParallelConfig,
     config: EngineConfig,
     optim: OptimConfig,
     total_steps: int,
 ) -> Engine:
-    """The backend that `engine.backend` names around this rank's stages (from parallel.plan.parallelize)."""
+    """The backend that `engine.backend` names around this rank's stages (from parallel.plan.parallelize), with the
+    weights of `source`. Where states are sharded no rank ever holds more than its shards and one whole tensor."""
     if config.backend == "fsdp":
         from llmtrain.engine.fsdp import FsdpEngine
 
-        return FsdpEngine(parts, mesh, parallel, config, optim, total_steps)
+        return FsdpEngine(parts, source, mesh, parallel, config, optim, total_steps)
     from llmtrain.engine.zero import ZeroEngine
 
-    return ZeroEngine(parts, mesh, parallel, config, optim, total_steps)
+    return ZeroEngine(parts, source, mesh, parallel, config, optim, total_steps)

@@ -28,17 +28,15 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
-from llmtrain.parallel.plan import compile_blocks, parameters_of
+from llmtrain.parallel.plan import WeightSource, compile_blocks, copy_marks, parameters_of, slice_of
 from llmtrain.parallel.scoring import score
 from llmtrain.types import Address, Batch, Fragment, StepStats
 
-MARKS = ("tp_dim", "global_shape", "canonical", "is_copy")  # see parallel.plan.materialize
-
 
 def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
-    """Shard every block and, as the root, what is left (embedding, norm, head), in place. The parameters become fp32
-    DTensors with the marks of the plain ones."""
-    marks = {name: [getattr(p, mark) for mark in MARKS] for name, p in part.named_parameters()}
+    """Shard every block and, as the root, what is left (embedding, norm, head), in place. The meta parameters become
+    fp32 DTensors, still to be filled, with the marks of the plain ones."""
+    plain = dict(part.named_parameters())
     dtype = None if config.precision == "fp32" else compute_dtype(config.precision)
     settings = {
         "mesh": mesh.fsdp_mesh(),
@@ -52,9 +50,9 @@ def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
     for module in fsdp_modules(part):
         module.set_gradient_divide_factor(1.0)  # the loss has the global denominator
         module.set_force_sum_reduction_for_comms(True)  # else that factor becomes an operation that gloo lacks
+    part.to_empty(device="cpu" if config.offload == "params" else mesh.device)
     for name, p in part.named_parameters():
-        for mark, value in zip(MARKS, marks[name], strict=True):
-            setattr(p, mark, value)
+        copy_marks(plain[name], p)
 
 
 def fsdp_modules(part: nn.Module) -> Iterator[FSDPModule]:
@@ -73,6 +71,7 @@ class FsdpEngine:
     def __init__(
         self,
         parts: list[Decoder],
+        source: WeightSource,
         mesh: Mesh,
         parallel: ParallelConfig,
         config: EngineConfig,
@@ -83,13 +82,15 @@ class FsdpEngine:
         self.plan, self.step = plan_stages(parts[0].config, parallel), 0
         self.admit: Admit = stop_if_not_finite
         self.scaler = LossScaler(config)
-        if mesh.device.type == "cpu":
-            keep_freed_memory()
         for part in parts:
             shard_part(part, mesh, config)
         if len(parts) > 1 and parts[0].config.tie_embeddings and mesh.has_embedding and mesh.has_head:
             parts[-1].head.weight.is_copy = True  # each stage shards for itself what they had in common
         self.parameters = parameters_of(parts)  # the sharded ones; during a step the modules hold whole ones
+        for p in self.parameters:
+            self._fill(p, source)
+        if mesh.device.type == "cpu":
+            keep_freed_memory()
         self.optimizer = build_optimizer(nn.ModuleList(parts), optim, mesh)
         if config.compile:
             compile_blocks(parts)
@@ -184,6 +185,11 @@ class FsdpEngine:
         return Address(
             p.canonical, p.global_shape, p.tp_dim, tp, self.mesh.sizes["tp"], first * (p.numel() // rows), numel
         )
+
+    @torch.no_grad()
+    def _fill(self, p: nn.Parameter, source: WeightSource) -> None:
+        address, whole = self._address(p), slice_of(p, self.mesh, source).flatten()
+        _flat(p).copy_(whole[address.start : address.start + address.numel])
 
     def _gather(self, p: nn.Parameter) -> Tensor:
         return p.detach().to(self.mesh.device, compute_dtype(self.config.precision)).full_tensor()

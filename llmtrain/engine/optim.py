@@ -37,14 +37,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig, mesh: Mesh | None = N
     blocks and AdamW for the rest. Weight decay on matrices, embeddings among them, not on norms and biases.
 
     Call it when the parameters have the form in which they are updated, plain tensors or FSDP2's DTensors, and the
-    attributes of `parallel.plan.materialize`. A mesh of None: one process. Engines set `lr` in every one of
+    attributes of `parallel.plan.mark`. A mesh of None: one process. Engines set `lr` in every one of
     `param_groups` before a step.
     """
     parameters = list(model.parameters())
     for p in parameters:
-        p.muon = config.name == "muon" and p.dim() == 2 and p.canonical.startswith("layers.")
-    matrices = [p for p in parameters if p.dim() > 1 and not p.muon]
-    vectors = [p for p in parameters if p.dim() <= 1]
+        p.muon = config.name == "muon" and len(p.global_shape) == 2 and p.canonical.startswith("layers.")
+    matrices = [p for p in parameters if len(p.global_shape) > 1 and not p.muon]
+    vectors = [p for p in parameters if len(p.global_shape) <= 1]
     groups = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))

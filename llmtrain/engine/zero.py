@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -35,7 +36,7 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, Mpu
 from llmtrain.parallel.pipeline import Pipeline
-from llmtrain.parallel.plan import compile_blocks, parameters_of
+from llmtrain.parallel.plan import WeightSource, compile_blocks, materialize_each, parameters_of
 from llmtrain.parallel.scoring import score
 from llmtrain.types import Batch, Fragment, StepStats
 
@@ -67,6 +68,7 @@ class ZeroEngine:
     def __init__(
         self,
         parts: list[Decoder],
+        source: WeightSource,
         mesh: Mesh,
         parallel: ParallelConfig,
         config: EngineConfig,
@@ -77,11 +79,9 @@ class ZeroEngine:
         self.plan, self.step = plan_stages(parts[0].config, parallel), 0
         self.admit: Admit = stop_if_not_finite
         self.scaler = LossScaler(config)
-        model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
-        for p in model.parameters():
-            p.tensor_model_parallel = owns(p, mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
         _prepare_deepspeed(mesh, config.precision)
-        originals = {p: p.detach().clone() for p in model.parameters()} if config.precision != "fp32" else {}
+        originals = self._take_in(source)
+        model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, optim, mesh),
@@ -91,7 +91,9 @@ class ZeroEngine:
         )
         if mesh.grad_size == 1 and config.zero_stage in (1, 2) and config.offload == "none":
             zero_state.take_gradients_as_they_are(self.engine)
-        zero_state.set_masters(self.engine, mesh, originals)
+        zero_state.set_masters(self.engine, originals)
+        if mesh.device.type == "cpu":
+            keep_freed_memory()
         if config.compile:
             compile_blocks(parts)
         self.pipeline = Pipeline(parts, self.plan, mesh) if mesh.sizes["pp"] > 1 else None
@@ -157,6 +159,30 @@ class ZeroEngine:
             if p.tp_dim is None:
                 yield "tp", p.canonical, held
 
+    def _take_in(self, source: WeightSource) -> dict[nn.Parameter, Tensor]:
+        """Weights into the modules; at stage 3 each is divided among the ranks before the next one is read. Returns
+        their fp32 values, at stage 3 this rank's pieces of them, where DeepSpeed gets rounded ones."""
+        originals, dtype = {}, compute_dtype(self.config.precision)
+        for p in materialize_each(self.parts, self.mesh, source):
+            p.tensor_model_parallel = owns(p, self.mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
+            original = p.detach()
+            if self.config.zero_stage == 3:
+                p.data = original.to(dtype)
+                self._divide(p)
+                original = zero_state.own_piece(p, original)
+            if dtype != torch.float32:
+                originals[p] = original
+        return originals
+
+    def _divide(self, p: nn.Parameter) -> None:
+        """As `deepspeed.initialize` does with all parameters at once."""
+        deepspeed.zero.Init(
+            module=nn.ParameterList([p]),
+            data_parallel_group=self.mesh.groups["grad"],
+            config_dict_or_path=deepspeed_config(self.config, self.optim.grad_clip),
+            mpu=Mpu(self.mesh),
+        )
+
     def _accumulate(self) -> contextlib.AbstractContextManager:
         """Gradients stay on this rank until the block ends, then are reduced once. (Stage 0 has no such block.)"""
         return self.engine.coalesce_grad_reduction() if self.config.zero_stage else contextlib.nullcontext()
@@ -189,7 +215,6 @@ def _prepare_deepspeed(mesh: Mesh, precision: str) -> None:
         # It would compile a shared-memory collective with g++; a build that is killed leaves a lock that hangs all
         # later runs. gloo does the work.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-        keep_freed_memory()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     if mesh.sizes["pp"] > 1:
         # A debug check over all ranks; stages prefetch different parameters and would wait for each other for ever.

@@ -57,12 +57,19 @@ def drop_gradients(engine: object) -> None:
 
 
 @torch.no_grad()
-def set_masters(engine: object, mesh: Mesh, originals: dict[nn.Parameter, Tensor]) -> None:
-    """Give the fp32 masters their unrounded start: DeepSpeed makes them from the bf16 weights."""
-    for p, address in _pieces(engine, mesh):
-        if p in originals:
-            piece = originals[p].flatten()[address.start : address.start + address.numel]
+def set_masters(engine: object, originals: dict[nn.Parameter, Tensor]) -> None:
+    """Give the fp32 masters their unrounded start: DeepSpeed makes them from the bf16 weights. `originals`: whole
+    parameters, at stage 3 this rank's pieces."""
+    for p, original in originals.items():
+        piece = original if hasattr(p, "ds_id") else own_piece(p, original)
+        if piece.numel():
             _write(engine, p, piece, "weight")
+
+
+def own_piece(p: nn.Parameter, whole: Tensor) -> Tensor:
+    """A flat copy of what this rank owns of the local parameter."""
+    start, numel = _range(p)
+    return whole.flatten()[start : start + numel].clone()
 
 
 @torch.no_grad()

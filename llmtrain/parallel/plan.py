@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,14 @@ WeightSource = Callable[[str], Tensor]
 """Canonical name -> whole fp32 tensor."""
 
 
-def parallelize(
-    config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig, source: WeightSource
-) -> list[Decoder]:
-    """This rank's pipeline stages with their weights, on `mesh.device` (without a pipeline: the one decoder).
+def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> list[Decoder]:
+    """This rank's pipeline stages (without a pipeline: the one decoder), on the meta device: without memory.
 
-    cut stages -> tensor parallel -> context parallel -> scoring head -> remat -> weights. Compilation follows when the
-    engine has wrapped them (`compile_blocks`).
+    cut stages -> tensor parallel -> context parallel -> scoring head -> remat. Weights follow: an engine shards them
+    as it takes them in; who keeps this rank's whole part calls `materialize`. Compilation comes last
+    (`compile_blocks`).
     """
-    plan = plan_stages(config, parallel)
+    plan, shapes = plan_stages(config, parallel), parameter_shapes(config)
     parts = []
     for stage in plan.stages_of(mesh.coords["pp"]):
         with torch.device("meta"):
@@ -41,11 +40,25 @@ def parallelize(
         scoring_head(part, mesh, engine.logprob_chunk_tokens)
         if engine.remat != "none":
             remat_blocks(part, engine.remat)
+        mark(part, shapes)
         parts.append(part.train())
     if config.tie_embeddings and mesh.has_embedding and mesh.has_head:
         parts[-1].head.weight = parts[0].embed.weight
-    materialize(parts, mesh, source)
     return parts
+
+
+def mark(part: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Tell every parameter, beside its `tp_dim`, its `global_shape`, `canonical` (its name in a whole model) and
+    `is_copy` (the second copy of a tied embedding, on the last stage)."""
+    for name, p in part.named_parameters():
+        p.canonical = name if name in shapes else "embed.weight"
+        p.global_shape, p.is_copy = shapes[p.canonical], p.canonical != name
+
+
+def copy_marks(source: nn.Parameter, target: nn.Parameter) -> None:
+    """What `mark` told, to the parameter that takes its place."""
+    for name in ("tp_dim", "global_shape", "canonical", "is_copy"):
+        setattr(target, name, getattr(source, name))
 
 
 def scoring_head(model: nn.Module, mesh: Mesh, chunk_tokens: int | None) -> None:
@@ -60,31 +73,30 @@ def scoring_head(model: nn.Module, mesh: Mesh, chunk_tokens: int | None) -> None
     model.head.first_id = mesh.coords["tp"] * rows
 
 
-def materialize(parts: Sequence[Decoder], mesh: Mesh, source: WeightSource) -> None:
-    """Replace the meta parameters by this rank's slices, one global tensor at a time.
-
-    Every parameter gets `tp_dim`, `global_shape`, `canonical` (its name in a whole model) and `is_copy` (the second
-    copy of a tied embedding, on the last stage).
-    """
-    shapes = parameter_shapes(parts[0].config)
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for part in parts:
-        for prefix, module in part.named_modules():
-            for leaf, meta in list(module.named_parameters(recurse=False)):
-                if meta not in made:
-                    made[meta] = _place(f"{prefix}.{leaf}", meta.tp_dim, shapes, mesh, source)
-                setattr(module, leaf, made[meta])
+def materialize(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -> None:
+    """Replace the meta parameters by this rank's slices, fp32 on `mesh.device`, one global tensor at a time."""
+    for _ in materialize_each(parts, mesh, source):
+        pass
 
 
-def _place(
-    name: str, tp_dim: int | None, shapes: dict[str, tuple[int, ...]], mesh: Mesh, source: WeightSource
-) -> nn.Parameter:
-    canonical = name if name in shapes else "embed.weight"
-    value = shard(source(canonical), tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
-    parameter = nn.Parameter(value.to(mesh.device, torch.float32).clone())
-    parameter.tp_dim, parameter.global_shape = tp_dim, shapes[canonical]
-    parameter.canonical, parameter.is_copy = canonical, canonical != name
-    return parameter
+def materialize_each(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -> Iterator[nn.Parameter]:
+    """The same, yielding each when it is in its place: who keeps less of it cuts it before the next one is read."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in (module for part in parts for module in part.modules()):
+        for leaf, meta in module.named_parameters(recurse=False):
+            places.setdefault(meta, []).append((module, leaf))
+    for meta in list(places):
+        parameter = nn.Parameter(torch.empty_like(meta, dtype=torch.float32, device=mesh.device))
+        parameter.data.copy_(slice_of(meta, mesh, source))
+        copy_marks(meta, parameter)
+        for module, leaf in places.pop(meta):
+            setattr(module, leaf, parameter)
+        yield parameter
+
+
+def slice_of(parameter: nn.Parameter, mesh: Mesh, source: WeightSource) -> Tensor:
+    """Of its global tensor what the rank holds under tensor parallelism; perhaps a view, do not write into it."""
+    return shard(source(parameter.canonical), parameter.tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
 
 
 def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:

@@ -92,7 +92,8 @@ CLASSES = {"vocab": VocabEmbedding, "norm": EnteringNorm, "row": RowLinear}
 
 
 def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool) -> None:
-    """Mark every parameter with `tp_dim` and give the planned modules their parallel forward, in place.
+    """Cut every parameter along its `tp_dim`, a new attribute, and give the planned modules their parallel forward, in
+    place. Meant for parameters without memory: `parallel.plan` fills what is left of them.
 
     Column-parallel modules need no other class: their input is whole and their output is what the rank owns.
     """
@@ -100,8 +101,11 @@ def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool
         parameter.tp_dim = None if group is None else tp_dim(name)
     if group is None:
         return
+    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    for parameter in model.parameters():
+        parameter.data = shard(parameter.data, parameter.tp_dim, rank, size)
     for name, module in list(model.named_modules()):
         cls = CLASSES.get(kind_of(name))
         if cls is not None:
             module.__class__ = cls
-            module.group, module.sequence, module.rank = group, sequence, torch.distributed.get_rank(group)
+            module.group, module.sequence, module.rank = group, sequence, rank

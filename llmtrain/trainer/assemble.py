@@ -152,8 +152,10 @@ def start_source(job: Job) -> WeightSource:
 def build_engine(job: Job, total_steps: int) -> None:
     """The model on the mesh, in its engine, at the newest checkpoint of this run if there is one."""
     config = job.config
-    parts = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
-    job.engine = make_engine(parts, job.mesh, config.parallel, config.engine, config.optim, total_steps)
+    parts = parallelize(job.model, job.mesh, config.parallel, config.engine)
+    job.engine = make_engine(
+        parts, start_source(job), job.mesh, config.parallel, config.engine, config.optim, total_steps
+    )
     resume(job)
 
 

@@ -15,7 +15,7 @@ from llmtrain.engine.optim import learning_rate
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.parallel.plan import parallelize
+from llmtrain.parallel.plan import materialize, parallelize
 from llmtrain.parallel.scoring import FrozenModel
 from llmtrain.trainer.assemble import Job, build_engine, join, start_source
 from llmtrain.trainer.experience import collect, learnable, microbatches_of, split_groups
@@ -116,7 +116,8 @@ def build_reference(job: Job) -> FrozenModel | None:
     config = job.config
     if config.grpo.kl_coef == 0:
         return None
-    parts = parallelize(job.model, job.mesh, config.parallel, config.engine, start_source(job))
+    parts = parallelize(job.model, job.mesh, config.parallel, config.engine)
+    materialize(parts, job.mesh, start_source(job))
     return FrozenModel(parts, plan_stages(job.model, config.parallel), job.mesh, compute_dtype(config.engine.precision))
 
 

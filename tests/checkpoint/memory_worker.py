@@ -1,28 +1,35 @@
-"""Under torchrun on 2 ranks: a Hugging Face directory onto tp=2, a checkpoint of it, and its export; JSON on stdout.
+"""Under torchrun on 2 ranks: a Hugging Face directory onto tp=2, a checkpoint of it, and its export; then the directory
+and the checkpoint into states that are sharded over the ranks. JSON on stdout.
 
 What each takes is the peak of resident memory less what was resident before, over the bytes of the whole fp32 model.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.save import save_checkpoint
 from llmtrain.checkpoint.source import weight_source
-from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from llmtrain.config.case import AXES
+from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
+from llmtrain.engine import zero
+from llmtrain.engine.base import make_engine
 from llmtrain.engine.clip import owns
 from llmtrain.model.decoder import Decoder, parameter_shapes
-from llmtrain.parallel.mesh import init_mesh, shutdown
-from llmtrain.parallel.plan import parallelize
+from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown, trainer_mesh
+from llmtrain.parallel.plan import materialize, parallelize
 from llmtrain.types import Address, Fragment
 
 
@@ -45,9 +52,26 @@ def resident(field: str) -> int:
 
 def growth(action: Callable[[], object]) -> tuple[object, int]:
     """Result, and bytes."""
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
     return action(), resident("VmHWM") - before
+
+
+class Taken(Exception):
+    """The weights are in; DeepSpeed would add masters and moments."""
+
+
+def sharded(path: str, config: ModelConfig, mesh: Mesh, backend: str) -> object:
+    """An engine on 2 shards of the weights of `path`."""
+    parallel, settings = ParallelConfig(dp_shard=2), EngineConfig(backend=backend, zero_stage=3, precision="fp32")
+    parts = parallelize(config, mesh, parallel, settings)
+    try:
+        with mock.patch.object(zero.deepspeed, "initialize", side_effect=Taken):
+            return make_engine(parts, weight_source(path, config, mesh), mesh, parallel, settings, OptimConfig(), 1)
+    except Taken:
+        assert all(p.numel() == 0 for p in parts[0].parameters())  # what there is lies in `ds_tensor`
+        return parts
 
 
 def main(directory: str, config_json: str) -> None:
@@ -57,7 +81,9 @@ def main(directory: str, config_json: str) -> None:
     mesh = init_mesh(parallel, None, timeout_s=60)
 
     def take_in() -> Decoder:
-        return parallelize(config, mesh, parallel, EngineConfig(), weight_source(f"{directory}/hf", config, mesh))[0]
+        parts = parallelize(config, mesh, parallel, EngineConfig())
+        materialize(parts, mesh, weight_source(f"{directory}/hf", config, mesh))
+        return parts[0]
 
     engine, import_bytes = growth(lambda: Weights(take_in(), mesh.rank))
     save = partial(save_checkpoint, f"{directory}/checkpoints", engine, {"step": 1}, mesh, 1, shapes)
@@ -67,6 +93,11 @@ def main(directory: str, config_json: str) -> None:
     if mesh.rank == 0:
         _, export_bytes = growth(lambda: export(path, f"{directory}/again", config, None, None, torch.float32))
     shares = {"import": import_bytes, "save": save_bytes, "export": export_bytes}
+    sizes = dict.fromkeys(AXES, 1) | {"dp_shard": 2}
+    shards = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60))
+    for name, at in (("hf", f"{directory}/hf"), ("checkpoint", path)):
+        for backend in ("fsdp", "deepspeed"):
+            shares[f"{backend} {name}"] = growth(lambda at=at, to=backend: sharded(at, config, shards, to))[1]
     print(json.dumps({name: taken / whole_bytes for name, taken in shares.items()}), flush=True)
     mesh.barrier()
     shutdown()

@@ -107,9 +107,10 @@ def small_engine(mesh: Mesh) -> ZeroEngine:
     config = ModelConfig(num_layers=2, hidden_size=16, ffn_size=24, num_heads=2, num_kv_heads=1, vocab_size=32)
     parallel, settings = ParallelConfig(), EngineConfig(zero_stage=0, precision="fp32")
     shapes = parameter_shapes(config)
-    parts = parallelize(config, mesh, parallel, settings, lambda name: init_tensor(name, shapes[name], config, 0))
+    parts = parallelize(config, mesh, parallel, settings)
     optim = OptimConfig(name="muon", lr=0.02, min_lr=0.01, warmup_steps=2)
-    return ZeroEngine(parts, mesh, parallel, settings, optim, 5)
+    source = lambda name: init_tensor(name, shapes[name], config, 0)  # noqa: E731
+    return ZeroEngine(parts, source, mesh, parallel, settings, optim, 5)
 
 
 def step(engine: ZeroEngine) -> float:

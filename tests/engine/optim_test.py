@@ -63,7 +63,7 @@ def test_the_last_update_has_exactly_min_lr(schedule: str, total_steps: int, war
 
 
 def decoder(tied: bool = True) -> Decoder:
-    """With the attributes that `parallel.plan.materialize` sets."""
+    """With the attributes that `parallel.plan.mark` sets."""
     model = Decoder(
         ModelConfig(
             num_layers=1, hidden_size=8, ffn_size=16, vocab_size=32, num_heads=2, num_kv_heads=1, tie_embeddings=tied

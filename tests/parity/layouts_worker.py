@@ -163,8 +163,9 @@ def build(layout: dict, mesh: Mesh, factor: float = 1.0) -> Engine:
     parallel, settings = settings_of(layout)
     config = model_config(layout)
     shapes = parameter_shapes(config)
-    parts = parallelize(config, mesh, parallel, settings, lambda n: initial(n, shapes[n], config) * factor)
-    return make_engine(parts, mesh, parallel, settings, optim_config(layout), STEPS)
+    parts = parallelize(config, mesh, parallel, settings)
+    optim = optim_config(layout)
+    return make_engine(parts, lambda n: initial(n, shapes[n], config) * factor, mesh, parallel, settings, optim, STEPS)
 
 
 def clips_first(engine: Engine) -> bool:

@@ -53,8 +53,10 @@ def shorten_reuse(elements: int) -> None:
 def build(layout: dict, model: ModelConfig, mesh: Mesh) -> Engine:
     parallel, engine = settings_of(layout)
     shapes = parameter_shapes(model)
-    parts = parallelize(model, mesh, parallel, engine, lambda n: init_tensor(n, shapes[n], model, 0))
-    return make_engine(parts, mesh, parallel, engine, optim_config(layout), 10)
+    parts = parallelize(model, mesh, parallel, engine)
+    return make_engine(
+        parts, lambda n: init_tensor(n, shapes[n], model, 0), mesh, parallel, engine, optim_config(layout), 10
+    )
 
 
 def batches_of(layout: dict, mesh: Mesh) -> tuple[list[Batch], torch.Tensor]:
