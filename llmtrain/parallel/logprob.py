@@ -5,6 +5,9 @@ The only file that knows about vocabulary shards. Cross entropy over a sharded v
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -16,11 +19,13 @@ from llmtrain.types import IGNORE
 
 
 class ScoringHead(LMHead):
-    """An LMHead whose labelled form holds at most `chunk_tokens` rows of (this rank's part of the) logits."""
+    """An LMHead whose labelled form holds at most `chunk_tokens` rows of (this rank's part of the) logits; with
+    `compiled`, what is done to them is one kernel (not the forward of a sharded vocabulary: it communicates)."""
 
     group: ProcessGroup | None
     first_id: int  # of this rank's vocabulary shard
     chunk_tokens: int
+    compiled = False
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
@@ -39,13 +44,9 @@ class ScoringHead(LMHead):
             scale,
             self.group,
             self.chunk_tokens,
+            self.compiled,
         )
         return tuple(s.new_zeros(labels.shape).masked_scatter(wanted, s) for s in scores)
-
-
-def _logits(hidden: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    logits = (hidden @ weight.t()).float()
-    return logits if scale is None else logits * scale[:, None]
 
 
 def _part(x: Tensor | None, piece: slice) -> Tensor | None:
@@ -68,14 +69,16 @@ class _TokenScores(torch.autograd.Function):
         scale: Tensor | None,
         group: ProcessGroup | None,
         chunk_tokens: int,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         out = torch.empty(3, hidden.size(0), device=hidden.device)
+        score_chunk = _fused(_score_chunk) if compiled and group is None else _score_chunk
         for start in range(0, hidden.size(0), chunk_tokens):
             piece = slice(start, start + chunk_tokens)
-            out[:, piece] = _score_chunk(_logits(hidden[piece], weight, _part(scale, piece)), labels[piece], group)
+            out[:, piece] = score_chunk(hidden[piece] @ weight.t(), _part(scale, piece), labels[piece], group)
         logp, entropy, normalizer = out
         ctx.save_for_backward(hidden, weight, labels, scale, normalizer.clone())
-        ctx.chunk_tokens = chunk_tokens
+        ctx.chunk_tokens, ctx.compiled = chunk_tokens, compiled
         entropy = entropy.clone()
         ctx.mark_non_differentiable(entropy)
         return logp.clone(), entropy
@@ -85,17 +88,33 @@ class _TokenScores(torch.autograd.Function):
         hidden, weight, labels, scale, normalizer = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        gradient_chunk = _fused(_gradient_chunk) if ctx.compiled else _gradient_chunk
         for start in range(0, hidden.size(0), ctx.chunk_tokens):
             piece = slice(start, start + ctx.chunk_tokens)
-            part = _part(scale, piece)
-            # d logp / d logits = onehot - softmax
-            d = _logits(hidden[piece], weight, part).sub_(normalizer[piece, None]).exp_().neg_()
-            target, mine = _local_target(labels[piece], weight.size(0))
-            d.scatter_add_(1, target[:, None], mine[:, None].float())
-            d = d.mul_((grad[piece] if part is None else grad[piece] * part)[:, None]).to(hidden.dtype)
+            logits = hidden[piece] @ weight.t()
+            d = gradient_chunk(logits, _part(scale, piece), labels[piece], normalizer[piece], grad[piece])
             grad_hidden[piece] = d @ weight
             grad_weight += d.t() @ hidden[piece]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+@cache
+def _fused(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One pass over the logits instead of one an operation."""
+    return torch.compile(kernel, dynamic=True)  # the last chunk has another length
+
+
+def _scaled(logits: Tensor, scale: Tensor | None) -> Tensor:
+    logits = logits.float()
+    return logits if scale is None else logits * scale[:, None]
+
+
+def _gradient_chunk(logits: Tensor, scale: Tensor | None, labels: Tensor, normalizer: Tensor, grad: Tensor) -> Tensor:
+    """Of the logits before scaling, in their dtype; d logp / d (scaled logits) = onehot - softmax."""
+    d = _scaled(logits, scale).sub_(normalizer[:, None]).exp_().neg_()
+    target, mine = _local_target(labels, logits.size(1))
+    d.scatter_add_(1, target[:, None], mine[:, None].float())
+    return d.mul_((grad if scale is None else grad * scale)[:, None]).to(logits.dtype)
 
 
 def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -103,8 +122,9 @@ def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return labels.clamp(0, rows - 1), (labels >= 0) & (labels < rows)
 
 
-def _score_chunk(logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
+def _score_chunk(logits: Tensor, scale: Tensor | None, labels: Tensor, group: ProcessGroup | None) -> Tensor:
     """[3, n]: log-prob of the label, entropy, log of the normalizer."""
+    logits = _scaled(logits, scale)
     top = logits.amax(-1)
     if group is not None:
         top = all_reduce(top, group, "max")

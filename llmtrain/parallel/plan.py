@@ -105,7 +105,9 @@ def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 def compile_blocks(parts: Sequence[nn.Module]) -> None:
-    """torch.compile each block for itself: one graph, compiled once, in place."""
+    """torch.compile each block for itself, and the scoring of the head: one graph, compiled once, in place."""
     for part in parts:
         for block in part.layers.values():
             block.compile()
+        if part.head is not None:
+            part.head.compiled = True

@@ -19,11 +19,12 @@ def heads(chunk_tokens: int) -> tuple[LMHead, ScoringHead]:
     return plain, chunked
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
+@pytest.mark.parametrize("compiled, chunk_tokens", [(False, 1), (False, 5), (False, 1000), (True, 5)])
 @pytest.mark.parametrize("temperature", [None, 0.7])
-def test_equals_the_plain_head(chunk_tokens: int, temperature: float | None) -> None:
+def test_equals_the_plain_head(compiled: bool, chunk_tokens: int, temperature: float | None) -> None:
     torch.manual_seed(0)
     plain, chunked = heads(chunk_tokens)
+    chunked.compiled = compiled
     labels = torch.randint(0, 40, (3, 7))
     labels[0, :4] = labels[2] = IGNORE
     scale = None if temperature is None else torch.tensor([temperature, 1.0, 2.0])
@@ -50,8 +51,8 @@ def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     from llmtrain.parallel import logprob
 
     rows = []
-    inner = logprob._logits
-    monkeypatch.setattr(logprob, "_logits", lambda h, w, s: rows.append(len(h)) or inner(h, w, s))
+    inner = logprob._scaled
+    monkeypatch.setattr(logprob, "_scaled", lambda logits, s: rows.append(len(logits)) or inner(logits, s))
     _, head = heads(4)
     hidden = torch.randn(2, 9, 16).double().requires_grad_()
     head(hidden, torch.zeros(2, 9, dtype=torch.int64))[0].sum().backward()
