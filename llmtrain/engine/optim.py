@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, mesh: Mesh | None = N
     attributes of `parallel.plan.mark`. A mesh of None: one process. Engines set `lr` in every one of
     `param_groups` before a step.
     """
-    parameters = list(model.parameters())
+    parameters = list(model.parameters())  # their own shape says nothing: ZeRO-3 leaves them empty
     for p in parameters:
         p.muon = config.name == "muon" and len(p.global_shape) == 2 and p.canonical.startswith("layers.")
     matrices = [p for p in parameters if len(p.global_shape) > 1 and not p.muon]

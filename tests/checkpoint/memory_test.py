@@ -29,12 +29,16 @@ def test_memory_of_import_save_and_export(tmp_path: Path, torchrun: Callable) ->
     weights = ((name, torch.randn(shape, generator=generator)) for name, shape in parameter_shapes(CONFIG).items())
     save_hf(str(tmp_path / "hf"), CONFIG, weights, torch.float32, None, None)
     worker = Path(__file__).parent / "memory_worker.py"
-    result = torchrun(2, worker, tmp_path, CONFIG.model_dump_json())
+    mapped = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # a tensor that is freed is resident no more
+    result = torchrun(2, worker, tmp_path, CONFIG.model_dump_json(), env=mapped)
     assert result.returncode == 0, result.stdout[-3000:]
     ranks = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(ranks) == 2
     for shares in ranks:
         assert 0.4 < shares["import"] < 0.75, ranks  # its half, and one tensor at a time
+        for backend in ("fsdp", "deepspeed"):
+            for source in ("hf", "checkpoint"):
+                assert 0.4 < shares[f"{backend} {source}"] < 0.75, ranks
         assert shares["save"] < 0.1 and shares["export"] < 0.25, ranks
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -84,7 +84,7 @@ def decays(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, float]
 def test_weight_decay_on_matrices_and_embeddings_only(name: str) -> None:
     model = decoder(tied=False)
     model.norm.bias = torch.nn.Parameter(torch.zeros(8))
-    model.norm.bias.canonical = "norm.bias"
+    model.norm.bias.canonical, model.norm.bias.global_shape = "norm.bias", (8,)
     found = decays(model, build_optimizer(model, OptimConfig(name=name, weight_decay=0.3)))
     assert len(found) == 13
     for parameter, decay in found.items():
