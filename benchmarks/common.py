@@ -79,16 +79,16 @@ def compete(
     measured: dict[str, list[dict]] = {name: [] for name in contestants}
     for pieces in [warmup] + [work] * rounds:
         for name, pipe in pipes.items():
-            pipe.send(pieces)
-            measured[name].append(_receive(name, pipe))
+            measured[name].append(_one_turn(name, pipe, pieces))
     for pipe, process in zip(pipes.values(), processes, strict=True):
         pipe.send(0)
         process.join()
     return measured
 
 
-def _receive(name: str, pipe: Connection) -> dict:
+def _one_turn(name: str, pipe: Connection, pieces: int) -> dict:
     try:
+        pipe.send(pieces)
         return pipe.recv()
     except (EOFError, ConnectionError):
         raise RuntimeError(f"contestant {name!r} died; its traceback is above") from None

@@ -14,7 +14,6 @@ from torch import nn
 from benchmarks.common import Turns
 from benchmarks.task import OPTIM, Task
 from llmtrain.config.shapes import hf_config
-from llmtrain.engine.optim import build_optimizer
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf import hf_name
 
@@ -23,9 +22,11 @@ def loop(turns: Turns, task: Task, compiled: bool) -> None:
     """The loop of a tutorial: autocast, the model's own loss, clipping, fused AdamW."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, batches = _model(task).to(device), task.batches()
-    for name, p in model.named_parameters():
-        p.canonical = name
-    optimizer = build_optimizer(model, OPTIM)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIM.weight_decay},
+         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}],
+        lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, fused=True,
+    )  # fmt: skip
     if compiled:
         model.compile()
     while turns.wait():
