@@ -127,6 +127,7 @@ def test_activations_held() -> None:
             )
 
 
+@pytest.mark.slow
 def test_measured_bubble(torchrun: Callable) -> None:
     """Within 3 percentage points of the formula, on four ranks with eight microbatches, each stage sleeping as long in
     its forward as for each of its two gradients."""

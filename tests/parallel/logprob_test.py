@@ -19,7 +19,9 @@ def heads(chunk_tokens: int) -> tuple[LMHead, ScoringHead]:
     return plain, chunked
 
 
-@pytest.mark.parametrize("compiled, chunk_tokens", [(False, 1), (False, 5), (False, 1000), (True, 5)])
+@pytest.mark.parametrize(
+    "compiled, chunk_tokens", [(False, 1), (False, 5), (False, 1000), pytest.param(True, 5, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("temperature", [None, 0.7])
 def test_equals_the_plain_head(compiled: bool, chunk_tokens: int, temperature: float | None) -> None:
     torch.manual_seed(0)
