@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -79,7 +80,8 @@ class ZeroEngine:
         self.plan, self.step = plan_stages(parts[0].config, parallel), 0
         self.admit: Admit = stop_if_not_finite
         self.scaler = LossScaler(config)
-        _prepare_deepspeed(mesh, config.precision)
+        check_machine(config, mesh)
+        _prepare_deepspeed(mesh)
         originals = self._take_in(source)
         model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         self.engine, *_ = deepspeed.initialize(
@@ -201,13 +203,22 @@ class ZeroEngine:
             return p.detach().clone()
 
 
-def _prepare_deepspeed(mesh: Mesh, precision: str) -> None:
-    """Process-wide settings that `initialize` reads. Raises ValueError when this machine has no fp16 for DeepSpeed."""
-    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+def check_machine(config: EngineConfig, mesh: Mesh) -> None:
+    """Raises ValueError when this machine lacks what DeepSpeed needs for `config`."""
+    if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError(
             f"engine.precision=fp16: DeepSpeed finds no fp16 arithmetic on this {mesh.device.type}; use bf16, or "
             "engine.backend=fsdp"
         )
+    if config.offload == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "engine.offload=nvme: needs libaio with its headers and a C++ compiler, DeepSpeed builds its disk reader "
+            "with them at the first start; install libaio-dev, or use engine.offload=optimizer"
+        )
+
+
+def _prepare_deepspeed(mesh: Mesh) -> None:
+    """Process-wide settings that `initialize` reads."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
     groups.mpu = None  # an earlier engine of this process
     os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists on it

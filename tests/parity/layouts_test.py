@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def test_every_feature(torchrun: Callable) -> None:
 
 def test_eight_ranks(torchrun: Callable) -> None:
     check(torchrun, 8, EIGHT, timeout_s=200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.skipif(find_library("aio") is None, reason="NVMe offload needs libaio-dev")
+def test_nvme(torchrun: Callable, tmp_path: Path) -> None:
+    """DeepSpeed compiles its disk reader first, which takes minutes."""
+    layout = {"dp_shard": 2, "zero_stage": 3, "offload": "nvme", "offload_path": str(tmp_path)}
+    check(torchrun, 2, [layout], timeout_s=2000)
 
 
 @pytest.mark.slow
