@@ -42,6 +42,7 @@ FEATURES: dict[str, Feature] = {
     "compile": {"engine.compile": True},
     "bf16": {"engine.precision": "bf16"},
     "fp16": {"engine.precision": "fp16"},
+    "fp8": {"engine.precision": "fp8"},
     "offload optimizer": {"engine.offload": "optimizer"},
     "offload params": {"engine.offload": "params"},
     "offload NVMe": {"engine.offload": "nvme", "engine.offload_path": "/tmp"},
@@ -60,6 +61,7 @@ BASE: Feature = {
 NEEDS = {  # the engine a feature is shown with when a pair names none
     "bf16": "ZeRO-1",
     "fp16": "ZeRO-1",
+    "fp8": "ZeRO-1",
     "offload optimizer": "ZeRO-2",
     "offload params": "ZeRO-3",
     "offload NVMe": "ZeRO-3",

@@ -9,16 +9,10 @@ from llmtrain.config.case import TRAIN, TUNE, Case, Rules, mesh_sizes
 from llmtrain.config.stages import plan_stages
 
 
-def _offered(case: Case) -> Iterator[str]:
-    """What the schema foresees and this version does not do."""
-    c, p = case.config, case.config.parallel
-    instead = {
-        f"engine.precision={c.engine.precision}": (c.engine.precision == "fp8", "use bf16"),
-        f"parallel.ep={p.ep}": (p.ep > 1, "set parallel.ep=1, the models are dense"),
-    }
-    for key, (used, remedy) in instead.items():
-        if used:
-            yield f"{key}: not in this version; {remedy}"
+def _experts(case: Case) -> Iterator[str]:
+    ep = case.config.parallel.ep
+    if ep > 1:
+        yield f"parallel.ep={ep}: not in this version; set parallel.ep=1, the models are dense"
 
 
 def _ranks(case: Case) -> Iterator[str]:
@@ -105,6 +99,7 @@ def _schedule(case: Case) -> Iterator[str]:
             "a split backward does not find weights that FSDP2 sharded again",
         ),
         "engine.compile=true": (e.compile, "a compiled block cannot split its backward into two"),
+        "engine.precision=fp8": (e.precision == "fp8", "its products give both gradients at once"),
         f"engine.remat={e.remat}": (e.remat != "none", "a block would be computed again for each of its weights"),
         "engine.zero_stage=3": (
             e.backend == "deepspeed" and e.zero_stage == 3,
@@ -185,7 +180,7 @@ def _zero(case: Case) -> Iterator[str]:
             f"parallel.dp_replicate={p.dp_replicate}: must be 1 with engine.zero_stage={e.zero_stage}, ZeRO shards "
             "over all data-parallel ranks; use parallel.dp_shard"
         )
-    if e.zero_stage == 0 and e.precision in ("bf16", "fp16"):
+    if e.zero_stage == 0 and e.precision != "fp32":
         yield (
             f"engine.precision={e.precision}: drifts at engine.zero_stage=0, without an fp32 master; "
             "set zero_stage=1 or fp32"
@@ -200,6 +195,23 @@ def _zero(case: Case) -> Iterator[str]:
             "engine.remat=selective: not with engine.zero_stage=3, which gathers weights within the layers, not twice "
             "in the same way; use full, zero_stage 1 or 2, or engine.backend=fsdp"
         )
+
+
+def _float8(case: Case) -> Iterator[str]:
+    c, m = case.config, case.model
+    if c.engine.precision != "fp8" or m is None:
+        return
+    tp = c.parallel.tp
+    sizes = {
+        "model.hidden_size": m.hidden_size,
+        f"model.ffn_size / parallel.tp={tp}": m.ffn_size // tp,
+        f"model.num_heads x head_dim / parallel.tp={tp}": m.num_heads * m.head_dim // tp,
+        f"model.num_kv_heads x head_dim / parallel.tp={tp}": m.num_kv_heads * m.head_dim // tp,
+        "train.micro_batch_seqs x seq_len / parallel.cp": c.train.micro_batch_seqs * c.train.seq_len // c.parallel.cp,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            yield f"{name} = {size}: must be a multiple of 16 with engine.precision=fp8; change it or use bf16"
 
 
 def _offload(case: Case) -> Iterator[str]:
@@ -256,7 +268,7 @@ def _replica_check(case: Case) -> Iterator[str]:
 
 
 PARALLEL_RULES: Rules = (
-    ((*TRAIN, "plan"), _offered),
+    ((*TRAIN, "plan"), _experts),
     (TRAIN, _ranks),
     (("grpo",), _placement),
     ((*TRAIN, "plan"), _tensor_parallel),
@@ -267,6 +279,7 @@ PARALLEL_RULES: Rules = (
     (("pretrain", "sft"), _batch),
     (TUNE, _replay),
     ((*TRAIN, "plan"), _zero),
+    ((*TRAIN, "plan"), _float8),
     ((*TRAIN, "plan"), _offload),
     ((*TRAIN, "plan"), _muon),
     (TRAIN, _replica_check),

@@ -115,7 +115,7 @@ class EngineConfig(Section):
     reshard: bool = True  # fsdp: free whole weights after the forward (as ZeRO-3); false: after the backward (ZeRO-2)
     offload: Literal["none", "optimizer", "params", "nvme"] = "none"  # to the CPU, or optimizer state to a disk
     offload_path: str | None = None  # nvme: a directory on a fast local disk
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"  # masters are fp32; fp16 scales the loss
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"  # masters are fp32; fp8: products in blocks, else bf16
     loss_scale: PositiveFloat | None = None  # fp16: None = dynamic
     loss_scale_window: PositiveInt = 1000  # fp16, dynamic: steps without overflow before the scale doubles
     remat: Literal["none", "selective", "full"] = "none"  # keep all; matrix products and attention; inputs of blocks

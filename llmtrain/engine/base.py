@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
+from llmtrain.engine.precision import check_device
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.plan import WeightSource
@@ -78,7 +79,11 @@ def make_engine(
     total_steps: int,
 ) -> Engine:
     """The backend that `engine.backend` names around this rank's stages (from parallel.plan.parallelize), with the
-    weights of `source`. Where states are sharded no rank ever holds more than its shards and one whole tensor."""
+    weights of `source`. Where states are sharded no rank ever holds more than its shards and one whole tensor.
+
+    Raises ValueError when this machine cannot compute in `engine.precision`.
+    """
+    check_device(config.precision, mesh.device)
     if config.backend == "fsdp":
         from llmtrain.engine.fsdp import FsdpEngine
 

@@ -7,14 +7,27 @@ import torch
 from llmtrain.config.schema import EngineConfig
 
 START_SCALE = 2.0**16
+FP8_CAPABILITY = (8, 9)
 MIN_SCALE = 1.0  # at this scale an overflow is the model's own
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """Of the weights and activations that `engine.precision` names; masters and optimizer state are always fp32."""
+    """Of the weights and activations that `engine.precision` names; masters and optimizer state are always fp32. (fp8
+    is that of the products within blocks, see parallel.float8.)"""
     return DTYPES[precision]
+
+
+def check_device(precision: str, device: torch.device) -> None:
+    """Raises ValueError when the device cannot multiply in this precision."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if precision == "fp8" and capability < FP8_CAPABILITY:
+        found = f"a GPU of {capability[0]}.{capability[1]}" if device.type == "cuda" else f"a {device.type}"
+        raise ValueError(
+            f"engine.precision=fp8: needs a GPU of compute capability 8.9 or higher (Ada, Hopper), this is {found}; "
+            "use bf16"
+        )
 
 
 class LossScaler:

@@ -58,7 +58,10 @@ def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
         "steps_per_print": 10**9,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": False},  # `train_step` has looked
+        "bf16": {
+            "enabled": engine.precision in ("bf16", "fp8"),
+            "check_grad_overflow": False,
+        },  # `train_step` has looked
         "fp16": {"enabled": engine.precision == "fp16", "loss_scale": 1.0},  # the scale is ours, see `train_step`
     }
 

@@ -84,9 +84,9 @@ class SideGroup:
 class Mesh:
     """This rank's place. `rank` and `size` count the ranks of the own role. `groups` holds a group for each axis, and
     `dp` (dp_replicate x dp_shard: who has other rows), `grad` (dp x cp: over whom gradients are summed), `shard`
-    (dp_shard x cp: over whom states are sharded), `model` (pp x tp), `replica` (all but dp_replicate: who has one copy
-    of the whole state together), `ends` (the ranks with the embedding and the head of the own pipeline; None on
-    others)."""
+    (dp_shard x cp: over whom states are sharded), `ep` (a part of `shard`), `model` (pp x tp), `replica` (all but
+    dp_replicate: who has one copy of the whole state together), `ends` (the ranks with the embedding and the head of
+    the own pipeline; None on others)."""
 
     role: str  # trainer | rollout
     rank: int
@@ -182,7 +182,7 @@ def init_mesh(parallel: ParallelConfig, rollout: RolloutConfig | None, timeout_s
     )
     link = Link(store, rank, size, timeout, device) if workers else None
     if role == "trainer":
-        return trainer_mesh(sizes, device, timeout, link, parallel.schedule)
+        return trainer_mesh(sizes, device, timeout, link, parallel.schedule, parallel.ep)
     coords = dict.fromkeys(AXES, 0)
     return Mesh(role, role_rank, role_size, device, sizes, coords, link=link, num_trainers=num_trainers)
 
@@ -193,11 +193,12 @@ def trainer_mesh(
     timeout: timedelta,
     link: Link | None = None,
     schedule: str = "1f1b",
+    ep: int = 1,
 ) -> Mesh:
     """The axes over the default group's ranks (a collective)."""
     rank, size = dist.get_rank(), dist.get_world_size()
     head_pp = 0 if schedule == "zbv" else sizes["pp"] - 1
-    groups = _axis_groups(sizes, rank, size, head_pp, timeout)
+    groups = _axis_groups(sizes, rank, size, head_pp, ep, timeout)
     return Mesh("trainer", rank, size, device, sizes, _coords(rank, sizes), groups, link, size, head_pp)
 
 
@@ -284,7 +285,7 @@ def _coords(rank: int, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _axis_groups(
-    sizes: dict[str, int], rank: int, num_trainers: int, head_pp: int, timeout: timedelta
+    sizes: dict[str, int], rank: int, num_trainers: int, head_pp: int, ep: int, timeout: timedelta
 ) -> dict[str, ProcessGroup | None]:
     """The groups of this rank. Each is created by its members alone, so a start costs the same on any number of ranks;
     axes with the same ranks share one."""
@@ -292,6 +293,7 @@ def _axis_groups(
     varying |= {"dp": ("dp_replicate", "dp_shard"), "grad": ("dp_replicate", "dp_shard", "cp")}
     varying |= {"shard": ("dp_shard", "cp"), "model": ("pp", "tp"), "replica": ("pp", "dp_shard", "cp", "tp")}
     members = {name: _neighbours(sizes, rank, num_trainers, axes) for name, axes in varying.items()}
+    members["ep"] = expert_ranks(members["shard"], rank, ep)
     made: dict[tuple[int, ...], ProcessGroup] = {}
     for ranks in members.values():
         if tuple(ranks) not in made:
@@ -301,6 +303,13 @@ def _axis_groups(
     # A rank between the ends makes one for itself: torch's name of a group holds how many its rank has made before.
     group = dist.new_group(ends if rank in ends else [rank], timeout, use_local_synchronization=True)
     return groups | {"ends": group if rank in ends else None}
+
+
+def expert_ranks(shard: list[int], rank: int, ep: int) -> list[int]:
+    """The `ep` neighbours in the shard group among which a layer's experts are divided."""
+    assert len(shard) % ep == 0, f"ep={ep} over {len(shard)} ranks"
+    first = shard.index(rank) // ep * ep
+    return shard[first : first + ep]
 
 
 def _neighbours(sizes: dict[str, int], rank: int, num_trainers: int, axes: tuple[str, ...]) -> list[int]:

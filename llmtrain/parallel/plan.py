@@ -11,6 +11,7 @@ from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.context import context_parallel
+from llmtrain.parallel.float8 import float8_blocks
 from llmtrain.parallel.logprob import ScoringHead
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import keep_stage
@@ -24,8 +25,8 @@ WeightSource = Callable[[str], Tensor]
 def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> list[Decoder]:
     """This rank's pipeline stages (without a pipeline: the one decoder), on the meta device: without memory.
 
-    cut stages -> tensor parallel -> context parallel -> scoring head -> remat. Weights follow: an engine shards them
-    as it takes them in; who keeps this rank's whole part calls `materialize`. Compilation comes last
+    cut stages -> tensor parallel -> context parallel -> fp8 -> scoring head -> remat. Weights follow: an engine shards
+    them as it takes them in; who keeps this rank's whole part calls `materialize`. Compilation comes last
     (`compile_blocks`).
     """
     plan, shapes = plan_stages(config, parallel), parameter_shapes(config)
@@ -37,6 +38,8 @@ def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engin
         tensor_parallel(part, mesh.tp_group, parallel.sequence_parallel)
         if mesh.sizes["cp"] > 1:
             context_parallel(part, mesh.groups["cp"], parallel.context)
+        if engine.precision == "fp8":
+            float8_blocks(part)
         scoring_head(part, mesh, engine.logprob_chunk_tokens)
         if engine.remat != "none":
             remat_blocks(part, engine.remat)

@@ -68,9 +68,13 @@ class RowLinear(nn.Linear):
     group: ProcessGroup
     sequence: bool
 
+    def product(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum."""
+        return F.linear(x, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         leave = scatter_sequence if self.sequence else reduce_from
-        return leave(F.linear(x, self.weight), self.group)
+        return leave(self.product(x), self.group)
 
 
 class VocabEmbedding(nn.Embedding):

@@ -109,7 +109,13 @@ def config(*overrides: str, folder: Path) -> Config:
             ["engine.offload=nvme", "engine.zero_stage=3"],
             "engine.offload=nvme: needs engine.offload_path",
         ),
-        ("pretrain", 4, ["engine.precision=fp8"], "engine.precision=fp8: not in this version"),
+        (
+            "pretrain",
+            4,
+            ["engine.precision=fp8", "model.ffn_size=376"],
+            r"model.ffn_size / .*tp=2 = 188: must be a multiple",
+        ),
+        ("pretrain", 4, ["engine.precision=fp8", "engine.zero_stage=0"], "engine.precision=fp8: drifts at engine"),
         (
             "pretrain",
             8,

@@ -8,6 +8,7 @@ import pytest
 
 from llmtrain.config.case import mesh_sizes
 from llmtrain.config.schema import ParallelConfig
+from llmtrain.parallel.mesh import expert_ranks
 
 
 def test_dp_shard_takes_what_is_left() -> None:
@@ -23,6 +24,12 @@ def test_dp_shard_takes_what_is_left() -> None:
 def test_ranks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="6 trainer ranks"):
         mesh_sizes(ParallelConfig(pp=2, tp=2), 6)
+
+
+def test_experts_are_divided_among_neighbours() -> None:
+    shard = [1, 3, 5, 7, 9, 11]
+    assert [expert_ranks(shard, rank, 2) for rank in (1, 7, 11)] == [[1, 3], [5, 7], [9, 11]]
+    assert expert_ranks(shard, 5, 6) == shard and expert_ranks(shard, 5, 1) == [5]
 
 
 def test_roles_in_one_job(torchrun: Callable) -> None:

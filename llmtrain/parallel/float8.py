@@ -1,0 +1,69 @@
+"""The matrix products of blocks in 8-bit floats (arXiv 2209.05433): activations and weights as e4m3, gradients as e5m2,
+each tensor scaled by the largest value it has at that moment. Sums and results are of higher precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from llmtrain.parallel.tensor import RowLinear
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+TINY = 1e-12  # a tensor of zeros has no largest value
+
+
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x to (8-bit values, fp32 factor), with x = values * factor up to rounding."""
+    factor = x.abs().amax().float().clamp(min=TINY) / torch.finfo(dtype).max
+    return (x.float() / factor).to(dtype), factor
+
+
+def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """a [n, k] times b [k, m]; the kernel wants the first by rows and the second by columns."""
+    columns = b[0].t().contiguous().t()
+    return torch._scaled_mm(a[0].contiguous(), columns, scale_a=a[1], scale_b=b[1], out_dtype=dtype)
+
+
+class _Float8Product(torch.autograd.Function):
+    """x [n, in], weight [out, in] -> x weight^T [n, out]. All sizes are multiples of 16."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        (a, a_factor), (w, w_factor) = quantize(x, E4M3), quantize(weight, E4M3)
+        ctx.save_for_backward(a, a_factor, w, w_factor)
+        return _product((a, a_factor), (w.t(), w_factor), x.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, a_factor, w, w_factor = ctx.saved_tensors
+        g, g_factor = quantize(grad, E5M2)
+        grad_x = _product((g, g_factor), (w, w_factor), grad.dtype)
+        return grad_x, _product((g.t(), g_factor), (a, a_factor), grad.dtype)
+
+
+def float8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear(x, weight) for x [..., in]."""
+    return _Float8Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
+class Float8Linear(nn.Linear):
+    """A whole or column-parallel projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return float8_product(x, self.weight)
+
+
+class Float8RowLinear(RowLinear):
+    """A row-parallel projection: the partial products are rounded before they are summed over the group."""
+
+    def product(self, x: Tensor) -> Tensor:
+        return float8_product(x, self.weight)
+
+
+def float8_blocks(model: nn.Module) -> None:
+    """Let the projections of all blocks compute so, in place. Embedding, head, norms and attention stay as they are."""
+    swap = {nn.Linear: Float8Linear, RowLinear: Float8RowLinear}
+    for block in model.layers.values():
+        for module in block.modules():
+            module.__class__ = swap.get(type(module), type(module))
