@@ -32,7 +32,7 @@ def test_memory_of_import_save_and_export(tmp_path: Path, torchrun: Callable) ->
     mapped = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # a tensor that is freed is resident no more
     result = torchrun(2, worker, tmp_path, CONFIG.model_dump_json(), env=mapped)
     assert result.returncode == 0, result.stdout[-3000:]
-    ranks = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    (ranks,) = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("[{"))
     assert len(ranks) == 2
     for shares in ranks:
         assert 0.4 < shares["import"] < 0.75, ranks  # its half, and one tensor at a time

@@ -98,7 +98,9 @@ def main(directory: str, config_json: str) -> None:
     for name, at in (("hf", f"{directory}/hf"), ("checkpoint", path)):
         for backend in ("fsdp", "deepspeed"):
             shares[f"{backend} {name}"] = growth(lambda at=at, to=backend: sharded(at, config, shards, to))[1]
-    print(json.dumps({name: taken / whole_bytes for name, taken in shares.items()}), flush=True)
+    everyone = mesh.all_gather_json({name: taken / whole_bytes for name, taken in shares.items()})
+    if mesh.rank == 0:  # lines of several ranks may run into each other
+        print(json.dumps(everyone), flush=True)
     mesh.barrier()
     shutdown()
 

@@ -135,6 +135,6 @@ def check(run: Callable, ranks: int) -> None:
     result = run(ranks, Path(__file__).with_name("muon_worker.py"), str(ranks), timeout_s=100)
     assert result.returncode == 0, result.stdout[-3000:]
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
-    assert len(lines) == 4 * ranks, result.stdout[-3000:]
+    assert len(lines) == 4, result.stdout[-3000:]
     for line in lines:
-        assert line["error"] < 1e-5, line  # fp32 rounding, in another order
+        assert len(line["errors"]) == ranks and max(line["errors"]) < 1e-5, line  # fp32 rounding, in another order

@@ -1,6 +1,6 @@
 """Run under torchrun with the number of ranks: Muon on matrices cut over the ranks against Muon in one process.
 
-Every rank prints one JSON line a layout: the worst error of a weight relative to how far it moved.
+Rank 0 prints one JSON line a layout: for each rank the worst error of a weight relative to how far it moved.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def main() -> None:
     here = init_mesh(ParallelConfig(), None, 60)
     one = Mesh("trainer", 0, 1, here.device, dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0))
     for axes, form in LAYOUTS[ranks]:
-        print(json.dumps({"layout": axes, "form": form, "error": run(axes, form, one)}), flush=True)
+        errors = here.all_gather_json(run(axes, form, one))
+        if here.rank == 0:  # lines of several ranks may run into each other
+            print(json.dumps({"layout": axes, "form": form, "errors": errors}), flush=True)
     dist.destroy_process_group()
 
 
