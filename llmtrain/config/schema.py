@@ -43,11 +43,17 @@ class ModelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """A Hugging Face tokenizer directory; trained into `path` from the data sources when it is not there yet."""
+    """A Hugging Face tokenizer directory; made when it is not there yet: trained from the data sources, or from `base`."""
 
     path: str | None = None  # None = <run directory>/tokenizer
-    vocab_size: PositiveInt = 1024  # when trained
+    base: str | None = None  # start from it instead of training: a SentencePiece .model file or a tokenizer directory
+    algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"  # when trained; on bytes, so that no text is unknown
+    vocab_size: PositiveInt = 1024  # when trained: 256 bytes, special tokens, and what is learned
     train_bytes: PositiveInt = 4_000_000  # at most this much text is read to train it
+    split: Literal["gpt2", "gpt4", "gpt4o"] = "gpt2"  # whose rule cuts text into words; no token crosses a cut
+    digits: Literal["single", "triples", "none"] = "single"  # tokens of one digit, of up to three, or of any number
+    special_tokens: list[str] = []  # beside padding, end of text, and those of chat and of data.fim_share, span_share
+    chat: Literal["none", "chatml"] = "none"  # chatml: its template and tokens; turns and documents end in <|im_end|>
 
 
 class SourceConfig(Section):
