@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+
+from llmtrain.config.machine import fast_precision
 
 
 class Section(BaseModel):
@@ -121,13 +123,19 @@ class EngineConfig(Section):
     reshard: bool = True  # fsdp: free whole weights after the forward (as ZeRO-3); false: after the backward (ZeRO-2)
     offload: Literal["none", "optimizer", "params", "nvme"] = "none"  # to the CPU, or optimizer state to a disk
     offload_path: str | None = None  # nvme: a directory on a fast local disk
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"  # masters are fp32; fp8: products in blocks, else bf16
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "auto"] = "bf16"  # masters are fp32; auto: bf16 where it is fast
     loss_scale: PositiveFloat | None = None  # fp16: None = dynamic
     loss_scale_window: PositiveInt = 1000  # fp16, dynamic: steps without overflow before the scale doubles
     remat: Literal["none", "selective", "full"] = "none"  # keep all; matrix products and attention; inputs of blocks
     compile: bool = False  # torch.compile of each block
     logprob_chunk_tokens: PositiveInt | None = None  # rows of logits at a time; None = 1024 on a GPU, 16 MB on a CPU
     timeout_s: PositiveInt = 600  # of a collective
+
+    @field_validator("precision")
+    @classmethod
+    def _of_this_machine(cls, precision: str) -> str:
+        """Everything that follows, the written configuration too, sees what `auto` stands for here."""
+        return fast_precision() if precision == "auto" else precision
 
 
 class OptimConfig(Section):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from llmtrain.config.machine import cpu_flags, multiplies_bf16
 from llmtrain.config.schema import EngineConfig
+from llmtrain.observe.log import log
 
 START_SCALE = 2.0**16
 FP8_CAPABILITY = (8, 9)
@@ -20,7 +22,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def check_device(precision: str, device: torch.device) -> None:
-    """Raises ValueError when the device cannot multiply in this precision."""
+    """Raises ValueError when the device cannot multiply in this precision; says so when it is slow in it."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision == "fp8" and capability < FP8_CAPABILITY:
         found = f"a GPU of {capability[0]}.{capability[1]}" if device.type == "cuda" else f"a {device.type}"
@@ -28,6 +30,8 @@ def check_device(precision: str, device: torch.device) -> None:
             f"engine.precision=fp8: needs a GPU of compute capability 8.9 or higher (Ada, Hopper), this is {found}; "
             "use bf16"
         )
+    if precision == "bf16" and device.type == "cpu" and not multiplies_bf16(cpu_flags()):
+        log("engine.precision=bf16: this CPU has no instructions for it and is several times faster in fp32; use auto")
 
 
 class LossScaler:

@@ -51,7 +51,7 @@ def fault(path: str, *overrides: str) -> str:
         ("name: 3\n", '1: name: value 3: must be text; put quotes around it. The default is "run"'),
         (
             "engine: {precision: bf8}\n",
-            "1: engine.precision: value 'bf8': must be one of 'fp32', 'bf16', 'fp16' or 'fp8'. The default is \"bf16\"",
+            "1: engine.precision: value 'bf8': must be one of 'fp32', 'bf16', 'fp16', 'fp8' or 'auto'. The default is ",
         ),
         ("train: 3\n", "1: train: value 3: must be a section of keys"),
         ("data:\n  sources: [{name: a}]\n", "2: data.sources.0.type: is missing; add it"),

@@ -1,4 +1,4 @@
-"""The loss scale against torch.amp.GradScaler."""
+"""The loss scale against torch.amp.GradScaler, and what is said of a slow precision."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from llmtrain.config.machine import AVX512
 from llmtrain.config.schema import EngineConfig
-from llmtrain.engine.precision import MIN_SCALE, START_SCALE, LossScaler
+from llmtrain.engine import precision
+from llmtrain.engine.precision import MIN_SCALE, START_SCALE, LossScaler, check_device
 
 
 def fp16(**keys: object) -> LossScaler:
@@ -61,3 +63,12 @@ def test_a_scale_that_does_not_move_has_no_state(keys: dict) -> None:
     scale = scaler.scale
     scaler.load({"loss_scale": 2.0, "clean_steps": 1})
     assert scaler.scale == scale
+
+
+def test_a_cpu_that_is_slow_in_bf16_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(precision, "log", said.append)
+    for flags, name in (({"avx2"}, "fp32"), (AVX512, "bf16"), ({"avx2"}, "bf16")):
+        monkeypatch.setattr(precision, "cpu_flags", lambda flags=flags: flags)
+        check_device(name, torch.device("cpu"))
+    assert len(said) == 1 and said[0].startswith("engine.precision=bf16: this CPU") and "use auto" in said[0]
