@@ -13,9 +13,9 @@ from torch import nn
 
 from benchmarks.common import Turns
 from benchmarks.task import OPTIM, Task
+from llmtrain.config.families.llama import FAMILY
 from llmtrain.config.shapes import hf_config
 from llmtrain.model.decoder import parameter_shapes
-from llmtrain.model.hf import hf_name
 
 
 def loop(turns: Turns, task: Task, compiled: bool) -> None:
@@ -102,5 +102,5 @@ def _model(task: Task) -> nn.Module:
     model, source = LlamaForCausalLM(config), task.source()
     with torch.no_grad():
         for name in parameter_shapes(task.model):
-            model.get_parameter(hf_name(name)).copy_(source(name))
+            model.get_parameter(FAMILY.where(name, task.model).names[0]).copy_(source(name))
     return model.train()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config import schema
-from llmtrain.config.shapes import PRESETS, parameter_count, resolve_model
+from llmtrain.config.families import presets
+from llmtrain.config.shapes import parameter_count, resolve_model
 
 PAGE = Path(__file__).with_name("configuration.md")
 SYMBOLS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
@@ -46,7 +47,7 @@ def render() -> str:
     definitions = schema.RunConfig.model_json_schema()
     definitions["$defs"]["RunConfig"] = definitions
     parts = [HEAD, *sections("RunConfig", "", definitions["$defs"], comments), PRESET_HEAD.rstrip("\n")]
-    return "\n".join(parts) + "\n" + "".join(map(preset_row, PRESETS))
+    return "\n".join(parts) + "\n" + "".join(map(preset_row, presets()))
 
 
 def comments_of(module: Any) -> dict[tuple[str, str], str]:

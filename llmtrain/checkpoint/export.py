@@ -7,7 +7,7 @@ import torch
 from llmtrain.checkpoint.source import weight_source
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
-from llmtrain.model.hf import save_hf
+from llmtrain.model.hf_write import save_hf
 
 
 def export(

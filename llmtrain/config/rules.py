@@ -14,18 +14,6 @@ def _one_process(case: Case) -> Iterator[str]:
         yield f"ranks={case.world_size}: {case.command} runs in one process; start it without torchrun (ranks: 1)"
 
 
-def _heads(case: Case) -> Iterator[str]:
-    m = case.model
-    if m is None:
-        return
-    if case.config.model.head_dim is None and m.head_dim * m.num_heads != m.hidden_size and not m.init_from:
-        yield f"model.hidden_size={m.hidden_size}: must be a multiple of num_heads={m.num_heads}; or set model.head_dim"
-    if m.head_dim % 2:
-        yield f"model.head_dim={m.head_dim}: must be even, RoPE rotates pairs; change hidden_size or num_heads"
-    if m.num_heads % m.num_kv_heads:
-        yield f"model.num_heads={m.num_heads}: must be a multiple of num_kv_heads={m.num_kv_heads}; change one of them"
-
-
 def _vocabulary(case: Case) -> Iterator[str]:
     c = case.config
     path = c.tokenizer.path or os.path.join(c.directory, "tokenizer")
@@ -151,7 +139,6 @@ def _evaluation_files(case: Case) -> Iterator[str]:
 
 RULES: Rules = (
     (("data", "tokenizer", "eval", "export", "report"), _one_process),
-    ((*TRAIN, "plan", "eval", "export"), _heads),
     (("pretrain",), _vocabulary),
     ((*TRAIN, "plan"), _positions),
     ((*TRAIN, "plan"), _ramps),

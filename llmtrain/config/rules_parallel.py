@@ -9,12 +9,6 @@ from llmtrain.config.case import TRAIN, TUNE, Case, Rules, mesh_sizes
 from llmtrain.config.stages import plan_stages
 
 
-def _experts(case: Case) -> Iterator[str]:
-    ep = case.config.parallel.ep
-    if ep > 1:
-        yield f"parallel.ep={ep}: not in this version; set parallel.ep=1, the models are dense"
-
-
 def _ranks(case: Case) -> Iterator[str]:
     shard = case.config.parallel.dp_shard
     if shard == 0 or shard < -1:
@@ -42,7 +36,6 @@ def _tensor_parallel(case: Case) -> Iterator[str]:
     tp = case.config.parallel.tp
     hints = {
         "num_heads": "lower tp or change the heads",
-        "num_kv_heads": "lower tp, K/V heads are not replicated over tp ranks",
         "ffn_size": "lower tp or change it",
         "vocab_size": "lower tp or pad the vocabulary",
     }
@@ -50,6 +43,12 @@ def _tensor_parallel(case: Case) -> Iterator[str]:
         value = getattr(case.model, name)
         if value % tp:
             yield f"model.{name}={value}: must be a multiple of parallel.tp={tp}; {remedy}"
+    kv_heads = case.model.num_kv_heads if case.model else tp
+    if kv_heads % tp and tp % kv_heads:
+        yield (
+            f"model.num_kv_heads={kv_heads}: must be a multiple of parallel.tp={tp}, or divide it (then each rank "
+            "projects to all of them); change tp"
+        )
     seq_len = case.config.train.seq_len
     if case.config.parallel.sequence_parallel and seq_len % tp:
         yield (
@@ -268,7 +267,6 @@ def _replica_check(case: Case) -> Iterator[str]:
 
 
 PARALLEL_RULES: Rules = (
-    ((*TRAIN, "plan"), _experts),
     (TRAIN, _ranks),
     (("grpo",), _placement),
     ((*TRAIN, "plan"), _tensor_parallel),

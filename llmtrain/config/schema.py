@@ -16,12 +16,55 @@ class Section(BaseModel):
 
 
 class RopeScaling(Section):
-    """Llama 3 frequency scaling (the released `rope_scaling` of type llama3)."""
+    """Frequencies for rows longer than those of the first training; `llama3` is the default, as in Llama 3.1."""
 
-    factor: PositiveFloat = 8.0  # by which low frequencies are divided
-    low_freq_factor: PositiveFloat = 1.0  # wavelengths above original_max_positions / this are low
-    high_freq_factor: PositiveFloat = 4.0  # wavelengths below original_max_positions / this stay
+    type: Literal["llama3", "linear", "yarn"] = "llama3"  # arXiv 2407.21783, 2306.15595, 2309.00071
+    factor: PositiveFloat = 8.0  # by which (low) frequencies are divided
     original_max_positions: PositiveInt = 8192  # rows the model was first trained with
+    low_freq_factor: PositiveFloat = 1.0  # llama3: wavelengths above original_max_positions / this are low
+    high_freq_factor: PositiveFloat = 4.0  # llama3: wavelengths below original_max_positions / this stay
+    beta_fast: PositiveFloat = 32.0  # yarn: pairs that turn more often in original_max_positions stay
+    beta_slow: PositiveFloat = 1.0  # yarn: pairs that turn less often are divided by factor
+    mscale: float = 0.0  # yarn: of cos and sin, relative to mscale_all_dim; 0 with mscale_all_dim = 0: the paper's
+    mscale_all_dim: float = 0.0  # yarn: of the attention scores (DeepSeek)
+
+
+class MlaConfig(Section):
+    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads come from one small latent."""
+
+    q_rank: PositiveInt | None = None  # width of the query latent; None = queries straight from the hidden state
+    kv_rank: PositiveInt = 512  # width of the latent that is cached
+    nope_head_dim: PositiveInt = 128  # of a query and key head, without rotation
+    rope_head_dim: PositiveInt = 64  # rotated; the key's is shared by all heads and cached too
+    v_head_dim: PositiveInt = 128  # of a value head
+
+
+class MoeConfig(Section):
+    """Mixture of experts in place of the feed-forward layer (arXiv 2101.03961, 2401.06066)."""
+
+    num_experts: PositiveInt = 8  # routed ones
+    top_k: PositiveInt = 2  # of them for each token
+    expert_ffn_size: PositiveInt = 128  # inner width of one
+    shared_ffn_size: int = Field(0, ge=0)  # inner width of the expert that every token takes; 0 = none
+    dense_layers: list[int] = []  # layers with a plain feed-forward layer of `ffn_size`
+    gate: Literal["softmax", "sigmoid"] = "softmax"  # scores of the experts
+    normalize: bool = True  # the scores of the chosen ones are divided by their sum
+    scale: PositiveFloat = 1.0  # then multiplied by this
+    num_groups: PositiveInt = 1  # equal groups of experts, of which only
+    top_groups: PositiveInt = 1  # so many are chosen from (DeepSeek's group-limited routing)
+    selection_bias: bool = False  # a bias for each expert that takes part in the choice, not in the weights
+    balance: Literal["none", "bias", "aux"] = "none"  # bias: loss-free (arXiv 2408.15664); aux: a loss for each row
+    bias_rate: float = Field(0.001, ge=0.0)  # balance bias: by which a bias moves after each update
+    aux_coef: float = Field(0.01, ge=0.0)  # balance aux: weight of the loss (arXiv 2101.03961, for each row alone)
+    z_coef: float = Field(0.0, ge=0.0)  # weight of the router's z-loss (arXiv 2202.08906)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685): only they are trained, W x + alpha / rank B (A x)."""
+
+    rank: PositiveInt = 8  # inner width
+    alpha: PositiveFloat = 16.0  # numerator of the scale
+    targets: list[str] = ["q", "v"]  # names of projections: q, k, v, o, gate, up, down (mla: q_a, q_b, kv_a, kv_b)
 
 
 class ModelConfig(Section):
@@ -29,19 +72,44 @@ class ModelConfig(Section):
 
     preset: str | None = None  # a published shape; see the presets at the end of docs/configuration.md
     init_from: str | None = None  # a Hugging Face directory or a run directory
-    attention: Literal["gqa"] = "gqa"  # grouped-query; with num_kv_heads = num_heads the plain one
+    family: str = "llama"  # sets the fields below that it is made of, and the form on disk; see docs/models.md
+    attention: Literal["gqa", "mla"] = "gqa"  # grouped-query (num_kv_heads = num_heads: the plain one); latent
     num_layers: PositiveInt = 4  # blocks
     hidden_size: PositiveInt = 128  # width of the residual stream
-    ffn_size: PositiveInt = 384  # inner width of SwiGLU
+    ffn_size: PositiveInt = 384  # inner width of the feed-forward layer
     num_heads: PositiveInt = 4  # query heads
     num_kv_heads: PositiveInt = 4  # shared by num_heads / num_kv_heads query heads each
-    head_dim: PositiveInt | None = None  # None = hidden_size / num_heads
+    head_dim: PositiveInt | None = None  # None = hidden_size / num_heads; mla: nope_head_dim + rope_head_dim
     vocab_size: PositiveInt = 1024  # at least the tokenizer's
     max_positions: PositiveInt = 2048  # longest row, prompt and completion together
-    norm_eps: PositiveFloat = 1e-5  # of RMSNorm
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    norm_bias: bool = False  # layer: with a bias
+    norm_offset: bool = False  # rms: the factor is 1 + weight (Gemma)
+    norm_eps: PositiveFloat = 1e-5  # added to the mean square or variance
+    block: Literal["sequential", "parallel", "sandwich"] = "sequential"  # parallel: PaLM; sandwich: norms behind too
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # of the feed-forward layer
+    gated: bool = True  # down(act(gate x) * up x); false: down(act(up x))
+    qkv_bias: bool = False  # of the projections to queries, keys and values
+    o_bias: bool = False  # of attention's output projection
+    ffn_bias: bool = False  # of the feed-forward projections
+    qk_norm: bool = False  # RMSNorm on every query and key head
+    attention_scale: PositiveFloat | None = None  # of the scores; None = head_dim^-0.5
+    attention_softcap: PositiveFloat | None = None  # scores become softcap tanh(score / softcap)
+    logit_softcap: PositiveFloat | None = None  # the same for logits
+    scale_embeddings: bool = False  # embeddings times sqrt(hidden_size)
+    positions: Literal["rope", "learned"] = "rope"  # rotation of queries and keys, or vectors added to embeddings
     rope_theta: PositiveFloat = 10000.0  # base of RoPE's frequencies
     rope_scaling: RopeScaling | None = None  # None = plain RoPE
+    rope_interleaved: bool = False  # pairs are neighbours, not halves
+    sliding_window: PositiveInt | None = None  # tokens that a sliding layer sees, itself among them
+    layer_types: list[Literal["full", "sliding"]] | None = None  # a pattern, repeated over the layers; None = all full
+    rope_theta_sliding: PositiveFloat | None = None  # of sliding layers, without scaling; None = as the others
     tie_embeddings: bool = True  # the head uses the embedding's weights
+    mla: MlaConfig | None = None  # with attention: mla
+    moe: MoeConfig | None = None  # None = all layers dense
+    mtp_layers: int = Field(0, ge=0)  # multi-token prediction: modules for the tokens after the next (arXiv 2412.19437)
+    mtp_coef: float = Field(0.3, ge=0.0)  # weight of their mean loss
+    lora: LoraConfig | None = None  # None = full fine-tuning
 
 
 class TokenizerConfig(Section):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from llmtrain.config.parameters import layer_shapes
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 
 
@@ -27,7 +29,7 @@ class StagePlan:
 
     def stage_of(self, name: str) -> int:
         """The stage that owns a canonical parameter (of a tied embedding: the first)."""
-        if name.startswith("embed."):
+        if name.startswith(("embed.", "position_embed.")):
             return 0
         if not name.startswith("layers."):
             return len(self.layers) - 1
@@ -53,6 +55,14 @@ def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> StagePlan:
     return StagePlan(layers, parallel.pp, parallel.schedule)
 
 
+def _multiplied(model: ModelConfig) -> float:
+    """Elements of the matrices that a token is multiplied with in all blocks."""
+    chosen = 1.0 if model.moe is None else model.moe.top_k / model.moe.num_experts
+    blocks = (layer_shapes(model, layer) for layer in range(model.num_layers))
+    shapes = [shape for block in blocks for shape in block.values() if len(shape) > 1]
+    return sum(math.prod(shape) * (chosen if len(shape) == 3 else 1.0) for shape in shapes)
+
+
 def _balanced(model: ModelConfig, num_stages: int) -> list[int]:
     """Near-equal runs, the first ones longer. The head counts as so many layers as its matrix is larger; the embedding
     is a lookup and costs no time."""
@@ -63,9 +73,7 @@ def _balanced(model: ModelConfig, num_stages: int) -> list[int]:
         )
     if num_stages == 1:
         return [model.num_layers]
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
-    attention = model.hidden_size * head_dim * 2 * (model.num_heads + model.num_kv_heads)
-    head = model.vocab_size * model.hidden_size / (attention + 3 * model.hidden_size * model.ffn_size)
+    head = model.vocab_size * model.hidden_size * model.num_layers / _multiplied(model)
 
     def slowest(last: int) -> tuple[float, int]:
         return max(-(-(model.num_layers - last) // (num_stages - 1)), last + head), -last

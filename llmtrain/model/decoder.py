@@ -5,55 +5,65 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from llmtrain.config.families import family_of
+from llmtrain.config.parameters import has_experts, layer_type
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.attention import Attention, LayerCache, attention_mask
+from llmtrain.model.attention import Attention, LayerCache, View, attention_mask
 from llmtrain.model.feedforward import FeedForward
 from llmtrain.model.heads import LMHead
-from llmtrain.model.rope import rope_angles, rope_frequencies
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv 1910.07467)."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+from llmtrain.model.norm import hidden_norm
+from llmtrain.model.rope import rope_angles, rope_frequencies, rope_magnitude
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x))."""
+    """x + attention(norm(x)), then x + feedforward(norm(x)); `parallel`: both of the same norm(x), added at once
+    (arXiv 2204.02311); `sandwich`: another norm behind each half (Gemma)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
-        self.feedforward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feedforward = FeedForward(config)
+        self.kind = layer_type(config, layer)
+        self.attention_norm = hidden_norm(config)
+        self.attention_post_norm = hidden_norm(config) if config.block == "sandwich" else None
+        self.attention = make_attention(config)
+        self.feedforward_norm = None if config.block == "parallel" else hidden_norm(config)
+        self.feedforward_post_norm = hidden_norm(config) if config.block == "sandwich" else None
+        self.feedforward = make_feedforward(config, layer)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
-    ) -> Tensor:
-        x = x + self.attend(x, cos, sin, mask, cache)
-        return x + self.feed(x)
+    def forward(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
+        if self.feedforward_norm is None:
+            return x + self.attend(x, view, cache) + self.feed(x, view)
+        x = x + self.attend(x, view, cache)
+        return x + self.feed(x, view)
 
-    def attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def attend(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
         """The first half, without its residual."""
-        return self.attention(self.attention_norm(x), cos, sin, mask, cache)
+        y = self.attention(self.attention_norm(x), view, cache)
+        return y if self.attention_post_norm is None else self.attention_post_norm(y)
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed(self, x: Tensor, view: View) -> Tensor:
         """The second half, without its residual."""
-        return self.feedforward(self.feedforward_norm(x))
+        y = (self.feedforward_norm or self.attention_norm)(x)
+        y = self.feedforward(y, view.padding) if getattr(self.feedforward, "routes", False) else self.feedforward(y)
+        return y if self.feedforward_post_norm is None else self.feedforward_post_norm(y)
+
+
+def make_attention(config: ModelConfig) -> nn.Module:
+    """Called with (x, View, LayerCache or None)."""
+    return Attention(config)
+
+
+def make_feedforward(config: ModelConfig, layer: int) -> nn.Module:
+    """Called with x, a mixture of experts (`routes`) with the padding too."""
+    family = family_of(config.family)
+    if family.parts:
+        return import_module(family.parts).FeedForward(config)
+    assert not has_experts(config, layer)
+    return FeedForward(config)
 
 
 class Decoder(nn.Module):
@@ -63,9 +73,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.num_layers)})
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = LMHead(config.hidden_size, config.vocab_size)
+        learned = config.positions == "learned"
+        self.position_embed = nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_layers)})
+        self.norm = hidden_norm(config)
+        self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -77,49 +89,87 @@ class Decoder(nn.Module):
         branch_ids: Tensor | None = None,
         labels: Tensor | None = None,
         temperature: Tensor | None = None,
-        mask: Tensor | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         caches: Mapping[str, LayerCache] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Token ids [B, T] (or, without `embed`, hidden states) to logits, (log-probs, entropies) or hidden states.
 
-        `positions` [B, T]; `segment_ids`, `branch_ids` as in `types.Batch`; `mask` overrides both. `caches` maps
-        layer names to key/value caches (generation). `labels`, `temperature`: see `LMHead`.
+        `positions` [B, T]; `segment_ids`, `branch_ids` as in `types.Batch`; `masks`, one for each kind of layer,
+        override both. `caches` maps layer names to key/value caches (generation). `labels`, `temperature`: see
+        `LMHead`.
         """
         if self.embed is not None:
-            x = self.embed(x)
-        if mask is None:
-            mask = self.visibility(segment_ids, branch_ids)
-        cos, sin = self.angles(positions, x.dtype)
+            x = self.embedded(x, positions)
+        views = self.views(x.dtype, positions, segment_ids, branch_ids, masks)
         for name, block in self.layers.items():
-            x = block(x, cos, sin, mask, caches[name] if caches else None)
+            x = block(x, views[block.kind], caches[name] if caches else None)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.head is None else self.head(x, labels, temperature)
 
-    def visibility(self, segment_ids: Tensor | None, branch_ids: Tensor | None) -> Tensor | None:
-        """What `Attention.attend` takes as its mask; None = causal."""
-        return None if segment_ids is None else attention_mask(segment_ids, branch_ids)
+    def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids [B, T] to hidden states."""
+        x = self.embed(ids)
+        if self.config.scale_embeddings:  # the factor rounded as the published models round it
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
+        return x if self.position_embed is None else x + self.position_embed(positions)
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def views(
+        self,
+        dtype: torch.dtype,
+        positions: Tensor,
+        segment_ids: Tensor | None,
+        branch_ids: Tensor | None,
+        masks: Mapping[str, Tensor] | None,
+    ) -> dict[str, View]:
+        """For each kind of layer here."""
+        padding = None if segment_ids is None or self.config.moe is None else segment_ids < 0
+        found = {}
+        for kind in dict.fromkeys(block.kind for block in self.layers.values()):
+            window = self.config.sliding_window if kind == "sliding" else None
+            mask = masks[kind] if masks else self.visibility(segment_ids, branch_ids, positions, window)
+            found[kind] = View(*self.angles(positions, dtype, kind), mask, padding)
+        return found
+
+    def visibility(
+        self, segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
+    ) -> Tensor | None:
+        """What `Attention.attend` takes as its mask; None = causal."""
+        if segment_ids is None and (window is None or window >= positions.size(1)):
+            return None
+        segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
+        return attention_mask(segments, branch_ids, positions=positions, window=window)
+
+    def angles(self, positions: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor | None, Tensor | None]:
         """RoPE's cos and sin. Computed anew: a buffer would be rounded when an engine casts the module to bf16."""
         c = self.config
-        head_dim = c.head_dim or c.hidden_size // c.num_heads
-        return rope_angles(positions, rope_frequencies(head_dim, c.rope_theta, c.rope_scaling, positions.device), dtype)
+        if c.positions == "learned":
+            return None, None
+        head_dim = c.mla.rope_head_dim if c.mla else c.head_dim or c.hidden_size // c.num_heads
+        theta, scaling = c.rope_theta, c.rope_scaling
+        if kind == "sliding" and c.rope_theta_sliding is not None:
+            theta, scaling = c.rope_theta_sliding, None
+        freqs = rope_frequencies(head_dim, theta, scaling, positions.device)
+        return rope_angles(positions, freqs, dtype, rope_magnitude(scaling))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names and global shapes, in module order; a tied head has no entry of its own."""
+    """Canonical names and global shapes, in module order; a router's bias is there, a tied head is not."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Decoder(config).named_parameters()}
+        state = Decoder(config).state_dict()
+    return {name: tuple(p.shape) for name, p in state.items() if not (config.tie_embeddings and name == "head.weight")}
 
 
 def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """The initial value of one parameter, fp32. A pure function of name and seed, so every layout starts equal.
 
-    Norms are 1; matrices N(0, 0.02), and those that write to the residual stream smaller by sqrt(2 layers) (GPT-2).
+    Norms are 1 (0 where the factor is 1 + weight), biases 0; matrices N(0, 0.02), and those that write to the residual
+    stream smaller by sqrt(2 layers) (GPT-2).
     """
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if config.norm_offset else torch.ones(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     std = 0.02

@@ -1,21 +1,37 @@
-"""SwiGLU feed-forward (arXiv 2002.05202)."""
+"""Feed-forward layers: SwiGLU and GeGLU (arXiv 2002.05202), and the plain one of GPT."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model.linear import Linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)). x [B, T, hidden] -> the same shape."""
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x))). x [B, T, hidden] -> the same shape."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    gate: Linear | None
+
+    def __init__(self, config: ModelConfig, ffn_size: int | None = None) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+        inner, bias = ffn_size or config.ffn_size, config.ffn_bias
+        self.gate = Linear(config.hidden_size, inner, bias=bias) if config.gated else None
+        self.up = Linear(config.hidden_size, inner, bias=bias)
+        self.down = Linear(inner, config.hidden_size, bias=bias)
+        self.act = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.gate is None:
+            return self.down(self.act(self.up(x)))
+        return self.down(self.act(self.gate(x)) * self.up(x))

@@ -16,15 +16,18 @@ class LMHead(nn.Module):
     place, which never does.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, softcap: float | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.softcap = softcap  # logits z become softcap tanh(z / softcap)
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden [B, T, hidden] -> [B, T, vocabulary], or two fp32 [B, T]; `temperature` is [B]."""
         logits = F.linear(hidden, self.weight)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         if labels is None:
             return logits
         logits = logits.float() if temperature is None else logits.float() / temperature[:, None, None]

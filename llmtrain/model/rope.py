@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), half-split layout as in the released Llama weights."""
+"""Rotary position embedding (arXiv 2104.09864)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, d
     """Radians a position for each pair of dimensions, [head_dim / 2] fp32."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     freqs = 1.0 / theta**exponent
-    return freqs if scaling is None else _llama3(freqs, scaling)
+    if scaling is None:
+        return freqs
+    if scaling.type == "linear":
+        return freqs / scaling.factor
+    return _llama3(freqs, scaling) if scaling.type == "llama3" else _yarn(freqs, theta, scaling)
 
 
 def _llama3(freqs: Tensor, s: RopeScaling) -> Tensor:
@@ -26,13 +30,47 @@ def _llama3(freqs: Tensor, s: RopeScaling) -> Tensor:
     return torch.where(wavelength < s.original_max_positions / s.high_freq_factor, freqs, scaled)
 
 
-def rope_angles(positions: Tensor, freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _yarn(freqs: Tensor, theta: float, s: RopeScaling) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often stay, slow ones are divided by `factor`, with a
+    linear ramp over the pairs between."""
+    dim = 2 * freqs.numel()
+
+    def pair(turns: float) -> float:
+        """The (fractional) pair that turns so often within the original positions."""
+        return dim * math.log(s.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(pair(s.beta_fast)), 0), min(math.ceil(pair(s.beta_slow)), dim - 1)
+    places = torch.arange(freqs.numel(), dtype=torch.float32, device=freqs.device)
+    ramp = ((places - low) / max(high - low, 0.001)).clamp(0, 1)
+    return freqs / s.factor * ramp + freqs * (1 - ramp)
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """By which YaRN raises the scores' temperature, to the power of a half (its equation 22)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def rope_magnitude(scaling: RopeScaling | None) -> float:
+    """The factor of cos and sin: 1 but for YaRN."""
+    if scaling is None or scaling.type != "yarn":
+        return 1.0
+    if scaling.mscale and scaling.mscale_all_dim:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor, 1.0)
+
+
+def rope_angles(positions: Tensor, freqs: Tensor, dtype: torch.dtype, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin, [B, 1, T, head_dim / 2]; the angle is taken in fp32 whatever the model's precision."""
     angle = positions[:, None, :, None].float() * freqs
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if magnitude != 1.0:
+        cos, sin = cos * magnitude, sin * magnitude
+    return cos.to(dtype), sin.to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, heads, T, head_dim]."""
-    a, b = x.chunk(2, dim=-1)
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate x [B, heads, T, head_dim]: the i-th value of the first half with the i-th of the second, as in the
+    released Llama weights; or, interleaved, neighbours, the result with the pairs' first values in front (queries and
+    keys alike, so that scores are the same)."""
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -71,10 +71,13 @@ def context_parallel(model: nn.Module, group: ProcessGroup, method: str) -> None
     attend, visibility = METHODS[method]
     model.visibility = partial(visibility, group=group)
     for block in model.layers.values():
-        block.attention.attend = partial(attend, group=group)
+        softcap = {} if block.attention.softcap is None else {"softcap": block.attention.softcap}
+        block.attention.attend = partial(attend, group=group, **softcap)
 
 
-def attend_allgather(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup) -> Tensor:
+def attend_allgather(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup, softcap: float | None = None
+) -> Tensor:
     """Attention of this rank's queries to the gathered keys and values; `mask` [B, 1, T / cp, T]."""
     cp, rank, n = group.size(), group.rank(), q.size(2) // 2
     gathered = gather_sequence(torch.cat([k, v], -1).transpose(1, 2), group)
@@ -85,18 +88,23 @@ def attend_allgather(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group
             seen = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(end - n)
         else:
             seen = mask[:, :, rows, :end]
-        outputs.append(attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], seen))
+        outputs.append(attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], seen, softcap))
     return torch.cat(outputs, 2)
 
 
-def _visibility_allgather(segment_ids: Tensor | None, branch_ids: Tensor | None, group: ProcessGroup) -> Tensor | None:
-    if segment_ids is None:
+def _visibility_allgather(
+    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
+) -> Tensor | None:
+    if segment_ids is None and window is None:
         return None
-    segments, branches = _whole_ids(segment_ids, branch_ids, group)
-    return attention_mask(segments, branches, places(group.rank(), group.size(), segment_ids.size(1), segments.device))
+    segments, branches, places_in_text = _whole_ids(segment_ids, branch_ids, positions, window, group)
+    own = places(group.rank(), group.size(), positions.size(1), positions.device)
+    return attention_mask(segments, branches, own, positions=places_in_text, window=window)
 
 
-def attend_alltoall(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup) -> Tensor:
+def attend_alltoall(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup, softcap: float | None = None
+) -> Tensor:
     """Attention to whole rows, of heads / cp heads (Ulysses, arXiv 2309.14509); `mask` [B, 1, T, T].
 
     K/V heads are repeated where they do not divide by cp; query heads must.
@@ -104,15 +112,27 @@ def attend_alltoall(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group:
     copies = math.lcm(k.size(1), group.size()) // k.size(1)
     if copies > 1:
         k, v = (x.repeat_interleave(copies, 1) for x in (k, v))
-    return _rows_to_heads(attention(*(_heads_to_rows(x, group) for x in (q, k, v)), mask), group)
+    return _rows_to_heads(attention(*(_heads_to_rows(x, group) for x in (q, k, v)), mask, softcap), group)
 
 
-def _visibility_alltoall(segment_ids: Tensor | None, branch_ids: Tensor | None, group: ProcessGroup) -> Tensor | None:
-    return None if segment_ids is None else attention_mask(*_whole_ids(segment_ids, branch_ids, group))
+def _visibility_alltoall(
+    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
+) -> Tensor | None:
+    if segment_ids is None and window is None:
+        return None
+    segments, branches, places_in_text = _whole_ids(segment_ids, branch_ids, positions, window, group)
+    return attention_mask(segments, branches, positions=places_in_text, window=window)
 
 
-def _whole_ids(segment_ids: Tensor, branch_ids: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None]:
-    return _gathered(segment_ids, group), None if branch_ids is None else _gathered(branch_ids, group)
+def _whole_ids(
+    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Segments, branches and, for a window, positions of whole rows."""
+    segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
+    wanted = (segments, branch_ids, None if window is None else positions)
+    segments, branches, whole = (None if ids is None else _gathered(ids, group) for ids in wanted)
+    assert segments is not None
+    return segments, branches, whole
 
 
 def _heads_to_rows(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -144,11 +164,14 @@ def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
     return functional.wait_tensor(functional.all_to_all_single(x.contiguous(), None, None, group))
 
 
-def _visibility_ring(segment_ids: Tensor | None, branch_ids: Tensor | None, group: ProcessGroup) -> Tensor | None:
+def _visibility_ring(
+    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
+) -> Tensor | None:
     """The ids themselves, [1 or 2, B, T]."""
+    assert window is None, "a rule of the configuration"
     if segment_ids is None:
         return None
-    return torch.stack([ids for ids in _whole_ids(segment_ids, branch_ids, group) if ids is not None])
+    return torch.stack([ids for ids in _whole_ids(segment_ids, branch_ids, positions, None, group) if ids is not None])
 
 
 METHODS = {

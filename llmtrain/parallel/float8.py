@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from llmtrain.model.linear import Linear
 from llmtrain.parallel.tensor import RowLinear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -47,10 +48,10 @@ def float8_product(x: Tensor, weight: Tensor) -> Tensor:
     return _Float8Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
 
-class Float8Linear(nn.Linear):
+class Float8Linear(Linear):
     """A whole or column-parallel projection."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         return float8_product(x, self.weight)
 
 
@@ -63,7 +64,7 @@ class Float8RowLinear(RowLinear):
 
 def float8_blocks(model: nn.Module) -> None:
     """Let the projections of all blocks compute so, in place. Embedding, head, norms and attention stay as they are."""
-    swap = {nn.Linear: Float8Linear, RowLinear: Float8RowLinear}
+    swap = {Linear: Float8Linear, RowLinear: Float8RowLinear}
     for block in model.layers.values():
         for module in block.modules():
             module.__class__ = swap.get(type(module), type(module))

@@ -45,6 +45,7 @@ class ScoringHead(LMHead):
             self.group,
             self.chunk_tokens,
             self.compiled,
+            self.softcap,
         )
         return tuple(s.new_zeros(labels.shape).masked_scatter(wanted, s) for s in scores)
 
@@ -70,15 +71,16 @@ class _TokenScores(torch.autograd.Function):
         group: ProcessGroup | None,
         chunk_tokens: int,
         compiled: bool,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         out = torch.empty(3, hidden.size(0), device=hidden.device)
         score_chunk = _fused(_score_chunk) if compiled and group is None else _score_chunk
         for start in range(0, hidden.size(0), chunk_tokens):
             piece = slice(start, start + chunk_tokens)
-            out[:, piece] = score_chunk(hidden[piece] @ weight.t(), _part(scale, piece), labels[piece], group)
+            out[:, piece] = score_chunk(hidden[piece] @ weight.t(), _part(scale, piece), labels[piece], group, softcap)
         logp, entropy, normalizer = out
         ctx.save_for_backward(hidden, weight, labels, scale, normalizer.clone())
-        ctx.chunk_tokens, ctx.compiled = chunk_tokens, compiled
+        ctx.chunk_tokens, ctx.compiled, ctx.softcap = chunk_tokens, compiled, softcap
         entropy = entropy.clone()
         ctx.mark_non_differentiable(entropy)
         return logp.clone(), entropy
@@ -92,10 +94,10 @@ class _TokenScores(torch.autograd.Function):
         for start in range(0, hidden.size(0), ctx.chunk_tokens):
             piece = slice(start, start + ctx.chunk_tokens)
             logits = hidden[piece] @ weight.t()
-            d = gradient_chunk(logits, _part(scale, piece), labels[piece], normalizer[piece], grad[piece])
+            d = gradient_chunk(logits, _part(scale, piece), labels[piece], normalizer[piece], grad[piece], ctx.softcap)
             grad_hidden[piece] = d @ weight
             grad_weight += d.t() @ hidden[piece]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 
 @cache
@@ -104,17 +106,24 @@ def _fused(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(kernel, dynamic=True)  # the last chunk has another length
 
 
-def _scaled(logits: Tensor, scale: Tensor | None) -> Tensor:
+def _scaled(logits: Tensor, scale: Tensor | None, softcap: float | None) -> Tensor:
     logits = logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return logits if scale is None else logits * scale[:, None]
 
 
-def _gradient_chunk(logits: Tensor, scale: Tensor | None, labels: Tensor, normalizer: Tensor, grad: Tensor) -> Tensor:
-    """Of the logits before scaling, in their dtype; d logp / d (scaled logits) = onehot - softmax."""
-    d = _scaled(logits, scale).sub_(normalizer[:, None]).exp_().neg_()
+def _gradient_chunk(
+    logits: Tensor, scale: Tensor | None, labels: Tensor, normalizer: Tensor, grad: Tensor, softcap: float | None
+) -> Tensor:
+    """Of the logits before capping and scaling, in their dtype; d logp / d (scaled logits) = onehot - softmax."""
+    d = _scaled(logits, scale, softcap).sub_(normalizer[:, None]).exp_().neg_()
     target, mine = _local_target(labels, logits.size(1))
     d.scatter_add_(1, target[:, None], mine[:, None].float())
-    return d.mul_((grad if scale is None else grad * scale)[:, None]).to(logits.dtype)
+    d.mul_((grad if scale is None else grad * scale)[:, None])
+    if softcap is not None:
+        d.mul_(1 - torch.tanh(logits.float() / softcap).square())
+    return d.to(logits.dtype)
 
 
 def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -122,9 +131,11 @@ def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return labels.clamp(0, rows - 1), (labels >= 0) & (labels < rows)
 
 
-def _score_chunk(logits: Tensor, scale: Tensor | None, labels: Tensor, group: ProcessGroup | None) -> Tensor:
+def _score_chunk(
+    logits: Tensor, scale: Tensor | None, labels: Tensor, group: ProcessGroup | None, softcap: float | None
+) -> Tensor:
     """[3, n]: log-prob of the label, entropy, log of the normalizer."""
-    logits = _scaled(logits, scale)
+    logits = _scaled(logits, scale, softcap)
     top = logits.amax(-1)
     if group is not None:
         top = all_reduce(top, group, "max")

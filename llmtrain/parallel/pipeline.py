@@ -39,7 +39,7 @@ def keep_stage(model: nn.Module, plan: StagePlan, stage: int) -> None:
     if model.head.weight is model.embed.weight:
         model.head.weight = nn.Parameter(torch.empty_like(model.embed.weight))
     if stage > 0:
-        model.embed = None
+        model.embed = model.position_embed = None
     if stage < len(plan.layers) - 1:
         model.norm = model.head = None
     model.layers = nn.ModuleDict({str(i): model.layers[str(i)] for i in plan.layers[stage]})

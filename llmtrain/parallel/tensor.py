@@ -1,43 +1,23 @@
 """Tensor parallelism: modules of the plain decoder are replaced, by name, with ones that compute on local shards.
 
 With sequence parallelism (arXiv 2205.05198) everything between two sharded regions lives on a slice of the sequence:
-a region is entered by a norm that gathers and left by a row-parallel projection that scatters.
+a region is entered by a norm that gathers and left by a row-parallel projection that scatters. A parameter that every
+rank holds whole and that meets only a part of the sequence, or of the heads, has its gradient summed over the group.
 """
 
 from __future__ import annotations
-
-import re
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from llmtrain.model.decoder import RMSNorm
+from llmtrain.config.parameters import kind_of, tp_dim
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.attention import Attention
+from llmtrain.model.linear import Linear
+from llmtrain.model.norm import Norm
 from llmtrain.parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
-
-# Canonical module name -> kind. `column` and `vocab` shard rows of the weight, `row` shards its columns.
-PLAN = {
-    r"embed": "vocab",
-    r"layers\.\d+\.(attention|feedforward)_norm": "norm",
-    r"layers\.\d+\.attention\.[qkv]": "column",
-    r"layers\.\d+\.attention\.o": "row",
-    r"layers\.\d+\.feedforward\.(gate|up)": "column",
-    r"layers\.\d+\.feedforward\.down": "row",
-    r"norm": "norm",
-    r"head": "column",
-}
-TP_DIM = {"vocab": 0, "column": 0, "row": 1, "norm": None}
-
-
-def kind_of(name: str) -> str | None:
-    """The plan's entry for a module name."""
-    return next((kind for pattern, kind in PLAN.items() if re.fullmatch(pattern, name)), None)
-
-
-def tp_dim(parameter: str) -> int | None:
-    """The dim along which a parameter is sharded, None if every rank holds it whole. Raises KeyError if unplanned."""
-    return TP_DIM[kind_of(parameter.rpartition(".")[0])]
 
 
 def shard(full: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
@@ -49,32 +29,65 @@ def shard(full: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
     return full.chunk(size, dim)[rank].contiguous()
 
 
-class EnteringNorm(RMSNorm):
-    """Norm in front of sharded matrices: gathers the sequence, or marks the replicated input."""
+def summed(parameter: Tensor | None, group: ProcessGroup) -> Tensor | None:
+    """The parameter; its gradient is summed over the group."""
+    return None if parameter is None else copy_to(parameter, group)
+
+
+class InnerNorm(Norm):
+    """Norm of the residual stream, or of what is added to it; a rank sees its slice of the sequence, or all of it."""
 
     group: ProcessGroup
     sequence: bool
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.sequence:
-            return copy_to(super().forward(x), self.group)
-        weight = copy_to(self.weight, self.group)  # each rank saw only its slice of the sequence
-        return gather_sequence(F.rms_norm(x, (x.size(-1),), weight, self.eps), self.group)
+            return super().forward(x)
+        return self.apply_with(x, summed(self.weight, self.group), summed(self.bias, self.group))
 
 
-class RowLinear(nn.Linear):
-    """A sharded inner dim: the partial products are summed over the group."""
+class EnteringNorm(InnerNorm):
+    """Norm in front of sharded matrices: gathers the sequence, or marks the replicated input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        enter = gather_sequence if self.sequence else copy_to
+        return enter(super().forward(x), self.group)
+
+
+class ReplicaNorm(Norm):
+    """A whole norm within a sharded region (of heads, of a latent)."""
+
+    group: ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_with(x, summed(self.weight, self.group), summed(self.bias, self.group))
+
+
+class ReplicaLinear(Linear):
+    """A whole projection within a sharded region."""
+
+    group: ProcessGroup
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, copy_to(self.weight, self.group))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        return y if self.bias is None else y + copy_to(self.bias, self.group)
+
+
+class RowLinear(Linear):
+    """A sharded inner dim: the partial products are summed over the group, then the whole bias is added."""
 
     group: ProcessGroup
     sequence: bool
 
-    def product(self, x: Tensor) -> Tensor:
-        """This rank's part of the sum."""
-        return F.linear(x, self.weight)
-
     def forward(self, x: Tensor) -> Tensor:
         leave = scatter_sequence if self.sequence else reduce_from
-        return leave(self.product(x), self.group)
+        y = leave(self.product(x), self.group)
+        if self.bias is None:
+            return y
+        return y + (copy_to(self.bias, self.group) if self.sequence else self.bias)
 
 
 class VocabEmbedding(nn.Embedding):
@@ -92,24 +105,59 @@ class VocabEmbedding(nn.Embedding):
         return (scatter_sequence if self.sequence else reduce_from)(x, self.group)
 
 
-CLASSES = {"vocab": VocabEmbedding, "norm": EnteringNorm, "row": RowLinear}
+class PositionEmbedding(nn.Embedding):
+    """Learned positions, whole on every rank, for the slice of the sequence that the rank has."""
+
+    group: ProcessGroup
+    sequence: bool
+    rank: int
+
+    def forward(self, positions: Tensor) -> Tensor:
+        if not self.sequence:
+            return super().forward(positions)
+        own = positions.chunk(self.group.size(), 1)[self.rank]
+        return F.embedding(own, copy_to(self.weight, self.group))
+
+
+CLASSES: dict[tuple[str | None, type[nn.Module]], type[nn.Module]] = {
+    ("vocab", nn.Embedding): VocabEmbedding,
+    ("position", nn.Embedding): PositionEmbedding,
+    ("norm", Norm): EnteringNorm,
+    ("inner", Norm): InnerNorm,
+    ("replica", Norm): ReplicaNorm,
+    ("replica", Linear): ReplicaLinear,
+    ("row", Linear): RowLinear,
+}
+"""(kind in the plan, plain class) -> its parallel form. Column-parallel projections need none: their input is whole and
+their output is what the rank owns."""
 
 
 def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool) -> None:
     """Cut every parameter along its `tp_dim`, a new attribute, and give the planned modules their parallel forward, in
-    place. Meant for parameters without memory: `parallel.plan` fills what is left of them.
-
-    Column-parallel modules need no other class: their input is whole and their output is what the rank owns.
-    """
+    place. Meant for parameters without memory: `parallel.plan` fills what is left of them."""
+    size = 1 if group is None else group.size()
     for name, parameter in model.named_parameters():
-        parameter.tp_dim = None if group is None else tp_dim(name)
+        parameter.tp_dim = None if group is None else tp_dim(name, model.config, size)
     if group is None:
         return
-    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    rank = torch.distributed.get_rank(group)
     for parameter in model.parameters():
         parameter.data = shard(parameter.data, parameter.tp_dim, rank, size)
     for name, module in list(model.named_modules()):
-        cls = CLASSES.get(kind_of(name))
+        cls = CLASSES.get((kind_of(name), type(module)))
         if cls is not None:
             module.__class__ = cls
             module.group, module.sequence, module.rank = group, sequence, rank
+        if isinstance(module, Attention) and model.config.num_kv_heads % size:
+            share_kv_heads(module, model.config, group, rank)
+
+
+def share_kv_heads(module: Attention, config: ModelConfig, group: ProcessGroup, rank: int) -> None:
+    """Fewer K/V heads than ranks: every rank projects to all of them, and uses the one that its query heads share."""
+    size = group.size()
+    assert size % config.num_kv_heads == 0, "a rule of the configuration"
+    head = rank * config.num_kv_heads // size
+    module.kv_heads = slice(head, head + 1)
+    for projection in (module.k, module.v):
+        projection.__class__ = ReplicaLinear
+        projection.group = group

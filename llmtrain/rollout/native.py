@@ -208,7 +208,8 @@ class _Decoding:
         device = self.cache.keys.device
         ids = torch.tensor([[s.tokens[-1]] for s in self.active], device=device)
         positions = torch.tensor([[s.length - 1] for s in self.active], device=device)
-        logits = self.model(ids, positions, mask=mask, caches=dict(zip(self.model.layers, caches, strict=True)))
+        by_layer = dict(zip(self.model.layers, caches, strict=True))
+        logits = self.model(ids, positions, masks={"full": mask}, caches=by_layer)
         self._append(self.active, logits[:, 0])
 
     def _append(self, sequences: list[_Sequence], logits: Tensor) -> None:

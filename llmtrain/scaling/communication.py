@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from llmtrain.config.case import AXES
+from llmtrain.config.parameters import Shape, numel
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import StagePlan, plan_stages
-from llmtrain.scaling.parts import PERSISTENT, REUSE, Shape, numel, optimizer_groups, rank_shapes, stage_units
+from llmtrain.scaling.parts import PERSISTENT, REUSE, optimizer_groups, rank_shapes, stage_units
 
 GROUPS = {  # as in parallel.mesh
     **{axis: (axis,) for axis in AXES},

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from llmtrain.config.case import TRAIN, Earlier, mesh_sizes
 from llmtrain.config.check import planned_stages
+from llmtrain.config.parameters import numel
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.config.shapes import parameter_count, resolve_model
 from llmtrain.scaling.communication import CONTROL, GROUPS, Case, Item, Step, communication, moved_bytes
-from llmtrain.scaling.parts import numel, rank_shapes
+from llmtrain.scaling.parts import rank_shapes
 from llmtrain.scaling.states import States, state_bytes
 
 

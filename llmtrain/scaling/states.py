@@ -12,14 +12,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llmtrain.config.parameters import Shape, numel
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
 from llmtrain.scaling.parts import (
     PERSISTENT,
     REUSE,
-    Shape,
     block_matrices,
-    numel,
     optimizer_groups,
     rank_shapes,
     stage_units,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import parameter_shapes
-from llmtrain.model.hf import save_hf
+from llmtrain.model.hf_write import save_hf
 
 # 50M parameters, 201 MB as fp32; the largest tensor is 4 % of it
 CONFIG = resolve_model(

@@ -34,7 +34,12 @@ def config(*overrides: str, folder: Path) -> Config:
 @pytest.mark.parametrize(
     ("command", "world_size", "overrides", "expected"),
     [
-        ("pretrain", 4, ["model.num_kv_heads=1"], "model.num_kv_heads=1: .* lower tp, K/V heads are not replicated"),
+        (
+            "pretrain",
+            4,
+            ["parallel.pp=1", "parallel.tp=4", "model.num_heads=12", "model.num_kv_heads=3", "model.head_dim=8"],
+            "model.num_kv_heads=3: must be a multiple of parallel.tp=4, or divide it",
+        ),
         ("pretrain", 4, ["model.vocab_size=1025"], "model.vocab_size=1025: must be a multiple of parallel.tp=2"),
         ("pretrain", 4, ["model.ffn_size=383"], "model.ffn_size=383: must be a multiple of parallel.tp=2"),
         ("pretrain", 4, ["train.seq_len=127"], "train.seq_len=127: .*or set parallel.sequence_parallel=false"),
@@ -134,7 +139,7 @@ def config(*overrides: str, folder: Path) -> Config:
             ["parallel.cp=4", "parallel.context=alltoall"],
             "parallel.context=alltoall: model.num_heads=4 / parallel.tp=2 must be a multiple of parallel.cp=4",
         ),
-        ("pretrain", 4, ["parallel.ep=2"], "parallel.ep=2: not in this version; set parallel.ep=1"),
+        ("pretrain", 4, ["parallel.ep=2"], "parallel.ep=2: the model has no experts; set parallel.ep=1"),
         (
             "sft",
             4,
@@ -301,9 +306,9 @@ def test_all_violations_are_reported(tmp_path: Path) -> None:
     assert lines[1].startswith("model.num_kv_heads=3: must be a multiple of parallel.tp=2") and len(lines) == 2
     lines = violations(config("parallel.ep=2", "train.seq_len=129", "optim.lr=1e-6", folder=tmp_path), 5, "pretrain")
     assert [line.partition("=")[0].partition(":")[0] for line in lines] == [
-        "parallel.ep",
         "parallel",
         "train.seq_len",
+        "parallel.ep",
         "optim.min_lr",
     ]
 

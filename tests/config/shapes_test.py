@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtrain.config.families import presets
 from llmtrain.config.load import dump, load
 from llmtrain.config.schema import Config, ModelConfig, RopeScaling
-from llmtrain.config.shapes import PRESETS, SHAPE, fields_from_hf, hf_config, parameter_count, resolve_model
+from llmtrain.config.shapes import SHAPE, fields_from_hf, hf_config, parameter_count, resolve_model
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_written_fields_win_over_a_preset_and_resolving_is_idempotent(tmp_path: 
 
 
 def test_unknown_preset_and_double_source() -> None:
-    with pytest.raises(ValueError, match=r"model.preset=llama9: is not known; choose one of llama3-8b, "):
+    with pytest.raises(ValueError, match=r"model.preset=llama9: is not known; choose one of llama2-7b, "):
         resolve_model(ModelConfig(preset="llama9"))
     with pytest.raises(ValueError, match=r"remove model.preset"):
         resolve_model(ModelConfig(preset="llama3-8b", init_from="x"))
@@ -56,7 +57,7 @@ def test_unknown_preset_and_double_source() -> None:
 def test_weights_give_the_shape_and_may_not_be_contradicted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(hf_config(ModelConfig(preset="smollm2-135m"))))
     model = resolve_model(ModelConfig(init_from=str(tmp_path), num_layers=30))
-    assert {n: getattr(model, n) for n in PRESETS["smollm2-135m"]} == PRESETS["smollm2-135m"]
+    assert {n: getattr(model, n) for n in presets()["smollm2-135m"]} == presets()["smollm2-135m"]
     with pytest.raises(ValueError) as caught:
         resolve_model(ModelConfig(init_from=str(tmp_path), num_layers=3, tie_embeddings=False))
     assert str(caught.value).splitlines() == [
@@ -99,14 +100,14 @@ def test_a_stage_before_gives_the_shape_of_weights_that_do_not_exist_yet() -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type=qwen2: only llama is supported"),
+        ({"model_type": "bert"}, "model_type=bert: is not known; use a model of one of .*llama"),
         ({"attention_bias": True}, "attention_bias=True: only False is supported"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu: only silu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type=yarn"),
-        ({"hidden_size": None}, "hidden_size: is missing or no whole number"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0}}, "rope_type=dynamic"),
+        ({"hidden_size": None}, "hidden_size=None: is missing or no positive whole number"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused(change: dict, message: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmtrain.config.families import presets
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import PRESETS, resolve_model
+from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_tensor, initialize, parameter_shapes
 from tests.model.llama import SMALL
 
@@ -36,7 +37,7 @@ def test_published_parameter_counts(preset: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[preset]
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("llama3")])
+@pytest.mark.parametrize("preset", [name for name in presets() if name.startswith("llama3")])
 def test_shapes_need_no_memory(preset: str) -> None:
     config = resolve_model(ModelConfig(preset=preset))
     assert parameter_shapes(config)["layers.1.attention.k.weight"] == (8 * 128, config.hidden_size)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from llmtrain.config.parameters import numel
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.shapes import parameter_count, resolve_model
-from llmtrain.scaling.parts import block_shapes, numel, rank_shapes
+from llmtrain.scaling.parts import block_shapes, rank_shapes
 from llmtrain.scaling.states import state_bytes, zero_bytes
 
 BIG = resolve_model(ModelConfig(preset="llama3-8b"))
@@ -24,7 +25,8 @@ def test_fp32_has_masters_from_stage_1_on() -> None:
 
 
 def test_ranks_hold_the_whole_model_together() -> None:
-    total, norms = parameter_count(BIG), numel(s for s in block_shapes(BIG, 1) if len(s) == 1) * BIG.num_layers + 4096
+    total = parameter_count(BIG)
+    norms = numel(s for s in block_shapes(BIG, 0, 1) if len(s) == 1) * BIG.num_layers + 4096
     assert numel(rank_shapes(BIG, ParallelConfig(), 0)) == total
     assert 8 * numel(rank_shapes(BIG, ParallelConfig(tp=8), 0)) == total + 7 * norms  # norms are whole on each
     for schedule, virtual in (("1f1b", 1), ("interleaved_1f1b", 2), ("zbv", 2)):
@@ -61,7 +63,7 @@ def test_fsdp_shards_over_dp_shard_and_cp_and_copies_over_dp_replicate() -> None
 
 def test_a_step_of_one_microbatch_has_no_whole_gradients() -> None:
     parallel, engine = ParallelConfig(dp_shard=8), EngineConfig(backend="fsdp")
-    block = numel(block_shapes(BIG, 1))
+    block = numel(block_shapes(BIG, 0, 1))
     rest = 2 * BIG.vocab_size * BIG.hidden_size + BIG.hidden_size
     one, two = (state_bytes(BIG, parallel, engine, accumulation=n) for n in (1, 2))
     assert one.gathered == two.gathered == 2 * (rest + 2 * block)
@@ -77,6 +79,6 @@ def test_offload_leaves_the_device() -> None:
 
 def test_muon_has_one_momentum_for_matrices_of_blocks() -> None:
     engine = EngineConfig(zero_stage=0, precision="fp32")
-    matrices = BIG.num_layers * numel(s for s in block_shapes(BIG, 1) if len(s) > 1)
+    matrices = BIG.num_layers * numel(s for s in block_shapes(BIG, 0, 1) if len(s) > 1)
     adamw, muon = (state_bytes(BIG, ParallelConfig(dp_shard=1), engine, name) for name in ("adamw", "muon"))
     assert adamw.optimizer - muon.optimizer == 4 * matrices

@@ -54,7 +54,7 @@ def start(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from llmtrain.config.load import load
     from llmtrain.model.decoder import init_tensor, parameter_shapes
-    from llmtrain.model.hf import save_hf
+    from llmtrain.model.hf_write import save_hf
     from tests.trainer.conftest import DOCUMENT
 
     base = tmp_path_factory.mktemp("grpo")

@@ -1,0 +1,235 @@
+"""What a model family is: its fields, its presets, and its form in a Hugging Face directory. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmtrain.config.schema import ModelConfig, RopeScaling
+
+HfConfig = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Where one of our parameters lies in a Hugging Face directory.
+
+    Examples: Disk(("lm_head.weight",)); the middle third of GPT-2's transposed q|k|v:
+    Disk(("transformer.h.0.attn.c_attn.weight",), transpose=True, part=(1, 3)); the weights of two experts, stacked:
+    Disk(("...experts.0.w1.weight", "...experts.1.w1.weight"), stacked=True)
+    """
+
+    names: tuple[str, ...]
+    stacked: bool = False  # ours has one entry along dim 0 for each name
+    transpose: bool = False  # ours is the transpose
+    part: tuple[int, int] | None = None  # ours is the i-th of n equal parts along its dim 0
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of each of the tensors, `shape` being ours."""
+        shape = shape[1:] if self.stacked else shape
+        if self.part:
+            shape = (shape[0] * self.part[1], *shape[1:])
+        return shape[::-1] if self.transpose else shape
+
+
+@dataclass(frozen=True)
+class Family:
+    """A name for `model.family`. `fields` are those of ModelConfig that all its models share; `modules` maps our module
+    names to theirs, with `*` for the number of a layer (and `#`, once, for that of an expert)."""
+
+    name: str
+    fields: Mapping[str, Any]
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    model_type: str | None = None  # of config.json; None = transformers has no such model
+    from_hf: Callable[[HfConfig], dict[str, Any]] | None = None  # ModelConfig fields; raises ValueError
+    to_hf: Callable[[ModelConfig], HfConfig] | None = None  # what config.json has beside `common_hf`
+    modules: Mapping[str, str] = field(default_factory=dict)
+    disk: Callable[[Family, str, ModelConfig], Disk] | None = None  # None = `plain_disk`
+    ignored: tuple[str, ...] = ()  # patterns of their tensors that say nothing about the model
+    parts: str | None = None  # import path of a module with own torch layers, see docs/models.md
+    feedforward_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]] | None = None  # of an own feed-forward
+    init: Callable[[str, tuple[int, ...], ModelConfig], float | None] | None = None  # standard deviation; None = usual
+
+    def where(self, name: str, model: ModelConfig) -> Disk:
+        """Of a canonical parameter."""
+        return (self.disk or plain_disk)(self, name, model)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known. Raises ValueError if the name or one of its presets is taken."""
+    taken = {preset for other in FAMILIES.values() if other.name != family.name for preset in other.presets}
+    if FAMILIES.get(family.name, family) != family or taken & family.presets.keys():
+        raise ValueError(f"model.family={family.name}: its name or a preset is taken; give it another")
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_of(name: str) -> Family:
+    """Raises ValueError for an unknown one."""
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model.family={name}: is not known; choose one of {', '.join(sorted(FAMILIES))}, or name the module that "
+            "registers it in `plugins`"
+        )
+    return FAMILIES[name]
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Name -> fields, the family's own among them."""
+    return {
+        preset: {"family": family.name, **family.fields, **fields}
+        for family in FAMILIES.values()
+        for preset, fields in family.presets.items()
+    }
+
+
+def module_name(family: Family, module: str) -> str:
+    """Theirs for one of our modules. Raises KeyError if the family has none."""
+    number = re.search(r"\.(\d+)\.", module)
+    pattern = module if number is None else module.replace(number.group(), ".*.", 1)
+    return family.modules[pattern].replace("*", number.group(1) if number else "*", 1)
+
+
+def plain_disk(family: Family, name: str, model: ModelConfig) -> Disk:
+    """One tensor under their name of the module; weights of experts lie apart."""
+    module, _, leaf = name.rpartition(".")
+    if module.endswith(".experts"):
+        theirs = module_name(family, name)
+        assert model.moe is not None
+        return Disk(tuple(theirs.replace("#", str(i)) for i in range(model.moe.num_experts)), stacked=True)
+    if name.endswith(".router.bias"):
+        return Disk((module_name(family, name),))
+    return Disk((f"{module_name(family, module)}.{leaf}",))
+
+
+LLAMA_MODULES = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "layers.*.attention_norm": "model.layers.*.input_layernorm",
+    "layers.*.attention.q": "model.layers.*.self_attn.q_proj",
+    "layers.*.attention.k": "model.layers.*.self_attn.k_proj",
+    "layers.*.attention.v": "model.layers.*.self_attn.v_proj",
+    "layers.*.attention.o": "model.layers.*.self_attn.o_proj",
+    "layers.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
+    "layers.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
+    "layers.*.feedforward_norm": "model.layers.*.post_attention_layernorm",
+    "layers.*.feedforward.gate": "model.layers.*.mlp.gate_proj",
+    "layers.*.feedforward.up": "model.layers.*.mlp.up_proj",
+    "layers.*.feedforward.down": "model.layers.*.mlp.down_proj",
+}
+"""As most families name them."""
+
+
+# Reading config.json
+
+
+def demand(config: HfConfig, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse values that change what the model computes in ways our decoder does not; a missing key is fine.
+
+    Raises ValueError."""
+    for key, values in allowed.items():
+        if key in config and config[key] not in values:
+            raise ValueError(
+                f"{key}={config[key]}: only {' or '.join(map(str, values))} is supported; use a model without it"
+            )
+
+
+def number(config: HfConfig, *names: str, default: int | None = None) -> int:
+    """A whole number that must be there, under the first name that is. Raises ValueError."""
+    value = next((config[name] for name in names if config.get(name) is not None), default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{names[0]}={value}: is missing or no positive whole number; use a complete config.json")
+    return value
+
+
+def common_fields(config: HfConfig, max_positions: int = 2048, norm_eps: float = 1e-6) -> dict[str, Any]:
+    """The fields that most families write under the same names; the defaults are those of the family's config class."""
+    heads = number(config, "num_attention_heads")
+    hidden = number(config, "hidden_size")
+    theta, scaling = rope_fields(config)
+    return {
+        "num_layers": number(config, "num_hidden_layers"),
+        "hidden_size": hidden,
+        "ffn_size": number(config, "intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": number(config, "num_key_value_heads", default=heads),
+        "head_dim": number(config, "head_dim", default=max(1, hidden // heads)),
+        "vocab_size": number(config, "vocab_size"),
+        "max_positions": number(config, "max_position_embeddings", default=max_positions),
+        "norm_eps": config.get("rms_norm_eps", norm_eps),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+    }
+
+
+def rope_fields(config: HfConfig, rope: HfConfig | None = None) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) in the old form (`rope_theta`, `rope_scaling`) or that of transformers 5 (`rope_parameters`).
+
+    Raises ValueError for a kind that is not supported.
+    """
+    rope = rope or config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind not in ("llama3", "linear", "yarn"):
+        raise ValueError(f"rope_type={kind}: only default, llama3, linear and yarn are supported; use another model")
+    if kind == "linear":
+        return theta, RopeScaling(type="linear", factor=rope["factor"])
+    original = rope.get("original_max_position_embeddings") or number(config, "max_position_embeddings")
+    others = ("low_freq_factor", "high_freq_factor")
+    if kind == "yarn":
+        demand(rope, {"attention_factor": (None,), "truncate": (True, None)})
+        others = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    given = {name: rope[name] for name in others if rope.get(name) is not None}
+    return theta, RopeScaling(type=kind, factor=rope["factor"], original_max_positions=original, **given)
+
+
+# Writing config.json
+
+
+def common_hf(model: ModelConfig) -> HfConfig:
+    """What most families write. RoPE stands in both forms: transformers 5 and vLLM read `rope_parameters`,
+    transformers 4 the other keys."""
+    m = model
+    old = {} if m.rope_scaling is None else {"rope_scaling": rope_hf(m)}
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": m.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": m.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": m.ffn_size,
+        "max_position_embeddings": m.max_positions,
+        "num_attention_heads": m.num_heads,
+        "num_hidden_layers": m.num_layers,
+        "num_key_value_heads": m.num_kv_heads,
+        "rms_norm_eps": m.norm_eps,
+        "rope_parameters": {**rope_hf(m), "rope_theta": m.rope_theta},
+        "rope_theta": m.rope_theta,
+        **old,
+        "tie_word_embeddings": m.tie_embeddings,
+        "use_cache": True,
+        "vocab_size": m.vocab_size,
+    }
+
+
+def rope_hf(model: ModelConfig) -> HfConfig:
+    """Without theta."""
+    s = model.rope_scaling
+    if s is None:
+        return {"rope_type": "default"}
+    written: HfConfig = {"rope_type": s.type, "factor": s.factor}
+    if s.type != "linear":
+        written["original_max_position_embeddings"] = s.original_max_positions
+    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow")}.get(s.type, ())
+    written |= {name: getattr(s, name) for name in names}
+    return written | {name: getattr(s, name) for name in ("mscale", "mscale_all_dim") if getattr(s, name)}

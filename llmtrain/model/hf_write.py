@@ -1,0 +1,195 @@
+"""Hugging Face directories: writing. A directory written here is whole: everything goes to `<directory>.tmp`, which is
+then renamed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmtrain.config.families import Disk, family_of
+from llmtrain.config.schema import ModelConfig
+from llmtrain.config.shapes import hf_config
+from llmtrain.model.decoder import parameter_shapes
+
+INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
+_BITS = {4: np.int32, 2: np.int16}  # numpy has no bf16
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the files being written."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def write(self, x: Tensor, disk: Disk) -> None:
+        """x, or what `disk` says it is a part of, in the layout of the disk."""
+        bits = _BITS[self.dtype.itemsize]
+        stored = np.memmap(self.path, bits, "r+", self.offset, self.shape)
+        target = stored.swapaxes(-1, -2) if disk.transpose else stored
+        if disk.part:
+            rows = target.shape[0] // disk.part[1]
+            target = target[disk.part[0] * rows : (disk.part[0] + 1) * rows]
+        target[...] = x.detach().to("cpu", self.dtype).contiguous().view(torch.from_numpy(stored[:0]).dtype).numpy()
+        stored.flush()
+
+
+def save_hf(
+    directory: str,
+    config: ModelConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    tokenizer_dir: str | None,
+    eos_id: int | list[int] | None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes what `AutoModelForCausalLM.from_pretrained` loads. `weights`: (canonical name, whole tensor), each once.
+
+    Tensors are cast to `dtype` and written one at a time. An existing directory is replaced only when the new one is
+    whole. Raises ValueError when a weight is missing, unknown or of another shape.
+    """
+    with replacing(Path(directory)) as target:
+        _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
+        tokens = {} if eos_id is None else {"eos_token_id": eos_id}
+        _write_json(target / "config.json", {**hf_config(config), **tokens, "dtype": str(dtype).removeprefix("torch.")})
+        _write_json(target / "generation_config.json", tokens)
+        if tokenizer_dir is not None:
+            _copy_tokenizer(Path(tokenizer_dir), target)
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """Yields `<directory>.tmp`; on success it becomes `directory`, else it is removed."""
+    target, old = Path(f"{directory}.tmp"), Path(f"{directory}.old")
+    for leftover in (target, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    target.mkdir(parents=True)
+    try:
+        yield target
+    except BaseException:
+        shutil.rmtree(target)
+        raise
+    if directory.exists():
+        directory.rename(old)
+    target.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checked(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The same pairs without a tied head; raises ValueError unless they are the whole model."""
+    missing = parameter_shapes(config)
+    for name, tensor in weights:
+        if config.tie_embeddings and name == "head.weight":
+            continue
+        if missing.get(name) != tuple(tensor.shape):
+            raise ValueError(f"{name} {list(tensor.shape)}: expected {missing.get(name, 'no (more) tensor so named')}")
+        del missing[name]
+        yield name, tensor
+    if missing:
+        raise ValueError(f"{next(iter(missing))}: missing ({len(missing)} in all); a model is saved whole")
+
+
+def _write_shards(
+    directory: Path, weights: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype, max_bytes: float
+) -> None:
+    """model.safetensors, or numbered shards with their index. A tensor is in memory only while it is written."""
+    family = family_of(config.family)
+    tensors = _stored(config, dtype)
+    shards = _plan_shards(tensors, max_bytes)
+    numbered = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = numbered if len(shards) > 1 else ["model.safetensors"]
+    places: dict[str, Place] = {}
+    for file, names in zip(files, shards, strict=True):
+        places |= _write_header(directory / file, {name: tensors[name] for name in names})
+    for name, tensor in weights:
+        disk = family.where(name, config)
+        for theirs, part in zip(disk.names, tensor if disk.stacked else [tensor], strict=True):
+            places[theirs].write(part, disk)
+    if len(shards) > 1:
+        weight_map = {name: place.path.name for name, place in places.items()}
+        total_bytes = sum(_size_bytes(*stored) for stored in tensors.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+Stored = tuple[tuple[int, ...], torch.dtype]
+
+
+def _stored(config: ModelConfig, dtype: torch.dtype) -> dict[str, Stored]:
+    """Their names -> shape and dtype, in our order. The bias of a router is fp32, as published."""
+    family, found = family_of(config.family), {}
+    for name, shape in parameter_shapes(config).items():
+        disk = family.where(name, config)
+        kept = torch.float32 if name.endswith("router.bias") else dtype
+        found |= dict.fromkeys(disk.names, (disk.stored_shape(shape), kept))
+    return found
+
+
+def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _plan_shards(tensors: dict[str, Stored], max_bytes: float) -> list[list[str]]:
+    """Names in each file, filled in order; a tensor that is larger than `max_bytes` has one to itself."""
+    shards: list[list[str]] = [[]]
+    held_bytes = 0
+    for name, stored in tensors.items():
+        if shards[-1] and held_bytes + _size_bytes(*stored) > max_bytes:
+            shards.append([])
+            held_bytes = 0
+        shards[-1].append(name)
+        held_bytes += _size_bytes(*stored)
+    return shards
+
+
+def _write_header(path: Path, tensors: dict[str, Stored]) -> dict[str, Place]:
+    """Begins a safetensors file, as large as it will be, and says where in it each tensor goes (the library's writer
+    wants all at once).
+
+    Format: header length (8 bytes, little endian), JSON header padded with spaces, values back to back.
+    """
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, (shape, dtype) in tensors.items():
+        starts[name], end = end, end + _size_bytes(shape, dtype)
+        entries[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [starts[name], end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with open(path, "r+b") as f:
+        f.truncate(8 + len(header) + end)
+    return {name: Place(path, 8 + len(header) + start, *tensors[name]) for name, start in starts.items()}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    if not (source / "tokenizer.json").exists():
+        raise ValueError(f"{source}: no tokenizer.json; give a tokenizer directory")
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
