@@ -358,9 +358,9 @@ def test_stages_are_checked_before_the_first_starts(tmp_path: Path) -> None:
 
 def test_a_stage_is_checked_with_the_shape_of_the_stage_before(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(RUN.format(folder=tmp_path, ranks=4, source="pretrain"))
-    with pytest.raises(ConfigError, match=r"stages.sft: model.num_kv_heads=2: must be a multiple of parallel.tp=4"):
-        check(load(str(path), ["stages.sft.set.parallel.tp=4"]), 1, "run")
+    path.write_text(RUN.format(folder=tmp_path, ranks=3, source="pretrain"))
+    with pytest.raises(ConfigError, match=r"stages.sft: model.num_heads=4: must be a multiple of parallel.tp=3"):
+        check(load(str(path), ["stages.sft.set.parallel.tp=3"]), 1, "run")
 
 
 def test_a_run_document_is_for_run(tmp_path: Path) -> None:
