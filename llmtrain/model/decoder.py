@@ -16,6 +16,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention, LayerCache, View, attention_mask
 from llmtrain.model.feedforward import FeedForward
 from llmtrain.model.heads import LMHead
+from llmtrain.model.mla import LatentAttention
 from llmtrain.model.norm import hidden_norm
 from llmtrain.model.rope import rope_angles, rope_frequencies, rope_magnitude
 
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
 def make_attention(config: ModelConfig) -> nn.Module:
     """Called with (x, View, LayerCache or None)."""
-    return Attention(config)
+    return LatentAttention(config) if config.attention == "mla" else Attention(config)
 
 
 def make_feedforward(config: ModelConfig, layer: int) -> nn.Module:
