@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 
+WORKER = Path(__file__).parent / "several_worker.py"
 # The untrained policy now and then writes the digit that is asked for: some groups have a spread of rewards.
 SETTINGS = (
     "train.steps=3",
@@ -70,22 +71,29 @@ def start(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(start: Path) -> Callable:
-    """run(ranks, run_dir, *overrides) -> CompletedProcess of `llmtrain grpo`."""
+    """run(ranks, {run directory: overrides}) -> CompletedProcess of `llmtrain grpo` with each, by the same ranks."""
     from tests.conftest import run_torchrun
 
-    def launch(ranks: int, run_dir: Path, *overrides: str):
+    def launch(ranks: int, runs: dict[Path, tuple[str, ...]]) -> subprocess.CompletedProcess[str]:
         model = json.dumps({"init_from": str(start / "hf")})
-        paths = (f"model={model}", f"data.train={start / 'problems.jsonl'}", f"run_dir={run_dir}")
-        return run_torchrun(ranks, "llmtrain", "grpo", start / "small.yaml", *paths, *SETTINGS, *overrides)
+        paths = (f"model={model}", f"data.train={start / 'problems.jsonl'}")
+        arguments = [
+            ["grpo", str(start / "small.yaml"), *paths, f"run_dir={run_dir}", *SETTINGS, *overrides]
+            for run_dir, overrides in runs.items()
+        ]
+        return run_torchrun(ranks, WORKER, json.dumps(arguments))
 
     return launch
+
+
+def assert_good(result: subprocess.CompletedProcess[str], runs: int) -> None:
+    assert f"exit codes {[0] * runs}" in result.stdout, result.stdout[-3000:]
 
 
 @pytest.fixture(scope="module")
 def separate(run: Callable, start: Path) -> Path:
     """Two trainers and one rollout worker."""
-    result = run(3, start / "separate", *SEPARATE)
-    assert result.returncode == 0, result.stdout[-3000:]
+    assert_good(run(3, {start / "separate": SEPARATE}), 1)
     return start / "separate"
 
 
@@ -99,38 +107,39 @@ def test_records_what_happened(separate: Path) -> None:
     assert {s["step"] for s in samples} == {1, 2, 3} and {"prompt", "completion", "reward"} <= set(samples[0])
 
 
-def test_same_bits_twice(separate: Path, run: Callable, tmp_path: Path) -> None:
-    result = run(3, tmp_path / "run", *SEPARATE)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert numbers(tmp_path / "run") == numbers(separate)
+def test_same_bits_twice_and_resumed_bit_for_bit(separate: Path, run: Callable, tmp_path: Path) -> None:
+    twice, resumed = tmp_path / "twice", tmp_path / "resumed"
+    shutil.copytree(separate / "checkpoints/step-00000002", resumed / "checkpoints/step-00000002")
+    assert_good(run(3, {twice: SEPARATE, resumed: SEPARATE}), 2)
+    assert numbers(twice) == numbers(separate)
+    assert numbers(resumed) == numbers(separate)[2:]
     for file in (separate / "checkpoints/step-00000003").glob("*.safetensors"):
-        again = load_file(tmp_path / "run/checkpoints/step-00000003" / file.name)
-        assert all(again[name].equal(tensor) for name, tensor in load_file(file).items())
+        for other in (twice, resumed):
+            again = load_file(other / "checkpoints/step-00000003" / file.name)
+            assert all(again[name].equal(tensor) for name, tensor in load_file(file).items())
 
 
-def test_resumed_bit_for_bit(separate: Path, run: Callable, tmp_path: Path) -> None:
-    shutil.copytree(separate / "checkpoints/step-00000002", tmp_path / "run/checkpoints/step-00000002")
-    result = run(3, tmp_path / "run", *SEPARATE)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert numbers(tmp_path / "run") == numbers(separate)[2:]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [(2, ()), (4, ("parallel.pp=2", "parallel.tp=2")), (2, ("parallel.cp=2",))],
-)
-def test_colocated_does_the_same(
-    ranks: int, layout: tuple[str, ...], separate: Path, run: Callable, tmp_path: Path
-) -> None:
+def assert_close(run_dir: Path, separate: Path) -> None:
     """Same seeds, same tokens: only the order of sums differs."""
-    result = run(ranks, tmp_path / "run", *layout)
-    assert result.returncode == 0, result.stdout[-3000:]
-    for here, there in zip(numbers(tmp_path / "run"), numbers(separate), strict=True):
+    for here, there in zip(numbers(run_dir), numbers(separate), strict=True):
         assert here == pytest.approx(there, rel=1e-4, abs=1e-6)  # Adam's first steps enlarge rounding
 
 
-def test_reference_and_replay_on_a_pipeline(run: Callable, tmp_path: Path) -> None:
-    """KL to the start is 0 at the first update and grows; text rows bring their own loss."""
+def test_colocated_does_the_same_and_the_gate_stops_it(separate: Path, run: Callable, tmp_path: Path) -> None:
+    """On data-parallel and context-parallel ranks; then with a gap between generator and trainer that is too large."""
+    data, context, wrong = (tmp_path / name for name in ("data", "context", "wrong"))
+    result = run(2, {data: (), context: ("parallel.cp=2",), wrong: ("rollout.max_logprob_gap=1e-30",)})
+    assert "exit codes [0, 0, 1]" in result.stdout and result.returncode != 0, result.stdout[-3000:]
+    assert_close(data, separate)
+    assert_close(context, separate)
+    assert "generator and trainer differ" in result.stdout
+    assert not (wrong / "checkpoints").exists()
+
+
+def test_on_a_pipeline(separate: Path, run: Callable, tmp_path: Path) -> None:
+    """Colocated, the same; then with a reference and replay: KL to the start is 0 at the first update and grows; text
+    rows bring their own loss."""
+    layout, plain, more = ("parallel.pp=2", "parallel.tp=2"), tmp_path / "plain", tmp_path / "more"
     extra = (
         "grpo.kl_coef=0.1",
         "data.replay_seqs=4",
@@ -138,9 +147,9 @@ def test_reference_and_replay_on_a_pipeline(run: Callable, tmp_path: Path) -> No
         "train.seq_len=256",
         "rollout.temperature=0.9",
     )
-    result = run(4, tmp_path / "run", "parallel.pp=2", "parallel.tp=2", *extra)
-    assert result.returncode == 0, result.stdout[-3000:]
-    lines = [line for line in metrics(tmp_path / "run") if "kl" in line]
+    assert_good(run(4, {plain: layout, more: layout + extra}), 2)
+    assert_close(plain, separate)
+    lines = [line for line in metrics(more) if "kl" in line]
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-9) and lines[-1]["kl"] > 1e-6
     assert all(5 < line["replay_loss"] < 7 for line in lines)  # about ln 512
 
@@ -171,10 +180,3 @@ def test_signal_saves_and_stops_with_workers(start: Path, tmp_path: Path) -> Non
     assert f"stopped by a signal after step {last}" in output, output[-3000:]
     assert (run_dir / f"checkpoints/step-{last:08d}").exists()
     assert "exitcode  : 75" in output, output[-3000:]
-
-
-def test_gate_stops_a_generator_that_disagrees(run: Callable, tmp_path: Path) -> None:
-    result = run(2, tmp_path / "run", "rollout.max_logprob_gap=1e-30")
-    assert result.returncode != 0
-    assert "generator and trainer differ" in result.stdout
-    assert not (tmp_path / "run/checkpoints").exists()
