@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from llmtrain.config.case import AXES
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
+from llmtrain.config.shapes import resolve_model
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.engine.optim import build_optimizer, learning_rate
 from llmtrain.losses.token import token_loss
@@ -27,25 +28,32 @@ from llmtrain.parallel.plan import parallelize, parameters_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch
 
+ROUNDING = 1e-6  # a gradient that is 0 in exact arithmetic (a bias of all keys) is less than this of the norm
 STEPS, ROWS, WIDTH, ACCUMULATION, SEED = 5, 2, 16, 2, 3
 
 
 def model_config(layout: dict) -> ModelConfig:
-    return ModelConfig(
-        num_layers=layout.get("num_layers", 4),
-        hidden_size=32,
-        ffn_size=48,
-        num_heads=4,
-        num_kv_heads=4 if layout.get("tp", 1) == 4 else 2,
-        vocab_size=64,
-        tie_embeddings=layout.get("tied", True),
-    )
+    """`layout["model"]` changes single fields."""
+    usual = {
+        "num_layers": layout.get("num_layers", 4),
+        "hidden_size": 32,
+        "ffn_size": 48,
+        "num_heads": 4,
+        "num_kv_heads": 4 if layout.get("tp", 1) == 4 else 2,
+        "vocab_size": 64,
+        "max_positions": 32,
+        "tie_embeddings": layout.get("tied", True),
+    }
+    return resolve_model(ModelConfig.model_validate({**usual, **layout.get("model", {})}))
 
 
 def initial(name: str, shape: tuple[int, ...], config: ModelConfig) -> torch.Tensor:
     """Larger than the usual start: with std 0.02 on so small a model, gradients are near the rounding noise."""
     value = init_tensor(name, shape, config, SEED)
-    return value * 5 if len(shape) > 1 else value
+    if len(shape) > 1:
+        return value * 5
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return value + 0.1 * torch.randn(shape, generator=generator)  # a bias of 0 would hide one that is added twice
 
 
 def optim_config(layout: dict) -> OptimConfig:
@@ -114,8 +122,10 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
     return history, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    error = (a.float() - b.float()).norm() / (b.float().norm() + 1e-12)
+def relative(a: torch.Tensor, b: torch.Tensor, nothing: float = 0.0) -> float:
+    """Of a to b; a b smaller than `nothing` is rounding noise, and a must be no more."""
+    size = b.float().norm()
+    error = (a.float() - b.float()).norm() / (size + 1e-12 if size > nothing else nothing / ROUNDING)
     return error.nan_to_num(float("inf")).item()  # max() would lose a NaN
 
 
@@ -126,13 +136,16 @@ def gradient(engine: Engine, p: torch.nn.Parameter) -> torch.Tensor:
     return p.grad if engine.config.zero_stage == 0 else safe_get_full_grad(p) / engine.scaler.scale
 
 
-def grads_seen(engine: Engine, expected: dict[str, torch.Tensor], scale: float, errors: dict) -> None:
+def grads_seen(
+    engine: Engine, expected: dict[str, torch.Tensor], norm: float, scale: float, errors: dict
+) -> None:
     """Compare this rank's reduced gradients, parameter by parameter, before the update."""
     mesh = engine.mesh
     for p in parameters_of(engine.parts):
         grad = gradient(engine, p)
         want = shard(expected[p.canonical], p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
-        error = relative(grad, want * scale) if grad is not None else float("inf")
+        nothing = ROUNDING * norm * scale
+        error = relative(grad, want * scale, nothing) if grad is not None else float("inf")
         if error > errors["grad"]:
             errors["grad"], errors["worst"] = error, p.canonical
 
@@ -187,7 +200,8 @@ def run(layout: dict, rank: int, size: int) -> dict:
     def look() -> None:
         want = history[engine.step]
         clipped = clips_first(engine) and optim.grad_clip and want["norm"] > optim.grad_clip
-        grads_seen(engine, want["grads"], optim.grad_clip / want["norm"] if clipped else 1.0, errors)
+        factor = optim.grad_clip / want["norm"] if clipped else 1.0
+        grads_seen(engine, want["grads"], want["norm"], factor, errors)
 
     watch_updates(engine, look)
     for step in range(STEPS):

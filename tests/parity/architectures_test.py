@@ -1,0 +1,60 @@
+"""What families are made of, on tensor- and pipeline-parallel ranks, against one plain process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.parity.layouts_test import check
+
+GPT2 = {
+    "norm": "layer",
+    "norm_bias": True,
+    "positions": "learned",
+    "gated": False,
+    "activation": "gelu_tanh",
+    "qkv_bias": True,
+    "o_bias": True,
+    "ffn_bias": True,
+    "num_kv_heads": 4,
+}
+PALM = {"block": "parallel", "norm": "layer", "num_kv_heads": 1, "scale_embeddings": True}
+GEMMA = {
+    "block": "sandwich",
+    "norm_offset": True,
+    "activation": "gelu_tanh",
+    "qk_norm": True,
+    "scale_embeddings": True,
+    "layer_types": ["sliding", "full"],
+    "sliding_window": 5,
+    "rope_theta_sliding": 100.0,
+    "attention_softcap": 5.0,
+    "logit_softcap": 3.0,
+    "attention_scale": 0.2,
+    "norm_eps": 0.1,  # a norm behind a half whose output is small would enlarge the rounding too
+}
+QWEN = {"qk_norm": True, "head_dim": 16, "qkv_bias": True, "num_kv_heads": 1}
+
+TWO = [
+    {"tp": 2, "zero_stage": 1, "model": GPT2},
+    {"tp": 2, "backend": "fsdp", "sequence_parallel": False, "model": GPT2},
+    {"tp": 2, "zero_stage": 0, "model": PALM},
+    {"tp": 2, "zero_stage": 2, "sequence_parallel": False, "remat": "selective", "model": PALM},
+    {"tp": 2, "backend": "fsdp", "remat": "full", "model": GEMMA},
+    {"tp": 2, "zero_stage": 1, "sequence_parallel": False, "model": GEMMA},
+    {"cp": 2, "backend": "fsdp", "context": "allgather", "model": GEMMA},
+    {"cp": 2, "zero_stage": 1, "context": "alltoall", "model": GEMMA},
+]
+FOUR = [
+    {"pp": 2, "tp": 2, "zero_stage": 1, "model": GPT2},
+    {"tp": 4, "backend": "fsdp", "model": QWEN | {"num_kv_heads": 2}},  # two ranks share a K/V head
+    {"pp": 2, "tp": 2, "backend": "fsdp", "model": GEMMA},
+    {"dp_shard": 2, "tp": 2, "zero_stage": 3, "model": QWEN},
+]
+
+
+def test_two_ranks(torchrun: Callable) -> None:
+    check(torchrun, 2, TWO, timeout_s=200)
+
+
+def test_four_ranks(torchrun: Callable) -> None:
+    check(torchrun, 4, FOUR, timeout_s=200)
