@@ -42,11 +42,14 @@ def kind_of(module: str) -> str | None:
 def tp_dim(parameter: str, model: ModelConfig, tp: int) -> int | None:
     """The dim along which `tp` ranks cut a parameter, None if each holds it whole. Raises KeyError if unplanned."""
     module, _, leaf = parameter.rpartition(".")
+    adapter, module = module.endswith(".lora"), module.removesuffix(".lora")
     kind = kind_of(module)
     if kind is None:
         raise KeyError(parameter)
     if re.fullmatch(r".*\.attention\.[kv]", module) and model.num_kv_heads % tp:
         return None  # fewer K/V heads than ranks: each rank has them all
+    if adapter:  # the product of b [out, rank] and a [rank, in] is cut as the weight is
+        return {("column", "b"): 0, ("row", "a"): 1}.get((kind, leaf))
     return None if kind == "row" and leaf == "bias" else TP_DIM.get(kind)
 
 

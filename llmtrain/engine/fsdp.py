@@ -28,7 +28,7 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
-from llmtrain.parallel.plan import WeightSource, compile_blocks, copy_marks, parameters_of, slice_of
+from llmtrain.parallel.plan import WeightSource, compile_blocks, copy_marks, parameters_of, slice_of, trained_of
 from llmtrain.parallel.scoring import score
 from llmtrain.types import Address, Batch, Fragment, StepStats
 
@@ -87,6 +87,7 @@ class FsdpEngine:
         if len(parts) > 1 and parts[0].config.tie_embeddings and mesh.has_embedding and mesh.has_head:
             parts[-1].head.weight.is_copy = True  # each stage shards for itself what they had in common
         self.parameters = parameters_of(parts)  # the sharded ones; during a step the modules hold whole ones
+        self.trained = trained_of(parts)
         for p in self.parameters:
             self._fill(p, source)
         if mesh.device.type == "cpu":
@@ -103,7 +104,7 @@ class FsdpEngine:
             group["lr"] = lr
         tally = Tally(float(denominator))
         self._backward(local_batches(microbatches, self.mesh), loss, tally)
-        norm, finite = clip_gradients(self.parameters, self.optim.grad_clip, self.mesh, self.mesh.groups["replica"])
+        norm, finite = clip_gradients(self.trained, self.optim.grad_clip, self.mesh, self.mesh.groups["replica"])
         broken = tally.reduce(self.mesh, gradient_finite=finite)
         taken = admitted(self.scaler, tally, broken, self.admit)
         if taken:
@@ -127,7 +128,7 @@ class FsdpEngine:
         """See Engine."""
         if self.mesh.coords["dp_replicate"] > 0:
             return
-        for p in self.parameters:
+        for p in self.trained:
             address = self._address(p)
             if address.numel and owns(p, self.mesh.coords["tp"]):
                 state = self.optimizer.state.get(p) or initial_state(p, 0)
@@ -136,7 +137,7 @@ class FsdpEngine:
     @torch.no_grad()
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         """See Engine."""
-        for p in self.parameters:
+        for p in self.trained:
             self.optimizer.state[p] = initial_state(p, step)
             held = {"weight": p, **self.optimizer.state[p]}
             for key, value in read(self._address(p)).items():
@@ -169,7 +170,7 @@ class FsdpEngine:
         backward(self.parts, self.pipeline, batches, scaled)
         sum_tied_gradients(self.parts, self.mesh, lambda p: local(p.grad))
         if self.scaler.scale != 1:
-            torch._foreach_mul_([local(p.grad) for p in self.parameters], 1 / self.scaler.scale)
+            torch._foreach_mul_([local(p.grad) for p in self.trained], 1 / self.scaler.scale)
 
     def _reduce_gradients(self, last: bool) -> None:
         """Whether the coming backward ends in the reduction over ranks. A pipeline schedule sees to that by itself."""

@@ -33,14 +33,14 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, mesh: Mesh | None = None) -> Optimizer:
-    """AdamW (arXiv 1711.05101), fused, over all parameters of `model`; with `name: muon` Muon for the matrices of
+    """AdamW (arXiv 1711.05101), fused, over what is trained of `model`; with `name: muon` Muon for the matrices of
     blocks and AdamW for the rest. Weight decay on matrices, embeddings among them, not on norms and biases.
 
     Call it when the parameters have the form in which they are updated, plain tensors or FSDP2's DTensors, and the
     attributes of `parallel.plan.mark`. A mesh of None: one process. Engines set `lr` in every one of
     `param_groups` before a step.
     """
-    parameters = list(model.parameters())  # their own shape says nothing: ZeRO-3 leaves them empty
+    parameters = [p for p in model.parameters() if p.requires_grad]  # whose shape says nothing: ZeRO-3 empties them
     for p in parameters:
         p.muon = config.name == "muon" and len(p.global_shape) == 2 and p.canonical.startswith("layers.")
     matrices = [p for p in parameters if len(p.global_shape) > 1 and not p.muon]

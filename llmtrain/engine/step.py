@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtrain.config.adapters import without_adapters
 from llmtrain.config.stages import StagePlan
 from llmtrain.engine.base import Admit, Scores
 from llmtrain.engine.precision import LossScaler
 from llmtrain.engine.tally import Tally
 from llmtrain.model.decoder import parameter_shapes
+from llmtrain.model.lora import merged
 from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline, inputs_of
@@ -37,7 +39,7 @@ def backward(
 def sum_tied_gradients(parts: Sequence[nn.Module], mesh: Mesh, gradient: Callable[[nn.Parameter], Tensor]) -> None:
     """A tied embedding in two copies, on two ranks or in two stages of one: each has half of the gradient; afterwards
     both have the sum."""
-    if not parts[0].config.tie_embeddings:
+    if not parts[0].config.tie_embeddings or parts[0].config.lora is not None:
         return
     held = ([parts[0].embed.weight] if mesh.has_embedding else []) + ([parts[-1].head.weight] if mesh.has_head else [])
     if len(held) == 1:
@@ -58,11 +60,17 @@ def full_weights(
     dtype: torch.dtype,
     gather: Callable[[nn.Parameter], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, whole tensor) on every rank; `gather` joins a parameter over the data-parallel ranks."""
+    """(canonical name, whole tensor) on every rank, adapters merged; `gather` joins a parameter over the data-parallel
+    ranks."""
     mine = {p.canonical: p for p in parameters_of(parts) if not p.is_copy}
-    for name, shape in parameter_shapes(parts[0].config).items():
+    model = parts[0].config
+
+    def whole(name: str) -> Tensor:
+        return _join_shards(gather(mine[name]), mine[name].tp_dim, mesh)
+
+    for name, shape in parameter_shapes(without_adapters(model)).items():
         if plan.owner(name) == mesh.coords["pp"]:
-            full = _join_shards(gather(mine[name]), mine[name].tp_dim, mesh)
+            full = merged(name, model, whole)
         else:
             full = torch.empty(shape, dtype=dtype, device=mesh.device)
         if plan.pp > 1:

@@ -37,7 +37,7 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, Mpu
 from llmtrain.parallel.pipeline import Pipeline
-from llmtrain.parallel.plan import WeightSource, compile_blocks, materialize_each, parameters_of
+from llmtrain.parallel.plan import WeightSource, compile_blocks, materialize_each, parameters_of, trained_of
 from llmtrain.parallel.scoring import score
 from llmtrain.types import Batch, Fragment, StepStats
 
@@ -90,7 +90,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, optim, mesh),
-            model_parameters=list(model.parameters()),
+            model_parameters=trained_of(parts),
             mpu=Mpu(mesh),
             config=deepspeed_config(config, optim.grad_clip),
         )
@@ -166,7 +166,7 @@ class ZeroEngine:
 
     def _take_in(self, source: WeightSource) -> dict[nn.Parameter, Tensor]:
         """Weights into the modules; at stage 3 each is divided among the ranks before the next one is read. Returns
-        their fp32 values, at stage 3 this rank's pieces of them, where DeepSpeed gets rounded ones."""
+        the fp32 values of what is trained, at stage 3 this rank's pieces of them, where DeepSpeed gets rounded ones."""
         originals, dtype = {}, compute_dtype(self.config.precision)
         for p in materialize_each(self.parts, self.mesh, source):
             p.tensor_model_parallel = owns(p, self.mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
@@ -175,7 +175,7 @@ class ZeroEngine:
                 p.data = original.to(dtype)
                 self._divide(p)
                 original = zero_state.own_piece(p, original)
-            if dtype != torch.float32:
+            if dtype != torch.float32 and p.requires_grad:
                 originals[p] = original
         return originals
 

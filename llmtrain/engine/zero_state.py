@@ -17,6 +17,7 @@ from llmtrain.engine.base import FragmentReader
 from llmtrain.engine.clip import owns
 from llmtrain.engine.optim import initial_state, state_keys
 from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.plan import trained_of
 from llmtrain.types import Address, Fragment
 
 
@@ -101,7 +102,7 @@ def _make_state(engine: object, step: int) -> list[dict[str, Tensor]]:
     if engine.zero_optimization_stage():
         state, tensors = engine.optimizer.optimizer.state, _flats(engine.optimizer)
     else:
-        state, tensors = engine.optimizer.state, list(engine.module.parameters())
+        state, tensors = engine.optimizer.state, trained_of([engine.module])
     for t in tensors:
         if not state.get(t):
             state[t] = initial_state(t, step)
@@ -133,8 +134,8 @@ def _flats(optimizer: object) -> list[Tensor]:
 
 
 def _pieces(engine: object, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Address]]:
-    """Every non-empty piece of a parameter whose state lies on this rank."""
-    for p in engine.module.parameters():
+    """Every non-empty piece of a trained parameter whose state lies on this rank."""
+    for p in trained_of([engine.module]):
         start, numel = _range(p)
         if numel > 0:
             yield p, Address(p.canonical, p.global_shape, p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"], start, numel)

@@ -10,12 +10,14 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
+from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.families import family_of
 from llmtrain.config.parameters import has_experts, layer_type
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention, LayerCache, View, attention_mask
 from llmtrain.model.feedforward import FeedForward
 from llmtrain.model.heads import LMHead
+from llmtrain.model.lora import add_adapters, initial_adapter
 from llmtrain.model.mla import LatentAttention
 from llmtrain.model.norm import hidden_norm
 from llmtrain.model.rope import rope_angles, rope_frequencies, rope_magnitude
@@ -81,6 +83,8 @@ class Decoder(nn.Module):
         self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        if config.lora is not None:
+            add_adapters(self, config.lora)
 
     def forward(
         self,
@@ -161,6 +165,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in state.items() if not (config.tie_embeddings and name == "head.weight")}
 
 
+def trained_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint holds: of a model with adapters these alone, else `parameter_shapes`."""
+    return parameter_shapes(config) if config.lora is None else adapter_shapes(config)
+
+
+RESIDUAL = ("attention.o.weight", "feedforward.down.weight", "experts.down", "shared.down.weight")
+"""What writes to the residual stream."""
+
+
 def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """The initial value of one parameter, fp32. A pure function of name and seed, so every layout starts equal.
 
@@ -173,10 +186,15 @@ def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: in
         return torch.zeros(shape) if config.norm_offset else torch.ones(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    std = 0.02
-    if name.endswith(("attention.o.weight", "feedforward.down.weight")):
-        std /= math.sqrt(2 * config.num_layers)
-    return torch.randn(shape, generator=generator) * std
+    if name.endswith((".lora.a", ".lora.b")):
+        return initial_adapter(name[-1], shape, generator)
+    own = family_of(config.family).init
+    std = own(name, shape, config) if own else None
+    return torch.randn(shape, generator=generator) * (_usual_std(name, config) if std is None else std)
+
+
+def _usual_std(name: str, config: ModelConfig) -> float:
+    return 0.02 / math.sqrt(2 * config.num_layers) if name.endswith(RESIDUAL) else 0.02
 
 
 @torch.no_grad()

@@ -51,14 +51,14 @@ def float8_product(x: Tensor, weight: Tensor) -> Tensor:
 class Float8Linear(Linear):
     """A whole or column-parallel projection."""
 
-    def product(self, x: Tensor) -> Tensor:
+    def weighted(self, x: Tensor) -> Tensor:
         return float8_product(x, self.weight)
 
 
 class Float8RowLinear(RowLinear):
     """A row-parallel projection: the partial products are rounded before they are summed over the group."""
 
-    def product(self, x: Tensor) -> Tensor:
+    def weighted(self, x: Tensor) -> Tensor:
         return float8_product(x, self.weight)
 
 

@@ -37,7 +37,8 @@ def keep_stage(model: nn.Module, plan: StagePlan, stage: int) -> None:
     if len(plan.layers) == 1:
         return
     if model.head.weight is model.embed.weight:
-        model.head.weight = nn.Parameter(torch.empty_like(model.embed.weight))
+        copy = torch.empty_like(model.embed.weight)
+        model.head.weight = nn.Parameter(copy, requires_grad=model.embed.weight.requires_grad)
     if stage > 0:
         model.embed = model.position_embed = None
     if stage < len(plan.layers) - 1:

@@ -89,7 +89,8 @@ def materialize_each(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSourc
         for leaf, meta in module.named_parameters(recurse=False):
             places.setdefault(meta, []).append((module, leaf))
     for meta in list(places):
-        parameter = nn.Parameter(torch.empty_like(meta, dtype=torch.float32, device=mesh.device))
+        empty = torch.empty_like(meta, dtype=torch.float32, device=mesh.device)
+        parameter = nn.Parameter(empty, requires_grad=meta.requires_grad)
         parameter.data.copy_(slice_of(meta, mesh, source))
         copy_marks(meta, parameter)
         for module, leaf in places.pop(meta):
@@ -105,6 +106,11 @@ def slice_of(parameter: nn.Parameter, mesh: Mesh, source: WeightSource) -> Tenso
 def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
     """Each once, in a fixed order."""
     return list(dict.fromkeys(p for part in parts for p in part.parameters()))
+
+
+def trained_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Those of `parameters_of` that have a gradient: all, or only adapters."""
+    return [p for p in parameters_of(parts) if p.requires_grad]
 
 
 def compile_blocks(parts: Sequence[nn.Module]) -> None:

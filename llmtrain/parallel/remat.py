@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llmtrain.model.lora import Adapter
+
 aten = torch.ops.aten
 MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)  # of linear layers
 FUSED_ATTENTION = (
@@ -38,7 +40,8 @@ def remat_blocks(model: nn.Module, kind: str) -> None:
 
 
 def _num_linears(module: nn.Module) -> int:
-    return sum(isinstance(m, nn.Linear) for m in module.modules())
+    """Matrix products of a region; an adapter has two."""
+    return sum(isinstance(m, nn.Linear) + 2 * isinstance(m, Adapter) for m in module.modules())
 
 
 def _contexts(num_products: int) -> tuple[AbstractContextManager, AbstractContextManager]:

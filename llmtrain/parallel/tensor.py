@@ -16,6 +16,7 @@ from llmtrain.config.parameters import kind_of, tp_dim
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention
 from llmtrain.model.linear import Linear
+from llmtrain.model.lora import Adapter
 from llmtrain.model.norm import Norm
 from llmtrain.parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
 
@@ -68,12 +69,24 @@ class ReplicaLinear(Linear):
 
     group: ProcessGroup
 
-    def product(self, x: Tensor) -> Tensor:
+    def weighted(self, x: Tensor) -> Tensor:
         return F.linear(x, copy_to(self.weight, self.group))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x)
         return y if self.bias is None else y + copy_to(self.bias, self.group)
+
+
+class SharedAdapter(Adapter):
+    """An adapter of a projection within a sharded region: B is cut as the rows of the weight are, A as its columns.
+    Of what is whole a rank's gradient is only a part: of some heads, or of a part of the sum."""
+
+    group: ProcessGroup
+    whole: tuple[bool, bool]  # A, B
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (copy_to(p, self.group) if whole else p for p, whole in zip((self.a, self.b), self.whole, strict=True))
+        return self.apply_with(x, a, b)
 
 
 class RowLinear(Linear):
@@ -148,6 +161,9 @@ def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool
         if cls is not None:
             module.__class__ = cls
             module.group, module.sequence, module.rank = group, sequence, rank
+        if isinstance(module, Adapter):
+            module.__class__, module.group = SharedAdapter, group
+            module.whole = module.a.tp_dim is None, module.b.tp_dim is None
         if isinstance(module, Attention) and model.config.num_kv_heads % size:
             share_kv_heads(module, model.config, group, rank)
 

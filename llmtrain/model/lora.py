@@ -1,0 +1,56 @@
+"""Low-rank adapters (arXiv 2106.09685): beside W x a projection computes alpha / rank B (A x), and only A and B are
+trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmtrain.config.adapters import adapter_of
+from llmtrain.config.schema import LoraConfig, ModelConfig
+
+
+class Adapter(nn.Module):
+    """x [..., in] -> scale B (A x) [..., out]. It stays in the precision of x also where the projection has 8 bits."""
+
+    def __init__(self, in_features: int, out_features: int, lora: LoraConfig) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(lora.rank, in_features))
+        self.b = nn.Parameter(torch.empty(out_features, lora.rank))
+        self.scale = lora.alpha / lora.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_with(x, self.a, self.b)
+
+    def apply_with(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The adapter with given matrices."""
+        return F.linear(F.linear(x, a) * self.scale, b)
+
+
+def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
+    """Give the targeted projections of `model.layers` an adapter, in place; nothing else has a gradient any more."""
+    model.requires_grad_(False)
+    for name, module in list(model.layers.named_modules()):
+        if name.rpartition(".")[2] in lora.targets and isinstance(module, nn.Linear):
+            module.lora = Adapter(module.in_features, module.out_features, lora)
+
+
+def initial_adapter(leaf: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """`b` is 0, so that training starts from the base; `a` uniform in +-1 / sqrt(in), as peft has it."""
+    if leaf == "b":
+        return torch.zeros(shape)
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+
+def merged(name: str, model: ModelConfig, read: Callable[[str], Tensor]) -> Tensor:
+    """The parameter `name` of the base with its adapter, if there is one, added in fp32: W + scale B A. `read` gives
+    whole tensors of base and adapters by canonical name."""
+    weight, adapter = read(name), adapter_of(model, name)
+    if adapter is None or model.lora is None:
+        return weight
+    a, b = (read(f"{adapter}.{leaf}").float() for leaf in ("a", "b"))
+    return (weight.float() + model.lora.alpha / model.lora.rank * (b @ a)).to(weight.dtype)
