@@ -19,6 +19,7 @@ from llmtrain.model.feedforward import FeedForward
 from llmtrain.model.heads import LMHead
 from llmtrain.model.lora import add_adapters, initial_adapter
 from llmtrain.model.mla import LatentAttention
+from llmtrain.model.moe import MoE
 from llmtrain.model.norm import hidden_norm
 from llmtrain.model.rope import rope_angles, rope_frequencies, rope_magnitude
 
@@ -65,8 +66,7 @@ def make_feedforward(config: ModelConfig, layer: int) -> nn.Module:
     family = family_of(config.family)
     if family.parts:
         return import_module(family.parts).FeedForward(config)
-    assert not has_experts(config, layer)
-    return FeedForward(config)
+    return MoE(config) if has_experts(config, layer) else FeedForward(config)
 
 
 class Decoder(nn.Module):
@@ -200,5 +200,5 @@ def _usual_std(name: str, config: ModelConfig) -> float:
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill a whole (unsharded) decoder with its initial values."""
-    for name, p in model.named_parameters():
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
         p.copy_(init_tensor(name, tuple(p.shape), config, seed))

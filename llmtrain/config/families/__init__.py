@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from llmtrain.config.families import llama
+from llmtrain.config.families import gemma, gpt2, llama, mixtral, palm, qwen, qwen_moe
 from llmtrain.config.families.base import FAMILIES, Disk, Family, family_of, presets, register
 
-BUILT_IN = (llama.FAMILY,)
+BUILT_IN = (
+    llama.FAMILY,
+    mixtral.FAMILY,
+    qwen_moe.FAMILY,
+    gpt2.FAMILY,
+    palm.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+)
 for _family in BUILT_IN:
     register(_family)
 

@@ -1,0 +1,162 @@
+"""How evenly a router spreads tokens over its experts: counted, and driven by losses or by the bias of the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmtrain.config.schema import MoeConfig
+
+
+class Routing(NamedTuple):
+    """What a router did with B rows of T tokens."""
+
+    logits: Tensor  # fp32 [B, T, E]
+    counts: Tensor  # int64 [B, E]: (token, slot) pairs that went to each expert, padding left out
+    tokens: Tensor  # int64 [B]: that are no padding
+    valid: Tensor  # bool [B, T]: no padding
+
+    @classmethod
+    def of(cls, logits: Tensor, indices: Tensor, rows: int) -> Routing:
+        """From logits [B T, E] and the chosen experts [B T, k], where E stands for none."""
+        experts, k = logits.size(1), indices.size(1)
+        chosen = indices.view(rows, -1)
+        counts = torch.zeros(rows, experts + 1, dtype=torch.int64, device=indices.device)
+        counts = counts.scatter_add_(1, chosen, torch.ones_like(chosen))[:, :experts]
+        valid = chosen[:, ::k] < experts
+        return cls(logits.view(rows, -1, experts), counts, valid.sum(1), valid)
+
+
+def shares(logits: Tensor, gate: str) -> Tensor:
+    """The scores [..., E] of each token as shares that sum to 1: those of a sigmoid gate are divided by their sum
+    (arXiv 2412.19437, equation 19)."""
+    if gate == "softmax":
+        return logits.softmax(-1)
+    scores = logits.sigmoid()
+    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+def losses(routing: Routing, config: MoeConfig) -> tuple[Tensor, Tensor]:
+    """(auxiliary loss, z-loss), each the sum over rows of its sum over tokens, fp32.
+
+    Auxiliary (arXiv 2101.03961, equations 4 to 6; 2412.19437, 17 to 20), for each row alone, so that neither the batch
+    nor the ranks around it change it: n sum_i f_i P_i with n tokens, P_i the mean share of expert i and f_i = E / (k n)
+    times the tokens that chose it; n at perfect balance. z (arXiv 2202.08906, equation 5): logsumexp(logits)^2.
+    """
+    share = shares(routing.logits, config.gate)
+    aux = (_load_factors(routing, config) * share).sum(-1)
+    z = routing.logits.logsumexp(-1).square()
+    return (aux * routing.valid).sum(), (z * routing.valid).sum()
+
+
+def _load_factors(routing: Routing, config: MoeConfig) -> Tensor:
+    """f_i of `losses`, [B, 1, E]."""
+    even = routing.tokens.clamp(min=1) * config.top_k / config.num_experts
+    return (routing.counts / even[:, None])[:, None]
+
+
+def loss_gradient(routing: Routing, config: MoeConfig) -> Tensor:
+    """Of aux_coef (auxiliary loss) + z_coef (z-loss) by the logits, [B, T, E]; f_i are constants."""
+    grad = torch.zeros_like(routing.logits)
+    if config.balance == "aux":
+        share, factors = shares(routing.logits, config.gate), _load_factors(routing, config)
+        slope = share * (factors - (factors * share).sum(-1, keepdim=True))
+        if config.gate == "sigmoid":
+            slope = slope * (1 - routing.logits.sigmoid())
+        grad += config.aux_coef * slope
+    if config.z_coef:
+        z = routing.logits.logsumexp(-1, keepdim=True)
+        grad += config.z_coef * 2 * z * (routing.logits - z).exp()
+    return grad * routing.valid[..., None]
+
+
+class Tally:
+    """What a router did since the last `reset`, counted in the backward: once for each microbatch that is trained,
+    rematerialised or not, and never for one that is only scored. And how much of its losses the backward adds."""
+
+    loss_factor: float = 0.0  # of the losses' gradient: 1 / the denominator of the token loss, times any loss scale
+    tp_ranks: int = 1  # that compute the same tokens, and over which the router's gradient is summed
+    row_sum: Callable[[Tensor], Tensor] | None = None  # over ranks that hold parts of the same rows: a sum
+
+    def __init__(self, config: MoeConfig) -> None:
+        self.config = config
+        self.load: Tensor | None = None  # int64 [E]: tokens that each expert got; None = nothing was trained
+        self.tokens: Tensor | None = None  # int64: routed ones, each of which takes top_k experts
+        self.losses: Tensor | None = None  # fp32 [2]: sums of `losses`
+
+    def reset(self) -> None:
+        """Forget."""
+        self.load = self.tokens = self.losses = None
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, indices: Tensor, rows: int) -> Tensor | None:
+        """Count a microbatch, as `Routing.of` takes it; returns what its losses add to the gradient of the logits."""
+        routing = Routing.of(logits, indices, rows)
+        load, tokens = routing.counts.sum(0), routing.tokens.sum()
+        if self.row_sum is not None:
+            routing = routing._replace(counts=self.row_sum(routing.counts), tokens=self.row_sum(routing.tokens))
+        both = torch.stack(losses(routing, self.config))
+        if self.load is None:
+            self.load, self.tokens, self.losses = load, tokens, both
+        else:
+            self.load, self.tokens, self.losses = self.load + load, self.tokens + tokens, self.losses + both
+        if not self.loss_factor:
+            return None
+        return loss_gradient(routing, self.config).view_as(logits) * (self.loss_factor / self.tp_ranks)
+
+
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        weights: Tensor,
+        logits: Tensor,
+        indices: Tensor,
+        rows: int,
+        tally: Tally,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, indices)
+        ctx.rows, ctx.tally = rows, tally
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        return grad, ctx.tally.add(*ctx.saved_tensors, ctx.rows), None, None, None
+
+
+@torch.compiler.disable  # its backward writes to the tally, whose factor is another at every step
+def counted(weights: Tensor, logits: Tensor, indices: Tensor, rows: int, tally: Tally) -> Tensor:
+    """The weights [B T, k] of the chosen experts; their backward tells the tally, and adds the losses' gradient."""
+    return _Counted.apply(weights, logits, indices, rows, tally)
+
+
+# Between updates
+
+
+def update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """Loss-free balance (arXiv 2408.15664, algorithm 1): the bias [E] of an expert that got more than its share of
+    `load`, int64 [E], falls by `rate`, of one that got less rises. The comparison is exact."""
+    return bias + rate * torch.sign(load.sum() - load * load.numel()).to(bias.dtype)
+
+
+def balance_metrics(loads: Mapping[str, Tensor], tokens: Mapping[str, Tensor], top_k: int) -> dict[str, float]:
+    """For each layer: the largest load over the mean one (1 = even), the entropy of the load over that of an even one
+    (1 = even), and the share of choices that no expert computed.
+
+    Example: loads {"2": [6, 2]}, tokens {"2": 4}, top_k 2 -> {"load_max.2": 1.5, "load_entropy.2": 0.81,
+    "load_dropped.2": 0.0}
+    """
+    found: dict[str, float] = {}
+    for layer, load in loads.items():
+        share = load.double() / load.sum().clamp(min=1)
+        entropy = -torch.special.xlogy(share, share).sum() / torch.log(torch.tensor(float(max(2, load.numel()))))
+        wanted = int(tokens[layer]) * top_k
+        found[f"load_max.{layer}"] = float(share.max() * load.numel())
+        found[f"load_entropy.{layer}"] = float(entropy)
+        found[f"load_dropped.{layer}"] = 1 - float(load.sum()) / wanted if wanted else 0.0
+    return found

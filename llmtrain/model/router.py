@@ -1,0 +1,70 @@
+"""The router: which experts a token goes to, and with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.balance import Tally, counted
+
+
+class Router(nn.Module):
+    """Scores of all experts in fp32, the best of which are chosen, perhaps with a bias and within the best groups."""
+
+    bias: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.config = config.moe
+        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+        self.register_buffer("bias", torch.zeros(config.moe.num_experts) if config.moe.selection_bias else None)
+        self.tally = Tally(config.moe)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, hidden] -> the experts of each token, int64 [B T, k], and their weights, fp32 [B T, k]. Where
+        `padding` [B, T] is True the experts are num_experts, which is none, and the weights 0."""
+        logits = self.logits(x.flatten(0, 1))
+        scores = logits.softmax(-1) if self.config.gate == "softmax" else logits.sigmoid()
+        indices = self.choose(scores.detach())
+        weights = scores.gather(1, indices)
+        if self.config.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.config.scale
+        if padding is not None:
+            nowhere = padding.reshape(-1, 1)
+            indices = indices.masked_fill(nowhere, self.config.num_experts)
+            weights = weights.masked_fill(nowhere, 0.0)
+        if torch.is_grad_enabled():
+            weights = counted(weights, logits, indices, x.size(0), self.tally)
+        return indices, weights
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> fp32 [N, E]."""
+        return F.linear(x.float(), self.weight.float())
+
+    @torch.no_grad()
+    def choose(self, scores: Tensor) -> Tensor:
+        """The top_k experts of each row of scores [N, E], in any order. With groups, they are chosen from those whose
+        best score (softmax gate, arXiv 2405.04434), or the sum of their two best (sigmoid, arXiv 2412.19437), is
+        highest."""
+        c = self.config
+        choice = scores if self.bias is None else scores + self.bias
+        if c.num_groups > 1:
+            grouped = choice.view(choice.size(0), c.num_groups, -1)
+            best = grouped.topk(1 if c.gate == "softmax" else 2, -1).values.sum(-1)
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(c.top_groups, -1).indices, True)
+            choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+        return choice.topk(c.top_k, -1, sorted=False).indices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """The bias moves with the module but stays fp32: its steps are below what bf16 resolves."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.bias.dtype != bias.dtype:
+            self.bias = bias.to(self.bias.device)
+        return self
