@@ -1,12 +1,18 @@
-"""Keys and values of the sequences being decoded: one static block of memory, a row (slot) a sequence."""
+"""What is kept of the sequences being decoded: for each layer one static block of memory, a row (slot) a sequence.
+
+A token takes, in a layer, 2 x kv heads x head_dim numbers; with latent attention kv_rank + rope_head_dim, for all heads
+together. A row has room for all its tokens, in a sliding layer for as many as the window is wide.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llmtrain.config.parameters import layer_type
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import LayerCache
 
@@ -31,42 +37,95 @@ class Recorder:
         return k, v
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Of one row in one layer. The token at position t lies at t % tokens, so that a sliding layer's is a ring."""
+
+    kind: str  # of the layer
+    heads: int
+    key_dim: int
+    value_dim: int
+    tokens: int
+    window: int | None  # how far back a token sees; None = all
+
+    def places(self, positions: Tensor) -> Tensor:
+        """Where tokens lie."""
+        return positions % self.tokens
+
+    def attended(self, length: int) -> int:
+        """How many places the longest row, of `length` tokens, needs."""
+        return min(round_up(length), self.tokens)
+
+    def mask(self, positions: Tensor, length: int) -> Tensor:
+        """[rows, 1, 1, attended] bool: which places the newest tokens, at `positions`, see."""
+        places = torch.arange(self.attended(length), device=positions.device)
+        age = (positions[:, None] - places) % self.tokens
+        seen = age <= positions[:, None]  # others are of a row before
+        return (seen if self.window is None else seen & (age < self.window))[:, None, None]
+
+
+def kept(config: ModelConfig, layer: int, tokens: int) -> Kept:
+    """Of rows of at most `tokens`."""
+    kind = layer_type(config, layer)
+    if config.attention == "mla":
+        assert config.mla is not None
+        return Kept(kind, 1, config.mla.kv_rank + config.mla.rope_head_dim, 0, tokens, None)
+    head_dim = config.head_dim or config.hidden_size // config.num_heads
+    window = config.sliding_window if kind == "sliding" else None
+    places = tokens if window is None else min(round_up(window), tokens)
+    return Kept(kind, config.num_kv_heads, head_dim, head_dim, places, window)
+
+
 class KVCache:
-    """keys, values [layers, slots, kv heads, tokens, head_dim]. Used rows are always the first ones."""
+    """keys, values: for each layer [slots, heads, tokens, dim]. Used rows are always the first ones."""
 
     def __init__(self, config: ModelConfig, slots: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        head_dim = config.head_dim or config.hidden_size // config.num_heads
-        self.shape = (config.num_layers, slots, config.num_kv_heads, tokens, head_dim)
+        self.slots, self.tokens, self.device = slots, tokens, device
+        self.layers = [kept(config, layer, tokens) for layer in range(config.num_layers)]
         # zeros, not empty: a masked NaN would still reach the output, as 0 * NaN
-        self.keys = torch.zeros(self.shape, dtype=dtype, device=device)
-        self.values = torch.zeros(self.shape, dtype=dtype, device=device)
+        like = {"dtype": dtype, "device": device}
+        self.keys = [torch.zeros(slots, x.heads, x.tokens, x.key_dim, **like) for x in self.layers]
+        self.values = [torch.zeros(slots, x.heads, x.tokens, x.value_dim, **like) for x in self.layers]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of all keys and values."""
+        return sum(block.nbytes for block in (*self.keys, *self.values))
 
     def holds(self, slots: int, tokens: int) -> bool:
         """Whether it is large enough."""
-        return slots <= self.shape[1] and tokens <= self.shape[3]
+        return slots <= self.slots and tokens <= self.tokens
 
-    def fill(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Start a row with a prompt's keys and values [layers, kv heads, T, head_dim]."""
-        self.keys[:, row, :, : keys.size(2)] = keys
-        self.values[:, row, :, : values.size(2)] = values
+    def fill(self, row: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Start a row with a prompt's keys and values, for each layer [heads, T, dim]; of those that a sliding layer
+        will not see again it keeps none."""
+        T = keys[0].size(1)
+        for blocks, new in ((self.keys, keys), (self.values, values)):
+            for layer, block, x in zip(self.layers, blocks, new, strict=True):
+                first = max(0, T - layer.tokens)
+                block[row, :, layer.places(torch.arange(first, T, device=self.device))] = x[:, first:]
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` of a row over another."""
-        for block in (self.keys, self.values):
-            block[:, target, :, :tokens] = block[:, source, :, :tokens]
+        for block in (*self.keys, *self.values):
+            block[target, :, :tokens] = block[source, :, :tokens]
 
-    def decoding(self, positions: Sequence[int]) -> tuple[Tensor, list[LayerCache]]:
-        """For one new token in each of the first rows, at `positions`: the mask and a LayerCache for every layer."""
-        device = self.keys.device
-        attended = min(round_up(max(positions) + 1), self.shape[3])
-        rows, at = torch.arange(len(positions), device=device), torch.tensor(positions, device=device)
-        mask = torch.arange(attended, device=device) <= at[:, None]
+    def decoding(self, positions: Sequence[int]) -> tuple[dict[str, Tensor], list[LayerCache]]:
+        """For one new token in each of the first rows, at `positions`: the masks by kind of layer, and a LayerCache for
+        every layer."""
+        rows, length = torch.arange(len(positions), device=self.device), max(positions) + 1
+        at = torch.tensor(positions, device=self.device)
+        kinds = {layer.kind: layer for layer in self.layers}
+        places = {kind: layer.places(at) for kind, layer in kinds.items()}
 
-        def layer(keys: Tensor, values: Tensor) -> LayerCache:
+        def cache(layer: Kept, keys: Tensor, values: Tensor) -> LayerCache:
+            place, attended = places[layer.kind], layer.attended(length)
+
             def append(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-                keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
+                keys[rows, :, place], values[rows, :, place] = k[:, :, 0], v[:, :, 0]
                 return keys[: len(rows), :, :attended], values[: len(rows), :, :attended]
 
             return append
 
-        return mask[:, None, None], [layer(*pair) for pair in zip(self.keys, self.values, strict=True)]
+        masks = {kind: layer.mask(at, length) for kind, layer in kinds.items()}
+        return masks, [cache(*layer) for layer in zip(self.layers, self.keys, self.values, strict=True)]

@@ -59,19 +59,20 @@ class NativeGenerator:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copies every weight by canonical name; a tied head may come under both names.
+        """Copies every weight by canonical name, the biases of routers too; a tied head may come under both names.
 
         Raises ValueError when one is missing, unknown or of another shape; the model is then a mixture: load again.
         """
-        parameters = dict(self.model.named_parameters())
-        missing = dict(parameters)
+        tied = self.model.config.tie_embeddings
+        own = {n: x for n, x in self.model.state_dict().items() if not (tied and n == "head.weight")}
+        missing = dict(own)
         for name, tensor in weights:
-            if name == "head.weight" and self.model.config.tie_embeddings:
+            if name == "head.weight" and tied:
                 continue
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                expected = list(parameters[name].shape) if name in parameters else "no tensor so named"
+            if name not in own or own[name].shape != tensor.shape:
+                expected = list(own[name].shape) if name in own else "no tensor so named"
                 raise ValueError(f"{name} {list(tensor.shape)}: the generator's model has {expected}")
-            parameters[name].copy_(tensor)
+            own[name].copy_(tensor)
             missing.pop(name, None)
         if missing:
             raise ValueError(f"{next(iter(missing))}: not among the weights ({len(missing)} missing in all)")
@@ -144,10 +145,10 @@ class _Sequence:
 
 @dataclass
 class _Prefill:
-    """A computed prompt: keys, values [layers, kv heads, T, head_dim] and the logits [vocabulary] after it."""
+    """A computed prompt: for each layer keys and values [heads, T, dim], and the logits [vocabulary] after it."""
 
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
     logits: Tensor
 
 
@@ -193,23 +194,26 @@ class _Decoding:
 
     def _forward_prompts(self, prompts: Sequence[list[int]]) -> list[_Prefill]:
         """One forward. Padding is on the right, where causal attention never sees it."""
-        lengths, device = [len(ids) for ids in prompts], self.cache.keys.device
+        lengths, device = [len(ids) for ids in prompts], self.cache.device
         ids = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in prompts], device=device)
         positions = torch.arange(ids.size(1), device=device).expand_as(ids)
         recorder = Recorder()
         hidden = self.trunk(ids, positions, caches=dict.fromkeys(self.model.layers, recorder))
-        keys, values = torch.stack(recorder.keys, 1), torch.stack(recorder.values, 1)
         logits = self.model.head(hidden[range(len(prompts)), [n - 1 for n in lengths]])
-        return [_Prefill(keys[i, :, :, :n], values[i, :, :, :n], logits[i]) for i, n in enumerate(lengths)]
+
+        def own(blocks: list[Tensor], i: int) -> list[Tensor]:
+            return [x[i, :, : lengths[i]] for x in blocks]
+
+        return [_Prefill(own(recorder.keys, i), own(recorder.values, i), logits[i]) for i in range(len(prompts))]
 
     def _decode(self) -> None:
         """One token more for every active sequence."""
-        mask, caches = self.cache.decoding([s.length - 1 for s in self.active])
-        device = self.cache.keys.device
+        masks, caches = self.cache.decoding([s.length - 1 for s in self.active])
+        device = self.cache.device
         ids = torch.tensor([[s.tokens[-1]] for s in self.active], device=device)
         positions = torch.tensor([[s.length - 1] for s in self.active], device=device)
         by_layer = dict(zip(self.model.layers, caches, strict=True))
-        logits = self.model(ids, positions, masks={"full": mask}, caches=by_layer)
+        logits = self.model(ids, positions, masks=masks, caches=by_layer)
         self._append(self.active, logits[:, 0])
 
     def _append(self, sequences: list[_Sequence], logits: Tensor) -> None:

@@ -210,5 +210,5 @@ def test_sleep_frees_the_cache() -> None:
 def test_bf16() -> None:
     generator = NativeGenerator(random_decoder().bfloat16(), 4, "cpu")
     rollouts = generator.generate(random_prompts(), Sampling(10, num_samples=2))
-    assert generator.cache.keys.dtype == torch.bfloat16
+    assert generator.cache.keys[0].dtype == torch.bfloat16
     assert all(len(r.completion_ids) == 10 and max(r.logprobs) <= 0 for r in rollouts)
