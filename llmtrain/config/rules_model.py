@@ -73,12 +73,26 @@ def _experts(case: Case) -> Iterator[str]:
             f"model.moe.num_groups={e.num_groups}: must divide num_experts={e.num_experts}, and top_groups="
             f"{e.top_groups} be at most num_groups; change them"
         )
-    elif e.top_k > e.num_experts // e.num_groups * e.top_groups:
+    elif e.num_experts >= e.top_k > e.num_experts // e.num_groups * e.top_groups:
         yield f"model.moe.top_k={e.top_k}: the top_groups={e.top_groups} groups hold fewer experts; raise top_groups"
+    elif e.gate == "sigmoid" and e.num_groups > 1 and e.num_experts == e.num_groups:
+        yield (
+            f"model.moe.num_groups={e.num_groups}: with gate: sigmoid the two best experts of a group count, and a "
+            "group has one; use fewer groups"
+        )
     if outside := [layer for layer in e.dense_layers if not 0 <= layer < m.num_layers]:
         yield f"model.moe.dense_layers: {outside[0]} is no layer of 0 .. {m.num_layers - 1}; remove it"
     if e.balance == "bias" and not e.selection_bias:
         yield "model.moe.balance=bias: moves model.moe.selection_bias, which is off; set selection_bias=true, or aux"
+    if not m.gated or m.ffn_bias:
+        what = f"model.gated={m.gated}, ffn_bias={m.ffn_bias}"
+        yield f"{what}: with model.moe they are true and false, no published model has others; remove them"
+    pieces = ep * case.config.parallel.tp
+    if e.num_experts % pieces:
+        yield (
+            f"model.moe.num_experts={e.num_experts}: must be a multiple of parallel.ep x tp = {pieces}, whole experts "
+            "lie on a rank; change one of them"
+        )
     if m.block == "parallel":
         yield "model.block=parallel: not with model.moe, no published model has both; use sequential"
 

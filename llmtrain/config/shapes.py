@@ -167,11 +167,12 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
     if family.to_hf is None:
         raise ValueError(f"model.family={m.family}: transformers has no such model; keep the run directory instead")
     written = {**family.to_hf(m), "model_type": family.model_type}
+    unused = ("ffn_size",) if all(has_experts(m, layer) for layer in range(m.num_layers)) else ()
     for name, value in fields_from_hf(written).items():
         ours = getattr(m, name)
         if isinstance(ours, MoeConfig) and isinstance(value, MoeConfig):
             ours = ours.model_copy(update={part: getattr(value, part) for part in FREE_MOE})
-        if name not in FREE and value != ours:
+        if name not in (*FREE, *unused) and value != ours:
             raise ValueError(
                 f"model.{name}={ours}: a config.json of family {m.family} cannot say so, it would read {value}; choose "
                 "another model.family"

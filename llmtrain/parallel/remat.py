@@ -3,7 +3,8 @@
 `full` keeps each block's input and computes a third more. `selective` keeps what is costly to compute, the outputs of
 matrix products and fused attention, and computes again what is cheap: norms, rotations, activation functions, products
 element by element, and gathers of the sequence. The last product of each half of a block, whose output only the
-residual stream reads, is neither kept nor computed again. Without fused attention the scores, which are large, are
+residual stream reads, is neither kept nor computed again (that of experts is: an operation of ours says what its
+backward needs only when it is done). Without fused attention the scores, which are large, are
 computed again, as in arXiv 2205.05198, section 5.
 """
 
@@ -16,10 +17,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llmtrain.model.experts import Experts
 from llmtrain.model.lora import Adapter
+from llmtrain.model.router import Router
 
 aten = torch.ops.aten
-MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)  # of linear layers
+MATRIX_PRODUCTS = (
+    *(aten.mm.default, aten.addmm.default, aten._scaled_mm.default),  # of linear layers
+    torch.ops.llmtrain.grouped_product.default,  # of experts
+)
+PRODUCTS = {nn.Linear: 1, Adapter: 2, Router: 1, Experts: 3}
 FUSED_ATTENTION = (
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -35,13 +42,13 @@ def remat_blocks(model: nn.Module, kind: str) -> None:
         if kind == "full":
             block.forward = partial(again, block.forward)
             continue
-        block.attend = partial(again, block.attend, context_fn=partial(_contexts, _num_linears(block.attention)))
-        block.feed = partial(again, block.feed, context_fn=partial(_contexts, _num_linears(block.feedforward)))
+        block.attend = partial(again, block.attend, context_fn=partial(_contexts, _num_products(block.attention)))
+        block.feed = partial(again, block.feed, context_fn=partial(_contexts, _num_products(block.feedforward)))
 
 
-def _num_linears(module: nn.Module) -> int:
-    """Matrix products of a region; an adapter has two."""
-    return sum(isinstance(m, nn.Linear) + 2 * isinstance(m, Adapter) for m in module.modules())
+def _num_products(module: nn.Module) -> int:
+    """Of a region."""
+    return sum(count for m in module.modules() for kind, count in PRODUCTS.items() if isinstance(m, kind))
 
 
 def _contexts(num_products: int) -> tuple[AbstractContextManager, AbstractContextManager]:
