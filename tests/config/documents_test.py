@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,33 @@ def test_a_document_is_right(
     assert load(str(tmp_path / "dump.yaml"), []) == config
     main(config)
     assert capsys.readouterr().out
+
+
+CONTRACT = {  # the keys that users rely on, each with another value than in tiny.yaml
+    **{"name": "other", "run_dir": "elsewhere", "seed": 1, "tokenizer.path": ".", "data.path": "."},
+    **{"model.preset": "llama3-8b", "model.init_from": ".", "model.attention": "gqa", "model.head_dim": 16},
+    **{"model.num_layers": 6, "model.hidden_size": 64, "model.ffn_size": 96, "model.vocab_size": 2048},
+    **{"model.num_heads": 8, "model.num_kv_heads": 4, "parallel.pp": 2, "parallel.dp_replicate": 2},
+    **{"parallel.dp_shard": 2, "parallel.cp": 2, "parallel.tp": 2, "parallel.ep": 1, "parallel.schedule": "zbv"},
+    **{"parallel.sequence_parallel": False, "engine.backend": "fsdp", "engine.zero_stage": 3, "engine.remat": "full"},
+    **{"engine.offload": "params", "engine.precision": "fp16", "engine.compile": True, "optim.name": "muon"},
+    **{"optim.lr": 0.01, "optim.min_lr": 0.001, "optim.betas": [0.8, 0.9], "optim.weight_decay": 0.0},
+    **{"optim.grad_clip": 0.0, "optim.schedule": "linear", "optim.warmup_steps": 1, "train.steps": 3},
+    **{"train.seq_len": 64, "train.micro_batch_seqs": 2, "train.global_batch_seqs": 32},
+    "train.batch_ramp": [{"from_tokens": 9, "global_batch_seqs": 64}],
+    "train.seq_ramp": [{"from_tokens": 9, "seq_len": 256, "rope_theta": 50000.0, "rope_scaling": None}],
+    **{"rollout.generator": "native", "rollout.placement": "separate", "rollout.workers": 1, "rollout.group_size": 4},
+    **{"rollout.max_new_tokens": 8, "rollout.temperature": 0.5, "checkpoint.every_steps": 5, "checkpoint.keep": 1},
+    **{"checkpoint.resume": "never", "log.every_steps": 2, "log.wandb": "off", "log.project": "other"},
+}
+
+
+@pytest.mark.parametrize("key", CONTRACT)
+def test_every_key_of_the_contract_can_be_overridden_on_tiny(key: str) -> None:
+    found = load(str(ROOT / "configs/pretrain/tiny.yaml"), [f"{key}={json.dumps(CONTRACT[key])}"]).model_dump(
+        mode="json"
+    )
+    assert reduce(lambda section, name: section[name], key.split("."), found) == CONTRACT[key]
 
 
 def test_there_are_documents() -> None:

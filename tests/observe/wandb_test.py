@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -104,3 +105,17 @@ def test_online_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(AssertionError, match="WANDB_API_KEY"):
         start("online", "p", "n", str(tmp_path / "run"), {}, resume=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_online_with_a_key_goes_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    fake = SimpleNamespace(Settings=lambda **keys: keys, init=lambda **keys: asked.update(keys))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    start("online", "project", "name", str(tmp_path), {"seed": 1}, resume=False)
+    assert (asked["mode"], asked["project"], asked["name"], asked["config"]) == (
+        "online",
+        "project",
+        "name",
+        {"seed": 1},
+    )
