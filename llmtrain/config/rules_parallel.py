@@ -21,6 +21,24 @@ def _ranks(case: Case) -> Iterator[str]:
             yield str(error)
 
 
+def _expert_ranks(case: Case) -> Iterator[str]:
+    p, e = case.config.parallel, case.config.engine
+    if p.ep == 1:
+        return
+    try:
+        sizes = mesh_sizes(p, case.trainers)
+    except ValueError:
+        return  # reported by `_ranks`
+    shard = sizes["dp_shard"] * sizes["cp"]
+    if shard % p.ep:
+        yield f"parallel.ep={p.ep}: must divide dp_shard x cp = {shard}, whose ranks share the experts; change one"
+    if e.backend == "deepspeed" and e.zero_stage == 3 and p.pp > 1:
+        yield (
+            f"parallel.ep={p.ep}: not with engine.zero_stage=3 and parallel.pp={p.pp}, whose stages gather experts at "
+            "different times and would wait for each other; use engine.backend=fsdp, or zero_stage 1 or 2"
+        )
+
+
 def _placement(case: Case) -> Iterator[str]:
     r = case.config.rollout
     if r.placement == "separate" and not r.workers:
@@ -268,6 +286,8 @@ def _replica_check(case: Case) -> Iterator[str]:
 
 PARALLEL_RULES: Rules = (
     (TRAIN, _ranks),
+    (TRAIN, _expert_ranks),
+    (TRAIN, _expert_ranks),
     (("grpo",), _placement),
     ((*TRAIN, "plan"), _tensor_parallel),
     ((*TRAIN, "plan"), _context_parallel),

@@ -175,7 +175,7 @@ class ParallelConfig(Section):
     dp_shard: int = -1  # data-parallel ranks that ZeRO or FSDP2 shards over (together with cp)
     cp: PositiveInt = 1  # context-parallel ranks: each has a part of every row
     tp: PositiveInt = 1  # tensor-parallel ranks; divides heads, K/V heads, ffn_size, vocab_size
-    ep: PositiveInt = 1  # expert parallel, a view of dp_shard x cp; not in this version: 1
+    ep: PositiveInt = 1  # expert-parallel ranks, a part of dp_shard x cp: each has a part of the experts
     sequence_parallel: bool = True  # with tp > 1: norms and residuals on a slice of the row
     context: Literal["ring", "alltoall", "allgather"] = "ring"  # attention over cp (arXiv 2310.01889, 2309.14509)
     schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"  # of the pipeline

@@ -21,18 +21,25 @@ def owns(parameter: nn.Parameter, tp_rank: int) -> bool:
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, group: ProcessGroup
+    parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, group: ProcessGroup, experts_apart: bool = False
 ) -> tuple[float, bool]:
     """Scale the gradients so that their norm over `group`, the ranks that hold one copy of all of them together, is at
-    most `max_norm` (0: leave them). Returns the norm before, and whether this rank's part of it is finite."""
+    most `max_norm` (0: leave them). Returns the norm before, and whether this rank's part of it is finite.
+
+    `experts_apart`: the group holds one copy of all but the experts, which lie on the ranks of `ep`.
+    """
     parameters = [p for p in parameters if p.grad is not None]
-    own = get_total_norm([local(p.grad) for p in parameters if owns(p, mesh.coords["tp"])])
-    total = own.square().to(mesh.device)
-    dist.all_reduce(total, group=group)
-    norm = float(total.sqrt())
+    counted = [p for p in parameters if owns(p, mesh.coords["tp"])]
+    kinds = [[local(p.grad) for p in counted if p.expert == expert] for expert in (False, True)]
+    own = torch.stack([get_total_norm(grads).to(mesh.device) for grads in kinds])
+    totals = own.square()
+    if experts_apart and mesh.ep > 1:
+        dist.all_reduce(totals[1], group=mesh.groups["ep"])
+    dist.all_reduce(totals, group=group)
+    norm = float(totals.sum().sqrt())
     if max_norm and norm > max_norm:
         torch._foreach_mul_([local(p.grad) for p in parameters], max_norm / (norm + 1e-6))
-    return norm, bool(own.isfinite())
+    return norm, bool(own.isfinite().all())
 
 
 def local(x: Tensor) -> Tensor:

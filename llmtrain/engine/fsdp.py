@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
+from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_buffers, start_auxiliary
 from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, local, owns
 from llmtrain.engine.memory import keep_freed_memory
@@ -28,7 +29,15 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
-from llmtrain.parallel.plan import WeightSource, compile_blocks, copy_marks, parameters_of, slice_of, trained_of
+from llmtrain.parallel.plan import (
+    WeightSource,
+    compile_blocks,
+    copy_marks,
+    fill_buffers,
+    parameters_of,
+    slice_of,
+    trained_of,
+)
 from llmtrain.parallel.scoring import score
 from llmtrain.types import Address, Batch, Fragment, StepStats
 
@@ -45,6 +54,9 @@ def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
         "offload_policy": offload_policy(config, mesh.device),
     }
     for block in part.layers.values():
+        if mesh.ep > 1 and hasattr(block.feedforward, "experts"):
+            own = settings | {"mesh": mesh.fsdp_mesh(experts=True)}  # only ranks with the same experts share them
+            fully_shard(block.feedforward.experts, reshard_after_forward=config.reshard, **own)
         fully_shard(block, reshard_after_forward=config.reshard, **settings)
     fully_shard(part, **settings)  # the root's are used at both ends of a forward: kept until its backward
     for module in fsdp_modules(part):
@@ -90,6 +102,7 @@ class FsdpEngine:
         self.trained = trained_of(parts)
         for p in self.parameters:
             self._fill(p, source)
+        fill_buffers(parts, mesh, source)
         if mesh.device.type == "cpu":
             keep_freed_memory()
         self.optimizer = build_optimizer(nn.ModuleList(parts), optim, mesh)
@@ -103,6 +116,7 @@ class FsdpEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         tally = Tally(float(denominator))
+        start_auxiliary(self.parts, self.scaler.scale / tally.denominator)
         self._backward(local_batches(microbatches, self.mesh), loss, tally)
         norm, finite = clip_gradients(self.trained, self.optim.grad_clip, self.mesh, self.mesh.groups["replica"])
         broken = tally.reduce(self.mesh, gradient_finite=finite)
@@ -110,6 +124,7 @@ class FsdpEngine:
         if taken:
             self.optimizer.step()
             self.step += 1
+        tally.metrics |= finish_auxiliary(self.parts, self.mesh, tally.denominator, taken)
         self.optimizer.zero_grad()
         return StepStats(tally.loss, norm if taken else math.nan, lr, tally.metrics)
 
@@ -133,6 +148,7 @@ class FsdpEngine:
             if address.numel and owns(p, self.mesh.coords["tp"]):
                 state = self.optimizer.state.get(p) or initial_state(p, 0)
                 yield Fragment(address, {"weight": _flat(p), **{key: _flat(state[key]) for key in state_keys(p)}})
+        yield from buffer_fragments(self.parts, self.mesh)
 
     @torch.no_grad()
     def load_fragments(self, read: FragmentReader, step: int) -> None:
@@ -142,6 +158,7 @@ class FsdpEngine:
             held = {"weight": p, **self.optimizer.state[p]}
             for key, value in read(self._address(p)).items():
                 _flat(held[key]).copy_(value)
+        load_buffers(self.parts, read)
         self.step = step
 
     def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -180,16 +197,14 @@ class FsdpEngine:
 
     def _address(self, p: nn.Parameter) -> Address:
         """FSDP2 gives every rank as many rows as the first one, until there are none left."""
-        group, rows = self.mesh.groups["shard"], p.size(0)
+        group, rows = self.mesh.groups["expert_shard" if p.expert else "shard"], p.size(0)
         first = min(rows, dist.get_rank(group) * -(-rows // dist.get_world_size(group)))
-        tp, numel = self.mesh.coords["tp"], p.to_local().numel()
-        return Address(
-            p.canonical, p.global_shape, p.tp_dim, tp, self.mesh.sizes["tp"], first * (p.numel() // rows), numel
-        )
+        start, numel = first * (p.numel() // rows), p.to_local().numel()
+        return Address(p.canonical, p.global_shape, p.tp_dim, *p.cut, start, numel)
 
     @torch.no_grad()
     def _fill(self, p: nn.Parameter, source: WeightSource) -> None:
-        address, whole = self._address(p), slice_of(p, self.mesh, source).flatten()
+        address, whole = self._address(p), slice_of(p, source).flatten()
         _flat(p).copy_(whole[address.start : address.start + address.numel])
 
     def _gather(self, p: nn.Parameter) -> Tensor:

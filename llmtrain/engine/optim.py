@@ -32,13 +32,16 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     return config.lr * left + config.min_lr * (1 - left)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, mesh: Mesh | None = None) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, mesh: Mesh | None = None, experts: str | None = None
+) -> Optimizer:
     """AdamW (arXiv 1711.05101), fused, over what is trained of `model`; with `name: muon` Muon for the matrices of
     blocks and AdamW for the rest. Weight decay on matrices, embeddings among them, not on norms and biases.
 
     Call it when the parameters have the form in which they are updated, plain tensors or FSDP2's DTensors, and the
     attributes of `parallel.plan.mark`. A mesh of None: one process. Engines set `lr` in every one of
-    `param_groups` before a step.
+    `param_groups` before a step. `experts`: a name that DeepSpeed finds in groups of parameters that not all
+    data-parallel ranks have.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]  # whose shape says nothing: ZeRO-3 empties them
     for p in parameters:
@@ -50,8 +53,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig, mesh: Mesh | None = N
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if params
     ]
+    groups = [part for group in groups for part in _experts_apart(group, experts)]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return Muon([p for p in parameters if p.muon], adamw, config, mesh) if config.name == "muon" else adamw
+
+
+def _experts_apart(group: dict, name: str | None) -> list[dict]:
+    """The group as it is, or in two: with and without parameters that lie on some data-parallel ranks only."""
+    apart = [p for p in group["params"] if name and getattr(p, "expert", False)]
+    if not apart:
+        return [group]
+    rest = [p for p in group["params"] if not p.expert]
+    return [{**group, "params": rest}] * bool(rest) + [{**group, "params": apart, "moe": True, "name": name}]
 
 
 def state_keys(parameter: Tensor) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from llmtrain.model.lora import merged
 from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline, inputs_of
-from llmtrain.parallel.plan import parameters_of
+from llmtrain.parallel.plan import buffers_of, parameters_of
 from llmtrain.types import Batch
 
 
@@ -63,23 +63,26 @@ def full_weights(
     """(canonical name, whole tensor) on every rank, adapters merged; `gather` joins a parameter over the data-parallel
     ranks."""
     mine = {p.canonical: p for p in parameters_of(parts) if not p.is_copy}
-    model = parts[0].config
+    held, model = buffers_of(parts), parts[0].config
 
     def whole(name: str) -> Tensor:
-        return _join_shards(gather(mine[name]), mine[name].tp_dim, mesh)
+        return held[name] if name in held else _join_shards(gather(mine[name]), mine[name], mesh)
 
     for name, shape in parameter_shapes(without_adapters(model)).items():
         if plan.owner(name) == mesh.coords["pp"]:
             full = merged(name, model, whole)
         else:
-            full = torch.empty(shape, dtype=dtype, device=mesh.device)
+            kept = torch.float32 if name.endswith("router.bias") else dtype
+            full = torch.empty(shape, dtype=kept, device=mesh.device)
         if plan.pp > 1:
             dist.broadcast(full, group=mesh.groups["pp"], group_src=plan.owner(name))
         yield name, full
 
 
-def _join_shards(piece: Tensor, tp_dim: int | None, mesh: Mesh) -> Tensor:
-    return piece if mesh.tp_group is None or tp_dim is None else all_gather(piece, tp_dim, mesh.tp_group)
+def _join_shards(piece: Tensor, p: nn.Parameter, mesh: Mesh) -> Tensor:
+    if mesh.tp_group is not None and p.tp_dim is not None:
+        piece = all_gather(piece, p.tp_dim, mesh.tp_group)
+    return all_gather(piece, 0, mesh.groups["ep"]) if p.expert else piece
 
 
 def admitted(scaler: LossScaler, tally: Tally, broken: list[int], admit: Admit) -> bool:

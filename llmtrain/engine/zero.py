@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime import engine as runtime_engine
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
 from llmtrain.engine import zero_state
+from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_buffers, start_auxiliary
 from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, owns
 from llmtrain.engine.memory import keep_freed_memory
@@ -34,12 +36,22 @@ from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
+from llmtrain.model.experts import Experts
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, Mpu
 from llmtrain.parallel.pipeline import Pipeline
-from llmtrain.parallel.plan import WeightSource, compile_blocks, materialize_each, parameters_of, trained_of
+from llmtrain.parallel.plan import (
+    WeightSource,
+    compile_blocks,
+    fill_buffers,
+    materialize_each,
+    parameters_of,
+    trained_of,
+)
 from llmtrain.parallel.scoring import score
 from llmtrain.types import Batch, Fragment, StepStats
+
+EXPERTS = "experts"  # DeepSpeed's name for the ranks with the same experts
 
 
 def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
@@ -84,16 +96,18 @@ class ZeroEngine:
         self.admit: Admit = stop_if_not_finite
         self.scaler = LossScaler(config)
         check_machine(config, mesh)
-        _prepare_deepspeed(mesh)
+        _prepare_deepspeed(mesh, config.zero_stage)
         originals = self._take_in(source)
         model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, optim, mesh),
+            optimizer=build_optimizer(model, optim, mesh, experts=EXPERTS),
             model_parameters=trained_of(parts),
             mpu=Mpu(mesh),
             config=deepspeed_config(config, optim.grad_clip),
         )
+        if mesh.ep > 1:
+            zero_state.count_experts(self.engine, mesh)
         if mesh.grad_size == 1 and config.zero_stage in (1, 2) and config.offload == "none":
             zero_state.take_gradients_as_they_are(self.engine)
         zero_state.set_masters(self.engine, originals)
@@ -111,6 +125,7 @@ class ZeroEngine:
         tally = Tally(float(denominator))
         # DeepSpeed averages over these ranks, and divides by the loss scale; this undoes both
         scale = self.scaler.scale * self.mesh.grad_size / tally.denominator
+        start_auxiliary(self.parts, scale)
         if self.config.precision == "fp16":
             self.engine.optimizer.override_loss_scale(self.scaler.scale)
         batches = local_batches(microbatches, self.mesh)
@@ -124,9 +139,11 @@ class ZeroEngine:
         broken = tally.reduce(self.mesh, gradient_finite=zero_state.gradients_finite(self.engine))
         if not admitted(self.scaler, tally, broken, self.admit):
             zero_state.drop_gradients(self.engine)
+            tally.metrics |= finish_auxiliary(self.parts, self.mesh, tally.denominator, taken=False)
             return StepStats(tally.loss, math.nan, lr, tally.metrics)
         self.engine.step()
         self.step += 1
+        tally.metrics |= finish_auxiliary(self.parts, self.mesh, tally.denominator, taken=True)
         norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
         return StepStats(tally.loss, norm, lr, tally.metrics)
 
@@ -140,11 +157,13 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine."""
-        return zero_state.fragments(self.engine, self.mesh)
+        yield from zero_state.fragments(self.engine, self.mesh)
+        yield from buffer_fragments(self.parts, self.mesh)
 
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         """See Engine."""
         zero_state.load(self.engine, self.mesh, read, step)
+        load_buffers(self.parts, read)
         self.step = step
 
     def extra_state(self) -> dict[str, float]:
@@ -160,7 +179,7 @@ class ZeroEngine:
         for p in parameters_of(self.parts):
             held = p.ds_tensor if self.config.zero_stage == 3 else p.detach()
             if self.config.zero_stage < 3:
-                yield "grad", p.canonical, held
+                yield "expert_grad" if p.expert else "grad", p.canonical, held
             if p.tp_dim is None:
                 yield "tp", p.canonical, held
 
@@ -170,6 +189,9 @@ class ZeroEngine:
         originals, dtype = {}, compute_dtype(self.config.precision)
         for p in materialize_each(self.parts, self.mesh, source):
             p.tensor_model_parallel = owns(p, self.mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
+            if p.expert:  # reduced over the ranks that have it; the second pair is read at stage 3
+                p.allreduce, p.group_name = False, EXPERTS
+                p.ds_zero_placement_family, p.ds_zero_partition_group_name = "autoep_expert", EXPERTS
             original = p.detach()
             if self.config.zero_stage == 3:
                 p.data = original.to(dtype)
@@ -177,13 +199,14 @@ class ZeroEngine:
                 original = zero_state.own_piece(p, original)
             if dtype != torch.float32 and p.requires_grad:
                 originals[p] = original
+        fill_buffers(self.parts, self.mesh, source)
         return originals
 
     def _divide(self, p: nn.Parameter) -> None:
         """As `deepspeed.initialize` does with all parameters at once."""
         deepspeed.zero.Init(
             module=nn.ParameterList([p]),
-            data_parallel_group=self.mesh.groups["grad"],
+            data_parallel_group=self.mesh.groups["expert_grad" if p.expert else "grad"],
             config_dict_or_path=deepspeed_config(self.config, self.optim.grad_clip),
             mpu=Mpu(self.mesh),
         )
@@ -197,7 +220,8 @@ class ZeroEngine:
         if self.config.zero_stage:
             return None
         self.engine.allreduce_gradients()
-        return clip_gradients(parameters_of(self.parts), self.optim.grad_clip, self.mesh, self.mesh.groups["model"])[0]
+        everything, model = parameters_of(self.parts), self.mesh.groups["model"]
+        return clip_gradients(everything, self.optim.grad_clip, self.mesh, model, experts_apart=True)[0]
 
     def _gather(self, p: nn.Parameter) -> Tensor:
         """From ZeRO-3 partitions, else as it is."""
@@ -220,10 +244,14 @@ def check_machine(config: EngineConfig, mesh: Mesh) -> None:
         )
 
 
-def _prepare_deepspeed(mesh: Mesh) -> None:
+def _prepare_deepspeed(mesh: Mesh, zero_stage: int) -> None:
     """Process-wide settings that `initialize` reads."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
     groups.mpu = None  # an earlier engine of this process
+    # The class by which DeepSpeed knows that there are groups of experts; stage 3 needs no telling, and refuses it.
+    runtime_engine.MoE = Experts if mesh.ep > 1 and zero_stage < 3 else type(None)
+    groups._EXPERT_PARALLEL_GROUP = {EXPERTS: mesh.groups["ep"]} if mesh.ep > 1 else {}
+    groups._EXPERT_DATA_PARALLEL_GROUP = {EXPERTS: mesh.groups["expert_grad"]} if mesh.ep > 1 else {}
     os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists on it
     if mesh.device.type == "cpu":
         # It would compile a shared-memory collective with g++; a build that is killed leaves a lock that hangs all

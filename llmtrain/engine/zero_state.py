@@ -34,6 +34,39 @@ def gradients_finite(engine: object) -> bool:
     return not norms or bool(torch.stack(norms).isfinite().all())
 
 
+def count_experts(engine: object, mesh: Mesh) -> None:
+    """The norm of gradients where experts lie on different data-parallel ranks. DeepSpeed sums it over the model group,
+    at stages 1 and 2 once for each group of parameters, which stages of a pipeline need not have in common (the first
+    ones may have no experts); at stage 3 it leaves that group out for experts. All ranks together hold every piece
+    once, so one sum over them is right."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        optimizer._grad_norm_counts_every_rank = lambda *args: False
+    elif engine.zero_optimization_stage():
+        optimizer.scaled_global_norm = lambda norm_type=2: _norm_over_all(optimizer, mesh)
+
+
+def _norm_over_all(optimizer: object, mesh: Mesh) -> Tensor:
+    """-1 where it is not finite, as DeepSpeed has it. Offloading keeps norms of parameters, not gradients."""
+    total = torch.zeros((), device=mesh.device)
+    for group, params in enumerate(optimizer.params_in_partition):
+        if optimizer.cpu_offload:
+            norms = optimizer.norm_for_param_grads
+            kept = [(p, norms.get(optimizer.get_param_id(p))) for p in params]
+            squares = [torch.as_tensor(norm).float().square() for p, norm in kept if norm is not None and _counts(p)]
+        else:
+            pairs = zip(optimizer.averaged_gradients[group], params, strict=False)  # behind them lies padding
+            squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g, p in pairs if _counts(p)]
+        total += sum(square.to(mesh.device) for square in squares)
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    return norm if norm.isfinite() else torch.full_like(norm, -1.0)
+
+
+def _counts(p: nn.Parameter) -> bool:
+    return p.tensor_model_parallel
+
+
 def take_gradients_as_they_are(engine: object) -> None:
     """With one data-parallel rank there is nothing to sum: skip the two copies through DeepSpeed's buckets."""
     engine.optimizer.reduce_ready_partitions_and_remove_grads = lambda param, group: None
@@ -79,7 +112,8 @@ def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
     _make_state(engine, 0)
     _link(engine)
     for p, address in _pieces(engine, mesh):
-        if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or dist.get_rank(mesh.groups["grad"]) == 0):
+        copies = mesh.groups["expert_grad" if p.expert else "grad"]
+        if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or dist.get_rank(copies) == 0):
             yield Fragment(address, {key: _read(engine, p, address, key) for key in ("weight", *state_keys(p))})
 
 
@@ -138,7 +172,7 @@ def _pieces(engine: object, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Address]
     for p in trained_of([engine.module]):
         start, numel = _range(p)
         if numel > 0:
-            yield p, Address(p.canonical, p.global_shape, p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"], start, numel)
+            yield p, Address(p.canonical, p.global_shape, p.tp_dim, *p.cut, start, numel)
 
 
 def _range(p: nn.Parameter) -> tuple[int, int]:

@@ -31,6 +31,11 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(e.num_experts, config.hidden_size, e.expert_ffn_size))
         self.act = ACTIVATIONS[config.activation]
 
+    @property
+    def num_experts(self) -> int:
+        """Here: fewer where experts are divided over ranks."""
+        return self.gate.size(0)
+
     def forward(self, x: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
         """x [N, hidden], sorted by expert, of which the first counts[0] go to expert 0, the next counts[1] to expert 1
         and so on; rows beyond their sum give zeros. counts [E] int64.

@@ -84,9 +84,10 @@ class SideGroup:
 class Mesh:
     """This rank's place. `rank` and `size` count the ranks of the own role. `groups` holds a group for each axis, and
     `dp` (dp_replicate x dp_shard: who has other rows), `grad` (dp x cp: over whom gradients are summed), `shard`
-    (dp_shard x cp: over whom states are sharded), `ep` (a part of `shard`), `model` (pp x tp), `replica` (all but
-    dp_replicate: who has one copy of the whole state together), `ends` (the ranks with the embedding and the head of
-    the own pipeline; None on others)."""
+    (dp_shard x cp: over whom states are sharded), `ep` (a part of `shard`), `expert_grad` and `expert_shard` (the ranks
+    of `grad` and `shard` that have the same experts), `model` (pp x tp), `replica` (all but dp_replicate: who has one
+    copy of the whole state together), `ends` (the ranks with the embedding and the head of the own pipeline; None on
+    others)."""
 
     role: str  # trainer | rollout
     rank: int
@@ -98,6 +99,7 @@ class Mesh:
     link: Link | None = None
     num_trainers: int = 1
     head_pp: int = 0  # the pp coordinate of the rank with the head
+    ep: int = 1  # ranks among which the experts of a layer are divided
 
     @property
     def dp_size(self) -> int:
@@ -112,6 +114,10 @@ class Mesh:
         return self.dp_size * self.sizes["cp"]
 
     @property
+    def ep_rank(self) -> int:
+        return dist.get_rank(self.groups["ep"]) if self.ep > 1 else 0
+
+    @property
     def has_embedding(self) -> bool:
         return self.coords["pp"] == 0
 
@@ -124,13 +130,16 @@ class Mesh:
         """None when there is nothing to share."""
         return self.groups["tp"] if self.sizes["tp"] > 1 else None
 
-    def fsdp_mesh(self) -> DeviceMesh:
-        """The `shard` group as torch's FSDP2 takes it; with copies `dp_replicate` x `shard`."""
-        shard, device = self.groups["shard"], self.device.type
+    def fsdp_mesh(self, experts: bool = False) -> DeviceMesh:
+        """The `shard` group as torch's FSDP2 takes it; with copies `dp_replicate` x `shard`. That of `experts`: the
+        part that has the same ones."""
+        prefix = "expert_" if experts else ""
+        shard, device = self.groups[f"{prefix}shard"], self.device.type
         if self.sizes["dp_replicate"] == 1:
             return DeviceMesh.from_group(shard, device)
         groups = [self.groups["dp_replicate"], shard]
-        ranks = torch.tensor(dist.get_process_group_ranks(self.groups["grad"])).view(self.sizes["dp_replicate"], -1)
+        members = dist.get_process_group_ranks(self.groups[f"{prefix}grad"])
+        ranks = torch.tensor(members).view(self.sizes["dp_replicate"], -1)
         return DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("dp_replicate", "shard"))
 
     def barrier(self) -> None:
@@ -199,7 +208,7 @@ def trainer_mesh(
     rank, size = dist.get_rank(), dist.get_world_size()
     head_pp = 0 if schedule == "zbv" else sizes["pp"] - 1
     groups = _axis_groups(sizes, rank, size, head_pp, ep, timeout)
-    return Mesh("trainer", rank, size, device, sizes, _coords(rank, sizes), groups, link, size, head_pp)
+    return Mesh("trainer", rank, size, device, sizes, _coords(rank, sizes), groups, link, size, head_pp, ep)
 
 
 def shutdown() -> None:
@@ -294,6 +303,9 @@ def _axis_groups(
     varying |= {"shard": ("dp_shard", "cp"), "model": ("pp", "tp"), "replica": ("pp", "dp_shard", "cp", "tp")}
     members = {name: _neighbours(sizes, rank, num_trainers, axes) for name, axes in varying.items()}
     members["ep"] = expert_ranks(members["shard"], rank, ep)
+    own = members["shard"].index(rank) % ep
+    members["expert_shard"] = members["shard"][own::ep]
+    members["expert_grad"] = members["grad"][own::ep]
     made: dict[tuple[int, ...], ProcessGroup] = {}
     for ranks in members.values():
         if tuple(ranks) not in made:

@@ -11,6 +11,7 @@ from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.context import context_parallel
+from llmtrain.parallel.expert import expert_parallel
 from llmtrain.parallel.float8 import float8_blocks
 from llmtrain.parallel.logprob import ScoringHead
 from llmtrain.parallel.mesh import Mesh
@@ -25,9 +26,9 @@ WeightSource = Callable[[str], Tensor]
 def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> list[Decoder]:
     """This rank's pipeline stages (without a pipeline: the one decoder), on the meta device: without memory.
 
-    cut stages -> tensor parallel -> context parallel -> fp8 -> scoring head -> remat. Weights follow: an engine shards
-    them as it takes them in; who keeps this rank's whole part calls `materialize`. Compilation comes last
-    (`compile_blocks`).
+    cut stages -> tensor parallel -> experts -> context parallel -> fp8 -> scoring head -> remat. Weights follow: an
+    engine shards them as it takes them in; who keeps this rank's whole part calls `materialize`. Compilation comes
+    last (`compile_blocks`).
     """
     plan, shapes = plan_stages(config, parallel), parameter_shapes(config)
     parts = []
@@ -36,6 +37,7 @@ def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engin
             part = Decoder(config)
         keep_stage(part, plan, stage)
         tensor_parallel(part, mesh.tp_group, parallel.sequence_parallel)
+        expert_parallel(part, mesh, parallel.sequence_parallel)
         if mesh.sizes["cp"] > 1:
             context_parallel(part, mesh.groups["cp"], parallel.context)
         if engine.precision == "fp8":
@@ -60,7 +62,7 @@ def mark(part: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
 
 def copy_marks(source: nn.Parameter, target: nn.Parameter) -> None:
     """What `mark` told, to the parameter that takes its place."""
-    for name in ("tp_dim", "global_shape", "canonical", "is_copy"):
+    for name in ("tp_dim", "cut", "expert", "global_shape", "canonical", "is_copy"):
         setattr(target, name, getattr(source, name))
 
 
@@ -80,6 +82,7 @@ def materialize(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) ->
     """Replace the meta parameters by this rank's slices, fp32 on `mesh.device`, one global tensor at a time."""
     for _ in materialize_each(parts, mesh, source):
         pass
+    fill_buffers(parts, mesh, source)
 
 
 def materialize_each(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -> Iterator[nn.Parameter]:
@@ -91,16 +94,31 @@ def materialize_each(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSourc
     for meta in list(places):
         empty = torch.empty_like(meta, dtype=torch.float32, device=mesh.device)
         parameter = nn.Parameter(empty, requires_grad=meta.requires_grad)
-        parameter.data.copy_(slice_of(meta, mesh, source))
+        parameter.data.copy_(slice_of(meta, source))
         copy_marks(meta, parameter)
         for module, leaf in places.pop(meta):
             setattr(module, leaf, parameter)
         yield parameter
 
 
-def slice_of(parameter: nn.Parameter, mesh: Mesh, source: WeightSource) -> Tensor:
-    """Of its global tensor what the rank holds under tensor parallelism; perhaps a view, do not write into it."""
-    return shard(source(parameter.canonical), parameter.tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
+def buffers_of(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """What a model holds beside parameters (biases of routers), by canonical name: whole on every rank of its stage."""
+    return {name: buffer for part in parts for name, buffer in part.named_buffers()}
+
+
+def fill_buffers(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -> None:
+    """Give them memory, fp32 on `mesh.device`, and their values."""
+    for part in parts:
+        for name, module in part.named_modules():
+            for leaf, _ in list(module.named_buffers(recurse=False)):
+                value = source(f"{name}.{leaf}").to(mesh.device, torch.float32, copy=True)
+                module.register_buffer(leaf, value)
+
+
+def slice_of(parameter: nn.Parameter, source: WeightSource) -> Tensor:
+    """Of its global tensor what the rank holds under tensor or expert parallelism; perhaps a view, do not write into
+    it."""
+    return shard(source(parameter.canonical), parameter.tp_dim, *parameter.cut)
 
 
 def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:

@@ -146,16 +146,17 @@ their output is what the rank owns."""
 
 
 def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool) -> None:
-    """Cut every parameter along its `tp_dim`, a new attribute, and give the planned modules their parallel forward, in
-    place. Meant for parameters without memory: `parallel.plan` fills what is left of them."""
-    size = 1 if group is None else group.size()
+    """Cut every parameter along its `tp_dim`, a new attribute, to the piece that another one tells, `cut` (number,
+    of how many), and give the planned modules their parallel forward, in place. Experts, a third one, are left to
+    `parallel.expert`. Meant for parameters without memory: `parallel.plan` fills what is left of them."""
+    rank, size = (0, 1) if group is None else (torch.distributed.get_rank(group), group.size())
     for name, parameter in model.named_parameters():
-        parameter.tp_dim = None if group is None else tp_dim(name, model.config, size)
+        whole = group is None or kind_of(name.rpartition(".")[0]) == "expert"
+        parameter.tp_dim = None if whole else tp_dim(name, model.config, size)
+        parameter.cut, parameter.expert = (rank, size), False
+        parameter.data = shard(parameter.data, parameter.tp_dim, *parameter.cut)
     if group is None:
         return
-    rank = torch.distributed.get_rank(group)
-    for parameter in model.parameters():
-        parameter.data = shard(parameter.data, parameter.tp_dim, rank, size)
     for name, module in list(model.named_modules()):
         cls = CLASSES.get((kind_of(name), type(module)))
         if cls is not None:

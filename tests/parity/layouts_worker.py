@@ -16,15 +16,19 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch.distributed.tensor import DTensor
 
+from llmtrain.config.adapters import without_adapters
 from llmtrain.config.case import AXES
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.config.shapes import resolve_model
+from llmtrain.engine.auxiliary import routers_of, start_auxiliary
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.engine.optim import build_optimizer, learning_rate
 from llmtrain.losses.token import token_loss
+from llmtrain.model.balance import update_bias
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
+from llmtrain.model.lora import merged
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
-from llmtrain.parallel.plan import parallelize, parameters_of
+from llmtrain.parallel.plan import parallelize, parameters_of, slice_of, trained_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch
 
@@ -50,9 +54,11 @@ def model_config(layout: dict) -> ModelConfig:
 def initial(name: str, shape: tuple[int, ...], config: ModelConfig) -> torch.Tensor:
     """Larger than the usual start: with std 0.02 on so small a model, gradients are near the rounding noise."""
     value = init_tensor(name, shape, config, SEED)
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    if name.endswith((".lora.a", ".lora.b")):  # b not 0, or a has no gradient in the first step
+        return value if name.endswith("a") else 0.1 * torch.randn(shape, generator=generator)
     if len(shape) > 1:
         return value * 5
-    generator = torch.Generator().manual_seed(sum(map(ord, name)))
     return value + 0.1 * torch.randn(shape, generator=generator)  # a bias of 0 would hide one that is added twice
 
 
@@ -87,22 +93,24 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
 
 def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer:
     """Torch's AdamW with decay on matrices. Muon is our own in one process: torch's rounds to bf16 (tests/engine)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     if optim.name == "muon":
         for name, p in model.named_parameters():
             p.canonical, p.global_shape, p.tp_dim = name, tuple(p.shape), None
         return build_optimizer(model, optim, None)
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
 
 def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """One plain torch process: losses, norms, gradients by name, final weights."""
+    """One plain torch process: losses, norms, gradients by name, final weights with their adapters merged."""
     config, optim = model_config(layout), optim_config(layout)
     model = Decoder(config)
-    for name, p in model.named_parameters():
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
         p.data.copy_(initial(name, tuple(p.shape), config))
     opt = plain_optimizer(model, optim)
     history = []
@@ -112,14 +120,19 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
         total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), b.labels.flatten(), reduction="sum")
         loss = total / b.loss_mask.sum()
         model.zero_grad()
+        start_auxiliary([model], 1 / float(b.loss_mask.sum()))
         loss.backward()
-        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, optim, STEPS)
         opt.step()
+        for router in routers_of([model]).values():
+            if router.config.balance == "bias":
+                router.bias.copy_(update_bias(router.bias, router.tally.load, router.config.bias_rate))
         history.append({"loss": loss.item(), "norm": norm.item(), "grads": grads})
-    return history, {name: p.detach() for name, p in model.named_parameters()}
+    final = {name: p.detach() for name, p in [*model.named_parameters(), *model.named_buffers()]}
+    return history, {name: merged(name, config, final.__getitem__) for name in final if ".lora." not in name}
 
 
 def relative(a: torch.Tensor, b: torch.Tensor, nothing: float = 0.0) -> float:
@@ -136,14 +149,11 @@ def gradient(engine: Engine, p: torch.nn.Parameter) -> torch.Tensor:
     return p.grad if engine.config.zero_stage == 0 else safe_get_full_grad(p) / engine.scaler.scale
 
 
-def grads_seen(
-    engine: Engine, expected: dict[str, torch.Tensor], norm: float, scale: float, errors: dict
-) -> None:
+def grads_seen(engine: Engine, expected: dict[str, torch.Tensor], norm: float, scale: float, errors: dict) -> None:
     """Compare this rank's reduced gradients, parameter by parameter, before the update."""
-    mesh = engine.mesh
-    for p in parameters_of(engine.parts):
+    for p in trained_of(engine.parts):
         grad = gradient(engine, p)
-        want = shard(expected[p.canonical], p.tp_dim, mesh.coords["tp"], mesh.sizes["tp"])
+        want = shard(expected[p.canonical], p.tp_dim, *p.cut)
         nothing = ROUNDING * norm * scale
         error = relative(grad, want * scale, nothing) if grad is not None else float("inf")
         if error > errors["grad"]:
@@ -189,7 +199,7 @@ def clips_first(engine: Engine) -> bool:
 def run(layout: dict, rank: int, size: int) -> dict:
     parallel = settings_of(layout)[0]
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
+    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
     accumulation = max(ACCUMULATION, sizes["pp"] * parallel.virtual_stages)
     rows = ROWS * accumulation * mesh.dp_size
     history, weights = reference(layout, rows)
@@ -214,6 +224,7 @@ def run(layout: dict, rank: int, size: int) -> dict:
         errors["loss"] = max(errors["loss"], abs(stats.loss - want["loss"]) / want["loss"])
         errors["norm"] = max(errors["norm"], abs(stats.grad_norm - want["norm"]) / want["norm"])
     errors["weight"] = max(relative(full, weights[name]) for name, full in engine.full_weights())
+    check_frozen(engine, config)
     errors["score"] = score_error(engine, mine, weights, config)
     everyone = mesh.all_gather_json(errors)
     worst = {k: max(e[k] for e in everyone) for k in ("loss", "norm", "grad", "weight", "score")}
@@ -221,10 +232,19 @@ def run(layout: dict, rank: int, size: int) -> dict:
     return worst
 
 
+def check_frozen(engine: Engine, config: ModelConfig) -> None:
+    """What is not trained has the bits it had at the start."""
+    shapes = parameter_shapes(config)
+    for p in parameters_of(engine.parts):
+        if not p.requires_grad:
+            start = slice_of(p, lambda name: initial(name, shapes[name], config))
+            assert torch.equal(engine._gather(p), start), p.canonical
+
+
 def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:
     """The largest difference of a log-prob to that of a plain decoder with the reference's weights."""
     scored = engine.score(mine)
-    plain = Decoder(config)
+    plain = Decoder(without_adapters(config))
     tied = {"head.weight": weights["embed.weight"]} if config.tie_embeddings else {}
     plain.load_state_dict({**weights, **tied})
     with torch.no_grad():

@@ -1,0 +1,96 @@
+"""What modules do beside the token loss: auxiliary losses whose gradient their own backward adds, and routers that are
+balanced between updates. What they count and the biases they keep is the same on all ranks of a pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmtrain.engine.base import FragmentReader
+from llmtrain.model.balance import balance_metrics, update_bias
+from llmtrain.model.router import Router
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.plan import buffers_of
+from llmtrain.types import Address, Fragment
+
+
+def routers_of(parts: Sequence[nn.Module]) -> dict[str, Router]:
+    """Of this rank's layers, by canonical module name."""
+    return {name: m for part in parts for name, m in part.named_modules() if isinstance(m, Router)}
+
+
+def start_auxiliary(parts: Sequence[nn.Module], factor: float) -> None:
+    """Before a step: auxiliary losses count like the token loss, whose sum is differentiated times `factor`."""
+    for router in routers_of(parts).values():
+        router.tally.reset()
+        router.tally.loss_factor = factor
+
+
+@torch.no_grad()
+def finish_auxiliary(parts: Sequence[nn.Module], mesh: Mesh, denominator: float, taken: bool) -> dict[str, float]:
+    """After a step: sums over all ranks; if the update was `taken`, biases move (a collective). Returns metrics, the
+    same on all ranks; empty where no router is."""
+    if parts[0].config.moe is None:
+        return {}
+    routers = routers_of(parts)
+    sums = {name: _summed(router, mesh) for name, router in routers.items()}
+    for name, router in routers.items():
+        if taken and router.config.balance == "bias":
+            router.bias.copy_(update_bias(router.bias, sums[name][0], router.config.bias_rate))
+    mine = _metrics(routers, sums, denominator)
+    gathered = mesh.all_gather_json(mine if mesh.coords["tp"] == 0 else {})
+    return _joined(gathered)
+
+
+def _summed(router: Router, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+    """(load [E], tokens, losses [2]) over the data- and context-parallel ranks."""
+    tally, experts = router.tally, router.weight.size(0)
+    device = mesh.device
+    load = torch.zeros(experts, dtype=torch.int64, device=device) if tally.load is None else tally.load
+    tokens = torch.zeros((), dtype=torch.int64, device=device) if tally.tokens is None else tally.tokens
+    losses = torch.zeros(2, device=device) if tally.losses is None else tally.losses
+    counts = torch.cat([load, tokens[None]])
+    dist.all_reduce(counts, group=mesh.groups["grad"])
+    dist.all_reduce(losses, group=mesh.groups["grad"])
+    return counts[:-1], counts[-1], losses
+
+
+def _metrics(
+    routers: dict[str, Router], sums: dict[str, tuple[Tensor, Tensor, Tensor]], denominator: float
+) -> dict[str, float]:
+    layers = {name: name.split(".")[1] for name in routers}
+    loads = {layers[name]: load for name, (load, _, _) in sums.items()}
+    tokens = {layers[name]: count for name, (_, count, _) in sums.items()}
+    top_k = next((router.config.top_k for router in routers.values()), 1)
+    losses = torch.stack([x for _, _, x in sums.values()]).sum(0) / denominator if sums else torch.zeros(2)
+    return balance_metrics(loads, tokens, top_k) | {"aux_loss": float(losses[0]), "z_loss": float(losses[1])}
+
+
+def _joined(gathered: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of layers from whichever stage has them; losses summed over stages, each of which many ranks report."""
+    joined: dict[str, float] = {}
+    for report in gathered:
+        joined |= report
+    stages = {tuple(sorted(report)): report for report in gathered if report}  # stages differ in their layers
+    for name in ("aux_loss", "z_loss"):
+        joined[name] = sum(report[name] for report in stages.values())
+    return joined
+
+
+def buffer_fragments(parts: Sequence[nn.Module], mesh: Mesh) -> Iterator[Fragment]:
+    """What a checkpoint holds beside parameters, from one of the ranks that have it."""
+    if mesh.coords["tp"] or dist.get_rank(mesh.groups["grad"]):
+        return
+    for name, value in buffers_of(parts).items():
+        yield Fragment(Address(name, tuple(value.shape), None, 0, 1, 0, value.numel()), {"weight": value.flatten()})
+
+
+@torch.no_grad()
+def load_buffers(parts: Sequence[nn.Module], read: FragmentReader) -> None:
+    """The inverse, on every rank."""
+    for name, value in buffers_of(parts).items():
+        whole = read(Address(name, tuple(value.shape), None, 0, 1, 0, value.numel()))["weight"]
+        value.copy_(whole.view_as(value))

@@ -1,0 +1,142 @@
+"""Expert parallelism: whole experts on different ranks of `ep` and `tp`, and tokens that travel to them.
+
+Experts are cut along dim 0 into ep x tp pieces; the rank with coordinates (e, t) has piece e tp + t. The tp ranks of a
+place see the same tokens: each sends those that go to pieces of its own t, over its own ep group, and what the experts
+give is summed over tp like any row-parallel product. No token is dropped, so the pieces of a transfer are unequal and
+their sizes travel first.
+
+What a rank sends in one layer of one microbatch, in bytes, when of its N k (token, expert) pairs n go to other ranks:
+forward 2 n hidden e + 4 n (rows there and back, weights) and 8 (ep - 1) E / (ep tp) of counts, backward the same
+without the counts. Evenly loaded, n = N k (ep - 1) / (ep tp) (N tokens, e bytes a value).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from llmtrain.model.experts import Experts
+from llmtrain.model.moe import Collect, MoE, Spread, sort_by_expert
+from llmtrain.model.router import Router
+from llmtrain.parallel.collectives import all_reduce, copy_to, reduce_from, scatter_sequence
+from llmtrain.parallel.mesh import Mesh
+
+
+class ReplicaRouter(Router):
+    """Whole on every tp rank, each of which feeds its own experts only: the gradient is summed."""
+
+    group: ProcessGroup
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), copy_to(self.weight, self.group).float())
+
+
+class ParallelMoE(MoE):
+    """The experts of other ranks give what they give through `ep`, and the sum over `tp`."""
+
+    pieces: ExpertPieces
+    group: ProcessGroup | None  # tp
+    sequence: bool
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        shared = None if self.shared is None else self.shared(x)
+        indices, weights = self.router(x, padding)
+        y = exchanged(x.flatten(0, 1), indices, weights, self.experts, self.pieces).view_as(x)
+        y = (scatter_sequence if self.sequence else reduce_from)(y, self.group)
+        return y if shared is None else y + shared
+
+
+class ExpertPieces:
+    """Where the experts are: `local` on each rank, this rank being (ep_rank, tp_rank)."""
+
+    def __init__(self, num_experts: int, mesh: Mesh) -> None:
+        self.ep, self.tp = mesh.ep, mesh.sizes["tp"]
+        self.ep_group = mesh.groups["ep"] if mesh.ep > 1 else None
+        self.tp_rank = mesh.coords["tp"]
+        self.local = num_experts // (self.ep * self.tp)
+        self.cut = (mesh.ep_rank * self.tp + self.tp_rank, self.ep * self.tp)
+
+    @property
+    def reachable(self) -> int:
+        """Experts on ranks of this tp coordinate."""
+        return self.ep * self.local
+
+    def renumbered(self, indices: Tensor) -> Tensor:
+        """Numbers among the reachable experts, in the order of their ranks; `reachable` for all others."""
+        piece, within = indices // self.local, indices % self.local
+        own = (piece % self.tp == self.tp_rank) & (indices < self.ep * self.tp * self.local)
+        return torch.where(own, piece // self.tp * self.local + within, self.reachable)
+
+
+def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
+    """Give every mixture of experts its parallel form and this rank's experts, in place; also where there is but one
+    rank of each kind, rows that are cut over `cp` are counted as a whole. Meant for parameters without memory."""
+    for module in [m for m in model.modules() if isinstance(m, MoE)]:
+        tally = module.router.tally
+        tally.tp_ranks = mesh.sizes["tp"]
+        if mesh.sizes["cp"] > 1:
+            tally.row_sum = partial(all_reduce, group=mesh.groups["cp"])
+        if mesh.ep * mesh.sizes["tp"] == 1:
+            continue
+        module.__class__ = ParallelMoE
+        module.pieces = ExpertPieces(module.experts.gate.size(0), mesh)
+        module.group, module.sequence = mesh.tp_group, sequence and mesh.sizes["tp"] > 1
+        if mesh.tp_group is not None:
+            module.router.__class__ = ReplicaRouter
+            module.router.group = mesh.tp_group
+        for p in module.experts.parameters():
+            index, count = module.pieces.cut
+            p.tp_dim, p.cut, p.expert = 0, (index, count), mesh.ep > 1
+            p.data = p.data.chunk(count, 0)[index].contiguous()
+
+
+@torch.compiler.disable  # sizes that are read from tensors, and transfers between ranks
+def exchanged(x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, pieces: ExpertPieces) -> Tensor:
+    """`model.moe.dispatch` over the ranks: x [N, hidden] -> [N, hidden], this tp rank's part of the sum."""
+    order, places, counts = sort_by_expert(pieces.renumbered(indices), pieces.reachable)
+    rows, scales = Spread.apply(x, order, places), weights.flatten().index_select(0, order)
+    if pieces.ep_group is None:
+        return Collect.apply(experts(rows, counts, scales), order, places)
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts, group=pieces.ep_group)
+    sizes = [c.view(pieces.ep, -1).sum(1).tolist() for c in (counts, arriving)]
+    sent = sum(sizes[0])
+    rows, scales = (Exchange.apply(part[:sent], *sizes, pieces.ep_group) for part in (rows, scales))
+    by_expert, back = _by_expert(arriving, pieces)
+    y = experts(rows[by_expert], arriving.view(pieces.ep, -1).sum(0), scales[by_expert])
+    y = Exchange.apply(y[back], *reversed(sizes), pieces.ep_group)
+    return Collect.apply(F.pad(y, (0, 0, 0, order.numel() - sent)), order, places)
+
+
+def _by_expert(arriving: Tensor, pieces: ExpertPieces) -> tuple[Tensor, Tensor]:
+    """Rows arrive by rank and, within it, by expert: the order that sorts them by expert, and its inverse."""
+    expert = torch.arange(pieces.local, device=arriving.device).repeat(pieces.ep).repeat_interleave(arriving)
+    order = expert.argsort(stable=True)
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+class Exchange(torch.autograd.Function):
+    """Rows to the ranks of a group and from them: `sending[i]` go to rank i, in order, and `receiving[i]` come from it.
+    The gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, sending: list[int], receiving: list[int], group: ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = (sending, receiving), group
+        return _exchange(x, sending, receiving, group)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        sending, receiving = ctx.sizes
+        return _exchange(grad, receiving, sending, ctx.group), None, None, None
+
+
+def _exchange(x: Tensor, sending: list[int], receiving: list[int], group: ProcessGroup) -> Tensor:
+    out = x.new_empty(sum(receiving), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), receiving, sending, group=group)
+    return out

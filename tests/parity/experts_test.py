@@ -1,0 +1,58 @@
+"""Mixtures of experts on every axis, with both engines, against one plain process: router, balance and biases too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.parity.layouts_test import check
+
+MOE = {"num_experts": 8, "top_k": 2, "expert_ffn_size": 16, "dense_layers": [0]}
+SOFTMAX = {"moe": MOE | {"balance": "aux", "aux_coef": 0.3, "z_coef": 0.1}}
+SIGMOID = {
+    "moe": MOE
+    | {"gate": "sigmoid", "selection_bias": True, "balance": "bias", "bias_rate": 0.02, "shared_ffn_size": 16}
+    | {"num_groups": 4, "top_groups": 2, "scale": 1.5}
+}
+
+TWO = [
+    {"dp_shard": 2, "ep": 2, "zero_stage": 1, "model": SOFTMAX},
+    {"dp_shard": 2, "ep": 2, "zero_stage": 0, "model": SIGMOID},
+    {"dp_shard": 2, "ep": 2, "zero_stage": 3, "model": SIGMOID},
+    {"dp_shard": 2, "ep": 2, "backend": "fsdp", "remat": "full", "model": SOFTMAX},
+    {"dp_shard": 2, "backend": "fsdp", "model": SIGMOID},
+    {"tp": 2, "zero_stage": 2, "model": SIGMOID},
+    {"tp": 2, "backend": "fsdp", "sequence_parallel": False, "model": SOFTMAX},
+    {"cp": 2, "ep": 2, "zero_stage": 2, "context": "alltoall", "model": SOFTMAX},
+]
+FOUR = [
+    {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1, "model": SOFTMAX},
+    {"dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "model": SIGMOID},
+    {"pp": 2, "dp_shard": 2, "ep": 2, "zero_stage": 1, "model": SIGMOID},
+    {"pp": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "model": SOFTMAX},
+    {"dp_shard": 4, "ep": 2, "zero_stage": 2, "offload": "optimizer", "model": SOFTMAX},
+    {"dp_replicate": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "model": SIGMOID},
+]
+EIGHT = [
+    {"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1, "model": SIGMOID},
+    {"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "remat": "selective", "model": SOFTMAX},
+    {"dp_shard": 4, "tp": 2, "ep": 4, "zero_stage": 2, "model": SOFTMAX},
+    {"dp_shard": 4, "tp": 2, "ep": 2, "zero_stage": 3, "model": SIGMOID},
+    {"dp_shard": 2, "cp": 2, "tp": 2, "ep": 4, "backend": "fsdp", "model": SOFTMAX},
+    {"dp_replicate": 2, "dp_shard": 4, "ep": 4, "zero_stage": 0, "model": SIGMOID},
+]
+
+
+def test_two_ranks(torchrun: Callable) -> None:
+    check(torchrun, 2, TWO, timeout_s=200)
+
+
+def test_four_ranks(torchrun: Callable) -> None:
+    check(torchrun, 4, FOUR, timeout_s=200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_eight_ranks(torchrun: Callable) -> None:
+    check(torchrun, 8, EIGHT, timeout_s=500)
