@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from llmtrain.checkpoint.layout import STATE, Stored, by_name, check_complete, i
 from llmtrain.checkpoint.manifest import list_checkpoints, write_manifest
 from llmtrain.checkpoint.rng import random_state
 from llmtrain.engine.base import Engine
+
+logger = logging.getLogger(__name__)
 
 LEFTOVER = re.compile(r"step-\d+(\.old)?\.(tmp|trash)")  # of an attempt that did not end
 
@@ -72,8 +75,8 @@ def write_checkpoint(
 
     `state` is JSON and comes back as `CheckpointReader.state`. Of the steps up to this one the newest `keep` stay.
     A directory without a suffix is whole: whatever dies on the way, the last one stays usable.
-    Raises OSError on every rank, naming rank and file, when one of them cannot write; ValueError when the
-    fragments do not cover every parameter of `shapes` exactly once.
+    Older ones that cannot be removed are warned of. Raises OSError on every rank, naming rank and file, when one of
+    them cannot write; ValueError when the fragments do not cover every parameter of `shapes` exactly once.
     """
     final = os.path.join(directory, f"step-{state['step']:08d}")
     partial = final + ".tmp"
@@ -91,14 +94,18 @@ def write_checkpoint(
         if group.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full
         raise
-    on_first(_prune, directory, final, keep)
+    try:
+        on_first(_prune, directory, final, keep)
+    except OSError as error:  # this one is whole all the same
+        if group.rank == 0:
+            logger.warning("%s is saved, but the ones before it could not be removed: %s", final, error)
     return final
 
 
 def _prepare(directory: str, partial: str) -> None:
     os.makedirs(directory, exist_ok=True)
     for name in filter(LEFTOVER.fullmatch, os.listdir(directory)):
-        shutil.rmtree(os.path.join(directory, name))
+        shutil.rmtree(os.path.join(directory, name), ignore_errors=True)  # NFS keeps what someone still reads
     os.mkdir(partial)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class StepLines:
@@ -13,22 +16,48 @@ class StepLines:
 
     Opened to go on after `resume_step`: lines of later steps, which will be written again, and a last line cut by a
     kill are dropped. `resume_step=-1` starts anew. Example: StepLines("samples.jsonl", resume_step=100)
+
+    A disk that takes no more lines raises OSError, naming the file. If `patient`, they wait in memory until it does,
+    and a warning says so: a run must not end for want of room for its numbers.
     """
 
-    def __init__(self, path: str, resume_step: int) -> None:
+    def __init__(self, path: str, resume_step: int, patient: bool = False) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if os.path.exists(path) else []
         _replace(path, kept)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
+        self.path, self.patient = path, patient
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (held until close)
+        self._waiting = b""  # what the disk did not take: lines, the first perhaps without its beginning
         self.last_step = max((line["step"] for line in kept), default=-1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line and hand it to the system at once. NaN and infinities, which JSON lacks, become null."""
-        self._file.write(_dump(record))
-        self._file.flush()
+        told = bool(self._waiting)
+        self._waiting += _dump(record).encode()
         self.last_step = record["step"]
+        if (error := self._hand_over()) and not told:
+            logger.warning(
+                "%s: %s; its lines wait in memory from step %d on and the run goes on (checkpoint.on_error=stop would "
+                "end it)", self.path, error.strerror, self.last_step,
+            )  # fmt: skip
 
     def close(self) -> None:
-        self._file.close()
+        """The last chance of lines that wait."""
+        try:
+            if self._waiting and (error := self._hand_over()):
+                logger.warning("%s: %s; its last lines are lost", self.path, error.strerror)
+        finally:
+            self._file.close()
+
+    def _hand_over(self) -> OSError | None:
+        """Write what waits. The error that kept it waiting, if `patient`, else raised."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self.patient:
+                raise OSError(error.errno, error.strerror, self.path) from error
+            return error
+        return None
 
 
 class MetricsFile(StepLines):
@@ -55,11 +84,14 @@ class Events:
         return kept
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_dump(record))
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one line. Raises OSError, naming the file: what is not on the disk must not be acted on."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_dump(record))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
 
 
 class Samples(StepLines):

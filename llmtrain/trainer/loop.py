@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
@@ -27,6 +28,8 @@ from llmtrain.trainer.guard import Guard
 
 SHOWN = ("loss", "reward_mean", "lr", "tokens_per_s")  # beside the progress bar
 INTERRUPTED = 75  # exit code (EX_TEMPFAIL): start the same command again and it goes on
+
+logger = logging.getLogger(__name__)
 
 StepFn = Callable[[int], dict[str, float]]
 """step -> metrics; `tokens` among them is the number of tokens of this step."""
@@ -105,7 +108,8 @@ class Record:
             return
         config, directory = job.config, job.config.directory
         self.path = os.path.join(directory, "metrics.jsonl")
-        self.file = MetricsFile(self.path, resume_step=job.step)
+        self.patient = config.checkpoint.on_error == "warn"
+        self.file = MetricsFile(self.path, job.step, self.patient)
         settings = config.model_dump(mode="json")
         self.sink = wandb.start(config.log.wandb, config.log.project, config.name, directory, settings, job.step > 0)
 
@@ -125,7 +129,7 @@ class Record:
         """The run went back: later lines are written again. (W&B keeps the first value of a step.)"""
         if self.main:
             self.file.close()
-            self.file = MetricsFile(self.path, resume_step=step)
+            self.file = MetricsFile(self.path, step, self.patient)
 
     def __enter__(self) -> Record:
         return self
@@ -165,10 +169,18 @@ class StopSignal:
 
 
 def note_evaluation(job: Job, scores: dict[str, float]) -> None:
-    """One line in evaluations.jsonl, on rank 0."""
-    if job.mesh.rank == 0:
-        lines = StepLines(os.path.join(job.config.directory, "evaluations.jsonl"), resume_step=job.step - 1)
+    """One line in evaluations.jsonl, on rank 0; where the disk does not take it, and the run is to go on all the same,
+    in the log alone."""
+    if job.mesh.rank != 0:
+        return
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    log(f"held out, step {job.step}: {shown}")
+    path = os.path.join(job.config.directory, "evaluations.jsonl")
+    try:
+        lines = StepLines(path, resume_step=job.step - 1)
         lines.write({"step": job.step, **scores})
         lines.close()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        log(f"held out, step {job.step}: {shown}")
+    except OSError as error:
+        if job.config.checkpoint.on_error == "stop":
+            raise
+        logger.warning("%s: %s; what was held out at step %d stands above alone", path, error.strerror, job.step)

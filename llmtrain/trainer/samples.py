@@ -17,7 +17,8 @@ class SampleLog:
         self.decode, self.settings = job.tokenizer.decode, job.config.log
         self.file: Samples | None = None
         if job.mesh.rank == 0 and self.settings.samples:
-            self.file = Samples(os.path.join(job.config.directory, "samples.jsonl"), resume_step=job.step)
+            path = os.path.join(job.config.directory, "samples.jsonl")
+            self.file = Samples(path, job.step, patient=job.config.checkpoint.on_error == "warn")
 
     def write(self, step: int, experiences: Sequence[Experience]) -> None:
         """The completions of one step."""

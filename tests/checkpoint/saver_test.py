@@ -198,6 +198,32 @@ def test_an_error_on_one_rank_is_the_same_decision_on_all(
 
 
 @MODES
+def test_old_ones_that_stay_are_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, where what someone reads cannot be removed: the new one is whole, and so are those after it."""
+    real = os.rmdir
+
+    def busy(path: str, **kwargs: object) -> None:
+        if "trash" in path:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        real(path, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    with saver_of(Live(), tmp_path, background, on_error="stop", keep=1) as saver:
+        for step in (1, 2, 3):
+            saver.save({"step": step})
+        saver.close()
+    assert caplog.text.count("is saved, but the ones before it could not be removed") == 2
+    assert "was not saved" not in caplog.text and newest_intact(str(tmp_path)).endswith("step-00000003")
+    monkeypatch.undo()
+    with saver_of(Live(), tmp_path, background) as saver:
+        saver.save({"step": 4})
+        saver.close()
+    assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004"]
+
+
+@MODES
 def test_what_no_disk_can_help_with_ends_the_run(tmp_path: Path, background: bool) -> None:
     engine = Live()
     saver = saver_of(engine, tmp_path, background)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.observe.metrics import MetricsFile, Samples, read_metrics
+from llmtrain.observe.metrics import Events, MetricsFile, Samples, read_metrics
 
 
 def _write(path: Path, steps: range, resume_step: int, run: int) -> None:
@@ -65,6 +66,70 @@ def test_lines_survive_a_kill(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert [r["step"] for r in read_metrics(str(tmp_path / "m"))] == [1, 2]
+
+
+def test_lines_wait_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(str(path), -1, patient=True)
+    metrics.write({"step": 1})
+    disk, full = metrics._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    metrics._file = full
+    for step in (2, 3):
+        metrics.write({"step": step})
+    assert [r["step"] for r in read_metrics(str(path))] == [1]
+    assert len(caplog.records) == 1 and f"{path}: No space left on device; its lines wait" in caplog.text
+    metrics._file = disk
+    metrics.write({"step": 4})
+    metrics._file = full
+    metrics.write({"step": 5})
+    metrics._file = disk
+    metrics.close()
+    assert [r["step"] for r in read_metrics(str(path))] == [1, 2, 3, 4, 5]
+    full.close()
+
+
+def test_half_a_line_is_completed(tmp_path: Path) -> None:
+    """As the last free bytes of a disk take a part of one."""
+    path = tmp_path / "m"
+    metrics = MetricsFile(str(path), -1, patient=True)
+    disk = metrics._file
+
+    class Short:
+        left = 5
+
+        def write(self, data: bytes) -> int:
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = disk.write(data[: self.left])
+            self.left -= written
+            return written
+
+    metrics._file = Short()
+    metrics.write({"step": 1})
+    assert path.read_text() == '{"ste' and read_metrics(str(path)) == []
+    metrics._file = disk
+    metrics.write({"step": 2})
+    metrics.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_full_disk_is_named_and_lines_that_are_lost_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for patient in (False, True):
+        path = tmp_path / f"m{patient}"
+        metrics = MetricsFile(str(path), -1, patient)
+        metrics._file.close()
+        metrics._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        if not patient:
+            with pytest.raises(OSError, match=r"No space left on device: .*mFalse"):
+                metrics.write({"step": 1})
+            continue
+        metrics.write({"step": 1})
+        metrics.close()
+        assert f"{path}: No space left on device; its last lines are lost" in caplog.text
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        Events("/dev/full").write({"step": 1, "event": "rewind"})
 
 
 @pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', '{"step": "1"}'])

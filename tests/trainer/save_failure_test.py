@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint.manifest import newest_intact, verify
+from tests.conftest import ROOT
 
 TOO_FEW_BYTES = 100_000  # a rank's fragments take about 250 kB
 
@@ -44,6 +45,37 @@ def test_a_failing_disk_is_warned_of_and_the_last_save_not_forgiven(
     assert "File too large" in result.stdout and "rank-00001.safetensors" in result.stdout
     assert result.returncode != 0 and 'Traceback (most recent call last):\n  File "/' not in result.stdout
     assert os.listdir(run_dir / "checkpoints") == []
+
+
+def filled(tmp_path: Path) -> Path:
+    """`llmtrain` that cannot make a file longer than 6,000 bytes, metrics.jsonl neither, until step 40 is saved."""
+    script = tmp_path / "filled.py"
+    script.write_text(
+        "from resource import RLIMIT_FSIZE, getrlimit, setrlimit\n"
+        "from llmtrain.cli import entry\n"
+        "from llmtrain.trainer import loop\n"
+        "most, save = getrlimit(RLIMIT_FSIZE)[1], loop.save\n"
+        "def with_room(job):\n"
+        "    setrlimit(RLIMIT_FSIZE, (most if job.step == 40 else 6000, most))\n"
+        "    save(job)\n"
+        "loop.save = with_room\n"
+        "entry()\n"
+    )
+    return script
+
+
+def test_a_full_disk_then_room_leaves_no_gap(small: Path, tmp_path: Path) -> None:
+    """Neither saves nor lines fit for a while; in the end every step stands in metrics.jsonl once."""
+    run_dir = tmp_path / "run"
+    options = ("train.steps=40", "checkpoint.every_steps=10", "train.eval_seqs=1", "train.global_batch_seqs=2")
+    command = [sys.executable, str(filled(tmp_path)), "pretrain", str(small), f"run_dir={run_dir}", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("metrics.jsonl: File too large; its lines wait in memory") == 1
+    assert [f"step {step} was not saved" in result.stderr for step in (10, 20, 30, 40)] == [True, True, True, False]
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, 41))
+    assert os.listdir(run_dir / "checkpoints") == ["step-00000040"]
 
 
 def test_stop_means_stop(small: Path, tmp_path: Path, torchrun: Callable) -> None:
