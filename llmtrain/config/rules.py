@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from llmtrain.config.case import TRAIN, TUNE, Case, Rules
 from llmtrain.config.ramp import ramp_faults
+from llmtrain.config.schema import TokenizerConfig
+from llmtrain.config.specials import NUM_BYTES, special_tokens
 
 
 def _one_process(case: Case) -> Iterator[str]:
@@ -14,14 +16,44 @@ def _one_process(case: Case) -> Iterator[str]:
         yield f"ranks={case.world_size}: {case.command} runs in one process; start it without torchrun (ranks: 1)"
 
 
+def _makes_tokenizer(case: Case) -> bool:
+    """Is there no tokenizer yet?"""
+    return not os.path.exists(case.config.tokenizer.path or os.path.join(case.config.directory, "tokenizer"))
+
+
 def _vocabulary(case: Case) -> Iterator[str]:
-    c = case.config
-    path = c.tokenizer.path or os.path.join(c.directory, "tokenizer")
-    if case.model and not os.path.exists(path) and case.model.vocab_size < c.tokenizer.vocab_size:
+    t = case.config.tokenizer
+    if case.model and _makes_tokenizer(case) and not t.base and case.model.vocab_size < t.vocab_size:
         yield (
             f"model.vocab_size={case.model.vocab_size}: must be at least "
-            f"tokenizer.vocab_size={c.tokenizer.vocab_size}; raise it or lower the tokenizer's"
+            f"tokenizer.vocab_size={t.vocab_size}; raise it or lower the tokenizer's"
         )
+
+
+def _new_tokenizer(case: Case) -> Iterator[str]:
+    t = case.config.tokenizer
+    specials = special_tokens(t, case.config.data)
+    if twice := sorted({name for name in specials if not name or specials.count(name) > 1}):
+        yield f"tokenizer.special_tokens: {twice[0]!r} must not be empty or named twice; remove it"
+    smallest = NUM_BYTES + len(specials)
+    if not t.base and _makes_tokenizer(case) and t.vocab_size < smallest:
+        yield (
+            f"tokenizer.vocab_size={t.vocab_size}: must be at least {smallest}, {NUM_BYTES} bytes and {len(specials)} "
+            "special tokens; raise it"
+        )
+
+
+def _base_tokenizer(case: Case) -> Iterator[str]:
+    t = case.config.tokenizer
+    if t.base is None:
+        return
+    yield from _existing(case, "tokenizer.base", t.base, None)
+    for key in ("algorithm", "vocab_size", "train_bytes", "split", "digits"):
+        if getattr(t, key) != TokenizerConfig.model_fields[key].default:
+            yield (
+                f"tokenizer.{key}={getattr(t, key)}: must not be set with tokenizer.base, which is taken as it is; "
+                "remove one of them"
+            )
 
 
 def _positions(case: Case) -> Iterator[str]:
@@ -150,6 +182,8 @@ RULES: Rules = (
     ((*TRAIN, "eval", "export"), _init_from),
     ((*TUNE, "eval", "export"), _tokenizer),
     (("data", "tokenizer", "pretrain"), _sources),
+    (("data", "tokenizer", *TRAIN), _new_tokenizer),
+    (("data", "tokenizer", *TRAIN), _base_tokenizer),
     (TUNE, _train_file),
     (("eval",), _evaluation_files),
 )

@@ -13,20 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmtrain.config.schema import DataConfig
+from llmtrain.config.specials import FIM, SPANS, sentinels
 from llmtrain.data.sampler import derive, scramble
 from llmtrain.data.tokenizer import Tokenizer
 
-FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-# As many as T5 has: at its rates enough for 2,000 tokens. In longer documents the same share is hidden in longer spans.
-SPANS = tuple(f"<|extra_id_{i}|>" for i in range(100))
 SHORTEST_TOKENS = 16  # shorter documents stay as they are: the sentinels would cost them a quarter and more
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step
-
-
-def sentinels(data: DataConfig) -> tuple[str, ...]:
-    """The special tokens that the objectives need."""
-    return (FIM if data.fim_share else ()) + (SPANS if data.span_share else ())
 
 
 @dataclass(frozen=True)

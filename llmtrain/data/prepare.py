@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from llmtrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from llmtrain.config.specials import sentinels
 from llmtrain.data.jsonl import read_jsonl
-from llmtrain.data.objectives import sentinels
 from llmtrain.data.shards import split_documents, write_shards
 from llmtrain.data.tasks import write_task
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer_base import tokenizer_from_base
+from llmtrain.data.tokenizer_train import train_tokenizer
 
 MARKER = "prepared.json"
 EXCERPT_CHARS = 20_000  # of one document at most to train the tokenizer: variety over length
@@ -67,7 +69,9 @@ def relevant(data: DataConfig, tokenizer: TokenizerConfig, seed: int) -> dict[st
     """What decides the bytes of the result, hashed. The weights of the sources do not: they apply at training."""
     sources = [source.model_dump(exclude={"weight"}) for source in data.sources]
     tasks = [task.model_dump() for task in data.tasks]
-    trained = tokenizer.model_dump(exclude={"path"})
+    trained = tokenizer.model_dump(include={"vocab_size", "train_bytes"})
+    # Keys that are younger than these two count where they are set, so that what was made before them stays valid.
+    trained |= tokenizer.model_dump(exclude={"path"}, exclude_defaults=True)
     text = json.dumps([sources, tasks, trained, seed, *sentinels(data)], sort_keys=True)
     return {"config": hashlib.sha256(text.encode()).hexdigest()}
 
@@ -89,13 +93,15 @@ def is_prepared(data_dir: str, tokenizer_dir: str, settings: dict[str, Any]) -> 
 def make_tokenizer(
     data: DataConfig, config: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int, progress: Progress
 ) -> Tokenizer:
-    """The tokenizer of the directory, trained first if there is no such directory."""
+    """The tokenizer of the directory, made first if there is no such directory: from `config.base`, or by training."""
     if not os.path.exists(tokenizer_dir):
-        if not data.sources:
+        if not data.sources and not config.base:
             raise ValueError(f"{tokenizer_dir}: no tokenizer there, and no data.sources to train one from")
         with shown(progress, "tokenizer"):
-            texts = tokenizer_texts(data, config, data_dir, seed)
-            train_tokenizer(texts, tokenizer_dir, config.vocab_size, sentinels(data))
+            if config.base:
+                tokenizer_from_base(tokenizer_dir, config, data)
+            else:
+                train_tokenizer(tokenizer_texts(data, config, data_dir, seed), tokenizer_dir, config, data)
     return load_tokenizer(tokenizer_dir)
 
 

@@ -8,17 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config.schema import DataConfig
+from llmtrain.config.specials import FIM, SPANS, sentinels
 from llmtrain.data.objectives import (
-    FIM,
     SHORTEST_TOKENS,
-    SPANS,
     Objectives,
     corrupted,
     documents,
     fim,
     objectives,
     random_lengths,
-    sentinels,
     span_count,
 )
 from llmtrain.data.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llmtrain.config.schema import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
+from llmtrain.config.specials import FIM
 from llmtrain.data import prepare as module
-from llmtrain.data.objectives import FIM
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.data.prepare import prepare
 from llmtrain.data.shards import check_tokenizer

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.config.schema import SourceConfig
+from llmtrain.config.schema import SourceConfig, TokenizerConfig
 from llmtrain.data.shards import check_tokenizer, open_shards, split_documents, token_dtype, write_shards
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer_train import train_tokenizer
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_cut_or_missing_file_is_named(source: SourceConfig, tokenizer: Tokeniz
 def test_another_tokenizer_is_refused(source: SourceConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_shards([source], tokenizer, str(tmp_path / "s"), 0)
     check_tokenizer(str(tmp_path / "s"), tokenizer)
-    train_tokenizer(["some other text " * 9] * 9, str(tmp_path / "other"), 262)
+    train_tokenizer(["some other text " * 9] * 9, str(tmp_path / "other"), TokenizerConfig(vocab_size=262))
     with pytest.raises(ValueError, match="made with tokenizer"):
         check_tokenizer(str(tmp_path / "s"), load_tokenizer(str(tmp_path / "other")))
 

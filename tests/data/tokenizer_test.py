@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llmtrain.config.schema import TokenizerConfig
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer_train import train_tokenizer
 
 TEXT = "def f(x):\n\treturn 1234 + x  # naïve ☃\n"
 
@@ -44,7 +46,7 @@ def test_fingerprint_survives_transformers_and_tells_tokenizers_apart(tokenizer:
     saved = load_tokenizer(str(tmp_path / "saved"))
     assert (saved.eos_id, saved.pad_id) == (1, 0)
     assert saved.fingerprint == tokenizer.fingerprint
-    train_tokenizer(["some other text " * 9] * 9, str(tmp_path / "other"), 262)
+    train_tokenizer(["some other text " * 9] * 9, str(tmp_path / "other"), TokenizerConfig(vocab_size=262))
     assert load_tokenizer(str(tmp_path / "other")).fingerprint != tokenizer.fingerprint
 
 
@@ -82,16 +84,17 @@ def test_missing_and_broken_files_are_one_line_errors(tokenizer: Tokenizer, tmp_
 
 
 def test_special_tokens_count_and_are_never_text(tmp_path: Path) -> None:
-    train_tokenizer(["some text " * 9] * 9, str(tmp_path / "t"), 263, ["<|a|>", "<|b|>"])
+    config = TokenizerConfig(vocab_size=263, special_tokens=["<|a|>", "<|b|>"])
+    train_tokenizer(["some text " * 9] * 9, str(tmp_path / "t"), config)
     made = load_tokenizer(str(tmp_path / "t"))
     assert made.special_ids(["<|a|>", "<|b|>"]) == [2, 3] and (made.pad_id, made.eos_id, made.vocab_size) == (0, 1, 263)
     assert made.encode("<|b|>") == [3] and 3 not in made.encode("<|b|>", parse_special=False)
-    assert made.hugging_face.convert_tokens_to_ids("<|a|>") == 2
+    assert made.hugging_face.convert_tokens_to_ids("<|a|>") == 2 and "<|a|>" in made.hugging_face.all_special_tokens
     with pytest.raises(ValueError, match=r"the tokenizer has no <\|c\|>, which data.fim_share"):
         made.special_ids(["<|a|>", "<|c|>"])
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer.vocab_size=500: the text yields \d+ tokens"):
-        train_tokenizer(["abc"], str(tmp_path / "t"), 500)
+        train_tokenizer(["abc"], str(tmp_path / "t"), TokenizerConfig(vocab_size=500))
     assert not (tmp_path / "t").exists()

@@ -49,9 +49,10 @@ def test_empty_corpus(small: Path, tmp_path: Path) -> None:
 
 def test_wrong_tokenizer(small: Path, small_data: Path, tmp_path: Path) -> None:
     """Shards made with one tokenizer, the run told of another."""
-    from llmtrain.data.tokenizer import train_tokenizer
+    from llmtrain.config.schema import TokenizerConfig
+    from llmtrain.data.tokenizer_train import train_tokenizer
 
-    train_tokenizer(["another text", "def f(): return 1"], str(tmp_path / "other"), 270)
+    train_tokenizer(["another text", "def f(): return 1"], str(tmp_path / "other"), TokenizerConfig(vocab_size=270))
     result = llmtrain("pretrain", small, f"tokenizer.path={tmp_path / 'other'}", f"run_dir={tmp_path / 'run'}")
     assert result.returncode == 2 and "tokenizer" in last_line(result) and str(small_data) in last_line(result)
 

@@ -1,0 +1,116 @@
+"""Training a tokenizer: BPE, WordPiece or Unigram on bytes.
+
+A text is cut into words by a rule, each word is written as its UTF-8 bytes (a printable character for each), and then
+the algorithm sees it. The vocabulary holds all 256 bytes, so nothing is ever unknown, and the decoder puts the bytes of
+the tokens back to back: any text comes back as it was, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from llmtrain.config.schema import DataConfig, TokenizerConfig
+from llmtrain.config.specials import NUM_BYTES, PAD, end_of_text, special_tokens
+from llmtrain.data.chat import TEMPLATES
+from llmtrain.data.tokenizer import save
+
+NUMBER = {"single": r"\p{N}", "triples": r"\p{N}{1,3}", "none": r"\p{N}+"}
+ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# Rules of published tokenizers, with the place of their numbers left open. GPT-2's is built into the library.
+GPT4 = rf"{ENDING}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|NUMBER| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDING}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDING}?|NUMBER|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORD = {"gpt4": GPT4, "gpt4o": GPT4O}
+# Of WordPiece and Unigram: their time grows with the square of a word's length, and text may be one long word.
+MAX_WORD_BYTES = 64
+CHARACTER_STEP = 0.0001  # between scores that the library gives to bytes it has not seen, in an order that varies
+
+
+def train_tokenizer(
+    texts: Iterable[str], directory: str, config: TokenizerConfig, data: DataConfig | None = None
+) -> None:
+    """Train on `texts` as `config` says, and write a Hugging Face directory, whole or not at all.
+
+    BPE: arXiv 1508.07909. WordPiece: the longest known token first (arXiv 1609.08144, section 4.1), on a vocabulary
+    that grows as BPE's does. Unigram: arXiv 1804.10959. `data` says which objectives need sentinels. Special tokens
+    count in `config.vocab_size`. Raises ValueError when `texts` do not yield that many tokens.
+    """
+    specials = special_tokens(config, data or DataConfig())
+    trained = Tokenizer(MODELS[config.algorithm]())
+    trained.pre_tokenizer, trained.decoder = pre_tokenizer(config), decoders.ByteLevel()
+    trained.train_from_iterator(texts, trainer(config, specials))
+    if trained.get_vocab_size() != config.vocab_size:
+        raise ValueError(
+            f"tokenizer.vocab_size={config.vocab_size}: the text yields {trained.get_vocab_size()} tokens ({NUM_BYTES} "
+            f"bytes, {len(specials)} specials and merges); give more text or that size"
+        )
+    if config.algorithm == "unigram":
+        trained = reproducible(trained, len(specials))
+    save(trained, directory, entries(config, specials))
+
+
+MODELS = {
+    "bpe": models.BPE,
+    "wordpiece": lambda: models.WordPiece(max_input_chars_per_word=MAX_WORD_BYTES),
+    "unigram": models.Unigram,
+}
+
+
+def trainer(config: TokenizerConfig, specials: list[str]) -> trainers.Trainer:
+    """The library's trainer. WordPiece's mark for "inside a word" is empty: where a word begins with a space, the space
+    is in the token, and a mark made of text could not be told from that text."""
+    common = {"vocab_size": config.vocab_size, "special_tokens": specials, "show_progress": False}
+    common["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    if config.algorithm == "wordpiece":
+        return trainers.WordPieceTrainer(continuing_subword_prefix="", **common)
+    return {"bpe": trainers.BpeTrainer, "unigram": trainers.UnigramTrainer}[config.algorithm](**common)
+
+
+def pre_tokenizer(config: TokenizerConfig) -> pre_tokenizers.PreTokenizer:
+    """Text to words to bytes. No token crosses a cut."""
+    number, gpt2 = NUMBER[config.digits], config.split == "gpt2"
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)]
+    if not gpt2:
+        steps.insert(0, cut(WORD[config.split].replace("NUMBER", number)))
+    elif config.digits == "single":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif config.digits == "triples":
+        steps.insert(0, cut(number))
+    if config.algorithm != "bpe":
+        steps.append(cut(f".{{1,{MAX_WORD_BYTES}}}"))
+    return pre_tokenizers.Sequence(steps)
+
+
+def cut(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Each match is a word, and so is what lies between two."""
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def reproducible(unigram: Tokenizer, num_specials: int) -> Tokenizer:
+    """The same tokenizer on every run: the library hands out small differences of score, and the ids that follow from
+    them, in the order of a hash table. Bytes without a score of their own get the lowest; scores are rounded."""
+    state = json.loads(unigram.to_str())
+    specials, pieces = state["model"]["vocab"][:num_specials], state["model"]["vocab"][num_specials:]
+    lowest = min(score for _, score in pieces)
+    unseen = lowest + NUM_BYTES * CHARACTER_STEP
+    scores = {piece: lowest if len(piece) == 1 and score < unseen else score for piece, score in pieces}
+    ordered = sorted((-round(score, 4), piece) for piece, score in scores.items())
+    state["model"]["vocab"] = [*specials, *([piece, -score] for score, piece in ordered)]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def entries(config: TokenizerConfig, specials: list[str]) -> dict[str, object]:
+    """tokenizer_config.json."""
+    written: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    written |= {"eos_token": end_of_text(config), "pad_token": PAD, "clean_up_tokenization_spaces": False}
+    if specials[2:]:
+        written["extra_special_tokens"] = specials[2:]
+    if config.chat != "none":
+        written["chat_template"] = TEMPLATES[config.chat]
+    return written
