@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import PreTrainedConfig as HfConfig
@@ -38,6 +38,8 @@ EOS = 1
 NOT_THE_MODEL = {  # keys of a config.json that say nothing about what is computed
     *("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"),  # `layer_types` says it
+    "rope_parameters",  # ours have the defaults too; their sense is compared with that of all others
 }
 
 
@@ -116,9 +118,7 @@ def check_shapes(config: ModelConfig) -> None:
     """The decoder has exactly the parameters that `config.parameters` computes."""
     front, behind = outer_shapes(config)
     layers = {
-        f"layers.{i}.{name}": shape
-        for i in range(config.num_layers)
-        for name, shape in layer_shapes(config, i).items()
+        f"layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer_shapes(config, i).items()
     }
     assert parameter_shapes(config) == {**front, **layers, **behind}
 
@@ -163,7 +163,7 @@ def check_gradients(model: type[PreTrainedModel], config: HfConfig, tokens: int 
             assert (parameter.grad - theirs).abs().max() <= bound, name
 
 
-def _gradients(p: Pair):  # noqa: ANN202 - the reader of hf_weight_source
+def _gradients(p: Pair) -> Callable[[str], Tensor]:
     """Theirs, by our names: written in the place of the weights, so that they go the same way."""
     for parameter in p.theirs.parameters():
         assert parameter.grad is not None
@@ -212,9 +212,7 @@ def same_config(p: Pair, again: PreTrainedModel) -> None:
 def _tokenizer() -> Path:
     directory = Path(tempfile.mkdtemp(prefix="llmtrain-tokenizer-"))
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    from tokenizers.pre_tokenizers import Whitespace
-
-    words.pre_tokenizer = Whitespace()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
     return directory
 

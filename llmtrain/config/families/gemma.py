@@ -91,12 +91,13 @@ def _common(config: HfConfig, positions: int, period: int) -> dict[str, Any]:
 def gemma3_rope(config: HfConfig) -> tuple[float, RopeScaling | None, float]:
     """(theta and scaling of full layers, theta of sliding ones), in the old form or that of transformers 5."""
     new = config.get("rope_parameters") or {}
-    full = new.get("full_attention") or {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
-    sliding = new.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 1e4)}
-    local, unscaled = rope_fields(config, sliding)
+    full = new.get("full_attention") or config.get("rope_scaling") or {}
+    sliding = new.get("sliding_attention") or {}
+    theta, local = config.get("rope_theta", 1e6), config.get("rope_local_base_freq", 1e4)
+    local, unscaled = rope_fields(config, {"rope_theta": local, **sliding})
     if unscaled is not None:
         raise ValueError(f"rope_type={unscaled.type}: not in sliding layers; use another model")
-    return *rope_fields(config, full), local
+    return *rope_fields(config, {"rope_theta": theta, **full}), local
 
 
 def _hf(model: ModelConfig) -> HfConfig:

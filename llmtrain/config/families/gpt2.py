@@ -69,7 +69,6 @@ def to_hf(model: ModelConfig) -> HfConfig:
         "architectures": ["GPT2LMHeadModel"],
         "initializer_range": 0.02,
         "layer_norm_epsilon": m.norm_eps,
-        "n_ctx": m.max_positions,
         "n_embd": m.hidden_size,
         "n_head": m.num_heads,
         "n_inner": m.ffn_size,

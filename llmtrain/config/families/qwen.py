@@ -48,7 +48,7 @@ def layer_kinds(types: list[str], window: int | None) -> list[str]:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer_types={kind}: only full_attention and sliding_attention are supported")
         if kind == "sliding_attention" and window is None:
-            raise ValueError("layer_types: has sliding_attention, which needs sliding_window; use a complete config.json")
+            raise ValueError("layer_types: has sliding_attention, which needs sliding_window; give it in config.json")
     return [kind.removesuffix("_attention") for kind in types]
 
 
