@@ -17,6 +17,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from llmtrain.config.stages import StagePlan
+from llmtrain.model.router import Router
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.types import Batch
 
@@ -55,6 +56,17 @@ def inputs_of(batch: Batch, has_head: bool, scaled: bool | None = None) -> dict[
     return kwargs
 
 
+class Stage(PipelineStage):
+    """Before the first step torch learns shapes from a forward and backward on made-up values: what routers counted in
+    it is forgotten."""
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        super()._post_metadata_inference_cleanup()
+        for module in self.submod.modules():
+            if isinstance(module, Router):
+                module.tally.reset()
+
+
 class Pipeline:
     """Runs microbatches through the stages. `parts` are this rank's stages, rising.
 
@@ -84,7 +96,7 @@ class Pipeline:
         key = (len(batches), tuple(batches[0].input_ids.shape))
         if self.schedule is None or self.schedule[0] != key:
             stages = [
-                PipelineStage(part, stage, len(self.plan.layers), self.mesh.device, group=self.group)
+                Stage(part, stage, len(self.plan.layers), self.mesh.device, group=self.group)
                 for stage, part in self.parts.items()
             ]
             made = SCHEDULES[self.plan.schedule](
