@@ -177,8 +177,8 @@ RESIDUAL = ("attention.o.weight", "feedforward.down.weight", "experts.down", "sh
 def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """The initial value of one parameter, fp32. A pure function of name and seed, so every layout starts equal.
 
-    Norms are 1 (0 where the factor is 1 + weight), biases 0; matrices N(0, 0.02), and those that write to the residual
-    stream smaller by sqrt(2 layers) (GPT-2).
+    Norms are 1 (0 where the factor is 1 + weight), biases 0; matrices as the family says, else N(0, 0.02), and those
+    that write to the residual stream smaller by sqrt(2 layers) (GPT-2).
     """
     if name.endswith(".bias"):
         return torch.zeros(shape)
