@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmtrain.checkpoint.source import weight_source
+from llmtrain.config.adapters import without_adapters
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import save_hf
@@ -22,6 +23,7 @@ def export(
 
     Raises ValueError as `weight_source`.
     """
+    config = without_adapters(config)
     weight = weight_source(source, config)
     save_hf(
         directory, config, ((name, weight(name)) for name in parameter_shapes(config)), dtype, tokenizer_dir, eos_id

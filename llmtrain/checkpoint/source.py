@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 
@@ -10,49 +11,97 @@ from torch import Tensor
 
 from llmtrain.checkpoint.group import CheckpointGroup
 from llmtrain.checkpoint.load import CheckpointReader
-from llmtrain.checkpoint.manifest import MANIFEST, newest_intact, verify
+from llmtrain.checkpoint.manifest import MANIFEST, MANIFEST_SUM, newest_intact, verify
+from llmtrain.config.adapters import without_adapters
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.decoder import Decoder, parameter_shapes
+from llmtrain.config.shapes import resolve_model
+from llmtrain.model.decoder import Decoder, trained_shapes
 from llmtrain.model.hf import hf_weight_source
+from llmtrain.model.lora import merged
+
+Source = Callable[[str], Tensor]
+"""Canonical name -> global fp32 tensor."""
+
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file that no manifest has a checksum of
 
 
-def weight_source(path: str, config: ModelConfig, group: CheckpointGroup | None = None) -> Callable[[str], Tensor]:
-    """Canonical name -> global fp32 tensor, from a run directory (its newest intact checkpoint), a checkpoint
-    directory, or a Hugging Face directory. A tied model has no `head.weight` of its own.
+def weight_source(path: str, config: ModelConfig, group: CheckpointGroup | None = None) -> Source:
+    """Canonical name -> global fp32 tensor, from what `locate` finds at the path. Adapters that a run has trained are
+    merged; those that `config` asks for are not looked for. A tied model has no `head.weight` of its own.
 
-    With a `group` this call is a collective, and every rank hashes its share of the files; the reading is not.
-    Raises ValueError when the path is none of these, a file is broken, or the parameters are not those of `config`.
+    Raises ValueError as `locate`, and when the parameters are not those of `config`.
+    """
+    return source_at(locate(path, group), config, group)
+
+
+def locate(path: str, group: CheckpointGroup | None = None) -> str:
+    """The checkpoint or Hugging Face directory that a path means: of a run directory its newest intact checkpoint.
+
+    With a `group` this is a collective, and every rank hashes its share of the files.
+    Raises ValueError when there is none, or a file of it is broken.
     """
     checkpoints = os.path.join(path, "checkpoints")
     if os.path.isfile(os.path.join(path, MANIFEST)):
         verify(path, group)
-        return _checkpoint_source(path, config)
+        return path
     if os.path.isdir(checkpoints):
         newest = newest_intact(checkpoints, group)
         if newest is None:
             raise ValueError(f"{checkpoints}: no intact checkpoint in it; the run must save one first")
-        return _checkpoint_source(newest, config)
+        return newest
     if os.path.isfile(os.path.join(path, "config.json")):
-        stored = hf_weight_source(path, config)
-        return lambda name: stored(name).float()
+        return path
     raise ValueError(
         f"{path}: no weights here; looked for checkpoints/ (a run directory), {MANIFEST} (a checkpoint) and "
         "config.json (a Hugging Face directory)"
     )
 
 
+def source_at(place: str, config: ModelConfig, group: CheckpointGroup | None = None) -> Source:
+    """See `weight_source`. A collective only where adapters are merged."""
+    config = without_adapters(config)
+    if not os.path.isfile(os.path.join(place, MANIFEST)):
+        stored = hf_weight_source(place, config)
+        return lambda name: stored(name).float()
+    reader = CheckpointReader(place)
+    saved = reader.state.get("model", {})
+    trained = ModelConfig.model_validate(saved) if saved.get("lora") else config
+    _check_checkpoint(reader, trained, config)
+    return reader.full if trained.lora is None else _merging(reader, trained, config, group)
+
+
+def fingerprint(place: str) -> str:
+    """Of a checkpoint or Hugging Face directory (see `locate`), so that other weights in its place are noticed: of all
+    bytes of a checkpoint, of headers, sizes and samples of other safetensors."""
+    manifest = os.path.join(place, MANIFEST_SUM)
+    if os.path.isfile(manifest):
+        with open(manifest, "rb") as f:
+            return f.read().decode().split()[0]
+    digest = hashlib.sha256()
+    for name in sorted(name for name in os.listdir(place) if name.endswith(".safetensors")):
+        size = os.path.getsize(os.path.join(place, name))
+        digest.update(f"{name} {size}".encode())
+        with open(os.path.join(place, name), "rb") as f:
+            for i in range(SAMPLES):
+                f.seek(size * i // SAMPLES)
+                digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 def load_decoder(path: str, config: ModelConfig, dtype: torch.dtype) -> Decoder:
     """The whole model in one process, for evaluation and generation. Raises as `weight_source`."""
+    config = without_adapters(config)
     weight = weight_source(path, config)
     model = Decoder(config).to(dtype)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weight(name))
+        for name, held in (*model.named_parameters(), *model.named_buffers()):
+            held.copy_(weight(name))
     return model
 
 
-def _checkpoint_source(path: str, config: ModelConfig) -> Callable[[str], Tensor]:
-    reader, shapes = CheckpointReader(path), parameter_shapes(config)
+def _check_checkpoint(reader: CheckpointReader, trained: ModelConfig, config: ModelConfig) -> None:
+    """Does it hold what a run of `trained` saves, and is that the model `config`?"""
+    path, shapes = reader.path, trained_shapes(trained)
     for name, shape in shapes.items():
         reader.check_shape(name, shape)
     if unknown := sorted(set(reader.names()) - set(shapes)):
@@ -60,10 +109,30 @@ def _checkpoint_source(path: str, config: ModelConfig) -> Callable[[str], Tensor
             f"{path}: the model of this config has no {unknown[0]} ({len(unknown)} such); "
             "the model section must be the one it was trained with"
         )
-    trained, now = reader.state.get("model", {}), config.model_dump(mode="json")
+    saved, now = reader.state.get("model", {}), config.model_dump(mode="json")
     for key in ("rope_theta", "rope_scaling"):  # changes within a run that has a ramp
-        if trained.get(key, now[key]) != now[key]:
+        if saved.get(key, now[key]) != now[key]:
             raise ValueError(
-                f"model.{key}={now[key]}: {path} was trained with {trained[key]}; give that, or a newer checkpoint"
+                f"model.{key}={now[key]}: {path} was trained with {saved[key]}; give that, or a newer checkpoint"
             )
-    return reader.full
+
+
+def _merging(
+    reader: CheckpointReader, trained: ModelConfig, config: ModelConfig, group: CheckpointGroup | None
+) -> Source:
+    """The base that adapters were trained on, with them."""
+    base = trained.init_from
+    if base is None or not os.path.isdir(base):
+        raise ValueError(
+            f"{reader.path}: holds only adapters, and {base}, which they were trained on, is not there; put it back"
+        )
+    place = locate(base, group)
+    if fingerprint(place) != reader.state["base"]:
+        raise ValueError(
+            f"{reader.path}: holds only adapters, and {place} is not what they were trained on: its weights have "
+            "changed; put those of that time back"
+        )
+    rope = resolve_model(ModelConfig(init_from=base))  # a ramp may have changed that of the run
+    of_base = config.model_copy(update={"rope_theta": rope.rope_theta, "rope_scaling": rope.rope_scaling})
+    weights, adapters = source_at(place, of_base, group), set(reader.names())
+    return lambda name: merged(name, trained, lambda part: (reader.full if part in adapters else weights)(part))

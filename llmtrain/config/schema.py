@@ -310,10 +310,12 @@ class CheckpointConfig(Section):
 
 
 class ExportConfig(Section):
-    """`llmtrain export`: the newest checkpoint of `model.init_from`, else of the run, as a Hugging Face directory."""
+    """`llmtrain export`: the newest checkpoint of `model.init_from`, else of the run, as a Hugging Face directory, with
+    adapters merged."""
 
-    path: str | None = None  # None = export/ in the directory of that run
+    path: str | None = None  # None = export/, of adapters adapter/, in the directory of that run
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the written weights
+    adapter: bool = False  # only the adapters of a run with model.lora, as a directory for peft
 
 
 class ReportConfig(Section):

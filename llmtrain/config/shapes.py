@@ -112,7 +112,8 @@ def fields_from_directory(directory: str, earlier: Mapping[str, ModelConfig | No
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in SHAPE}
+    """Of the weights that a run leaves: adapters are merged when they are read."""
+    return {name: getattr(model, name) for name in SHAPE} | {"lora": None}
 
 
 def _read_hf(path: str, text: str) -> dict[str, Any]:

@@ -15,14 +15,15 @@ from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
 from llmtrain.checkpoint.saver import Saver
-from llmtrain.checkpoint.source import weight_source
+from llmtrain.checkpoint.source import fingerprint, locate, source_at
+from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine, make_engine
-from llmtrain.model.decoder import init_tensor, parameter_shapes
+from llmtrain.model.decoder import init_tensor, parameter_shapes, trained_shapes
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import WeightSource, parallelize
@@ -59,6 +60,7 @@ class Job:
     step: int = 0  # finished steps of the stage
     tokens: int = 0  # seen in them
     guard: GuardState = field(default_factory=GuardState)
+    base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop
 
 
@@ -111,8 +113,9 @@ SAME = (
 def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
     """Raises ValueError when the checkpoint is of another model or optimizer, or of a run that takes its samples
     otherwise."""
-    if set(reader.names()) != set(parameter_shapes(job.model)):
+    if set(reader.names()) != set(trained_shapes(job.model)):
         raise ValueError(f"{path}: holds other parameters than the model section describes; use the section it had")
+    check_same_base(job, reader, path)
     saved, now = reader.state["config"], job.config.model_dump(mode="json")
     if (was := saved["optim"]["name"]) != (is_now := now["optim"]["name"]):
         raise ValueError(
@@ -125,6 +128,21 @@ def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
             raise ValueError(
                 f"{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name"
             )
+
+
+def check_same_base(job: Job, reader: CheckpointReader, path: str) -> None:
+    """Raises ValueError when the adapters of a checkpoint were trained on other weights, or have another scale."""
+    lora = job.model.lora
+    if lora is None:
+        return
+    was = reader.state["model"]["lora"]["alpha"]
+    if was != lora.alpha:
+        raise ValueError(f"model.lora.alpha={lora.alpha:g}: must stay {was:g}, with which {path} was made; set that")
+    if job.base != reader.state["base"]:
+        raise ValueError(
+            f"model.init_from={job.config.model.init_from}: holds other weights than those that the adapters in {path} "
+            "were trained on; put these back, or give the run another name"
+        )
 
 
 def resolved(config: Config) -> Config:
@@ -142,11 +160,14 @@ def tokenizer_dir(config: Config) -> str:
 
 
 def start_source(job: Job) -> WeightSource:
-    """Weights before the first step: of `model.init_from`, else random ones. A collective."""
+    """Weights before the first step: of `model.init_from`, else random ones; adapters are new. A collective."""
+    shapes, stored = parameter_shapes(job.model), None
     if job.config.model.init_from:
-        return weight_source(job.config.model.init_from, job.model, job.mesh)
-    shapes = parameter_shapes(job.model)
-    return lambda name: init_tensor(name, shapes[name], job.model, job.config.seed)
+        place = locate(job.config.model.init_from, job.mesh)
+        stored = source_at(place, job.model, job.mesh)
+        job.base = fingerprint(place) if job.model.lora else None
+    new = shapes.keys() if stored is None else adapter_shapes(job.model).keys()
+    return lambda name: init_tensor(name, shapes[name], job.model, job.config.seed) if name in new else stored(name)
 
 
 def build_engine(job: Job, total_steps: int) -> None:

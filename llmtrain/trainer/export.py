@@ -1,4 +1,4 @@
-"""`llmtrain export`: a run's newest checkpoint as a Hugging Face directory."""
+"""`llmtrain export`: a run's newest checkpoint as a Hugging Face directory, or its adapters for peft."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from llmtrain.checkpoint.adapters import export_adapters
 from llmtrain.checkpoint.export import export
 from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import Config
@@ -20,6 +21,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def main(config: Config) -> None:
     """See ExportConfig."""
     source = config.model.init_from or config.directory
+    if config.export.adapter:
+        target = config.export.path or os.path.join(source, "adapter")
+        export_adapters(source, target, DTYPES[config.export.dtype])
+        log(f"adapters for peft in {target}")
+        return
     target = config.export.path or os.path.join(source, "export")
     tokenizer = load_tokenizer(tokenizer_dir(config))
     dtype = DTYPES[config.export.dtype]

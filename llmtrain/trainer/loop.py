@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from llmtrain import __version__
 from llmtrain.checkpoint.saver import Saver
-from llmtrain.model.decoder import parameter_shapes
+from llmtrain.model.decoder import trained_shapes
 from llmtrain.observe import wandb
 from llmtrain.observe.log import log, progress
 from llmtrain.observe.metrics import MetricsFile, StepLines
@@ -79,7 +79,7 @@ def make_saver(job: Job) -> Saver:
     """A collective."""
     settings, mesh = job.config.checkpoint, job.mesh
     group = mesh.side_group(job.config.engine.timeout_s) if settings.background else mesh
-    return Saver(checkpoint_dir(job.config), job.engine, parameter_shapes(job.model), settings, group)
+    return Saver(checkpoint_dir(job.config), job.engine, trained_shapes(job.model), settings, group)
 
 
 def save(job: Job) -> None:
@@ -93,6 +93,7 @@ def save(job: Job) -> None:
         "mesh": job.mesh.sizes,
         "config": job.config.model_dump(mode="json"),
         "model": job.model.model_dump(mode="json"),
+        "base": job.base,
         "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
     }
     job.saver.save(state)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from llmtrain.config.adapters import without_adapters
 from llmtrain.config.schema import Config
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.model.decoder import Decoder
@@ -20,7 +21,7 @@ from llmtrain.types import Batch
 def local_generator(job: Job) -> NativeGenerator:
     """A whole model on this rank; its weights come with the first sync."""
     with torch.device("meta"):
-        model = Decoder(job.model)
+        model = Decoder(without_adapters(job.model))
     model = model.to(compute_dtype(job.config.engine.precision)).to_empty(device=job.mesh.device)
     if job.model.tie_embeddings:
         model.head.weight = model.embed.weight
