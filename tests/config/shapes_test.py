@@ -12,21 +12,117 @@ from hypothesis import strategies as st
 from llmtrain.config.families import presets
 from llmtrain.config.load import dump, load
 from llmtrain.config.schema import Config, ModelConfig, RopeScaling
-from llmtrain.config.shapes import SHAPE, fields_from_hf, hf_config, parameter_count, resolve_model
-
-
-@pytest.mark.parametrize(
-    ("preset", "count"),
-    [
-        ("llama3-8b", 8_030_261_248),
-        ("llama3-70b", 70_553_706_496),
-        ("llama3-405b", 405_853_388_800),
-        ("llama3.1-8b", 8_030_261_248),
-        ("smollm2-135m", 134_515_008),
-    ],
+from llmtrain.config.shapes import (
+    SHAPE,
+    fields_from_hf,
+    hf_config,
+    parameter_count,
+    resolve_model,
+    train_flops_per_token,
 )
-def test_presets_have_the_published_parameter_counts(preset: str, count: int) -> None:
-    assert parameter_count(ModelConfig(preset=preset)) == count
+
+
+def of(family: str) -> list[str]:
+    """Its presets."""
+    return [name for name, fields in presets().items() if fields["family"] == family]
+
+
+PUBLISHED = {  # preset -> parameters and how far they may be off: None = not at all, else a rounded number of a paper
+    # elements of the safetensors of the released models, as their pages show them
+    "llama2-7b": (6_738_415_616, None),
+    "llama2-13b": (13_015_864_320, None),
+    "llama2-70b": (68_976_648_192, None),
+    "llama3-8b": (8_030_261_248, None),
+    "llama3-70b": (70_553_706_496, None),
+    "llama3-405b": (405_853_388_800, None),
+    "llama3.1-8b": (8_030_261_248, None),
+    "llama3.1-70b": (70_553_706_496, None),
+    "llama3.1-405b": (405_853_388_800, None),
+    "smollm2-135m": (134_515_008, None),
+    "gpt2": (124_439_808, None),
+    "gpt2-medium": (354_823_168, None),
+    "gpt2-large": (774_030_080, None),
+    "gpt2-xl": (1_557_611_200, None),
+    "qwen2-0.5b": (494_032_768, None),
+    "qwen2-1.5b": (1_543_714_304, None),
+    "qwen2-7b": (7_615_616_512, None),
+    "qwen2-72b": (72_706_203_648, None),
+    "qwen2.5-3b": (3_085_938_688, None),
+    "qwen2.5-14b": (14_770_033_664, None),
+    "qwen2.5-32b": (32_763_876_352, None),
+    "qwen3-0.6b": (596_049_920, None),
+    "qwen3-1.7b": (1_720_574_976, None),
+    "qwen3-4b": (4_022_468_096, None),
+    "qwen3-8b": (8_190_735_360, None),
+    "qwen3-14b": (14_768_307_200, None),
+    "qwen3-32b": (32_762_123_264, None),
+    "gemma2-2b": (2_614_341_888, None),
+    "gemma2-9b": (9_241_705_984, None),
+    "gemma2-27b": (27_227_128_320, None),
+    "gemma3-270m": (268_098_176, None),
+    "gemma3-1b": (999_885_952, None),
+    # arXiv 2503.19786, table 1: embedding + non-embedding; the embedding's column holds the vision projection too
+    "gemma3-4b": (675e6 + 3209e6, 4e6),
+    "gemma3-12b": (1012e6 + 10759e6, 6e6),
+    "gemma3-27b": (1416e6 + 25600e6, 8e6),
+    # arXiv 2005.14165, table D.1 (in millions)
+    "gpt3-125m": (125e6, 0.5e6),
+    "gpt3-350m": (356e6, 0.5e6),
+    "gpt3-760m": (760e6, 0.5e6),
+    "gpt3-1.3b": (1320e6, 5e6),
+    "gpt3-2.7b": (2650e6, 5e6),
+    "gpt3-6.7b": (6660e6, 5e6),
+    "gpt3-13b": (12850e6, 5e6),
+    "gpt3-175b": (174_600e6, 50e6),
+    # arXiv 2204.02311, table 1 (in billions, cut after two digits)
+    "palm-8b": (8.63e9, 0.01e9),
+    "palm-62b": (62.50e9, 0.01e9),
+    "palm-540b": (540.35e9, 0.01e9),
+}
+DENSE = [name for family in ("llama", "gpt2", "palm", "qwen2", "qwen3", "gemma2", "gemma3") for name in of(family)]
+
+
+@pytest.mark.parametrize("preset", DENSE)
+def test_presets_have_the_published_parameter_counts(preset: str) -> None:
+    count, slack = PUBLISHED[preset]
+    assert abs(parameter_count(ModelConfig(preset=preset)) - count) <= (slack or 0)
+
+
+@pytest.mark.parametrize("preset", [name for name in DENSE if not name.startswith("palm")])
+def test_presets_survive_config_json(preset: str) -> None:
+    model = resolve_model(ModelConfig(preset=preset))
+    assert fields_from_hf(hf_config(model)) == {name: getattr(model, name) for name in SHAPE}
+
+
+def test_training_flops_of_gpt3() -> None:
+    """Table D.1 of the paper: 6 FLOPs a parameter and token, without attention: 3.14e23 on 300B tokens."""
+    layers, hidden, seq_len = 96, 12288, 2048
+    multiplied = 174_604_259_328 - 2048 * hidden  # positions are looked up only; the tied embedding is the head too
+    pairs = (seq_len + 1) / 2  # keys a query sees; 2 products of hidden each, 3 x 2 FLOPs each
+    flops = train_flops_per_token(ModelConfig(preset="gpt3-175b"), seq_len)
+    assert flops == 6 * multiplied + 6 * layers * 2 * hidden * pairs
+    assert flops * 300e9 == pytest.approx(3.14e23, rel=0.02)
+
+
+def test_training_flops_of_palm() -> None:
+    """Appendix B: 6N + 12 layers x heads x head_dim x row, over the whole row where ours counts what causal attention
+    needs. Table 3: 46.2 % of the peak (275 TFLOP/s) of 6,144 chips at 238.3 thousand tokens a second."""
+    layers, heads, head_dim, seq_len = 118, 48, 256, 2048
+    flops = train_flops_per_token(ModelConfig(preset="palm-540b"), seq_len)
+    attention = 12 * layers * heads * head_dim
+    assert flops == 6 * 540_356_474_880 + attention * (seq_len + 1) / 2
+    theirs = flops + attention * (seq_len - 1) / 2
+    assert theirs * 238.3e3 / (6144 * 275e12) == pytest.approx(0.462, abs=5e-4)
+
+
+def test_training_flops_of_windows() -> None:
+    """Gemma 3 1B on rows of 8,192: 4 full layers of 26, the others see 512 tokens."""
+    seq_len, window = 8192, 512
+    inside = window - window * (window - 1) / 2 / seq_len  # the first queries see fewer
+    pairs = 4 * (seq_len + 1) / 2 + 22 * inside
+    assert train_flops_per_token(ModelConfig(preset="gemma3-1b"), seq_len) == pytest.approx(
+        6 * 999_885_952 + 12 * 4 * 256 * pairs
+    )
 
 
 def test_the_count_is_that_of_the_decoder() -> None:
