@@ -80,7 +80,7 @@ def _zero(shapes: Sequence[Shape], parallel: ParallelConfig, engine: EngineConfi
         gradients = value * max(_touched(shapes, ranks, rank) for rank in range(ranks))
     elif engine.zero_stage == 3:
         kept = numel(shape for shape in shapes if math.prod(shape) <= PERSISTENT)
-        weights += value * kept
+        weights += value * kept if ranks > 1 else 0  # a single rank has them whole anyway
         gathered = value * min(total - kept, REUSE)
     return States(weights, gradients, state, gathered, max(0, value * total - gradients))
 

@@ -14,6 +14,7 @@ from tests.parity.matrix import at_least, covering, generate, layout_of, ranks
 WORKER = Path(__file__).with_name("layouts_worker.py")
 # fp32 rounding: sums over tokens, ranks and vocabulary run in another order than in one process. Seen: 4e-6.
 TOLERANCE = 1e-5
+EXACT = dict.fromkeys(("loss", "norm", "grad", "weight", "score"), TOLERANCE)
 
 # Cases that went wrong once or hide what others show; the rest is drawn, see matrix.py.
 PINNED = [
@@ -23,6 +24,44 @@ PINNED = [
     {"pp": 4, "zero_stage": 3},
     {"tp": 4, "backend": "fsdp"},  # nothing to shard
     {"cp": 4, "zero_stage": 1, "context": "ring"},
+]
+THREE = [  # nothing divides by 3: pieces of unequal length, and padding
+    {"dp_shard": 3, "zero_stage": 2},
+    {"dp_shard": 3, "backend": "fsdp"},
+]
+SIXTEEN_BITS = [
+    {"pp": 2, "tp": 2, "zero_stage": 1, "precision": "bf16"},
+    {"cp": 2, "dp_shard": 2, "zero_stage": 2, "precision": "bf16", "context": "ring"},
+    {"tp": 2, "dp_shard": 2, "zero_stage": 3, "precision": "bf16", "grad_clip": 0},
+    {"pp": 2, "dp_shard": 2, "backend": "fsdp", "precision": "bf16"},
+    {"tp": 2, "cp": 2, "backend": "fsdp", "precision": "fp16"},
+]
+# Against fp32. Seen, on one rank as on eight: loss 5e-4, norm 3e-3, gradient 3e-2, weight 6e-3, log-prob 2e-2.
+ROUNDING = {"loss": 2e-3, "norm": 1e-2, "grad": 6e-2, "weight": 1.5e-2, "score": 5e-2}
+ZBV = {"schedule": "zbv", "virtual_stages": 2}
+ZERO_BUBBLE = {"schedule": "interleaved_zero_bubble", "virtual_stages": 2}
+SIZES = [  # every number of ranks from 2 to 8, axes of more than 2
+    {"pp": 2, "zero_stage": 1, **ZBV},
+    {"tp": 2, "zero_stage": 2},
+    {"cp": 2, "backend": "fsdp", "context": "ring"},
+    {"dp_shard": 2, "zero_stage": 3},
+    {"dp_shard": 3, "zero_stage": 1},
+    {"dp_shard": 3, "zero_stage": 3},
+    {"dp_replicate": 3, "zero_stage": 0},
+    {"dp_shard": 3, "backend": "fsdp", "optimizer": "muon"},
+    {"pp": 3, "zero_stage": 1, "num_layers": 5},
+    {"dp_shard": 5, "zero_stage": 1},
+    {"dp_shard": 5, "backend": "fsdp"},
+    {"pp": 3, "tp": 2, "zero_stage": 1},
+    {"dp_shard": 3, "tp": 2, "backend": "fsdp"},
+    {"dp_replicate": 3, "dp_shard": 2, "backend": "fsdp"},
+    {"pp": 3, "dp_shard": 2, "zero_stage": 2, "num_layers": 6, **ZERO_BUBBLE},
+    {"dp_shard": 7, "backend": "fsdp"},
+    {"dp_shard": 8, "zero_stage": 3},
+    {"pp": 4, "tp": 2, "zero_stage": 1, "num_layers": 8, **ZBV},
+    {"cp": 4, "tp": 2, "backend": "fsdp", "context": "ring"},
+    {"tp": 4, "cp": 2, "zero_stage": 2, "context": "allgather"},
+    {"cp": 8, "zero_stage": 1, "context": "ring"},
 ]
 EIGHT = [
     {"pp": 2, "tp": 2, "dp_shard": 2, "zero_stage": 3},
@@ -37,15 +76,15 @@ def starts(layouts: list[dict]) -> Iterator[tuple[int, list[dict]]]:
         yield from ((size, alike[i : i + 14]) for i in range(0, len(alike), 14))
 
 
-def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float) -> None:
+def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float, tolerances: dict = EXACT) -> None:
     result = run(ranks, WORKER, json.dumps(layouts), timeout_s=timeout_s)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
     assert len(lines) == len(layouts), result.stdout[-3000:]
     for line in lines:
         print(line)
         assert "error" not in line, line
-        for measure in ("loss", "norm", "grad", "weight", "score"):
-            assert line[measure] <= TOLERANCE, line
+        for measure, tolerance in tolerances.items():
+            assert line[measure] <= tolerance, line
 
 
 def test_every_feature(torchrun: Callable) -> None:
@@ -57,6 +96,21 @@ def test_every_feature(torchrun: Callable) -> None:
 
 def test_eight_ranks(torchrun: Callable) -> None:
     check(torchrun, 8, EIGHT, timeout_s=200)
+
+
+def test_three_ranks(torchrun: Callable) -> None:
+    check(torchrun, 3, THREE, timeout_s=150)
+
+
+def test_sixteen_bits_differ_by_rounding_alone(torchrun: Callable) -> None:
+    check(torchrun, 4, SIXTEEN_BITS, timeout_s=200, tolerances=ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_sizes(torchrun: Callable) -> None:
+    for size, layouts in starts(SIZES):
+        check(torchrun, size, layouts, timeout_s=600)
 
 
 @pytest.mark.slow

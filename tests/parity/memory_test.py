@@ -25,16 +25,22 @@ LAYOUTS = [
     {"dp_shard": 4, "backend": "fsdp"},
     {"dp_shard": 2, "cp": 2, "backend": "fsdp", "precision": "bf16", "optimizer": "muon"},
     {"dp_replicate": 2, "dp_shard": 2, "backend": "fsdp", "precision": "bf16"},
+    {"tp": 2, "dp_shard": 2, "zero_stage": 1, "precision": "bf16"},
+    {"pp": 2, "dp_shard": 2, "zero_stage": 1, "precision": "bf16", "num_layers": 2},
+    {"pp": 2, "dp_shard": 2, "backend": "fsdp", "precision": "bf16", "num_layers": 2},
+    {"pp": 2, "tp": 2, "zero_stage": 3, "num_layers": 2},
 ]
 
 
 def test_held_bytes_are_those_of_the_formula(torchrun: Callable) -> None:
-    layouts = [{**layout, **MODEL} for layout in LAYOUTS]
+    layouts = [{**MODEL, **layout} for layout in LAYOUTS]
     result = torchrun(4, WORKER, json.dumps(layouts), timeout_s=250)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
     assert len(lines) == len(layouts), result.stdout[-3000:]
     for line in lines:
         print(line)
         assert "error" not in line, line
-        for name, size in line["formula"].items():
-            assert abs(line["measured"][name] - size) <= TOLERANCE * size, (name, line)
+        for stage in line["stages"]:
+            assert stage["formula"].keys() >= {"weights", "gradients", "optimizer"}
+            for name, size in stage["formula"].items():
+                assert abs(stage["measured"][name] - size) <= TOLERANCE * size, (name, line)

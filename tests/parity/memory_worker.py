@@ -1,7 +1,7 @@
 """Run under torchrun with a JSON list of layouts: bytes of the model states that a rank holds, beside the formula's.
 
-Prints one JSON line a layout, of the largest rank: weights and optimizer state between steps, gradients before the
-update and while they accumulate, in bytes, measured and by formula.
+Prints one JSON line a layout, of the largest rank of each pipeline rank: weights and optimizer state between steps,
+gradients before the update and (where the loss is) while they accumulate, in bytes, measured and by formula.
 """
 
 from __future__ import annotations
@@ -106,11 +106,16 @@ def measure(layout: dict) -> dict:
     engine.admit = before_update
     for _ in range(2):
         engine.train_step(microbatches, loss_fn, denominator)
-    everyone = mesh.all_gather_json({**states(engine), **seen})
-    measured = {name: max(each[name] for each in everyone) for name in everyone[0]}
-    by_formula = state_bytes(model, parallel, settings, layout.get("optimizer", "adamw"))._asdict()
-    by_formula["accumulated"] = by_formula["gradients"] + by_formula.pop("unreduced")
-    return {"measured": measured, "formula": {name: by_formula[name] for name in measured}}
+    everyone = mesh.all_gather_json([mesh.coords["pp"], {**states(engine), **seen}])
+
+    def compared(pp_rank: int) -> dict:
+        alike = [held for stage, held in everyone if stage == pp_rank]
+        measured = {name: max(each[name] for each in alike) for name in alike[0]}
+        formula = state_bytes(model, parallel, settings, layout.get("optimizer", "adamw"), pp_rank=pp_rank)._asdict()
+        formula["accumulated"] = formula["gradients"] + formula.pop("unreduced")
+        return {"measured": measured, "formula": {name: formula[name] for name in measured}}
+
+    return {"stages": [compared(pp_rank) for pp_rank in range(parallel.pp)]}
 
 
 def main() -> None:
