@@ -48,7 +48,7 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
     family = family_of(config.family)
     expected = disk_shapes(config)
     found = _tensor_files(Path(directory), family)
-    files = {name: stored for name, stored in found.items() if name in expected or not _ignored(name, family)}
+    files = {name: stored for name, stored in found.items() if name in expected or not _ignored(name, config)}
     _check_names(Path(directory), files, expected, config)
     for name, shape in expected.items():
         _check_tensor(files[name], shape)
@@ -71,9 +71,11 @@ def _ours(stored: list[Tensor], disk: Disk) -> Tensor:
     return x.contiguous()
 
 
-def _ignored(name: str, family: Family) -> bool:
+def _ignored(name: str, config: ModelConfig) -> bool:
     """Tensors of old or larger files that say nothing about this model."""
-    return any(re.fullmatch(pattern, name) for pattern in family.ignored)
+    family = family_of(config.family)
+    left_out = family.left_out is not None and family.left_out(name, config)
+    return left_out or any(re.fullmatch(pattern, name) for pattern in family.ignored)
 
 
 def _tensor_files(directory: Path, family: Family) -> dict[str, Stored]:
@@ -130,7 +132,9 @@ def _check_names(directory: Path, files: dict[str, Stored], expected: dict[str, 
             raise ValueError(f"{files[head].path}: {head} differs from the embedding; set model.tie_embeddings=false")
     if extra:
         name = min(extra)
-        raise ValueError(f"{files[name].path}: {name} has no place in this model ({len(extra)} in all); is this its config?")
+        raise ValueError(
+            f"{files[name].path}: {name} has no place in this model ({len(extra)} in all); is this its config?"
+        )
 
 
 def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtrain.config.families import gemma, gpt2, llama, mixtral, palm, qwen, qwen_moe
+from llmtrain.config.families import deepseek, gemma, gpt2, llama, mixtral, palm, qwen, qwen_moe
 from llmtrain.config.families.base import FAMILIES, Disk, Family, family_of, presets, register
 
 BUILT_IN = (
@@ -15,6 +15,8 @@ BUILT_IN = (
     qwen.QWEN3,
     gemma.GEMMA2,
     gemma.GEMMA3,
+    deepseek.V2,
+    deepseek.V3,
 )
 for _family in BUILT_IN:
     register(_family)

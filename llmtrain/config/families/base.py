@@ -50,6 +50,7 @@ class Family:
     wrappers: tuple[str, ...] = ()  # model types whose `text_config` is a config of this family
     renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of tensor names in other or old files
     ignored: tuple[str, ...] = ()  # patterns of their tensors, renamed ones, that say nothing about the model
+    left_out: Callable[[str, ModelConfig], bool] | None = None  # their tensors of parts that this model does without
     parts: str | None = None  # import path of a module with own torch layers, see docs/models.md
     feedforward_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]] | None = None  # of an own feed-forward
     init: Callable[[str, tuple[int, ...], ModelConfig], float | None] | None = None  # standard deviation; None = usual
