@@ -1,0 +1,37 @@
+"""Vocabulary size: room that tensor parallelism can divide, and rows for tokens that a model has not seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def padded_vocab_size(tokens: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that holds `tokens` tokens: rows of the embedding, so that tp divides them.
+
+    >>> padded_vocab_size(50_257, 128)
+    50304
+    """
+    if tokens < 1 or multiple < 1:
+        raise ValueError(f"tokens={tokens}, multiple={multiple}: both must be at least 1")
+    return -(-tokens // multiple) * multiple
+
+
+def resize_embedding(weight: Tensor, rows: int, used: int | None = None) -> Tensor:
+    """`weight` [V, H] of an embedding or a head with `rows` rows: [rows, H], same dtype and device.
+
+    The first `used` rows (None: all) are those that a token had: they are copied bit for bit, or cut to `rows`. Every
+    other row is their mean, also where padding was before. A token that starts as the mean is, as an answer, at most as
+    likely as the old ones are on average (Jensen's inequality; Hewitt 2021, "Initializing new word embeddings"), which
+    is why `transformers.resize_token_embeddings` draws close around it. Nothing is drawn here, so new rows are equal
+    until they are trained. The mean is taken in fp32.
+    """
+    used = len(weight) if used is None else used
+    if rows < 1 or not 1 <= used <= len(weight):
+        raise ValueError(
+            f"rows={rows}, used={used}: rows must be at least 1 and used in 1 .. {len(weight)}, the rows there are"
+        )
+    new = weight.new_empty(rows, weight.size(1))
+    new[:used] = weight[: min(rows, used)]
+    new[used:] = weight[:used].mean(0, dtype=torch.float32).to(weight.dtype)
+    return new

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain.model.vocab import padded_vocab_size, resize_embedding
+
+
+@given(st.integers(1, 300_000), st.integers(1, 1024))
+def test_padding_is_the_smallest_multiple(tokens: int, multiple: int) -> None:
+    rows = padded_vocab_size(tokens, multiple)
+    assert rows % multiple == 0 and tokens <= rows < tokens + multiple
+
+
+def test_padding_of_known_vocabularies() -> None:
+    assert [padded_vocab_size(n, m) for n, m in ((50_257, 64), (32_000, 128), (1, 8), (128_256, 1))] == [
+        50_304,
+        32_000,
+        8,
+        128_256,
+    ]
+    with pytest.raises(ValueError, match="tokens=0, multiple=8: both must be at least 1"):
+        padded_vocab_size(0, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_old_rows_stay_and_new_ones_are_the_mean(dtype: torch.dtype) -> None:
+    weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    grown = resize_embedding(weight, 10)
+    assert grown.dtype == dtype and grown.shape == (10, 5) and torch.equal(grown[:7], weight)
+    assert torch.equal(grown[7:], weight.float().mean(0).to(dtype).expand(3, 5))
+    padded = resize_embedding(weight, 9, used=4)
+    assert torch.equal(padded[:4], weight[:4])
+    assert torch.equal(padded[4:], weight[:4].float().mean(0).to(dtype).expand(5, 5))  # rows 4 to 6 were padding
+    assert torch.equal(resize_embedding(weight, 3, used=4), weight[:3])
+    assert torch.equal(resize_embedding(weight, 3), weight[:3]) and torch.equal(resize_embedding(weight, 7), weight)
+    assert resize_embedding(weight, 7).data_ptr() != weight.data_ptr()
+
+
+def test_a_new_token_takes_no_more_than_its_share() -> None:
+    """Log-probs of the old tokens move by one and the same amount, at most log(1 + new / old)."""
+    generator = torch.Generator().manual_seed(0)
+    head, hidden = torch.randn(50, 16, generator=generator), torch.randn(4, 16, generator=generator)
+    old, new = ((hidden @ w.T).log_softmax(-1) for w in (head, resize_embedding(head, 60)))
+    moved = old - new[:, :50]
+    torch.testing.assert_close(moved, moved[:, :1].expand_as(moved))
+    assert (moved > 0).all() and (moved <= torch.log(torch.tensor(60 / 50)) + 1e-6).all()
+
+
+def test_transformers_resizes_to_the_same_mean() -> None:
+    """Theirs is drawn around the mean with a covariance of 1e-9: equal but for that."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    old = model.get_input_embeddings().weight.detach().clone()
+    model.resize_token_embeddings(48)
+    torch.testing.assert_close(model.get_input_embeddings().weight, resize_embedding(old, 48), atol=1e-3, rtol=0)
+
+
+def test_wrong_sizes_are_named() -> None:
+    with pytest.raises(ValueError, match=r"rows=0, used=3: rows must be at least 1 and used in 1 .. 3"):
+        resize_embedding(torch.zeros(3, 2), 0)
+    with pytest.raises(ValueError, match=r"rows=5, used=4: "):
+        resize_embedding(torch.zeros(3, 2), 5, used=4)
