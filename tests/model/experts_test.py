@@ -1,0 +1,122 @@
+"""Products of experts and the dispatch to them: grouped, in a loop, and as the formula says, forward and backward."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmtrain.config.schema import ModelConfig, MoeConfig
+from llmtrain.model import experts
+from llmtrain.model.experts import Experts, grouped_product
+from llmtrain.model.moe import dispatch, sort_by_expert
+
+COUNTS = {
+    "uneven": [3, 1, 9, 3],
+    "empty ones": [0, 7, 0, 9],
+    "all on one": [0, 0, 16, 0],
+    "rows of none": [2, 0, 5, 4],
+    "no rows": [0, 0, 0, 0],
+}
+
+
+def small(num_experts: int = 4, ffn: int = 24, hidden: int = 16, seed: int = 0) -> Experts:
+    moe = MoeConfig(num_experts=num_experts, expert_ffn_size=ffn)
+    model = Experts(ModelConfig(hidden_size=hidden, moe=moe))
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    return model
+
+
+def run(x: Tensor, weight: Tensor, counts: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Output and both gradients."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = grouped_product(x, weight, counts)
+    y.backward(grad)
+    return y.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", COUNTS)
+def test_grouped_and_loop_are_equal(case: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(size).to(dtype) for size in ((16, 16), (4, 24, 16), (16, 24)))
+    counts = torch.tensor(COUNTS[case])
+    assert experts.grouped_mm_runs("cpu", dtype)
+    grouped = run(x, weight, counts, grad)
+    with patch.object(experts, "grouped_mm_runs", lambda *_: False):
+        loop = run(x, weight, counts, grad)
+    for one, other in zip(grouped, loop, strict=True):
+        assert torch.equal(one, other)
+    assert grouped[0][counts.sum() :].eq(0).all() and grouped[1][counts.sum() :].eq(0).all()
+    groups = torch.repeat_interleave(torch.arange(4), counts)
+    expected = torch.einsum("ni,noi->no", x[: len(groups)].float(), weight[groups].float())
+    torch.testing.assert_close(grouped[0][: len(groups)].float(), expected, atol=1e-5, rtol=2**-8)
+
+
+def test_widths_and_types_that_the_kernel_refuses() -> None:
+    torch.manual_seed(0)
+    for rows, columns, dtype in ((7, 16, torch.float32), (16, 6, torch.float32), (8, 8, torch.float64)):
+        x, weight = (torch.randn(size, dtype=dtype) for size in ((5, columns), (2, rows, columns)))
+        y, *_ = run(x, weight, torch.tensor([2, 3]), torch.ones(5, rows, dtype=dtype))
+        torch.testing.assert_close(y, torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[1].T]))
+
+
+def test_gradients_by_finite_differences() -> None:
+    model = small(ffn=5, hidden=3).double()
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([[0, 2], [2, 1], [4, 4], [0, 1], [2, 0], [4, 3]])  # 4 is none
+    weights = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
+
+    def f(x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
+        for name, p in zip(("gate", "up", "down"), parameters, strict=True):
+            model._parameters[name] = p
+        return dispatch(x, indices, weights, model)
+
+    assert torch.autograd.gradcheck(f, (x, weights, *model.parameters()))
+
+
+def dense(x: Tensor, indices: Tensor, weights: Tensor, model: Experts) -> Tensor:
+    """Every expert on every token."""
+    y = torch.zeros_like(x)
+    for e in range(model.gate.size(0)):
+        out = (model.act(x @ model.gate[e].T) * (x @ model.up[e].T)) @ model.down[e].T
+        y = y + out * (weights * (indices == e)).sum(1, keepdim=True)
+    return y
+
+
+@pytest.mark.parametrize("case", ["spread", "one", "two", "none of some", "none at all"])
+def test_dispatch_is_the_formula(case: str) -> None:
+    model, x = small(), torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    indices = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(i))[:2] for i in range(40)])
+    indices = {"one": torch.full((40, 1), 3), "two": torch.tensor([[1, 2]] * 40)}.get(case, indices)
+    indices[: {"none of some": 13, "none at all": 40}.get(case, 0)] = 4
+    weights = torch.rand(indices.shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for f in (dispatch, dense):
+        model.zero_grad()
+        a, w = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        y = f(a, indices, w, model)
+        y.square().sum().backward()
+        results.append((y, a.grad, w.grad, *(p.grad for p in model.parameters())))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_token_does_not_see_its_batch() -> None:
+    model, x = small(), torch.randn(30, 16, generator=torch.Generator().manual_seed(1))
+    indices = torch.randint(0, 4, (30, 1), generator=torch.Generator().manual_seed(2))
+    together = dispatch(x, indices, torch.ones(30, 1), model)
+    for i in (0, 7, 29):
+        alone = dispatch(x[i : i + 1], indices[i : i + 1], torch.ones(1, 1), model)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=1e-6)
+
+
+def test_sorting_worked_by_hand() -> None:
+    order, places, counts = sort_by_expert(torch.tensor([[1, 0], [2, 1], [0, 3]]), 3)
+    assert order.tolist() == [1, 4, 0, 3, 2, 5]  # flat places of experts 0 0 1 1 2 and none
+    assert places.tolist() == [[2, 0], [4, 3], [1, 5]]
+    assert counts.tolist() == [2, 2, 1]
