@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ WORKER = Path(__file__).with_name("transfer_worker.py")
 # Layouts sum in different orders; five AdamW steps let a rounding of 1e-7 grow. Seen: 2e-6.
 TOLERANCE = 1e-5
 
+TWO_EACH = {"virtual_stages": 2}
 LAYOUTS = [
     {"zero_stage": 0},
     {"backend": "fsdp"},
@@ -34,6 +35,17 @@ LAYOUTS = [
     {"pp": 2, "tp": 2, "dp_shard": 2, "zero_stage": 3},
     {"dp_shard": 8, "backend": "fsdp"},
     {"pp": 2, "cp": 2, "dp_shard": 2, "backend": "fsdp"},
+    {"pp": 2, "schedule": "zbv", **TWO_EACH, "zero_stage": 1},  # both ends of a tied embedding on one rank
+    {"pp": 2, "schedule": "zbv", **TWO_EACH, "backend": "fsdp", "reshard": False},
+    {"pp": 2, "schedule": "interleaved_zero_bubble", **TWO_EACH, "zero_stage": 2},
+    {"cp": 2, "zero_stage": 3, "offload": "params"},
+]
+MUON = [  # its state is of its own kind, and goes to Muon only
+    {"pp": 2, "schedule": "zbv", **TWO_EACH, "backend": "fsdp", "reshard": False},
+    {"tp": 2, "backend": "fsdp"},
+    {"dp_shard": 2, "zero_stage": 0},
+    {"tp": 2, "cp": 2, "zero_stage": 0},
+    {"dp_shard": 3, "backend": "fsdp"},
 ]
 QUICK = [(3, 4), (4, 3), (2, 3), (2, 2), (4, 4)]  # tensor to pipeline parallel, FSDP2 to ZeRO and back, and in place
 
@@ -48,12 +60,14 @@ def random_pairs(count: int, seed: int = 0) -> list[tuple[int, int]]:
     return list(pairs)
 
 
-def check(run: Callable, directory: Path, pairs: list[tuple[int, int]], timeout_s: float) -> None:
+def check(
+    run: Callable, directory: Path, pairs: list[tuple[int, int]], timeout_s: float, layouts: Sequence[dict] = LAYOUTS
+) -> None:
     saves, loads = defaultdict(list), defaultdict(list)
     for saved in sorted({saved for saved, _ in pairs}):
-        saves[ranks(LAYOUTS[saved])].append((saved, LAYOUTS[saved]))
+        saves[ranks(layouts[saved])].append((saved, layouts[saved]))
     for saved, loaded in pairs:
-        loads[ranks(LAYOUTS[loaded])].append((saved, loaded, LAYOUTS[loaded]))
+        loads[ranks(layouts[loaded])].append((saved, loaded, layouts[loaded]))
     for size, jobs in saves.items():
         result = run(size, WORKER, "save", directory, json.dumps(jobs), timeout_s=timeout_s)
         assert result.returncode == 0, result.stdout[-3000:]
@@ -74,5 +88,13 @@ def test_between_engines_and_axes(torchrun: Callable, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_forty_pairs(torchrun: Callable, tmp_path: Path) -> None:
-    check(torchrun, tmp_path, random_pairs(40), timeout_s=600)
+def test_fifty_pairs(torchrun: Callable, tmp_path: Path) -> None:
+    check(torchrun, tmp_path, random_pairs(50), timeout_s=600)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_muon(torchrun: Callable, tmp_path: Path) -> None:
+    layouts = [{"optimizer": "muon", **layout} for layout in MUON]
+    pairs = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0), *((i, i) for i in range(len(layouts)))]
+    check(torchrun, tmp_path, pairs, timeout_s=300, layouts=layouts)
