@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from llmtrain.config.families import FAMILIES, family_of, presets
 from llmtrain.config.load import load
 from llmtrain.config.parameters import has_experts, layer_shapes, layer_type, numel, outer_shapes
@@ -118,11 +120,17 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
 
 def _read_hf(path: str, text: str) -> dict[str, Any]:
     try:
-        return fields_from_hf(json.loads(text))
+        fields = fields_from_hf(json.loads(text))
+        ModelConfig(**fields)  # of the right types, within their ranges
+        return fields
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{path}: {name}={fault['input']}: {fault['msg']}; use a complete config.json") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: broken JSON: {error.msg}; export the model again") from None
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {error} is missing or of the wrong type; use a complete config.json") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: a key is missing or of a wrong type ({error}); use a complete config.json") from None
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 

@@ -75,14 +75,15 @@ def _common(config: HfConfig, positions: int, period: int) -> dict[str, Any]:
     demand(config, COMPUTED)
     config = {**DEFAULTS, **config}
     window, period = config.get("sliding_window", 4096), config.get("sliding_window_pattern", period)
-    default = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(10_000)]
-    kinds = config.get("layer_types") or default[: number(config, "num_hidden_layers")]
+    layers = number(config, "num_hidden_layers")
+    default = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
+    kinds = config.get("layer_types") or default
     scalar, head_dim = number(config, "query_pre_attn_scalar", default=256), number(config, "head_dim")
     rope = {"rope_parameters": (config.get("rope_parameters") or {}).get("full_attention")} if period == 6 else {}
     return {
         **common_fields({**config, **rope}, max_positions=positions),
         "attention_scale": None if scalar == head_dim else scalar**-0.5,
-        "layer_types": layer_kinds(kinds, window),
+        "layer_types": layer_kinds(kinds, layers, window),
         "sliding_window": window,
         "logit_softcap": config.get("final_logit_softcapping"),
     }

@@ -39,11 +39,15 @@ def sliding_fields(config: HfConfig) -> dict[str, Any]:
     layers, first = number(config, "num_hidden_layers"), config.get("max_window_layers", 28)
     written = config.get("layer_types")
     kinds = written or [f"{'sliding' if window and i >= first else 'full'}_attention" for i in range(layers)]
-    return {"layer_types": layer_kinds(kinds, window), "sliding_window": window}
+    return {"layer_types": layer_kinds(kinds, layers, window), "sliding_window": window}
 
 
-def layer_kinds(types: list[str], window: int | None) -> list[str]:
-    """Ours for theirs. Raises ValueError for another kind, or a sliding one without a window."""
+def layer_kinds(types: list[str], layers: int, window: int | None) -> list[str]:
+    """Ours for theirs. Raises ValueError for another kind or number of them, or a sliding one without a window."""
+    if len(types) != layers:
+        raise ValueError(
+            f"layer_types: has {len(types)} entries for num_hidden_layers={layers}; use a complete config.json"
+        )
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer_types={kind}: only full_attention and sliding_attention are supported")
