@@ -7,7 +7,6 @@ What each takes is the peak of resident memory less what was resident before, ov
 from __future__ import annotations
 
 import gc
-import json
 import math
 import re
 import sys
@@ -31,6 +30,7 @@ from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown, trainer_mesh
 from llmtrain.parallel.plan import materialize, parallelize
 from llmtrain.types import Address, Fragment
+from tests.telling import tell
 
 
 class Weights:
@@ -99,8 +99,8 @@ def main(directory: str, config_json: str) -> None:
         for backend in ("fsdp", "deepspeed"):
             shares[f"{backend} {name}"] = growth(lambda at=at, to=backend: sharded(at, config, shards, to))[1]
     everyone = mesh.all_gather_json({name: taken / whole_bytes for name, taken in shares.items()})
-    if mesh.rank == 0:  # lines of several ranks may run into each other
-        print(json.dumps(everyone), flush=True)
+    if mesh.rank == 0:
+        tell(everyone)
     mesh.barrier()
     shutdown()
 

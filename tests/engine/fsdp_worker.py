@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -25,6 +24,7 @@ from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.types import StepStats
 from tests.parity import layouts_worker as parity
+from tests.telling import tell
 
 ACCUMULATION = 3
 
@@ -160,7 +160,7 @@ def main() -> None:
     for name, case in cases(sys.argv[1]):
         everyone = mesh.all_gather_json(case())
         if mesh.rank == 0:
-            print(json.dumps({"case": name, "ranks": everyone}), flush=True)
+            tell({"case": name, "ranks": everyone})
     dist.destroy_process_group()
 
 

@@ -5,7 +5,6 @@ Rank 0 prints one JSON line a layout: for each rank the worst error of a weight 
 
 from __future__ import annotations
 
-import json
 import sys
 from datetime import timedelta
 
@@ -20,6 +19,7 @@ from llmtrain.engine.optim import build_optimizer, state_keys
 from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import AXES, Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.tensor import shard
+from tests.telling import tell
 
 # (shape, tp_dim); three of one shape; 10 rows, and 5 below tp 2, do not divide by the data-parallel ranks
 MATRICES = {
@@ -104,8 +104,8 @@ def main() -> None:
     one = Mesh("trainer", 0, 1, here.device, dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0))
     for axes, form in LAYOUTS[ranks]:
         errors = here.all_gather_json(run(axes, form, one))
-        if here.rank == 0:  # lines of several ranks may run into each other
-            print(json.dumps({"layout": axes, "form": form, "errors": errors}), flush=True)
+        if here.rank == 0:
+            tell({"layout": axes, "form": form, "errors": errors})
     dist.destroy_process_group()
 
 

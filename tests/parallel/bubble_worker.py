@@ -23,6 +23,7 @@ from llmtrain.config.stages import plan_stages
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.types import Batch
+from tests.telling import tell
 
 UNIT_S, MICROBATCHES, MOST_STEPS = 0.05, 8, 8
 
@@ -101,7 +102,7 @@ def main() -> None:
     for schedule, virtual_stages, enough in json.loads(sys.argv[1]):
         share = smallest_share(schedule, virtual_stages, enough, mesh.size)
         if mesh.rank == 0:
-            print(json.dumps({"schedule": schedule, "share": share}), flush=True)
+            tell({"schedule": schedule, "share": share})
     dist.destroy_process_group()
 
 

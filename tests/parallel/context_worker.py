@@ -5,8 +5,6 @@ Prints one JSON line a case: the worst relative error of the output and of the g
 
 from __future__ import annotations
 
-import json
-import sys
 from itertools import product
 
 import torch
@@ -17,6 +15,7 @@ from llmtrain.model.attention import attention, attention_mask
 from llmtrain.parallel import ring
 from llmtrain.parallel.context import METHODS
 from llmtrain.parallel.zigzag import shard
+from tests.telling import tell
 
 B, T, HEADS, HEAD_DIM = 2, 32, 4, 8
 
@@ -70,7 +69,7 @@ def main() -> None:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         if dist.get_rank() == 0:
             case = {"case": [method, kind, kv_heads, str(dtype)], "error": float(found.max())}
-            sys.stdout.write(json.dumps(case) + "\n")
+            tell(case)
     dist.destroy_process_group()
 
 

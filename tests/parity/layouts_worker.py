@@ -31,6 +31,7 @@ from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.plan import parallelize, parameters_of, slice_of, trained_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch
+from tests.telling import tell
 
 ROUNDING = 1e-6  # a gradient that is 0 in exact arithmetic (a bias of all keys) is less than this of the norm
 STEPS, ROWS, WIDTH, ACCUMULATION, SEED = 5, 2, 16, 2, 3
@@ -264,7 +265,7 @@ def main() -> None:
                 raise
             result = {"error": f"{type(error).__name__}: {error}"}
         if mesh.rank == 0 or "error" in result:
-            print(json.dumps({"layout": layout, **result}), flush=True)
+            tell({"layout": layout, **result})
     dist.destroy_process_group()
 
 

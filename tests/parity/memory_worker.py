@@ -27,6 +27,7 @@ from llmtrain.parallel.mesh import init_mesh, trainer_mesh
 from llmtrain.parallel.plan import parameters_of
 from llmtrain.scaling.states import state_bytes
 from llmtrain.types import Batch
+from tests.telling import tell
 
 
 def held_bytes(tensors: Iterable[Tensor | None], counted: set[int]) -> int:
@@ -129,7 +130,7 @@ def main() -> None:
                 raise
             result = {"error": f"{type(error).__name__}: {error}"}
         if mesh.rank == 0 or "error" in result:
-            print(json.dumps({"layout": layout, **result}), flush=True)
+            tell({"layout": layout, **result})
     dist.destroy_process_group()
 
 

@@ -28,6 +28,7 @@ from llmtrain.parallel.traffic import Traffic
 from llmtrain.scaling import communication as scaling
 from llmtrain.scaling.communication import Case, Step, communication
 from llmtrain.types import IGNORE, Batch
+from tests.telling import tell
 
 WARM_STEPS = 2  # engines learn shapes and the order of modules
 ROWS = 2
@@ -117,7 +118,7 @@ def main() -> None:
             counted, expected, items = {"error": f"{type(error).__name__}: {error}"}, {}, []
         if mesh.rank == 0 or counted != expected:
             line = {"layout": layout, "rank": mesh.rank, "counted": counted, "formula": expected, "items": items}
-            print(json.dumps(line), flush=True)
+            tell(line)
     dist.destroy_process_group()
 
 

@@ -26,6 +26,7 @@ from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.trainer.batches import rank_samples
 from tests.parity.layouts_worker import build, global_rows, model_config, rows_of, settings_of
+from tests.telling import tell
 
 BEFORE, AFTER = 3, 5  # steps before the save and after it
 GLOBAL_SEQS = 48  # divides among 1, 2, 3, 4, 6 and 8 data-parallel ranks
@@ -85,7 +86,7 @@ def main() -> None:
         else:
             result = load(directory, *job)
             if mesh.rank == 0:
-                print(json.dumps(result), flush=True)
+                tell(result)
     dist.destroy_process_group()
 
 

@@ -23,6 +23,7 @@ from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.plan import parameters_of
 from llmtrain.parallel.replicas import differing
 from tests.parity.layouts_worker import ROWS, build, global_rows, model_config, rows_of, settings_of
+from tests.telling import tell
 
 NAN = float("nan")
 
@@ -102,7 +103,7 @@ def main() -> None:
         same = all(r["broken"] == results[0]["broken"] and r["flip"] == results[0]["flip"] for r in results)
         merged = {key: all(r[key] for r in results) for key in ("unchanged", "next", "rewound")}
         if base.rank == 0:
-            print(json.dumps({"layout": layout, **results[0], **merged, "same": same}), flush=True)
+            tell({"layout": layout, **results[0], **merged, "same": same})
     dist.destroy_process_group()
 
 

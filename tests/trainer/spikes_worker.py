@@ -18,6 +18,7 @@ from llmtrain.losses.token import token_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.trainer import pretrain
 from llmtrain.trainer.ramp import phase_batches
+from tests.telling import tell
 
 
 class Interrupted(Exception):
@@ -53,7 +54,7 @@ def run(config_path: str, spec: dict) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     for spec in json.loads(sys.argv[2]):
-        print(json.dumps({"dir": spec["dir"], "raised": run(sys.argv[1], spec)}), flush=True)
+        tell({"dir": spec["dir"], "raised": run(sys.argv[1], spec)})
 
 
 if __name__ == "__main__":
