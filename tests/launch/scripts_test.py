@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def launch(tmp_path: Path) -> Launch:
     def run(script: Path | str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(ROOT / "launch" / script), *args]
         merged = os.environ | SLURM_VARIABLES | env
-        return subprocess.run(command, cwd=tmp_path, env=merged, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=tmp_path, env=merged, capture_output=True, text=True, timeout=200)
 
     return run
 
@@ -144,6 +145,13 @@ def test_quickstart_and_smollm2_dry_runs_install_nothing(launch: Launch) -> None
     assert (ROOT / "configs/quickstart.yaml").is_file() and (ROOT / "configs/grpo/smollm2-135m.yaml").is_file()
 
 
+def free_port() -> str:
+    """One that nothing listens on now."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return str(found.getsockname()[1])
+
+
 FAKE_LLMTRAIN = """
 import os, sys
 print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {' '.join(sys.argv[1:])}", flush=True)
@@ -154,16 +162,16 @@ def test_two_nodes_find_each_other(launch: Launch, tmp_path: Path) -> None:
     """Both nodes are this machine; a stand-in for llmtrain in the working folder prints what its rank was given."""
     (tmp_path / "llmtrain").mkdir()
     (tmp_path / "llmtrain" / "__main__.py").write_text(FAKE_LLMTRAIN)
-    command = ["bash", ROOT / "launch/torchrun.sh", "--nnodes", "2", "--ranks", "1", "--master-port", "29731"]
+    command = ["bash", ROOT / "launch/torchrun.sh", "--nnodes", "2", "--ranks", "1", "--master-port", free_port()]
     job = ["pretrain", "job.yaml", "seed=1"]
     env = os.environ | SLURM_VARIABLES
-    second = subprocess.Popen(
-        [*command, "--node-rank", "1", *job], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
-    )
-    first = subprocess.run(
-        [*command, "--node-rank", "0", *job], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
-    )
-    output = first.stdout + second.communicate(timeout=60)[0]
+    pipes = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--node-rank", "1", *job], **pipes) as second:
+        try:
+            first = subprocess.run([*command, "--node-rank", "0", *job], timeout=120, **pipes)
+            output = first.stdout + second.communicate(timeout=60)[0]
+        finally:
+            second.terminate()
     assert (first.returncode, second.returncode) == (0, 0)
     assert sorted(line for line in output.splitlines() if line.startswith("rank")) == [
         "rank 0 of 2: pretrain job.yaml seed=1",
@@ -174,7 +182,7 @@ def test_two_nodes_find_each_other(launch: Launch, tmp_path: Path) -> None:
 def test_deepspeed_starts_every_rank(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "llmtrain").mkdir()
     (tmp_path / "llmtrain" / "__main__.py").write_text(FAKE_LLMTRAIN)
-    done = launch("deepspeed.sh", "--ranks", "2", "--master-port", "29732", "pretrain", "job.yaml", "seed=1")
+    done = launch("deepspeed.sh", "--ranks", "2", "--master-port", free_port(), "pretrain", "job.yaml", "seed=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rank 0 of 2: pretrain job.yaml seed=1" in done.stdout
     assert "rank 1 of 2: pretrain job.yaml seed=1" in done.stdout

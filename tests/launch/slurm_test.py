@@ -15,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [ROOT / "launch/slurm.sbatch", ROOT / "launch/rl.sbatch"]
+JOB_ID = str(os.getpid())  # gives the port
 IN_JOB = {
-    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_ID": JOB_ID,
     "SLURM_JOB_NUM_NODES": "2",
     "SLURM_JOB_NODELIST": "node-[a-b]",
     "SLURM_GPUS_ON_NODE": "2",
@@ -153,7 +154,7 @@ def test_a_signal_is_a_checkpoint_and_a_place_in_the_queue(fake_slurm: Path, num
     calls = (fake_slurm.parent / "calls").read_text().splitlines()
     assert calls[0].startswith("srun ")
     assert sorted(calls[1:3]) == ["rank 0 saved", "rank 1 saved"]
-    assert calls[3:] == ["scontrol show job 4711", "scontrol requeue 4711"]
+    assert calls[3:] == [f"scontrol show job {JOB_ID}", f"scontrol requeue {JOB_ID}"]
 
 
 SRUN_THAT_WAITS = """#!/usr/bin/env bash

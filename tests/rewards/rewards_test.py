@@ -68,7 +68,7 @@ def test_math_survives_an_answer_that_hangs(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(math, "DEADLINE_S", 0.5)
     begin = time.monotonic()
     assert reward_fn("math")("\\boxed{9^{9^{9^9}}}", {"answer": "72"}) == 0.0
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 20  # math-verify alone would never end
     monkeypatch.undo()
     assert reward_fn("math")("72", {"answer": "72"}) == 1.0
 
