@@ -122,6 +122,25 @@ def test_nvme(torchrun: Callable, tmp_path: Path) -> None:
     check(torchrun, 2, [layout], timeout_s=2000)
 
 
+def combinations(size: int) -> list[dict]:
+    """Every ZeRO stage on every division of the ranks among tensor, pipeline (1F1B) and data parallelism."""
+    divisions = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 4, 8) if size % (tp * pp) == 0]
+    return [
+        {"tp": tp, "pp": pp, "dp_shard" if stage else "dp_replicate": size // (tp * pp), "zero_stage": stage}
+        | ({"num_layers": 8} if pp == 8 else {})
+        for stage in range(4)
+        for tp, pp in divisions
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("size", [4, 8])
+def test_every_combination(torchrun: Callable, size: int) -> None:
+    for processes, layouts in starts(combinations(size)):
+        check(torchrun, processes, layouts, timeout_s=1800)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_matrix(torchrun: Callable) -> None:
