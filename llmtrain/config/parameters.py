@@ -28,6 +28,9 @@ PLAN = {
     r".*\.feedforward\.(shared\.)?down": "row",
     r".*\.feedforward\.router": "replica",
     r".*\.feedforward\.experts": "expert",
+    r"mtp\.\d+\.hidden_norm": "replica",
+    r"mtp\.\d+\.(embed_)?norm": "norm",
+    r"mtp\.\d+\.proj": "row",
     r"norm": "norm",
     r"head": "column",
 }
@@ -90,6 +93,18 @@ def outer_shapes(model: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]
     if not m.tie_embeddings:
         behind["head.weight"] = (m.vocab_size, m.hidden_size)
     return front, behind
+
+
+def mtp_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Of the modules for the tokens after the next, by canonical names, in module order."""
+    shapes: dict[str, Shape] = {}
+    norm, h = _norm(model), model.hidden_size
+    for depth in range(model.mtp_layers):
+        block = layer_shapes(model, model.num_layers + depth)
+        parts = {"hidden_norm": norm, "embed_norm": norm, "proj": {"weight": (h, 2 * h)}, "block": block, "norm": norm}
+        own = {f"{part}.{name}": shape for part, found in parts.items() for name, shape in found.items()}
+        shapes |= {f"mtp.{depth}.{name}": shape for name, shape in own.items()}
+    return shapes
 
 
 def local_shape(name: str, shape: Shape, model: ModelConfig, tp: int, ep: int = 1) -> Shape:

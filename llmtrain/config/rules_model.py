@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmtrain.config.case import TRAIN, Case, Rules
+from llmtrain.config.case import TRAIN, TUNE, Case, Rules
+from llmtrain.config.families import family_of
 from llmtrain.config.parameters import layer_type
 from llmtrain.config.schema import ModelConfig
 
@@ -97,6 +98,26 @@ def _experts(case: Case) -> Iterator[str]:
         yield "model.block=parallel: not with model.moe, no published model has both; use sequential"
 
 
+def _further_tokens(case: Case) -> Iterator[str]:
+    """Multi-token prediction."""
+    m, p = case.model, case.config.parallel
+    if m is None or not m.mtp_layers:
+        return
+    refused, without = f"model.mtp_layers={m.mtp_layers}: not with ", "; set model.mtp_layers=0, or "
+    if case.command in TUNE:
+        yield f"{refused}{case.command}, only pretrain trains them; set model.mtp_layers=0, which leaves them out"
+    if p.pp > 1:
+        yield f"{refused}parallel.pp={p.pp}, its modules need embedding and head on one stage{without}parallel.pp=1"
+    if p.cp > 1:
+        yield f"{refused}parallel.cp={p.cp}, the next tokens may lie on another rank{without}parallel.cp=1"
+    if m.positions == "learned":
+        yield f"{refused}model.positions=learned, which are added to embeddings{without}model.positions=rope"
+    if m.lora is not None:
+        yield f"{refused}model.lora, their weights would not be trained{without}remove model.lora"
+    if case.command == "export" and "mtp.*.proj" not in family_of(m.family).modules:
+        yield f"{refused}model.family={m.family} on disk, which has no names for them; set model.mtp_layers=0"
+
+
 def sliding_layers(model: ModelConfig) -> bool:
     """Whether any layer sees only a window."""
     return any(layer_type(model, layer) == "sliding" for layer in range(model.num_layers))
@@ -119,5 +140,6 @@ MODEL_RULES: Rules = (
     ((*TRAIN, "plan", "eval", "export"), _latent),
     ((*TRAIN, "plan", "eval", "export"), _fields),
     ((*TRAIN, "plan", "eval", "export"), _experts),
+    ((*TRAIN, "export"), _further_tokens),
     ((*TRAIN, "plan"), _ring),
 )

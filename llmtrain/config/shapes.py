@@ -17,7 +17,7 @@ from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import ModelConfig, MoeConfig, RunConfig, Section
 
 SHAPE = tuple(name for name in ModelConfig.model_fields if name not in ("preset", "init_from"))
-FREE = ("lora", "mtp_coef")  # a matter of training, not of the weights that are there
+FREE = ("lora", "mtp_coef", "mtp_layers")  # a matter of training, or of which of the weights that are there are used
 FREE_MOE = ("balance", "bias_rate", "aux_coef", "z_coef")
 
 
@@ -175,6 +175,10 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
     family = family_of(m.family)
     if family.to_hf is None:
         raise ValueError(f"model.family={m.family}: transformers has no such model; keep the run directory instead")
+    if m.mtp_layers and "mtp.*.proj" not in family.modules:
+        raise ValueError(
+            f"model.mtp_layers={m.mtp_layers}: family {m.family} has no names for them on disk; set model.mtp_layers=0"
+        )
     written = {**family.to_hf(m), "model_type": family.model_type}
     unused = ("ffn_size",) if all(has_experts(m, layer) for layer in range(m.num_layers)) else ()
     for name, value in fields_from_hf(written).items():

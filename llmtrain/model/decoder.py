@@ -20,6 +20,7 @@ from llmtrain.model.heads import LMHead
 from llmtrain.model.lora import add_adapters, initial_adapter
 from llmtrain.model.mla import LatentAttention
 from llmtrain.model.moe import MoE
+from llmtrain.model.mtp import MultiToken, Rows
 from llmtrain.model.norm import hidden_norm
 from llmtrain.model.rope import rope_angles, rope_frequencies, rope_magnitude
 
@@ -83,6 +84,8 @@ class Decoder(nn.Module):
         self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        further = [Block(config, config.num_layers + depth) for depth in range(config.mtp_layers)]
+        self.mtp = MultiToken(config, further) if further else None
         if config.lora is not None:
             add_adapters(self, config.lora)
 
@@ -103,13 +106,17 @@ class Decoder(nn.Module):
         override both. `caches` maps layer names to key/value caches (generation). `labels`, `temperature`: see
         `LMHead`.
         """
+        ids = x
         if self.embed is not None:
-            x = self.embedded(x, positions)
+            x = self.embedded(ids, positions)
         views = self.views(x.dtype, positions, segment_ids, branch_ids, masks)
         for name, block in self.layers.items():
             x = block(x, views[block.kind], caches[name] if caches else None)
         if self.norm is not None:
             x = self.norm(x)
+        if self.mtp is not None and self.mtp.loss_factor and labels is not None and torch.is_grad_enabled():
+            rows = Rows(ids, labels, segment_ids)
+            x = self.mtp.attached(x, rows, views, lambda further: self.embedded(further, positions), self.head)
         return x if self.head is None else self.head(x, labels, temperature)
 
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:

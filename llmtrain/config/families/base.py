@@ -25,6 +25,7 @@ class Disk:
     stacked: bool = False  # ours has one entry along dim 0 for each name
     transpose: bool = False  # ours is the transpose
     part: tuple[int, int] | None = None  # ours is the i-th of n equal parts along its dim 0
+    copies: tuple[str, ...] = ()  # written under these names too, and not read there
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of each of the tensors, `shape` being ours."""

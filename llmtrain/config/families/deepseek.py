@@ -4,6 +4,7 @@ takes, the first layers dense; V3 also predicts the token after the next."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from llmtrain.config.families.base import (
@@ -45,7 +46,8 @@ MTP_MODULES = {  # numbered on after the layers
     "mtp.*.proj": f"{LAYER}.eh_proj",
     "mtp.*.norm": f"{LAYER}.shared_head.norm",
 }
-COPIES = (r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",)  # of the embedding and the head, for MTP
+SHARED = {"embed.weight": "embed_tokens.weight", "head.weight": "shared_head.head.weight"}
+COPIES = tuple(rf"model\.layers\.\d+\.{re.escape(theirs)}" for theirs in SHARED.values())
 COMPUTED = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -164,7 +166,12 @@ def _hf(model: ModelConfig, e: MoeConfig) -> HfConfig:
 
 
 def v3_disk(family: Family, name: str, model: ModelConfig) -> Disk:
-    """Modules for the tokens after the next are layers after the last one."""
+    """Modules for the tokens after the next are layers after the last one, with the embedding and head in them."""
+    further = range(model.num_layers, model.num_layers + model.mtp_layers)
+    if name in SHARED:
+        return replace(
+            plain_disk(family, name, model), copies=tuple(f"model.layers.{i}.{SHARED[name]}" for i in further)
+        )
     found = re.fullmatch(r"mtp\.(\d+)\.(block\.)?(.*)", name)
     if found is None:
         return plain_disk(family, name, model)
