@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llmtrain.config.schema import SourceConfig, TokenizerConfig
+from llmtrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from llmtrain.data.arithmetic import arithmetic_documents
 from llmtrain.data.collect import documents
+from llmtrain.data.prepare import tokenizer_texts
+from llmtrain.data.shards import split_documents
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.data.tokenizer_train import pre_tokenizer, train_tokenizer
 
@@ -182,3 +184,17 @@ def test_too_little_text_is_refused(algorithm: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer.vocab_size=900: the text yields \d+ tokens"):
         train_tokenizer(["abc abd"], str(tmp_path / "t"), TokenizerConfig(vocab_size=900, algorithm=algorithm))
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece"])
+def test_32768_tokens_from_the_text_of_every_machine(algorithm: str, tmp_path: Path) -> None:
+    sources = [SourceConfig(name="code", type="stdlib"), SourceConfig(name="prose", type="topics")]
+    config = TokenizerConfig(algorithm=algorithm, vocab_size=32_768, train_bytes=32_000_000, split="gpt4")
+    texts = tokenizer_texts(DataConfig(sources=sources), config, str(tmp_path), 0)
+    train_tokenizer(texts, str(tmp_path / "t"), config)
+    tokenizer = load_tokenizer(str(tmp_path / "t"))
+    held_out = [text for source in sources for split, text in split_documents(source, 0) if split == "held_out"]
+    ids = tokenizer.encode_batch(held_out, parse_special=False)
+    assert [tokenizer.decode(i) for i in ids] == held_out and tokenizer.vocab_size == 32_768
+    assert len("".join(held_out).encode()) / sum(map(len, ids)) > 4.2  # bytes a token; GPT-2's: see docs/tokenizers.md
