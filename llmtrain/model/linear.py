@@ -25,6 +25,10 @@ class Linear(nn.Linear):
         """x weight^T."""
         return F.linear(x, self.weight)
 
+    def whole(self) -> Tensor:
+        """weight, with what an adapter adds to it."""
+        return self.weight if self.lora is None else self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x)
         return y if self.bias is None else y + self.bias

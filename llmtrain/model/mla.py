@@ -90,7 +90,7 @@ class LatentAttention(nn.Module):
         Scores are q_nope . (K c) = (K^T q_nope) . c with a head's rows K of kv_b and a latent c; the sum of its values
         is V (sum of c) with the other rows V.
         """
-        heads = self.kv_b.weight.view(-1, self.nope + self.value, self.kv_rank)
+        heads = self.kv_b.whole().view(-1, self.nope + self.value, self.kv_rank)
         to_keys, to_values = heads.split([self.nope, self.value], 1)
         plain, rotated = q.split([self.nope, self.rope], -1)
         q = torch.cat([plain @ to_keys, rotated], -1)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.source import load_decoder, weight_source
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model.decoder import parameter_shapes
 
 
 def run_directory(tmp_path: Path, fake: SimpleNamespace, config: ModelConfig) -> tuple[Path, dict]:
@@ -41,6 +42,20 @@ def test_a_broken_checkpoint_is_passed_over_in_a_run_and_refused_by_name(tmp_pat
     (run / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="no intact checkpoint"):
         weight_source(str(run), fake.CONFIG)
+
+
+def test_modules_for_further_tokens_are_left_out_where_the_model_has_none(
+    tmp_path: Path, fake: SimpleNamespace
+) -> None:
+    trained = fake.CONFIG.model_copy(update={"mtp_layers": 2})
+    run, tensors = run_directory(tmp_path, fake, trained)
+    assert any(name.startswith("mtp.1.") for name in tensors)
+    for layers in (0, 1):
+        config = trained.model_copy(update={"mtp_layers": layers})
+        weight = weight_source(str(run), config)
+        assert all(torch.equal(weight(name), tensors[name]["weight"]) for name in parameter_shapes(config))
+    with pytest.raises(ValueError, match=r"no parameter mtp\.2\."):
+        weight_source(str(run), trained.model_copy(update={"mtp_layers": 3}))
 
 
 def test_a_path_without_weights_says_what_was_looked_for(tmp_path: Path, fake: SimpleNamespace) -> None:

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from llmtrain.config.parameters import layer_shapes
-from llmtrain.config.schema import MlaConfig, ModelConfig, RopeScaling
+from llmtrain.config.schema import LoraConfig, MlaConfig, ModelConfig, RopeScaling
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.attention import View, attention_mask
 from llmtrain.model.decoder import Decoder, parameter_shapes
@@ -165,6 +165,21 @@ def test_absorbed_equals_expanded(q_rank: int | None, scaling: RopeScaling | Non
         torch.testing.assert_close(one, whole[:, t : t + 1], atol=1e-5, rtol=0)
     assert [tuple(k.shape) for k in past.k[:2]] == [(2, 1, 9, 24 + 8), (2, 1, 1, 24 + 8)]
     assert all(v.numel() == 0 for v in past.v)
+
+
+@torch.no_grad()
+def test_absorbed_with_an_adapter() -> None:
+    """The absorbed form takes the weight of `kv_b` apart; an adapter is a part of it."""
+    config = latent_config(lora=LoraConfig(rank=3, alpha=2.0, targets=["kv_b"]))
+    torch.manual_seed(0)
+    model = Decoder(config)
+    for p in model.parameters():
+        p.fill_(1) if p.dim() == 1 else p.normal_(0, 0.2)
+    module = model.layers["0"].attention
+    assert (module.kv_b.whole() - module.kv_b.weight).abs().max() > 0.1
+    x, positions = hidden_states(config, T=1)
+    view = view_of(config, positions)
+    torch.testing.assert_close(module(x, view, Past()), module(x, view), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
