@@ -26,9 +26,11 @@ TIMING = ("tokens_per_s", "step_s", "peak_bytes")
 POINTS = {"batch": 10, "write": 4, "publish": 2, "prune": 2, "log": 5, "step": 5, "random": 500}  # largest counts
 
 
-def command(config: Path, run_dir: Path, *overrides: str, restarts: int = 0) -> list[str | Path]:
+def command(config: Path, run_dir: Path, *overrides: str, restarts: int = 0, grace_s: int = 30) -> list[str | Path]:
+    """Under torchrun, which waits `grace_s` seconds between SIGTERM and SIGKILL."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", str(restarts))
-    return [sys.executable, *launcher, WORKER, "pretrain", config, f"run_dir={run_dir}", *overrides]
+    options = ("--shutdown-timeout", str(grace_s))
+    return [sys.executable, *launcher, *options, WORKER, "pretrain", config, f"run_dir={run_dir}", *overrides]
 
 
 def start(arguments: list[str | Path], output: Path, accidents: list[dict]) -> subprocess.Popen:
@@ -108,15 +110,16 @@ def test_told_to_end_and_killed_the_run_is_the_same(config: Path, undisturbed: P
 def test_a_stopped_rank_is_named(config: Path, tmp_path: Path) -> None:
     """SIGSTOP to rank 1: who, in which step and collective the other waits; everything ends, with a failure."""
     output, accident = tmp_path / "output", {"attempt": 0, "rank": 1, "at": "step", "count": 2, "signal": "SIGSTOP"}
-    process = start(command(config, tmp_path / "run", "engine.timeout_s=10"), output, [accident])
+    process = start(command(config, tmp_path / "run", "engine.timeout_s=20", grace_s=2), output, [accident])
     wait_for("accident", output, process)
     stopped = time.monotonic()
-    wait_for("no sign of life", output, process, timeout_s=10)
-    line = next(line for line in output.read_text().splitlines() if "no sign of life" in line)
-    assert line.startswith("rank 1 (") and "Rank 0 is in step 2, in all_reduce (llmtrain." in line, line
-    said = finish(process, output, 60)
-    assert process.returncode != 0 and time.monotonic() - stopped < 60
-    assert "Timed out waiting 10000ms" in said
+    place = "Rank 0 is in step 2, in all_reduce (llmtrain."
+    wait_for(place, output, process, timeout_s=40)
+    line = next(line for line in output.read_text().splitlines() if place in line)
+    assert line.startswith("rank 1 (") and "no sign of life" in line, line
+    said = finish(process, output, 90)
+    assert process.returncode != 0 and time.monotonic() - stopped < 90
+    assert "Timed out waiting 20000ms" in said
 
 
 def test_a_flipped_bit_ends_the_run(config: Path, tmp_path: Path, torchrun: Callable) -> None:

@@ -1,4 +1,4 @@
-"""`llmtrain` as it is, with accidents: run under torchrun with the arguments of `llmtrain`.
+"""`llmtrain` as it is, with accidents: run under torchrun, or alone, with the arguments of `llmtrain`.
 
 ACCIDENTS is a JSON list of {"attempt", "rank", "at", "count"}: the count-th time this rank is at that point, in that
 attempt of torchrun, it is killed, or gets "signal", or sleeps "sleep" seconds, or has a bit of its weights flipped
@@ -26,7 +26,7 @@ from llmtrain.engine.zero import ZeroEngine
 from llmtrain.observe import metrics
 from llmtrain.parallel.plan import parameters_of
 
-RANK, ATTEMPT = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+RANK, ATTEMPT = (int(os.environ.get(name, "0")) for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
 MINE = [a for a in json.loads(os.environ.get("ACCIDENTS", "[]")) if (a["rank"], a["attempt"]) == (RANK, ATTEMPT)]
 visits: Counter[str] = Counter()
 

@@ -81,7 +81,7 @@ def run(start: Path) -> Callable:
             ["grpo", str(start / "small.yaml"), *paths, f"run_dir={run_dir}", *SETTINGS, *overrides]
             for run_dir, overrides in runs.items()
         ]
-        return run_torchrun(ranks, WORKER, json.dumps(arguments))
+        return run_torchrun(ranks, WORKER, json.dumps(arguments), timeout_s=240)
 
     return launch
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from llmtrain.checkpoint.load import CheckpointReader
+from tests.conftest import ROOT, run_torchrun
+from tests.trainer.conftest import DOCUMENT
 
+SEVERAL, FAULTS = (Path(__file__).parent / name for name in ("several_worker.py", "faults_worker.py"))
 LAYOUT = ("parallel.pp=2", "parallel.tp=2")
 
 
@@ -37,31 +36,9 @@ def assert_same_weights(a: Path, b: Path) -> None:
             assert one.full(name, key).equal(two.full(name, key)), (name, key)
 
 
-def start_and_kill(config: Path, run_dir: Path, after_step: int, victim: int) -> str:
-    """Start on 4 ranks, kill -9 rank `victim` once `after_step` steps are logged; returns the output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    process = subprocess.Popen(
-        [*launcher, "-m", "llmtrain", "pretrain", str(config), f"run_dir={run_dir}", *LAYOUT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    give_up = time.monotonic() + 90
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < after_step:
-        assert time.monotonic() < give_up and process.poll() is None, process.communicate(timeout=40)[0][-3000:]
-        time.sleep(0.01)
-    workers = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == str(victim)]
-    workers[0].kill()
-    return process.communicate(timeout=60)[0]
-
-
 @pytest.fixture(scope="module")
 def straight(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of 6 steps on pp=2 x tp=2, checkpoints at 3 and 6."""
-    from tests.conftest import run_torchrun
-    from tests.trainer.conftest import DOCUMENT
-
     base = tmp_path_factory.mktemp("straight")
     (base / "small.yaml").write_text(DOCUMENT.format(data=small_data))
     result = run_torchrun(4, "llmtrain", "pretrain", base / "small.yaml", f"run_dir={base / 'run'}", *LAYOUT)
@@ -81,75 +58,90 @@ def test_learns_and_records(straight: Path) -> None:
     assert (straight / "config.yaml").exists()
 
 
-def test_killed_run_goes_on_bit_for_bit(small: Path, straight: Path, tmp_path: Path, torchrun: Callable) -> None:
-    run_dir = tmp_path / "run"
-    output = start_and_kill(small, run_dir, after_step=4, victim=2)
-    assert "rank      : 2" in output and "Signal 9" in output, output[-2000:]
-    result = torchrun(4, "llmtrain", "pretrain", small, f"run_dir={run_dir}", *LAYOUT)
-    assert result.returncode == 0 and "resumed" in result.stdout, result.stdout[-3000:]
+def several(ranks: int, config: Path, runs: dict[Path, tuple[str, ...]]) -> subprocess.CompletedProcess[str]:
+    """`llmtrain pretrain` with each run directory and its overrides, by the same ranks."""
+    arguments = [["pretrain", str(config), f"run_dir={run_dir}", *overrides] for run_dir, overrides in runs.items()]
+    return run_torchrun(ranks, SEVERAL, json.dumps(arguments), timeout_s=240)
+
+
+@pytest.fixture(scope="module")
+def again(straight: Path) -> tuple[Path, str]:
+    """Directory and output of three more runs like `straight`: `killed` goes on from step 3 after a kill of rank 2 in
+    step 5; `twice` is new; `flipped` has the checkpoints of `straight`, with another bit in the newest."""
+    base, config = straight.parent, straight.parent / "small.yaml"
+    accident = [{"attempt": 0, "rank": 2, "at": "step", "count": 5}]
+    arguments = ("pretrain", config, f"run_dir={base / 'killed'}", *LAYOUT)
+    said = run_torchrun(4, FAULTS, *arguments, env={"ACCIDENTS": json.dumps(accident)}).stdout
+    assert "rank      : 2" in said and "Signal 9" in said, said[-3000:]
+    assert [line["step"] for line in metrics(base / "killed")] == [1, 2, 3, 4]
+
+    shutil.copytree(straight / "checkpoints", base / "flipped/checkpoints")
+    broken = next((base / "flipped/checkpoints/step-00000006").glob("rank-*.safetensors"))
+    data = bytearray(broken.read_bytes())
+    data[len(data) // 2] ^= 1
+    broken.write_bytes(data)
+    result = several(4, config, {base / name: LAYOUT for name in ("killed", "twice", "flipped")})
+    assert "exit codes [0, 0, 0]" in result.stdout, result.stdout[-3000:]
+    return base, result.stdout
+
+
+@pytest.mark.timeout(500)
+def test_killed_run_goes_on_bit_for_bit(straight: Path, again: tuple[Path, str]) -> None:
+    run_dir = again[0] / "killed"
+    assert f"resumed {run_dir}/checkpoints/step-00000003" in again[1]
     assert losses(run_dir) == losses(straight)
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
     assert_same_weights(run_dir / "checkpoints/step-00000006", straight / "checkpoints/step-00000006")
 
 
-def test_same_bits_twice(small: Path, straight: Path, tmp_path: Path, torchrun: Callable) -> None:
-    result = torchrun(4, "llmtrain", "pretrain", small, f"run_dir={tmp_path / 'run'}", *LAYOUT)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert losses(tmp_path / "run") == losses(straight)
+def test_same_bits_twice(straight: Path, again: tuple[Path, str]) -> None:
+    assert losses(again[0] / "twice") == losses(straight)
+    assert_same_weights(again[0] / "twice/checkpoints/step-00000006", straight / "checkpoints/step-00000006")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [
-        (1, ("engine.zero_stage=0",)),
-        (2, ("engine.zero_stage=3",)),
-        (2, ("parallel.tp=2", "engine.zero_stage=2")),
-    ],
-)
-def test_other_layouts_go_on_equally(
-    ranks: int, layout: tuple[str, ...], small: Path, straight: Path, tmp_path: Path, torchrun: Callable
-) -> None:
-    """From the checkpoint at step 3, written by pp=2 x tp=2 ZeRO-1: the next losses are the same but for rounding."""
-    shutil.copytree(straight / "checkpoints/step-00000003", tmp_path / "run/checkpoints/step-00000003")
-    result = torchrun(ranks, "llmtrain", "pretrain", small, f"run_dir={tmp_path / 'run'}", *layout)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert losses(tmp_path / "run") == pytest.approx(losses(straight)[3:], rel=1e-5)  # fp32, other order of sums
+def test_flipped_byte_falls_back(straight: Path, again: tuple[Path, str]) -> None:
+    assert "step-00000006/rank-0000" in again[1] and "flipped/checkpoints/step-00000003" in again[1]
+    assert losses(again[0] / "flipped") == losses(straight)[3:]
 
 
-def test_signal_saves_and_stops(small: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "llmtrain", "pretrain", str(small), f"run_dir={run_dir}", "train.steps=10000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    give_up = time.monotonic() + 60
-    while not (run_dir / "metrics.jsonl").exists() or not metrics(run_dir):
-        assert time.monotonic() < give_up and process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGUSR1)
-    errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 75, errors[-2000:]
-    last = metrics(run_dir)[-1]["step"]
-    assert (run_dir / f"checkpoints/step-{last:08d}").exists()
-    assert "the same command goes on" in errors
-
-
-def test_flipped_byte_falls_back(small: Path, straight: Path, tmp_path: Path, torchrun: Callable) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(straight / "checkpoints", run_dir / "checkpoints")
-    broken = next((run_dir / "checkpoints/step-00000006").glob("rank-*.safetensors"))
-    data = bytearray(broken.read_bytes())
-    data[len(data) // 2] ^= 1
-    broken.write_bytes(data)
-    result = torchrun(4, "llmtrain", "pretrain", small, f"run_dir={run_dir}", *LAYOUT)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert broken.name in result.stdout and "step-00000003" in result.stdout
-    assert losses(run_dir) == losses(straight)[3:]
-
-
-def test_nan_stops_before_the_update(small: Path, tmp_path: Path, torchrun: Callable) -> None:
-    """An absurd learning rate: the loss overflows, the run names step and rank, no checkpoint holds the damage."""
-    run_dir = tmp_path / "run"
+@pytest.mark.timeout(500)
+def test_other_layouts_go_on_equally_and_nan_stops_before_the_update(straight: Path, tmp_path: Path) -> None:
+    """From the checkpoint at step 3, written by pp=2 x tp=2 ZeRO-1: the next losses are the same but for rounding. Then
+    an absurd learning rate: the loss overflows, the run names step and rank, no checkpoint holds the damage."""
+    config, nan = straight.parent / "small.yaml", tmp_path / "nan"
+    names = ("one", "three", "tensor")
+    for name in names:
+        shutil.copytree(straight / "checkpoints/step-00000003", tmp_path / name / "checkpoints/step-00000003")
+    command = [sys.executable, "-m", "llmtrain", "pretrain", str(config), f"run_dir={tmp_path / 'one'}"]
+    done = subprocess.run([*command, "engine.zero_stage=0"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     absurd = ("optim.lr=1e30", "optim.warmup_steps=0", "optim.grad_clip=0", "checkpoint.every_steps=0")
-    result = torchrun(2, "llmtrain", "pretrain", small, f"run_dir={run_dir}", *absurd)
-    assert result.returncode != 0
-    assert "is not finite on rank(s) 0, 1" in result.stdout and "step 2" in result.stdout, result.stdout[-2000:]
-    assert not (run_dir / "checkpoints").exists() and len(metrics(run_dir)) == 1
+    runs = {
+        tmp_path / "three": ("engine.zero_stage=3",),
+        tmp_path / "tensor": ("parallel.tp=2", "engine.zero_stage=2"),
+        nan: absurd,
+    }
+    result = several(2, config, runs)
+    assert "exit codes [0, 0, 1]" in result.stdout and result.returncode != 0, result.stdout[-3000:]
+    for name in names:
+        found = losses(tmp_path / name)
+        assert found == pytest.approx(losses(straight)[3:], rel=1e-5), name  # fp32, other order of sums
+    assert "step 2: " in result.stdout and "is not finite on rank(s) 0, 1" in result.stdout, result.stdout[-2000:]
+    assert not (nan / "checkpoints").exists() and len(metrics(nan)) == 1
+
+
+@pytest.mark.timeout(420)
+def test_tiny_stands_alone_stops_at_a_signal_and_goes_on(tmp_path: Path) -> None:
+    """The document as it is: it makes its own data. One process is told to stop in step 12 (as Slurm does), saves, and
+    ends with 75; two ranks go on from there."""
+    run_dir, config = tmp_path / "run", ROOT / "configs/pretrain/tiny.yaml"
+    accident = [{"attempt": 0, "rank": 0, "at": "step", "count": 12, "signal": "SIGUSR1"}]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCIDENTS": json.dumps(accident)}
+    command = [sys.executable, FAULTS, "pretrain", config, f"run_dir={run_dir}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 75 and "the same command goes on" in done.stderr, done.stderr[-3000:]
+    assert (run_dir / "checkpoints/step-00000012").exists() and len(metrics(run_dir)) == 12
+    result = run_torchrun(2, "llmtrain", "pretrain", config, f"run_dir={run_dir}", timeout_s=200)
+    assert result.returncode == 0 and "step-00000012" in result.stdout, result.stdout[-3000:]
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, 21))
+    assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.5

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,8 @@ from llmtrain.data.packing import TextRows
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.trainer.assemble import check_same_run
 from llmtrain.trainer.ramp import phase_batches, set_rope
-from tests.trainer.pretrain_test import assert_same_weights, losses, metrics
+from tests.conftest import ROOT
+from tests.trainer.pretrain_test import FAULTS, assert_same_weights, losses, metrics
 
 RAMPS = (
     "train.batch_ramp=[{from_tokens: 500, global_batch_seqs: 16}]",
@@ -78,31 +79,22 @@ def test_rope_changes_in_every_part() -> None:
     assert torch.equal(part(ids, positions), before)
 
 
-def kill_after(command: list[str], run_dir: Path, step: int) -> None:
-    """kill -9 once the checkpoint of `step` is there."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    give_up = time.monotonic() + 120
-    while not (run_dir / f"checkpoints/step-{step:08d}").exists():
-        assert time.monotonic() < give_up and process.poll() is None, process.communicate(timeout=5)[1][-3000:]
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=10)
-
-
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_in_a_phase_goes_on_bit_for_bit(small: Path, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
 
     def command(run_dir: Path) -> list[str]:
         return [sys.executable, "-m", "llmtrain", "pretrain", str(small), f"run_dir={run_dir}", *RAMPS]
 
-    done = subprocess.run(command(straight), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(straight), capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(line["global_batch_seqs"], line["seq_len"]) for line in metrics(straight)] == SHAPES
     assert metrics(straight)[-1]["tokens"] == 512 + 3 * 1024 + 3 * 2048 + 2 * 4096
-    kill_after(command(killed), killed, step=5)  # the second of three steps of 16 x 128
-    assert 5 <= len(metrics(killed)) < 9
-    done = subprocess.run(command(killed), capture_output=True, text=True, timeout=120)
+    accident = [{"attempt": 0, "rank": 0, "at": "step", "count": 6}]  # behind the second of three steps of 16 x 128
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCIDENTS": json.dumps(accident)}
+    done = subprocess.run([sys.executable, FAULTS, *command(killed)[3:]], env=env, capture_output=True, timeout=250)
+    assert done.returncode == -signal.SIGKILL and len(metrics(killed)) == 5
+    done = subprocess.run(command(killed), capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and "resumed" in done.stderr, done.stderr[-3000:]
     same = ("step", "loss", "grad_norm", "lr", "tokens", "seq_len", "global_batch_seqs")
     assert [[line[k] for k in same] for line in metrics(killed)] == [
