@@ -68,14 +68,16 @@ def save_hf(
 ) -> None:
     """Writes what `AutoModelForCausalLM.from_pretrained` loads. `weights`: (canonical name, whole tensor), each once.
 
-    Tensors are cast to `dtype` and written one at a time. An existing directory is replaced only when the new one is
+    Tensors are cast to `dtype` and written one at a time; `tokenizer_dir` gives the tokenizer and, where it is that of
+    a model, how to generate. An existing directory is replaced only when the new one is
     whole. Raises ValueError when a weight is missing, unknown or of another shape.
     """
+    described = hf_config(config)
     with replacing(Path(directory)) as target:
         _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
         tokens = {} if eos_id is None else {"eos_token_id": eos_id}
-        _write_json(target / "config.json", {**hf_config(config), **tokens, "dtype": str(dtype).removeprefix("torch.")})
-        _write_json(target / "generation_config.json", tokens)
+        _write_json(target / "config.json", {**described, **tokens, "dtype": str(dtype).removeprefix("torch.")})
+        _write_json(target / "generation_config.json", _generation(tokenizer_dir, eos_id))
         if tokenizer_dir is not None:
             _copy_tokenizer(Path(tokenizer_dir), target)
 
@@ -128,6 +130,8 @@ def _write_shards(
         disk = family.where(name, config)
         for theirs, part in zip(disk.names, tensor if disk.stacked else [tensor], strict=True):
             places[theirs].write(part, disk)
+        for theirs in disk.copies:
+            places[theirs].write(tensor, disk)
     if len(shards) > 1:
         weight_map = {name: place.path.name for name, place in places.items()}
         total_bytes = sum(_size_bytes(*stored) for stored in tensors.values())
@@ -143,7 +147,7 @@ def _stored(config: ModelConfig, dtype: torch.dtype) -> dict[str, Stored]:
     for name, shape in parameter_shapes(config).items():
         disk = family.where(name, config)
         kept = torch.float32 if name.endswith("router.bias") else dtype
-        found |= dict.fromkeys(disk.names, (disk.stored_shape(shape), kept))
+        found |= dict.fromkeys((*disk.names, *disk.copies), (disk.stored_shape(shape), kept))
     return found
 
 
@@ -185,6 +189,14 @@ def _write_header(path: Path, tensors: dict[str, Stored]) -> dict[str, Place]:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _generation(source: str | None, eos_id: int | list[int] | None) -> dict:
+    """generation_config.json: what lies beside the tokenizer, which must stop where `eos_id` says."""
+    path = Path(source or "") / "generation_config.json"
+    found = json.loads(path.read_text()) if source and path.exists() else {}
+    known, wanted = ([x] if isinstance(x, int) else x or [] for x in (found.get("eos_token_id"), eos_id))
+    return found if set(wanted) <= set(known) else {**found, "eos_token_id": eos_id}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

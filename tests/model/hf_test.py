@@ -164,11 +164,23 @@ def test_save_refuses_and_leaves_the_old_directory(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_generation_config_is_carried_along(tmp_path: Path) -> None:
+    """From beside the tokenizer; its end-of-text tokens stay when ours is among them."""
+    model = Decoder(SMALL)
+    initialize(model, SMALL, seed=0)
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    for eos, expected in ((1, [1, 106]), (7, 7), (None, [1, 106])):
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106], "top_k": 64}))
+        save_hf(str(tmp_path / "out"), SMALL, model.named_parameters(), torch.float32, str(source), eos)
+        written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+        assert written == {"eos_token_id": expected, "top_k": 64}
+
+
 def test_names_are_those_of_transformers() -> None:
     config = CONFIGS["untied"]
-    assert disk_shapes(config) == {
-        n: tuple(p.shape) for n, p in random_llama(config, seed=0).named_parameters()
-    }
+    assert disk_shapes(config) == {n: tuple(p.shape) for n, p in random_llama(config, seed=0).named_parameters()}
 
 
 @torch.no_grad()
