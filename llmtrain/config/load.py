@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import sys
 from typing import Any
 
 import yaml
@@ -26,11 +28,25 @@ def load(path: str, overrides: list[str]) -> Config:
     document = read_document(path, ())
     for text in overrides:
         override(document, text)
+    _import_plugins(document)
     if "stages" not in document.data:
         return _validate(Config, document)
     config = _validate(RunConfig, document)
     _validate_stages(config, document)
     return config
+
+
+def _import_plugins(document: Document) -> None:
+    """The modules of `plugins`, found as Python finds modules, or below the working directory."""
+    names = document.data.get("plugins")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names if isinstance(names, list) else []:
+        try:
+            importlib.import_module(str(name))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(f"{document.place(('plugins',))}: plugins: {name} cannot be imported: {reason}") from None
 
 
 def dump(config: Config) -> str:

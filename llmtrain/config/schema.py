@@ -339,6 +339,7 @@ class Config(Section):
     name: str = "run"  # of the run
     run_dir: str | None = None  # None = runs/<name>
     seed: int = 0  # of weights, data order and sampling
+    plugins: list[str] = []  # Python modules that are imported first: they may register model families
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
