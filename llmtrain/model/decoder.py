@@ -195,12 +195,15 @@ def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: in
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if name.endswith((".lora.a", ".lora.b")):
         return initial_adapter(name[-1], shape, generator)
+    return torch.randn(shape, generator=generator) * init_std(name, shape, config)
+
+
+def init_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
+    """Standard deviation of a matrix, by the family or as usual."""
     own = family_of(config.family).init
     std = own(name, shape, config) if own else None
-    return torch.randn(shape, generator=generator) * (_usual_std(name, config) if std is None else std)
-
-
-def _usual_std(name: str, config: ModelConfig) -> float:
+    if std is not None:
+        return std
     return 0.02 / math.sqrt(2 * config.num_layers) if name.endswith(RESIDUAL) else 0.02
 
 
