@@ -17,6 +17,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention
 from llmtrain.model.linear import Linear
 from llmtrain.model.lora import Adapter
+from llmtrain.model.mtp import Joint
 from llmtrain.model.norm import Norm
 from llmtrain.parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
 
@@ -103,6 +104,15 @@ class RowLinear(Linear):
         return y + (copy_to(self.bias, self.group) if self.sequence else self.bias)
 
 
+class JointRow(RowLinear):
+    """A row-parallel projection of several inputs side by side, which are whole here: a rank takes its columns."""
+
+    rank: int
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return super().forward(torch.cat(parts, -1).chunk(self.group.size(), -1)[self.rank])
+
+
 class VocabEmbedding(nn.Embedding):
     """A sharded vocabulary: a rank contributes zeros for tokens it does not hold."""
 
@@ -140,6 +150,7 @@ CLASSES: dict[tuple[str | None, type[nn.Module]], type[nn.Module]] = {
     ("replica", Norm): ReplicaNorm,
     ("replica", Linear): ReplicaLinear,
     ("row", Linear): RowLinear,
+    ("row", Joint): JointRow,
 }
 """(kind in the plan, plain class) -> its parallel form. Column-parallel projections need none: their input is whole and
 their output is what the rank owns."""
