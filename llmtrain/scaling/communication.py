@@ -11,7 +11,9 @@ turn. Its stage 3 keeps parameters of at most PERSISTENT elements whole between 
 microbatch rather than twice if they are used again within REUSE elements: all of them in a model of up to REUSE / 2.
 FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
 
-Not exact: ZeRO-3 on any stage of a pipeline but the last, for DeepSpeed takes forward and backward to alternate, and
+Not exact: tensor-parallel biases, norms of heads and latents, routers and adapters, whose gradients are summed over tp;
+K/V heads and latents that every tp rank computes; latent attention under cp; ZeRO-3 with experts on several ranks;
+ZeRO-3 on any stage of a pipeline but the last, for DeepSpeed takes forward and backward to alternate, and
 where they do not it gathers up to twice a microbatch more; ZeRO-3 with more than REUSE / 2 elements, by an embedding or
 two blocks a step; FSDP2 with `reshard` and more than three pipeline stages a rank.
 Left out: Muon's exchange of matrices, and a byte by which DeepSpeed's fp16 agrees on overflows.
@@ -21,14 +23,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from llmtrain.config.case import AXES
-from llmtrain.config.parameters import Shape, numel
+from llmtrain.config.parameters import Shape, has_experts, numel
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import StagePlan, plan_stages
-from llmtrain.scaling.parts import PERSISTENT, REUSE, optimizer_groups, rank_shapes, stage_units
+from llmtrain.scaling.parts import PERSISTENT, REUSE, by_ranks, optimizer_groups, rank_shapes, stage_units
 
 GROUPS = {  # as in parallel.mesh
     **{axis: (axis,) for axis in AXES},
@@ -37,6 +39,9 @@ GROUPS = {  # as in parallel.mesh
     "model": ("pp", "tp"),
     "replica": ("pp", "dp_shard", "cp", "tp"),
     "ends": ("pp",),
+    "ep": (),
+    "expert_grad": ("dp_replicate", "dp_shard", "cp"),
+    "expert_shard": ("dp_shard", "cp"),
     "world": AXES,
 }
 CONTROL = ("norm", "report")  # some bytes
@@ -60,6 +65,8 @@ class Step(NamedTuple):
     trained_tokens: int  # of this rank, in all microbatches: labels that are not IGNORE
     ids: int = 1  # fields that say who sees whom: segment ids (1), branch ids (2)
     report_bytes: int = 0  # of the longest report in engine.tally, JSON
+    pairs: int = 0  # (token, expert): the larger of those sent and received, over MoE layers and microbatches
+    balance_bytes: int = 0  # of the longest report in engine.auxiliary, JSON
 
 
 @dataclass(frozen=True)
@@ -102,14 +109,22 @@ class Case:
 
     def ranks(self, group: str) -> int:
         """How many share a group."""
-        return math.prod(getattr(self.parallel, axis) for axis in GROUPS[group])
+        ranks, ep = math.prod(getattr(self.parallel, axis) for axis in GROUPS[group]), self.parallel.ep
+        return ep if group == "ep" else ranks // ep if group.startswith("expert_") else ranks
+
+    @property
+    def moe_layers(self) -> int:
+        """Of this rank, those with experts."""
+        layers = [layer for stage in self.plan.stages_of(self.pp_rank) for layer in self.plan.layers[stage]]
+        return sum(has_experts(self.model, layer) for layer in layers)
 
 
 def communication(case: Case) -> list[Item]:
     """Everything that this rank takes part in during one step (after the first few, in which engines exchange shapes).
     Receives count at their senders."""
     engine = _fsdp(case) if case.engine.backend == "fsdp" else _zero(case)
-    items = [*engine, *_tied(case), *_pipeline(case), *_context(case), *_tensor(case), *_control(case)]
+    shared = [*_tied(case), *_pipeline(case), *_context(case), *_tensor(case), *_experts(case), *_control(case)]
+    items = [*engine, *shared]
     return [item for item in items if item.size_bytes and case.ranks(item.axis) > 1]
 
 
@@ -119,22 +134,28 @@ def moved_bytes(items: Iterable[Item]) -> int:
 
 
 def _zero(case: Case) -> Iterator[Item]:
-    shapes, ranks, value = rank_shapes(case.model, case.parallel, case.pp_rank), case.ranks("grad"), case.value_bytes
+    shapes, ranks = rank_shapes(case.model, case.parallel, case.pp_rank), case.ranks("grad")
+    for axis, (some, over) in zip(("grad", "expert_grad"), by_ranks(shapes, ranks, case.parallel.ep), strict=False):
+        yield from _zero3(case, some) if case.engine.zero_stage == 3 else _zero12(case, some, axis, over)
     groups = optimizer_groups(shapes)
     if case.engine.zero_stage == 0:
-        yield Item("grad", "all_reduce", "gradients", numel(shapes) * value)
-        yield Item("model", "all_reduce", "norm", 4)
-    elif case.engine.zero_stage < 3:
-        padded = sum(_up(numel(group), 2 * ranks) for group in groups)
-        yield Item("grad", "all_reduce", "gradients", numel(shapes) * value)
-        yield Item("grad", "all_gather", "weights", numel(shapes) * value)
-        yield Item("grad", "all_gather", "padding", (padded - numel(shapes)) * value)
+        yield Item("model", "all_reduce", "norm", 8)
+        yield Item("ep", "all_reduce", "norm", 4)
+    elif case.parallel.ep > 1 and case.engine.zero_stage < 3:
+        yield Item("world", "all_reduce", "norm", 4)
     else:
-        yield from _zero3(case, shapes)
-    if case.engine.zero_stage:
         in_fp64 = case.engine.zero_stage == 3 and case.engine.offload == "none"
         for axis in ("grad", "model"):
             yield Item(axis, "all_reduce", "norm", len(groups) * (8 if in_fp64 else 4))
+
+
+def _zero12(case: Case, shapes: Sequence[Shape], axis: str, ranks: int) -> Iterator[Item]:
+    value = case.value_bytes
+    yield Item(axis, "all_reduce", "gradients", numel(shapes) * value)
+    if case.engine.zero_stage:
+        padded = sum(_up(numel(group), 2 * ranks) for group in optimizer_groups(shapes))
+        yield Item(axis, "all_gather", "weights", numel(shapes) * value)
+        yield Item(axis, "all_gather", "padding", (padded - numel(shapes)) * value)
 
 
 def _zero3(case: Case, shapes: Sequence[Shape]) -> Iterator[Item]:
@@ -169,19 +190,22 @@ def _gathered_again(case: Case, shapes: Sequence[Shape]) -> int:
 def _fsdp(case: Case) -> Iterator[Item]:
     for stage in case.plan.stages_of(case.pp_rank):
         *blocks, rest = stage_units(case.model, case.parallel, stage)
-        yield from _fsdp_unit(case, [shape for block in blocks for shape in block], _block_gathers(case))
-        yield from _fsdp_unit(case, rest, _root_gathers(case))
-    yield Item("replica", "all_reduce", "norm", 4)
+        each = [shape for block in blocks for shape in block]
+        apart = by_ranks(each, case.ranks("shard"), case.parallel.ep)
+        for axis, (some, _) in zip(("shard", "expert_shard"), apart, strict=False):
+            yield from _fsdp_unit(case, some, _block_gathers(case), axis)
+        yield from _fsdp_unit(case, rest, _root_gathers(case), "shard")
+    yield Item("replica", "all_reduce", "norm", 8)
 
 
-def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int) -> Iterator[Item]:
+def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int, axis: str) -> Iterator[Item]:
     """Weights travel in the precision of the compute, gradients in fp32; dim 0 is padded to a multiple of the ranks."""
-    ranks = case.ranks("shard")
+    ranks = case.ranks(axis)
     padding = numel((-shape[0] % ranks, *shape[1:]) for shape in shapes)
     for what, elements in (("weights", numel(shapes)), ("padding", padding)):
-        yield Item("shard", "all_gather", what, elements * gathers * case.value_bytes)
+        yield Item(axis, "all_gather", what, elements * gathers * case.value_bytes)
     for what, elements in (("gradients", numel(shapes)), ("padding", padding)):
-        yield Item("shard", "reduce_scatter", what, elements * 4)
+        yield Item(axis, "reduce_scatter", what, elements * 4)
     yield Item("dp_replicate", "all_reduce", "gradients", (numel(shapes) + padding) // ranks * 4)
 
 
@@ -272,6 +296,32 @@ def _tensor(case: Case) -> Iterator[Item]:
         yield Item("tp", "all_reduce", "activations backward", enter * size)
     if case.has_head:  # the largest logit and three sums of each trained token
         yield Item("tp", "all_reduce", "log-probs", case.step.trained_tokens * 4 * 4)
+
+
+def _experts(case: Case) -> Iterator[Item]:
+    """See parallel.expert. Counts travel first; then rows of hidden states with their weights, and back."""
+    e, p, step = case.model.moe, case.parallel, case.step
+    if e is None:
+        return
+    again = 2 if case.engine.remat != "none" else 1
+    passes = case.moe_layers * step.microbatches
+    rows, weights = 2 * step.pairs * case.model.hidden_size * case.value_bytes, step.pairs * 4
+    yield Item("ep", "all_to_all", "numbers of rows", again * passes * (e.num_experts // p.tp) * 8)
+    yield Item("ep", "all_to_all", "rows forward", again * (rows + weights))
+    yield Item("ep", "all_to_all", "rows backward", rows + weights)
+    yield Item("grad", "all_reduce", "loads of experts", case.moe_layers * ((e.num_experts + 1) * 8 + 8))
+    yield Item("cp", "all_reduce", "loads of rows", passes * step.rows * (e.num_experts + 1) * 8)
+    yield Item("world", "all_gather", "loads of experts", case.ranks("world") * (8 + step.balance_bytes))
+
+
+def evenly_loaded(case: Case) -> Case:
+    """With as many pairs of tokens and experts as there are when all experts get the same."""
+    e, step = case.model.moe, case.step
+    if e is None:
+        return case
+    tokens = step.rows * step.tokens // case.parallel.cp
+    pairs = case.moe_layers * step.microbatches * tokens * e.top_k // case.parallel.tp
+    return replace(case, step=step._replace(pairs=pairs))
 
 
 def _control(case: Case) -> Iterator[Item]:

@@ -53,7 +53,16 @@ def block_matrices(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -
     plan = plan_stages(model, parallel)
     layers = [layer for stage in plan.stages_of(pp_rank) for layer in plan.layers[stage]]
     shapes = [shape for layer in layers for shape in block_shapes(model, layer, parallel.tp, parallel.ep)]
-    return [shape for shape in shapes if len(shape) > 1]
+    return [shape for shape in shapes if len(shape) == 2]
+
+
+def by_ranks(shapes: Sequence[Shape], ranks: int, ep: int) -> list[tuple[list[Shape], int]]:
+    """(shapes, ranks that share their state): experts, which have three dims, are on 1 / ep of the `ranks`. Without
+    expert parallelism all are alike."""
+    if ep == 1:
+        return [(list(shapes), ranks)]
+    dense = [shape for shape in shapes if len(shape) < 3]
+    return [(dense, ranks), ([shape for shape in shapes if len(shape) == 3], ranks // ep)]
 
 
 def optimizer_groups(shapes: Sequence[Shape]) -> list[list[Shape]]:

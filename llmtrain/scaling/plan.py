@@ -13,7 +13,7 @@ from llmtrain.config.parameters import numel
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.config.shapes import parameter_count, resolve_model
-from llmtrain.scaling.communication import CONTROL, GROUPS, Case, Item, Step, communication, moved_bytes
+from llmtrain.scaling.communication import CONTROL, GROUPS, Case, Item, Step, communication, evenly_loaded, moved_bytes
 from llmtrain.scaling.parts import rank_shapes
 from llmtrain.scaling.states import States, state_bytes
 
@@ -113,13 +113,13 @@ def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, mic
     train = config.train
     tokens = microbatches * train.micro_batch_seqs * train.seq_len // parallel.cp
     step = Step(microbatches, train.micro_batch_seqs, train.seq_len, tokens, int(config.data.mask_documents))
-    each = (communication(Case(model, parallel, config.engine, step, rank)) for rank in range(parallel.pp))
-    items = max(each, key=moved_bytes)
+    cases = (Case(model, parallel, config.engine, step, rank) for rank in range(parallel.pp))
+    items = max((communication(evenly_loaded(case)) for case in cases), key=moved_bytes)
     by_axes: dict[str, list[Item]] = {}
     for item in items:
         if item.what in CONTROL:
             continue
-        axes = [axis for axis in GROUPS[item.axis] if getattr(parallel, axis) > 1]
+        axes = ["ep"] if item.axis == "ep" else [axis for axis in GROUPS[item.axis] if getattr(parallel, axis) > 1]
         by_axes.setdefault(" x ".join(axes), []).append(item)
     return {axes: moved_bytes(group) for axes, group in by_axes.items()}
 

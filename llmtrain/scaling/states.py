@@ -19,6 +19,7 @@ from llmtrain.scaling.parts import (
     PERSISTENT,
     REUSE,
     block_matrices,
+    by_ranks,
     optimizer_groups,
     rank_shapes,
     stage_units,
@@ -64,7 +65,9 @@ def state_bytes(
         states = _fsdp(model, parallel, engine, accumulation, pp_rank)
         spared //= parallel.dp_shard * parallel.cp
     else:
-        states = _zero(rank_shapes(model, parallel, pp_rank), parallel, engine)
+        shapes, ranks = rank_shapes(model, parallel, pp_rank), parallel.dp_replicate * parallel.dp_shard * parallel.cp
+        each = [_zero(some, shared, engine) for some, shared in by_ranks(shapes, ranks, parallel.ep)]
+        states = States(*(sum(values) for values in zip(*each, strict=True)))
     states = states._replace(optimizer=states.optimizer - spared)
     if engine.offload == "none":
         return states
@@ -72,8 +75,8 @@ def state_bytes(
     return states._replace(weights=kept, gradients=0, optimizer=0, unreduced=states.unreduced + states.gradients)
 
 
-def _zero(shapes: Sequence[Shape], parallel: ParallelConfig, engine: EngineConfig) -> States:
-    ranks, value, total = parallel.dp_replicate * parallel.dp_shard * parallel.cp, _value(engine), numel(shapes)
+def _zero(shapes: Sequence[Shape], ranks: int, engine: EngineConfig) -> States:
+    value, total = _value(engine), numel(shapes)
     weights, gradients, state = zero_bytes(total, engine.zero_stage, ranks, engine.precision)
     gathered = 0
     if engine.zero_stage in (1, 2):  # at stage 1 too those of other ranks are dropped
@@ -107,7 +110,8 @@ def _fsdp(
     stages = plan_stages(model, parallel).stages_of(pp_rank)
     units = [unit for stage in stages for unit in stage_units(model, parallel, stage)]
     total, block = sum(map(numel, units)), numel(units[0])
-    own = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for unit in units for shape in unit)
+    shared = [(some, over) for unit in units for some, over in by_ranks(unit, ranks, parallel.ep)]
+    own = sum(-(-shape[0] // over) * math.prod(shape[1:]) for some, over in shared for shape in some)
     resharded = engine.reshard and parallel.pp == 1
     gathered = min(total, total - (len(units) - 3) * block) if resharded else total
     accumulates = accumulation > 1 or parallel.pp > 1

@@ -13,6 +13,7 @@ LARGE = {
     "model": {"hidden_size": 320, "head_dim": 80, "ffn_size": 320},
     "num_layers": 3,
 }  # stage 3 frees them
+MOE = {"model": {"moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "dense_layers": [1]}}}
 ZERO_BUBBLE = {"schedule": "interleaved_zero_bubble", "virtual_stages": 2}
 
 LAYOUTS = [
@@ -32,6 +33,10 @@ LAYOUTS = [
     {"pp": 2, "dp_shard": 2, "zero_stage": 1, "microbatches": 4, "schedule": "interleaved_1f1b", "virtual_stages": 2},
     {"pp": 2, "cp": 2, "zero_stage": 2, "microbatches": 4, "schedule": "zbv", "virtual_stages": 2, "tied": False},
     {"pp": 2, "dp_shard": 2, "zero_stage": 1, "microbatches": 4, **ZERO_BUBBLE},
+    {"dp_shard": 4, "ep": 2, "zero_stage": 1, **MOE},
+    {"dp_shard": 4, "ep": 4, "backend": "fsdp", **MOE},
+    {"dp_shard": 2, "cp": 2, "ep": 2, "zero_stage": 2, "context": "alltoall", **MOE},
+    {"pp": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "microbatches": 4, "precision": "bf16", **MOE},
     # these change DeepSpeed's setting: the last ones
     {"dp_shard": 4, "zero_stage": 3, "reuse": 900_000, **LARGE},
     {"dp_shard": 4, "zero_stage": 3, "reuse": 900_000, "tied": False, "offload": "params", **LARGE},

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from layouts_worker import AXES, global_rows, model_config, optim_config, rows_of, settings_of
 
 from llmtrain.config.schema import ModelConfig, ParallelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.engine import zero
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import init_tensor, parameter_shapes
+from llmtrain.parallel import expert
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.plan import parallelize
@@ -36,7 +36,7 @@ ROWS = 2
 
 def shape_of(layout: dict) -> ModelConfig:
     """A small model, with the fields of `layout["model"]`."""
-    return resolve_model(model_config(layout).model_copy(update=layout.get("model", {})))
+    return model_config(layout)
 
 
 def shorten_reuse(elements: int) -> None:
@@ -80,11 +80,35 @@ def watch_reports(mesh: Mesh) -> list[int]:
     return seen
 
 
+def watch_pairs() -> list[list[int]]:
+    """How many rows go to each of the experts that this rank reaches, pass by pass."""
+    sort, seen = expert.sort_by_expert, []
+
+    def watched(indices: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+        found = sort(indices, num_experts)
+        seen.append(found[2].tolist())
+        return found
+
+    expert.sort_by_expert = watched
+    return seen
+
+
+def larger_halves(seen: list[list[int]], mesh: Mesh) -> int:
+    """Over the passes, of the rows that leave this rank and those that come to it, itself counted, the larger."""
+    everyone = dict(zip(range(mesh.size), mesh.all_gather_json(seen), strict=True))
+    peers, total = dist.get_process_group_ranks(mesh.groups["ep"]), 0
+    for number, counts in enumerate(seen):
+        local = len(counts) // mesh.ep
+        mine = slice(mesh.ep_rank * local, (mesh.ep_rank + 1) * local)
+        total += max(sum(counts), sum(sum(everyone[peer][number][mine]) for peer in peers))
+    return total
+
+
 def count(layout: dict) -> tuple[dict, dict, list]:
     """(counted, by formula, items) of this rank; the first two by axis and kind."""
     parallel, settings = settings_of(layout)
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
+    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
     model = shape_of(layout)
     if "reuse" in layout:
         shorten_reuse(layout["reuse"])
@@ -92,11 +116,12 @@ def count(layout: dict) -> tuple[dict, dict, list]:
     microbatches, denominator = batches_of(layout, mesh)
     for _ in range(WARM_STEPS):
         engine.train_step(microbatches, token_loss, denominator)
-    reports = watch_reports(mesh)
+    pairs, reports = watch_pairs(), watch_reports(mesh)
     with Traffic(mesh) as traffic:
         engine.train_step(microbatches, token_loss, denominator)
     trained = sum(int((b.labels != IGNORE).sum()) for b in local_batches(microbatches, mesh))
-    step = Step(len(microbatches), ROWS, microbatches[0].input_ids.size(1), trained, 1, reports[0])
+    rows, balance = larger_halves(pairs, mesh), (reports[1:] or [0])[0]
+    step = Step(len(microbatches), ROWS, microbatches[0].input_ids.size(1), trained, 1, reports[0], rows, balance)
     shard_rank = dist.get_rank(mesh.groups["shard"])
     items = communication(Case(model, parallel, settings, step, mesh.coords["pp"], shard_rank))
     expected: dict[str, int] = defaultdict(int)
