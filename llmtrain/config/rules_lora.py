@@ -48,6 +48,14 @@ def _balance(case: Case) -> Iterator[str]:
         )
 
 
+def _optimizer(case: Case) -> Iterator[str]:
+    if case.config.model.lora is not None and case.config.optim.name == "muon":
+        yield (
+            "optim.name=muon: must be adamw with model.lora, Muon's orthogonal updates are meant for whole matrices, not "
+            "for their factors; use adamw"
+        )
+
+
 def _after_training(case: Case) -> Iterator[str]:
     if case.config.model.lora is not None:
         yield (
@@ -65,6 +73,7 @@ LORA_RULES: Rules = (
     (TRAIN, _base),
     ((*TRAIN, "plan"), _targets),
     ((*TRAIN, "plan"), _balance),
+    ((*TRAIN, "plan"), _optimizer),
     (("eval", "export"), _after_training),
     (("export",), _peft),
 )
