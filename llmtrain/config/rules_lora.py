@@ -51,8 +51,8 @@ def _balance(case: Case) -> Iterator[str]:
 def _optimizer(case: Case) -> Iterator[str]:
     if case.config.model.lora is not None and case.config.optim.name == "muon":
         yield (
-            "optim.name=muon: must be adamw with model.lora, Muon's orthogonal updates are meant for whole matrices, not "
-            "for their factors; use adamw"
+            "optim.name=muon: must be adamw with model.lora, Muon's orthogonal updates are meant for whole matrices, "
+            "not for their factors; use adamw"
         )
 
 

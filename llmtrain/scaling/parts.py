@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.parameters import Shape, layer_shapes, local_shape, outer_shapes
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.config.stages import StagePlan, plan_stages
@@ -40,6 +41,19 @@ def rank_shapes(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> l
         lookup = len(outer_shapes(model)[0]) if stage == 0 else 0
         shapes += rest[:lookup] + [shape for block in blocks for shape in block] + rest[lookup:]
     return shapes[:-1] if model.tie_embeddings and holds_both_ends(plan, pp_rank) else shapes
+
+
+def stage_adapters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Shape]:
+    """Of the adapters of a pipeline stage, in module order; with `model.lora` nothing else is trained."""
+    names = adapter_shapes(model)
+    here = [f"layers.{layer}." for layer in plan_stages(model, parallel).layers[stage]]
+    return [local_shape(n, shape, model, parallel.tp) for n, shape in names.items() if n.startswith(tuple(here))]
+
+
+def rank_adapters(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[Shape]:
+    """The same of a pipeline rank."""
+    stages = plan_stages(model, parallel).stages_of(pp_rank)
+    return [shape for stage in stages for shape in stage_adapters(model, parallel, stage)]
 
 
 def holds_both_ends(plan: StagePlan, pp_rank: int) -> bool:

@@ -21,6 +21,7 @@ from llmtrain.scaling.parts import (
     block_matrices,
     by_ranks,
     optimizer_groups,
+    rank_adapters,
     rank_shapes,
     stage_units,
 )
@@ -69,6 +70,10 @@ def state_bytes(
         each = [_zero(some, shared, engine) for some, shared in by_ranks(shapes, ranks, parallel.ep)]
         states = States(*(sum(values) for values in zip(*each, strict=True)))
     states = states._replace(optimizer=states.optimizer - spared)
+    if model.lora is not None:  # the model itself has nothing but weights
+        frozen = states._replace(gradients=0, optimizer=0, unreduced=0)
+        trained = _of_adapters(rank_adapters(model, parallel, pp_rank), parallel, engine)
+        states = States(*(a + b for a, b in zip(frozen, trained, strict=True)))
     if engine.offload == "none":
         return states
     kept = states.weights if engine.offload != "params" else 0
@@ -86,6 +91,14 @@ def _zero(shapes: Sequence[Shape], ranks: int, engine: EngineConfig) -> States:
         weights += value * kept if ranks > 1 else 0  # a single rank has them whole anyway
         gathered = value * min(total - kept, REUSE)
     return States(weights, gradients, state, gathered, max(0, value * total - gradients))
+
+
+def _of_adapters(shapes: Sequence[Shape], parallel: ParallelConfig, engine: EngineConfig) -> States:
+    if engine.backend == "deepspeed":
+        return _zero(shapes, parallel.dp_replicate * parallel.dp_shard * parallel.cp, engine)
+    own = sum(-(-shape[0] // (parallel.dp_shard * parallel.cp)) * math.prod(shape[1:]) for shape in shapes)
+    total = numel(shapes)
+    return States(4 * own, 4 * own, 8 * own, _value(engine) * total, 4 * (total - own))
 
 
 def _touched(shapes: Sequence[Shape], ranks: int, rank: int) -> int:

@@ -13,6 +13,8 @@ MODEL = {
     "model": {"hidden_size": 320, "ffn_size": 1024, "num_kv_heads": 4, "head_dim": 80, "vocab_size": 512},
     "num_layers": 1,
 }
+LORA = {"rank": 8, "targets": ["q", "k", "v", "o", "gate", "up", "down"]}
+ADAPTED = {"model": {**MODEL["model"], "lora": LORA}}
 
 LAYOUTS = [
     {"dp_replicate": 4, "zero_stage": 0},
@@ -29,6 +31,8 @@ LAYOUTS = [
     {"pp": 2, "dp_shard": 2, "zero_stage": 1, "precision": "bf16", "num_layers": 2},
     {"pp": 2, "dp_shard": 2, "backend": "fsdp", "precision": "bf16", "num_layers": 2},
     {"pp": 2, "tp": 2, "zero_stage": 3, "num_layers": 2},
+    {"dp_shard": 4, "zero_stage": 1, "precision": "bf16", **ADAPTED},  # masters and moments of adapters alone
+    {"dp_shard": 2, "tp": 2, "backend": "fsdp", **ADAPTED},
 ]
 
 
