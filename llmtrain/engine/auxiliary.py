@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmtrain.engine.base import FragmentReader
 from llmtrain.model.balance import balance_metrics, update_bias
+from llmtrain.model.mtp import MultiToken
 from llmtrain.model.router import Router
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.plan import buffers_of
@@ -27,14 +28,18 @@ def start_auxiliary(parts: Sequence[nn.Module], factor: float) -> None:
     for router in routers_of(parts).values():
         router.tally.reset()
         router.tally.loss_factor = factor
+    for modules in (part.mtp for part in parts if part.mtp is not None):
+        modules.reset()
+        modules.loss_factor = factor
 
 
 @torch.no_grad()
 def finish_auxiliary(parts: Sequence[nn.Module], mesh: Mesh, denominator: float, taken: bool) -> dict[str, float]:
     """After a step: sums over all ranks; if the update was `taken`, biases move (a collective). Returns metrics, the
-    same on all ranks; empty where no router is."""
+    same on all ranks; empty where no router and no module for further tokens is."""
+    further = {} if parts[0].config.mtp_layers == 0 else {"mtp_loss": _mean_further(parts[0].mtp, mesh)}
     if parts[0].config.moe is None:
-        return {}
+        return further
     routers = routers_of(parts)
     sums = {name: _summed(router, mesh) for name, router in routers.items()}
     for name, router in routers.items():
@@ -42,7 +47,16 @@ def finish_auxiliary(parts: Sequence[nn.Module], mesh: Mesh, denominator: float,
             router.bias.copy_(update_bias(router.bias, sums[name][0], router.config.bias_rate))
     mine = _metrics(routers, sums, denominator)
     gathered = mesh.all_gather_json(mine if mesh.coords["tp"] == 0 else {})
-    return _joined(gathered)
+    return further | _joined(gathered)
+
+
+def _mean_further(modules: MultiToken, mesh: Mesh) -> float:
+    """-log p of a further token, over depths and data-parallel ranks."""
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    if modules.sum is not None and modules.tokens is not None:
+        sums += torch.stack([modules.sum.double(), modules.tokens.double()])
+    dist.all_reduce(sums, group=mesh.groups["grad"])
+    return float(sums[0] / sums[1].clamp(min=1))
 
 
 def _summed(router: Router, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +75,7 @@ def _summed(router: Router, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
 def _metrics(
     routers: dict[str, Router], sums: dict[str, tuple[Tensor, Tensor, Tensor]], denominator: float
 ) -> dict[str, float]:
-    layers = {name: name.split(".")[1] for name in routers}
+    layers = {name: ("mtp" if name.startswith("mtp.") else "") + name.split(".")[1] for name in routers}
     loads = {layers[name]: load for name, (load, _, _) in sums.items()}
     tokens = {layers[name]: count for name, (_, count, _) in sums.items()}
     top_k = next((router.config.top_k for router in routers.values()), 1)

@@ -117,11 +117,10 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
     history = []
     for step in range(STEPS):
         b = global_rows(step, rows)
-        logits = model(b.input_ids, b.positions, b.segment_ids)
-        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), b.labels.flatten(), reduction="sum")
-        loss = total / b.loss_mask.sum()
-        model.zero_grad()
         start_auxiliary([model], 1 / float(b.loss_mask.sum()))
+        logp, _ = model(b.input_ids, b.positions, b.segment_ids, labels=b.labels)
+        loss = -logp.sum() / b.loss_mask.sum()
+        model.zero_grad()
         loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
