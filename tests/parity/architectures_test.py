@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tests.parity.experts_test import SIGMOID
 from tests.parity.layouts_test import check
 
 GPT2 = {
@@ -34,6 +35,14 @@ GEMMA = {
 }
 QWEN = {"qk_norm": True, "head_dim": 16, "qkv_bias": True, "num_kv_heads": 1}
 
+MLA = {
+    "attention": "mla",
+    "num_kv_heads": 4,
+    "rope_interleaved": True,
+    "mla": {"q_rank": 12, "kv_rank": 16, "nope_head_dim": 8, "rope_head_dim": 4, "v_head_dim": 8},
+}
+DEEPSEEK = MLA | SIGMOID
+
 TWO = [
     {"tp": 2, "zero_stage": 1, "model": GPT2},
     {"tp": 2, "backend": "fsdp", "sequence_parallel": False, "model": GPT2},
@@ -43,12 +52,17 @@ TWO = [
     {"tp": 2, "zero_stage": 1, "sequence_parallel": False, "model": GEMMA},
     {"cp": 2, "backend": "fsdp", "context": "allgather", "model": GEMMA},
     {"cp": 2, "zero_stage": 1, "context": "alltoall", "model": GEMMA},
+    {"tp": 2, "zero_stage": 1, "model": MLA},
+    {"cp": 2, "zero_stage": 1, "context": "ring", "model": MLA},
+    {"cp": 2, "backend": "fsdp", "context": "alltoall", "model": DEEPSEEK},
 ]
 FOUR = [
     {"pp": 2, "tp": 2, "zero_stage": 1, "model": GPT2},
     {"tp": 4, "backend": "fsdp", "model": QWEN | {"num_kv_heads": 2}},  # two ranks share a K/V head
     {"pp": 2, "tp": 2, "backend": "fsdp", "model": GEMMA},
     {"dp_shard": 2, "tp": 2, "zero_stage": 3, "model": QWEN},
+    {"dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "sequence_parallel": False, "model": DEEPSEEK},
+    {"pp": 2, "dp_shard": 2, "ep": 2, "zero_stage": 1, "model": DEEPSEEK},
 ]
 
 

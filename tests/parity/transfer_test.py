@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.parity.experts_test import SIGMOID
 from tests.parity.matrix import ranks
 
 WORKER = Path(__file__).with_name("transfer_worker.py")
@@ -46,6 +47,12 @@ MUON = [  # its state is of its own kind, and goes to Muon only
     {"dp_shard": 2, "zero_stage": 0},
     {"tp": 2, "cp": 2, "zero_stage": 0},
     {"dp_shard": 3, "backend": "fsdp"},
+]
+EXPERTS = [
+    {"dp_shard": 4, "ep": 2, "zero_stage": 1, "model": SIGMOID},
+    {"dp_shard": 4, "ep": 4, "backend": "fsdp", "model": SIGMOID},
+    {"pp": 2, "tp": 2, "zero_stage": 2, "model": SIGMOID},
+    {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 3, "model": SIGMOID},
 ]
 QUICK = [(3, 4), (4, 3), (2, 3), (2, 2), (4, 4)]  # tensor to pipeline parallel, FSDP2 to ZeRO and back, and in place
 
@@ -84,6 +91,16 @@ def check(
 
 def test_between_engines_and_axes(torchrun: Callable, tmp_path: Path) -> None:
     check(torchrun, tmp_path, QUICK, timeout_s=150)
+
+
+def test_experts_and_biases_of_routers(torchrun: Callable, tmp_path: Path) -> None:
+    check(torchrun, tmp_path, [(0, 1), (1, 2), (0, 0)], timeout_s=200, layouts=EXPERTS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_pair_with_experts(torchrun: Callable, tmp_path: Path) -> None:
+    check(torchrun, tmp_path, [(i, j) for i in range(4) for j in range(4)], timeout_s=400, layouts=EXPERTS)
 
 
 @pytest.mark.slow

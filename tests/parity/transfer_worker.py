@@ -35,7 +35,7 @@ GLOBAL_SEQS = 48  # divides among 1, 2, 3, 4, 6 and 8 data-parallel ranks
 def mesh_of(layout: dict) -> Mesh:
     parallel = settings_of(layout)[0]
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    return trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
+    return trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), None, parallel.schedule, parallel.ep)
 
 
 def steps(engine: Engine, mesh: Mesh, first: int, count: int) -> list[tuple[float, float]]:
