@@ -11,7 +11,7 @@ turn. Its stage 3 keeps parameters of at most PERSISTENT elements whole between 
 microbatch rather than twice if they are used again within REUSE elements: all of them in a model of up to REUSE / 2.
 FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
 
-Not exact: tensor-parallel biases, norms of heads and latents, routers and adapters, whose gradients are summed over tp;
+Not exact: tensor-parallel biases, norms of heads and latents, and routers, whose gradients are summed over tp;
 K/V heads and latents that every tp rank computes; latent attention under cp; ZeRO-3 with experts on several ranks;
 ZeRO-3 on any stage of a pipeline but the last, for DeepSpeed takes forward and backward to alternate, and
 where they do not it gathers up to twice a microbatch more; ZeRO-3 with more than REUSE / 2 elements, by an embedding or
@@ -26,11 +26,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.case import AXES
-from llmtrain.config.parameters import Shape, has_experts, numel
+from llmtrain.config.parameters import Shape, has_experts, numel, tp_dim
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import StagePlan, plan_stages
-from llmtrain.scaling.parts import PERSISTENT, REUSE, by_ranks, optimizer_groups, rank_shapes, stage_units
+from llmtrain.scaling.parts import (
+    PERSISTENT,
+    REUSE,
+    by_ranks,
+    optimizer_groups,
+    rank_adapters,
+    rank_shapes,
+    stage_adapters,
+    stage_units,
+)
 
 GROUPS = {  # as in parallel.mesh
     **{axis: (axis,) for axis in AXES},
@@ -135,9 +145,15 @@ def moved_bytes(items: Iterable[Item]) -> int:
 
 def _zero(case: Case) -> Iterator[Item]:
     shapes, ranks = rank_shapes(case.model, case.parallel, case.pp_rank), case.ranks("grad")
-    for axis, (some, over) in zip(("grad", "expert_grad"), by_ranks(shapes, ranks, case.parallel.ep), strict=False):
-        yield from _zero3(case, some) if case.engine.zero_stage == 3 else _zero12(case, some, axis, over)
-    groups = optimizer_groups(shapes)
+    adapters = rank_adapters(case.model, case.parallel, case.pp_rank)
+    trained = shapes if case.model.lora is None else adapters
+    if case.engine.zero_stage == 3:
+        yield from _zero3(case, [*shapes, *adapters], trained)
+    else:
+        apart = by_ranks(trained, ranks, case.parallel.ep)
+        for axis, (some, over) in zip(("grad", "expert_grad"), apart, strict=False):
+            yield from _zero12(case, some, axis, over)
+    groups = optimizer_groups(trained)
     if case.engine.zero_stage == 0:
         yield Item("model", "all_reduce", "norm", 8)
         yield Item("ep", "all_reduce", "norm", 4)
@@ -158,10 +174,10 @@ def _zero12(case: Case, shapes: Sequence[Shape], axis: str, ranks: int) -> Itera
         yield Item(axis, "all_gather", "padding", (padded - numel(shapes)) * value)
 
 
-def _zero3(case: Case, shapes: Sequence[Shape]) -> Iterator[Item]:
+def _zero3(case: Case, shapes: Sequence[Shape], trained: Sequence[Shape]) -> Iterator[Item]:
     ranks, value, microbatches = case.ranks("grad"), case.value_bytes, case.step.microbatches
-    padding = sum(-math.prod(shape) % ranks for shape in shapes)
-    yield Item("grad", "reduce_scatter", "gradients", numel(shapes) * value)
+    padding = sum(-math.prod(shape) % ranks for shape in trained)
+    yield Item("grad", "reduce_scatter", "gradients", numel(trained) * value)
     yield Item("grad", "reduce_scatter", "padding", padding * value)
     for kept in (True, False):
         some = [shape for shape in shapes if (math.prod(shape) <= PERSISTENT) == kept]
@@ -190,20 +206,24 @@ def _gathered_again(case: Case, shapes: Sequence[Shape]) -> int:
 def _fsdp(case: Case) -> Iterator[Item]:
     for stage in case.plan.stages_of(case.pp_rank):
         *blocks, rest = stage_units(case.model, case.parallel, stage)
-        each = [shape for block in blocks for shape in block]
+        each, adapters = [s for block in blocks for s in block], stage_adapters(case.model, case.parallel, stage)
+        trains_all = case.model.lora is None
         apart = by_ranks(each, case.ranks("shard"), case.parallel.ep)
         for axis, (some, _) in zip(("shard", "expert_shard"), apart, strict=False):
-            yield from _fsdp_unit(case, some, _block_gathers(case), axis)
-        yield from _fsdp_unit(case, rest, _root_gathers(case), "shard")
+            yield from _fsdp_unit(case, some, _block_gathers(case), axis, trains_all)
+        yield from _fsdp_unit(case, adapters, _block_gathers(case), "shard")
+        yield from _fsdp_unit(case, rest, _root_gathers(case), "shard", trains_all)
     yield Item("replica", "all_reduce", "norm", 8)
 
 
-def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int, axis: str) -> Iterator[Item]:
+def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int, axis: str, trained: bool = True) -> Iterator[Item]:
     """Weights travel in the precision of the compute, gradients in fp32; dim 0 is padded to a multiple of the ranks."""
     ranks = case.ranks(axis)
     padding = numel((-shape[0] % ranks, *shape[1:]) for shape in shapes)
     for what, elements in (("weights", numel(shapes)), ("padding", padding)):
         yield Item(axis, "all_gather", what, elements * gathers * case.value_bytes)
+    if not trained:
+        return
     for what, elements in (("gradients", numel(shapes)), ("padding", padding)):
         yield Item(axis, "reduce_scatter", what, elements * 4)
     yield Item("dp_replicate", "all_reduce", "gradients", (numel(shapes) + padding) // ranks * 4)
@@ -222,7 +242,7 @@ def _root_gathers(case: Case) -> int:
 
 def _tied(case: Case) -> Iterator[Item]:
     """The two copies of a tied embedding have their gradients summed."""
-    if not case.model.tie_embeddings or case.has_embedding == case.has_head:
+    if not case.model.tie_embeddings or case.has_embedding == case.has_head or case.model.lora is not None:
         return
     rows, value = case.model.vocab_size // case.parallel.tp, case.value_bytes
     if case.engine.backend == "fsdp":
@@ -284,18 +304,37 @@ def _tensor(case: Case) -> Iterator[Item]:
     again_enter = halves if case.engine.remat != "none" else 0
     again_leave = case.num_layers if case.engine.remat == "full" else 0  # what only the residual reads is not needed
     size = case.step.microbatches * case.hidden_bytes
+    back_enter, back_leave = enter - _spared(case), leave - _spared(case)
     if case.parallel.sequence_parallel:
         yield Item("tp", "all_gather", "activations forward", (enter + again_enter) * size)
         yield Item("tp", "reduce_scatter", "activations forward", (leave + again_leave) * size)
-        yield Item("tp", "all_gather", "activations backward", leave * size)
-        yield Item("tp", "reduce_scatter", "activations backward", enter * size)
+        yield Item("tp", "all_gather", "activations backward", back_leave * size)
+        yield Item("tp", "reduce_scatter", "activations backward", back_enter * size)
         norms = enter * case.step.microbatches * case.model.hidden_size * case.value_bytes
-        yield Item("tp", "all_reduce", "gradients of norms", norms)
+        yield Item("tp", "all_reduce", "gradients of norms", 0 if case.model.lora else norms)
     else:
         yield Item("tp", "all_reduce", "activations forward", (leave + again_leave) * size)
-        yield Item("tp", "all_reduce", "activations backward", enter * size)
+        yield Item("tp", "all_reduce", "activations backward", back_enter * size)
+    adapters = case.step.microbatches * _whole_adapters(case) * case.value_bytes
+    yield Item("tp", "all_reduce", "gradients of adapters", adapters)
     if case.has_head:  # the largest logit and three sums of each trained token
         yield Item("tp", "all_reduce", "log-probs", case.step.trained_tokens * 4 * 4)
+
+
+def _spared(case: Case) -> int:
+    """Halves of blocks, with the embedding in front, that the backward of adapters does not reach."""
+    lora = case.model.lora
+    if lora is None or not case.has_embedding:
+        return 0
+    return 1 if any(".attention." in name for name in adapter_shapes(case.model)) else 2
+
+
+def _whole_adapters(case: Case) -> int:
+    """Elements of this rank's adapters that every tp rank has, whose gradients are summed."""
+    m, tp = case.model, case.parallel.tp
+    here = {layer for stage in case.plan.stages_of(case.pp_rank) for layer in case.plan.layers[stage]}
+    names = {n: shape for n, shape in adapter_shapes(m).items() if int(n.split(".")[1]) in here}
+    return numel(shape for n, shape in names.items() if tp_dim(n, m, tp) is None)
 
 
 def _experts(case: Case) -> Iterator[Item]:

@@ -14,6 +14,7 @@ LARGE = {
     "num_layers": 3,
 }  # stage 3 frees them
 MOE = {"model": {"moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "dense_layers": [1]}}}
+ADAPTED = {"model": {"lora": {"rank": 4, "targets": ["q", "v", "o", "down"]}}}
 ZERO_BUBBLE = {"schedule": "interleaved_zero_bubble", "virtual_stages": 2}
 
 LAYOUTS = [
@@ -37,6 +38,8 @@ LAYOUTS = [
     {"dp_shard": 4, "ep": 4, "backend": "fsdp", **MOE},
     {"dp_shard": 2, "cp": 2, "ep": 2, "zero_stage": 2, "context": "alltoall", **MOE},
     {"pp": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "microbatches": 4, "precision": "bf16", **MOE},
+    {"pp": 2, "tp": 2, "zero_stage": 1, **ADAPTED},
+    {"dp_shard": 4, "zero_stage": 3, **ADAPTED},
     # these change DeepSpeed's setting: the last ones
     {"dp_shard": 4, "zero_stage": 3, "reuse": 900_000, **LARGE},
     {"dp_shard": 4, "zero_stage": 3, "reuse": 900_000, "tied": False, "offload": "params", **LARGE},
