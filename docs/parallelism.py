@@ -17,6 +17,7 @@ PAGE = Path(__file__).with_name("parallelism.md")
 Feature = dict[str, Any]
 """Dotted keys and their values."""
 
+MOE = {"num_experts": 8, "top_k": 2, "expert_ffn_size": 16, "balance": "aux"}
 FEATURES: dict[str, Feature] = {
     "ZeRO-0": {"engine.backend": "deepspeed", "engine.zero_stage": 0},
     "ZeRO-1": {"engine.backend": "deepspeed", "engine.zero_stage": 1},
@@ -31,6 +32,8 @@ FEATURES: dict[str, Feature] = {
     "cp ring": {"parallel.cp": 2, "parallel.context": "ring"},
     "cp all-to-all": {"parallel.cp": 2, "parallel.context": "alltoall"},
     "cp all-gather": {"parallel.cp": 2, "parallel.context": "allgather"},
+    "experts": {"model.moe": MOE},
+    "ep": {"model.moe": MOE, "parallel.ep": 2, "parallel.dp_shard": 2},
     "1F1B": {"parallel.pp": 2, "parallel.schedule": "1f1b"},
     "interleaved": {"parallel.pp": 2, "parallel.schedule": "interleaved_1f1b", "parallel.virtual_stages": 2},
     "zero bubble": {"parallel.pp": 2, "parallel.schedule": "interleaved_zero_bubble", "parallel.virtual_stages": 2},

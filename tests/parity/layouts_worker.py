@@ -48,6 +48,7 @@ def model_config(layout: dict) -> ModelConfig:
         "vocab_size": 64,
         "max_positions": 32,
         "tie_embeddings": layout.get("tied", True),
+        "moe": layout.get("moe"),
     }
     return resolve_model(ModelConfig.model_validate({**usual, **layout.get("model", {})}))
 
