@@ -10,6 +10,7 @@ from llmtrain.config.case import Case, Earlier
 from llmtrain.config.load import ConfigError, stage_config
 from llmtrain.config.ramp import phases, trained_model, with_phase
 from llmtrain.config.rules import RULES
+from llmtrain.config.rules_attention import ATTENTION_RULES
 from llmtrain.config.rules_lora import LORA_RULES
 from llmtrain.config.rules_model import MODEL_RULES
 from llmtrain.config.rules_parallel import PARALLEL_RULES
@@ -55,7 +56,7 @@ def violations(
 
 
 def _broken(case: Case) -> Iterator[str]:
-    for commands, rule in (*PARALLEL_RULES, *MODEL_RULES, *LORA_RULES, *RULES):
+    for commands, rule in (*PARALLEL_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES, *RULES):
         if case.command in commands:
             yield from rule(case)
 

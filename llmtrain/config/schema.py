@@ -196,6 +196,7 @@ class EngineConfig(Section):
     loss_scale_window: PositiveInt = 1000  # fp16, dynamic: steps without overflow before the scale doubles
     remat: Literal["none", "selective", "full"] = "none"  # keep all; matrix products and attention; inputs of blocks
     compile: bool = False  # torch.compile of each block
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"  # the kernel; auto: the fastest that is valid here
     logprob_chunk_tokens: PositiveInt | None = None  # rows of logits at a time; None = 1024 on a GPU, 16 MB on a CPU
     timeout_s: PositiveInt = 600  # of a collective
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
+from llmtrain.model.backends import use_backend
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.context import context_parallel
 from llmtrain.parallel.expert import expert_parallel
@@ -26,9 +27,11 @@ WeightSource = Callable[[str], Tensor]
 def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> list[Decoder]:
     """This rank's pipeline stages (without a pipeline: the one decoder), on the meta device: without memory.
 
-    cut stages -> tensor parallel -> experts -> context parallel -> fp8 -> scoring head -> remat. Weights follow: an
-    engine shards them as it takes them in; who keeps this rank's whole part calls `materialize`. Compilation comes
-    last (`compile_blocks`).
+    cut stages -> tensor parallel -> experts -> context parallel or attention's kernel -> fp8 -> scoring head -> remat.
+    Weights follow: an engine shards them as it takes them in; who keeps this rank's whole part calls `materialize`.
+    Compilation comes last (`compile_blocks`).
+
+    Raises ValueError when this device cannot compute `engine.attention`.
     """
     plan, shapes = plan_stages(config, parallel), parameter_shapes(config)
     parts = []
@@ -40,6 +43,8 @@ def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engin
         expert_parallel(part, mesh, parallel.sequence_parallel)
         if mesh.sizes["cp"] > 1:
             context_parallel(part, mesh.groups["cp"], parallel.context)
+        else:
+            use_backend(part, engine.attention, mesh.device, engine.precision)
         if engine.precision == "fp8":
             float8_blocks(part)
         scoring_head(part, mesh, engine.logprob_chunk_tokens)

@@ -1,0 +1,43 @@
+"""Attention backends (`engine.attention`): what each can compute, as far as a configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from llmtrain.config.schema import ModelConfig
+
+FLASH_WIDTH = 256  # the widest head that FlashAttention 2 has kernels for
+FLEX_WIDTH = 16  # the narrowest that flex attention compiles for
+FLASH_PRECISIONS = ("bf16", "fp16", "fp8")  # fp8: of projections, attention itself is bf16
+
+
+def head_widths(model: ModelConfig) -> tuple[int, int]:
+    """Of keys and of values."""
+    if model.mla is not None:
+        return model.mla.nope_head_dim + model.mla.rope_head_dim, model.mla.v_head_dim
+    width = model.head_dim or model.hidden_size // model.num_heads
+    return width, width
+
+
+def flex_faults(model: ModelConfig) -> Iterator[str]:
+    """Why flex attention cannot compute this model on a GPU: `rule; remedy`."""
+    if min(head_widths(model)) < FLEX_WIDTH:
+        width = min(head_widths(model))
+        yield f"needs heads of at least {FLEX_WIDTH}, the model has {width}; set sdpa or auto"
+
+
+def flash_faults(model: ModelConfig, precision: str) -> Iterator[str]:
+    """The same for FlashAttention, whatever the machine."""
+    keys, values = head_widths(model)
+    if keys != values:
+        yield f"needs values as wide as keys, attention: mla has {values} and {keys}; set flex, sdpa or auto"
+    elif keys > FLASH_WIDTH:
+        yield f"has no kernel for heads of {keys}, only up to {FLASH_WIDTH}; set flex, sdpa or auto"
+    if precision not in FLASH_PRECISIONS:
+        yield f"computes in bf16 or fp16, not engine.precision={precision}; change it, or set flex, sdpa or auto"
+
+
+def has_flash() -> bool:
+    """Is the package flash-attn installed?"""
+    return find_spec("flash_attn") is not None
