@@ -9,9 +9,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DeepseekV3Config
+from transformers.modeling_layers import MtpLayer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3DecoderLayer,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+)
 
 from llmtrain.config.check import violations
-from llmtrain.config.families import presets
+from llmtrain.config.families import family_of, presets
 from llmtrain.config.parameters import kind_of, mtp_shapes, numel
 from llmtrain.config.schema import Config, MlaConfig, ModelConfig, MoeConfig
 from llmtrain.config.shapes import hf_config, parameter_count, resolve_model
@@ -209,6 +216,34 @@ def test_names_on_disk(tmp_path: Path) -> None:
     }
     assert all(torch.equal(stored[f"{theirs}.{name}"], x) for name, x in expected.items())
     assert hf_config(config)["num_nextn_predict_layers"] == 1
+
+
+@torch.no_grad()
+def test_a_depth_equals_transformers() -> None:
+    """Its `MtpLayer` with our weights: what is normed, the order of the projection's inputs, what is passed on."""
+    config = model_config(mtp_layers=1, num_layers=3, rope_scaling=None)
+    model = decoder(config)
+    ours, described = model.mtp["0"], DeepseekV3Config(**{**hf_config(config), "attn_implementation": "eager"})
+    theirs = MtpLayer(described, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, config.num_layers)
+    names = {"embed_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "post_norm"}
+    state = {f"{theirs}.weight": getattr(ours, name).weight for name, theirs in names.items()}
+    block = {name.removeprefix("layers.*."): theirs for name, theirs in family_of("deepseek-v3").modules.items()}
+    for name, x in ours.block.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if name not in block and module in block:
+            state[f"{block[module].replace('model.layers.*', 'mtp_block')}.{leaf}"] = x
+    feed = ours.block.feedforward
+    state["mtp_block.mlp.gate.e_score_correction_bias"] = feed.router.bias
+    state["mtp_block.mlp.experts.gate_up_proj"] = torch.cat([feed.experts.gate, feed.experts.up], 1)
+    state["mtp_block.mlp.experts.down_proj"] = feed.experts.down
+    theirs.load_state_dict(state)
+    hidden, embedded, positions = torch.randn(2, 11, 32), torch.randn(2, 11, 32), torch.arange(11).expand(2, 11)
+    angles = DeepseekV3RotaryEmbedding(described)(hidden, positions)
+    causal = torch.full((11, 11), float("-inf")).triu(1)[None, None]
+    expected = theirs(embedded, hidden, angles, causal, positions, None)
+    view = model.views(torch.float32, positions, None, None, None)["full"]
+    assert expected.std() > 0.3
+    assert (ours(hidden, embedded, view) - expected).abs().max() <= 1e-5
 
 
 def test_read_with_and_without(tmp_path: Path) -> None:
