@@ -45,7 +45,12 @@ def export_adapters(source: str, directory: str, dtype: torch.dtype) -> None:
 
 def peft_names(model: ModelConfig) -> dict[str, str]:
     """Our name of each adapter's matrix -> theirs. Raises ValueError where the targeted weight is only a part of what
-    lies on disk."""
+    lies on disk, or the family has no form there."""
+    if family_of(model.family).to_hf is None:
+        raise ValueError(
+            f"export.adapter=true: model.family={model.family}: transformers has no such model, so peft cannot put "
+            "adapters on it; keep the run directory instead"
+        )
     names = {}
     for name in adapter_shapes(model):
         projection, leaf = name[: -len(".lora.a")], name[-1]

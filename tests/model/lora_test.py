@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtrain.checkpoint.adapters import adapter_config, distinguishing, peft_names
 from llmtrain.config.adapters import adapter_shapes, target_names, without_adapters
-from llmtrain.config.schema import LoraConfig, ModelConfig, MoeConfig
+from llmtrain.config.schema import LoraConfig, MlaConfig, ModelConfig, MoeConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_tensor, initialize, parameter_shapes, trained_shapes
 from llmtrain.model.hf_write import save_hf
@@ -25,6 +25,14 @@ MODELS = {
     "llama, two targets": {"num_kv_heads": 2, "lora": LoraConfig(rank=8, alpha=3.5, targets=["v", "down"])},
     "qwen3": {"family": "qwen3", "num_kv_heads": 2, "head_dim": 16, "lora": ALL},
     "qwen2, biases": {"family": "qwen2", "num_kv_heads": 3, "lora": ALL},
+    "gemma3, norms behind": {"family": "gemma3", "num_kv_heads": 2, "head_dim": 16, "sliding_window": 8, "lora": ALL},
+    "mixtral, attention": {"family": "mixtral", "num_kv_heads": 2, "lora": LoraConfig(targets=["q", "k", "v", "o"])},
+    "deepseek-v3, latents": {
+        **{"family": "deepseek-v3", "num_kv_heads": 6, "tie_embeddings": False},
+        "mla": MlaConfig(q_rank=16, kv_rank=24, nope_head_dim=8, rope_head_dim=8, v_head_dim=12),
+        "moe": MoeConfig(num_experts=4, expert_ffn_size=16, shared_ffn_size=16, dense_layers=[0], balance="none"),
+        "lora": LoraConfig(targets=["q_a", "q_b", "kv_a", "kv_b", "o"]),
+    },
     "gpt2, transposed": {"family": "gpt2", "num_kv_heads": 6, "lora": LoraConfig(rank=4, targets=["o"])},
 }
 
@@ -129,6 +137,12 @@ def test_parts_of_fused_tensors_are_refused() -> None:
         ValueError, match=r"layers.0.attention.q is a part of .*c_attn.weight.*; set export.adapter=false"
     ):
         peft_names(fused)
+
+
+def test_a_family_that_transformers_lacks_is_refused() -> None:
+    palm = resolve_model(ModelConfig(**SMALL, family="palm", lora=LoraConfig()))
+    with pytest.raises(ValueError, match=r"family=palm: transformers has no such model"):
+        peft_names(palm)
 
 
 def test_names_distinguish() -> None:
