@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -24,6 +26,7 @@ class Turns:
     pipe: Connection
     left: int = 0  # pieces of work in this turn
     values: list = field(default_factory=list)
+    floor_bytes: int = 0  # memory that is not counted
 
     def wait(self) -> bool:
         """Blocks until it is this contestant's turn; False = no turn is left. The clock runs from here."""
@@ -32,6 +35,10 @@ class Turns:
         self.left, self.values = self.pipe.recv(), []
         self.wall, self.cpu = time.perf_counter(), time.process_time()
         return self.left > 0
+
+    def count_memory(self) -> None:
+        """From here on, above what this process now has (libraries, weights)."""
+        self.floor_bytes = forget_peak()
 
     def done(self, value: float) -> None:
         """One piece of work is finished; after the last of a turn its measurements are sent."""
@@ -42,7 +49,8 @@ class Turns:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         wall_s, cpu_s = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        self.pipe.send({"values": self.values, "wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak_bytes()})
+        peak = peak_bytes() - self.floor_bytes
+        self.pipe.send({"values": self.values, "wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak})
 
 
 def peak_bytes() -> int:
@@ -51,6 +59,17 @@ def peak_bytes() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def forget_peak() -> int:
+    """Let `peak_bytes` begin anew; returns what is held now, without what the allocator only keeps."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak becomes what is resident
+    return peak_bytes()
 
 
 Contestant = Callable[..., None]

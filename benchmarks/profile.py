@@ -27,6 +27,9 @@ class Profiled:
             self.profile.start()
         return self.step < WARMUP_STEPS + STEPS
 
+    def count_memory(self) -> None:
+        """Of no interest here."""
+
     def done(self, value: float) -> None:
         self.step += 1
         if self.step == WARMUP_STEPS + STEPS:

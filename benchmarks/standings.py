@@ -19,12 +19,12 @@ Rounds = list[dict]
 """Of one contestant, as benchmarks.common.Turns sends them."""
 
 
-def check_same_work(runs: dict[str, Rounds], reference: str) -> dict[str, list[float]]:
-    """Losses of every step. Raises RuntimeError when a contestant's differ from the reference's by over TOLERANCE."""
+def check_same_work(runs: dict[str, Rounds], reference: str, tolerance: float = TOLERANCE) -> dict[str, list[float]]:
+    """Losses of every step. Raises RuntimeError when a contestant's differ from the reference's by over `tolerance`."""
     losses = {name: [loss for turn in turns for loss in turn["values"]] for name, turns in runs.items()}
     for name, found in losses.items():
         for step, (loss, expected) in enumerate(zip(found, losses[reference], strict=True), 1):
-            if not abs(loss - expected) <= TOLERANCE * expected:
+            if not abs(loss - expected) <= tolerance * expected:
                 raise RuntimeError(
                     f"{name}: loss {loss:.4f} at step {step}, {reference} has {expected:.4f}: other work"
                 )
