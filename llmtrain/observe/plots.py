@@ -29,7 +29,7 @@ RL: tuple[Panel, ...] = (
     ("Entropy, nats a token", {"entropy": "entropy"}),
     ("Response length, tokens", {"response_tokens_mean": "mean"}),
 )
-LINES = ("#2563eb", "#d97706")
+LINES = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 SHADES = ("#dbeafe", "#1d4ed8")  # of bars
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 SMOOTH_SHARE = 0.02  # a line's running mean spans this share of its steps

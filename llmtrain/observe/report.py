@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from llmtrain.observe.experts import EXPERTS, expert_records
 from llmtrain.observe.metrics import read_lines, read_metrics
 from llmtrain.observe.page import PAGE
 from llmtrain.observe.plots import RL, TRAINING, Panel, plot_bars, plot_curves
@@ -146,14 +147,15 @@ def _evaluation_image(out: str, evaluated: Mapping[str, dict[str, Any]]) -> dict
 
 
 def _curves(out: str, stage: Stage) -> list[dict[str, str]]:
-    plots: dict[str, tuple[Panel, ...]] = {f"{stage.name}.png": TRAINING}
-    if any("reward_mean" in record for record in stage.metrics):
-        plots = {f"{stage.name}-rl.png": RL} | plots
     records = stage.metrics + [{"step": e["step"], "held_out_loss": e["loss"]} for e in stage.held_out]
+    plots: list[tuple[str, tuple[Panel, ...], list[dict[str, Any]]]] = [(f"{stage.name}.png", TRAINING, records)]
+    if any("reward_mean" in record for record in stage.metrics):
+        plots.insert(0, (f"{stage.name}-rl.png", RL, records))
+    plots.append((f"{stage.name}-experts.png", EXPERTS, expert_records(stage.metrics)))
     return [
         {"file": file, "alt": f"{stage.name}: " + ", ".join(title for title, _ in panels)}
-        for file, panels in plots.items()
-        if plot_curves(os.path.join(out, file), panels, records)
+        for file, panels, shown in plots
+        if plot_curves(os.path.join(out, file), panels, shown)
     ]
 
 

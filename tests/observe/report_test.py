@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.observe.experts import expert_records
 from llmtrain.observe.metrics import MetricsFile, Samples
 from llmtrain.observe.plots import _running_mean
 from llmtrain.observe.report import read_stages, write_report
@@ -108,6 +109,21 @@ def test_one_stage_and_again(tmp_path: Path) -> None:
     assert (
         "5.0" not in page.text and "10 → 3.33" in page.text and "6.5 → 2.25" in page.text
     )  # means of the first and the last tenth
+
+
+def test_load_of_experts(tmp_path: Path) -> None:
+    layers = {"load_max.1": 1.5, "load_max.2": 2.5, "load_entropy.1": 0.9, "load_entropy.2": 0.7}
+    record = {"step": 4, **layers, "load_dropped.1": 0.0, "aux_loss": 1.1, "z_loss": None, "loss": 3.0}
+    (shown,) = expert_records([{"step": 3, "loss": 3.0}, record])
+    assert shown == {
+        **{"step": 4, "load_max_mean": 2.0, "load_max_worst": 2.5, "load_entropy_worst": 0.7},
+        **{"load_entropy_mean": pytest.approx(0.8), "load_dropped_mean": 0.0, "load_dropped_worst": 0.0},
+        **{"aux_loss": 1.1, "z_loss": None},
+    }
+    _stage(tmp_path / "moe", 3, **layers)
+    page = Page(write_report(str(tmp_path / "moe")))
+    assert page.images == ["moe.png", "moe-experts.png"]
+    assert (tmp_path / "moe" / "report" / "moe-experts.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_two_evaluations_of_one_label_are_both_shown(tmp_path: Path) -> None:
