@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmtrain.config.case import TRAIN, Earlier, mesh_sizes
 from llmtrain.config.check import planned_stages
-from llmtrain.config.parameters import numel
+from llmtrain.config.parameters import has_experts, numel
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.config.shapes import parameter_count, resolve_model
@@ -152,22 +152,45 @@ def in_flight(parallel: ParallelConfig, accumulation: float | None) -> float:
 
 def kept_activations(model: ModelConfig, tp: int, sequence_parallel: bool, remat: str) -> float:
     """Values a token that one block keeps with recomputation. Full: its input. Selective: the inputs of its two halves
-    and, sharded, q, k, v, attention's output, gate and up."""
-    assert model.head_dim is not None
+    and, sharded, q, k, v, attention's output and what the products in front of the activation give."""
     hidden = model.hidden_size / (tp if sequence_parallel else 1)
     if remat == "full":
         return hidden
-    return 2 * hidden + 2 * (model.head_dim * (model.num_heads + model.num_kv_heads) + model.ffn_size) / tp
+    return 2 * hidden + (attention_values(model) + (2 if model.gated else 1) * inner_width(model)) / tp
 
 
 def block_activations(model: ModelConfig, tp: int, sequence_parallel: bool) -> float:
     """Values a token that one block keeps: its input and the norm's output, twice (whole on each rank without sequence
     parallelism), and, sharded: q, k, v, attention's output, gate, up, silu(gate) and their product. SwiGLU and grouped
     K/V in place of the paper's GELU and full heads; no dropout, and attention scores are recomputed, not kept."""
-    assert model.head_dim is not None
     outside = 4 * model.hidden_size / (tp if sequence_parallel else 1)
-    attention = 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
-    return outside + (attention + 4 * model.ffn_size) / tp
+    return outside + (attention_values(model) + (4 if model.gated else 2) * inner_width(model) + copies(model)) / tp
+
+
+def attention_values(model: ModelConfig) -> int:
+    """q, k, v and the output of all heads, a token; of latent attention also the latents."""
+    assert model.head_dim is not None
+    if model.mla is None:
+        return 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
+    latents = (model.mla.q_rank or 0) + model.mla.kv_rank
+    return 2 * model.num_heads * (model.head_dim + model.mla.v_head_dim) + latents
+
+
+def inner_width(model: ModelConfig) -> float:
+    """Of the feed-forward layers that a token passes, on average over the blocks."""
+    e = model.moe
+    if e is None:
+        return model.ffn_size
+    sparse = sum(has_experts(model, layer) for layer in range(model.num_layers)) / model.num_layers
+    return sparse * (e.top_k * e.expert_ffn_size + e.shared_ffn_size) + (1 - sparse) * model.ffn_size
+
+
+def copies(model: ModelConfig) -> float:
+    """A token's hidden state, once for each of its experts."""
+    if model.moe is None:
+        return 0.0
+    sparse = sum(has_experts(model, layer) for layer in range(model.num_layers)) / model.num_layers
+    return sparse * model.moe.top_k * model.hidden_size
 
 
 def logits_bytes(engine: EngineConfig, model: ModelConfig, tp: int) -> int:

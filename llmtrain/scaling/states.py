@@ -122,11 +122,11 @@ def _fsdp(
     ranks, value = parallel.dp_shard * parallel.cp, _value(engine)
     stages = plan_stages(model, parallel).stages_of(pp_rank)
     units = [unit for stage in stages for unit in stage_units(model, parallel, stage)]
-    total, block = sum(map(numel, units)), numel(units[0])
+    total, block = sum(map(numel, units)), max(map(numel, units[:-1]))  # the last one is what is not in blocks
     shared = [(some, over) for unit in units for some, over in by_ranks(unit, ranks, parallel.ep)]
     own = sum(-(-shape[0] // over) * math.prod(shape[1:]) for some, over in shared for shape in some)
     resharded = engine.reshard and parallel.pp == 1
-    gathered = min(total, total - (len(units) - 3) * block) if resharded else total
+    gathered = min(total, numel(units[-1]) + 2 * block) if resharded else total
     accumulates = accumulation > 1 or parallel.pp > 1
     unreduced = 4 * (total - own) if accumulates else value * block
     return States(4 * own, 4 * own, 8 * own, gathered * value, unreduced)
