@@ -95,8 +95,8 @@ def _joined(gathered: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def buffer_fragments(parts: Sequence[nn.Module], mesh: Mesh) -> Iterator[Fragment]:
-    """What a checkpoint holds beside parameters, from one of the ranks that have it."""
-    if mesh.coords["tp"] or dist.get_rank(mesh.groups["grad"]):
+    """What a checkpoint holds beside parameters, from one of the ranks that have it; under adapters nothing moves."""
+    if mesh.coords["tp"] or dist.get_rank(mesh.groups["grad"]) or parts[0].config.lora is not None:
         return
     for name, value in buffers_of(parts).items():
         yield Fragment(Address(name, tuple(value.shape), None, 0, 1, 0, value.numel()), {"weight": value.flatten()})
@@ -105,6 +105,8 @@ def buffer_fragments(parts: Sequence[nn.Module], mesh: Mesh) -> Iterator[Fragmen
 @torch.no_grad()
 def load_buffers(parts: Sequence[nn.Module], read: FragmentReader) -> None:
     """The inverse, on every rank."""
+    if parts[0].config.lora is not None:
+        return
     for name, value in buffers_of(parts).items():
         whole = read(Address(name, tuple(value.shape), None, 0, 1, 0, value.numel()))["weight"]
         value.copy_(whole.view_as(value))

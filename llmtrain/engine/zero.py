@@ -31,7 +31,7 @@ from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_b
 from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, owns
 from llmtrain.engine.memory import keep_freed_memory
-from llmtrain.engine.optim import build_optimizer, learning_rate
+from llmtrain.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally, stop_if_not_finite
@@ -96,7 +96,7 @@ class ZeroEngine:
         self.admit: Admit = stop_if_not_finite
         self.scaler = LossScaler(config)
         check_machine(config, mesh)
-        _prepare_deepspeed(mesh, config.zero_stage)
+        _prepare_deepspeed(mesh, config.zero_stage, parts[0].config.lora is None)
         originals = self._take_in(source)
         model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         self.engine, *_ = deepspeed.initialize(
@@ -120,8 +120,7 @@ class ZeroEngine:
     def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
         """See Engine."""
         lr = learning_rate(self.step, self.optim, self.total_steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer.param_groups, lr)
         tally = Tally(float(denominator))
         # DeepSpeed averages over these ranks, and divides by the loss scale; this undoes both
         scale = self.scaler.scale * self.mesh.grad_size / tally.denominator
@@ -244,12 +243,12 @@ def check_machine(config: EngineConfig, mesh: Mesh) -> None:
         )
 
 
-def _prepare_deepspeed(mesh: Mesh, zero_stage: int) -> None:
+def _prepare_deepspeed(mesh: Mesh, zero_stage: int, trains_experts: bool) -> None:
     """Process-wide settings that `initialize` reads."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
     groups.mpu = None  # an earlier engine of this process
     # The class by which DeepSpeed knows that there are groups of experts; stage 3 needs no telling, and refuses it.
-    runtime_engine.MoE = Experts if mesh.ep > 1 and zero_stage < 3 else type(None)
+    runtime_engine.MoE = Experts if mesh.ep > 1 and zero_stage < 3 and trains_experts else type(None)
     groups._EXPERT_PARALLEL_GROUP = {EXPERTS: mesh.groups["ep"]} if mesh.ep > 1 else {}
     groups._EXPERT_DATA_PARALLEL_GROUP = {EXPERTS: mesh.groups["expert_grad"]} if mesh.ep > 1 else {}
     os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists on it

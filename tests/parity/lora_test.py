@@ -17,7 +17,19 @@ QUICK = [  # all of 4 ranks, in one start
     {"pp": 2, "tp": 2, "backend": "fsdp", "model": SOME},
     {"dp_shard": 2, "tp": 2, "sequence_parallel": False, "zero_stage": 3, "model": ALL},
 ]
+ATTENTION = {"lora": {"rank": 4, "alpha": 6.0, "targets": ["q", "k", "v", "o"]}}
+MOE = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "dense_layers": [0], "balance": "aux", "aux_coef": 0.3}
+LATENT = {
+    **{"family": "deepseek-v3", "num_kv_heads": 4, "moe": MOE | {"gate": "sigmoid", "selection_bias": True}},
+    "mla": {"q_rank": 12, "kv_rank": 8, "nope_head_dim": 6, "rope_head_dim": 4, "v_head_dim": 6},
+    "lora": {"rank": 4, "alpha": 6.0, "targets": ["q_a", "q_b", "kv_a", "kv_b", "o"]},
+}
 SLOW = [
+    {"dp_shard": 2, "ep": 2, "zero_stage": 1, "model": ATTENTION | {"moe": MOE}},
+    {"dp_shard": 2, "ep": 2, "zero_stage": 3, "model": ATTENTION | {"moe": MOE}},
+    {"dp_shard": 2, "ep": 2, "backend": "fsdp", "model": ATTENTION | {"moe": MOE}},
+    {"tp": 2, "zero_stage": 1, "model": LATENT},
+    {"tp": 2, "backend": "fsdp", "sequence_parallel": False, "tied": False, "model": LATENT},
     {"dp_shard": 2, "tp": 2, "backend": "fsdp", "tied": False, "model": ALL},
     *({"dp_shard": 2, "zero_stage": stage, "model": ALL} for stage in (0, 1, 2, 3)),
     {"dp_replicate": 2, "zero_stage": 0, "model": ALL},
