@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmtrain.config.adapters import adapter_shapes
-from llmtrain.config.parameters import Shape, layer_shapes, local_shape, outer_shapes
+from llmtrain.config.parameters import Shape, layer_shapes, local_shape, mtp_shapes, outer_shapes
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.config.stages import StagePlan, plan_stages
 
@@ -22,14 +22,16 @@ def block_shapes(model: ModelConfig, layer: int, tp: int, ep: int = 1) -> list[S
 
 def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[list[Shape]]:
     """Of each block of a pipeline stage and, last, of what it has beside blocks: embedding, final norm, head (a tied
-    one on a later stage is a second copy)."""
+    one on a later stage is a second copy), modules for tokens after the next."""
     layers, tp = plan_stages(model, parallel).layers, parallel.tp
     front, behind = (
         [local_shape(name, shape, model, tp) for name, shape in shapes.items()] for shapes in outer_shapes(model)
     )
     rest = front if stage == 0 else []
     if stage == len(layers) - 1:
-        rest = rest + behind + ([front[0]] if stage > 0 and model.tie_embeddings else [])
+        further = {name: shape for name, shape in mtp_shapes(model).items() if not name.endswith("router.bias")}
+        rest = rest + behind + [local_shape(n, shape, model, tp, parallel.ep) for n, shape in further.items()]
+        rest += [front[0]] if stage > 0 and model.tie_embeddings else []
     return [block_shapes(model, layer, tp, parallel.ep) for layer in layers[stage]] + [rest]
 
 

@@ -20,6 +20,7 @@ from llmtrain.config.shapes import (
     resolve_model,
     train_flops_per_token,
 )
+from llmtrain.model.decoder import init_tensor
 from tests.model.families import (
     EXAMPLES,
     check_generation,
@@ -146,6 +147,18 @@ def test_bias_of_the_choice_is_fp32_on_disk() -> None:
         assert stored[name].dtype == torch.float32 and stored[name].abs().max() > 0
         assert torch.equal(p.ours.layers["1"].feedforward.router.bias, stored[name])
         assert p.ours.bfloat16().layers["1"].feedforward.router.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["deepseek-v2", "deepseek-v3"])
+def test_published_initial_values(family: str) -> None:
+    model = resolve_model(ModelConfig(family=family, mtp_layers=1))
+    for name in (
+        "embed.weight",
+        "layers.3.attention.o.weight",
+        "layers.1.feedforward.experts.down",
+        "mtp.0.proj.weight",
+    ):
+        assert init_tensor(name, (4, 64, 64), model, seed=0).std().item() == pytest.approx(0.006, rel=0.03)
 
 
 PUBLISHED = {  # parameters in the released files; billions active for a token, without looking up its embedding

@@ -22,7 +22,7 @@ from llmtrain.config.families import family_of, presets
 from llmtrain.config.parameters import kind_of, mtp_shapes, numel
 from llmtrain.config.schema import Config, MlaConfig, ModelConfig, MoeConfig
 from llmtrain.config.shapes import hf_config, parameter_count, resolve_model
-from llmtrain.model.decoder import Decoder, initialize, parameter_shapes
+from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.model.mtp import Rows
 from llmtrain.parallel.logprob import ScoringHead
@@ -48,10 +48,10 @@ def model_config(family: str = "deepseek-v3", mtp_layers: int = 2, **changes: ob
 
 def decoder(config: ModelConfig, seed: int = 0) -> Decoder:
     model = Decoder(config)
-    initialize(model, config, seed)
+    torch.manual_seed(seed)
     with torch.no_grad():
-        for name, x in model.state_dict().items():
-            x.mul_(5) if x.dim() > 1 else x.add_(torch.linspace(-0.2, 0.2, x.numel()) if "router" not in name else 0)
+        for x in model.state_dict().values():
+            x.normal_(0, 0.1) if x.dim() > 1 else x.copy_(torch.linspace(0.5, 1.5, x.numel()))
     return model
 
 

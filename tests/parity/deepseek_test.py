@@ -11,7 +11,15 @@ from tests.parity.layouts_test import check
 MLA = {"q_rank": 12, "kv_rank": 8, "nope_head_dim": 6, "rope_head_dim": 4, "v_head_dim": 6}
 MOE = {"num_experts": 4, "expert_ffn_size": 16, "shared_ffn_size": 16, "dense_layers": [0], "balance": "bias"}
 MOE |= {"gate": "sigmoid", "selection_bias": True}
-V3 = {"family": "deepseek-v3", "mla": MLA, "moe": MOE, "num_kv_heads": 4, "num_layers": 2, "mtp_layers": 2}
+V3 = {
+    "attention": "mla",
+    "rope_interleaved": True,
+    "mla": MLA,
+    "moe": MOE,
+    "num_kv_heads": 4,
+    "num_layers": 2,
+    "mtp_layers": 2,
+}
 LITE = V3 | {"mla": {**MLA, "q_rank": None}, "mtp_layers": 0}
 FEW = [
     {"tp": 2, "backend": "fsdp", "model": V3},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmtrain.config.parameters import numel
+from llmtrain.config.parameters import mtp_shapes, numel
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.shapes import parameter_count, resolve_model
 from llmtrain.scaling.parts import block_shapes, rank_shapes
@@ -41,6 +41,15 @@ def test_a_tied_embedding_is_held_by_both_ends_but_once_a_rank() -> None:
         cut = ParallelConfig(pp=2, schedule=schedule, virtual_stages=virtual)
         held = sum(numel(rank_shapes(tied, cut, rank)) for rank in range(2))
         assert held == parameter_count(tied) + copies * matrix
+
+
+def test_modules_for_further_tokens_are_held_too() -> None:
+    model = BIG.model_copy(update={"mtp_layers": 2})
+    further = numel(mtp_shapes(model).values())
+    assert further > 2 * numel(block_shapes(BIG, 0, 1))
+    assert numel(rank_shapes(model, ParallelConfig(), 0)) == parameter_count(BIG) + further
+    fsdp = state_bytes(model, ParallelConfig(dp_shard=4), EngineConfig(backend="fsdp"))
+    assert fsdp.weights == parameter_count(BIG) + further  # 4 bytes, on 4 ranks
 
 
 def test_eighteen_bytes_a_parameter() -> None:

@@ -185,6 +185,11 @@ def v3_left_out(name: str, model: ModelConfig) -> bool:
     return found is not None and int(found.group(1)) >= model.num_layers + model.mtp_layers
 
 
+def init(name: str, shape: tuple[int, ...], model: ModelConfig) -> float:
+    """All the same, at any depth (V2, section 3.1.2; V3, section 4.2)."""
+    return 0.006
+
+
 # Presets
 
 
@@ -256,6 +261,7 @@ V2 = Family(
     from_hf=v2_from_hf,
     to_hf=v2_to_hf,
     modules=MODULES,
+    init=init,
 )
 V3 = Family(
     name="deepseek-v3",
@@ -268,4 +274,5 @@ V3 = Family(
     disk=v3_disk,
     ignored=COPIES,
     left_out=v3_left_out,
+    init=init,
 )
