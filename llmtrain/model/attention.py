@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmtrain.config.mup import score_factor
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.linear import Linear
 from llmtrain.model.norm import head_norm
@@ -39,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: flo
     """
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) > 1 and k.size(2) <= PLAIN_TOKENS
     if on_cpu or softcap is not None:
-        return _plain_attention(q, k, v, mask, softcap)
+        return plain_attention(q, k, v, mask, softcap)
     group = q.size(1) // k.size(1)
     if q.size(2) == 1 and group > 1 and mask is not None and mask.size(1) == 1:
         # Decoding: the queries that share a key/value head as one block; on a CPU in bf16 `enable_gqa` is 4x slower.
@@ -52,7 +53,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: flo
     )
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
     """The formula as it stands. On a CPU in bf16 its backward is two to four times faster than that of the fused
     kernel, up to PLAIN_TOKENS; in fp32 the fused one wins."""
     B, H, T, D = q.shape
@@ -110,7 +111,8 @@ class Attention(nn.Module):
         self.k_norm = head_norm(config) if config.qk_norm else None
         self.interleaved, self.softcap = config.rope_interleaved, config.attention_softcap
         # `attention` divides by sqrt(head_dim) whatever the published scale is
-        self.q_factor = 1.0 if config.attention_scale is None else config.attention_scale * self.head_dim**0.5
+        scale = config.attention_scale
+        self.q_factor = score_factor(config) if scale is None else scale * self.head_dim**0.5
 
     def forward(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x.shape

@@ -1,0 +1,175 @@
+"""Attention backends side by side: forward and backward of a few layers that share a mask, made anew each time.
+
+On a GPU every backend that is valid there; on a CPU, where only sdpa can train, its two ways: torch's fused kernel and
+the plain formula. Says for each kind of row which is the fastest, and whether `engine.attention: auto` takes it.
+
+    python -m benchmarks.attention [--lengths 512,2048,8192] [--out benchmarks/results/attention.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.common import Turns, compete, environment
+from benchmarks.standings import check_same_work, ratio, summary
+from llmtrain.config.schema import ModelConfig
+from llmtrain.config.shapes import resolve_model
+from llmtrain.model.attention import plain_attention
+from llmtrain.model.backends import attend, fastest, flex_kernel, usable, visibility
+
+HEADS, KV_HEADS, WIDTH, LAYERS = 16, 4, 64, 4
+MEAN_TOKENS = 400  # of a document; lengths are drawn exponentially, as in text: many short, few long
+KINDS = ("causal", "documents", "window", "branches")
+WAYS = ("sdpa, fused", "sdpa, plain")  # on a CPU, beside sdpa, which chooses between them
+NEAR = 0.95  # of the speed of the fastest: as fast
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows that are attended to."""
+
+    kind: str
+    tokens: int  # a row
+    rows: int
+    dtype: str
+
+    @property
+    def window(self) -> int | None:
+        return self.tokens // 4 if self.kind == "window" else None
+
+    def ids(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Segment ids, branch ids and positions, [rows, tokens]."""
+        places = torch.arange(self.tokens).repeat(self.rows, 1)
+        if self.kind == "causal":
+            return None, None, places
+        if self.kind == "branches":  # a prompt of half the row and eight samples
+            branches = ((places - self.tokens // 2) // max(1, self.tokens // 16) + 1).clamp(min=0)
+            return torch.zeros_like(places), branches, places
+        draws = torch.empty(self.rows, self.tokens).exponential_(1 / MEAN_TOKENS, generator=_generator())
+        ends = draws.ceil().long().cumsum(1)
+        return torch.searchsorted(ends, places, right=True), None, _restarting(places, ends)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _restarting(places: Tensor, ends: Tensor) -> Tensor:
+    """Positions that begin anew at `ends` [rows, documents]."""
+    document = torch.searchsorted(ends, places, right=True)
+    return places - F.pad(ends, (1, 0)).gather(1, document)
+
+
+def layer(name: str, device: torch.device, mask: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One call of a contestant. q, k, v [rows, heads, tokens, WIDTH]."""
+    if name == "sdpa, plain":
+        return plain_attention(q, k, v, mask, None)
+    if name == "sdpa, fused":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return attend(q, k, v, mask, None, compiled_flex(device) if name == "flex" else None)
+
+
+compiled_flex = cache(partial(flex_kernel, softcap=None))
+
+
+def contestant(turns: Turns, case: Case, device: str, name: str) -> None:
+    """One piece of work = the mask, LAYERS layers forward, and their backward; its value says what came out."""
+    where, dtype = torch.device(device), getattr(torch, case.dtype)
+    ids = [None if x is None else x.to(where) for x in case.ids()]
+    shapes = [(case.rows, n, case.tokens, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    generator = _generator()
+    inputs = [torch.randn(shape, generator=generator).to(where, dtype).requires_grad_() for shape in shapes]
+    grad = torch.randn(shapes[0], generator=generator).to(where, dtype)
+    turns.count_memory()
+    while turns.wait():
+        mask = visibility(*ids, case.window, (name.partition(",")[0],), False)
+        out = sum(layer(name, where, mask, *inputs) for _ in range(LAYERS))
+        found = [out, *torch.autograd.grad(out, inputs, grad)]
+        turns.done(sum(x.detach().float().norm().item() for x in found))
+
+
+def race(case: Case, names: list[str], device: str, args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Measurements of each contestant's rounds, without the first, which compiles.
+
+    Raises RuntimeError when they compute different things.
+    """
+    contestants = {name: partial(contestant, name=name) for name in names}
+    runs = compete(contestants, (case, device), args.threads, 2, args.work, args.rounds)
+    check_same_work(runs, "sdpa")
+    return {name: turns[1:] for name, turns in runs.items()}
+
+
+def auto_choice(case: Case, valid: tuple[str, ...]) -> str:
+    """The backend that `engine.attention: auto` gives such rows."""
+    masked, branches = case.kind != "causal", case.kind == "branches"
+    return fastest(valid, masked, branches, False, case.tokens)
+
+
+def judged(case: Case, runs: dict[str, list[dict]], chosen: str, work: int) -> dict:
+    """Medians, the fastest, and whether `chosen` is as fast."""
+    results = {name: summary(turns, runs["sdpa"], work * case.rows * case.tokens) for name, turns in runs.items()}
+    best = max(results, key=lambda name: results[name]["ratio"])
+    share = ratio(runs[chosen], runs[best])
+    return {
+        "case": asdict(case),
+        "results": results,
+        "fastest": best,
+        "auto": chosen,
+        "auto_against_fastest": share,
+        "met": share >= NEAR,
+        "runs": runs,
+    }
+
+
+def show(record: dict) -> None:
+    case = Case(**record["case"])
+    print(f"\n{case.kind}: {case.rows} x {case.tokens} tokens, {case.dtype}")
+    print(f"{'':14}{'tokens/s':>12}{'min - max':>24}{'against sdpa':>14}{'peak MB':>10}")
+    for name, r in record["results"].items():
+        spread = f"{r['slowest']:.0f} - {r['fastest']:.0f}"
+        print(f"{name:14}{r['tokens_per_s']:>12.0f}{spread:>24}{r['ratio']:>14.2f}{r['peak_bytes'] / 1e6:>10.0f}")
+    verdict = "met" if record["met"] else "MISSED"
+    print(f"fastest: {record['fastest']}; auto takes {record['auto']}: {verdict}", flush=True)
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", default="512,2048,8192", help="tokens a row")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--tokens", type=int, default=65_536 if gpu else 8192, help="of all rows together")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=int, default=10 if gpu else 1, help="passes a turn")
+    parser.add_argument("--rounds", type=int, default=7 if gpu else 3)
+    parser.add_argument("--out", help="JSON file to write")
+    args = parser.parse_args()
+    device = torch.device("cuda" if gpu else "cpu")
+    model = resolve_model(ModelConfig(hidden_size=HEADS * WIDTH, num_heads=HEADS, num_kv_heads=KV_HEADS))
+    valid = usable(model, device, "bf16" if args.dtype == "bfloat16" else "fp32")
+    records = []
+    for length in map(int, args.lengths.split(",")):
+        for kind in args.kinds.split(","):
+            case = Case(kind, length, max(1, args.tokens // length), args.dtype)
+            names = [name for name in valid if not (name == "flash" and kind == "branches")] + list(WAYS) * (not gpu)
+            records.append(judged(case, race(case, names, str(device), args), auto_choice(case, valid), args.work))
+            show(records[-1])
+    met = sum(record["met"] for record in records)
+    verdict = f"auto is as fast as the fastest valid backend in {met} of {len(records)} cases"
+    print(f"\n{verdict} (at least {NEAR} of its speed)")
+    if args.out:
+        versions = environment("benchmarks.attention", ("torch",), args.threads)
+        Path(args.out).write_text(json.dumps({**versions, "verdict": verdict, "cases": records}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
