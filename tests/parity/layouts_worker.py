@@ -239,7 +239,8 @@ def check_frozen(engine: Engine, config: ModelConfig) -> None:
     for p in parameters_of(engine.parts):
         if not p.requires_grad:
             start = slice_of(p, lambda name: initial(name, shapes[name], config))
-            assert torch.equal(engine._gather(p), start), p.canonical
+            held = engine._gather(p)
+            assert torch.equal(held, start.to(held.dtype)), p.canonical
 
 
 def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:
