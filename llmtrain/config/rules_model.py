@@ -135,11 +135,33 @@ def _ring(case: Case) -> Iterator[str]:
         yield f"model.attention_softcap={cap:g}: not with parallel.context=ring, {reason.format('cap')}"
 
 
+def _mup(case: Case) -> Iterator[str]:
+    m = case.model
+    if m is None or m.mup is None:
+        return
+    unfit = {
+        "model.lora": (m.lora is not None, "export the model, and put adapters on the exported one"),
+        "model.attention=mla": (m.attention == "mla", "the paper has no rule for latents; remove model.mup"),
+        "model.mtp_layers": (m.mtp_layers > 0, "set mtp_layers=0"),
+        "model.scale_embeddings=true": (m.scale_embeddings, "its factor grows with the width; set it to false"),
+        "optim.name=muon": (
+            case.command in TRAIN and case.config.optim.name == "muon",
+            "whose update has a scale by shape of its own; use adamw",
+        ),
+    }
+    for name, (found, remedy) in unfit.items():
+        if found:
+            yield f"model.mup.base_hidden={m.mup.base_hidden}: not with {name}, {remedy}"
+    if m.mup.base_head_dim is not None and m.attention_scale is not None:
+        yield f"model.mup.base_head_dim={m.mup.base_head_dim}: model.attention_scale is set too; remove one of the two"
+
+
 MODEL_RULES: Rules = (
     ((*TRAIN, "plan", "eval", "export"), _heads),
     ((*TRAIN, "plan", "eval", "export"), _latent),
     ((*TRAIN, "plan", "eval", "export"), _fields),
     ((*TRAIN, "plan", "eval", "export"), _experts),
     ((*TRAIN, "export"), _further_tokens),
+    ((*TRAIN, "plan", "eval", "export"), _mup),
     ((*TRAIN, "plan"), _ring),
 )

@@ -67,6 +67,14 @@ class LoraConfig(Section):
     targets: list[str] = ["q", "v"]  # names of projections: q, k, v, o, gate, up, down (mla: q_a, q_b, kv_a, kv_b)
 
 
+class MupConfig(Section):
+    """Maximal update parametrisation (arXiv 2203.03466, table 8): the best lr of a narrow model is that of a wide one.
+    See docs/models.md."""
+
+    base_hidden: PositiveInt  # hidden_size at which nothing changes: that of the model whose lr was tuned
+    base_head_dim: PositiveInt | None = None  # scores are q k sqrt(this) / head_dim; None = the head_dim stays
+
+
 class ModelConfig(Section):
     """Shape of the decoder. With `preset` or `init_from`, fields that are not written take their values from there."""
 
@@ -110,6 +118,7 @@ class ModelConfig(Section):
     mtp_layers: int = Field(0, ge=0)  # multi-token prediction: modules for the tokens after the next (arXiv 2412.19437)
     mtp_coef: float = Field(0.3, ge=0.0)  # weight of their mean loss
     lora: LoraConfig | None = None  # None = full fine-tuning
+    mup: MupConfig | None = None  # factors by width for initial values, lr, logits and scores; None = as usual
 
 
 class TokenizerConfig(Section):

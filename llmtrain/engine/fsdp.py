@@ -21,7 +21,7 @@ from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_b
 from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
 from llmtrain.engine.clip import clip_gradients, local, owns
 from llmtrain.engine.memory import keep_freed_memory
-from llmtrain.engine.optim import build_optimizer, initial_state, learning_rate, state_keys
+from llmtrain.engine.optim import build_optimizer, initial_state, learning_rate, set_learning_rate, state_keys
 from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally, stop_if_not_finite
@@ -113,8 +113,7 @@ class FsdpEngine:
     def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
         """See Engine."""
         lr = learning_rate(self.step, self.optim, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer.param_groups, lr)
         tally = Tally(float(denominator))
         start_auxiliary(self.parts, self.scaler.scale / tally.denominator)
         self._backward(local_batches(microbatches, self.mesh), loss, tally)

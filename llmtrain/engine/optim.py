@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def build_optimizer(
     blocks and AdamW for the rest. Weight decay on matrices, embeddings among them, not on norms and biases.
 
     Call it when the parameters have the form in which they are updated, plain tensors or FSDP2's DTensors, and the
-    attributes of `parallel.plan.mark`. A mesh of None: one process. Engines set `lr` in every one of
+    attributes of `parallel.plan.mark`. A mesh of None: one process. Engines call `set_learning_rate` on its
     `param_groups` before a step. `experts`: a name that DeepSpeed finds in groups of parameters that not all
     data-parallel ranks have.
     """
@@ -49,13 +50,31 @@ def build_optimizer(
     matrices = [p for p in parameters if len(p.global_shape) > 1 and not p.muon]
     vectors = [p for p in parameters if len(p.global_shape) <= 1]
     groups = [
-        {"params": params, "weight_decay": decay}
+        group
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if params
+        for group in _by_factor(params, decay)
     ]
     groups = [part for group in groups for part in _experts_apart(group, experts)]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return Muon([p for p in parameters if p.muon], adamw, config, mesh) if config.name == "muon" else adamw
+
+
+def _by_factor(parameters: list[nn.Parameter], decay: float) -> list[dict]:
+    """A group for each factor of the learning rate (muP). Weight decay, which AdamW multiplies by it, is
+    divided by the factor."""
+    alike: dict[float, list[nn.Parameter]] = {}
+    for p in parameters:
+        alike.setdefault(getattr(p, "lr_factor", 1.0), []).append(p)
+    return [
+        {"params": params, "weight_decay": decay / factor} | ({} if factor == 1.0 else {"lr_factor": factor})
+        for factor, params in alike.items()
+    ]
+
+
+def set_learning_rate(groups: Iterable[dict], lr: float) -> None:
+    """Of all groups of an optimizer, in place, before a step."""
+    for group in groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def _experts_apart(group: dict, name: str | None) -> list[dict]:

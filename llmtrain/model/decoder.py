@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.families import family_of
+from llmtrain.config.mup import base_of, logit_factor, std_factor
 from llmtrain.config.parameters import has_experts, layer_type
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention, LayerCache, View, attention_mask
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
         self.position_embed = nn.Embedding(config.max_positions, config.hidden_size) if learned else None
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_layers)})
         self.norm = hidden_norm(config)
-        self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap)
+        self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap, logit_factor(config))
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         further = [Block(config, config.num_layers + depth) for depth in range(config.mtp_layers)]
@@ -199,12 +200,13 @@ def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: in
 
 
 def init_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
-    """Standard deviation of a matrix, by the family or as usual."""
+    """Standard deviation of a matrix, by the family or as usual; with `config.mup` that of the base width, times muP's
+    factor."""
     own = family_of(config.family).init
-    std = own(name, shape, config) if own else None
-    if std is not None:
-        return std
-    return 0.02 / math.sqrt(2 * config.num_layers) if name.endswith(RESIDUAL) else 0.02
+    std = own(name, *base_of(name, shape, config)) if own else None
+    if std is None:
+        std = 0.02 / math.sqrt(2 * config.num_layers) if name.endswith(RESIDUAL) else 0.02
+    return std * std_factor(name, shape, config)
 
 
 @torch.no_grad()

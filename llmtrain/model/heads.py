@@ -16,16 +16,17 @@ class LMHead(nn.Module):
     place, which never does.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, softcap: float | None = None) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, softcap: float | None = None, factor: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.softcap = softcap  # logits z become softcap tanh(z / softcap)
+        self.factor = factor  # of the logits, before that (muP)
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden [B, T, hidden] -> [B, T, vocabulary], or two fp32 [B, T]; `temperature` is [B]."""
-        logits = F.linear(hidden, self.weight)
+        logits = F.linear(self.scaled(hidden), self.weight)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if labels is None:
@@ -36,3 +37,7 @@ class LMHead(nn.Module):
         chosen = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return chosen * trained, entropy * trained
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """The hidden states whose products with the weights are the logits."""
+        return hidden if self.factor == 1.0 else hidden * self.factor

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.families import Disk, family_of
+from llmtrain.config.mup import without_mup
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import hf_config
 from llmtrain.model.decoder import parameter_shapes
+from llmtrain.model.mup import folded
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
@@ -68,10 +70,12 @@ def save_hf(
 ) -> None:
     """Writes what `AutoModelForCausalLM.from_pretrained` loads. `weights`: (canonical name, whole tensor), each once.
 
-    Tensors are cast to `dtype` and written one at a time; `tokenizer_dir` gives the tokenizer and, where it is that of
-    a model, how to generate. An existing directory is replaced only when the new one is
-    whole. Raises ValueError when a weight is missing, unknown or of another shape.
+    muP's factors go into the weights. Tensors are cast to `dtype` and written one at a time; `tokenizer_dir` gives the
+    tokenizer and, where it is that of a model, how to generate. An existing directory is replaced only when the new one
+    is whole. Raises ValueError when a weight is missing, unknown or of another shape.
     """
+    if config.mup is not None:
+        weights, config = _folded(weights, config), without_mup(config)
     described = hf_config(config)
     with replacing(Path(directory)) as target:
         _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
@@ -80,6 +84,11 @@ def save_hf(
         _write_json(target / "generation_config.json", _generation(tokenizer_dir, eos_id))
         if tokenizer_dir is not None:
             _copy_tokenizer(Path(tokenizer_dir), target)
+
+
+def _folded(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in weights:
+        yield name, folded(name, weight, config)
 
 
 @contextmanager

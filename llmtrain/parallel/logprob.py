@@ -38,7 +38,7 @@ class ScoringHead(LMHead):
         rows = wanted.flatten().nonzero()[:, 0]
         scale = None if temperature is None else (1 / temperature.float()).repeat_interleave(labels.size(1))[rows]
         scores = _TokenScores.apply(
-            hidden.flatten(0, 1).index_select(0, rows),
+            self.scaled(hidden).flatten(0, 1).index_select(0, rows),
             self.weight,
             flat[rows] - self.first_id,
             scale,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from llmtrain.config.mup import lr_factor
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.stages import plan_stages
 from llmtrain.model.backends import use_backend
@@ -58,16 +59,17 @@ def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engin
 
 
 def mark(part: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Tell every parameter, beside its `tp_dim`, its `global_shape`, `canonical` (its name in a whole model) and
-    `is_copy` (the second copy of a tied embedding, on the last stage)."""
+    """Tell every parameter, beside its `tp_dim`, its `global_shape`, `canonical` (its name in a whole model),
+    `is_copy` (the second copy of a tied embedding, on the last stage) and `lr_factor` (muP's)."""
     for name, p in part.named_parameters():
         p.canonical = name if name in shapes else "embed.weight"
         p.global_shape, p.is_copy = shapes[p.canonical], p.canonical != name
+        p.lr_factor = lr_factor(p.canonical, p.global_shape, part.config)
 
 
 def copy_marks(source: nn.Parameter, target: nn.Parameter) -> None:
     """What `mark` told, to the parameter that takes its place."""
-    for name in ("tp_dim", "cut", "expert", "global_shape", "canonical", "is_copy"):
+    for name in ("tp_dim", "cut", "expert", "global_shape", "canonical", "is_copy", "lr_factor"):
         setattr(target, name, getattr(source, name))
 
 
