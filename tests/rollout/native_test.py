@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.types import Prompt, Rollout, Sampling
+from tests.model.families import pair
 from tests.model.llama import SMALL, loaded, random_llama, smollm2_directory
 
 UNTIED = SMALL.model_copy(update={"tie_embeddings": False, "num_kv_heads": 3, "head_dim": 16})
@@ -47,6 +48,24 @@ def test_greedy_equals_transformers(config: ModelConfig, tmp_path_factory: pytes
         ids = torch.tensor([prompt.ids])
         expected = llama.generate(ids, max_new_tokens=30, do_sample=False, attention_mask=torch.ones_like(ids))
         assert rollout.prompt_ids + rollout.completion_ids == expected[0].tolist()
+
+
+@torch.no_grad()
+def test_windows_equal_transformers_beyond_the_ring() -> None:
+    """Gemma 3, rows several times as long as its window and longer than a bucket, prompts on either side of one."""
+    shape = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 10, "vocab_size": 97, "max_position_embeddings": 256}
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    with pair(Gemma3ForCausalLM, Gemma3TextConfig(**shape, sliding_window=12, layer_types=layers)) as p:
+        generator = NativeGenerator(p.ours, max_batch_seqs=3, device="cpu")
+        prompts = random_prompts((90, 3, 70, 12))
+        rollouts = generator.generate(prompts, Sampling(70, temperature=0))
+        assert [layer.tokens for layer in generator.cache.layers] == [64, 192, 64]
+        for prompt, rollout in zip(prompts, rollouts, strict=True):
+            ids = torch.tensor([prompt.ids])
+            settings = {"max_new_tokens": 70, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+            expected = p.theirs.generate(ids, eos_token_id=None, pad_token_id=0, **settings)
+            assert prompt.ids + rollout.completion_ids == expected[0].tolist()
 
 
 @torch.no_grad()
