@@ -15,13 +15,13 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_std, init_tensor
 
-WIDTH, HEADS, TOKENS = 64, 4, 16
+WIDTH, HEADS, TOKENS = 32, 4, 8
 FAMILIES = ("llama", "gpt2", "palm", "qwen2", "qwen3", "gemma2", "gemma3")
 DENSE = [name for name, fields in presets().items() if fields["family"] in FAMILIES]
 
 
 def narrow(real: ModelConfig) -> ModelConfig:
-    """A preset of the same depth and proportions, 64 wide."""
+    """A preset of the same depth and proportions, 32 wide."""
     assert real.head_dim is not None
     head_dim = 2 * math.ceil(WIDTH * real.num_heads * real.head_dim / real.hidden_size / HEADS / 2)
     kv_heads = math.gcd(max(1, HEADS * real.num_kv_heads // real.num_heads), HEADS)
