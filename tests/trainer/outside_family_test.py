@@ -42,5 +42,5 @@ def test_counts_and_shapes_are_those_of_its_own_layer() -> None:
 
 
 def test_a_plugin_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"override 'plugins=\[no_such\]': plugins: no_such cannot be imported: Module"):
+    with pytest.raises(ConfigError, match=r"override 'plugins=\[no_such\]': plugins: no_such cannot be imported"):
         load(str(TINY), ["plugins=[no_such]"])
