@@ -61,7 +61,11 @@ def in_peft(model: Decoder, config: ModelConfig, directory: Path) -> nn.Module:
     weights = ((name, state[name]) for name in parameter_shapes(base))
     save_hf(str(directory / "base"), base, weights, torch.float32, None, None)
     plain = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32, attn_implementation="eager")
-    settings = {k: v for k, v in adapter_config(config, str(directory / "base")).items() if k not in ("peft_type", "inference_mode")}
+    settings = {
+        k: v
+        for k, v in adapter_config(config, str(directory / "base")).items()
+        if k not in ("peft_type", "inference_mode")
+    }
     theirs = peft.get_peft_model(plain.eval(), peft.LoraConfig(**settings))
     tensors = {theirs: state[ours].clone() for ours, theirs in peft_names(config).items()}
     assert not peft.set_peft_model_state_dict(theirs, tensors).unexpected_keys
