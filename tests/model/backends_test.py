@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 
 from llmtrain.config.schema import MlaConfig, ModelConfig
@@ -198,6 +199,21 @@ def test_a_decoder_scores_alike(fields: dict) -> None:
         set_backend(model, ("flex",), CPU)
         found = model(ids, positions, segments)
     assert expected.abs().max() > 0.5 and (found - expected).abs().max() <= SAME
+
+
+@torch.no_grad()
+def test_new_masks_need_no_new_graph() -> None:
+    """`engine.compile`: a mask is a new function over new ids in each forward, traced once for each kind of layer."""
+    model, counter = decoder(SLIDING), CompileCounter()
+    ids = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(1))
+    rows = [PACKED, packed([[10, 100, 20], [50, 90]], T)]
+    expected = [model(ids, positions, segments) for segments, _, positions in rows]
+    set_backend(model, ("flex",), CPU)
+    for block in model.layers.values():
+        block.compile(backend=counter, fullgraph=True)
+    found = [model(ids, positions, segments) for segments, _, positions in rows]
+    assert counter.frame_count == 2
+    assert all((a - b).abs().max() <= SAME for a, b in zip(found, expected, strict=True))
 
 
 def test_auto_on_a_cpu_is_sdpa_as_it_was() -> None:
