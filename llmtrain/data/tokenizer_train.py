@@ -7,7 +7,6 @@ the tokens back to back: any text comes back as it was, byte for byte.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +15,7 @@ from llmtrain.config.schema import DataConfig, TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, PAD, end_of_text, special_tokens
 from llmtrain.data.chat import TEMPLATES
 from llmtrain.data.tokenizer import save
+from llmtrain.data.unigram import train_unigram
 
 NUMBER = {"single": r"\p{N}", "triples": r"\p{N}{1,3}", "none": r"\p{N}+"}
 ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -29,7 +29,6 @@ GPT4O = (
 WORD = {"gpt4": GPT4, "gpt4o": GPT4O}
 # Of WordPiece and Unigram: their time grows with the square of a word's length, and text may be one long word.
 MAX_WORD_BYTES = 64
-CHARACTER_STEP = 0.0001  # between scores that the library gives to bytes it has not seen, in an order that varies
 
 
 def train_tokenizer(
@@ -42,34 +41,36 @@ def train_tokenizer(
     count in `config.vocab_size`. Raises ValueError when `texts` do not yield that many tokens.
     """
     specials = special_tokens(config, data or DataConfig())
-    trained = Tokenizer(MODELS[config.algorithm]())
-    trained.pre_tokenizer, trained.decoder = pre_tokenizer(config), decoders.ByteLevel()
-    trained.train_from_iterator(texts, trainer(config, specials))
+    words = pre_tokenizer(config)
+    if config.algorithm == "unigram":
+        trained = train_unigram(texts, words, config.vocab_size, specials)
+    else:
+        trained = train_pairs(texts, words, config, specials)
+    trained.pre_tokenizer, trained.decoder = words, decoders.ByteLevel()
     if trained.get_vocab_size() != config.vocab_size:
         raise ValueError(
             f"tokenizer.vocab_size={config.vocab_size}: the text yields {trained.get_vocab_size()} tokens ({NUM_BYTES} "
-            f"bytes, {len(specials)} specials and merges); give more text or that size"
+            f"bytes, {len(specials)} specials and what was learned); give more text or that size"
         )
-    if config.algorithm == "unigram":
-        trained = reproducible(trained, len(specials))
     save(trained, directory, entries(config, specials))
 
 
-MODELS = {
-    "bpe": models.BPE,
-    "wordpiece": lambda: models.WordPiece(max_input_chars_per_word=MAX_WORD_BYTES),
-    "unigram": models.Unigram,
-}
-
-
-def trainer(config: TokenizerConfig, specials: list[str]) -> trainers.Trainer:
-    """The library's trainer. WordPiece's mark for "inside a word" is empty: where a word begins with a space, the space
-    is in the token, and a mark made of text could not be told from that text."""
+def train_pairs(
+    texts: Iterable[str], words: pre_tokenizers.PreTokenizer, config: TokenizerConfig, specials: list[str]
+) -> Tokenizer:
+    """BPE or WordPiece. WordPiece's mark for "inside a word" is empty: where a word begins with a space, the space is
+    in the token, and a mark made of text could not be told from that text."""
     common = {"vocab_size": config.vocab_size, "special_tokens": specials, "show_progress": False}
     common["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    if config.algorithm == "wordpiece":
-        return trainers.WordPieceTrainer(continuing_subword_prefix="", **common)
-    return {"bpe": trainers.BpeTrainer, "unigram": trainers.UnigramTrainer}[config.algorithm](**common)
+    if config.algorithm == "bpe":
+        model, trainer = models.BPE(), trainers.BpeTrainer(**common)
+    else:
+        model = models.WordPiece(max_input_chars_per_word=MAX_WORD_BYTES)
+        trainer = trainers.WordPieceTrainer(continuing_subword_prefix="", **common)
+    trained = Tokenizer(model)
+    trained.pre_tokenizer = words
+    trained.train_from_iterator(texts, trainer)
+    return trained
 
 
 def pre_tokenizer(config: TokenizerConfig) -> pre_tokenizers.PreTokenizer:
@@ -90,19 +91,6 @@ def pre_tokenizer(config: TokenizerConfig) -> pre_tokenizers.PreTokenizer:
 def cut(pattern: str) -> pre_tokenizers.PreTokenizer:
     """Each match is a word, and so is what lies between two."""
     return pre_tokenizers.Split(Regex(pattern), "isolated")
-
-
-def reproducible(unigram: Tokenizer, num_specials: int) -> Tokenizer:
-    """The same tokenizer on every run: the library hands out small differences of score, and the ids that follow from
-    them, in the order of a hash table. Bytes without a score of their own get the lowest; scores are rounded."""
-    state = json.loads(unigram.to_str())
-    specials, pieces = state["model"]["vocab"][:num_specials], state["model"]["vocab"][num_specials:]
-    lowest = min(score for _, score in pieces)
-    unseen = lowest + NUM_BYTES * CHARACTER_STEP
-    scores = {piece: lowest if len(piece) == 1 and score < unseen else score for piece, score in pieces}
-    ordered = sorted((-round(score, 4), piece) for piece, score in scores.items())
-    state["model"]["vocab"] = [*specials, *([piece, -score] for score, piece in ordered)]
-    return Tokenizer.from_str(json.dumps(state))
 
 
 def entries(config: TokenizerConfig, specials: list[str]) -> dict[str, object]:
