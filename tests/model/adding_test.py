@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
@@ -37,7 +37,7 @@ def starcoder2() -> Iterator[None]:
     del FAMILIES["starcoder2"]
 
 
-@EXAMPLES
+@settings(EXAMPLES, max_examples=5)
 @given(config=configs)
 def test_logits(starcoder2: None, config: Starcoder2Config) -> None:
     check_logits(Starcoder2ForCausalLM, config)
