@@ -10,8 +10,8 @@ from llmtrain.parallel.logprob import ScoringHead
 from llmtrain.types import IGNORE
 
 
-def heads(chunk_tokens: int) -> tuple[LMHead, ScoringHead]:
-    plain, chunked = LMHead(16, 40).double(), LMHead(16, 40).double()
+def heads(chunk_tokens: int, factor: float = 1.0) -> tuple[LMHead, ScoringHead]:
+    plain, chunked = LMHead(16, 40, factor=factor).double(), LMHead(16, 40, factor=factor).double()
     torch.nn.init.normal_(plain.weight)
     chunked.load_state_dict(plain.state_dict())
     chunked.__class__ = ScoringHead
@@ -23,9 +23,10 @@ def heads(chunk_tokens: int) -> tuple[LMHead, ScoringHead]:
     "compiled, chunk_tokens", [(False, 1), (False, 5), (False, 1000), pytest.param(True, 5, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("temperature", [None, 0.7])
-def test_equals_the_plain_head(compiled: bool, chunk_tokens: int, temperature: float | None) -> None:
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_equals_the_plain_head(compiled: bool, chunk_tokens: int, temperature: float | None, factor: float) -> None:
     torch.manual_seed(0)
-    plain, chunked = heads(chunk_tokens)
+    plain, chunked = heads(chunk_tokens, factor)
     chunked.compiled = compiled
     labels = torch.randint(0, 40, (3, 7))
     labels[0, :4] = labels[2] = IGNORE
@@ -54,7 +55,7 @@ def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows = []
     inner = logprob._scaled
-    monkeypatch.setattr(logprob, "_scaled", lambda logits, s: rows.append(len(logits)) or inner(logits, s))
+    monkeypatch.setattr(logprob, "_scaled", lambda logits, *s: rows.append(len(logits)) or inner(logits, *s))
     _, head = heads(4)
     hidden = torch.randn(2, 9, 16).double().requires_grad_()
     head(hidden, torch.zeros(2, 9, dtype=torch.int64))[0].sum().backward()

@@ -94,14 +94,20 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
 
 
 def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Torch's AdamW with decay on matrices. Muon is our own in one process: torch's rounds to bf16 (tests/engine)."""
+    """Torch's AdamW with decay on matrices, whose lr muP divides within blocks. Muon is our own in one process: torch's
+    rounds to bf16 (tests/engine)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if optim.name == "muon":
         for name, p in model.named_parameters():
             p.canonical, p.global_shape, p.tp_dim = name, tuple(p.shape), None
         return build_optimizer(model, optim, None)
+    mup = model.config.mup
+    m = 1 if mup is None else model.config.hidden_size / mup.base_hidden
+    inner = {p for name, p in model.named_parameters() if name.startswith("layers.")}
+    matrices = [p for p in trained if p.dim() > 1]
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in matrices if p not in inner], "weight_decay": optim.weight_decay},
+        {"params": [p for p in matrices if p in inner], "weight_decay": optim.weight_decay * m, "divided_by": m},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
@@ -126,7 +132,7 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
         for group in opt.param_groups:
-            group["lr"] = learning_rate(step, optim, STEPS)
+            group["lr"] = learning_rate(step, optim, STEPS) / group.get("divided_by", 1)
         opt.step()
         for router in routers_of([model]).values():
             if router.config.balance == "bias":
