@@ -131,11 +131,11 @@ def _linear(name: str, rows: int, columns: int, bias: bool = False) -> dict[str,
 
 
 def _gqa(m: ModelConfig) -> dict[str, Shape]:
-    assert m.head_dim is not None
-    q, kv, h = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim, m.hidden_size
+    head_dim = m.head_dim or m.hidden_size // m.num_heads
+    q, kv, h = m.num_heads * head_dim, m.num_kv_heads * head_dim, m.hidden_size
     shapes = _linear("q", q, h, m.qkv_bias) | _linear("k", kv, h, m.qkv_bias) | _linear("v", kv, h, m.qkv_bias)
     shapes |= _linear("o", h, q, m.o_bias)
-    return shapes | ({"q_norm.weight": (m.head_dim,), "k_norm.weight": (m.head_dim,)} if m.qk_norm else {})
+    return shapes | ({"q_norm.weight": (head_dim,), "k_norm.weight": (head_dim,)} if m.qk_norm else {})
 
 
 def _mla(m: ModelConfig) -> dict[str, Shape]:

@@ -14,7 +14,7 @@ from llmtrain.config.families import FAMILIES, family_of, presets
 from llmtrain.config.load import load
 from llmtrain.config.parameters import has_experts, layer_shapes, layer_type, numel, outer_shapes
 from llmtrain.config.ramp import trained_model
-from llmtrain.config.schema import ModelConfig, MoeConfig, RunConfig, Section
+from llmtrain.config.schema import MlaConfig, ModelConfig, MoeConfig, RunConfig, Section
 
 SHAPE = tuple(name for name in ModelConfig.model_fields if name not in ("preset", "init_from"))
 FREE = ("lora", "mtp_coef", "mtp_layers")  # a matter of training, or of which of the weights that are there are used
@@ -53,6 +53,8 @@ def _over(base: Any, written: Any) -> Any:
 
 def _completed(fields: dict[str, Any]) -> dict[str, Any]:
     """What follows from other fields."""
+    if fields["attention"] == "mla" and fields["mla"] is None:
+        fields["mla"] = MlaConfig()
     mla, types = fields["mla"], fields["layer_types"]
     if fields["attention"] == "mla" and mla is not None:
         fields["head_dim"] = mla.nope_head_dim + mla.rope_head_dim

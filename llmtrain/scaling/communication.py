@@ -12,7 +12,7 @@ microbatch rather than twice if they are used again within REUSE elements: all o
 FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
 
 Not exact: tensor-parallel biases, norms of heads and latents, and routers, whose gradients are summed over tp;
-K/V heads and latents that every tp rank computes; latent attention under cp; ZeRO-3 with experts on several ranks;
+K/V heads and latents that every tp rank computes; ZeRO-3 with experts on several ranks;
 ZeRO-3 on any stage of a pipeline but the last, for DeepSpeed takes forward and backward to alternate, and
 where they do not it gathers up to twice a microbatch more; ZeRO-3 with more than REUSE / 2 elements, by an embedding or
 two blocks a step; FSDP2 with `reshard` and more than three pipeline stages a rank.
@@ -264,8 +264,9 @@ def _context(case: Case) -> Iterator[Item]:
     p, step = case.parallel, case.step
     parts = len(case.plan.stages_of(case.pp_rank))
     yield Item("cp", "all_gather", "document ids", step.ids * parts * step.microbatches * step.rows * step.tokens * 8)
-    tokens = step.rows * step.tokens // p.cp
-    q, kv = (tokens * heads // p.tp * case.model.head_dim for heads in (case.model.num_heads, case.model.num_kv_heads))
+    m = case.model
+    width = step.rows * step.tokens // p.cp * (m.head_dim + (m.mla.v_head_dim if m.mla else m.head_dim))
+    q, kv = width * (m.num_heads // p.tp), width * max(1, m.num_kv_heads // p.tp)  # Q and output; K and V
     times = case.num_layers * step.microbatches
     forwards = times * (1 if case.engine.remat == "none" else 2)
     yield from ATTENTION[p.context](q, kv, case, forwards, times)
@@ -274,21 +275,21 @@ def _context(case: Case) -> Iterator[Item]:
 def _ring(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
     """K and V travel to all others; in the backward also their gradients, in fp32, and on to where they belong."""
     cp = case.parallel.cp
-    keys = 2 * (cp - 1) * kv * case.value_bytes
+    keys = (cp - 1) * kv * case.value_bytes
     yield Item("cp", "send", "attention forward", forwards * keys)
-    yield Item("cp", "send", "attention backward", backwards * (keys + 2 * cp * kv * 4))
+    yield Item("cp", "send", "attention backward", backwards * (keys + cp * kv * 4))
 
 
 def _alltoall(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
     """Q, K, V and the output change from rows to heads or back; K and V are repeated up to a multiple of cp heads."""
-    heads = case.model.num_kv_heads // case.parallel.tp
-    each = 2 * (q + kv * math.lcm(heads, case.parallel.cp) // heads) * case.value_bytes
+    heads = max(1, case.model.num_kv_heads // case.parallel.tp)
+    each = (q + kv * math.lcm(heads, case.parallel.cp) // heads) * case.value_bytes
     yield Item("cp", "all_to_all", "attention forward", forwards * each)
     yield Item("cp", "all_to_all", "attention backward", backwards * each)
 
 
 def _allgather(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
-    whole = 2 * case.parallel.cp * kv * case.value_bytes
+    whole = case.parallel.cp * kv * case.value_bytes
     yield Item("cp", "all_gather", "attention forward", forwards * whole)
     yield Item("cp", "reduce_scatter", "attention backward", backwards * whole)
 

@@ -15,6 +15,8 @@ LARGE = {
 }  # stage 3 frees them
 MOE = {"model": {"moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "dense_layers": [1]}}}
 ADAPTED = {"model": {"lora": {"rank": 4, "targets": ["q", "v", "o", "down"]}}}
+LATENT = {"kv_rank": 16, "nope_head_dim": 8, "rope_head_dim": 4, "v_head_dim": 6}
+MLA = {"attention": "mla", "num_kv_heads": 4, "mla": LATENT}
 ZERO_BUBBLE = {"schedule": "interleaved_zero_bubble", "virtual_stages": 2}
 
 LAYOUTS = [
@@ -40,6 +42,8 @@ LAYOUTS = [
     {"pp": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "microbatches": 4, "precision": "bf16", **MOE},
     {"pp": 2, "tp": 2, "zero_stage": 1, **ADAPTED},
     {"dp_shard": 4, "zero_stage": 3, **ADAPTED},
+    {"cp": 2, "dp_shard": 2, "zero_stage": 1, "context": "ring", "model": MLA},
+    {"cp": 2, "dp_shard": 2, "backend": "fsdp", "context": "alltoall", "model": MLA},
     # these change DeepSpeed's setting: the last ones
     {"dp_shard": 4, "zero_stage": 3, "reuse": 900_000, **LARGE},
     {"dp_shard": 4, "zero_stage": 3, "reuse": 900_000, "tied": False, "offload": "params", **LARGE},
