@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from itertools import count
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from llmtrain.config.schema import MoeConfig
 
@@ -83,16 +86,25 @@ class Tally:
 
     def __init__(self, config: MoeConfig) -> None:
         self.config = config
+        number = next(_numbers)
+        self.handle = torch.tensor(number, device="cpu")  # also within `torch.device("meta")`
+        TALLIES[number] = self
         self.load: Tensor | None = None  # int64 [E]: tokens that each expert got; None = nothing was trained
         self.tokens: Tensor | None = None  # int64: routed ones, each of which takes top_k experts
         self.losses: Tensor | None = None  # fp32 [2]: sums of `losses`
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
+        """Empty: what a copy of the module does is counted for itself."""
+        copied = Tally(self.config)
+        copied.loss_factor, copied.tp_ranks, copied.row_sum = self.loss_factor, self.tp_ranks, self.row_sum
+        return copied
 
     def reset(self) -> None:
         """Forget."""
         self.load = self.tokens = self.losses = None
 
     @torch.no_grad()
-    def add(self, logits: Tensor, indices: Tensor, rows: int) -> Tensor | None:
+    def add(self, logits: Tensor, indices: Tensor, rows: int) -> Tensor:
         """Count a microbatch, as `Routing.of` takes it; returns what its losses add to the gradient of the logits."""
         routing = Routing.of(logits, indices, rows)
         load, tokens = routing.counts.sum(0), routing.tokens.sum()
@@ -104,35 +116,54 @@ class Tally:
         else:
             self.load, self.tokens, self.losses = self.load + load, self.tokens + tokens, self.losses + both
         if not self.loss_factor:
-            return None
+            return torch.zeros_like(logits)
         return loss_gradient(routing, self.config).view_as(logits) * (self.loss_factor / self.tp_ranks)
 
 
-class _Counted(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        weights: Tensor,
-        logits: Tensor,
-        indices: Tensor,
-        rows: int,
-        tally: Tally,
-    ) -> Tensor:
-        ctx.save_for_backward(logits, indices)
-        ctx.rows, ctx.tally = rows, tally
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor | None, None, None, None]:
-        return grad, ctx.tally.add(*ctx.saved_tensors, ctx.rows), None, None, None
+TALLIES: WeakValueDictionary[int, Tally] = WeakValueDictionary()
+_numbers = count()
 
 
-@torch.compiler.disable  # its backward writes to the tally, whose factor is another at every step
 def counted(weights: Tensor, logits: Tensor, indices: Tensor, rows: int, tally: Tally) -> Tensor:
     """The weights [B T, k] of the chosen experts; their backward tells the tally, and adds the losses' gradient."""
-    return _Counted.apply(weights, logits, indices, rows, tally)
+    return count_backward(weights, logits, indices, tally.handle, rows)
+
+
+# To a compiler the tally is a number in a tensor: one graph serves all layers, whatever their tallies and factors.
+
+
+@torch.library.custom_op("llmtrain::count_backward", mutates_args=())
+def count_backward(weights: Tensor, logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
+    """The weights; see `counted`."""
+    return weights.clone()
+
+
+@torch.library.custom_op("llmtrain::count_routing", mutates_args=())
+def count_routing(logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
+    """`Tally.add` of the tally with that number."""
+    return TALLIES[int(handle)].add(logits, indices, rows)
+
+
+@count_backward.register_fake
+def _(weights: Tensor, logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
+    return torch.empty_like(weights)
+
+
+@count_routing.register_fake
+def _(logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _save(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+    ctx.rows = inputs[4]
+
+
+def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    return grad, count_routing(*ctx.saved_tensors, ctx.rows), None, None, None
+
+
+count_backward.register_autograd(_backward, setup_context=_save)
 
 
 # Between updates

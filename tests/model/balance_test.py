@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -223,3 +224,12 @@ def test_both_ways_even_the_load(balance: str) -> None:
             model.router.bias.copy_(update_bias(model.router.bias, tally.load, 0.01))
     largest = tally.load.max() / tally.load.double().mean()
     assert largest > 1.7 if balance == "none" else largest < 1.25, largest
+
+
+def test_a_copy_counts_for_itself() -> None:
+    model = moe()
+    trained(model, random_rows(), factor=0.5)
+    copied = deepcopy(model)
+    assert copied.router.tally.load is None and copied.router.tally.loss_factor == 0.5
+    trained(copied, random_rows(rows=1))
+    assert copied.router.tally.tokens == 10 and model.router.tally.tokens == 30

@@ -86,16 +86,17 @@ def test_gradients_in_bf16() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 def test_compiled_gradients_are_equal(kind: str) -> None:
-    """In fp32; a new factor of the losses compiles nothing anew."""
+    """In fp32. One whole graph serves all blocks with experts; a new factor of the losses compiles nothing anew."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain, compiled = decoder(), decoder()
     if kind != "none":
         remat_blocks(compiled, kind)
     compile_blocks([compiled])
-    for factor in (0.1, 0.7, 0.3):
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for factor in (0.1, 0.7):
         for tally in (*tallies(plain), *tallies(compiled)):
             tally.loss_factor = factor
             tally.reset()
@@ -104,4 +105,5 @@ def test_compiled_gradients_are_equal(kind: str) -> None:
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
         for one, other in zip(tallies(plain), tallies(compiled), strict=True):
             assert torch.equal(one.load, other.load) and one.tokens == other.tokens == 44
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    found = torch._dynamo.utils.counters
+    assert not found["graph_break"] and found["stats"]["unique_graphs"] <= 2  # of the dense block, and the others
