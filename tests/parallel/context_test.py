@@ -87,10 +87,10 @@ def test_every_field_of_a_batch_is_cut() -> None:
 
 @pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_methods_equal_plain_attention(torchrun: Callable, ranks: int) -> None:
-    """Output and gradients of q, k, v; causal rows, documents, branches; as many and fewer key/value heads."""
+    """Output and gradients of q, k, v; causal rows, documents, branches, windows; as many and fewer key/value heads."""
     result = torchrun(ranks, WORKER, timeout_s=100)
     cases = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"case"')]
-    assert len(cases) == 30, result.stdout[-3000:]
+    assert len(cases) == 34, result.stdout[-3000:]
     for case in cases:
         assert case["error"] <= ATTENTION_TOLERANCE[case["case"][3]], case
 

@@ -21,12 +21,12 @@ B, T, HEADS, HEAD_DIM = 2, 32, 4, 8
 
 
 def row_ids(kind: str) -> tuple[Tensor | None, Tensor | None]:
-    """Segment and branch ids: none, unequal documents with padding, or a trunk with branches in each document."""
-    if kind == "causal":
+    """Segment and branch ids: none, unequal documents with padding (also under a window), or a trunk with branches in each document."""
+    if kind in ("causal", "window"):
         return None, None
     at = torch.arange(T).expand(B, T)
     segments = (at >= torch.tensor([[5], [19]])).long().masked_fill(at >= 29, -1)
-    if kind == "documents":
+    if kind in ("documents", "window, documents"):
         return segments, None
     starts = torch.where(segments == 1, torch.tensor([[5], [19]]), 0)
     return segments, ((at - starts) // 3).clamp(max=4)
@@ -43,14 +43,17 @@ def errors(method: str, kind: str, kv_heads: int, dtype: torch.dtype) -> dict[st
     q, k, v, weights = (torch.randn(B, n, T, HEAD_DIM, generator=g).to(dtype) for n in heads)
     segments, branches = row_ids(kind)
     whole = [x.float().clone().requires_grad_() for x in (q, k, v)]
-    expected = attention(*whole, None if segments is None else attention_mask(segments, branches))
+    positions, window = torch.arange(T).expand(B, T), 7 if kind.startswith("window") else None
+    everywhere = torch.zeros_like(positions) if segments is None else segments
+    plain = None if kind == "causal" else attention_mask(everywhere, branches, positions=positions, window=window)
+    expected = attention(*whole, plain)
     (expected * weights.float()).sum().backward()
     want = {"out": expected.detach(), **{name: x.grad for name, x in zip("qkv", whole, strict=True)}}
 
     attend, visibility = METHODS[method]
     mine = [shard(x, 2, rank, cp).requires_grad_() for x in (q, k, v)]
-    ids = [None if x is None else shard(x, 1, rank, cp) for x in (segments, branches)]
-    out = attend(*mine, visibility(*ids, group), group)
+    ids = [None if x is None else shard(x, 1, rank, cp) for x in (segments, branches, positions)]
+    out = attend(*mine, visibility(*ids, window, group), group)
     (out * shard(weights, 2, rank, cp)).sum().backward()
     got = {"out": out.detach(), **{name: x.grad for name, x in zip("qkv", mine, strict=True)}}
     assert all(x.dtype == dtype for x in got.values())
@@ -64,6 +67,7 @@ def main() -> None:
     kinds = ("causal", "documents", "branches")
     cases = [(m, kind, kv, torch.float32) for m, kind, kv in product(METHODS, kinds, (4, 2, 1))]
     cases += [(m, "documents", 2, torch.bfloat16) for m in METHODS]
+    cases += [(m, f"window{more}", 2, torch.float32) for m in METHODS if m != "ring" for more in ("", ", documents")]
     for method, kind, kv_heads, dtype in cases:
         found = torch.tensor(list(errors(method, kind, kv_heads, dtype).values()))
         dist.all_reduce(found, dist.ReduceOp.MAX)
