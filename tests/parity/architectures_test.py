@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.parity.experts_test import SIGMOID
 from tests.parity.layouts_test import check
 
@@ -66,9 +68,13 @@ FOUR = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, TWO, timeout_s=200)
+    check(torchrun, 2, TWO, timeout_s=500)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_four_ranks(torchrun: Callable) -> None:
-    check(torchrun, 4, FOUR, timeout_s=200)
+    check(torchrun, 4, FOUR, timeout_s=500)

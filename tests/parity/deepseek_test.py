@@ -34,8 +34,10 @@ MORE = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, FEW, timeout_s=200)
+    check(torchrun, 2, FEW, timeout_s=500)
 
 
 @pytest.mark.slow

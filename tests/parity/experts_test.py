@@ -44,12 +44,16 @@ EIGHT = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, TWO, timeout_s=200)
+    check(torchrun, 2, TWO, timeout_s=500)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_four_ranks(torchrun: Callable) -> None:
-    check(torchrun, 4, FOUR, timeout_s=200)
+    check(torchrun, 4, FOUR, timeout_s=500)
 
 
 @pytest.mark.slow

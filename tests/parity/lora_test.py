@@ -57,8 +57,10 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_four_ranks(torchrun: Callable) -> None:
-    check(torchrun, 4, QUICK, timeout_s=200)
+    check(torchrun, 4, QUICK, timeout_s=500)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.parity.layouts_test import check
 
 MUP = {"mup": {"base_hidden": 8, "base_head_dim": 2}}
@@ -18,5 +20,7 @@ TWO = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, TWO, timeout_s=200)
+    check(torchrun, 2, TWO, timeout_s=500)
