@@ -3,7 +3,7 @@
 On a GPU every backend that is valid there; on a CPU, where only sdpa can train, its two ways: torch's fused kernel and
 the plain formula. Says for each kind of row which is the fastest, and whether `engine.attention: auto` takes it.
 
-    python -m benchmarks.attention [--lengths 512,2048,8192] [--out benchmarks/results/attention.json]
+    python -m benchmarks.attention [--lengths 512,2048] [--out benchmarks/results/attention.json]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import Turns, compete, environment
 from benchmarks.standings import check_same_work, ratio, summary
+from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.attention import plain_attention
@@ -144,15 +145,16 @@ def show(record: dict) -> None:
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="512,2048,8192", help="tokens a row")
+    parser.add_argument("--lengths", default="512,2048,8192" if gpu else "256,512,1024,2048", help="tokens a row")
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--tokens", type=int, default=65_536 if gpu else 8192, help="of all rows together")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--tokens", type=int, default=65_536 if gpu else 2048, help="of all rows together")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: what this machine multiplies fast")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=int, default=10 if gpu else 1, help="passes a turn")
     parser.add_argument("--rounds", type=int, default=7 if gpu else 3)
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
+    args.dtype = args.dtype or {"bf16": "bfloat16", "fp32": "float32"}[fast_precision()]
     device = torch.device("cuda" if gpu else "cpu")
     model = resolve_model(ModelConfig(hidden_size=HEADS * WIDTH, num_heads=HEADS, num_kv_heads=KV_HEADS))
     valid = usable(model, device, "bf16" if args.dtype == "bfloat16" else "fp32")
