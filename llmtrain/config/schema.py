@@ -122,7 +122,7 @@ class ModelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """A Hugging Face tokenizer directory; when it is not there yet, trained from the data sources, or made from `base`."""
+    """A Hugging Face tokenizer directory; one that is not there yet is trained from the data, or made from `base`."""
 
     path: str | None = None  # None = <run directory>/tokenizer
     base: str | None = None  # start from it instead of training: a SentencePiece .model file or a tokenizer directory

@@ -156,7 +156,12 @@ def config(*overrides: str, folder: Path) -> Config:
         ("pretrain", 4, ["model.moe={top_k: 9}"], "model.moe.top_k=9: must be at most num_experts=8"),
         ("pretrain", 4, ["model.moe={balance: bias}"], "model.moe.balance=bias: moves model.moe.selection_bias"),
         ("pretrain", 4, ["model.norm_bias=true"], "model.norm_bias=true: an RMSNorm has no bias"),
-        ("pretrain", 4, ["model.layer_types=[sliding]"], "model.layer_types: has sliding layers, which need model.slid"),
+        (
+            "pretrain",
+            4,
+            ["model.layer_types=[sliding]"],
+            "model.layer_types: has sliding layers, which need model.slid",
+        ),
         ("pretrain", 4, ["model.mla={}"], "model.attention=gqa: model.mla goes with attention: mla"),
         (
             "pretrain",

@@ -21,7 +21,7 @@ B, T, HEADS, HEAD_DIM = 2, 32, 4, 8
 
 
 def row_ids(kind: str) -> tuple[Tensor | None, Tensor | None]:
-    """Segment and branch ids: none, unequal documents with padding (also under a window), or a trunk with branches in each document."""
+    """Segment and branch ids: none, unequal documents with padding, or a trunk with branches in each document."""
     if kind in ("causal", "window"):
         return None, None
     at = torch.arange(T).expand(B, T)
