@@ -164,7 +164,7 @@ def print_family(family: str, record: dict) -> None:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__.splitlines()[0])
-    sizes = {"hidden-size": 256, "layers": 6, "vocab": 8192}
+    sizes = {"hidden-size": 256, "layers": 8, "vocab": 2048}
     work = {"seq-len": 256, "seqs": 8, "steps": 1, "rounds": 7, "threads": 2}
     for name, default in {**sizes, **work}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")

@@ -57,7 +57,8 @@ def _part(x: Tensor | None, piece: slice) -> Tensor | None:
 class _TokenScores(torch.autograd.Function):
     """hidden [N, hidden], weight [V / tp, hidden], labels [N] (relative to the shard) -> log-probs, entropies [N].
 
-    The backward computes the logits of a chunk again rather than keeping them. Its gradient of `hidden` is this
+    The backward computes the logits of a chunk again rather than keeping them, but for the last one's: they are in
+    memory when it begins. Its gradient of `hidden` is this
     rank's part of a sum over the group, which the norm in front of the head completes.
     """
 
@@ -73,13 +74,16 @@ class _TokenScores(torch.autograd.Function):
         compiled: bool,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        out = torch.empty(3, hidden.size(0), device=hidden.device)
+        out = torch.empty(4, hidden.size(0), device=hidden.device)
+        logits = None
         score_chunk = _fused(_score_chunk) if compiled and group is None else _score_chunk
         for start in range(0, hidden.size(0), chunk_tokens):
             piece = slice(start, start + chunk_tokens)
-            out[:, piece] = score_chunk(hidden[piece] @ weight.t(), _part(scale, piece), labels[piece], group, softcap)
-        logp, entropy, normalizer = out
-        ctx.save_for_backward(hidden, weight, labels, scale, normalizer.clone())
+            logits = hidden[piece] @ weight.t()
+            out[:, piece] = score_chunk(logits, _part(scale, piece), labels[piece], group, softcap)
+        logp, entropy, normalizer, left = out
+        ctx.save_for_backward(hidden, weight, labels, scale, normalizer.clone(), left.clone())
+        ctx.kept = logits if any(ctx.needs_input_grad) else None
         ctx.chunk_tokens, ctx.compiled, ctx.softcap = chunk_tokens, compiled, softcap
         entropy = entropy.clone()
         ctx.mark_non_differentiable(entropy)
@@ -87,14 +91,16 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, scale, normalizer = ctx.saved_tensors
+        hidden, weight, labels, scale, normalizer, left = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         gradient_chunk = _fused(_gradient_chunk) if ctx.compiled else _gradient_chunk
-        for start in range(0, hidden.size(0), ctx.chunk_tokens):
+        kept, ctx.kept = ctx.kept, None  # a second backward (of a retained graph) has to compute it, too
+        for start in reversed(range(0, hidden.size(0), ctx.chunk_tokens)):
             piece = slice(start, start + ctx.chunk_tokens)
-            logits = hidden[piece] @ weight.t()
-            d = gradient_chunk(logits, _part(scale, piece), labels[piece], normalizer[piece], grad[piece], ctx.softcap)
+            logits, norm = (hidden[piece] @ weight.t(), normalizer) if kept is None else (kept, left)
+            kept = None
+            d = gradient_chunk(logits, _part(scale, piece), labels[piece], norm[piece], grad[piece], ctx.softcap)
             grad_hidden[piece] = d @ weight
             grad_weight += d.t() @ hidden[piece]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
@@ -134,7 +140,9 @@ def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def _score_chunk(
     logits: Tensor, scale: Tensor | None, labels: Tensor, group: ProcessGroup | None, softcap: float | None
 ) -> Tensor:
-    """[3, n]: log-prob of the label, entropy, log of the normalizer."""
+    """[4, n]: log-prob of the label, entropy, log of the normalizer, and of that of `logits` as this leaves them: less
+    their largest, in place, if they are fp32 and neither scaled nor capped."""
+    in_place = logits.dtype == torch.float32 and scale is None and softcap is None
     logits = _scaled(logits, scale, softcap)
     top = logits.amax(-1)
     if group is not None:
@@ -149,4 +157,6 @@ def _score_chunk(
         sums = all_reduce(sums, group)
     total, weighted, chosen = sums
     log_total = total.log()
-    return torch.stack([chosen - log_total, log_total - weighted / total, log_total + top])
+    normalizer = log_total + top
+    left = log_total if in_place else normalizer
+    return torch.stack([chosen - log_total, log_total - weighted / total, normalizer, left])

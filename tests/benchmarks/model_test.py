@@ -19,7 +19,7 @@ def rounds(wall_s: float, peak_bytes: int) -> list[dict]:
 
 @pytest.mark.parametrize("family", SHAPES)
 def test_shapes_are_of_one_size_and_models_of_transformers(family: str) -> None:
-    model = model_of(family, Size(256, 6, 8192, 256))
+    model = model_of(family, Size(256, 8, 2048, 256))
     assert 5e6 < parameter_count(model) < 10e6
     assert hf_config(model)["hidden_size" if family != "gpt2" else "n_embd"] == 256
 

@@ -49,6 +49,25 @@ def test_nothing_to_train_gives_zero_gradients() -> None:
     assert logp.abs().sum() == 0 and hidden.grad.abs().sum() == 0 and head.weight.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("softcap", "temperature"), [(None, None), (2.0, None), (None, 0.5)])
+def test_the_last_chunk_is_kept_for_one_backward(
+    dtype: torch.dtype, softcap: float | None, temperature: float | None
+) -> None:
+    """Of a retained graph the second computes it again, to the same."""
+    torch.manual_seed(0)
+    plain, chunked = (head.to(dtype) for head in heads(4))
+    plain.softcap = chunked.softcap = softcap
+    hidden, labels = torch.randn(1, 6, 16).to(dtype).requires_grad_(), torch.arange(6)[None]
+    scale = None if temperature is None else torch.tensor([temperature])
+    (expected,) = torch.autograd.grad(plain(hidden, labels, scale)[0].sum(), hidden)
+    logp, _ = chunked(hidden, labels, scale)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(logp.sum(), hidden, retain_graph=True)
+        close = 3e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found, expected, rtol=close, atol=close)
+
+
 def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor that appears has chunk_tokens rows."""
     from llmtrain.parallel import logprob
