@@ -116,6 +116,17 @@ def local_shape(name: str, shape: Shape, model: ModelConfig, tp: int, ep: int = 
     return tuple(size // parts if d == dim else size for d, size in enumerate(shape))
 
 
+def padded_vocab_size(tokens: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that holds `tokens` tokens: rows of the embedding, so that tp divides them.
+
+    >>> padded_vocab_size(50_257, 128)
+    50304
+    """
+    if tokens < 1 or multiple < 1:
+        raise ValueError(f"tokens={tokens}, multiple={multiple}: both must be at least 1")
+    return -(-tokens // multiple) * multiple
+
+
 def numel(shapes: Iterable[Shape]) -> int:
     """Elements of all of them."""
     return sum(math.prod(shape) for shape in shapes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from llmtrain.config.case import TRAIN, TUNE, Case, Rules
 from llmtrain.config.families import family_of
 from llmtrain.config.parameters import layer_type
 from llmtrain.config.schema import ModelConfig
+from llmtrain.config.shapes import fields_from_directory
 
 
 def _heads(case: Case) -> Iterator[str]:
@@ -118,6 +120,20 @@ def _further_tokens(case: Case) -> Iterator[str]:
         yield f"{refused}model.family={m.family} on disk, which has no names for them; set model.mtp_layers=0"
 
 
+def _growth(case: Case) -> Iterator[str]:
+    """A vocabulary larger than that of the weights it starts from."""
+    m = case.model
+    if m is None or m.init_from is None or not os.path.isdir(m.init_from):
+        return
+    rows = fields_from_directory(m.init_from, case.earlier)["vocab_size"]
+    if m.vocab_size > rows and (case.command not in ("pretrain", "sft") or m.lora is not None):
+        which = "with model.lora" if m.lora is not None else f"in {case.command}"
+        yield (
+            f"model.vocab_size={m.vocab_size}: must be the {rows} of {m.init_from} {which}, new rows are trained by "
+            "pretrain or sft with all weights; remove it (and vocab_multiple), or do that first"
+        )
+
+
 def sliding_layers(model: ModelConfig) -> bool:
     """Whether any layer sees only a window."""
     return any(layer_type(model, layer) == "sliding" for layer in range(model.num_layers))
@@ -163,5 +179,6 @@ MODEL_RULES: Rules = (
     ((*TRAIN, "plan", "eval", "export"), _experts),
     ((*TRAIN, "export"), _further_tokens),
     ((*TRAIN, "plan", "eval", "export"), _mup),
+    ((*TRAIN, "eval", "export"), _growth),
     ((*TRAIN, "plan"), _ring),
 )

@@ -88,7 +88,8 @@ class ModelConfig(Section):
     num_heads: PositiveInt = 4  # query heads
     num_kv_heads: PositiveInt = 4  # shared by num_heads / num_kv_heads query heads each
     head_dim: PositiveInt | None = None  # None = hidden_size / num_heads; mla: nope_head_dim + rope_head_dim
-    vocab_size: PositiveInt = 1024  # at least the tokenizer's
+    vocab_size: PositiveInt = 1024  # at least the tokenizer's; above that of `init_from`: rows are added, their mean
+    vocab_multiple: PositiveInt = 1  # vocab_size is rounded up to a multiple of this, so that tp divides it
     max_positions: PositiveInt = 2048  # longest row, prompt and completion together
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     norm_bias: bool = False  # layer: with a bias

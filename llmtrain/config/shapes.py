@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from llmtrain.config.families import FAMILIES, family_of, presets
 from llmtrain.config.load import load
-from llmtrain.config.parameters import has_experts, layer_shapes, layer_type, numel, outer_shapes
+from llmtrain.config.parameters import has_experts, layer_shapes, layer_type, numel, outer_shapes, padded_vocab_size
 from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import MlaConfig, ModelConfig, MoeConfig, RunConfig, Section
 
 SHAPE = tuple(name for name in ModelConfig.model_fields if name not in ("preset", "init_from"))
-FREE = ("lora", "mtp_coef", "mtp_layers")  # a matter of training, or of which of the weights that are there are used
+# A matter of training, of room, or of which of the weights that are there are used.
+FREE = ("lora", "vocab_multiple", "mtp_coef", "mtp_layers")
 FREE_MOE = ("balance", "bias_rate", "aux_coef", "z_coef")
 
 
@@ -59,6 +60,7 @@ def _completed(fields: dict[str, Any]) -> dict[str, Any]:
     if fields["attention"] == "mla" and mla is not None:
         fields["head_dim"] = mla.nope_head_dim + mla.rope_head_dim
     fields["head_dim"] = fields["head_dim"] or max(1, fields["hidden_size"] // fields["num_heads"])
+    fields["vocab_size"] = padded_vocab_size(fields["vocab_size"], fields["vocab_multiple"])
     if types:
         whole = [types[i % len(types)] for i in range(fields["num_layers"])]
         fields["layer_types"] = whole if "sliding" in whole else None
@@ -87,7 +89,8 @@ def _check_agreement(source: str, found: Mapping[str, Any], written: Mapping[str
 def _contradictions(found: Mapping[str, Any], written: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     wrong = []
     for name, value in written.items():
-        if name in FREE or value == found[name] or (name == "head_dim" and value is None):
+        grown = name == "vocab_size" and value > found[name]  # rows are added, see model.vocab
+        if grown or name in FREE or value == found[name] or (name == "head_dim" and value is None):
             continue
         if isinstance(value, MoeConfig) and isinstance(found[name], MoeConfig):
             parts = ((part, getattr(value, part), getattr(found[name], part)) for part in value.model_fields_set)

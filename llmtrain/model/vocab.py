@@ -1,20 +1,9 @@
-"""Vocabulary size: room that tensor parallelism can divide, and rows for tokens that a model has not seen."""
+"""Rows of the embedding and the head for tokens that a model has not seen."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def padded_vocab_size(tokens: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that holds `tokens` tokens: rows of the embedding, so that tp divides them.
-
-    >>> padded_vocab_size(50_257, 128)
-    50304
-    """
-    if tokens < 1 or multiple < 1:
-        raise ValueError(f"tokens={tokens}, multiple={multiple}: both must be at least 1")
-    return -(-tokens // multiple) * multiple
 
 
 def resize_embedding(weight: Tensor, rows: int, used: int | None = None) -> Tensor:

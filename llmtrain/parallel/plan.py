@@ -18,7 +18,7 @@ from llmtrain.parallel.float8 import float8_blocks
 from llmtrain.parallel.logprob import ScoringHead
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import keep_stage
-from llmtrain.parallel.remat import remat_blocks
+from llmtrain.parallel.remat import compile_block, remat_blocks
 from llmtrain.parallel.tensor import shard, tensor_parallel
 
 WeightSource = Callable[[str], Tensor]
@@ -142,6 +142,6 @@ def compile_blocks(parts: Sequence[nn.Module]) -> None:
     """torch.compile each block for itself, and the scoring of the head: one graph, compiled once, in place."""
     for part in parts:
         for block in part.layers.values():
-            block.compile()
+            compile_block(block)
         if part.head is not None:
             part.head.compiled = True

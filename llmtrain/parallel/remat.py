@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llmtrain.model.experts import Experts
@@ -40,10 +40,24 @@ def remat_blocks(model: nn.Module, kind: str) -> None:
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing here draws random numbers
     for block in model.layers.values():
         if kind == "full":
-            block.forward = partial(again, block.forward)
+            block.whole = block.forward
+            block.forward = partial(again, partial(_whole, block))
             continue
         block.attend = partial(again, block.attend, context_fn=partial(_contexts, _num_products(block.attention)))
         block.feed = partial(again, block.feed, context_fn=partial(_contexts, _num_products(block.feedforward)))
+
+
+def _whole(block: nn.Module, *args: object) -> Tensor:
+    return block.whole(*args)
+
+
+def compile_block(block: nn.Module) -> None:
+    """In place. What is recomputed as a whole is compiled within: torch does not compile the recomputation around it,
+    and would silently compile nothing."""
+    if hasattr(block, "whole"):
+        block.whole = torch.compile(block.whole)
+    else:
+        block.compile()
 
 
 def _num_products(module: nn.Module) -> int:

@@ -19,11 +19,12 @@ from llmtrain.checkpoint.source import fingerprint, locate, source_at
 from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config, ModelConfig
-from llmtrain.config.shapes import resolve_model
+from llmtrain.config.shapes import fields_from_directory, resolve_model
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.model.decoder import init_tensor, parameter_shapes, trained_shapes
+from llmtrain.model.vocab import resize_embedding
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import WeightSource, parallelize
@@ -164,10 +165,18 @@ def start_source(job: Job) -> WeightSource:
     shapes, stored = parameter_shapes(job.model), None
     if job.config.model.init_from:
         place = locate(job.config.model.init_from, job.mesh)
-        stored = source_at(place, job.model, job.mesh)
+        rows = fields_from_directory(job.config.model.init_from, {})["vocab_size"]
+        stored = source_at(place, job.model.model_copy(update={"vocab_size": rows}), job.mesh)
+        stored = stored if rows == job.model.vocab_size else grown_vocabulary(stored, job.model.vocab_size)
         job.base = fingerprint(place) if job.model.lora else None
     new = shapes.keys() if stored is None else adapter_shapes(job.model).keys()
     return lambda name: init_tensor(name, shapes[name], job.model, job.config.seed) if name in new else stored(name)
+
+
+def grown_vocabulary(source: WeightSource, rows: int) -> WeightSource:
+    """With `rows` rows of embedding and head."""
+    grows = ("embed.weight", "head.weight")
+    return lambda name: resize_embedding(source(name), rows) if name in grows else source(name)
 
 
 def build_engine(job: Job, total_steps: int) -> None:

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.model.vocab import padded_vocab_size, resize_embedding
+from llmtrain.checkpoint.source import weight_source
+from llmtrain.config.check import violations
+from llmtrain.config.parameters import padded_vocab_size
+from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.config.shapes import resolve_model
+from llmtrain.model.decoder import parameter_shapes
+from llmtrain.model.hf_write import save_hf
+from llmtrain.model.vocab import resize_embedding
+from llmtrain.trainer.assemble import grown_vocabulary
 
 
 @given(st.integers(1, 300_000), st.integers(1, 1024))
@@ -66,3 +76,29 @@ def test_wrong_sizes_are_named() -> None:
         resize_embedding(torch.zeros(3, 2), 0)
     with pytest.raises(ValueError, match=r"rows=5, used=4: "):
         resize_embedding(torch.zeros(3, 2), 5, used=4)
+
+
+def test_weights_are_taken_into_a_larger_vocabulary(tmp_path: Path) -> None:
+    small = resolve_model(ModelConfig(num_layers=1, hidden_size=16, ffn_size=16, vocab_size=50, tie_embeddings=False))
+    weights = {name: torch.randn(shape) for name, shape in parameter_shapes(small).items()}
+    save_hf(str(tmp_path / "hf"), small, weights.items(), torch.float32, None, None)
+    grown = resolve_model(ModelConfig(init_from=str(tmp_path / "hf"), vocab_multiple=16))
+    assert grown.vocab_size == 64 and resolve_model(grown) == grown
+    assert resolve_model(ModelConfig(init_from=str(tmp_path / "hf"), vocab_size=60)).vocab_size == 60
+    with pytest.raises(ValueError, match=r"model.vocab_size=49: the weights in .* have 50"):
+        resolve_model(ModelConfig(init_from=str(tmp_path / "hf"), vocab_size=49))
+    source = grown_vocabulary(weight_source(str(tmp_path / "hf"), small), grown.vocab_size)
+    assert all(tuple(source(name).shape) == shape for name, shape in parameter_shapes(grown).items())
+    assert torch.equal(source("head.weight")[:50], weights["head.weight"])
+
+
+def test_only_training_of_all_weights_grows_a_vocabulary(tmp_path: Path) -> None:
+    small = resolve_model(ModelConfig(num_layers=1, hidden_size=16, ffn_size=16, vocab_size=50))
+    weights = ((name, torch.randn(shape)) for name, shape in parameter_shapes(small).items())
+    save_hf(str(tmp_path / "hf"), small, weights, torch.float32, None, None)
+    config = Config(model=ModelConfig(init_from=str(tmp_path / "hf"), vocab_multiple=16))
+    for command, refused in (("sft", False), ("grpo", True), ("export", True)):
+        lines = [
+            line for line in violations(config, 1, command) if line.startswith("model.vocab_size=64: must be the 50")
+        ]
+        assert len(lines) == refused, command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import Decoder, initialize
-from llmtrain.parallel.remat import remat_blocks
+from llmtrain.parallel.remat import compile_block, remat_blocks
 from llmtrain.scaling.plan import kept_activations
 
 MODEL = ModelConfig(num_layers=3, hidden_size=64, ffn_size=192, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=64)
@@ -83,3 +84,19 @@ def test_the_planner_counts_what_is_kept() -> None:
     for kind in ("selective", "full"):
         values = kept_activations(MODEL, 1, True, kind)
         assert trained(kind, torch.float32)[1] == pytest.approx(4 * ROWS * WIDTH * values, rel=0.01), kind
+
+
+def test_what_is_recomputed_whole_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the recomputation torch would compile nothing, and say nothing."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Decoder(MODEL)
+    initialize(model, MODEL, 0)
+    remat_blocks(model, "full")
+    for block in model.layers.values():
+        compile_block(block)
+    ids = torch.arange(16).view(2, 8)
+    model(ids, torch.arange(8).expand(2, 8)).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one for all blocks
+    assert not torch._dynamo.utils.counters["graph_break"]
