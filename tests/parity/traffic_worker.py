@@ -9,7 +9,9 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from layouts_worker import AXES, global_rows, model_config, optim_config, rows_o
 
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.engine import zero
+from llmtrain.engine.auxiliary import routers_of
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import init_tensor, parameter_shapes
@@ -93,6 +96,18 @@ def watch_pairs() -> list[list[int]]:
     return seen
 
 
+def watch_row_sums(engine: Engine, traffic: Traffic) -> None:
+    """Routers sum over `cp` inside an operation of their own, where the dispatcher's modes do not look."""
+    for tally in (router.tally for router in routers_of(engine.parts).values()):
+        if tally.row_sum is not None:
+            tally.row_sum = partial(_counted_sum, tally.row_sum, traffic)
+
+
+def _counted_sum(row_sum: Callable[[torch.Tensor], torch.Tensor], traffic: Traffic, x: torch.Tensor) -> torch.Tensor:
+    traffic.bytes["cp", "all_reduce"] += x.numel() * x.element_size()
+    return row_sum(x)
+
+
 def larger_halves(seen: list[list[int]], mesh: Mesh) -> int:
     """Over the passes, of the rows that leave this rank and those that come to it, itself counted, the larger."""
     everyone = dict(zip(range(mesh.size), mesh.all_gather_json(seen), strict=True))
@@ -118,6 +133,7 @@ def count(layout: dict) -> tuple[dict, dict, list]:
         engine.train_step(microbatches, token_loss, denominator)
     pairs, reports = watch_pairs(), watch_reports(mesh)
     with Traffic(mesh) as traffic:
+        watch_row_sums(engine, traffic)
         engine.train_step(microbatches, token_loss, denominator)
     trained = sum(int((b.labels != IGNORE).sum()) for b in local_batches(microbatches, mesh))
     rows, balance = larger_halves(pairs, mesh), (reports[1:] or [0])[0]
