@@ -94,8 +94,9 @@ def test_every_feature(torchrun: Callable) -> None:
         check(torchrun, size, layouts, timeout_s=300)
 
 
+@pytest.mark.slow
 def test_eight_ranks(torchrun: Callable) -> None:
-    check(torchrun, 8, EIGHT, timeout_s=200)
+    check(torchrun, 8, EIGHT, timeout_s=280)
 
 
 def test_three_ranks(torchrun: Callable) -> None:
