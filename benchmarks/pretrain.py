@@ -23,10 +23,10 @@ from torch import nn
 from benchmarks import peers_litgpt, peers_transformers
 from benchmarks.common import Contestant, Turns, compete, environment
 from benchmarks.profile import write_profile
-from benchmarks.standings import check_same_work, print_table, print_targets, summary, targets
+from benchmarks.standings import check_same_work, mfu, print_table, print_targets, summary, targets
 from benchmarks.task import OPTIM, WARMUP_STEPS, Task
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.shapes import resolve_model
+from llmtrain.config.shapes import resolve_model, train_flops_per_token
 from llmtrain.engine.optim import build_optimizer
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import Decoder, parameter_shapes
@@ -160,6 +160,10 @@ def main() -> None:
     tokens = args.steps * task.step_tokens
     results = {name: summary(turns, timed[reference], tokens) for name, turns in timed.items()}
     print_table(results, losses, reference)
+    flops = train_flops_per_token(task.model, task.seq_len)
+    for name, result in results.items() if args.device != "cpu" and torch.cuda.is_available() else ():
+        result["mfu"] = mfu(result["tokens_per_s"], flops, torch.cuda.get_device_name())
+        print(f"MFU of {name}: {result['mfu']}")
     verdicts = targets(timed)
     print_targets(verdicts, before)
     if args.out:

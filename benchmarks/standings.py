@@ -50,6 +50,18 @@ def summary(turns: Rounds, reference: Rounds, turn_tokens: int) -> dict[str, flo
     }
 
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 a second, from the data sheets (SXM)
+
+
+def mfu(tokens_per_s: float, flops_per_token: float, device: str) -> float | None:
+    """Model FLOPs utilization (arXiv 2204.02311, appendix B); None for a device whose peak is not listed.
+
+    Example: 60,000 tokens/s of 6e9 FLOPs on an H100: 0.364
+    """
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
+    return None if peak is None else tokens_per_s * flops_per_token / peak
+
+
 def targets(timed: dict[str, Rounds]) -> list[dict]:
     """A verdict for each target whose contestants ran."""
     found = [

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import peers_litgpt
 from benchmarks.profile import table
-from benchmarks.standings import check_same_work, ratio, targets
+from benchmarks.standings import check_same_work, mfu, ratio, targets
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
@@ -65,3 +65,8 @@ def test_litgpt_is_the_same_function() -> None:
         ids = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(0))
         found, expected = theirs(ids), ours(ids, torch.arange(16).repeat(2, 1))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_model_flops_utilization() -> None:
+    assert mfu(60_000, 6e9, "NVIDIA H100 80GB HBM3") == pytest.approx(0.364, abs=1e-3)
+    assert mfu(60_000, 6e9, "another") is None
