@@ -122,3 +122,9 @@ def test_as_a_module_with_nothing_heavy_loaded(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"{path}:4: parallel.tensor: unknown key, did you mean parallel.tp?"
     assert "| torch\n" not in done.stderr and "pydantic" in done.stderr
+
+
+def test_the_compiler_is_imported_only_by_runs_that_compile() -> None:
+    modules = sorted({target.partition(":")[0] for target, _ in cli.COMMANDS.values()})
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0, "2 s of every start"

@@ -20,6 +20,7 @@ FEW = (
     "data.tasks.sums.held_out=16",
     "tokenizer.train_bytes=200000",
     "eval.problems=4",
+    "stages.eval-pretrain.set.eval.problems=4",
     "eval.text_seqs=8",
     "stages.pretrain.set.train.steps=3",
     "stages.sft.set.train.steps=3",

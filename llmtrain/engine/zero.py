@@ -8,6 +8,7 @@ here; tests/parity holds them.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime import compiler
 from deepspeed.runtime import engine as runtime_engine
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
@@ -243,9 +245,17 @@ def check_machine(config: EngineConfig, mesh: Mesh) -> None:
         )
 
 
+def _import_muon() -> None:
+    """DeepSpeed's own Muon: to ask whether our optimizer is that one it imports it, and with it all that compiles."""
+    written, compiler.compile = compiler.compile, lambda: lambda function: function
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    compiler.compile = written
+
+
 def _prepare_deepspeed(mesh: Mesh, zero_stage: int, trains_experts: bool) -> None:
     """Process-wide settings that `initialize` reads."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    _import_muon()
     groups.mpu = None  # an earlier engine of this process
     # The class by which DeepSpeed knows that there are groups of experts; stage 3 needs no telling, and refuses it.
     runtime_engine.MoE = Experts if mesh.ep > 1 and zero_stage < 3 and trains_experts else type(None)

@@ -166,7 +166,8 @@ def flex_kernel(device: torch.device, softcap: float | None) -> Callable[..., Te
     return kernel if softcap is None else partial(kernel, score_mod=score_mod)
 
 
-@torch.compiler.disable  # the length of the longest document is another in every batch
+# `torch.compiler.disable` would import the compiler when this file is imported, 2 s; this does when it is called.
+@torch._disable_dynamo  # the length of the longest document is another in every batch
 def _attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Documents, softcap: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 

@@ -71,15 +71,20 @@ def make_feedforward(config: ModelConfig, layer: int) -> nn.Module:
     return MoE(config) if has_experts(config, layer) else FeedForward(config)
 
 
+def _embedding(rows: int, hidden_size: int) -> nn.Embedding:
+    """Uninitialised. torch's own way would draw numbers; on the meta device it would import the compiler for that."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, hidden_size), freeze=False)
+
+
 class Decoder(nn.Module):
     """embed -> layers -> norm -> head, each optional. Parameters are uninitialised: see `init_tensor`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = _embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
-        self.position_embed = nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+        self.position_embed = _embedding(config.max_positions, config.hidden_size) if learned else None
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_layers)})
         self.norm = hidden_norm(config)
         self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap, logit_factor(config))

@@ -2,6 +2,7 @@
 
 A product is one operation to autograd, to the compiler and to rematerialisation. It runs as one grouped product
 (`torch.nn.functional.grouped_mm`) where device, dtype and widths allow it, else expert by expert, with the same result.
+On a CPU all three products of an expert are one operation, `model.experts_cpu`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model.experts_cpu import expert_ffn
 from llmtrain.model.feedforward import ACTIVATIONS
 
 ALIGNED_BYTES = 16  # of every row, or the grouped kernels refuse
@@ -29,24 +31,30 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(wide))
         self.up = nn.Parameter(torch.empty(wide))
         self.down = nn.Parameter(torch.empty(e.num_experts, config.hidden_size, e.expert_ffn_size))
-        self.act = ACTIVATIONS[config.activation]
+        self.activation = config.activation
 
     @property
     def num_experts(self) -> int:
         """Here: fewer where experts are divided over ranks."""
         return self.gate.size(0)
 
-    def forward(self, x: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         """x [N, hidden], sorted by expert, of which the first counts[0] go to expert 0, the next counts[1] to expert 1
         and so on; rows beyond their sum give zeros. counts [E] int64.
 
         `weights` [N] multiply the outputs. They are applied in front of `down`, so that the backward does not need
         what `down` gives.
         """
-        h = self.act(grouped_product(x, self.gate, counts)) * grouped_product(x, self.up, counts)
-        if weights is not None:
-            h = h * weights.to(h.dtype)[:, None]
-        return grouped_product(h, self.down, counts)
+        weights = weights.to(x.dtype)
+        if x.device.type == "cpu":
+            return expert_ffn(x, weights, self.gate, self.up, self.down, counts, self.activation)[0]
+        return self.by_grouped_products(x, counts, weights)
+
+    def by_grouped_products(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        """`forward` on a GPU."""
+        act = ACTIVATIONS[self.activation]
+        h = act(grouped_product(x, self.gate, counts)) * grouped_product(x, self.up, counts)
+        return grouped_product(h * weights[:, None], self.down, counts)
 
 
 @torch.library.custom_op("llmtrain::grouped_product", mutates_args=())

@@ -96,7 +96,7 @@ def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
             p.data = p.data.chunk(count, 0)[index].contiguous()
 
 
-@torch.compiler.disable  # sizes that are read from tensors, and transfers between ranks
+@torch._disable_dynamo  # sizes that are read from tensors, and transfers between ranks
 def exchanged(x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, pieces: ExpertPieces) -> Tensor:
     """`model.moe.dispatch` over the ranks: x [N, hidden] -> [N, hidden], this tp rank's part of the sum."""
     order, places, counts = sort_by_expert(pieces.renumbered(indices), pieces.reachable)

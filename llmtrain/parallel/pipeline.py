@@ -1,35 +1,22 @@
-"""Pipeline parallelism over torch.distributed.pipelining: cutting the decoder, and running microbatches."""
+"""Pipeline parallelism: cutting the decoder into stages, and running microbatches through them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from llmtrain.config.stages import StagePlan
-from llmtrain.model.router import Router
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.types import Batch
 
-Output = tuple[Tensor, Tensor]
-Schedule = Schedule1F1B | PipelineScheduleMulti
+if TYPE_CHECKING:
+    from llmtrain.parallel.schedules import Schedule
 
-SCHEDULES = {
-    "1f1b": Schedule1F1B,  # arXiv 2104.04473, section 2.2.1
-    "interleaved_1f1b": ScheduleInterleaved1F1B,  # section 2.2.2
-    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,  # arXiv 2401.10241, section 2
-    "zbv": ScheduleZBVZeroBubble,  # section 6
-}
+Output = tuple[Tensor, Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of hidden states, by number
 
 
@@ -54,17 +41,6 @@ def inputs_of(batch: Batch, has_head: bool, scaled: bool | None = None) -> dict[
     if has_head and (batch.temperature != 1.0 if scaled is None else scaled):
         kwargs["temperature"] = torch.full_like(batch.positions[:, 0], batch.temperature, dtype=torch.float32)
     return kwargs
-
-
-class Stage(PipelineStage):
-    """Before the first step torch learns shapes from a forward and backward on made-up values: what routers counted in
-    it is forgotten."""
-
-    def _post_metadata_inference_cleanup(self) -> None:
-        super()._post_metadata_inference_cleanup()
-        for module in self.submod.modules():
-            if isinstance(module, Router):
-                module.tally.reset()
 
 
 class Pipeline:
@@ -93,19 +69,12 @@ class Pipeline:
 
     def _schedule(self, batches: Sequence[Batch]) -> Schedule:
         """For this number and shape of microbatches, a stage's buffers being sized once; the last one is kept."""
+        from llmtrain.parallel.schedules import make_schedule  # torch's pipelining imports its compiler: 2 s
+
         key = (len(batches), tuple(batches[0].input_ids.shape))
         if self.schedule is None or self.schedule[0] != key:
-            stages = [
-                Stage(part, stage, len(self.plan.layers), self.mesh.device, group=self.group)
-                for stage, part in self.parts.items()
-            ]
-            made = SCHEDULES[self.plan.schedule](
-                stages[0] if self.plan.schedule == "1f1b" else stages,
-                len(batches),
-                loss_fn=lambda out, i: self.loss(out, int(i)),
-                scale_grads=False,
-            )
-            self.schedule = (key, made)
+            loss = lambda out, i: self.loss(out, int(i))  # noqa: E731
+            self.schedule = (key, make_schedule(self.parts, self.plan, self.mesh, len(batches), loss))
         return self.schedule[1]
 
     @torch.no_grad()

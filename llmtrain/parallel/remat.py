@@ -3,9 +3,9 @@
 `full` keeps each block's input and computes a third more. `selective` keeps what is costly to compute, the outputs of
 matrix products and fused attention, and computes again what is cheap: norms, rotations, activation functions, products
 element by element, and gathers of the sequence. The last product of each half of a block, whose output only the
-residual stream reads, is neither kept nor computed again (that of experts is: an operation of ours says what its
-backward needs only when it is done). Without fused attention the scores, which are large, are
-computed again, as in arXiv 2205.05198, section 5.
+residual stream reads, is neither kept nor computed again (that of experts is kept on a CPU and computed again on a
+GPU: an operation of ours says what its backward needs only when it is done). Without fused attention the scores, which
+are large, are computed again, as in arXiv 2205.05198, section 5.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from llmtrain.model.lora import Adapter
 from llmtrain.model.router import Router
 
 aten = torch.ops.aten
-MATRIX_PRODUCTS = (
-    *(aten.mm.default, aten.addmm.default, aten._scaled_mm.default),  # of linear layers
-    torch.ops.llmtrain.grouped_product.default,  # of experts
-)
+EXPERTS_ON_CPU = torch.ops.llmtrain.expert_ffn.default
+MATRIX_PRODUCTS = {  # and how many each is
+    **dict.fromkeys((aten.mm.default, aten.addmm.default, aten._scaled_mm.default), 1),  # of linear layers
+    **{torch.ops.llmtrain.grouped_product.default: 1, EXPERTS_ON_CPU: 3},  # of experts
+}
 PRODUCTS = {nn.Linear: 1, Adapter: 2, Router: 1, Experts: 3}
 FUSED_ATTENTION = (
     aten._scaled_dot_product_flash_attention.default,
@@ -71,8 +72,8 @@ def _contexts(num_products: int) -> tuple[AbstractContextManager, AbstractContex
 
     def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
         nonlocal seen
-        seen += op in MATRIX_PRODUCTS
-        keep = op in FUSED_ATTENTION or (op in MATRIX_PRODUCTS and seen < num_products)
+        seen += MATRIX_PRODUCTS.get(op, 0)
+        keep = op in (*FUSED_ATTENTION, EXPERTS_ON_CPU) or (op in MATRIX_PRODUCTS and seen < num_products)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

@@ -24,7 +24,7 @@ TILE_TOKENS = 1024  # queries whose scores exist at one time
 Piece = tuple[slice, slice, Tensor | None]
 
 
-@torch.compiler.disable  # transfers between two ranks are no part of a graph
+@torch._disable_dynamo  # transfers between two ranks are no part of a graph
 def attend_ring(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, group: ProcessGroup) -> Tensor:
     """Attention of this rank's queries [B, heads, T / cp, D] to the keys and values of all, [B, kv heads, T / cp, D]
     on each rank. `ids` [1 or 2, B, T]: segment and branch ids of whole rows; None = causal over the row.

@@ -11,6 +11,8 @@ from torch import Tensor
 from llmtrain.config.schema import ModelConfig, MoeConfig
 from llmtrain.model import experts
 from llmtrain.model.experts import Experts, grouped_product
+from llmtrain.model.experts_cpu import expert_ffn
+from llmtrain.model.feedforward import ACTIVATIONS
 from llmtrain.model.moe import dispatch, sort_by_expert
 
 COUNTS = {
@@ -65,6 +67,33 @@ def test_widths_and_types_that_the_kernel_refuses() -> None:
         torch.testing.assert_close(y, torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[1].T]))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("case", COUNTS)
+def test_the_cpu_does_what_three_grouped_products_do(case: str, act: str, dtype: torch.dtype, frozen: bool) -> None:
+    torch.manual_seed(0)
+    counts = torch.tensor(COUNTS[case])
+    x, weights = torch.randn(16, 16).to(dtype).requires_grad_(), torch.rand(16).to(dtype).requires_grad_()
+    sizes = ((4, 24, 16), (4, 24, 16), (4, 16, 24))
+    matrices = [(torch.randn(size) / 4).to(dtype).requires_grad_(not frozen) for size in sizes]
+
+    def grouped() -> Tensor:
+        gate, up, down = matrices
+        h = ACTIVATIONS[act](grouped_product(x, gate, counts)) * grouped_product(x, up, counts)
+        return grouped_product(h * weights[:, None], down, counts)
+
+    results = []
+    for y in (expert_ffn(x, weights, *matrices, counts, act)[0], grouped()):
+        wanted = [x, weights] if frozen else [x, weights, *matrices]
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05  # roundings of bf16 in another order
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(
+            one, other, atol=tolerance * float(other.detach().abs().amax().clamp(min=1e-3)), rtol=0
+        )
+
+
 def test_gradients_by_finite_differences() -> None:
     model = small(ffn=5, hidden=3).double()
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
@@ -83,7 +112,7 @@ def dense(x: Tensor, indices: Tensor, weights: Tensor, model: Experts) -> Tensor
     """Every expert on every token."""
     y = torch.zeros_like(x)
     for e in range(model.gate.size(0)):
-        out = (model.act(x @ model.gate[e].T) * (x @ model.up[e].T)) @ model.down[e].T
+        out = (ACTIVATIONS[model.activation](x @ model.gate[e].T) * (x @ model.up[e].T)) @ model.down[e].T
         y = y + out * (weights * (indices == e)).sum(1, keepdim=True)
     return y
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from unittest.mock import patch
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
-from llmtrain.model import experts
+from llmtrain.model import experts, experts_cpu
 from llmtrain.model.decoder import Decoder, initialize
+from llmtrain.model.experts import Experts
 from llmtrain.parallel.plan import compile_blocks
 from llmtrain.parallel.remat import remat_blocks
 
@@ -60,20 +62,32 @@ def test_rematerialised_gradients_are_equal_and_counted_once(kind: str) -> None:
     assert all(tally.tokens == 88 for tally in tallies(remat))
 
 
-def test_selective_keeps_the_products_but_the_last() -> None:
+def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
     """Of the blocks with experts: gate and up of each are computed once, down again."""
-    counts = {}
-    for kind in ("none", "selective", "full"):
-        model = decoder()
-        if kind != "none":
-            remat_blocks(model, kind)
-        with patch.object(experts, "_zero_rest", wraps=experts._zero_rest) as product:  # called once in each
-            step(model)
-        counts[kind] = product.call_count
+    with patch.object(
+        Experts, "forward", lambda self, x, counts, w: self.by_grouped_products(x, counts, w.to(x.dtype))
+    ):
+        counts = {kind: calls(experts, "_zero_rest", kind) for kind in ("none", "selective", "full")}  # once in each
     layers = 2
     assert counts["none"] == layers * (3 + 3)  # forward, and the gradient of what goes in
     assert counts["selective"] - counts["none"] == layers
     assert counts["full"] - counts["none"] == layers * 3
+
+
+def test_selective_keeps_the_experts_on_a_cpu() -> None:
+    counts = {kind: calls(experts_cpu, "_spans", kind) for kind in ("none", "selective", "full")}
+    assert counts["none"] == counts["selective"] == 2 * (1 + 1)  # of each layer forward and backward
+    assert counts["full"] - counts["none"] == 2
+
+
+def calls(module: ModuleType, function: str, kind: str) -> int:
+    """Of a function in one step."""
+    model = decoder()
+    if kind != "none":
+        remat_blocks(model, kind)
+    with patch.object(module, function, wraps=getattr(module, function)) as counted:
+        step(model)
+    return counted.call_count
 
 
 def test_gradients_in_bf16() -> None:

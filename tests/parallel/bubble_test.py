@@ -11,7 +11,7 @@ import pytest
 from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
 from llmtrain.config.schema import ParallelConfig
-from llmtrain.parallel.pipeline import SCHEDULES
+from llmtrain.parallel.schedules import SCHEDULES
 from llmtrain.scaling.plan import bubble_share, in_flight
 from tests.parallel import bubble_worker
 
