@@ -139,8 +139,9 @@ def count_backward(weights: Tensor, logits: Tensor, indices: Tensor, handle: Ten
 
 
 @torch.library.custom_op("llmtrain::count_routing", mutates_args=())
-def count_routing(logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
-    """`Tally.add` of the tally with that number."""
+def count_routing(grad: Tensor, logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
+    """`Tally.add` of the tally with that number. `grad` is not read: what depends on the gradient that arrives stays in
+    the backward, where a compiler would else move it into the forward, which rematerialisation runs twice."""
     return TALLIES[int(handle)].add(logits, indices, rows)
 
 
@@ -150,7 +151,7 @@ def _(weights: Tensor, logits: Tensor, indices: Tensor, handle: Tensor, rows: in
 
 
 @count_routing.register_fake
-def _(logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
+def _(grad: Tensor, logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -160,7 +161,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], 
 
 
 def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-    return grad, count_routing(*ctx.saved_tensors, ctx.rows), None, None, None
+    return grad, count_routing(grad, *ctx.saved_tensors, ctx.rows), None, None, None
 
 
 count_backward.register_autograd(_backward, setup_context=_save)
