@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -247,9 +248,8 @@ def check_machine(config: EngineConfig, mesh: Mesh) -> None:
 
 def _import_muon() -> None:
     """DeepSpeed's own Muon: to ask whether our optimizer is that one it imports it, and with it all that compiles."""
-    written, compiler.compile = compiler.compile, lambda: lambda function: function
-    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    compiler.compile = written
+    with patch.object(compiler, "compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 def _prepare_deepspeed(mesh: Mesh, zero_stage: int, trains_experts: bool) -> None:

@@ -69,12 +69,12 @@ class Pipeline:
 
     def _schedule(self, batches: Sequence[Batch]) -> Schedule:
         """For this number and shape of microbatches, a stage's buffers being sized once; the last one is kept."""
-        from llmtrain.parallel.schedules import make_schedule  # torch's pipelining imports its compiler: 2 s
-
         key = (len(batches), tuple(batches[0].input_ids.shape))
         if self.schedule is None or self.schedule[0] != key:
-            loss = lambda out, i: self.loss(out, int(i))  # noqa: E731
-            self.schedule = (key, make_schedule(self.parts, self.plan, self.mesh, len(batches), loss))
+            from llmtrain.parallel.schedules import make_schedule  # torch's pipelining imports its compiler: 2 s
+
+            made = make_schedule(self.parts, self.plan, self.mesh, len(batches), lambda out, i: self.loss(out, int(i)))
+            self.schedule = (key, made)
         return self.schedule[1]
 
     @torch.no_grad()
