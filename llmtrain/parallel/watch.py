@@ -59,6 +59,7 @@ class Watch:
     def _watch(self, store: Store) -> None:
         neighbour = (self.rank + 1) % self.size
         last, since, told = "", time.monotonic(), False
+        store.set(str(self.rank), json.dumps(self._beat()))  # at once: who stops within the first second has a name too
         while not self.done.wait(BEAT_S) and os.getppid() == self.parent:
             store.set(str(self.rank), json.dumps(self._beat()))
             beat = store.get(str(neighbour)).decode() if last or store.check([str(neighbour)]) else ""
