@@ -10,7 +10,8 @@ import pytest
 
 RANK_1_FAILS = """
 import os, pathlib, sys, time
-print("rank", os.environ["RANK"], *sys.argv[2:], flush=True)
+sys.stdout.write(f"rank {os.environ['RANK']} {sys.argv[2]}\\n")  # one write: the ranks have no buffer and one file
+sys.stdout.flush()
 if os.environ["RANK"] == "0":
     sys.exit(pathlib.Path(sys.argv[1]).touch())
 while not os.path.exists(sys.argv[1]):  # torchrun ends rank 0 as soon as rank 1 fails
