@@ -15,6 +15,8 @@ import psutil
 import pytest
 import torch
 
+from tests.forked import run_forked
+
 ROOT = Path(__file__).resolve().parent.parent
 TERM_GRACE_S = 40  # torchrun itself gives its workers 30 s between SIGTERM and SIGKILL
 
@@ -82,3 +84,9 @@ def run_torchrun(
 def torchrun() -> Torchrun:
     """`torchrun(ranks, module_or_script, *args, timeout_s=120, env=None)`: see `run_torchrun`."""
     return run_torchrun
+
+
+@pytest.fixture
+def forked() -> Torchrun:
+    """`forked(ranks, module_or_script, *args, timeout_s=120)`: see `run_forked`."""
+    return run_forked

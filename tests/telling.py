@@ -7,7 +7,7 @@ import sys
 
 
 def tell(value: object) -> None:
-    """A line of JSON. One write, begun on a new line: torchrun's ranks write without a buffer, so that `print` is two
+    """A line of JSON. One write, begun on a new line: ranks may write without a buffer, so that `print` is two
     writes, between which the words of another rank may come."""
     sys.stdout.write(f"\n{json.dumps(value)}\n")
     sys.stdout.flush()

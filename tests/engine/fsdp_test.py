@@ -13,8 +13,8 @@ HERE = Path(__file__).parent
 ROUNDING = {"bf16": 4e-3, "fp16": 5e-4}
 
 
-def test_beside_parity(torchrun: Callable, tmp_path: Path) -> None:
-    result = torchrun(4, HERE / "fsdp_worker.py", tmp_path, timeout_s=200)
+def test_beside_parity(forked: Callable, tmp_path: Path) -> None:
+    result = forked(4, HERE / "fsdp_worker.py", tmp_path, timeout_s=200)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"case"')]
     ranks = {line["case"]: line["ranks"] for line in lines}
     assert len(ranks) == 8, result.stdout[-3000:]
@@ -37,13 +37,13 @@ def test_beside_parity(torchrun: Callable, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled(torchrun: Callable) -> None:
+def test_compiled(forked: Callable) -> None:
     layouts = [
         {"backend": "fsdp", "tp": 2, "dp_shard": 2, "compile": True},
         {"backend": "fsdp", "dp_replicate": 2, "dp_shard": 2, "compile": True, "remat": "full", "grad_clip": 0},
         {"backend": "fsdp", "pp": 2, "dp_shard": 2, "compile": True, "tied": False, "reshard": False},
     ]
-    result = torchrun(4, HERE.parent / "parity" / "layouts_worker.py", json.dumps(layouts), timeout_s=800)
+    result = forked(4, HERE.parent / "parity" / "layouts_worker.py", json.dumps(layouts), timeout_s=800)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
     assert len(lines) == len(layouts), result.stdout[-3000:]
     for line in lines:

@@ -1,4 +1,4 @@
-"""Run under torchrun on 4 ranks: what FSDP2 does beside the parity layouts. Prints one JSON line a case."""
+"""Run on several ranks on 4 ranks: what FSDP2 does beside the parity layouts. Prints one JSON line a case."""
 
 from __future__ import annotations
 

@@ -120,15 +120,15 @@ def step(engine: ZeroEngine) -> float:
 
 
 @pytest.mark.timeout(120)
-def test_two_ranks_are_one_process(torchrun: Callable) -> None:
+def test_two_ranks_are_one_process(forked: Callable) -> None:
     """Tensor parallel, replicated, FSDP2 shards of unequal size: weights after 4 updates."""
-    check(torchrun, 2)
+    check(forked, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_four_ranks_are_one_process(torchrun: Callable) -> None:
-    check(torchrun, 4)
+def test_four_ranks_are_one_process(forked: Callable) -> None:
+    check(forked, 4)
 
 
 def check(run: Callable, ranks: int) -> None:

@@ -1,4 +1,4 @@
-"""Run under torchrun with the number of ranks: Muon on matrices cut over the ranks against Muon in one process.
+"""Run on several ranks with the number of ranks: Muon on matrices cut over the ranks against Muon in one process.
 
 Rank 0 prints one JSON line a layout: for each rank the worst error of a weight relative to how far it moved.
 """

@@ -128,13 +128,13 @@ def test_activations_held() -> None:
 
 
 @pytest.mark.slow
-def test_measured_bubble(torchrun: Callable) -> None:
+def test_measured_bubble(forked: Callable) -> None:
     """Within 3 percentage points of the formula, on four ranks with eight microbatches, each stage sleeping as long in
     its forward as for each of its two gradients."""
     kinds = [("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_zero_bubble", 2), ("zbv", 2)]
     expected = [bubble_share(schedule, 4, virtual, bubble_worker.MICROBATCHES) for schedule, virtual in kinds]
     asked = [[*kind, share + CLOSE] for kind, share in zip(kinds, expected, strict=True)]
-    result = torchrun(4, WORKER, json.dumps(asked), timeout_s=200)
+    result = forked(4, WORKER, json.dumps(asked), timeout_s=200)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"schedule"')]
     assert len(lines) == len(kinds), result.stdout[-3000:]
     for line, share in zip(lines, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Run under torchrun with a JSON list of [schedule, virtual stages, share]: prints the bubble of sleeping stages.
+"""Run on several ranks with a JSON list of [schedule, virtual stages, share]: prints the bubble of sleeping stages.
 
 A stage sleeps UNIT_S in its forward, in the gradient of its input and in that of its weight, so the processor is idle.
 One JSON line a schedule, the smallest share of the steps: a busy machine can only add to a bubble. No more steps are

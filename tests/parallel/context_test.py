@@ -86,9 +86,9 @@ def test_every_field_of_a_batch_is_cut() -> None:
 
 
 @pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.slow)])
-def test_methods_equal_plain_attention(torchrun: Callable, ranks: int) -> None:
+def test_methods_equal_plain_attention(forked: Callable, ranks: int) -> None:
     """Output and gradients of q, k, v; causal rows, documents, branches, windows; as many and fewer key/value heads."""
-    result = torchrun(ranks, WORKER, timeout_s=100)
+    result = forked(ranks, WORKER, timeout_s=100)
     cases = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"case"')]
     assert len(cases) == 34, result.stdout[-3000:]
     for case in cases:
@@ -106,17 +106,17 @@ def check_training(run: Callable, ranks: int, layouts: list[dict], timeout_s: fl
 
 
 @pytest.mark.slow
-def test_training_equals_one_process(torchrun: Callable) -> None:
-    check_training(torchrun, 4, FOUR, timeout_s=200)
+def test_training_equals_one_process(forked: Callable) -> None:
+    check_training(forked, 4, FOUR, timeout_s=200)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_training_on_more_layouts(torchrun: Callable) -> None:
-    check_training(torchrun, 4, MORE, timeout_s=800)
+def test_training_on_more_layouts(forked: Callable) -> None:
+    check_training(forked, 4, MORE, timeout_s=800)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_training_compiled(torchrun: Callable) -> None:
-    check_training(torchrun, 2, COMPILED, timeout_s=800)
+def test_training_compiled(forked: Callable) -> None:
+    check_training(forked, 2, COMPILED, timeout_s=800)

@@ -1,4 +1,4 @@
-"""Run under torchrun: each method of context parallelism against plain attention on whole rows.
+"""Run on several ranks: each method of context parallelism against plain attention on whole rows.
 
 Prints one JSON line a case: the worst relative error of the output and of the gradients of q, k and v.
 """

@@ -32,9 +32,9 @@ def test_experts_are_divided_among_neighbours() -> None:
     assert expert_ranks(shard, 5, 6) == shard and expert_ranks(shard, 5, 1) == [5]
 
 
-def test_roles_in_one_job(torchrun: Callable) -> None:
+def test_roles_in_one_job(forked: Callable) -> None:
     """Each role has its own default group; the link joins them; JSON and bytes arrive whole."""
-    result = torchrun(3, Path(__file__).with_name("roles_worker.py"), timeout_s=90)
+    result = forked(3, Path(__file__).with_name("roles_worker.py"), timeout_s=90)
     assert result.returncode == 0, result.stdout[-3000:]
     seen = sorted(json.loads(line) for line in result.stdout.splitlines() if line.startswith("["))
     assert [s[:3] for s in seen] == [["rollout", 0, 1], ["trainer", 0, 2], ["trainer", 1, 2]]

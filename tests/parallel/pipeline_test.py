@@ -38,25 +38,25 @@ def every(pp: int) -> list[dict]:
     ]
 
 
-def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, TWO, timeout_s=150)
+def test_two_ranks(forked: Callable) -> None:
+    check(forked, 2, TWO, timeout_s=150)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_four_ranks(torchrun: Callable) -> None:
-    check(torchrun, 4, FOUR, timeout_s=800)
+def test_four_ranks(forked: Callable) -> None:
+    check(forked, 4, FOUR, timeout_s=800)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("pp", [2, 4])
-def test_every_schedule_and_stage(torchrun: Callable, pp: int) -> None:
-    check(torchrun, pp, every(pp), timeout_s=800)
+def test_every_schedule_and_stage(forked: Callable, pp: int) -> None:
+    check(forked, pp, every(pp), timeout_s=800)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled(torchrun: Callable) -> None:
+def test_compiled(forked: Callable) -> None:
     layouts = [{"pp": 2, **INTERLEAVED, "zero_stage": 1, "compile": True, "remat": "selective"}]
-    check(torchrun, 2, layouts, timeout_s=800)
+    check(forked, 2, layouts, timeout_s=800)

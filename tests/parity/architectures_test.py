@@ -70,11 +70,11 @@ FOUR = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, TWO, timeout_s=500)
+def test_two_ranks(forked: Callable) -> None:
+    check(forked, 2, TWO, timeout_s=500)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_four_ranks(torchrun: Callable) -> None:
-    check(torchrun, 4, FOUR, timeout_s=500)
+def test_four_ranks(forked: Callable) -> None:
+    check(forked, 4, FOUR, timeout_s=500)

@@ -36,10 +36,10 @@ MORE = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, FEW, timeout_s=500)
+def test_two_ranks(forked: Callable) -> None:
+    check(forked, 2, FEW, timeout_s=500)
 
 
 @pytest.mark.slow
-def test_two_ranks_otherwise(torchrun: Callable) -> None:
-    check(torchrun, 2, MORE, timeout_s=240)
+def test_two_ranks_otherwise(forked: Callable) -> None:
+    check(forked, 2, MORE, timeout_s=240)

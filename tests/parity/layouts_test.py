@@ -87,40 +87,40 @@ def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float, tole
             assert line[measure] <= tolerance, line
 
 
-def test_every_feature(torchrun: Callable) -> None:
+def test_every_feature(forked: Callable) -> None:
     """Few drawn layouts that together show every feature but compilation, which takes its time."""
     drawn = [layout_of(names) for names in covering(generate(max_ranks=4), without=frozenset({"compile"}))]
     for size, layouts in starts([*PINNED, *drawn]):
-        check(torchrun, size, layouts, timeout_s=300)
+        check(forked, size, layouts, timeout_s=300)
 
 
 @pytest.mark.slow
-def test_eight_ranks(torchrun: Callable) -> None:
-    check(torchrun, 8, EIGHT, timeout_s=280)
+def test_eight_ranks(forked: Callable) -> None:
+    check(forked, 8, EIGHT, timeout_s=280)
 
 
-def test_three_ranks(torchrun: Callable) -> None:
-    check(torchrun, 3, THREE, timeout_s=150)
+def test_three_ranks(forked: Callable) -> None:
+    check(forked, 3, THREE, timeout_s=150)
 
 
-def test_sixteen_bits_differ_by_rounding_alone(torchrun: Callable) -> None:
-    check(torchrun, 4, SIXTEEN_BITS, timeout_s=200, tolerances=ROUNDING)
+def test_sixteen_bits_differ_by_rounding_alone(forked: Callable) -> None:
+    check(forked, 4, SIXTEEN_BITS, timeout_s=200, tolerances=ROUNDING)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_sizes(torchrun: Callable) -> None:
+def test_sizes(forked: Callable) -> None:
     for size, layouts in starts(SIZES):
-        check(torchrun, size, layouts, timeout_s=600)
+        check(forked, size, layouts, timeout_s=600)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.skipif(find_library("aio") is None, reason="NVMe offload needs libaio-dev")
-def test_nvme(torchrun: Callable, tmp_path: Path) -> None:
+def test_nvme(forked: Callable, tmp_path: Path) -> None:
     """DeepSpeed compiles its disk reader first, which takes minutes."""
     layout = {"dp_shard": 2, "zero_stage": 3, "offload": "nvme", "offload_path": str(tmp_path)}
-    check(torchrun, 2, [layout], timeout_s=2000)
+    check(forked, 2, [layout], timeout_s=2000)
 
 
 def combinations(size: int) -> list[dict]:
@@ -137,15 +137,15 @@ def combinations(size: int) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("size", [4, 8])
-def test_every_combination(torchrun: Callable, size: int) -> None:
+def test_every_combination(forked: Callable, size: int) -> None:
     for processes, layouts in starts(combinations(size)):
-        check(torchrun, processes, layouts, timeout_s=1800)
+        check(forked, processes, layouts, timeout_s=1800)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_matrix(torchrun: Callable) -> None:
+def test_matrix(forked: Callable) -> None:
     """Every pair of features that goes together, several times: see docs/parallelism.md."""
     drawn = [layout_of(names) for names in at_least(64)]
     for size, layouts in starts(drawn):
-        check(torchrun, size, layouts, timeout_s=3600)
+        check(forked, size, layouts, timeout_s=3600)

@@ -1,4 +1,4 @@
-"""Run under torchrun with a JSON list of layouts: trains 5 steps on each and compares everything with one process.
+"""Run on several ranks with a JSON list of layouts: trains 5 steps on each and compares everything with one process.
 
 Prints one JSON line a layout: the worst relative error of loss, gradient (by parameter), norm and weights.
 """

@@ -59,12 +59,12 @@ SLOW = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_four_ranks(torchrun: Callable) -> None:
-    check(torchrun, 4, QUICK, timeout_s=500)
+def test_four_ranks(forked: Callable) -> None:
+    check(forked, 4, QUICK, timeout_s=500)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_matrix(torchrun: Callable) -> None:
+def test_matrix(forked: Callable) -> None:
     for size, layouts in starts(SLOW):
-        check(torchrun, size, layouts, timeout_s=900)
+        check(forked, size, layouts, timeout_s=900)

@@ -36,9 +36,9 @@ LAYOUTS = [
 ]
 
 
-def test_held_bytes_are_those_of_the_formula(torchrun: Callable) -> None:
+def test_held_bytes_are_those_of_the_formula(forked: Callable) -> None:
     layouts = [{**MODEL, **layout} for layout in LAYOUTS]
-    result = torchrun(4, WORKER, json.dumps(layouts), timeout_s=250)
+    result = forked(4, WORKER, json.dumps(layouts), timeout_s=250)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
     assert len(lines) == len(layouts), result.stdout[-3000:]
     for line in lines:

@@ -1,4 +1,4 @@
-"""Run under torchrun with a JSON list of layouts: bytes of the model states that a rank holds, beside the formula's.
+"""Run on several ranks with a JSON list of layouts: bytes of the model states that a rank holds, beside the formula's.
 
 Prints one JSON line a layout, of the largest rank of each pipeline rank: weights and optimizer state between steps,
 gradients before the update and (where the loss is) while they accumulate, in bytes, measured and by formula.

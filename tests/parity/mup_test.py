@@ -22,5 +22,5 @@ TWO = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, TWO, timeout_s=500)
+def test_two_ranks(forked: Callable) -> None:
+    check(forked, 2, TWO, timeout_s=500)

@@ -27,9 +27,9 @@ TWO = [
 FOUR = [*some(architectures.FOUR, 0, 1, 2, 4, 5), *some(experts.FOUR, 0, 2, 3, 4, 5), *lora.QUICK]
 
 
-def test_two_ranks(torchrun: Callable) -> None:
-    check(torchrun, 2, TWO, timeout_s=280)
+def test_two_ranks(forked: Callable) -> None:
+    check(forked, 2, TWO, timeout_s=280)
 
 
-def test_four_ranks(torchrun: Callable) -> None:
-    check(torchrun, 4, FOUR, timeout_s=280)
+def test_four_ranks(forked: Callable) -> None:
+    check(forked, 4, FOUR, timeout_s=280)

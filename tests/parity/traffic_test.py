@@ -50,8 +50,8 @@ LAYOUTS = [
 ]
 
 
-def test_counted_bytes_are_those_of_the_formula(torchrun: Callable) -> None:
-    result = torchrun(4, WORKER, json.dumps(LAYOUTS), timeout_s=250)
+def test_counted_bytes_are_those_of_the_formula(forked: Callable) -> None:
+    result = forked(4, WORKER, json.dumps(LAYOUTS), timeout_s=250)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
     for line in lines:
         print(line["layout"], *line["items"], sep="\n    ")

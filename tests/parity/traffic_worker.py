@@ -1,4 +1,4 @@
-"""Run under torchrun with a JSON list of layouts: counts what a step sends on each, beside what the formula says.
+"""Run on several ranks with a JSON list of layouts: counts what a step sends on each, beside what the formula says.
 
 Prints one JSON line a layout and rank where the two differ, and one a layout with rank 0's items.
 """

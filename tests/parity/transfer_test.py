@@ -89,29 +89,29 @@ def check(
         assert line["error"] <= (0 if line["saved"] == line["loaded"] else TOLERANCE), line
 
 
-def test_between_engines_and_axes(torchrun: Callable, tmp_path: Path) -> None:
-    check(torchrun, tmp_path, QUICK, timeout_s=150)
+def test_between_engines_and_axes(forked: Callable, tmp_path: Path) -> None:
+    check(forked, tmp_path, QUICK, timeout_s=150)
 
 
-def test_experts_and_biases_of_routers(torchrun: Callable, tmp_path: Path) -> None:
-    check(torchrun, tmp_path, [(0, 1), (1, 2), (0, 0)], timeout_s=200, layouts=EXPERTS)
+def test_experts_and_biases_of_routers(forked: Callable, tmp_path: Path) -> None:
+    check(forked, tmp_path, [(0, 1), (1, 2), (0, 0)], timeout_s=200, layouts=EXPERTS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_pair_with_experts(torchrun: Callable, tmp_path: Path) -> None:
-    check(torchrun, tmp_path, [(i, j) for i in range(4) for j in range(4)], timeout_s=400, layouts=EXPERTS)
+def test_every_pair_with_experts(forked: Callable, tmp_path: Path) -> None:
+    check(forked, tmp_path, [(i, j) for i in range(4) for j in range(4)], timeout_s=400, layouts=EXPERTS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_fifty_pairs(torchrun: Callable, tmp_path: Path) -> None:
-    check(torchrun, tmp_path, random_pairs(50), timeout_s=600)
+def test_fifty_pairs(forked: Callable, tmp_path: Path) -> None:
+    check(forked, tmp_path, random_pairs(50), timeout_s=600)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_muon(torchrun: Callable, tmp_path: Path) -> None:
+def test_muon(forked: Callable, tmp_path: Path) -> None:
     layouts = [{"optimizer": "muon", **layout} for layout in MUON]
     pairs = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0), *((i, i) for i in range(len(layouts)))]
-    check(torchrun, tmp_path, pairs, timeout_s=300, layouts=layouts)
+    check(forked, tmp_path, pairs, timeout_s=300, layouts=layouts)

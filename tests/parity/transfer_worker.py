@@ -1,4 +1,4 @@
-"""Run under torchrun: `save DIRECTORY LAYOUTS` or `load DIRECTORY PAIRS` (JSON), the layouts all of this many ranks.
+"""Run on several ranks: `save DIRECTORY LAYOUTS` or `load DIRECTORY PAIRS` (JSON), the layouts all of this many ranks.
 
 save: each layout (a number and its keys) trains, saves a checkpoint, goes on and notes its losses.
 load: of each pair (saved number, own number and keys) the own layout starts elsewhere, loads the other's checkpoint and

@@ -72,7 +72,7 @@ def start(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(start: Path) -> Callable:
     """run(ranks, {run directory: overrides}) -> CompletedProcess of `llmtrain grpo` with each, by the same ranks."""
-    from tests.conftest import run_torchrun
+    from tests.forked import run_forked
 
     def launch(ranks: int, runs: dict[Path, tuple[str, ...]]) -> subprocess.CompletedProcess[str]:
         model = json.dumps({"init_from": str(start / "hf")})
@@ -81,7 +81,7 @@ def run(start: Path) -> Callable:
             ["grpo", str(start / "small.yaml"), *paths, f"run_dir={run_dir}", *SETTINGS, *overrides]
             for run_dir, overrides in runs.items()
         ]
-        return run_torchrun(ranks, WORKER, json.dumps(arguments), timeout_s=240)
+        return run_forked(ranks, WORKER, json.dumps(arguments), timeout_s=240)
 
     return launch
 

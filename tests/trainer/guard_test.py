@@ -45,10 +45,10 @@ SET = [
 
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["quick", "more"])
-def test_a_step_left_out_changes_nothing(layouts: tuple[dict, ...], tmp_path: Path, torchrun: Callable) -> None:
+def test_a_step_left_out_changes_nothing(layouts: tuple[dict, ...], tmp_path: Path, forked: Callable) -> None:
     """Weights and optimizer state stay bit for bit, the next step is that of a run without it, and so is the step after
     going back to a checkpoint in the middle of a run."""
-    result = torchrun(2, WORKERS / "guard_worker.py", json.dumps(layouts), tmp_path)
+    result = forked(2, WORKERS / "guard_worker.py", json.dumps(layouts), tmp_path)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
     assert len(lines) == len(layouts), result.stdout[-3000:]
     for line in lines:

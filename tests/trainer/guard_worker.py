@@ -1,6 +1,6 @@
 """On each layout: a step that is left out changes nothing, the next one is right; a flipped bit is named.
 
-Run under torchrun with a JSON list of layouts and an empty directory; prints one JSON line a layout, from rank 0.
+Run on several ranks with a JSON list of layouts and an empty directory; prints one JSON line a layout, from rank 0.
 """
 
 from __future__ import annotations

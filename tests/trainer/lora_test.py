@@ -21,7 +21,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.hf_write import save_hf
-from tests.conftest import run_torchrun
+from tests.forked import run_forked
 from tests.trainer.conftest import DOCUMENT
 
 WORKER = Path(__file__).parent / "several_worker.py"
@@ -66,7 +66,7 @@ def place(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("sft", "chained", "straight", 2, "engine.zero_stage=3", "model.lora.rank=2", "model.lora.targets=[q,down]"),
         run("grpo", "sampled", "hf", 2, *FSDP, *GRPO, prompts),
     ]
-    result = run_torchrun(2, WORKER, json.dumps(runs))
+    result = run_forked(2, WORKER, json.dumps(runs))
     assert f"exit codes {[0] * len(runs)}" in result.stdout, result.stdout[-3000:]
     return place
 

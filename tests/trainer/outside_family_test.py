@@ -21,11 +21,11 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_four_ranks_are_one(torchrun: Callable, tmp_path: Path) -> None:
+def test_four_ranks_are_one(forked: Callable, tmp_path: Path) -> None:
     layouts = {"one": (1, []), "four": (4, ["parallel.pp=2", "parallel.tp=2"])}
     for name, (ranks, keys) in layouts.items():
         shared = [f"data.path={tmp_path}/data", f"tokenizer.path={tmp_path}/tokenizer", f"run_dir={tmp_path}/{name}"]
-        result = torchrun(ranks, "llmtrain", "pretrain", TINY, *TOY, *FEW, *shared, *keys, timeout_s=240)
+        result = forked(ranks, "llmtrain", "pretrain", TINY, *TOY, *FEW, *shared, *keys, timeout_s=240)
         assert result.returncode == 0, result.stdout[-3000:]
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert len(one) == 4 and four == pytest.approx(one, rel=1e-5)  # fp32, sums in another order

@@ -13,6 +13,7 @@ import pytest
 
 from llmtrain.checkpoint.load import CheckpointReader
 from tests.conftest import ROOT, run_torchrun
+from tests.forked import run_forked
 from tests.trainer.conftest import DOCUMENT
 
 SEVERAL, FAULTS = (Path(__file__).parent / name for name in ("several_worker.py", "faults_worker.py"))
@@ -41,7 +42,7 @@ def straight(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """An undisturbed run of 6 steps on pp=2 x tp=2, checkpoints at 3 and 6."""
     base = tmp_path_factory.mktemp("straight")
     (base / "small.yaml").write_text(DOCUMENT.format(data=small_data))
-    result = run_torchrun(4, "llmtrain", "pretrain", base / "small.yaml", f"run_dir={base / 'run'}", *LAYOUT)
+    result = run_forked(4, "llmtrain", "pretrain", base / "small.yaml", f"run_dir={base / 'run'}", *LAYOUT)
     assert result.returncode == 0, result.stdout[-3000:]
     return base / "run"
 
@@ -61,7 +62,7 @@ def test_learns_and_records(straight: Path) -> None:
 def several(ranks: int, config: Path, runs: dict[Path, tuple[str, ...]]) -> subprocess.CompletedProcess[str]:
     """`llmtrain pretrain` with each run directory and its overrides, by the same ranks."""
     arguments = [["pretrain", str(config), f"run_dir={run_dir}", *overrides] for run_dir, overrides in runs.items()]
-    return run_torchrun(ranks, SEVERAL, json.dumps(arguments), timeout_s=240)
+    return run_forked(ranks, SEVERAL, json.dumps(arguments), timeout_s=240)
 
 
 @pytest.fixture(scope="module")

@@ -117,10 +117,10 @@ def test_killed_in_a_phase_goes_on_bit_for_bit(small: Path, tmp_path: Path) -> N
     "layout", [("parallel.pp=2", "engine.zero_stage=2"), ("parallel.tp=2",), ("parallel.dp_shard=2",)]
 )
 def test_a_ramp_is_the_same_on_other_layouts(
-    layout: tuple[str, ...], small: Path, tmp_path: Path, torchrun: Callable
+    layout: tuple[str, ...], small: Path, tmp_path: Path, forked: Callable
 ) -> None:
     base = ("llmtrain", "pretrain", small)
-    one = torchrun(1, *base, f"run_dir={tmp_path / 'one'}", *RAMPS)
-    other = torchrun(2, *base, f"run_dir={tmp_path / 'other'}", *RAMPS, *layout)
+    one = forked(1, *base, f"run_dir={tmp_path / 'one'}", *RAMPS)
+    other = forked(2, *base, f"run_dir={tmp_path / 'other'}", *RAMPS, *layout)
     assert one.returncode == other.returncode == 0, other.stdout[-3000:]
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)  # fp32, other order of sums

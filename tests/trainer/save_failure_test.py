@@ -35,11 +35,11 @@ def limited(tmp_path: Path) -> Path:
 
 
 def test_a_failing_disk_is_warned_of_and_the_last_save_not_forgiven(
-    small: Path, tmp_path: Path, torchrun: Callable
+    small: Path, tmp_path: Path, forked: Callable
 ) -> None:
     run_dir = tmp_path / "run"
     options = ("checkpoint.background=true", "train.eval_seqs=1")
-    result = torchrun(2, limited(tmp_path), "pretrain", small, f"run_dir={run_dir}", *options)
+    result = forked(2, limited(tmp_path), "pretrain", small, f"run_dir={run_dir}", *options)
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
     assert result.stdout.count("step 3 was not saved: rank 1: ") == 1, result.stdout[-3000:]
     assert "File too large" in result.stdout and "rank-00001.safetensors" in result.stdout
@@ -78,10 +78,10 @@ def test_a_full_disk_then_room_leaves_no_gap(small: Path, tmp_path: Path) -> Non
     assert os.listdir(run_dir / "checkpoints") == ["step-00000040"]
 
 
-def test_stop_means_stop(small: Path, tmp_path: Path, torchrun: Callable) -> None:
+def test_stop_means_stop(small: Path, tmp_path: Path, forked: Callable) -> None:
     run_dir = tmp_path / "run"
     options = ("checkpoint.background=true", "checkpoint.on_error=stop", "checkpoint.every_steps=1", "train.steps=200")
-    result = torchrun(2, limited(tmp_path), "pretrain", small, f"run_dir={run_dir}", *options)
+    result = forked(2, limited(tmp_path), "pretrain", small, f"run_dir={run_dir}", *options)
     assert result.returncode != 0 and "File too large" in result.stdout, result.stdout[-3000:]
     assert len(metrics(run_dir)) <= 2  # at the latest the next save waits for the first
 

@@ -1,0 +1,93 @@
+"""Ranks for tests, forked from one process that has imported torch, DeepSpeed and llmtrain: that takes longer than most
+tests. Restarts, signals and the product's commands are tested with torchrun."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import connection, get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+GRACE_S = 20  # between SIGTERM and SIGKILL
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["pytest", "torch", "torch._dynamo", "deepspeed", "llmtrain.engine.zero", "llmtrain.engine.fsdp"]
+    + [f"llmtrain.trainer.{command}" for command in ("pretrain", "sft", "grpo")]
+)
+
+
+def run_forked(
+    ranks: int, target: str | Path, *args: str | Path, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """`target`, a module name or a path that ends in .py, on `ranks` local processes, with the environment and the
+    arguments that torchrun would give it.
+
+    Returns 0, or 1 as soon as one rank fails, and stdout and stderr of all together in `stdout`. Fails the test with
+    the output so far when it takes longer than `timeout_s` seconds; no process is left behind.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
+        argv = [str(target), *map(str, args)]
+        each = [(argv, _environment(rank, ranks, store.port), output.name) for rank in range(ranks)]
+        processes = [CONTEXT.Process(target=_rank, args=arguments) for arguments in each]
+        try:
+            for process in processes:
+                process.start()
+            in_time = _await(processes, time.monotonic() + timeout_s)
+        finally:
+            _end(processes)
+        said = output.read()
+    if not in_time:
+        pytest.fail(f"{target} on {ranks} ranks did not end in {timeout_s} s:\n{said[-6000:]}")
+    return subprocess.CompletedProcess(argv, int(any(p.exitcode for p in processes)), stdout=said)
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is not rank 0's
+    return {**os.environ, **{name: str(value) for name, value in numbers.items()}, **place, **agent}
+
+
+def _rank(argv: list[str], environment: Mapping[str, str], output: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = argv
+    if argv[0].endswith(".py"):
+        sys.path.insert(0, os.path.dirname(argv[0]))
+        runpy.run_path(argv[0], run_name="__main__")
+    else:
+        runpy.run_module(argv[0], run_name="__main__")
+
+
+def _await(processes: Sequence[ForkServerProcess], deadline: float) -> bool:
+    """Until all have ended well or one has failed: True; False when it is too late."""
+    while running := [p for p in processes if p.exitcode is None]:
+        if any(p.exitcode for p in processes):
+            return True
+        if not connection.wait([p.sentinel for p in running], deadline - time.monotonic()):
+            return False
+    return True
+
+
+def _end(processes: Sequence[ForkServerProcess]) -> None:
+    running = [p for p in processes if p.pid is not None and p.is_alive()]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in running:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
