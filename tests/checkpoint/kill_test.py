@@ -9,20 +9,19 @@ import signal
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint import save as save_module
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
 from llmtrain.checkpoint.save import save_checkpoint
+from tests.forked import CONTEXT
 
 HELPERS = Path(__file__).parent / "conftest.py"
 
@@ -87,11 +86,11 @@ def one_rank(rank: int, store: str, directory: str, step: int, point: str | None
     os._exit(0)
 
 
-def save_on_two(context: BaseContext, tmp_path: Path, step: int, point: str | None) -> list[int]:
+def save_on_two(tmp_path: Path, step: int, point: str | None) -> list[int]:
     """Exit codes of both ranks."""
     store = tmp_path / f"store-{step}-{point is None}"
     args = (str(store), str(tmp_path / "checkpoints"), step, point)
-    ranks = [context.Process(target=one_rank, args=(rank, *args)) for rank in range(2)]
+    ranks = [CONTEXT.Process(target=one_rank, args=(rank, *args)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -99,24 +98,16 @@ def save_on_two(context: BaseContext, tmp_path: Path, step: int, point: str | No
     return [process.exitcode for process in ranks]
 
 
-@pytest.fixture(scope="module")
-def context() -> BaseContext:
-    """Processes forked from a server that has torch: imported once, not once a process."""
-    server = mp.get_context("forkserver")
-    server.set_forkserver_preload(["torch.distributed", "llmtrain.checkpoint.save", "llmtrain.model.decoder"])
-    return server
-
-
 @pytest.mark.parametrize("point", POINTS)
-def test_a_kill_during_the_save_leaves_a_usable_checkpoint(context: BaseContext, tmp_path: Path, point: str) -> None:
+def test_a_kill_during_the_save_leaves_a_usable_checkpoint(tmp_path: Path, point: str) -> None:
     directory = str(tmp_path / "checkpoints")
-    assert save_on_two(context, tmp_path, 1, None) == [0, 0]
+    assert save_on_two(tmp_path, 1, None) == [0, 0]
     victim = POINTS[point][0]
-    codes = save_on_two(context, tmp_path, 2, point)
+    codes = save_on_two(tmp_path, 2, point)
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] not in (0, None)  # the other one noticed, and did not hang
     step = 2 if point == "before the old ones go" else 1
     assert CheckpointReader(newest_intact(directory)).state == {"step": step}
-    assert save_on_two(context, tmp_path, 2, None) == [0, 0]
+    assert save_on_two(tmp_path, 2, None) == [0, 0]
     assert os.listdir(directory) == ["step-00000002"]
     assert CheckpointReader(newest_intact(directory)).state == {"step": 2}

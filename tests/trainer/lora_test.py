@@ -21,6 +21,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.hf_write import save_hf
+from llmtrain.parallel.mesh import shutdown
 from tests.forked import run_forked
 from tests.trainer.conftest import DOCUMENT
 
@@ -168,6 +169,7 @@ def test_a_base_that_is_gone_or_another_is_named(
         assert main(evaluate) == 2 and f"{place / 'hf'}, which they were trained on, is not" in capfd.readouterr().err
         (place / "away").rename(place / "hf")
     finally:
+        shutdown()  # of the run that began to go on
         shutil.copy(kept, file)
 
 
