@@ -252,10 +252,10 @@ def _offload(case: Case) -> Iterator[str]:
 
 def _muon(case: Case) -> Iterator[str]:
     e, muon = case.config.engine, case.config.optim.name == "muon"
-    if muon and e.backend == "deepspeed" and e.zero_stage > 0:
+    if muon and e.backend == "deepspeed" and e.zero_stage == 3:
         yield (
-            f"optim.name=muon: needs whole matrices, engine.zero_stage={e.zero_stage} gives the optimizer flat pieces; "
-            "use engine.backend=fsdp or engine.zero_stage=0"
+            "optim.name=muon: needs whole matrices, engine.zero_stage=3 gives the optimizer pieces of each; use "
+            "engine.backend=fsdp or engine.zero_stage 0 to 2"
         )
     if muon and e.backend == "deepspeed" and e.zero_stage == 0 and e.precision == "fp16":
         yield (

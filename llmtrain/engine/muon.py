@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,10 +37,11 @@ class Muon(Optimizer):
 
     def __init__(self, matrices: list[nn.Parameter], adamw: AdamW, config: OptimConfig, mesh: Mesh | None) -> None:
         """`matrices` carry `global_shape` and `tp_dim`, and are plain tensors, equal over data-parallel ranks, or
-        DTensors sharded over them on dim 0. A mesh of None: one process."""
+        DTensors sharded over them on dim 0; or DeepSpeed puts flat tensors into the groups later, see
+        `_update_packed`. A mesh of None: one process."""
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
         super().__init__([{"params": matrices}], defaults)
-        self.adamw, self.mesh = adamw, mesh
+        self.adamw, self.mesh, self.matrices = adamw, mesh, matrices
         self.param_groups += adamw.param_groups
         self.state = adamw.state
 
@@ -47,34 +49,51 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:
         """One update of all parameters; a collective over the ranks that share them."""
         self.adamw.step()
-        group = self.param_groups[0]
-        for batch in self._batches(group["params"]):
-            axes = _axes(batch[0], self.mesh)
-            stack = torch.stack([self._direction(p, group["momentum"]) for p in batch])
-            for p, update in zip(batch, orthogonalize(stack, axes), strict=True):
+        for group in self.param_groups:
+            if "momentum" in group:
+                packed = group["params"][0] is not self.matrices[0]
+                self._update_packed(group) if packed else self._update(group)
+
+    def _update(self, group: dict) -> None:
+        for batch in self._batches(p for p in group["params"] if p.grad is not None):
+            stack = torch.stack([_padded(self._direction(p, group["momentum"]), p) for p in batch])
+            for p, update in zip(batch, orthogonalize(stack, _axes(batch[0], self.mesh)), strict=True):
                 weight = _local(p)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update[: len(weight)], alpha=0.2 * math.sqrt(max(p.global_shape)) * group["lr"])
+                weight.sub_(update[: len(weight)], alpha=_scale(p) * group["lr"])
+
+    def _update_packed(self, group: dict) -> None:
+        """ZeRO-1 and 2: DeepSpeed has put this rank's piece of all matrices, one after the other, in place of them. The
+        pieces of the ranks are gathered; then every rank holds what the others hold."""
+        (flat,), ranks = group["params"], self.mesh.groups["grad"]
+        directions = all_gather(self._direction(flat, group["momentum"]), 0, ranks)
+        updates = torch.zeros_like(directions)
+        starts = itertools.accumulate((p.numel() for p in self.matrices), initial=0)
+        place = {p: slice(start, start + p.numel()) for p, start in zip(self.matrices, starts, strict=False)}
+        for batch in self._batches(self.matrices):
+            stack = torch.stack([directions[place[p]].view(p.shape) for p in batch])
+            for p, update in zip(batch, orthogonalize(stack, _axes(batch[0], self.mesh)), strict=True):
+                updates[place[p]] = _scale(p) * update.flatten()
+        flat.mul_(1 - group["lr"] * group["weight_decay"])
+        flat.sub_(updates.chunk(dist.get_world_size(ranks))[dist.get_rank(ranks)], alpha=group["lr"])
 
     def _batches(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Matrices cut alike, as many as keep every rank busy without holding more than a few of them whole."""
         alike = defaultdict(list)
         for p in parameters:
-            if p.grad is not None:
-                alike[p.global_shape, p.tp_dim].append(p)
+            alike[p.global_shape, p.tp_dim].append(p)
         for (shape, _), members in alike.items():
             ranks = math.prod(dist.get_world_size(group) for group, _ in _axes(members[0], self.mesh))
             size = ranks * max(1, STACK_NUMEL // math.prod(shape))
             yield from (members[i : i + size] for i in range(0, len(members), size))
 
-    def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """This rank's piece of the averaged gradient, with zero rows up to the largest piece: they stay zero."""
+    def _direction(self, p: Tensor, momentum: float) -> Tensor:
+        """This rank's piece of the averaged gradient."""
         if "momentum" not in self.state[p]:
             self.state[p]["momentum"] = torch.zeros_like(p)
         grad, average = _local(p.grad), _local(self.state[p]["momentum"])
         average.lerp_(grad, 1 - momentum)
-        piece = grad.lerp(average, momentum).to(_dtype(p.device))
-        return F.pad(piece, (0, 0, 0, _largest_piece(p) - len(piece)))
+        return grad.lerp(average, momentum).to(_dtype(p.device))
 
 
 def orthogonalize(stack: Tensor, axes: Sequence[Axis]) -> Tensor:
@@ -124,6 +143,16 @@ def _axes(p: nn.Parameter, mesh: Mesh | None) -> list[Axis]:
     else:
         data = [(mesh.groups["grad"], None)]
     return [axis for axis in (*data, (mesh.groups["tp"], p.tp_dim)) if dist.get_world_size(axis[0]) > 1]
+
+
+def _scale(p: nn.Parameter) -> float:
+    """Gives an update the RMS that AdamW's usually has, see `Muon`."""
+    return 0.2 * math.sqrt(max(p.global_shape))
+
+
+def _padded(piece: Tensor, p: nn.Parameter) -> Tensor:
+    """With zero rows up to the largest piece: they stay zero."""
+    return F.pad(piece, (0, 0, 0, _largest_piece(p) - len(piece)))
 
 
 def _largest_piece(p: nn.Parameter) -> int:

@@ -88,7 +88,7 @@ def _experts_apart(group: dict, name: str | None) -> list[dict]:
 
 def state_keys(parameter: Tensor) -> tuple[str, ...]:
     """What the optimizer keeps of a parameter, as tensors of its form: the keys of its fragments beside `weight`.
-    A flat tensor into which an engine has packed parameters counts as AdamW's."""
+    A flat tensor into which an engine has packed parameters is marked as they are, or counts as AdamW's."""
     return ("momentum",) if getattr(parameter, "muon", False) else ("exp_avg", "exp_avg_sq")
 
 

@@ -72,6 +72,7 @@ def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
         "gradient_clipping": grad_clip if engine.zero_stage else 0.0,
         "steps_per_print": 10**9,
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # Muon; tests/parity has tested it
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {
             "enabled": engine.precision in ("bf16", "fp8"),

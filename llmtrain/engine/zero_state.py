@@ -134,7 +134,11 @@ def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
 def _make_state(engine: object, step: int) -> list[dict[str, Tensor]]:
     """An optimizer makes its state at the first update; before that it is made here, as after `step` updates."""
     if engine.zero_optimization_stage():
-        state, tensors = engine.optimizer.optimizer.state, _flats(engine.optimizer)
+        inner, tensors = engine.optimizer.optimizer, _flats(engine.optimizer)
+        state = inner.state
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                flat.muon = "momentum" in group
     else:
         state, tensors = engine.optimizer.state, trained_of([engine.module])
     for t in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from llmtrain.config.adapters import adapter_shapes
@@ -81,7 +82,11 @@ def by_ranks(shapes: Sequence[Shape], ranks: int, ep: int) -> list[tuple[list[Sh
     return [(dense, ranks), ([shape for shape in shapes if len(shape) == 3], ranks // ep)]
 
 
-def optimizer_groups(shapes: Sequence[Shape]) -> list[list[Shape]]:
-    """Matrices and vectors: they differ in weight decay."""
-    groups = [[shape for shape in shapes if (len(shape) > 1) == matrix] for matrix in (True, False)]
+def optimizer_groups(shapes: Sequence[Shape], muon: Sequence[Shape] = ()) -> list[list[Shape]]:
+    """Those of `muon`; then the other matrices, and vectors, which differ in weight decay."""
+    left, taken, rest = Counter(muon), [], []
+    for shape in shapes:
+        (taken if left[shape] else rest).append(shape)
+        left[shape] -= bool(left[shape])
+    groups = [taken, *([shape for shape in rest if (len(shape) > 1) == matrix] for matrix in (True, False))]
     return [group for group in groups if group]

@@ -61,13 +61,15 @@ def state_bytes(
     pp_rank: int = 0,
 ) -> States:
     """Of the fullest rank of a pipeline rank's. `model` is resolved and `parallel.dp_shard` is not -1."""
-    spared = 4 * numel(block_matrices(model, parallel, pp_rank)) if optimizer == "muon" else 0  # one of two moments
+    muon = block_matrices(model, parallel, pp_rank) if optimizer == "muon" else []
+    spared = 4 * numel(muon)  # one of two moments
     if engine.backend == "fsdp":
         states = _fsdp(model, parallel, engine, accumulation, pp_rank)
         spared //= parallel.dp_shard * parallel.cp
     else:
+        spared //= parallel.dp_replicate * parallel.dp_shard * parallel.cp if engine.zero_stage else 1
         shapes, ranks = rank_shapes(model, parallel, pp_rank), parallel.dp_replicate * parallel.dp_shard * parallel.cp
-        each = [_zero(some, shared, engine) for some, shared in by_ranks(shapes, ranks, parallel.ep)]
+        each = [_zero(some, shared, engine, muon) for some, shared in by_ranks(shapes, ranks, parallel.ep)]
         states = States(*(sum(values) for values in zip(*each, strict=True)))
     states = states._replace(optimizer=states.optimizer - spared)
     if model.lora is not None:  # the model itself has nothing but weights
@@ -80,12 +82,12 @@ def state_bytes(
     return states._replace(weights=kept, gradients=0, optimizer=0, unreduced=states.unreduced + states.gradients)
 
 
-def _zero(shapes: Sequence[Shape], ranks: int, engine: EngineConfig) -> States:
+def _zero(shapes: Sequence[Shape], ranks: int, engine: EngineConfig, muon: Sequence[Shape] = ()) -> States:
     value, total = _value(engine), numel(shapes)
     weights, gradients, state = zero_bytes(total, engine.zero_stage, ranks, engine.precision)
     gathered = 0
     if engine.zero_stage in (1, 2):  # at stage 1 too those of other ranks are dropped
-        gradients = value * max(_touched(shapes, ranks, rank) for rank in range(ranks))
+        gradients = value * max(_touched(optimizer_groups(shapes, muon), ranks, rank) for rank in range(ranks))
     elif engine.zero_stage == 3:
         kept = numel(shape for shape in shapes if math.prod(shape) <= PERSISTENT)
         weights += value * kept if ranks > 1 else 0  # a single rank has them whole anyway
@@ -101,11 +103,11 @@ def _of_adapters(shapes: Sequence[Shape], parallel: ParallelConfig, engine: Engi
     return States(4 * own, 4 * own, 8 * own, _value(engine) * total, 4 * (total - own))
 
 
-def _touched(shapes: Sequence[Shape], ranks: int, rank: int) -> int:
-    """Elements of the parameters of which stages 1 and 2 give a rank a part: it holds their gradients whole. Matrices,
-    and vectors, lie one behind the other and are cut into equal runs."""
+def _touched(groups: Sequence[Sequence[Shape]], ranks: int, rank: int) -> int:
+    """Elements of the parameters of which stages 1 and 2 give a rank a part: it holds their gradients whole. Those of
+    a group of the optimizer lie one behind the other and are cut into equal runs."""
     total = 0
-    for group in optimizer_groups(shapes):
+    for group in groups:
         run, start = -(-numel(group) // (2 * ranks)) * 2, 0
         for shape in group:
             size = math.prod(shape)

@@ -19,7 +19,7 @@ from llmtrain.checkpoint.source import fingerprint, locate, source_at
 from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config, ModelConfig
-from llmtrain.config.shapes import fields_from_directory, resolve_model
+from llmtrain.config.shapes import FREE, FREE_MOE, fields_from_directory, resolve_model
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine, make_engine
@@ -128,6 +128,24 @@ def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
         if was != is_now:
             raise ValueError(
                 f"{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name"
+            )
+    check_same_function(job, reader, path)
+
+
+def check_same_function(job: Job, reader: CheckpointReader, path: str) -> None:
+    """Raises ValueError when the same weights would mean something else: other factors, norms, positions."""
+    saved, now = reader.state["model"], job.model.model_dump(mode="json")
+    ramped = ("rope_theta", "rope_scaling") if job.config.train.seq_ramp else ()
+    free = {*FREE, *ramped, "preset", "init_from", "max_positions", "moe"}
+    pairs = [(key, saved[key], now[key]) for key in now if key not in free]
+    experts = saved["moe"] or {}
+    pairs += [
+        (f"moe.{key}", experts.get(key), value) for key, value in (now["moe"] or {}).items() if key not in FREE_MOE
+    ]
+    for key, was, is_now in pairs:
+        if was != is_now:
+            raise ValueError(
+                f"model.{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name"
             )
 
 

@@ -228,8 +228,8 @@ def config(*overrides: str, folder: Path) -> Config:
         (
             "pretrain",
             4,
-            ["optim.name=muon"],
-            "optim.name=muon: needs whole matrices, engine.zero_stage=1 gives .*; use engine.backend=fsdp or",
+            ["optim.name=muon", "engine.zero_stage=3"],
+            "optim.name=muon: needs whole matrices, engine.zero_stage=3 gives .*; use engine.backend=fsdp or",
         ),
         ("pretrain", 4, ["optim.lr=1e-5"], "optim.min_lr=3e-05: must be at most optim.lr=1e-05"),
         (
@@ -289,7 +289,7 @@ def test_rules_of_muon(tmp_path: Path) -> None:
     def lines(*overrides: str) -> list[str]:
         return violations(config("optim.name=muon", "engine.zero_stage=0", *overrides, folder=tmp_path), 4, "pretrain")
 
-    assert lines("engine.precision=fp32") == []
+    assert lines("engine.precision=fp32") == lines("engine.precision=bf16", "engine.zero_stage=1") == []
     half = lines("engine.precision=fp16")
     assert any(re.match("engine.precision=fp16: must be fp32 with optim.name=muon", line) for line in half)
     for offload in ("optimizer", "params", "nvme"):

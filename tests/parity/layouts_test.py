@@ -24,10 +24,12 @@ PINNED = [
     {"pp": 4, "zero_stage": 3},
     {"tp": 4, "backend": "fsdp"},  # nothing to shard
     {"cp": 4, "zero_stage": 1, "context": "ring"},
+    {"pp": 2, "tp": 2, "zero_stage": 1, "optimizer": "muon"},
 ]
 THREE = [  # nothing divides by 3: pieces of unequal length, and padding
     {"dp_shard": 3, "zero_stage": 2},
     {"dp_shard": 3, "backend": "fsdp"},
+    {"dp_shard": 3, "zero_stage": 2, "optimizer": "muon"},
 ]
 SIXTEEN_BITS = [
     {"pp": 2, "tp": 2, "zero_stage": 1, "precision": "bf16"},
@@ -49,6 +51,9 @@ SIZES = [  # every number of ranks from 2 to 8, axes of more than 2
     {"dp_shard": 3, "zero_stage": 3},
     {"dp_replicate": 3, "zero_stage": 0},
     {"dp_shard": 3, "backend": "fsdp", "optimizer": "muon"},
+    {"dp_shard": 2, "tp": 2, "zero_stage": 1, "optimizer": "muon"},
+    {"pp": 2, "cp": 2, "zero_stage": 2, "optimizer": "muon"},
+    {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 1, "optimizer": "muon"},
     {"pp": 3, "zero_stage": 1, "num_layers": 5},
     {"dp_shard": 5, "zero_stage": 1},
     {"dp_shard": 5, "backend": "fsdp"},

@@ -22,6 +22,7 @@ LAYOUTS = [
     {"dp_shard": 4, "zero_stage": 1},
     {"dp_shard": 4, "zero_stage": 1, "precision": "bf16"},
     {"dp_shard": 4, "zero_stage": 2, "precision": "bf16"},
+    {"dp_shard": 4, "zero_stage": 1, "precision": "bf16", "optimizer": "muon"},
     {"dp_shard": 4, "zero_stage": 3},
     {"dp_shard": 4, "zero_stage": 3, "precision": "bf16"},
     {"dp_shard": 4, "backend": "fsdp"},

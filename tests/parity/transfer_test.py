@@ -47,6 +47,7 @@ MUON = [  # its state is of its own kind, and goes to Muon only
     {"dp_shard": 2, "zero_stage": 0},
     {"tp": 2, "cp": 2, "zero_stage": 0},
     {"dp_shard": 3, "backend": "fsdp"},
+    {"dp_shard": 2, "tp": 2, "zero_stage": 1},
 ]
 EXPERTS = [
     {"dp_shard": 4, "ep": 2, "zero_stage": 1, "model": SIGMOID},
@@ -113,5 +114,5 @@ def test_fifty_pairs(forked: Callable, tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_muon(forked: Callable, tmp_path: Path) -> None:
     layouts = [{"optimizer": "muon", **layout} for layout in MUON]
-    pairs = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0), *((i, i) for i in range(len(layouts)))]
+    pairs = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), *((i, i) for i in range(len(layouts)))]
     check(forked, tmp_path, pairs, timeout_s=300, layouts=layouts)
