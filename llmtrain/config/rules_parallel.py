@@ -257,10 +257,10 @@ def _muon(case: Case) -> Iterator[str]:
             "optim.name=muon: needs whole matrices, engine.zero_stage=3 gives the optimizer pieces of each; use "
             "engine.backend=fsdp or engine.zero_stage 0 to 2"
         )
-    if muon and e.backend == "deepspeed" and e.zero_stage == 0 and e.precision == "fp16":
+    if muon and e.backend == "deepspeed" and e.precision == "fp16":
         yield (
-            "engine.precision=fp16: must be fp32 with optim.name=muon at engine.zero_stage=0, where the optimizer gets "
-            "copies of the weights that have no names; use fp32 or engine.backend=fsdp"
+            "engine.precision=fp16: not with optim.name=muon and engine.backend=deepspeed, which have been compared "
+            "with one process in fp32 and bf16 only; use these or engine.backend=fsdp"
         )
     if muon and e.offload != "none":
         yield (

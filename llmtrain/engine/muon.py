@@ -64,18 +64,17 @@ class Muon(Optimizer):
 
     def _update_packed(self, group: dict) -> None:
         """ZeRO-1 and 2: DeepSpeed has put this rank's piece of all matrices, one after the other, in place of them. The
-        pieces of the ranks are gathered; then every rank holds what the others hold."""
+        pieces of the ranks are gathered, and while the update lasts every rank holds what the others hold."""
         (flat,), ranks = group["params"], self.mesh.groups["grad"]
         directions = all_gather(self._direction(flat, group["momentum"]), 0, ranks)
-        updates = torch.zeros_like(directions)
         starts = itertools.accumulate((p.numel() for p in self.matrices), initial=0)
         place = {p: slice(start, start + p.numel()) for p, start in zip(self.matrices, starts, strict=False)}
         for batch in self._batches(self.matrices):
             stack = torch.stack([directions[place[p]].view(p.shape) for p in batch])
             for p, update in zip(batch, orthogonalize(stack, _axes(batch[0], self.mesh)), strict=True):
-                updates[place[p]] = _scale(p) * update.flatten()
+                directions[place[p]] = _scale(p) * update.flatten()
         flat.mul_(1 - group["lr"] * group["weight_decay"])
-        flat.sub_(updates.chunk(dist.get_world_size(ranks))[dist.get_rank(ranks)], alpha=group["lr"])
+        flat.sub_(directions.chunk(dist.get_world_size(ranks))[dist.get_rank(ranks)], alpha=group["lr"])
 
     def _batches(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Matrices cut alike, as many as keep every rank busy without holding more than a few of them whole."""

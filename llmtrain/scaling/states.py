@@ -33,7 +33,7 @@ class States(NamedTuple):
     weights: int  # between steps
     gradients: int  # reduced, as the update finds them
     optimizer: int  # moments, and fp32 masters if these are not the weights
-    gathered: int  # whole weights in the precision of the compute, for a while
+    gathered: int  # whole weights in the precision of the compute, or what Muon orthogonalises, for a while
     unreduced: int  # what gradients take more before their reduction
 
 
@@ -71,6 +71,8 @@ def state_bytes(
         shapes, ranks = rank_shapes(model, parallel, pp_rank), parallel.dp_replicate * parallel.dp_shard * parallel.cp
         each = [_zero(some, shared, engine, muon) for some, shared in by_ranks(shapes, ranks, parallel.ep)]
         states = States(*(sum(values) for values in zip(*each, strict=True)))
+        if engine.zero_stage in (1, 2):  # Muon gathers directions, in bf16 on a GPU
+            states = states._replace(gathered=states.gathered + 2 * numel(muon))
     states = states._replace(optimizer=states.optimizer - spared)
     if model.lora is not None:  # the model itself has nothing but weights
         frozen = states._replace(gradients=0, optimizer=0, unreduced=0)

@@ -290,8 +290,9 @@ def test_rules_of_muon(tmp_path: Path) -> None:
         return violations(config("optim.name=muon", "engine.zero_stage=0", *overrides, folder=tmp_path), 4, "pretrain")
 
     assert lines("engine.precision=fp32") == lines("engine.precision=bf16", "engine.zero_stage=1") == []
-    half = lines("engine.precision=fp16")
-    assert any(re.match("engine.precision=fp16: must be fp32 with optim.name=muon", line) for line in half)
+    for stage in range(3):
+        half = lines("engine.precision=fp16", f"engine.zero_stage={stage}")
+        assert any(re.match("engine.precision=fp16: not with optim.name=muon", line) for line in half)
     for offload in ("optimizer", "params", "nvme"):
         found = lines("engine.precision=fp32", f"engine.offload={offload}", "engine.offload_path=x")
         assert any(re.match(f"engine.offload={offload}: must be none with optim.name=muon", line) for line in found)

@@ -91,3 +91,11 @@ def test_muon_has_one_momentum_for_matrices_of_blocks() -> None:
     matrices = BIG.num_layers * numel(s for s in block_shapes(BIG, 0, 1) if len(s) > 1)
     adamw, muon = (state_bytes(BIG, ParallelConfig(dp_shard=1), engine, name) for name in ("adamw", "muon"))
     assert adamw.optimizer - muon.optimizer == 4 * matrices
+
+
+def test_under_zero_1_and_2_muon_shards_its_momentum_and_gathers_directions() -> None:
+    matrices = BIG.num_layers * numel(s for s in block_shapes(BIG, 0, 1) if len(s) > 1)
+    for stage in (1, 2):
+        engine = EngineConfig(zero_stage=stage, precision="bf16")
+        adamw, muon = (state_bytes(BIG, ParallelConfig(dp_shard=4), engine, name) for name in ("adamw", "muon"))
+        assert adamw.optimizer - muon.optimizer == matrices and muon.gathered - adamw.gathered == 2 * matrices
