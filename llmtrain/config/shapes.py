@@ -80,13 +80,14 @@ def _preset(name: str, written: Mapping[str, Any]) -> dict[str, Any]:
 def _check_agreement(source: str, found: Mapping[str, Any], written: Mapping[str, Any]) -> None:
     wrong = [
         f"model.{name}={value}: the weights in {source} have {there}; remove the line"
-        for name, value, there in _contradictions(found, written)
+        for name, value, there in contradictions(found, written)
     ]
     if wrong:
         raise ValueError("\n".join(wrong))
 
 
-def _contradictions(found: Mapping[str, Any], written: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def contradictions(found: Mapping[str, Any], written: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, value, as found) of the written fields with which the weights that are there would be others."""
     wrong = []
     for name, value in written.items():
         grown = name == "vocab_size" and value > found[name]  # rows are added, see model.vocab

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from llmtrain.checkpoint.source import fingerprint, locate, source_at
 from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config, ModelConfig
-from llmtrain.config.shapes import FREE, FREE_MOE, fields_from_directory, resolve_model
+from llmtrain.config.shapes import contradictions, fields_from_directory, resolve_model
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine, make_engine
@@ -123,30 +125,20 @@ def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
             f"optim.name={is_now}: must stay {was}, whose state {path} holds; to go on from its weights alone, set "
             f"model.init_from={path} and give the run another name"
         )
-    for key in SAME:
-        was, is_now = (reduce(lambda section, name: section[name], key.split("."), c) for c in (saved, now))
+    samples = ((key, *(reduce(lambda part, name: part[name], key.split("."), c) for c in (now, saved))) for key in SAME)
+    for key, is_now, was in itertools.chain(samples, other_function(job, reader)):
         if was != is_now:
             raise ValueError(
                 f"{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name"
             )
-    check_same_function(job, reader, path)
 
 
-def check_same_function(job: Job, reader: CheckpointReader, path: str) -> None:
-    """Raises ValueError when the same weights would mean something else: other factors, norms, positions."""
-    saved, now = reader.state["model"], job.model.model_dump(mode="json")
+def other_function(job: Job, reader: CheckpointReader) -> list[tuple[str, Any, Any]]:
+    """(key, now, as saved) where the same weights would mean something else: other factors, norms, positions."""
+    saved, now = (ModelConfig.model_validate(m) for m in (reader.state["model"], job.model.model_dump(mode="json")))
     ramped = ("rope_theta", "rope_scaling") if job.config.train.seq_ramp else ()
-    free = {*FREE, *ramped, "preset", "init_from", "max_positions", "moe"}
-    pairs = [(key, saved[key], now[key]) for key in now if key not in free]
-    experts = saved["moe"] or {}
-    pairs += [
-        (f"moe.{key}", experts.get(key), value) for key, value in (now["moe"] or {}).items() if key not in FREE_MOE
-    ]
-    for key, was, is_now in pairs:
-        if was != is_now:
-            raise ValueError(
-                f"model.{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name"
-            )
+    asked = {name: value for name, value in now if name not in ("preset", "init_from", *ramped)}
+    return [(f"model.{name}", is_now, was) for name, is_now, was in contradictions(dict(saved), asked)]
 
 
 def check_same_base(job: Job, reader: CheckpointReader, path: str) -> None:
