@@ -13,14 +13,16 @@ from benchmarks.common import Contestant
 from benchmarks.task import WARMUP_STEPS, Task
 
 STEPS = 3
-ROWS = 20
+ROWS = 30
+NAME = 72  # characters
 
 
 class Profiled:
     """Stands in for `common.Turns`: profiles STEPS steps after the warmup, then stops the contestant."""
 
     def __init__(self) -> None:
-        self.step, self.profile = 0, profile(activities=[ProfilerActivity.CPU])
+        self.gpu = torch.cuda.is_available()
+        self.step, self.profile = 0, profile(activities=[ProfilerActivity.CUDA if self.gpu else ProfilerActivity.CPU])
 
     def wait(self) -> bool:
         if self.step == WARMUP_STEPS:
@@ -33,11 +35,14 @@ class Profiled:
     def done(self, value: float) -> None:
         self.step += 1
         if self.step == WARMUP_STEPS + STEPS:
+            if self.gpu:
+                torch.cuda.synchronize()
             self.profile.stop()
 
     def milliseconds(self) -> dict[str, float]:
-        """Of one step, by operator, its own time without that of the operators it calls."""
-        return {e.key: e.self_cpu_time_total / 1e3 / STEPS for e in self.profile.key_averages()}
+        """Of one step, by operator, its own time without that of the operators it calls; on a GPU by kernel."""
+        events = self.profile.key_averages()
+        return {e.key: (e.self_device_time_total if self.gpu else e.self_cpu_time_total) / 1e3 / STEPS for e in events}
 
 
 def _run(contestant: Contestant, task: Task, threads: int) -> dict[str, float]:
@@ -47,21 +52,26 @@ def _run(contestant: Contestant, task: Task, threads: int) -> dict[str, float]:
     return turns.milliseconds()
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
-    """Two columns of milliseconds and their difference, the largest differences first."""
+def table(found: dict[str, dict[str, float]], by_difference: bool) -> str:
+    """Two columns of milliseconds and their difference; the largest differences first, or what takes longest."""
     (a, first), (b, second) = found.items()
     rows = [(name, first.get(name, 0.0), second.get(name, 0.0)) for name in first.keys() | second.keys()]
-    rows.sort(key=lambda row: -abs(row[1] - row[2]))
-    lines = [f"{'ms a step, by operator':44}{a:>26}{b:>26}{'difference':>12}"]
-    lines += [f"{n[:43]:44}{x:>26.1f}{y:>26.1f}{x - y:>12.1f}" for n, x, y in rows[:ROWS]]
+    rows.sort(key=lambda row: -abs(row[1] - row[2]) if by_difference else -max(row[1:]))
+    lines = [f"{'ms a step':{NAME}}{a:>26}{b:>26}{'difference':>12}"]
+    lines += [f"{n[: NAME - 1]:{NAME}}{x:>26.1f}{y:>26.1f}{x - y:>12.1f}" for n, x, y in rows[:ROWS]]
     total = [sum(column.values()) for column in (first, second)]
-    return "\n".join([*lines, f"{'all':44}{total[0]:>26.1f}{total[1]:>26.1f}{total[0] - total[1]:>12.1f}", ""])
+    return "\n".join([*lines, f"{'all':{NAME}}{total[0]:>26.1f}{total[1]:>26.1f}{total[0] - total[1]:>12.1f}", ""])
 
 
-def write_profile(pair: dict[str, Contestant], task: Task, threads: int, path: Path) -> None:
+def write_profile(
+    pair: dict[str, Contestant], task: Task, threads: int, path: Path, by_difference: bool = True
+) -> None:
     """One process each, one after the other, so that neither slows the other."""
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         found = {name: pool.apply(_run, (contestant, task, threads)) for name, contestant in pair.items()}
-    text = table(found) + f"load average {os.getloadavg()[0]:.1f}, {threads} threads, torch {torch.__version__}\n"
+    text = (
+        table(found, by_difference)
+        + f"load average {os.getloadavg()[0]:.1f}, {threads} threads, torch {torch.__version__}\n"
+    )
     path.write_text(text)
     print(text)

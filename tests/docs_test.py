@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 from pydantic import BaseModel
 
+from llmtrain.config.machine import torch_version
+from llmtrain.config.rules_parallel import ZERO_BUBBLE_TORCH
 from llmtrain.config.schema import Config, StageConfig
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,7 @@ def test_configuration_is_current(generate: ModuleType) -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == generate.render(), "run `python docs/generate.py`"
 
 
+@pytest.mark.skipif(torch_version() < ZERO_BUBBLE_TORCH, reason="the table is that of the newest torch")
 def test_parallelism_is_current() -> None:
     written = (ROOT / "docs" / "parallelism.md").read_text()
     assert written == script("parallelism").render(), "run `python docs/parallelism.py`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.metadata import version
 
 # x86: what oneDNN, torch's library of matrix products on a CPU, asks for; below it bf16 runs in a plain loop
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -14,6 +15,12 @@ def fast_precision() -> str:
     """bf16 on a GPU and on a CPU that multiplies it quickly, else fp32: a CPU with AVX2 alone takes about six times as
     long for a matrix product in bf16."""
     return "bf16" if has_gpu() or multiplies_bf16(cpu_flags()) else "fp32"
+
+
+def torch_version() -> tuple[int, int]:
+    """Of the installed torch, as (2, 13)."""
+    major, minor = version("torch").split(".")[:2]
+    return int(major), int(minor)
 
 
 def has_gpu() -> bool:

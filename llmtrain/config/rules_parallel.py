@@ -6,7 +6,10 @@ import math
 from collections.abc import Iterator
 
 from llmtrain.config.case import TRAIN, TUNE, Case, Rules, mesh_sizes
+from llmtrain.config.machine import torch_version
 from llmtrain.config.stages import plan_stages
+
+ZERO_BUBBLE_TORCH = (2, 13)
 
 
 def _ranks(case: Case) -> Iterator[str]:
@@ -110,6 +113,10 @@ def _schedule(case: Case) -> Iterator[str]:
         yield f"parallel.virtual_stages={p.virtual_stages}: {rule}; set it or choose another schedule"
     if p.schedule not in ("interleaved_zero_bubble", "zbv"):
         return
+    if (found := torch_version()) < ZERO_BUBBLE_TORCH:
+        needed = ".".join(map(str, ZERO_BUBBLE_TORCH))
+        rule = f"needs torch {needed} or later, which can split any backward, this is {found[0]}.{found[1]}"
+        yield f"parallel.schedule={p.schedule}: {rule}; install it or use interleaved_1f1b"
     reasons = {
         "engine.reshard=true": (
             e.backend == "fsdp" and e.reshard,

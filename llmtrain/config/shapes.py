@@ -14,7 +14,7 @@ from llmtrain.config.families import FAMILIES, family_of, presets
 from llmtrain.config.load import load
 from llmtrain.config.parameters import has_experts, layer_shapes, layer_type, numel, outer_shapes, padded_vocab_size
 from llmtrain.config.ramp import trained_model
-from llmtrain.config.schema import MlaConfig, ModelConfig, MoeConfig, RunConfig, Section
+from llmtrain.config.schema import EngineConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, Section
 
 SHAPE = tuple(name for name in ModelConfig.model_fields if name not in ("preset", "init_from"))
 # A matter of training, of room, or of which of the weights that are there are used.
@@ -214,6 +214,19 @@ def active_parameter_count(model: ModelConfig) -> int:
         return parameter_count(m)
     idle = 3 * m.hidden_size * m.moe.expert_ffn_size * (m.moe.num_experts - m.moe.top_k)
     return parameter_count(m) - idle * sum(has_experts(m, layer) for layer in range(m.num_layers))
+
+
+def chunk_tokens(engine: EngineConfig, rows: int, gpu: bool) -> int:
+    """Tokens whose logits are held at a time, of `rows` ids of the vocabulary each.
+
+    On a CPU a chunk that the allocator keeps (2^22 fp32 numbers) beats a larger one. On a GPU every chunk reads and
+    writes the whole gradient of the head, so that few are better; compiled ones have no fp32 copy.
+    """
+    if engine.logprob_chunk_tokens is not None:
+        return engine.logprob_chunk_tokens
+    if not gpu:
+        return max(64, 2**22 // rows)
+    return max(1024, 2 ** (29 if engine.compile else 28) // rows)
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:

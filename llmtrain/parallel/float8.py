@@ -20,10 +20,12 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() / factor).to(dtype), factor
 
 
-def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """a [n, k] times b [k, m]; the kernel wants the first by rows and the second by columns."""
+def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """a [n, k] times b [k, m]; the kernel wants the first by rows and the second by columns. `fast`: a GPU's sums
+    within a tile keep fewer bits (of gradients, whose values differ more in size, they must not)."""
     columns = b[0].t().contiguous().t()
-    return torch._scaled_mm(a[0].contiguous(), columns, scale_a=a[1], scale_b=b[1], out_dtype=dtype)
+    factors = {"scale_a": a[1], "scale_b": b[1]}
+    return torch._scaled_mm(a[0].contiguous(), columns, **factors, out_dtype=dtype, use_fast_accum=fast)
 
 
 class _Float8Product(torch.autograd.Function):
@@ -33,7 +35,7 @@ class _Float8Product(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         (a, a_factor), (w, w_factor) = quantize(x, E4M3), quantize(weight, E4M3)
         ctx.save_for_backward(a, a_factor, w, w_factor)
-        return _product((a, a_factor), (w.t(), w_factor), x.dtype)
+        return _product((a, a_factor), (w.t(), w_factor), x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:

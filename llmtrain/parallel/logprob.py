@@ -94,7 +94,7 @@ class _TokenScores(torch.autograd.Function):
         hidden, weight, labels, scale, normalizer, left = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        gradient_chunk = _fused(_gradient_chunk) if ctx.compiled else _gradient_chunk
+        gradient_chunk = _fused(_gradient_in_one_pass) if ctx.compiled else _gradient_chunk
         kept, ctx.kept = ctx.kept, None  # a second backward (of a retained graph) has to compute it, too
         for start in reversed(range(0, hidden.size(0), ctx.chunk_tokens)):
             piece = slice(start, start + ctx.chunk_tokens)
@@ -129,6 +129,18 @@ def _gradient_chunk(
     d.mul_((grad if scale is None else grad * scale)[:, None])
     if softcap is not None:
         d.mul_(1 - torch.tanh(logits.float() / softcap).square())
+    return d.to(logits.dtype)
+
+
+def _gradient_in_one_pass(
+    logits: Tensor, scale: Tensor | None, labels: Tensor, normalizer: Tensor, grad: Tensor, softcap: float | None
+) -> Tensor:
+    """`_gradient_chunk` for the compiler: a scatter would cut it into three kernels, with an fp32 copy between them."""
+    scaled = _scaled(logits, scale, softcap)
+    chosen = torch.arange(logits.size(1), device=logits.device) == labels[:, None]  # of another shard: nowhere
+    d = (chosen.float() - (scaled - normalizer[:, None]).exp()) * (grad if scale is None else grad * scale)[:, None]
+    if softcap is not None:
+        d = d * (1 - torch.tanh(logits.float() / softcap).square())
     return d.to(logits.dtype)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.mup import lr_factor
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from llmtrain.config.shapes import chunk_tokens
 from llmtrain.config.stages import plan_stages
 from llmtrain.model.backends import use_backend
 from llmtrain.model.decoder import Decoder, parameter_shapes
@@ -48,7 +49,7 @@ def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engin
             use_backend(part, engine.attention, mesh.device, engine.precision)
         if engine.precision == "fp8":
             float8_blocks(part)
-        scoring_head(part, mesh, engine.logprob_chunk_tokens)
+        scoring_head(part, mesh, engine)
         if engine.remat != "none":
             remat_blocks(part, engine.remat)
         mark(part, shapes)
@@ -73,15 +74,13 @@ def copy_marks(source: nn.Parameter, target: nn.Parameter) -> None:
         setattr(target, name, getattr(source, name))
 
 
-def scoring_head(model: nn.Module, mesh: Mesh, chunk_tokens: int | None) -> None:
+def scoring_head(model: nn.Module, mesh: Mesh, engine: EngineConfig) -> None:
     """Let the head compute log-probs in chunks, in place."""
     if model.head is None:
         return
     rows = model.config.vocab_size // mesh.sizes["tp"]
-    if chunk_tokens is None:  # on a CPU a chunk that the allocator keeps (2^22 fp32 numbers) beats a larger one
-        chunk_tokens = max(64, 2**22 // rows) if mesh.device.type == "cpu" else 1024
     model.head.__class__ = ScoringHead
-    model.head.group, model.head.chunk_tokens = mesh.tp_group, chunk_tokens
+    model.head.group, model.head.chunk_tokens = mesh.tp_group, chunk_tokens(engine, rows, mesh.device.type == "cuda")
     model.head.first_id = mesh.coords["tp"] * rows
 
 

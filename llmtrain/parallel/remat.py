@@ -15,7 +15,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from llmtrain.model.experts import Experts
 from llmtrain.model.lora import Adapter
@@ -68,12 +73,12 @@ def _num_products(module: nn.Module) -> int:
 
 def _contexts(num_products: int) -> tuple[AbstractContextManager, AbstractContextManager]:
     """For one pass through a region whose last matrix product is number `num_products`."""
-    seen = 0
+    seen = [0, 0]  # forward, recomputation: torch 2.11 asks in both
 
-    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        nonlocal seen
-        seen += MATRIX_PRODUCTS.get(op, 0)
-        keep = op in (*FUSED_ATTENTION, EXPERTS_ON_CPU) or (op in MATRIX_PRODUCTS and seen < num_products)
+    def policy(context: SelectiveCheckpointContext, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        seen[context.is_recompute] += MATRIX_PRODUCTS.get(op, 0)
+        keep = op in MATRIX_PRODUCTS and seen[context.is_recompute] < num_products
+        keep = keep or op in (*FUSED_ATTENTION, EXPERTS_ON_CPU)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

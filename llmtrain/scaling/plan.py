@@ -11,8 +11,8 @@ from llmtrain.config.case import TRAIN, Earlier, mesh_sizes
 from llmtrain.config.check import planned_stages
 from llmtrain.config.parameters import has_experts, numel
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
-from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from llmtrain.config.shapes import parameter_count, resolve_model
+from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llmtrain.config.shapes import chunk_tokens, parameter_count, resolve_model
 from llmtrain.scaling.communication import CONTROL, GROUPS, Case, Item, Step, communication, evenly_loaded, moved_bytes
 from llmtrain.scaling.parts import rank_shapes
 from llmtrain.scaling.states import States, state_bytes
@@ -77,7 +77,7 @@ def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Ea
         optimizer_bytes=states.optimizer,
         buffers_bytes=states.gathered + states.unreduced,
         activations_bytes=activation_bytes(config, model, mesh, accumulation),
-        logits_bytes=logits_bytes(config.engine, model, mesh["tp"]),
+        logits_bytes=logits_bytes(config, model, mesh["tp"]),
         sent_bytes=None if accumulation is None else sent_bytes(config, model, parallel, math.ceil(accumulation)),
         bubble=None
         if accumulation is None
@@ -193,9 +193,10 @@ def copies(model: ModelConfig) -> float:
     return sparse * model.moe.top_k * model.hidden_size
 
 
-def logits_bytes(engine: EngineConfig, model: ModelConfig, tp: int) -> int:
-    """One chunk of fp32 logits and its gradient on the last stage."""
-    return 2 * 4 * (engine.logprob_chunk_tokens or 1024) * model.vocab_size // tp
+def logits_bytes(config: Config, model: ModelConfig, tp: int) -> int:
+    """One chunk of fp32 logits and its gradient on the last stage, on a GPU."""
+    rows, tokens = model.vocab_size // tp, config.train.micro_batch_seqs * longest_row(config.train)
+    return 2 * 4 * min(tokens, chunk_tokens(config.engine, rows, gpu=True)) * rows
 
 
 def bubble_share(schedule: str, pp: int, virtual_stages: int, microbatches: float) -> float:

@@ -39,7 +39,10 @@ def test_a_family_with_experts_has_to_be_faster(family: str, wall_s: float, met:
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"hidden-size": 64, "layers": 2, "vocab": 64, "seq-len": 16, "seqs": 1, "rounds": 1, "threads": 1}
     out = tmp_path / "model.json"
-    main([f"--{name}={value}" for name, value in sizes.items()] + ["--only=qwen3-moe", "--device=cpu", f"--out={out}"])
+    main(
+        [f"--{name}={value}" for name, value in sizes.items()]
+        + ["--only=qwen3-moe", "--device=cpu", "--precision=fp32", f"--out={out}"]
+    )
     record = json.loads(out.read_text())
     assert list(record["families"]) == ["qwen3-moe"] and record["torch"] and record["transformers"]
     found = record["families"]["qwen3-moe"]

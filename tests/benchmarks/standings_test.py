@@ -47,7 +47,7 @@ def test_other_work_is_refused(loss: float) -> None:
 
 
 def test_the_profile_shows_the_largest_differences_first() -> None:
-    lines = table({"a": {"mm": 10.0, "copy": 5.0}, "b": {"mm": 9.0, "only b": 8.0}}).splitlines()
+    lines = table({"a": {"mm": 10.0, "copy": 5.0}, "b": {"mm": 9.0, "only b": 8.0}}, by_difference=True).splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == ["only b", "copy", "mm", "all"]
     assert lines[-1].split()[1:] == ["15.0", "17.0", "-2.0"]
 

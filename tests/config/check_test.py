@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmtrain.config import rules_parallel
 from llmtrain.config.case import mesh_sizes
 from llmtrain.config.check import check, violations
 from llmtrain.config.load import ConfigError, load
@@ -296,6 +297,12 @@ def test_rules_of_muon(tmp_path: Path) -> None:
     for offload in ("optimizer", "params", "nvme"):
         found = lines("engine.precision=fp32", f"engine.offload={offload}", "engine.offload_path=x")
         assert any(re.match(f"engine.offload={offload}: must be none with optim.name=muon", line) for line in found)
+
+
+def test_zero_bubble_needs_a_torch_that_splits_any_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules_parallel, "torch_version", lambda: (2, 11))
+    with pytest.raises(ConfigError, match=r"=zbv: needs torch 2\.13 or later, .* this is 2\.11; install it or use"):
+        check(config("engine.backend=fsdp", "engine.reshard=false", *ZBV, folder=tmp_path), 4, "sft")
 
 
 def test_good_configurations_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
 def relative(a: torch.Tensor, b: torch.Tensor, nothing: float = 0.0) -> float:
     """Of a to b; a b smaller than `nothing` is rounding noise, and a must be no more."""
     size = b.float().norm()
-    error = (a.float() - b.float()).norm() / (size + 1e-12 if size > nothing else nothing / ROUNDING)
+    error = (a.cpu().float() - b.float()).norm() / (size + 1e-12 if size > nothing else nothing / ROUNDING)
     return error.nan_to_num(float("inf")).item()  # max() would lose a NaN
 
 
@@ -203,10 +203,11 @@ def clips_first(engine: Engine) -> bool:
     return engine.config.backend == "fsdp" or engine.config.zero_stage == 0
 
 
-def run(layout: dict, rank: int, size: int) -> dict:
+def run(layout: dict, device: torch.device) -> dict:
+    """On a GPU too; the reference is computed on the CPU."""
     parallel = settings_of(layout)[0]
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
+    mesh = trainer_mesh(sizes, device, timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
     accumulation = max(ACCUMULATION, sizes["pp"] * parallel.virtual_stages)
     rows = ROWS * accumulation * mesh.dp_size
     history, weights = reference(layout, rows)
@@ -246,7 +247,7 @@ def check_frozen(engine: Engine, config: ModelConfig) -> None:
         if not p.requires_grad:
             start = slice_of(p, lambda name: initial(name, shapes[name], config))
             held = engine._gather(p)
-            assert torch.equal(held, start.to(held.dtype)), p.canonical
+            assert torch.equal(held.cpu(), start.to(held.dtype)), p.canonical
 
 
 def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:
@@ -258,7 +259,7 @@ def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tens
     with torch.no_grad():
         expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in mine]
     pairs = zip(scored, expect, strict=True)
-    return max((a[0] - b).abs().nan_to_num(float("inf")).max().item() for a, b in pairs)
+    return max((a[0].cpu() - b).abs().nan_to_num(float("inf")).max().item() for a, b in pairs)
 
 
 def main() -> None:
@@ -266,7 +267,7 @@ def main() -> None:
     mesh = init_mesh(ParallelConfig(), None, 120)
     for layout in json.loads(sys.argv[1]):
         try:
-            result = run(layout, mesh.rank, mesh.size)
+            result = run(layout, mesh.device)
         except Exception as error:
             if os.environ.get("TRACE"):
                 raise

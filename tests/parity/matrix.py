@@ -10,6 +10,9 @@ from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 
+from llmtrain.config.machine import torch_version
+from llmtrain.config.rules_parallel import ZERO_BUBBLE_TORCH
+
 MAX_RANKS = 8
 TRIES = 12  # random completions of a pair, of which the one with the most new pairs is kept
 SHAPE = {"model.num_layers": 4, "model.num_heads": 4, "model.num_kv_heads": 2, "model.hidden_size": 32}
@@ -42,6 +45,11 @@ def keys(names: frozenset[str]) -> dict | None:
 def ranks(layout: dict) -> int:
     """Processes that a layout needs."""
     return math.prod(layout.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"))
+
+
+def runs_here(layout: dict) -> bool:
+    """Not a schedule that only a later torch can compute."""
+    return torch_version() >= ZERO_BUBBLE_TORCH or layout.get("schedule") not in ("interleaved_zero_bubble", "zbv")
 
 
 def layout_of(names: frozenset[str]) -> dict:

@@ -58,9 +58,15 @@ def unreduced_bytes(engine: Engine) -> int:
     if engine.config.backend == "deepspeed":
         return held_bytes((p.grad for p in parameters_of(engine.parts)), set())
     units = (m for part in engine.parts for m in part.modules() if isinstance(m, FSDPModule))
-    groups = (group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups)
+    groups = (group for unit in units for group in param_groups(unit))
     held = [p for group in groups for p in group.fsdp_params]
     return held_bytes((g for p in held for g in (p.unsharded_accumulated_grad, p._unsharded_param.grad)), set())
+
+
+def param_groups(unit: FSDPModule) -> list:
+    """torch before 2.13 has one, or None."""
+    state = unit._get_fsdp_state()
+    return getattr(state, "_fsdp_param_groups", None) or [g for g in [getattr(state, "_fsdp_param_group", None)] if g]
 
 
 def weights(engine: Engine) -> list[Tensor]:
