@@ -25,7 +25,7 @@ from rich.table import Table
 from llmtrain.config.load import dump, stage_config
 from llmtrain.config.schema import LogConfig, RunConfig, StageConfig
 
-GRACE_S = 30  # between asking a stage to stop and killing it
+GRACE_S = 40  # between asking a stage to stop and killing it; torchrun gives its workers 30
 PR_SET_PDEATHSIG = 1  # prctl(2)
 # glibc keeps freed blocks: a step takes the same sizes again and again, and fresh pages cost a CPU step about a tenth
 KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
@@ -146,9 +146,8 @@ def stage_command(job: Job) -> list[str]:
     module = ["-m", "llmtrain", job.stage.command, job.yaml]
     if job.stage.ranks == 1:
         return [sys.executable, *module]
-    # torchrun's workers live in sessions of their own, so it must have the time to end them itself
-    options = [f"--nproc-per-node={job.stage.ranks}", f"--shutdown-timeout={GRACE_S - 10}"]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *module]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.stage.ranks}"]
+    return [sys.executable, *launcher, *module]
 
 
 def child_environment(ranks: int) -> dict[str, str]:
@@ -161,7 +160,8 @@ def run_child(command: list[str], environment: dict[str, str], held: int) -> int
     """Run a command on our terminal, in a process group of its own, with the lock `held`.
 
     Returns its exit status, 128 + the signal if one ended it.
-    SIGINT and SIGTERM end it: SIGTERM to its group, SIGKILL after GRACE_S. If we are killed ourselves, it gets SIGTERM.
+    SIGINT and SIGTERM end it: SIGTERM to its group, SIGKILL after GRACE_S, when torchrun has ended its workers, who
+    live in sessions of their own. If we are killed ourselves, it gets SIGTERM.
     """
     parent = os.getpid()
     child = subprocess.Popen(

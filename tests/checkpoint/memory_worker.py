@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.save import save_checkpoint
@@ -95,6 +96,7 @@ def main(directory: str, config_json: str) -> None:
     shares = {"import": import_bytes, "save": save_bytes, "export": export_bytes}
     sizes = dict.fromkeys(AXES, 1) | {"dp_shard": 2}
     shards = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60))
+    fully_shard(torch.nn.Linear(2, 2), mesh=shards.fsdp_mesh())  # what its first use loads is no weight
     for name, at in (("hf", f"{directory}/hf"), ("checkpoint", path)):
         for backend in ("fsdp", "deepspeed"):
             shares[f"{backend} {name}"] = growth(lambda at=at, to=backend: sharded(at, config, shards, to))[1]

@@ -26,15 +26,16 @@ TIMING = ("tokens_per_s", "step_s", "peak_bytes")
 POINTS = {"batch": 10, "write": 4, "publish": 2, "prune": 2, "log": 5, "step": 5, "random": 500}  # largest counts
 
 
-def command(config: Path, run_dir: Path, *overrides: str, restarts: int = 0, grace_s: int = 30) -> list[str | Path]:
-    """Under torchrun, which waits `grace_s` seconds between SIGTERM and SIGKILL."""
+def command(config: Path, run_dir: Path, *overrides: str, restarts: int = 0) -> list[str | Path]:
+    """Under torchrun."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", str(restarts))
-    options = ("--shutdown-timeout", str(grace_s))
-    return [sys.executable, *launcher, *options, WORKER, "pretrain", config, f"run_dir={run_dir}", *overrides]
+    return [sys.executable, *launcher, WORKER, "pretrain", config, f"run_dir={run_dir}", *overrides]
 
 
-def start(arguments: list[str | Path], output: Path, accidents: list[dict]) -> subprocess.Popen:
+def start(arguments: list[str | Path], output: Path, accidents: list[dict], grace_s: int = 30) -> subprocess.Popen:
+    """torchrun waits `grace_s` seconds between SIGTERM and SIGKILL (torch 2.11: always 30)."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCIDENTS": json.dumps(accidents)}
+    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_s)
     with open(output, "w") as file:
         return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
 
@@ -110,7 +111,7 @@ def test_told_to_end_and_killed_the_run_is_the_same(config: Path, undisturbed: P
 def test_a_stopped_rank_is_named(config: Path, tmp_path: Path) -> None:
     """SIGSTOP to rank 1: who, in which step and collective the other waits; everything ends, with a failure."""
     output, accident = tmp_path / "output", {"attempt": 0, "rank": 1, "at": "step", "count": 2, "signal": "SIGSTOP"}
-    process = start(command(config, tmp_path / "run", "engine.timeout_s=20", grace_s=2), output, [accident])
+    process = start(command(config, tmp_path / "run", "engine.timeout_s=20"), output, [accident], grace_s=2)
     wait_for("accident", output, process)
     stopped = time.monotonic()
     place = "Rank 0 is in step 2, in all_reduce (llmtrain."
