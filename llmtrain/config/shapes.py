@@ -231,7 +231,8 @@ def chunk_tokens(engine: EngineConfig, rows: int, gpu: bool) -> int:
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Of a forward and backward: 6 for each active parameter that multiplies (all but the embeddings, which are looked
-    up), and attention over half of the row, or of its window (arXiv 2204.02311, appendix B)."""
+    up), and attention over half of the row, or of its window (arXiv 2204.02311, appendix B).
+    Modules for the tokens after the next are not counted."""
     m = resolve_model(model)
     looked_up = sum(numel([shape]) for shape in outer_shapes(m)[0].values())
     if m.tie_embeddings:

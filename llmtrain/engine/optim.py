@@ -46,7 +46,7 @@ def build_optimizer(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]  # whose shape says nothing: ZeRO-3 empties them
     for p in parameters:
-        p.muon = config.name == "muon" and len(p.global_shape) == 2 and p.canonical.startswith("layers.")
+        p.muon = config.name == "muon" and len(p.global_shape) == 2 and _in_block(p.canonical)
     matrices = [p for p in parameters if len(p.global_shape) > 1 and not p.muon]
     vectors = [p for p in parameters if len(p.global_shape) <= 1]
     groups = [
@@ -57,6 +57,11 @@ def build_optimizer(
     groups = [part for group in groups for part in _experts_apart(group, experts)]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return Muon([p for p in parameters if p.muon], adamw, config, mesh) if config.name == "muon" else adamw
+
+
+def _in_block(name: str) -> bool:
+    """Of a layer, or of a module for the tokens after the next."""
+    return name.startswith("layers.") or ".block." in name
 
 
 def _by_factor(parameters: list[nn.Parameter], decay: float) -> list[dict]:

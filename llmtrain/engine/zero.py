@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from unittest.mock import patch
 
@@ -256,6 +257,8 @@ def _import_muon() -> None:
 def _prepare_deepspeed(mesh: Mesh, zero_stage: int, trains_experts: bool) -> None:
     """Process-wide settings that `initialize` reads."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # its calls, which torch 2.13 warns of every time
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
     _import_muon()
     groups.mpu = None  # an earlier engine of this process
     # The class by which DeepSpeed knows that there are groups of experts; stage 3 needs no telling, and refuses it.

@@ -125,6 +125,10 @@ class Decoder(nn.Module):
             x = self.mtp.attached(x, rows, views, lambda further: self.embedded(further, positions), self.head)
         return x if self.head is None else self.head(x, labels, temperature)
 
+    def blocks(self) -> list[Block]:
+        """Those of the layers that are here, and of the modules for the tokens after the next."""
+        return [*self.layers.values(), *(depth.block for depth in (self.mtp or {}).values())]
+
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids [B, T] to hidden states."""
         x = self.embed(ids)

@@ -4,9 +4,10 @@ each tensor scaled by the largest value it has at that moment. Sums and results 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from llmtrain.model.decoder import Decoder
 from llmtrain.model.linear import Linear
 from llmtrain.parallel.tensor import RowLinear
 
@@ -64,9 +65,9 @@ class Float8RowLinear(RowLinear):
         return float8_product(x, self.weight)
 
 
-def float8_blocks(model: nn.Module) -> None:
+def float8_blocks(model: Decoder) -> None:
     """Let the projections of all blocks compute so, in place. Embedding, head, norms and attention stay as they are."""
     swap = {Linear: Float8Linear, RowLinear: Float8RowLinear}
-    for block in model.layers.values():
+    for block in model.blocks():
         for module in block.modules():
             module.__class__ = swap.get(type(module), type(module))

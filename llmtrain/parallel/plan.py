@@ -137,10 +137,10 @@ def trained_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [p for p in parameters_of(parts) if p.requires_grad]
 
 
-def compile_blocks(parts: Sequence[nn.Module]) -> None:
+def compile_blocks(parts: Sequence[Decoder]) -> None:
     """torch.compile each block for itself, and the scoring of the head: one graph, compiled once, in place."""
     for part in parts:
-        for block in part.layers.values():
+        for block in part.blocks():
             compile_block(block)
         if part.head is not None:
             part.head.compiled = True

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from llmtrain.model.decoder import Decoder
 from llmtrain.model.experts import Experts
 from llmtrain.model.lora import Adapter
 from llmtrain.model.router import Router
@@ -41,10 +42,10 @@ FUSED_ATTENTION = (
 )
 
 
-def remat_blocks(model: nn.Module, kind: str) -> None:
+def remat_blocks(model: Decoder, kind: str) -> None:
     """Let each block keep less for its backward, in place; `kind`: full or selective."""
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing here draws random numbers
-    for block in model.layers.values():
+    for block in model.blocks():
         if kind == "full":
             block.whole = block.forward
             block.forward = partial(again, partial(_whole, block))

@@ -31,7 +31,10 @@ MORE = [
     {"dp_shard": 2, "zero_stage": 3, "model": V3},
     {"dp_shard": 2, "backend": "fsdp", "remat": "full", "model": V3},
     {"pp": 2, "zero_stage": 1, "model": LITE},
+    {"dp_shard": 2, "zero_stage": 1, "remat": "selective", "optimizer": "muon", "model": V3},
+    {"tp": 2, "backend": "fsdp", "optimizer": "muon", "remat": "full", "model": V3},
 ]
+COMPILED = [{"dp_shard": 2, "zero_stage": 2, "compile": True, "model": V3}]
 
 
 @pytest.mark.slow
@@ -43,3 +46,9 @@ def test_two_ranks(forked: Callable) -> None:
 @pytest.mark.slow
 def test_two_ranks_otherwise(forked: Callable) -> None:
     check(forked, 2, MORE, timeout_s=240)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled(forked: Callable) -> None:
+    check(forked, 2, COMPILED, timeout_s=800)
