@@ -35,6 +35,11 @@ def _expert_ranks(case: Case) -> Iterator[str]:
     shard = sizes["dp_shard"] * sizes["cp"]
     if shard % p.ep:
         yield f"parallel.ep={p.ep}: must divide dp_shard x cp = {shard}, whose ranks share the experts; lower ep"
+    if e.backend == "fsdp" and e.remat == "selective":
+        yield (
+            f"engine.remat=selective: not with engine.backend=fsdp and parallel.ep={p.ep}, which gathers experts "
+            "within what is computed again; use full, or backend=deepspeed"
+        )
     if e.backend == "deepspeed" and e.zero_stage == 3 and p.pp > 1:
         yield (
             f"parallel.ep={p.ep}: not with engine.zero_stage=3 and parallel.pp={p.pp}, whose stages gather experts at "

@@ -141,6 +141,12 @@ def config(*overrides: str, folder: Path) -> Config:
             "parallel.context=alltoall: model.num_heads=4 / parallel.tp=2 must be a multiple of parallel.cp=4",
         ),
         ("pretrain", 4, ["parallel.ep=2"], "parallel.ep=2: the model has no experts; set parallel.ep=1"),
+        (
+            "pretrain",
+            8,
+            ["parallel.ep=2", "model.moe={}", "engine.backend=fsdp", "engine.remat=selective"],
+            "engine.remat=selective: not with engine.backend=fsdp and parallel.ep=2, .*; use full",
+        ),
         ("pretrain", 4, ["parallel.ep=2", "model.moe={}"], "parallel.ep=2: must divide dp_shard x cp = 1"),
         (
             "pretrain",

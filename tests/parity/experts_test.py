@@ -38,7 +38,7 @@ FOUR = [
 ]
 EIGHT = [
     {"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1, "model": SIGMOID},
-    {"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "remat": "selective", "model": SOFTMAX},
+    {"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "remat": "full", "model": SOFTMAX},
     {"dp_shard": 4, "tp": 2, "ep": 4, "zero_stage": 2, "model": SOFTMAX},
     {"dp_shard": 4, "tp": 2, "ep": 2, "zero_stage": 3, "model": SIGMOID},
     {"dp_shard": 2, "cp": 2, "tp": 2, "ep": 4, "backend": "fsdp", "model": SOFTMAX},
