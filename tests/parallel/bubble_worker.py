@@ -25,7 +25,7 @@ from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.types import Batch
 from tests.telling import tell
 
-UNIT_S, MICROBATCHES, MOST_STEPS = 0.05, 8, 8
+UNIT_S, MICROBATCHES, MOST_STEPS = 0.1, 8, 8
 
 
 class Clock:
