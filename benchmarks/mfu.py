@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ SMALL = {"preset": "qwen3-0.6b"}
 MIDDLE = {"num_layers": 24, "hidden_size": 2048, "ffn_size": 5504, "num_heads": 16, "num_kv_heads": 16}
 LARGE = {"num_layers": 32, "hidden_size": 2560, "ffn_size": 6912, "num_heads": 20, "num_kv_heads": 20}
 VOCAB = {"vocab_size": 50_432}
-PROFILE = "benchmarks/results/mfu_profile.txt"
+PROFILE = "benchmarks/results/mfu_profile_{}.txt"
 FP8_TOLERANCE = 0.05  # of the losses, relative: three bits of mantissa
 
 
@@ -50,7 +50,6 @@ class GpuTask(Task):
     """A step has `micro_batches` of `seqs` rows each."""
 
     micro_batches: int
-    settings: dict = field(default_factory=dict)  # of EngineConfig, for all variants
 
     def steps(self) -> Iterator[list[Batch]]:
         """Microbatches."""
@@ -94,7 +93,7 @@ ROOMY_BYTES = 120e9  # of a GPU that holds all variants at once
 def contestant(turns: Turns, task: GpuTask, settings: dict) -> None:
     """One rank of `llmtrain pretrain` without its files. One piece of work = a step."""
     mesh, steps = init_mesh(ONE_RANK, None, timeout_s=60), task.steps()
-    config = EngineConfig(**{**task.settings, **settings})
+    config = EngineConfig(**settings)
     parts = parallelize(task.model, mesh, ONE_RANK, config)
     engine = make_engine(parts, task.source(), mesh, ONE_RANK, config, OPTIM, task.total_steps)
     while turns.wait():
@@ -105,16 +104,19 @@ def contestant(turns: Turns, task: GpuTask, settings: dict) -> None:
 
 def task_of(case: Case, args: argparse.Namespace) -> GpuTask:
     model = resolve_model(ModelConfig(**{"max_positions": case.seq_len, **case.model}))
-    seqs, steps = args.micro_seqs or case.micro_seqs, args.warmup + args.steps * args.rounds
-    return GpuTask(model, seqs, case.seq_len, steps, case.micro_batches, json.loads(args.engine))
+    steps = args.warmup + args.steps * args.rounds
+    return GpuTask(model, case.micro_seqs, case.seq_len, steps, case.micro_batches)
 
 
-def races(case: Case, args: argparse.Namespace) -> list[dict[str, partial]]:
+def contestants(variants: dict[str, dict]) -> dict[str, partial]:
+    return {name: partial(contestant, settings=settings) for name, settings in variants.items()}
+
+
+def races(case: Case) -> list[dict[str, partial]]:
     """Contestants that run together: all, or one after the other where memory is short."""
-    names = [name for name in case.variants if not args.variant or name in args.variant.split("|")]
-    chosen = {name: partial(contestant, settings=case.variants[name]) for name in names}
     together = torch.cuda.get_device_properties(0).total_memory > ROOMY_BYTES
-    return [chosen] if together else [{name: each} for name, each in chosen.items()]
+    groups = [case.variants] if together else [{name: settings} for name, settings in case.variants.items()]
+    return [contestants(group) for group in groups]
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict:
@@ -122,7 +124,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
     task = task_of(case, args)
     flops, tokens = train_flops_per_token(task.model, task.seq_len), args.steps * task.step_tokens * task.micro_batches
     record = {"task": {**asdict(task), "model": task.model.model_dump()}, "flops_per_token": flops, "results": {}}
-    for group in races(case, args):
+    for group in races(case):
         runs = compete(group, (task,), args.threads, args.warmup, args.steps, args.rounds)
         first = next(iter(runs))
         losses = check_same_work(runs, first, FP8_TOLERANCE)
@@ -138,13 +140,12 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mfu", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="|".join(CASES), help="sizes, separated by |")
-    parser.add_argument("--variant", help="names of variants, separated by |; default: all")
-    parser.add_argument("--engine", default="{}", help="JSON: settings of EngineConfig for all variants")
-    parser.add_argument("--micro-seqs", type=int, help="rows of a microbatch")
+    parser.add_argument("--only", choices=CASES, help="a size; default: all")
     for name, default in {"warmup": 3, "steps": 1, "rounds": 5, "threads": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
-    parser.add_argument("--profile", action="store_true", help=f"instead: kernels of two variants, to {PROFILE}")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead: the kernels of bf16 and fp8, to benchmarks/results/"
+    )
     parser.add_argument("--out", help="JSON file to write, after every size")
     return parser.parse_args()
 
@@ -156,7 +157,10 @@ def main() -> int:
         return 2
     described, sizes = environment("benchmarks.mfu", ("torch", "deepspeed"), args.threads), {}
     print(described["gpu"])
-    for name in args.only.split("|"):
+    if mfu(1.0, 1.0, described["gpu"]) is None:
+        print("benchmarks.mfu: the peak of this GPU is not known; add it to PEAK_FLOPS in benchmarks/standings.py")
+        return 2
+    for name in [args.only] if args.only else CASES:
         case = CASES[name]
         task = task_of(case, args)
         millions = parameter_count(task.model) / 1e6
@@ -164,7 +168,7 @@ def main() -> int:
             f"\n{name}: {millions:.0f}M parameters, {task.micro_batches} x {task.seqs} x {task.seq_len} tokens a step"
         )
         if args.profile:
-            write_profile(races(case, args)[0], task, args.threads, Path(PROFILE), by_difference=False)
+            write_profile(contestants(BOTH), task, args.threads, Path(PROFILE.format(name)), by_difference=False)
             continue
         sizes[name] = measure(case, args)
         if args.out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from benchmarks import mfu
 from llmtrain.config.shapes import parameter_count
 
-ARGS = argparse.Namespace(micro_seqs=None, warmup=3, steps=1, rounds=2, engine="{}", variant=None)
+ARGS = argparse.Namespace(warmup=3, steps=1, rounds=2)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("0.6b", 0.596), ("1.3b", 1.318), ("2.7b", 2.667)])
@@ -34,7 +35,23 @@ def test_variants_run_together_where_they_fit(
 ) -> None:
     device = SimpleNamespace(total_memory=memory_bytes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    assert [list(race) for race in mfu.races(mfu.CASES["2.7b"], ARGS)] == groups
+    assert [list(race) for race in mfu.races(mfu.CASES["2.7b"])] == groups
+
+
+def test_a_profile_is_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("sys.argv", ["mfu", "--only", "0.6b", "--profile"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mfu, "environment", lambda *args: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr(mfu, "write_profile", lambda pair, task, threads, path, **how: seen.append((list(pair), path)))
+    assert mfu.main() == 0 and seen == [(["bf16", "fp8"], Path("benchmarks/results/mfu_profile_0.6b.txt"))]
+
+
+def test_a_gpu_of_unknown_peak_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["mfu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mfu, "environment", lambda *args: {"gpu": "NVIDIA L4"})
+    assert mfu.main() == 2 and "add it to PEAK_FLOPS" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
