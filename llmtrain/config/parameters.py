@@ -107,6 +107,11 @@ def mtp_shapes(model: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+def in_block(name: str) -> bool:
+    """Is a canonical name that of a layer's parameter, or of the block in a module for the tokens after the next?"""
+    return name.startswith("layers.") or ".block." in name
+
+
 def local_shape(name: str, shape: Shape, model: ModelConfig, tp: int, ep: int = 1) -> Shape:
     """What one of `tp` (and for experts `ep`) ranks has of a parameter."""
     dim = tp_dim(name, model, tp)

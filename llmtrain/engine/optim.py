@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llmtrain.config.parameters import in_block
 from llmtrain.config.schema import OptimConfig
 from llmtrain.engine.muon import Muon
 from llmtrain.parallel.mesh import Mesh
@@ -46,7 +47,7 @@ def build_optimizer(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]  # whose shape says nothing: ZeRO-3 empties them
     for p in parameters:
-        p.muon = config.name == "muon" and len(p.global_shape) == 2 and _in_block(p.canonical)
+        p.muon = config.name == "muon" and len(p.global_shape) == 2 and in_block(p.canonical)
     matrices = [p for p in parameters if len(p.global_shape) > 1 and not p.muon]
     vectors = [p for p in parameters if len(p.global_shape) <= 1]
     groups = [
@@ -57,11 +58,6 @@ def build_optimizer(
     groups = [part for group in groups for part in _experts_apart(group, experts)]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return Muon([p for p in parameters if p.muon], adamw, config, mesh) if config.name == "muon" else adamw
-
-
-def _in_block(name: str) -> bool:
-    """Of a layer, or of a module for the tokens after the next."""
-    return name.startswith("layers.") or ".block." in name
 
 
 def _by_factor(parameters: list[nn.Parameter], decay: float) -> list[dict]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from llmtrain.config.adapters import adapter_shapes
-from llmtrain.config.parameters import Shape, layer_shapes, local_shape, mtp_shapes, outer_shapes
+from llmtrain.config.parameters import Shape, in_block, layer_shapes, local_shape, mtp_shapes, outer_shapes
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.config.stages import StagePlan, plan_stages
 
@@ -70,7 +70,7 @@ def block_matrices(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -
     plan = plan_stages(model, parallel)
     layers = [layer for stage in plan.stages_of(pp_rank) for layer in plan.layers[stage]]
     shapes = [shape for layer in layers for shape in block_shapes(model, layer, parallel.tp, parallel.ep)]
-    further = {name: shape for name, shape in mtp_shapes(model).items() if ".block." in name and parallel.pp == 1}
+    further = {name: shape for name, shape in mtp_shapes(model).items() if in_block(name) and parallel.pp == 1}
     shapes += [local_shape(name, shape, model, parallel.tp, parallel.ep) for name, shape in further.items()]
     return [shape for shape in shapes if len(shape) == 2]
 

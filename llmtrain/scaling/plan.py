@@ -77,7 +77,7 @@ def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Ea
         optimizer_bytes=states.optimizer,
         buffers_bytes=states.gathered + states.unreduced,
         activations_bytes=activation_bytes(config, model, mesh, accumulation),
-        logits_bytes=logits_bytes(config, model, mesh["tp"]),
+        logits_bytes=logits_bytes(config, model, mesh),
         sent_bytes=None if accumulation is None else sent_bytes(config, model, parallel, math.ceil(accumulation)),
         bubble=None
         if accumulation is None
@@ -193,10 +193,11 @@ def copies(model: ModelConfig) -> float:
     return sparse * model.moe.top_k * model.hidden_size
 
 
-def logits_bytes(config: Config, model: ModelConfig, tp: int) -> int:
-    """One chunk of fp32 logits and its gradient on the last stage, on a GPU."""
-    rows, tokens = model.vocab_size // tp, config.train.micro_batch_seqs * longest_row(config.train)
-    return 2 * 4 * min(tokens, chunk_tokens(config.engine, rows, gpu=True)) * rows
+def logits_bytes(config: Config, model: ModelConfig, mesh: dict[str, int]) -> int:
+    """One chunk of logits and its gradient on the last stage, on a GPU: in fp32, if they are not compiled."""
+    rows, tokens = model.vocab_size // mesh["tp"], config.train.micro_batch_seqs * longest_row(config.train)
+    value = 2 if config.engine.compile and config.engine.precision != "fp32" else 4
+    return 2 * value * min(tokens // mesh["cp"], chunk_tokens(config.engine, rows, gpu=True)) * rows
 
 
 def bubble_share(schedule: str, pp: int, virtual_stages: int, microbatches: float) -> float:

@@ -56,6 +56,14 @@ def test_only_projections_of_blocks_change() -> None:
     assert 0 < relative(model(ids, positions), before) < 0.1
 
 
+def test_the_blocks_of_multi_token_modules_too() -> None:
+    sizes = {"hidden_size": 32, "ffn_size": 48, "num_heads": 2, "num_kv_heads": 2, "vocab_size": 64}
+    model = Decoder(ModelConfig(num_layers=1, mtp_layers=1, **sizes))
+    float8_blocks(model)
+    changed = {name.rpartition("block.")[0] for name, m in model.named_modules() if isinstance(m, Float8Linear)}
+    assert "mtp.0." in changed
+
+
 def test_refused_without_such_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"engine\.precision=fp8: needs a GPU of compute capability 8\.9"):
         check_device("fp8", torch.device("cpu"))

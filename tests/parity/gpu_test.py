@@ -54,8 +54,9 @@ EIGHT_BITS = [
     {"backend": "fsdp", "precision": "fp8"},
     {"zero_stage": 1, "precision": "fp8", "compile": True},
 ]
-# e4m3 keeps three bits of mantissa, e5m2 two: each product is off by about 2^-4
-EIGHT_BIT_ROUNDING = {"loss": 2e-2, "norm": 0.1, "grad": 0.5, "weight": 5e-2, "score": 0.5}
+# e4m3 keeps three bits of mantissa, e5m2 two: each product is off by about 2^-4. Seen on an H200: loss 2e-3, norm
+# 2.5e-2, gradient 0.27, weight 2.5e-2, log-prob 0.12.
+EIGHT_BIT_ROUNDING = {"loss": 5e-3, "norm": 5e-2, "grad": 0.4, "weight": 4e-2, "score": 0.2}
 
 
 def test_full_precision(torchrun: Torchrun) -> None:

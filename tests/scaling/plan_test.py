@@ -67,6 +67,18 @@ def test_batch_arithmetic() -> None:
         plan(config, 13)
 
 
+def test_logits_of_one_chunk() -> None:
+    """As many as a microbatch has, 2^28 fp32 numbers, or 2^29 of the compute's when compiled."""
+    model, rows = ModelConfig(preset="qwen3-0.6b"), 151_936
+    for tokens, compiled, expected in (
+        (256, False, 2 * 4 * 256 * rows),
+        (32_768, False, 2 * 4 * (2**28 // rows) * rows),
+        (32_768, True, 2 * 2 * (2**29 // rows) * rows),
+    ):
+        train = TrainConfig(seq_len=tokens, micro_batch_seqs=1, global_batch_seqs=1)
+        assert plan(Config(model=model, engine=EngineConfig(compile=compiled), train=train), 1).logits_bytes == expected
+
+
 def test_offloaded_optimizer_state_is_not_on_the_device() -> None:
     config = Config(engine=EngineConfig(zero_stage=2, offload="optimizer"))
     assert plan(config, 2).optimizer_bytes == 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from llmtrain.config.parameters import mtp_shapes, numel
+from llmtrain.config.parameters import in_block, mtp_shapes, numel
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.shapes import parameter_count, resolve_model
+from llmtrain.model.decoder import parameter_shapes
 from llmtrain.scaling.parts import block_shapes, rank_shapes
 from llmtrain.scaling.states import state_bytes, zero_bytes
 
@@ -90,6 +91,15 @@ def test_muon_has_one_momentum_for_matrices_of_blocks() -> None:
     engine = EngineConfig(zero_stage=0, precision="fp32")
     matrices = BIG.num_layers * numel(s for s in block_shapes(BIG, 0, 1) if len(s) > 1)
     adamw, muon = (state_bytes(BIG, ParallelConfig(dp_shard=1), engine, name) for name in ("adamw", "muon"))
+    assert adamw.optimizer - muon.optimizer == 4 * matrices
+
+
+def test_muon_counts_the_blocks_of_multi_token_modules() -> None:
+    """What the optimizer is given, by the names of a real decoder."""
+    config = resolve_model(ModelConfig(family="deepseek-v3", num_layers=2, mtp_layers=2, vocab_size=64))
+    shapes = {name: shape for name, shape in parameter_shapes(config).items() if not name.endswith("router.bias")}
+    matrices = numel(shape for name, shape in shapes.items() if len(shape) == 2 and in_block(name))
+    adamw, muon = (state_bytes(config, ParallelConfig(dp_shard=1), EngineConfig(), n) for n in ("adamw", "muon"))
     assert adamw.optimizer - muon.optimizer == 4 * matrices
 
 
