@@ -51,6 +51,7 @@ EXTRAS = {
     "vllm": ["vllm==0.32.0"],
     "dev": [
         "pytest",
+        "filelock",
         "pytest-timeout",
         "pytest-xdist",
         "hypothesis",

@@ -22,6 +22,7 @@ CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["pytest", "torch", "torch._dynamo", "deepspeed", "llmtrain.engine.zero", "llmtrain.engine.fsdp"]
     + [f"llmtrain.trainer.{command}" for command in ("pretrain", "sft", "grpo")]
+    + ["tests.frozen"]
 )
 
 

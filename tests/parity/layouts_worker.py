@@ -9,15 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import load, save
 from torch.distributed.tensor import DTensor
 
 from llmtrain.config.adapters import without_adapters
-from llmtrain.config.case import AXES
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.config.shapes import resolve_model
 from llmtrain.engine.auxiliary import routers_of, start_auxiliary
@@ -27,10 +26,11 @@ from llmtrain.losses.token import token_loss
 from llmtrain.model.balance import update_bias
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
 from llmtrain.model.lora import merged
-from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
+from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import parallelize, parameters_of, slice_of, trained_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch
+from tests.parity.meshes import mesh_of
 from tests.telling import tell
 
 ROUNDING = 1e-6  # a gradient that is 0 in exact arithmetic (a bias of all keys) is less than this of the norm
@@ -203,14 +203,37 @@ def clips_first(engine: Engine) -> bool:
     return engine.config.backend == "fsdp" or engine.config.zero_stage == 0
 
 
+def told_by_rank_0(layout: dict, rows: int, mesh: Mesh) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The reference, computed once for all ranks."""
+    data = torch.empty(0, dtype=torch.uint8)
+    if mesh.rank == 0:
+        history, weights = reference(layout, rows)
+        tensors = {f"weight/{name}": value for name, value in weights.items()}
+        for step, seen in enumerate(history):
+            tensors |= {f"{step}/{name}": torch.tensor(seen[name], dtype=torch.float64) for name in ("loss", "norm")}
+            tensors |= {f"{step}/grads/{name}": grad for name, grad in seen["grads"].items()}
+        data = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+    tensors = load(mesh.all_gather_bytes(data)[0].numpy().tobytes())
+
+    def under(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    numbers = [{name: tensors[f"{step}/{name}"].item() for name in ("loss", "norm")} for step in range(STEPS)]
+    return [{**each, "grads": under(f"{step}/grads/")} for step, each in enumerate(numbers)], under("weight/")
+
+
 def run(layout: dict, device: torch.device) -> dict:
     """On a GPU too; the reference is computed on the CPU."""
-    parallel = settings_of(layout)[0]
-    sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    mesh = trainer_mesh(sizes, device, timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
+    with mesh_of(settings_of(layout)[0], device) as mesh:
+        return compare(layout, mesh)
+
+
+def compare(layout: dict, mesh: Mesh) -> dict:
+    """The worst error of all ranks, measure by measure."""
+    parallel, sizes = settings_of(layout)[0], mesh.sizes
     accumulation = max(ACCUMULATION, sizes["pp"] * parallel.virtual_stages)
     rows = ROWS * accumulation * mesh.dp_size
-    history, weights = reference(layout, rows)
+    history, weights = told_by_rank_0(layout, rows, mesh)
     config, optim = model_config(layout), optim_config(layout)
     engine = build(layout, mesh)
     errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "worst": ""}

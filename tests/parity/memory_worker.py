@@ -10,11 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from layouts_worker import AXES, settings_of
+from layouts_worker import settings_of
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -23,10 +22,11 @@ from traffic_worker import batches_of, build, shape_of
 from llmtrain.config.schema import ParallelConfig
 from llmtrain.engine.base import Engine, Scores
 from llmtrain.losses.token import token_loss
-from llmtrain.parallel.mesh import init_mesh, trainer_mesh
+from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import parameters_of
 from llmtrain.scaling.states import state_bytes
 from llmtrain.types import Batch
+from tests.parity.meshes import mesh_of
 from tests.telling import tell
 
 
@@ -93,10 +93,8 @@ def optimizer_state(engine: Engine) -> list[Tensor]:
     return [*masters, *(x for state in inner.state.values() for x in state.values() if isinstance(x, Tensor))]
 
 
-def measure(layout: dict) -> dict:
+def measure(layout: dict, mesh: Mesh) -> dict:
     parallel, settings = settings_of(layout)
-    sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule)
     model = shape_of(layout)
     engine = build(layout, model, mesh)
     microbatches, denominator = batches_of(layout, mesh)
@@ -130,7 +128,8 @@ def main() -> None:
     mesh = init_mesh(ParallelConfig(), None, 120)
     for layout in json.loads(sys.argv[1]):
         try:
-            result = measure(layout)
+            with mesh_of(settings_of(layout)[0]) as own:
+                result = measure(layout, own)
         except Exception as error:
             if os.environ.get("TRACE"):
                 raise

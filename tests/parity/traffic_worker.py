@@ -10,12 +10,11 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from layouts_worker import AXES, global_rows, model_config, optim_config, rows_of, settings_of
+from layouts_worker import global_rows, model_config, optim_config, rows_of, settings_of
 
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.engine import zero
@@ -25,12 +24,13 @@ from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.parallel import expert
 from llmtrain.parallel.context import local_batches
-from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
+from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import parallelize
 from llmtrain.parallel.traffic import Traffic
 from llmtrain.scaling import communication as scaling
 from llmtrain.scaling.communication import Case, Step, communication
 from llmtrain.types import IGNORE, Batch
+from tests.parity.meshes import mesh_of
 from tests.telling import tell
 
 WARM_STEPS = 2  # engines learn shapes and the order of modules
@@ -119,11 +119,9 @@ def larger_halves(seen: list[list[int]], mesh: Mesh) -> int:
     return total
 
 
-def count(layout: dict) -> tuple[dict, dict, list]:
+def count(layout: dict, mesh: Mesh) -> tuple[dict, dict, list]:
     """(counted, by formula, items) of this rank; the first two by axis and kind."""
     parallel, settings = settings_of(layout)
-    sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
     model = shape_of(layout)
     if "reuse" in layout:
         shorten_reuse(layout["reuse"])
@@ -152,7 +150,8 @@ def main() -> None:
     mesh = init_mesh(ParallelConfig(), None, 120)
     for layout in json.loads(sys.argv[1]):
         try:
-            counted, expected, items = count(layout)
+            with mesh_of(settings_of(layout)[0]) as own:
+                counted, expected, items = count(layout, own)
         except Exception as error:
             if os.environ.get("TRACE"):
                 raise

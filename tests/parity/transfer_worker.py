@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,24 +17,18 @@ import torch.distributed as dist
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
 from llmtrain.checkpoint.save import save_checkpoint
-from llmtrain.config.case import AXES
 from llmtrain.config.schema import ParallelConfig
 from llmtrain.engine.base import Engine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import parameter_shapes
-from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
+from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.trainer.batches import rank_samples
 from tests.parity.layouts_worker import build, global_rows, model_config, rows_of, settings_of
+from tests.parity.meshes import mesh_of
 from tests.telling import tell
 
 BEFORE, AFTER = 3, 5  # steps before the save and after it
 GLOBAL_SEQS = 48  # divides among 1, 2, 3, 4, 6 and 8 data-parallel ranks
-
-
-def mesh_of(layout: dict) -> Mesh:
-    parallel = settings_of(layout)[0]
-    sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    return trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), None, parallel.schedule, parallel.ep)
 
 
 def steps(engine: Engine, mesh: Mesh, first: int, count: int) -> list[tuple[float, float]]:
@@ -51,8 +44,7 @@ def steps(engine: Engine, mesh: Mesh, first: int, count: int) -> list[tuple[floa
     return history
 
 
-def save(directory: str, number: int, layout: dict) -> None:
-    mesh = mesh_of(layout)
+def save(directory: str, number: int, layout: dict, mesh: Mesh) -> None:
     engine = build(layout, mesh)
     steps(engine, mesh, 0, BEFORE)
     place, state = os.path.join(directory, str(number)), {"step": BEFORE, "layout": layout}
@@ -63,8 +55,8 @@ def save(directory: str, number: int, layout: dict) -> None:
             json.dump(uninterrupted, file)
 
 
-def load(directory: str, saved: int, number: int, layout: dict) -> dict:
-    mesh, place = mesh_of(layout), os.path.join(directory, str(saved))
+def load(directory: str, saved: int, number: int, layout: dict, mesh: Mesh) -> dict:
+    place = os.path.join(directory, str(saved))
     engine = build(layout, mesh, factor=0.5)
     reader = CheckpointReader(newest_intact(place, mesh))
     engine.load_fragments(reader.read, BEFORE)
@@ -81,12 +73,10 @@ def main() -> None:
     mesh = init_mesh(ParallelConfig(), None, 120)
     action, directory, work = sys.argv[1:]
     for job in json.loads(work):
-        if action == "save":
-            save(directory, *job)
-        else:
-            result = load(directory, *job)
-            if mesh.rank == 0:
-                tell(result)
+        with mesh_of(settings_of(job[-1])[0]) as own:
+            result = {"save": save, "load": load}[action](directory, *job, own)
+        if result and mesh.rank == 0:
+            tell(result)
     dist.destroy_process_group()
 
 

@@ -1,0 +1,46 @@
+"""Many meshes in one process, one after the other."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from llmtrain.config.case import AXES
+from llmtrain.config.schema import ParallelConfig
+from llmtrain.parallel.mesh import Mesh, trainer_mesh
+
+CPU = torch.device("cpu")
+_made: Counter[tuple[int, ...]] = Counter()
+
+
+def _name(ranks: list[int]) -> str:
+    """No two groups of the same ranks have one name, also after the first has ended: torch counts those there are, and
+    the second would find the addresses of the first in the store."""
+    _made[tuple(ranks)] += 1
+    return f"{'_'.join(map(str, ranks))}/{_made[tuple(ranks)]}"
+
+
+assert hasattr(distributed_c10d, "_hash_ranks_to_str")
+distributed_c10d._hash_ranks_to_str = _name
+
+
+@contextmanager
+def mesh_of(parallel: ParallelConfig, device: torch.device = CPU) -> Iterator[Mesh]:
+    """The mesh of one layout. Behind it its groups end, whose threads would go on looking for messages, a hundred times
+    a second each."""
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    mesh = trainer_mesh(sizes, device, timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
+    try:
+        yield mesh
+    finally:
+        for group in {id(group): group for group in mesh.groups.values() if group is not None}.values():
+            dist.destroy_process_group(group)
+        mesh.groups.clear()
+        gc.collect()
