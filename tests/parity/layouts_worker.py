@@ -224,7 +224,7 @@ def told_by_rank_0(layout: dict, rows: int, mesh: Mesh) -> tuple[list[dict], dic
 
 def run(layout: dict, device: torch.device) -> dict:
     """On a GPU too; the reference is computed on the CPU."""
-    with mesh_of(settings_of(layout)[0], device) as mesh:
+    with mesh_of(*settings_of(layout), device) as mesh:
         return compare(layout, mesh)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from llmtrain.config.case import AXES
-from llmtrain.config.schema import ParallelConfig
+from llmtrain.config.schema import EngineConfig, ParallelConfig
 from llmtrain.parallel.mesh import Mesh, trainer_mesh
 
 CPU = torch.device("cpu")
@@ -32,15 +32,17 @@ distributed_c10d._hash_ranks_to_str = _name
 
 
 @contextmanager
-def mesh_of(parallel: ParallelConfig, device: torch.device = CPU) -> Iterator[Mesh]:
+def mesh_of(parallel: ParallelConfig, engine: EngineConfig, device: torch.device = CPU) -> Iterator[Mesh]:
     """The mesh of one layout. Behind it its groups end, whose threads would go on looking for messages, a hundred times
-    a second each."""
+    a second each. Not those of FSDP2: torch remembers what it did on a mesh, and takes the groups of the first for one
+    that is equal."""
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
     mesh = trainer_mesh(sizes, device, timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
     try:
         yield mesh
     finally:
-        for group in {id(group): group for group in mesh.groups.values() if group is not None}.values():
-            dist.destroy_process_group(group)
+        if engine.backend == "deepspeed":
+            for group in {id(group): group for group in mesh.groups.values() if group is not None}.values():
+                dist.destroy_process_group(group)
         mesh.groups.clear()
         gc.collect()

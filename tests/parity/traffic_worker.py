@@ -150,7 +150,7 @@ def main() -> None:
     mesh = init_mesh(ParallelConfig(), None, 120)
     for layout in json.loads(sys.argv[1]):
         try:
-            with mesh_of(settings_of(layout)[0]) as own:
+            with mesh_of(*settings_of(layout)) as own:
                 counted, expected, items = count(layout, own)
         except Exception as error:
             if os.environ.get("TRACE"):

@@ -73,7 +73,7 @@ def main() -> None:
     mesh = init_mesh(ParallelConfig(), None, 120)
     action, directory, work = sys.argv[1:]
     for job in json.loads(work):
-        with mesh_of(settings_of(job[-1])[0]) as own:
+        with mesh_of(*settings_of(job[-1])) as own:
             result = {"save": save, "load": load}[action](directory, *job, own)
         if result and mesh.rank == 0:
             tell(result)
