@@ -23,7 +23,7 @@ LATENT = {"kv_rank": 16, "nope_head_dim": 8, "rope_head_dim": 4, "v_head_dim": 6
 MLA = {"attention": "mla", "num_kv_heads": 4, "mla": LATENT}
 ZERO_BUBBLE = {"schedule": "interleaved_zero_bubble", "virtual_stages": 2}
 
-QUICK = [  # each axis and each engine once
+EACH_ONCE = [  # each axis and each engine once
     {"dp_replicate": 4, "zero_stage": 0},
     {"dp_shard": 4, "zero_stage": 1, **ODD},
     {"dp_shard": 4, "zero_stage": 2, "precision": "bf16"},
@@ -37,6 +37,7 @@ QUICK = [  # each axis and each engine once
     {"pp": 2, "tp": 2, "zero_stage": 1, **ADAPTED},
     {"cp": 2, "dp_shard": 2, "backend": "fsdp", "context": "alltoall", "model": MLA},
 ]
+QUICK = [{"num_layers": 2, **layout} for layout in EACH_ONCE]
 MORE = [
     {"dp_replicate": 2, "dp_shard": 2, "backend": "fsdp", "reshard": False, "precision": "bf16", **ODD},
     {"cp": 2, "dp_shard": 2, "zero_stage": 2, "context": "alltoall"},

@@ -92,7 +92,7 @@ def check(
 
 
 def test_between_engines_and_axes(forked: Callable, tmp_path: Path) -> None:
-    check(forked, tmp_path, QUICK, timeout_s=150)
+    check(forked, tmp_path, QUICK, timeout_s=150, layouts=[{**layout, "num_layers": 2} for layout in LAYOUTS[:5]])
 
 
 def test_experts_and_biases_of_routers(forked: Callable, tmp_path: Path) -> None:
