@@ -36,10 +36,25 @@ def run_forked(
     the output so far when it takes longer than `timeout_s` seconds; no process is left behind.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    done = _run([_environment(rank, ranks, store.port) for rank in range(ranks)], target, args, timeout_s)
+    return subprocess.CompletedProcess(done.args, int(done.returncode != 0), done.stdout)
+
+
+def run_alone(
+    target: str | Path, *args: str | Path, timeout_s: float = 120, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `run_forked`, one process that no launcher started: returns its own exit code. `env` is added to the
+    environment."""
+    return _run([{**os.environ, **(env or {})}], target, args, timeout_s)
+
+
+def _run(
+    environments: Sequence[Mapping[str, str]], target: str | Path, args: Sequence[str | Path], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """A process for each environment. Returns the exit code of one that failed, else 0."""
+    argv = [str(target), *map(str, args)]
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
-        argv = [str(target), *map(str, args)]
-        each = [(argv, _environment(rank, ranks, store.port), output.name) for rank in range(ranks)]
-        processes = [CONTEXT.Process(target=_rank, args=arguments) for arguments in each]
+        processes = [CONTEXT.Process(target=_rank, args=(argv, each, output.name)) for each in environments]
         try:
             for process in processes:
                 process.start()
@@ -48,8 +63,8 @@ def run_forked(
             _end(processes)
         said = output.read()
     if not in_time:
-        pytest.fail(f"{target} on {ranks} ranks did not end in {timeout_s} s:\n{said[-6000:]}")
-    return subprocess.CompletedProcess(argv, int(any(p.exitcode for p in processes)), stdout=said)
+        pytest.fail(f"{target} in {len(environments)} processes did not end in {timeout_s} s:\n{said[-6000:]}")
+    return subprocess.CompletedProcess(argv, next((p.exitcode for p in processes if p.exitcode), 0), stdout=said)
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:

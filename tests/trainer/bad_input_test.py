@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.forked import run_alone
 
 
 def llmtrain(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmtrain", *map(str, arguments)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90)
+    return run_alone("llmtrain", *map(str, arguments), timeout_s=90)
 
 
 def last_line(result: subprocess.CompletedProcess[str]) -> str:
-    assert "Traceback" not in result.stderr, result.stderr[-2000:]
-    return result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stdout, result.stdout[-2000:]
+    return result.stdout.strip().splitlines()[-1]
 
 
 def test_missing_file(small: Path, tmp_path: Path) -> None:
@@ -64,7 +60,7 @@ def test_tokenizer_larger_than_the_model(small: Path, tmp_path: Path) -> None:
 
 def test_resume_never_in_a_used_directory(small: Path, tmp_path: Path) -> None:
     first = llmtrain("pretrain", small, "train.steps=1", f"run_dir={tmp_path / 'run'}")
-    assert first.returncode == 0, first.stderr[-2000:]
+    assert first.returncode == 0, first.stdout[-2000:]
     result = llmtrain("pretrain", small, "train.steps=2", f"run_dir={tmp_path / 'run'}", "checkpoint.resume=never")
     assert result.returncode == 2 and "checkpoint.resume=never" in last_line(result)
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +16,7 @@ from llmtrain.observe.metrics import Events, MetricsFile, read_lines
 from llmtrain.parallel.replicas import checksum, odd_ones
 from llmtrain.trainer.guard import is_spike
 from llmtrain.trainer.loop import Record
-from tests.conftest import ROOT
+from tests.forked import run_alone
 
 WORKERS = Path(__file__).parent
 LAYOUTS = (
@@ -136,16 +133,13 @@ def runs(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         {"dir": "bounded", "poison": nan, "set": [out]},
     ]
     specs = [{**spec, "dir": str(base / spec["dir"]), "set": [*SET, *spec.get("set", [])]} for spec in specs]
-    command = [sys.executable, WORKERS / "spikes_worker.py", base / "small.yaml", json.dumps(specs)]
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    result = run_alone(WORKERS / "spikes_worker.py", base / "small.yaml", json.dumps(specs))
     raised: dict[str, list[str]] = {"base": [str(base)]}
     for line in result.stdout.splitlines():
         if line.startswith('{"dir"'):
             each = json.loads(line)
             raised.setdefault(Path(each["dir"]).name, []).append(each["raised"])
-    assert sum(map(len, raised.values())) == len(specs) + 1, result.stderr[-3000:]
+    assert sum(map(len, raised.values())) == len(specs) + 1, result.stdout[-3000:]
     return raised
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +21,7 @@ from llmtrain.data.packing import TextRows
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.trainer.assemble import check_same_run
 from llmtrain.trainer.ramp import phase_batches, set_rope
-from tests.conftest import ROOT
+from tests.forked import run_alone
 from tests.trainer.pretrain_test import FAULTS, assert_same_weights, losses, metrics
 
 RAMPS = (
@@ -83,19 +80,16 @@ def test_rope_changes_in_every_part() -> None:
 def test_killed_in_a_phase_goes_on_bit_for_bit(small: Path, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
 
-    def command(run_dir: Path) -> list[str]:
-        return [sys.executable, "-m", "llmtrain", "pretrain", str(small), f"run_dir={run_dir}", *RAMPS]
-
-    done = subprocess.run(command(straight), capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_alone("llmtrain", "pretrain", small, f"run_dir={straight}", *RAMPS)
+    assert done.returncode == 0, done.stdout[-3000:]
     assert [(line["global_batch_seqs"], line["seq_len"]) for line in metrics(straight)] == SHAPES
     assert metrics(straight)[-1]["tokens"] == 512 + 3 * 1024 + 3 * 2048 + 2 * 4096
     accident = [{"attempt": 0, "rank": 0, "at": "step", "count": 6}]  # behind the second of three steps of 16 x 128
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCIDENTS": json.dumps(accident)}
-    done = subprocess.run([sys.executable, FAULTS, *command(killed)[3:]], env=env, capture_output=True, timeout=250)
+    env = {"ACCIDENTS": json.dumps(accident)}
+    done = run_alone(FAULTS, "pretrain", small, f"run_dir={killed}", *RAMPS, env=env)
     assert done.returncode == -signal.SIGKILL and len(metrics(killed)) == 5
-    done = subprocess.run(command(killed), capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0 and "resumed" in done.stderr, done.stderr[-3000:]
+    done = run_alone("llmtrain", "pretrain", small, f"run_dir={killed}", *RAMPS)
+    assert done.returncode == 0 and "resumed" in done.stdout, done.stdout[-3000:]
     same = ("step", "loss", "grad_norm", "lr", "tokens", "seq_len", "global_batch_seqs")
     assert [[line[k] for k in same] for line in metrics(killed)] == [
         [line[k] for k in same] for line in metrics(straight)
