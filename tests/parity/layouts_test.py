@@ -91,10 +91,11 @@ def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float, tole
     layouts = [layout for layout in layouts if runs_here(layout)]
     result = run(ranks, WORKER, json.dumps(layouts), timeout_s=timeout_s)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
+    failed = [line for line in lines if "error" in line]
+    assert not failed, failed
     assert len(lines) == len(layouts), result.stdout[-3000:]
     for line in lines:
         print(line)
-        assert "error" not in line, line
         for measure, tolerance in tolerances.items():
             assert line[measure] <= tolerance, line
 

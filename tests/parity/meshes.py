@@ -34,14 +34,14 @@ distributed_c10d._hash_ranks_to_str = _name
 @contextmanager
 def mesh_of(parallel: ParallelConfig, engine: EngineConfig, device: torch.device = CPU) -> Iterator[Mesh]:
     """The mesh of one layout. Behind it its groups end, whose threads would go on looking for messages, a hundred times
-    a second each. Not those of FSDP2: torch remembers what it did on a mesh, and takes the groups of the first for one
-    that is equal."""
+    a second each. Not those of FSDP2, nor of what is compiled: torch remembers what it did on a mesh, and takes the
+    groups of the first for one that is equal."""
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    mesh = trainer_mesh(sizes, device, timedelta(seconds=60), schedule=parallel.schedule, ep=parallel.ep)
+    mesh = trainer_mesh(sizes, device, timedelta(minutes=5), schedule=parallel.schedule, ep=parallel.ep)
     try:
         yield mesh
     finally:
-        if engine.backend == "deepspeed":
+        if engine.backend == "deepspeed" and not engine.compile:
             for group in {id(group): group for group in mesh.groups.values() if group is not None}.values():
                 dist.destroy_process_group(group)
         mesh.groups.clear()
