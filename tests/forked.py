@@ -41,7 +41,7 @@ def run_forked(
 
 
 def run_alone(
-    target: str | Path, *args: str | Path, timeout_s: float = 120, env: Mapping[str, str] | None = None
+    target: str | Path, *args: str | Path, timeout_s: float = 240, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """As `run_forked`, one process that no launcher started: returns its own exit code. `env` is added to the
     environment."""

@@ -12,7 +12,7 @@ import pytest
 from tests.parity.matrix import around_each, at_least, covering, layout_of, ranks, runs_here
 
 WORKER = Path(__file__).with_name("layouts_worker.py")
-# fp32 rounding: sums over tokens, ranks and vocabulary run in another order than in one process. Seen: 4e-6.
+# fp32 rounding: sums over tokens, ranks and vocabulary run in another order than in one process. Seen: 7e-6.
 TOLERANCE = 1e-5
 EXACT = dict.fromkeys(("loss", "norm", "grad", "weight", "score"), TOLERANCE)
 

@@ -32,8 +32,17 @@ def _load() -> ModuleType:
     return module
 
 
+def runs_here(layout: dict) -> bool:
+    """Not a schedule that only a later torch can compute."""
+    return torch_version() >= ZERO_BUBBLE_TORCH or layout.get("schedule") not in ("interleaved_zero_bubble", "zbv")
+
+
 parallelism = _load()
-FEATURES = {name: feature for name, feature in parallelism.FEATURES.items() if name not in NOT_FP32}
+FEATURES = {
+    name: feature
+    for name, feature in parallelism.FEATURES.items()
+    if name not in NOT_FP32 and runs_here({"schedule": feature.get("parallel.schedule")})
+}
 
 
 def keys(names: frozenset[str]) -> dict | None:
@@ -45,11 +54,6 @@ def keys(names: frozenset[str]) -> dict | None:
 def ranks(layout: dict) -> int:
     """Processes that a layout needs."""
     return math.prod(layout.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"))
-
-
-def runs_here(layout: dict) -> bool:
-    """Not a schedule that only a later torch can compute."""
-    return torch_version() >= ZERO_BUBBLE_TORCH or layout.get("schedule") not in ("interleaved_zero_bubble", "zbv")
 
 
 def layout_of(names: frozenset[str]) -> dict:
@@ -84,7 +88,7 @@ def _engine(names: frozenset[str]) -> bool:
     return any("engine.backend" in FEATURES[name] for name in names)
 
 
-def generate(seed: int = 0, max_ranks: int = MAX_RANKS) -> list[frozenset[str]]:
+def generate(seed: int) -> list[frozenset[str]]:
     """Sets of features that together hold every pair that goes together at all."""
     rng = random.Random(seed)
     missing = {frozenset(pair) for pair in combinations(FEATURES, 2)}
@@ -92,7 +96,7 @@ def generate(seed: int = 0, max_ranks: int = MAX_RANKS) -> list[frozenset[str]]:
     for pair in sorted(missing, key=sorted):
         if pair not in missing:
             continue
-        found = list(completions(pair, rng, max_ranks))
+        found = list(completions(pair, rng, MAX_RANKS))
         if found:
             best = max(found, key=lambda names: len(missing & _pairs(names)))
             chosen.append(best)

@@ -37,7 +37,9 @@ def mesh_of(parallel: ParallelConfig, engine: EngineConfig, device: torch.device
     a second each. Not those of FSDP2, nor of what is compiled: torch remembers what it did on a mesh, and takes the
     groups of the first for one that is equal."""
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    mesh = trainer_mesh(sizes, device, timedelta(minutes=5), schedule=parallel.schedule, ep=parallel.ep)
+    # the stages of a compiled pipeline wait for each other's compilation
+    timeout = timedelta(minutes=5 if engine.compile else 1)
+    mesh = trainer_mesh(sizes, device, timeout, schedule=parallel.schedule, ep=parallel.ep)
     try:
         yield mesh
     finally:
