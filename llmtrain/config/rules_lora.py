@@ -41,10 +41,10 @@ def _targets(case: Case) -> Iterator[str]:
 
 def _balance(case: Case) -> Iterator[str]:
     m = case.model
-    if m is not None and m.lora is not None and m.moe is not None and m.moe.balance == "bias":
+    if m is not None and m.lora is not None and m.moe is not None and "bias" in m.moe.balance:
         yield (
-            "model.moe.balance=bias: must be none or aux with model.lora, biases stay with the weights as they "
-            "are; set model.moe.balance=none"
+            f"model.moe.balance={m.moe.balance}: must be none or aux with model.lora, biases stay with the weights as "
+            "they are; set model.moe.balance=none"
         )
 
 

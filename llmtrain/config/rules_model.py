@@ -85,8 +85,11 @@ def _experts(case: Case) -> Iterator[str]:
         )
     if outside := [layer for layer in e.dense_layers if not 0 <= layer < m.num_layers]:
         yield f"model.moe.dense_layers: {outside[0]} is no layer of 0 .. {m.num_layers - 1}; remove it"
-    if e.balance == "bias" and not e.selection_bias:
-        yield "model.moe.balance=bias: moves model.moe.selection_bias, which is off; set selection_bias=true, or aux"
+    if "bias" in e.balance and not e.selection_bias:
+        yield (
+            f"model.moe.balance={e.balance}: moves model.moe.selection_bias, which is off; set selection_bias=true, or "
+            "aux"
+        )
     if not m.gated or m.ffn_bias:
         what = f"model.gated={m.gated}, ffn_bias={m.ffn_bias}"
         yield f"{what}: with model.moe they are true and false, no published model has others; remove them"

@@ -53,7 +53,7 @@ class MoeConfig(Section):
     num_groups: PositiveInt = 1  # equal groups of experts, of which only
     top_groups: PositiveInt = 1  # so many are chosen from (DeepSeek's group-limited routing)
     selection_bias: bool = False  # a bias for each expert that takes part in the choice, not in the weights
-    balance: Literal["none", "bias", "aux"] = "none"  # bias: loss-free (arXiv 2408.15664); aux: a loss for each row
+    balance: Literal["none", "bias", "aux", "bias+aux"] = "none"  # bias: loss-free (arXiv 2408.15664); aux: by a loss
     bias_rate: float = Field(0.001, ge=0.0)  # balance bias: by which a bias moves after each update
     aux_coef: float = Field(0.01, ge=0.0)  # balance aux: weight of the loss (arXiv 2101.03961, for each row alone)
     z_coef: float = Field(0.0, ge=0.0)  # weight of the router's z-loss (arXiv 2202.08906)

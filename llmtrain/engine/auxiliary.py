@@ -43,7 +43,7 @@ def finish_auxiliary(parts: Sequence[nn.Module], mesh: Mesh, denominator: float,
     routers = routers_of(parts)
     sums = {name: _summed(router, mesh) for name, router in routers.items()}
     for name, router in routers.items():
-        if taken and router.config.balance == "bias":
+        if taken and "bias" in router.config.balance:
             router.bias.copy_(update_bias(router.bias, sums[name][0], router.config.bias_rate))
     mine = _metrics(routers, sums, denominator)
     gathered = mesh.all_gather_json(mine if mesh.coords["tp"] == 0 else {})

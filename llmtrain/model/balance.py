@@ -64,7 +64,7 @@ def _load_factors(routing: Routing, config: MoeConfig) -> Tensor:
 def loss_gradient(routing: Routing, config: MoeConfig) -> Tensor:
     """Of aux_coef (auxiliary loss) + z_coef (z-loss) by the logits, [B, T, E]; f_i are constants."""
     grad = torch.zeros_like(routing.logits)
-    if config.balance == "aux":
+    if "aux" in config.balance:
         share, factors = shares(routing.logits, config.gate), _load_factors(routing, config)
         slope = share * (factors - (factors * share).sum(-1, keepdim=True))
         if config.gate == "sigmoid":

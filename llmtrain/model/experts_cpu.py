@@ -1,11 +1,9 @@
-"""The experts' feed-forward layers on a CPU: one expert after the other, all of its steps while its rows are in cache.
-
-Of what is computed on the way only gate(x) and up(x) are kept for the backward.
-"""
+"""The experts' feed-forward layers on a CPU, as one operation: of what is computed on the way only gate(x) and up(x)
+are kept for the backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from llmtrain.model.feedforward import ACTIVATIONS
+from llmtrain.model.grouped import outer, product
 
 aten = torch.ops.aten
 GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of ACTIVATIONS: (gradient, input) -> gradient
@@ -28,14 +27,9 @@ def expert_ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, hidden], sorted by expert; weights [N]; gate, up [E, ffn, hidden]; down [E, hidden, ffn]; counts [E] int64
     -> down(act(gate(x)) * up(x) * weights) [N, hidden], rows beyond the last expert 0; gate(x) and up(x) [N, ffn]."""
-    out, g, u = (x.new_empty(x.size(0), m.size(1)) for m in (down, gate, up))
-    for e, rows in _spans(counts):
-        torch.mm(x[rows], gate[e].t(), out=g[rows])
-        torch.mm(x[rows], up[e].t(), out=u[rows])
-        h = ACTIVATIONS[act](g[rows]).mul_(u[rows]).mul_(weights[rows, None])
-        torch.mm(h, down[e].t(), out=out[rows])
-    out[int(counts.sum()) :] = 0
-    return out, g, u
+    g, u = product(x, gate, counts), product(x, up, counts)
+    h = ACTIVATIONS[act](g).mul_(u).mul_(weights[:, None])
+    return product(h, down, counts), g, u
 
 
 @torch.library.custom_op("llmtrain::expert_ffn_backward", mutates_args=())
@@ -53,29 +47,15 @@ def expert_ffn_backward(
     of_matrices: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate, up and down; the last three are empty unless `of_matrices`."""
-    dx, dweights = torch.zeros_like(x), torch.zeros_like(weights)
-    dgate, dup, ddown = (torch.zeros_like(m) if of_matrices else m.new_empty(0) for m in (gate, up, down))
-    for e, rows in _spans(counts):
-        activated, scale = ACTIVATIONS[act](g[rows]), weights[rows, None]
-        both, dh = activated * u[rows], grad[rows] @ down[e]
-        torch.sum(dh * both, 1, out=dweights[rows])
-        dh.mul_(scale)
-        dg, du = GRADIENTS[act](dh * u[rows], g[rows]), dh.mul_(activated)
-        torch.mm(dg, gate[e], out=dx[rows]).addmm_(du, up[e])
-        if of_matrices:
-            torch.mm(grad[rows].t(), both * scale, out=ddown[e])
-            torch.mm(dg.t(), x[rows], out=dgate[e])
-            torch.mm(du.t(), x[rows], out=dup[e])
-    return dx, dweights, dgate, dup, ddown
-
-
-def _spans(counts: Tensor) -> Iterator[tuple[int, slice]]:
-    """Experts that have rows, and which."""
-    start = 0
-    for e, count in enumerate(counts.tolist()):
-        if count:
-            yield e, slice(start, start + count)
-        start += count
+    activated, scale = ACTIVATIONS[act](g), weights[:, None]
+    both, dh = activated * u, product(grad, down.transpose(1, 2), counts)
+    dweights = (dh * both).sum(1)
+    dh.mul_(scale)
+    dg, du = GRADIENTS[act](dh * u, g), dh.mul_(activated)
+    dx = product(dg, gate.transpose(1, 2), counts).add_(product(du, up.transpose(1, 2), counts))
+    if not of_matrices:
+        return dx, dweights, *(m.new_empty(0) for m in (gate, up, down))
+    return dx, dweights, outer(dg, x, counts), outer(du, x, counts), outer(grad, both.mul_(scale), counts)
 
 
 @expert_ffn.register_fake

@@ -8,6 +8,7 @@ import random
 import signal
 from dataclasses import dataclass, field
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from llmtrain.config.load import dump
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.config.shapes import contradictions, fields_from_directory, resolve_model
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, read_backend
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.model.decoder import init_tensor, parameter_shapes, trained_shapes
 from llmtrain.model.vocab import resize_embedding
@@ -177,16 +178,24 @@ def start_source(job: Job) -> WeightSource:
         place = locate(job.config.model.init_from, job.mesh)
         rows = fields_from_directory(job.config.model.init_from, {})["vocab_size"]
         stored = source_at(place, job.model.model_copy(update={"vocab_size": rows}), job.mesh)
-        stored = stored if rows == job.model.vocab_size else grown_vocabulary(stored, job.model.vocab_size)
+        if rows != job.model.vocab_size:
+            stored = grown_vocabulary(stored, job.model.vocab_size, used_rows(job.config.model.init_from, rows))
         job.base = fingerprint(place) if job.model.lora else None
     new = shapes.keys() if stored is None else adapter_shapes(job.model).keys()
     return lambda name: init_tensor(name, shapes[name], job.model, job.config.seed) if name in new else stored(name)
 
 
-def grown_vocabulary(source: WeightSource, rows: int) -> WeightSource:
-    """With `rows` rows of embedding and head."""
+def used_rows(directory: str, rows: int) -> int:
+    """Of the `rows` of an embedding, those that a token of the tokenizer beside it has; without one, all."""
+    places = (directory, os.path.join(directory, "tokenizer"))  # of a Hugging Face directory, of a run
+    found = next((place for place in places if os.path.isfile(os.path.join(place, "tokenizer.json"))), None)
+    return rows if found is None else min(rows, 1 + max(read_backend(Path(found)).get_vocab().values()))
+
+
+def grown_vocabulary(source: WeightSource, rows: int, used: int | None = None) -> WeightSource:
+    """With `rows` rows of embedding and head, of which the first `used` (None: all there were) are kept."""
     grows = ("embed.weight", "head.weight")
-    return lambda name: resize_embedding(source(name), rows) if name in grows else source(name)
+    return lambda name: resize_embedding(source(name), rows, used) if name in grows else source(name)
 
 
 def build_engine(job: Job, total_steps: int) -> None:

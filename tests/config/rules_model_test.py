@@ -25,6 +25,7 @@ def found(model: dict, moe: dict) -> list[str]:
         ({}, {"gate": "sigmoid", "num_groups": 8}, "model.moe.num_groups=8: with gate: sigmoid the two best"),
         ({}, {"dense_layers": [0, 4]}, "model.moe.dense_layers: 4 is no layer of 0 .. 3"),
         ({}, {"balance": "bias"}, "model.moe.balance=bias: moves model.moe.selection_bias, which is off"),
+        ({}, {"balance": "bias+aux"}, "model.moe.balance=bias+aux: moves model.moe.selection_bias, which is off"),
         ({"gated": False}, {}, "model.gated=False, ffn_bias=False: with model.moe they are true and false"),
         ({"ffn_bias": True}, {}, "model.gated=True, ffn_bias=True: with model.moe they are true and false"),
         ({"block": "parallel"}, {}, "model.block=parallel: not with model.moe"),

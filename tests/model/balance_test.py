@@ -19,6 +19,7 @@ AUX = MoeConfig(num_experts=E, top_k=K, expert_ffn_size=8, balance="aux", aux_co
 CONFIGS = {
     "softmax": AUX,
     "sigmoid": AUX.model_copy(update={"gate": "sigmoid"}),
+    "with a bias": AUX.model_copy(update={"gate": "sigmoid", "selection_bias": True, "balance": "bias+aux"}),
     "z alone": AUX.model_copy(update={"balance": "none"}),
     "one chosen": AUX.model_copy(update={"top_k": 1}),
 }
@@ -120,7 +121,7 @@ def formula(x: Tensor, weight: Tensor, config: MoeConfig, padding: Tensor) -> Te
         scores = logits.softmax(-1) if config.gate == "softmax" else logits.sigmoid()
         n, share = len(logits), scores / scores.sum(-1, keepdim=True)
         chosen = torch.bincount(scores.topk(config.top_k).indices.flatten(), minlength=E)
-        if config.balance == "aux":
+        if "aux" in config.balance:
             total = total + config.aux_coef * E / (config.top_k * n) * (chosen * share.sum(0)).sum()
         total = total + config.z_coef * logits.exp().sum(-1).log().square().sum()
     return total

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
-from llmtrain.model import experts
-from llmtrain.model.experts import Experts, grouped_product
+from llmtrain.model import grouped as products
+from llmtrain.model.experts import Experts
 from llmtrain.model.experts_cpu import expert_ffn
 from llmtrain.model.feedforward import ACTIVATIONS
+from llmtrain.model.grouped import grouped_product
 from llmtrain.model.moe import dispatch, sort_by_expert
 
 COUNTS = {
@@ -47,9 +48,9 @@ def test_grouped_and_loop_are_equal(case: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight, grad = (torch.randn(size).to(dtype) for size in ((16, 16), (4, 24, 16), (16, 24)))
     counts = torch.tensor(COUNTS[case])
-    assert experts.grouped_mm_runs("cpu", dtype)
+    assert products.grouped_mm_runs("cpu", dtype)
     grouped = run(x, weight, counts, grad)
-    with patch.object(experts, "grouped_mm_runs", lambda *_: False):
+    with patch.object(products, "grouped_mm_runs", lambda *_: False):
         loop = run(x, weight, counts, grad)
     for one, other in zip(grouped, loop, strict=True):
         assert torch.equal(one, other)

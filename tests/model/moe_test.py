@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
-from llmtrain.model import experts, experts_cpu
+from llmtrain.model import experts_cpu, grouped
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.model.experts import Experts
 from llmtrain.parallel.plan import compile_blocks
@@ -67,7 +67,7 @@ def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
     with patch.object(
         Experts, "forward", lambda self, x, counts, w: self.by_grouped_products(x, counts, w.to(x.dtype))
     ):
-        counts = {kind: calls(experts, "_zero_rest", kind) for kind in ("none", "selective", "full")}  # once in each
+        counts = {kind: calls(grouped, "_zero_rest", kind) for kind in ("none", "selective", "full")}  # once in each
     layers = 2
     assert counts["none"] == layers * (3 + 3)  # forward, and the gradient of what goes in
     assert counts["selective"] - counts["none"] == layers
@@ -75,9 +75,10 @@ def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
 
 
 def test_selective_keeps_the_experts_on_a_cpu() -> None:
-    counts = {kind: calls(experts_cpu, "_spans", kind) for kind in ("none", "selective", "full")}
-    assert counts["none"] == counts["selective"] == 2 * (1 + 1)  # of each layer forward and backward
-    assert counts["full"] - counts["none"] == 2
+    counts = {kind: calls(experts_cpu, "product", kind) for kind in ("none", "selective", "full")}
+    layers = 2
+    assert counts["none"] == counts["selective"] == layers * (3 + 3)  # forward, and the gradient of what goes in
+    assert counts["full"] - counts["none"] == layers * 3
 
 
 def calls(module: ModuleType, function: str, kind: str) -> int:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from llmtrain.checkpoint.source import weight_source
 from llmtrain.config.check import violations
@@ -15,7 +17,7 @@ from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.model.vocab import resize_embedding
-from llmtrain.trainer.assemble import grown_vocabulary
+from llmtrain.trainer.assemble import grown_vocabulary, used_rows
 
 
 @given(st.integers(1, 300_000), st.integers(1, 1024))
@@ -90,6 +92,17 @@ def test_weights_are_taken_into_a_larger_vocabulary(tmp_path: Path) -> None:
     source = grown_vocabulary(weight_source(str(tmp_path / "hf"), small), grown.vocab_size)
     assert all(tuple(source(name).shape) == shape for name, shape in parameter_shapes(grown).items())
     assert torch.equal(source("head.weight")[:50], weights["head.weight"])
+
+
+def test_rows_without_a_token_are_padding(tmp_path: Path) -> None:
+    """Of the weights to start from: the new rows are the mean of those that their tokenizer uses."""
+    assert used_rows(str(tmp_path), 48) == 48  # no tokenizer there
+    Tokenizer(WordLevel({"a": 0, "b": 39})).save(str(tmp_path / "tokenizer.json"))
+    assert used_rows(str(tmp_path), 48) == 40 and used_rows(str(tmp_path), 30) == 30
+    weight = torch.randn(48, 4)
+    grown = grown_vocabulary(lambda name: weight, 64, 40)
+    assert torch.equal(grown("embed.weight")[40:], weight[:40].mean(0).expand(24, 4))
+    assert grown("norm.weight") is weight
 
 
 def test_only_training_of_all_weights_grows_a_vocabulary(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ MOE = {"num_experts": 8, "top_k": 2, "expert_ffn_size": 16, "dense_layers": [0]}
 SOFTMAX = {"moe": MOE | {"balance": "aux", "aux_coef": 0.3, "z_coef": 0.1}}
 SIGMOID = {
     "moe": MOE
-    | {"gate": "sigmoid", "selection_bias": True, "balance": "bias", "bias_rate": 0.02, "shared_ffn_size": 16}
-    | {"num_groups": 4, "top_groups": 2, "scale": 1.5}
+    | {"gate": "sigmoid", "selection_bias": True, "balance": "bias+aux", "bias_rate": 0.02, "aux_coef": 0.05}
+    | {"num_groups": 4, "top_groups": 2, "scale": 1.5, "shared_ffn_size": 16}
 }
 
 TWO = [

@@ -135,7 +135,7 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
             group["lr"] = learning_rate(step, optim, STEPS) / group.get("divided_by", 1)
         opt.step()
         for router in routers_of([model]).values():
-            if router.config.balance == "bias":
+            if "bias" in router.config.balance:
                 router.bias.copy_(update_bias(router.bias, router.tally.load, router.config.bias_rate))
         history.append({"loss": loss.item(), "norm": norm.item(), "grads": grads})
     final = {name: p.detach() for name, p in [*model.named_parameters(), *model.named_buffers()]}

@@ -236,7 +236,8 @@ V3_EXPERTS = MoeConfig(
     num_groups=8,
     top_groups=4,
     selection_bias=True,
-    balance="bias",
+    balance="bias+aux",
+    aux_coef=0.0001,
 )
 V2_PRESETS: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": {**_preset(27, 2048, 10944, 16, 102400, 0.707), "mla": MlaConfig(), "moe": V2_LITE_EXPERTS},
