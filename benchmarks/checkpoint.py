@@ -100,7 +100,7 @@ def task_of(args: argparse.Namespace) -> Task:
         num_layers=args.layers, hidden_size=args.hidden_size, ffn_size=args.ffn_size, num_heads=args.heads,
         num_kv_heads=args.kv_heads, vocab_size=args.vocab, max_positions=args.seq_len, tie_embeddings=True,
     )  # fmt: skip
-    return Task(resolve_model(model), args.seqs, args.seq_len, total_steps=1)  # one batch, again and again
+    return Task(resolve_model(model), args.seqs, args.seq_len, 1, "bf16")  # one batch, again and again
 
 
 def main() -> None:

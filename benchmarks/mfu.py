@@ -105,7 +105,7 @@ def contestant(turns: Turns, task: GpuTask, settings: dict) -> None:
 def task_of(case: Case, args: argparse.Namespace) -> GpuTask:
     model = resolve_model(ModelConfig(**{"max_positions": case.seq_len, **case.model}))
     steps = args.warmup + args.steps * args.rounds
-    return GpuTask(model, case.micro_seqs, case.seq_len, steps, case.micro_batches)
+    return GpuTask(model, case.micro_seqs, case.seq_len, steps, "bf16", case.micro_batches)
 
 
 def contestants(variants: dict[str, dict]) -> dict[str, partial]:

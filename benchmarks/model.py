@@ -53,7 +53,6 @@ class ModelTask(Task):
     """And where the weights are."""
 
     directory: str
-    precision: str
 
 
 def ours(turns: Turns, task: ModelTask, compiled: bool) -> None:
@@ -187,7 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
         model = model_of(family, size)
         with tempfile.TemporaryDirectory() as scratch:
             write_weights(model, scratch)
-            task = ModelTask(model, args.seqs, args.seq_len, steps, scratch, precision)
+            task = ModelTask(model, args.seqs, args.seq_len, steps, precision, scratch)
             if args.profile:
                 write_profile(contestants(False), task, args.threads, Path(PROFILE))
                 continue

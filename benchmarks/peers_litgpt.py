@@ -28,7 +28,7 @@ def installed() -> bool:
 
 
 def pretrain(turns: Turns, task: Task) -> None:
-    """As `litgpt pretrain` calls it: bf16-mixed, the whole model compiled, cross-entropy in chunks, a line a step.
+    """As `litgpt pretrain` calls it: the whole model compiled, cross-entropy in chunks, a line a step.
 
     More generous in one thing: AdamW is fused, which litgpt asks for on GPUs only.
     """
@@ -47,7 +47,8 @@ def pretrain(turns: Turns, task: Task) -> None:
             turns.done(metrics["loss"])
             turns.wait()
 
-    fabric = lightning.Fabric(devices=1, precision="bf16-mixed", loggers=[TakeTurns()])
+    precision = "bf16-mixed" if task.precision == "bf16" else "32-true"
+    fabric = lightning.Fabric(devices=1, precision=precision, loggers=[TakeTurns()])
     fabric.launch()
     model = fabric.setup(torch.compile(build_model(task.model, task.source())))
     settings = {"lr": OPTIM.lr, "betas": OPTIM.betas, "weight_decay": OPTIM.weight_decay, "fused": True}

@@ -31,7 +31,7 @@ def loop(turns: Turns, task: Task, compiled: bool) -> None:
         model.compile()
     while turns.wait():
         batch = next(batches).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bf16"):
             loss = model(batch.input_ids, labels=batch.labels, shift_labels=batch.labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -41,8 +41,8 @@ def loop(turns: Turns, task: Task, compiled: bool) -> None:
 
 
 def trainer(turns: Turns, task: Task, deepspeed: bool = False) -> None:
-    """transformers.Trainer on a dataset of the rows, logging each step, as llmtrain does; fp32 weights under autocast,
-    or DeepSpeed ZeRO-1 in bf16."""
+    """transformers.Trainer on a dataset of the rows, logging each step, as llmtrain does; in bf16 fp32 weights under
+    autocast, or DeepSpeed ZeRO-1's own."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class TakeTurns(TrainerCallback):
@@ -51,10 +51,10 @@ def trainer(turns: Turns, task: Task, deepspeed: bool = False) -> None:
                 turns.done(logs["loss"])
                 control.should_training_stop = not turns.wait()
 
-    gpu = torch.cuda.is_available()
+    gpu, bf16 = torch.cuda.is_available(), task.precision == "bf16"
     columns = ({"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]} for row in task.rows())
     with tempfile.TemporaryDirectory() as scratch:
-        backend = _deepspeed_on_one_rank(scratch) if deepspeed else {"bf16": True, "use_cpu": not gpu}
+        backend = _deepspeed_on_one_rank(scratch, bf16) if deepspeed else {"bf16": bf16, "use_cpu": not gpu}
         arguments = TrainingArguments(
             scratch, per_device_train_batch_size=task.seqs, max_steps=task.total_steps, **backend,
             optim="adamw_torch_fused", learning_rate=OPTIM.lr, adam_beta1=OPTIM.betas[0], adam_beta2=OPTIM.betas[1],
@@ -68,7 +68,7 @@ def trainer(turns: Turns, task: Task, deepspeed: bool = False) -> None:
         run.train()
 
 
-def _deepspeed_on_one_rank(scratch: str) -> dict:
+def _deepspeed_on_one_rank(scratch: str, bf16: bool) -> dict:
     """Arguments of TrainingArguments, after joining a job of one rank. Its optimizer is the Trainer's, as ours is:
     the one DeepSpeed would build is compiled first."""
     import deepspeed
@@ -85,13 +85,13 @@ def _deepspeed_on_one_rank(scratch: str) -> dict:
         "zero_optimization": {"stage": 1},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": bf16},
         "gradient_clipping": OPTIM.grad_clip,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": 1,
     }
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # DeepSpeed has bf16 on a CPU too
-    return {"deepspeed": settings, "bf16": True}
+    return {"deepspeed": settings, "bf16": bf16}
 
 
 def _model(task: Task) -> nn.Module:

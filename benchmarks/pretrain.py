@@ -2,7 +2,7 @@
 
 Each contestant lives in its own process (so that its peak memory is its own) and they run in turns, round by round.
 "bf16" is what each one's users get: llmtrain holds bf16 weights and fp32 masters (DeepSpeed's bf16), transformers and
-LitGPT hold fp32 weights under autocast.
+LitGPT hold fp32 weights under autocast. In fp32 all hold fp32 weights.
 
     python -m benchmarks.pretrain [--out benchmarks/results/pretrain.json] [--profile]
 """
@@ -25,6 +25,7 @@ from benchmarks.common import Contestant, Turns, compete, environment
 from benchmarks.profile import write_profile
 from benchmarks.standings import check_same_work, mfu, print_table, print_targets, summary, targets
 from benchmarks.task import OPTIM, WARMUP_STEPS, Task
+from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.config.shapes import resolve_model, train_flops_per_token
 from llmtrain.engine.optim import build_optimizer
@@ -44,7 +45,7 @@ def llmtrain(turns: Turns, task: Task, compiled: bool, backend: str = "deepspeed
     from llmtrain.trainer.batches import count_trained
 
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
-    settings = EngineConfig(compile=compiled, backend=backend)
+    settings = EngineConfig(compile=compiled, backend=backend, precision=task.precision)
     engine = _engine(backend)(_decoder(task, mesh), task.source(), mesh, ONE_RANK, settings, OPTIM, task.total_steps)
     while turns.wait():
         batch = next(batches)
@@ -69,11 +70,13 @@ def _decoder(task: Task, mesh: Mesh) -> list[Decoder]:
 def decoder_loop(turns: Turns, task: Task, compiled: bool) -> None:
     """The same decoder and precision without the engine: what is left of the difference is DeepSpeed and checks."""
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
-    masters, model = _decoder(task, mesh)[0], _decoder(task, mesh)[0]
+    model = masters = _decoder(task, mesh)[0]
     materialize([masters], mesh, task.source())
-    materialize([model], mesh, task.source())
-    model.to(torch.bfloat16)
-    pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
+    if task.precision == "bf16":
+        model = _decoder(task, mesh)[0]
+        materialize([model], mesh, task.source())
+        model.to(torch.bfloat16)
+    pairs = [] if model is masters else list(zip(masters.parameters(), model.parameters(), strict=True))
     optimizer = build_optimizer(masters, OPTIM)
     if compiled:
         compile_blocks([model])
@@ -88,6 +91,7 @@ def decoder_loop(turns: Turns, task: Task, compiled: bool) -> None:
         with torch.no_grad():
             for master, p in pairs:
                 p.copy_(master)
+        optimizer.zero_grad()
         turns.done(loss.item())
     shutdown()
 
@@ -123,6 +127,7 @@ def arguments() -> argparse.Namespace:
     for name, default in {**sizes, **work}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compiled ones")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast here")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: CUDA when there is a GPU")
     parser.add_argument("--only", help="names of contestants that contain one of these, separated by |")
     parser.add_argument("--profile", action="store_true", help=f"instead: where the engine's time goes, to {PROFILE}")
@@ -135,7 +140,8 @@ def task_of(args: argparse.Namespace) -> Task:
         num_layers=args.layers, hidden_size=args.hidden_size, ffn_size=args.ffn_size, num_heads=args.heads,
         num_kv_heads=args.kv_heads, vocab_size=args.vocab, max_positions=args.seq_len,
     )  # fmt: skip
-    return Task(resolve_model(model), args.seqs, args.seq_len, WARMUP_STEPS + args.steps * args.rounds)
+    precision = fast_precision() if args.precision == "auto" else args.precision
+    return Task(resolve_model(model), args.seqs, args.seq_len, WARMUP_STEPS + args.steps * args.rounds, precision)
 
 
 def main() -> None:
@@ -145,7 +151,8 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS=str(args.threads), HF_HUB_OFFLINE="1")
     task = task_of(args)
     millions = sum(torch.Size(shape).numel() for shape in parameter_shapes(task.model).values()) / 1e6
-    print(f"{millions:.1f}M parameters, {args.seqs} x {args.seq_len} tokens a step, bf16, {args.threads} threads")
+    work = f"{args.seqs} x {args.seq_len} tokens a step, {task.precision}, {args.threads} threads"
+    print(f"{millions:.1f}M parameters, {work}")
     if args.profile:
         pair = ("llmtrain", "llmtrain without engine")
         return write_profile({name: EAGER[name] for name in pair}, task, args.threads, Path(PROFILE))

@@ -25,6 +25,7 @@ class Task:
     seqs: int
     seq_len: int
     total_steps: int
+    precision: str  # bf16 or fp32
 
     @property
     def step_tokens(self) -> int:

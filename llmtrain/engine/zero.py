@@ -115,6 +115,8 @@ class ZeroEngine:
             zero_state.count_experts(self.engine, mesh)
         if mesh.grad_size == 1 and config.zero_stage in (1, 2) and config.offload == "none":
             zero_state.take_gradients_as_they_are(self.engine)
+        if config.precision == "fp32" and config.zero_stage in (1, 2) and config.offload == "none":
+            zero_state.masters_are_weights(self.engine)
         zero_state.set_masters(self.engine, originals)
         if mesh.device.type == "cpu":
             keep_freed_memory()

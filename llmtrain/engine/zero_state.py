@@ -72,6 +72,15 @@ def take_gradients_as_they_are(engine: object) -> None:
     engine.optimizer.reduce_ready_partitions_and_remove_grads = lambda param, group: None
 
 
+def masters_are_weights(engine: object) -> None:
+    """In fp32 the masters of stages 1 and 2 are a second copy of this rank's part of the weights: one will do."""
+    optimizer = engine.optimizer
+    partitions, groups = optimizer.parallel_partitioned_bit16_groups, optimizer.real_dp_process_group
+    for master, parts, group in zip(optimizer.single_partition_of_fp32_groups, partitions, groups, strict=True):
+        master.data = parts[dist.get_rank(group)]
+    optimizer._link_all_hp_params()  # what parameters know of their masters
+
+
 def drop_gradients(engine: object) -> None:
     """Forget the reduced gradients as if the backward had not been: what DeepSpeed does when fp16 overflows."""
     optimizer = engine.optimizer

@@ -20,9 +20,10 @@ def test_zero_memory_is_that_of_the_paper(stage: int, gigabytes: float) -> None:
     assert sum(zero_bytes(7_500_000_000, stage, 64, "bf16")) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
-def test_fp32_has_masters_from_stage_1_on() -> None:
+def test_fp32_has_masters_at_stage_3() -> None:
     assert zero_bytes(100, 0, 4, "fp32") == (400, 400, 800)
-    assert zero_bytes(100, 1, 4, "fp32") == (400, 400, 300)
+    assert zero_bytes(100, 1, 4, "fp32") == (400, 400, 200)
+    assert zero_bytes(100, 3, 4, "fp32") == (100, 100, 300)
 
 
 def test_ranks_hold_the_whole_model_together() -> None:
