@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model.eager import RmsNorm, pays
 
 
 class Norm(nn.Module):
@@ -29,8 +30,13 @@ class Norm(nn.Module):
         if self.kind == "layer":
             return F.layer_norm(x, (x.size(-1),), weight, bias, self.eps)
         if self.offset:  # as published: in fp32, rounded once
-            return F.rms_norm(x.float(), (x.size(-1),), 1.0 + weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x, (x.size(-1),), weight, self.eps)
+            return rms_norm(x.float(), 1.0 + weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, over the last dim."""
+    return RmsNorm.apply(x, weight, eps) if pays(x) else F.rms_norm(x, (x.size(-1),), weight, eps)
 
 
 def hidden_norm(config: ModelConfig) -> Norm:

@@ -41,8 +41,8 @@ def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple
     """(weights, gradients, optimizer state) of one rank under ZeRO, arXiv 1910.02054, section 3 and figure 1.
 
     Mixed precision holds 2 + 2 + 12 bytes a parameter (the 12: fp32 master and AdamW's two moments); fp32 4 + 4 + 8,
-    but 12 at stage 3, where DeepSpeed has a master all the same. Stage 1 shards the optimizer state over the data-parallel
-    `ranks`, stage 2 gradients too, stage 3 weights too.
+    but 12 at stage 3, where DeepSpeed has a master all the same. Stage 1 shards the optimizer state over the
+    data-parallel `ranks`, stage 2 gradients too, stage 3 weights too.
     """
     value = 4 if precision == "fp32" else 2
     sizes = (value, value, 8 if precision == "fp32" and stage < 3 else 12)
