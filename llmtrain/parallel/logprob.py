@@ -153,13 +153,15 @@ def _score_chunk(
     logits: Tensor, scale: Tensor | None, labels: Tensor, group: ProcessGroup | None, softcap: float | None
 ) -> Tensor:
     """[4, n]: log-prob of the label, entropy, log of the normalizer, and of that of `logits` as this leaves them: less
-    their largest, in place, if they are fp32 and neither scaled nor capped."""
-    in_place = logits.dtype == torch.float32 and scale is None and softcap is None
+    their largest, in place, if they are fp32 and neither scaled nor capped. Compiled it leaves them as they are: there
+    the difference is never written."""
+    compiled = torch.compiler.is_compiling()
+    in_place = logits.dtype == torch.float32 and scale is None and softcap is None and not compiled
     logits = _scaled(logits, scale, softcap)
     top = logits.amax(-1)
     if group is not None:
         top = all_reduce(top, group, "max")
-    shifted = logits.sub_(top[:, None])
+    shifted = logits - top[:, None] if compiled else logits.sub_(top[:, None])
     target, mine = _local_target(labels, logits.size(1))
     chosen = shifted.gather(1, target[:, None])[:, 0] * mine
     exp = shifted.exp()
