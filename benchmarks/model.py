@@ -45,7 +45,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}  # of the losses, relative
 SPREAD = 3.0  # weights are so many times as large as usual: with logits near 0 a mistake would not show in the loss
 OURS, THEIRS = "llmtrain", "transformers"
 LEAST = {False: 1.0, True: 1.2}  # by `moe`: how many times as fast as transformers
-PROFILE = "benchmarks/results/model_profile.txt"
+PROFILE = "benchmarks/results/model_profile_{}.txt"  # by family
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--only", default="", help=f"regular expression over the families: {', '.join(SHAPES)}")
     parser.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast")
-    parser.add_argument("--compile", action="store_true", help="also both under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also both under torch.compile; with --profile alone")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: CUDA when there is a GPU")
     parser.add_argument("--profile", action="store_true", help=f"instead: operators of both, to {PROFILE}")
     parser.add_argument("--out", help="JSON file to write")
@@ -188,7 +188,8 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
             write_weights(model, scratch)
             task = ModelTask(model, args.seqs, args.seq_len, steps, precision, scratch)
             if args.profile:
-                write_profile(contestants(False), task, args.threads, Path(PROFILE))
+                pair = dict(list(contestants(args.compile).items())[-2:])
+                write_profile(pair, task, args.threads, Path(PROFILE.format(family)), by_difference=False)
                 continue
             records[family] = measure(task, args)
         print_family(family, records[family])
