@@ -73,7 +73,8 @@ def test_equal_gradients_from_fewer_bytes(dtype: torch.dtype) -> None:
     for other in (selective, full):
         for name, gradient in plain[0].items():
             assert torch.equal(gradient, other[0][name]), name
-    assert plain[1] > 1.9 * selective[1] > 6 * full[1]
+    least = 1.7 if dtype == torch.float32 else 1.9  # in fp32 norms and rotations keep less themselves, see model.eager
+    assert plain[1] > least * selective[1] > 6 * full[1]
     twice = 2 * (LINEARS * MODEL.num_layers + 1)
     assert plain[2] == selective[2] == twice
     assert full[2] == twice + (LINEARS - 1) * MODEL.num_layers  # all but the last product, which nobody reads
