@@ -153,13 +153,12 @@ def main() -> None:
     millions = sum(torch.Size(shape).numel() for shape in parameter_shapes(task.model).values()) / 1e6
     work = f"{args.seqs} x {args.seq_len} tokens a step, {task.precision}, {args.threads} threads"
     print(f"{millions:.1f}M parameters, {work}")
-    if args.profile:
-        pair = ("llmtrain", "llmtrain without engine")
-        return write_profile({name: EAGER[name] for name in pair}, task, args.threads, Path(PROFILE))
-    before = os.getloadavg()[0]
     chosen = contestants(args.compile)
     if args.only:
         chosen = {name: run for name, run in chosen.items() if any(part in name for part in args.only.split("|"))}
+    if args.profile:  # of the first two: without --only, with and without the engine
+        return write_profile(dict(list(chosen.items())[:2]), task, args.threads, Path(PROFILE), by_difference=False)
+    before = os.getloadavg()[0]
     runs = compete(chosen, (task,), args.threads, WARMUP_STEPS, args.steps, args.rounds)
     reference = REFERENCE if REFERENCE in runs else next(iter(runs))
     losses = check_same_work(runs, reference)
