@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.experts_cpu import expert_ffn
 from llmtrain.model.feedforward import ACTIVATIONS
-from llmtrain.model.grouped import grouped_product
+from llmtrain.model.grouped import grouped_pair, grouped_product
 
 
 class Experts(nn.Module):
@@ -44,6 +44,8 @@ class Experts(nn.Module):
 
     def by_grouped_products(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         """`forward` on a GPU, and for a compiler, which fuses what is between the products."""
-        act = ACTIVATIONS[self.activation]
-        h = act(grouped_product(x, self.gate, counts)) * grouped_product(x, self.up, counts)
-        return grouped_product(h * weights[:, None], self.down, counts)
+        if x.device.type == "cpu" and torch.compiler.is_compiling():
+            gate, up = grouped_pair(x, self.gate, self.up, counts).chunk(2, 1)
+        else:
+            gate, up = grouped_product(x, self.gate, counts), grouped_product(x, self.up, counts)
+        return grouped_product(ACTIVATIONS[self.activation](gate) * up * weights[:, None], self.down, counts)

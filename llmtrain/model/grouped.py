@@ -38,7 +38,7 @@ def _(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.size(0), y.size(1), x.size(1))
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -50,6 +50,31 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 
 grouped_product.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("llmtrain::grouped_pair", mutates_args=())
+def grouped_pair(x: Tensor, first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_product` with two matrices a group, both [G, out, in], in one product: [N, 2 out]. On a CPU that takes
+    less time than two, also with the matrices copied side by side for it."""
+    return product(x, torch.cat([first, second], 1), counts)
+
+
+@grouped_pair.register_fake
+def _(x: Tensor, first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), 2 * first.size(1))
+
+
+def _pair_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, first, second, counts = ctx.saved_tensors
+    grad, dx = grad.contiguous(), None
+    if ctx.needs_input_grad[0]:
+        dx = grouped_product(grad, torch.cat([first, second], 1).transpose(1, 2), counts)
+    if not any(ctx.needs_input_grad[1:3]):
+        return dx, None, None, None
+    return dx, *grouped_outer(grad, x, counts).chunk(2, 1), None
+
+
+grouped_pair.register_autograd(_pair_backward, setup_context=_save)
 
 
 # How a product is done

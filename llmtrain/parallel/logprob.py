@@ -135,13 +135,14 @@ def _gradient_chunk(
 def _gradient_in_one_pass(
     logits: Tensor, scale: Tensor | None, labels: Tensor, normalizer: Tensor, grad: Tensor, softcap: float | None
 ) -> Tensor:
-    """`_gradient_chunk` for the compiler: a scatter would cut it into three kernels, with an fp32 copy between them."""
+    """`_gradient_chunk` for the compiler, in place of the logits: a scatter would cut it into three kernels, with an
+    fp32 copy between them."""
     scaled = _scaled(logits, scale, softcap)
     chosen = torch.arange(logits.size(1), device=logits.device) == labels[:, None]  # of another shard: nowhere
     d = (chosen.float() - (scaled - normalizer[:, None]).exp()) * (grad if scale is None else grad * scale)[:, None]
     if softcap is not None:
         d = d * (1 - torch.tanh(logits.float() / softcap).square())
-    return d.to(logits.dtype)
+    return logits.copy_(d)
 
 
 def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:

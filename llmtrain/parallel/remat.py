@@ -28,10 +28,11 @@ from llmtrain.model.lora import Adapter
 from llmtrain.model.router import Router
 
 aten = torch.ops.aten
-EXPERTS_ON_CPU = torch.ops.llmtrain.expert_ffn.default
+OURS = torch.ops.llmtrain
+EXPERTS_ON_CPU = OURS.expert_ffn.default
 MATRIX_PRODUCTS = {  # and how many each is
     **dict.fromkeys((aten.mm.default, aten.addmm.default, aten._scaled_mm.default), 1),  # of linear layers
-    **{torch.ops.llmtrain.grouped_product.default: 1, EXPERTS_ON_CPU: 3},  # of experts
+    **{OURS.grouped_product.default: 1, OURS.grouped_pair.default: 2, EXPERTS_ON_CPU: 3},  # of experts
 }
 PRODUCTS = {nn.Linear: 1, Adapter: 2, Router: 1, Experts: 3}
 FUSED_ATTENTION = (

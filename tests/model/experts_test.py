@@ -13,7 +13,7 @@ from llmtrain.model import grouped as products
 from llmtrain.model.experts import Experts
 from llmtrain.model.experts_cpu import expert_ffn
 from llmtrain.model.feedforward import ACTIVATIONS
-from llmtrain.model.grouped import grouped_product
+from llmtrain.model.grouped import grouped_pair, grouped_product
 from llmtrain.model.moe import dispatch, sort_by_expert
 
 COUNTS = {
@@ -58,6 +58,21 @@ def test_grouped_and_loop_are_equal(case: str, dtype: torch.dtype) -> None:
     groups = torch.repeat_interleave(torch.arange(4), counts)
     expected = torch.einsum("ni,noi->no", x[: len(groups)].float(), weight[groups].float())
     torch.testing.assert_close(grouped[0][: len(groups)].float(), expected, atol=1e-5, rtol=2**-8)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("case", COUNTS)
+def test_a_pair_is_two_products(case: str, frozen: bool) -> None:
+    torch.manual_seed(0)
+    counts, grad = torch.tensor(COUNTS[case]), torch.randn(16, 48)
+    x = torch.randn(16, 16, requires_grad=True)
+    first, second = (torch.randn(4, 24, 16, requires_grad=not frozen) for _ in range(2))
+    apart = torch.cat([grouped_product(x, first, counts), grouped_product(x, second, counts)], 1)
+    together = grouped_pair(x, first, second, counts)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+    wanted = [x] if frozen else [x, first, second]
+    for one, other in zip(*(torch.autograd.grad(y, wanted, grad) for y in (together, apart)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)  # 48 products summed in one go or in two
 
 
 def test_widths_and_types_that_the_kernel_refuses() -> None:
