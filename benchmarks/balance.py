@@ -66,7 +66,8 @@ def figures(records: list[dict]) -> dict[str, float]:
     last = records[-LAST:]
     names = [n for n in records[-1] if n in ("loss", "aux_loss") or n.startswith(("load_max", "load_entropy"))]
     means = {name: fmean(record[name] for record in last) for name in names}
-    return {**{f"first_{name}": records[0][name] for name in MEASURES}, **means, "load_dropped": 0.0}
+    dropped = max(record["load_dropped_worst"] for record in records)
+    return {**{f"first_{name}": records[0][name] for name in MEASURES}, **means, "load_dropped": dropped}
 
 
 def plot(runs: dict[str, list[dict]], path: str) -> None:

@@ -168,6 +168,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in {**sizes, **work}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--only", default="", help=f"regular expression over the families: {', '.join(SHAPES)}")
+    parser.add_argument("--published", action="store_true", help="experts as many and as wide as published, not fewer")
     parser.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast")
     parser.add_argument("--compile", action="store_true", help="also both under torch.compile; with --profile alone")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: CUDA when there is a GPU")
@@ -178,7 +179,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """A record for each family that `--only` matches."""
-    size = Size(args.hidden_size, args.layers, args.vocab, args.seq_len)
+    size = Size(args.hidden_size, args.layers, args.vocab, args.seq_len, args.published)
     precision = fast_precision() if args.precision == "auto" else args.precision
     steps = WARMUP_STEPS + args.steps * args.rounds
     records = {}

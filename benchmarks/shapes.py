@@ -18,6 +18,7 @@ class Size:
     layers: int  # of a dense family; one with experts, whose layers are larger, has half as many
     vocab: int
     positions: int
+    published: bool = False  # as many experts as the family's known model has, in its proportions; else fewer
 
     @property
     def heads(self) -> int:
@@ -33,16 +34,39 @@ class Size:
         """A family without experts."""
         return self.shape(self.layers, **own)
 
-    def sparse(self, moe: dict[str, Any], **own: Any) -> dict[str, Any]:
+    def sparse(self, experts: dict[str, Any], **own: Any) -> dict[str, Any]:
         """A family with experts; balanced by nothing, so that no loss is added on either side."""
-        return self.shape(max(2, self.layers // 2), moe=MoeConfig(balance="none", **moe), **own)
+        moe = MoeConfig(**{"balance": "none", **experts})
+        return self.shape(max(2, self.layers // 2), moe=moe, **own)
 
-    def latent(self, q_rank: int | None, moe: dict[str, Any]) -> dict[str, Any]:
-        """A DeepSeek: the first layer dense, 16 small experts and a shared one, latents a quarter as wide as h."""
+    def latent(self, q_rank: int | None, experts: dict[str, Any]) -> dict[str, Any]:
+        """A DeepSeek: the first layer dense, small experts and a shared one, latents a quarter as wide as h."""
         h = self.hidden
         mla = MlaConfig(q_rank=q_rank, kv_rank=h // 4, nope_head_dim=32, rope_head_dim=16, v_head_dim=32)
-        experts = {"num_experts": 16, "top_k": 4, "expert_ffn_size": h // 2, "shared_ffn_size": h}
-        return self.sparse({**experts, "dense_layers": [0], **moe}, num_kv_heads=self.heads, mla=mla)
+        return self.sparse({"dense_layers": [0], **experts}, num_kv_heads=self.heads, mla=mla)
+
+    def experts(self, number: int, top_k: int, eighths: float, shared: int = 0) -> dict[str, Any]:
+        """Of `eighths` of the width, and `shared` times that in the shared one; widths are multiples of 8."""
+        ffn = round(eighths * self.hidden / 64) * 8
+        return {"num_experts": number, "top_k": top_k, "expert_ffn_size": ffn, "shared_ffn_size": shared * ffn}
+
+    def qwen3_moe(self) -> dict[str, Any]:
+        """Published: Qwen3-30B-A3B, 768 of 2,048."""
+        return self.sparse(self.experts(128, 8, 3) if self.published else self.experts(16, 4, 4))
+
+    def deepseek_v2(self) -> dict[str, Any]:
+        """Published: V2-Lite, 1,408 of 2,048."""
+        experts = self.experts(64, 6, 5.5, shared=2) if self.published else self.experts(16, 4, 4, shared=2)
+        return self.latent(None, {**experts, "normalize": False})
+
+    def deepseek_v3(self) -> dict[str, Any]:
+        """Published: 2,048 of 7,168, 4 of 8 groups."""
+        gate = {"gate": "sigmoid", "selection_bias": True}
+        if self.published:
+            chosen = {**self.experts(256, 8, 16 / 7, shared=1), "num_groups": 8, "top_groups": 4}
+        else:
+            chosen = {**self.experts(16, 4, 4, shared=2), "num_groups": 4, "top_groups": 2}
+        return self.latent(3 * self.hidden // 8, {**chosen, **gate})
 
 
 SHAPES: dict[str, Callable[[Size], dict[str, Any]]] = {
@@ -51,12 +75,10 @@ SHAPES: dict[str, Callable[[Size], dict[str, Any]]] = {
     "qwen2": lambda s: s.dense(),
     "qwen3": lambda s: s.dense(),
     "gemma3": lambda s: s.dense(sliding_window=max(8, s.positions // 2), layer_types=["sliding"] * 5 + ["full"]),
-    "mixtral": lambda s: s.sparse({"num_experts": 8, "top_k": 2, "expert_ffn_size": s.hidden}),
-    "qwen3-moe": lambda s: s.sparse({"num_experts": 16, "top_k": 4, "expert_ffn_size": s.hidden // 2}),
-    "deepseek-v2": lambda s: s.latent(None, {"normalize": False}),
-    "deepseek-v3": lambda s: s.latent(
-        3 * s.hidden // 8, {"gate": "sigmoid", "selection_bias": True, "num_groups": 4, "top_groups": 2}
-    ),
+    "mixtral": lambda s: s.sparse(s.experts(8, 2, 28 if s.published else 8)),  # 14,336 of 4,096
+    "qwen3-moe": Size.qwen3_moe,
+    "deepseek-v2": Size.deepseek_v2,
+    "deepseek-v3": Size.deepseek_v3,
 }
 
 

@@ -4,6 +4,7 @@ balanced between updates. What they count and the biases they keep is the same o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ def finish_auxiliary(parts: Sequence[nn.Module], mesh: Mesh, denominator: float,
     sums = {name: _summed(router, mesh) for name, router in routers.items()}
     for name, router in routers.items():
         if taken and "bias" in router.config.balance:
-            router.bias.copy_(update_bias(router.bias, sums[name][0], router.config.bias_rate))
+            router.bias.copy_(update_bias(router.bias, sums[name].load, router.config.bias_rate))
     mine = _metrics(routers, sums, denominator)
     gathered = mesh.all_gather_json(mine if mesh.coords["tp"] == 0 else {})
     return further | _joined(gathered)
@@ -59,28 +60,41 @@ def _mean_further(modules: MultiToken, mesh: Mesh) -> float:
     return float(sums[0] / sums[1].clamp(min=1))
 
 
-def _summed(router: Router, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
-    """(load [E], tokens, losses [2]) over the data- and context-parallel ranks."""
-    tally, experts = router.tally, router.weight.size(0)
-    device = mesh.device
-    load = torch.zeros(experts, dtype=torch.int64, device=device) if tally.load is None else tally.load
-    tokens = torch.zeros((), dtype=torch.int64, device=device) if tally.tokens is None else tally.tokens
+class Sums(NamedTuple):
+    """Of a router's tally over ranks."""
+
+    load: Tensor  # int64 [E]
+    tokens: Tensor  # int64
+    computed: Tensor  # int64: rows that experts computed
+    losses: Tensor  # fp32 [2]
+
+
+def _summed(router: Router, mesh: Mesh) -> Sums:
+    """Over the data- and context-parallel ranks; what experts computed also over tp, whose ranks have some each."""
+    tally, device = router.tally, mesh.device
+    none, nothing = torch.zeros((), dtype=torch.int64, device=device), torch.zeros(router.weight.size(0), device=device)
+    load = nothing.long() if tally.load is None else tally.load
+    tokens = none if tally.tokens is None else tally.tokens
+    computed = load.sum() if not tally.travels else none if tally.computed is None else tally.computed
     losses = torch.zeros(2, device=device) if tally.losses is None else tally.losses
-    counts = torch.cat([load, tokens[None]])
+    counts = torch.cat([load, tokens[None], computed[None]])
     dist.all_reduce(counts, group=mesh.groups["grad"])
     dist.all_reduce(losses, group=mesh.groups["grad"])
-    return counts[:-1], counts[-1], losses
+    computed = counts[-1].clone()
+    if tally.travels and mesh.tp_group is not None:
+        dist.all_reduce(computed, group=mesh.tp_group)
+    return Sums(counts[:-2], counts[-2], computed, losses)
 
 
-def _metrics(
-    routers: dict[str, Router], sums: dict[str, tuple[Tensor, Tensor, Tensor]], denominator: float
-) -> dict[str, float]:
+def _metrics(routers: dict[str, Router], sums: dict[str, Sums], denominator: float) -> dict[str, float]:
     layers = {name: ("mtp" if name.startswith("mtp.") else "") + name.split(".")[1] for name in routers}
-    loads = {layers[name]: load for name, (load, _, _) in sums.items()}
-    tokens = {layers[name]: count for name, (_, count, _) in sums.items()}
+    loads, computed, tokens = (
+        {layers[name]: getattr(s, field) for name, s in sums.items()} for field in ("load", "computed", "tokens")
+    )
     top_k = next((router.config.top_k for router in routers.values()), 1)
-    losses = torch.stack([x for _, _, x in sums.values()]).sum(0) / denominator if sums else torch.zeros(2)
-    return balance_metrics(loads, tokens, top_k) | {"aux_loss": float(losses[0]), "z_loss": float(losses[1])}
+    losses = torch.stack([s.losses for s in sums.values()]).sum(0) / denominator if sums else torch.zeros(2)
+    found = balance_metrics(loads, computed, tokens, top_k)
+    return found | {"aux_loss": float(losses[0]), "z_loss": float(losses[1])}
 
 
 def _joined(gathered: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
+from llmtrain.model.experts import Experts
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
@@ -53,10 +54,11 @@ def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
         "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": offload_policy(config, mesh.device),
     }
+    if mesh.ep > 1:  # only ranks with the same experts share them, also those of the modules for further tokens
+        own = settings | {"mesh": mesh.fsdp_mesh(experts=True)}
+        for experts in [m for m in part.modules() if isinstance(m, Experts)]:
+            fully_shard(experts, reshard_after_forward=config.reshard, **own)
     for block in part.layers.values():
-        if mesh.ep > 1 and hasattr(block.feedforward, "experts"):
-            own = settings | {"mesh": mesh.fsdp_mesh(experts=True)}  # only ranks with the same experts share them
-            fully_shard(block.feedforward.experts, reshard_after_forward=config.reshard, **own)
         fully_shard(block, reshard_after_forward=config.reshard, **settings)
     fully_shard(part, **settings)  # the root's are used at both ends of a forward: kept until its backward
     for module in fsdp_modules(part):

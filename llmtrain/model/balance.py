@@ -83,6 +83,7 @@ class Tally:
     loss_factor: float = 0.0  # of the losses' gradient: 1 / the denominator of the token loss, times any loss scale
     tp_ranks: int = 1  # that compute the same tokens, and over which the router's gradient is summed
     row_sum: Callable[[Tensor], Tensor] | None = None  # over ranks that hold parts of the same rows: a sum
+    travels = False  # tokens go to experts of other ranks, so that what experts computed here is counted for itself
 
     def __init__(self, config: MoeConfig) -> None:
         self.config = config
@@ -92,16 +93,26 @@ class Tally:
         self.load: Tensor | None = None  # int64 [E]: tokens that each expert got; None = nothing was trained
         self.tokens: Tensor | None = None  # int64: routed ones, each of which takes top_k experts
         self.losses: Tensor | None = None  # fp32 [2]: sums of `losses`
+        self.computed: Tensor | None = None  # int64: rows that the experts of this rank computed, if it `travels`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
         """Empty: what a copy of the module does is counted for itself."""
         copied = Tally(self.config)
         copied.loss_factor, copied.tp_ranks, copied.row_sum = self.loss_factor, self.tp_ranks, self.row_sum
+        copied.travels = self.travels
         return copied
 
     def reset(self) -> None:
         """Forget."""
-        self.load = self.tokens = self.losses = None
+        self.load = self.tokens = self.losses = self.computed = None
+
+    def watch(self, y: Tensor, rows: Tensor) -> None:
+        """Count in the backward of `y`, what experts gave, the `rows` (int64) that those here computed for it."""
+        if y.requires_grad:
+            y.register_hook(lambda _: self._compute(rows))
+
+    def _compute(self, rows: Tensor) -> None:
+        self.computed = rows if self.computed is None else self.computed + rows
 
     @torch.no_grad()
     def add(self, logits: Tensor, indices: Tensor, rows: int) -> Tensor:
@@ -176,12 +187,14 @@ def update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return bias + rate * torch.sign(load.sum() - load * load.numel()).to(bias.dtype)
 
 
-def balance_metrics(loads: Mapping[str, Tensor], tokens: Mapping[str, Tensor], top_k: int) -> dict[str, float]:
+def balance_metrics(
+    loads: Mapping[str, Tensor], computed: Mapping[str, Tensor], tokens: Mapping[str, Tensor], top_k: int
+) -> dict[str, float]:
     """For each layer: the largest load over the mean one (1 = even), the entropy of the load over that of an even one
     (1 = even), and the share of choices that no expert computed.
 
-    Example: loads {"2": [6, 2]}, tokens {"2": 4}, top_k 2 -> {"load_max.2": 1.5, "load_entropy.2": 0.81,
-    "load_dropped.2": 0.0}
+    Example: loads {"2": [6, 2]}, computed {"2": 8}, tokens {"2": 4}, top_k 2 -> {"load_max.2": 1.5,
+    "load_entropy.2": 0.81, "load_dropped.2": 0.0}
     """
     found: dict[str, float] = {}
     for layer, load in loads.items():
@@ -190,5 +203,5 @@ def balance_metrics(loads: Mapping[str, Tensor], tokens: Mapping[str, Tensor], t
         wanted = int(tokens[layer]) * top_k
         found[f"load_max.{layer}"] = float(share.max() * load.numel())
         found[f"load_entropy.{layer}"] = float(entropy)
-        found[f"load_dropped.{layer}"] = 1 - float(load.sum()) / wanted if wanted else 0.0
+        found[f"load_dropped.{layer}"] = 1 - int(computed[layer]) / wanted if wanted else 0.0
     return found

@@ -39,22 +39,26 @@ class Block(nn.Module):
         self.feedforward_norm = None if config.block == "parallel" else hidden_norm(config)
         self.feedforward_post_norm = hidden_norm(config) if config.block == "sandwich" else None
         self.feedforward = make_feedforward(config, layer)
+        self.routes = getattr(self.feedforward, "routes", False)
 
     def forward(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
+        # Looked at here, so that a compiler's graph of a block with experts, which may end where their exchange over
+        # ranks begins, never serves one without: what is computed again would be by another graph than the first time.
+        padding = view.padding if self.routes else None
         if self.feedforward_norm is None:
-            return x + self.attend(x, view, cache) + self.feed(x, view)
+            return x + self.attend(x, view, cache) + self.feed(x, padding)
         x = x + self.attend(x, view, cache)
-        return x + self.feed(x, view)
+        return x + self.feed(x, padding)
 
     def attend(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
         """The first half, without its residual."""
         y = self.attention(self.attention_norm(x), view, cache)
         return y if self.attention_post_norm is None else self.attention_post_norm(y)
 
-    def feed(self, x: Tensor, view: View) -> Tensor:
+    def feed(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """The second half, without its residual."""
         y = (self.feedforward_norm or self.attention_norm)(x)
-        y = self.feedforward(y, view.padding) if getattr(self.feedforward, "routes", False) else self.feedforward(y)
+        y = self.feedforward(y, padding) if self.routes else self.feedforward(y)
         return y if self.feedforward_post_norm is None else self.feedforward_post_norm(y)
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from llmtrain.model.balance import Tally
 from llmtrain.model.experts import Experts
 from llmtrain.model.moe import Collect, MoE, Spread, sort_by_expert
 from llmtrain.model.router import Router
@@ -47,7 +48,7 @@ class ParallelMoE(MoE):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         shared = None if self.shared is None else self.shared(x)
         indices, weights = self.router(x, padding)
-        y = exchanged(x.flatten(0, 1), indices, weights, self.experts, self.pieces).view_as(x)
+        y = exchanged(x.flatten(0, 1), indices, weights, self.experts, self.pieces, self.router.tally).view_as(x)
         y = (scatter_sequence if self.sequence else reduce_from)(y, self.group)
         return y if shared is None else y + shared
 
@@ -79,10 +80,10 @@ def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
     rank of each kind, rows that are cut over `cp` are counted as a whole. Meant for parameters without memory."""
     for module in [m for m in model.modules() if isinstance(m, MoE)]:
         tally = module.router.tally
-        tally.tp_ranks = mesh.sizes["tp"]
+        tally.tp_ranks, tally.travels = mesh.sizes["tp"], mesh.ep * mesh.sizes["tp"] > 1
         if mesh.sizes["cp"] > 1:
             tally.row_sum = partial(all_reduce, group=mesh.groups["cp"])
-        if mesh.ep * mesh.sizes["tp"] == 1:
+        if not tally.travels:
             continue
         module.__class__ = ParallelMoE
         module.pieces = ExpertPieces(module.experts.gate.size(0), mesh)
@@ -97,21 +98,36 @@ def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
 
 
 @torch._disable_dynamo  # sizes that are read from tensors, and transfers between ranks
-def exchanged(x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, pieces: ExpertPieces) -> Tensor:
+def exchanged(
+    x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, pieces: ExpertPieces, tally: Tally
+) -> Tensor:
     """`model.moe.dispatch` over the ranks: x [N, hidden] -> [N, hidden], this tp rank's part of the sum."""
     order, places, counts = sort_by_expert(pieces.renumbered(indices), pieces.reachable)
     rows, scales = Spread.apply(x, order, places), weights.flatten().index_select(0, order)
     if pieces.ep_group is None:
-        return Collect.apply(experts(rows, counts, scales), order, places)
+        y, computed = experts(rows, counts, scales), counts
+    else:
+        y, computed = _through_ranks(rows, scales, counts, experts, pieces)
+    y = Collect.apply(y, order, places)
+    tally.watch(y, computed.sum())
+    return y
+
+
+def _through_ranks(
+    rows: Tensor, scales: Tensor, counts: Tensor, experts: Experts, pieces: ExpertPieces
+) -> tuple[Tensor, Tensor]:
+    """What the experts of the ep group give for `rows` [N k, hidden], of which the first counts.sum() go to one, in the
+    same order; and how many rows each expert here computed, for whichever rank."""
     arriving = torch.empty_like(counts)
     dist.all_to_all_single(arriving, counts, group=pieces.ep_group)
     sizes = [c.view(pieces.ep, -1).sum(1).tolist() for c in (counts, arriving)]
     sent = sum(sizes[0])
-    rows, scales = (Exchange.apply(part[:sent], *sizes, pieces.ep_group) for part in (rows, scales))
+    there, weights = (Exchange.apply(part[:sent], *sizes, pieces.ep_group) for part in (rows, scales))
     by_expert, back = _by_expert(arriving, pieces)
-    y = experts(rows[by_expert], arriving.view(pieces.ep, -1).sum(0), scales[by_expert])
+    computed = arriving.view(pieces.ep, -1).sum(0)
+    y = experts(there[by_expert], computed, weights[by_expert])
     y = Exchange.apply(y[back], *reversed(sizes), pieces.ep_group)
-    return Collect.apply(F.pad(y, (0, 0, 0, order.numel() - sent)), order, places)
+    return F.pad(y, (0, 0, 0, rows.size(0) - sent)), computed
 
 
 def _by_expert(arriving: Tensor, pieces: ExpertPieces) -> tuple[Tensor, Tensor]:

@@ -349,7 +349,8 @@ def _experts(case: Case) -> Iterator[Item]:
     yield Item("ep", "all_to_all", "numbers of rows", again * passes * (e.num_experts // p.tp) * 8)
     yield Item("ep", "all_to_all", "rows forward", again * (rows + weights))
     yield Item("ep", "all_to_all", "rows backward", rows + weights)
-    yield Item("grad", "all_reduce", "loads of experts", case.moe_layers * ((e.num_experts + 1) * 8 + 8))
+    yield Item("grad", "all_reduce", "loads of experts", case.moe_layers * ((e.num_experts + 2) * 8 + 8))
+    yield Item("tp", "all_reduce", "rows computed", case.moe_layers * 8)
     yield Item("cp", "all_reduce", "loads of rows", passes * step.rows * (e.num_experts + 1) * 8)
     yield Item("world", "all_gather", "loads of experts", case.ranks("world") * (8 + step.balance_bytes))
 

@@ -195,13 +195,14 @@ def test_bias_worked_by_hand() -> None:
 
 
 def test_metrics_worked_by_hand() -> None:
-    found = balance_metrics({"2": torch.tensor([6, 2]), "5": torch.tensor([4, 3])}, {"2": 4, "5": 4}, top_k=2)
+    loads = {"2": torch.tensor([6, 2]), "5": torch.tensor([4, 4])}
+    found = balance_metrics(loads, {"2": 8, "5": 7}, {"2": 4, "5": 4}, top_k=2)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
     assert found["load_max.2"] == 1.5 and found["load_entropy.2"] == pytest.approx(entropy)
     assert found["load_dropped.2"] == 0 and found["load_dropped.5"] == 0.125
-    even = balance_metrics({"0": torch.full((8,), 3)}, {"0": 12}, top_k=2)
+    even = balance_metrics({"0": torch.full((8,), 3)}, {"0": 24}, {"0": 12}, top_k=2)
     assert even == {"load_max.0": 1, "load_entropy.0": pytest.approx(1), "load_dropped.0": 0}
-    assert balance_metrics({"0": torch.tensor([5, 0])}, {"0": 5}, top_k=1)["load_entropy.0"] == 0
+    assert balance_metrics({"0": torch.tensor([5, 0])}, {"0": 5}, {"0": 5}, top_k=1)["load_entropy.0"] == 0
 
 
 @pytest.mark.parametrize("balance", ["none", "bias", "aux"])

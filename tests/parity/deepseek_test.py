@@ -25,6 +25,8 @@ FEW = [
     {"tp": 2, "backend": "fsdp", "model": V3},
     {"dp_shard": 2, "zero_stage": 1, "tied": False, "model": V3},
     {"cp": 2, "backend": "fsdp", "context": "ring", "model": LITE},
+    {"dp_shard": 2, "ep": 2, "zero_stage": 1, "model": V3},
+    {"dp_shard": 2, "ep": 2, "backend": "fsdp", "remat": "full", "model": V3},
 ]
 MORE = [
     {"tp": 2, "zero_stage": 1, "sequence_parallel": False, "tied": False, "model": V3},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.parity.layouts_test import check
+from tests.parity.layouts_test import check, starts
 
 MOE = {"num_experts": 8, "top_k": 2, "expert_ffn_size": 16, "dense_layers": [0]}
 SOFTMAX = {"moe": MOE | {"balance": "aux", "aux_coef": 0.3, "z_coef": 0.1}}
@@ -46,6 +46,24 @@ EIGHT = [
 ]
 
 
+def experts(number: int, fields: dict) -> dict:
+    """The same model with so many."""
+    return {"moe": fields["moe"] | {"num_experts": number}}
+
+
+UNEVEN = [  # the other numbers of ranks from 2 to 8, each with as many experts as divide over them
+    {"dp_shard": 3, "ep": 3, "zero_stage": 1, "model": experts(6, SOFTMAX)},
+    {"dp_shard": 5, "ep": 5, "backend": "fsdp", "model": experts(10, SOFTMAX)},
+    {"dp_shard": 3, "tp": 2, "ep": 3, "zero_stage": 2, "model": experts(12, SIGMOID)},
+    {"pp": 2, "dp_shard": 3, "ep": 3, "backend": "fsdp", "model": experts(12, SIGMOID)},
+    {"dp_shard": 7, "ep": 7, "zero_stage": 1, "model": experts(7, SOFTMAX)},
+]
+COMPILED = [
+    {"dp_shard": 2, "ep": 2, "zero_stage": 1, "compile": True, "remat": "full", "model": SOFTMAX},
+    {"dp_shard": 2, "ep": 2, "backend": "fsdp", "compile": True, "remat": "full", "model": SIGMOID},
+]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks(forked: Callable) -> None:
@@ -62,3 +80,16 @@ def test_four_ranks(forked: Callable) -> None:
 @pytest.mark.timeout(600)
 def test_eight_ranks(forked: Callable) -> None:
     check(forked, 8, EIGHT, timeout_s=500)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_three_to_seven_ranks(forked: Callable) -> None:
+    for size, layouts in starts(UNEVEN):
+        check(forked, size, layouts, timeout_s=300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled(forked: Callable) -> None:
+    check(forked, 2, COMPILED, timeout_s=800)

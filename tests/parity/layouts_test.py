@@ -96,6 +96,7 @@ def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float, tole
     assert len(lines) == len(layouts), result.stdout[-3000:]
     for line in lines:
         print(line)
+        assert line["dropped"] == 0, line
         for measure, tolerance in tolerances.items():
             assert line[measure] <= tolerance, line
 

@@ -236,7 +236,7 @@ def compare(layout: dict, mesh: Mesh) -> dict:
     history, weights = told_by_rank_0(layout, rows, mesh)
     config, optim = model_config(layout), optim_config(layout)
     engine = build(layout, mesh)
-    errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "worst": ""}
+    errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "dropped": 0.0, "worst": ""}
 
     def look() -> None:
         want = history[engine.step]
@@ -254,11 +254,13 @@ def compare(layout: dict, mesh: Mesh) -> dict:
         stats = engine.train_step(mine, token_loss, batch.loss_mask.sum())
         errors["loss"] = max(errors["loss"], abs(stats.loss - want["loss"]) / want["loss"])
         errors["norm"] = max(errors["norm"], abs(stats.grad_norm - want["norm"]) / want["norm"])
+        dropped = (abs(v) for name, v in stats.metrics.items() if name.startswith("load_dropped."))
+        errors["dropped"] = max([errors["dropped"], *dropped])
     errors["weight"] = max(relative(full, weights[name]) for name, full in engine.full_weights())
     check_frozen(engine, config)
     errors["score"] = score_error(engine, mine, weights, config)
     everyone = mesh.all_gather_json(errors)
-    worst = {k: max(e[k] for e in everyone) for k in ("loss", "norm", "grad", "weight", "score")}
+    worst = {k: max(e[k] for e in everyone) for k in errors if k != "worst"}
     worst["worst"] = max(everyone, key=lambda e: e["grad"])["worst"]
     return worst
 

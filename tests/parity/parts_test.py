@@ -21,7 +21,7 @@ def some(layouts: Sequence[dict], *numbers: int) -> list[dict]:
 TWO = [
     *some(architectures.TWO, 0, 1, 2, 4, 6, 9),
     *some(experts.TWO, 0, 2, 3, 5),
-    *some(deepseek.FEW, 0, 1),
+    *some(deepseek.FEW, 0, 1, 4),
     *some(mup.TWO, 0, 5),
 ]
 FOUR = [*some(architectures.FOUR, 0, 1, 2, 4, 5), *some(experts.FOUR, 0, 2, 3, 4, 5), *lora.QUICK]

@@ -34,6 +34,7 @@ EACH_ONCE = [  # each axis and each engine once
     {"cp": 2, "tp": 2, "zero_stage": 1, "context": "ring", "remat": "full"},
     {"pp": 2, "dp_shard": 2, "backend": "fsdp", "microbatches": 4},
     {"dp_shard": 4, "ep": 2, "zero_stage": 1, **MOE},
+    {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1, "only": "ep", **MOE},
     {"pp": 2, "tp": 2, "zero_stage": 1, **ADAPTED},
     {"cp": 2, "dp_shard": 2, "backend": "fsdp", "context": "alltoall", "model": MLA},
 ]
@@ -48,6 +49,7 @@ MORE = [
     {"pp": 2, "dp_shard": 2, "zero_stage": 1, "microbatches": 4, **ZERO_BUBBLE},
     {"dp_shard": 4, "ep": 4, "backend": "fsdp", **MOE},
     {"dp_shard": 2, "cp": 2, "ep": 2, "zero_stage": 2, "context": "alltoall", **MOE},
+    {"dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "remat": "full", "only": "ep", **MOE},
     {"pp": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "microbatches": 4, "precision": "bf16", **MOE},
     {"dp_shard": 4, "zero_stage": 3, **ADAPTED},
     {"cp": 2, "dp_shard": 2, "zero_stage": 1, "context": "ring", "model": MLA},
