@@ -50,8 +50,8 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
     found = _tensor_files(Path(directory), family)
     files = {name: stored for name, stored in found.items() if name in expected or not _ignored(name, config)}
     _check_names(Path(directory), files, expected, config)
-    for name, shape in expected.items():
-        _check_tensor(files[name], shape)
+    for name, shape in (expected | _copies(found, config)).items():
+        _check_tensor(found[name], shape)
 
     def read(name: str) -> Tensor:
         if config.tie_embeddings and name == "head.weight":
@@ -60,6 +60,15 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
         return _ours([_read(files[theirs]) for theirs in disk.names], disk)
 
     return read
+
+
+def _copies(found: dict[str, Stored], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the copies that are there: one of another shape is of another model, though none is read."""
+    family, shapes = family_of(config.family), {}
+    for name, shape in parameter_shapes(config).items():
+        disk = family.where(name, config)
+        shapes |= {copy: disk.stored_shape(shape) for copy in disk.copies if copy in found}
+    return shapes
 
 
 def _ours(stored: list[Tensor], disk: Disk) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 _BITS = {4: np.int32, 2: np.int16}  # numpy has no bf16
 
@@ -76,12 +78,13 @@ def save_hf(
     """
     if config.mup is not None:
         weights, config = _folded(weights, config), without_mup(config)
-    described = hf_config(config)
+    described, generation = hf_config(config), _generation(tokenizer_dir, eos_id)
+    # a config class has values of its own for those that are not written
+    tokens = {name: generation[name] for name in TOKENS if generation.get(name) is not None}
     with replacing(Path(directory)) as target:
         _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
-        tokens = {} if eos_id is None else {"eos_token_id": eos_id}
         _write_json(target / "config.json", {**described, **tokens, "dtype": str(dtype).removeprefix("torch.")})
-        _write_json(target / "generation_config.json", _generation(tokenizer_dir, eos_id))
+        _write_json(target / "generation_config.json", generation)
         if tokenizer_dir is not None:
             _copy_tokenizer(Path(tokenizer_dir), target)
 
@@ -203,9 +206,28 @@ def _write_json(path: Path, content: dict) -> None:
 def _generation(source: str | None, eos_id: int | list[int] | None) -> dict:
     """generation_config.json: what lies beside the tokenizer, which must stop where `eos_id` says."""
     path = Path(source or "") / "generation_config.json"
-    found = json.loads(path.read_text()) if source and path.exists() else {}
-    known, wanted = ([x] if isinstance(x, int) else x or [] for x in (found.get("eos_token_id"), eos_id))
+    found = _read_generation(path) if source and path.exists() else {}
+    known, wanted = (_as_list(ids) for ids in (found.get("eos_token_id"), eos_id))
     return found if set(wanted) <= set(known) else {**found, "eos_token_id": eos_id}
+
+
+def _read_generation(path: Path) -> dict:
+    """Raises ValueError when it is broken, or a token in it has no number."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must be an object of settings, is {json.dumps(found)[:50]}; copy the file again")
+    for name in TOKENS:
+        if not all(type(token) is int for token in _as_list(found.get(name))):
+            rule = "must be a token's number, in brackets where there are several; correct it"
+            raise ValueError(f"{path}: {name}={json.dumps(found[name])}: {rule}")
+    return found
+
+
+def _as_list(ids: Any) -> list:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from llmtrain import cli
 from llmtrain.config.schema import ModelConfig, RopeScaling
 from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, initialize, parameter_shapes
@@ -176,6 +178,50 @@ def test_generation_config_is_carried_along(tmp_path: Path) -> None:
         save_hf(str(tmp_path / "out"), SMALL, model.named_parameters(), torch.float32, str(source), eos)
         written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
         assert written == {"eos_token_id": expected, "top_k": 64}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"eos_token_id": 1', "not valid JSON (Expecting ',' delimiter"),
+        (b"\xff", "not valid JSON ("),
+        (b"", "not valid JSON ("),
+        (b"[1, 2]", "must be an object of settings, is [1, 2]; copy"),
+        (b'{"eos_token_id": "</s>"}', 'eos_token_id="</s>": must be a token\'s number'),
+        (b'{"eos_token_id": [1, "2"]}', 'eos_token_id=[1, "2"]: must be'),
+        (b'{"bos_token_id": true}', "bos_token_id=true: must be"),
+        (b'{"pad_token_id": {}}', "pad_token_id={}: must be"),
+    ],
+)
+def test_broken_generation_config(content: bytes, message: str, tmp_path: Path) -> None:
+    """Found before the weights are written, which may take hours."""
+    (tmp_path / "generation_config.json").write_bytes(content)
+    weights = (pytest.fail("a weight was asked for") for _ in range(1))
+    with pytest.raises(ValueError) as error:
+        save_hf(str(tmp_path / "out"), SMALL, weights, torch.float32, str(tmp_path), 1)
+    assert str(error.value).startswith(f"{tmp_path / 'generation_config.json'}: ") and message in str(error.value)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
+
+
+def test_generation_survives_import_and_export(tmp_path: Path) -> None:
+    """As a user does it, of a directory that transformers wrote; into config.json too, which readers of old fall back
+    to, and where the config class would put its own numbers."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    llama = random_llama(SMALL, seed=0)
+    asked = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05}
+    tokens = {"bos_token_id": 5, "eos_token_id": [3, 7], "pad_token_id": 9}
+    llama.generation_config = GenerationConfig(**asked, **tokens)
+    llama.save_pretrained(theirs)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(10)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w7").save_pretrained(theirs)
+    config = tmp_path / "export.yaml"
+    config.write_text(f"model: {{init_from: {theirs}}}\ntokenizer: {{path: {theirs}}}\nexport: {{path: {ours}}}\n")
+    assert cli.main(["export", str(config)]) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(place) for place in (theirs, ours))
+    for name, value in (asked | tokens).items():
+        assert getattr(before.generation_config, name) == getattr(after.generation_config, name) == value
+    assert {name: getattr(after.config, name) for name in tokens} == tokens
+    assert after.generation_config.to_diff_dict() == before.generation_config.to_diff_dict()
 
 
 def test_names_are_those_of_transformers() -> None:

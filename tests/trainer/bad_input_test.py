@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,37 @@ def test_refused_before_anything_starts(small: Path, key: str, tmp_path: Path) -
     result = llmtrain("pretrain", small, key, f"run_dir={tmp_path / 'run'}")
     assert result.returncode == 2 and key.split("=")[0] in last_line(result)
     assert not (tmp_path / "run").exists()
+
+
+TENSOR = "model.layers.3.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def misshapen(small: Path, tmp_path: Path) -> Path:
+    """A Hugging Face directory of the model of `small`, one tensor of which is of another one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from llmtrain.config.load import load
+    from llmtrain.config.shapes import resolve_model
+    from llmtrain.model.decoder import init_tensor, parameter_shapes
+    from llmtrain.model.hf_write import save_hf
+
+    model, directory = resolve_model(load(str(small), []).model), tmp_path / "hf"
+    weights = ((name, init_tensor(name, shape, model, 0)) for name, shape in parameter_shapes(model).items())
+    save_hf(str(directory), model, weights, torch.float32, None, None)
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, TENSOR: tensors[TENSOR][:-1].clone()}, directory / "model.safetensors")
+    return directory
+
+
+def test_weights_of_another_shape(small: Path, misshapen: Path, tmp_path: Path, forked: Callable) -> None:
+    """One line from each rank, and nothing in the run directory that a start refused later would not have."""
+    error = f"{misshapen}/model.safetensors: {TENSOR} has shape [47, 32], the config says [48, 32]"
+    arguments = ("pretrain", small, f"model.init_from={misshapen}")
+    alone = llmtrain(*arguments, f"run_dir={tmp_path / 'alone'}")
+    assert alone.returncode == 2 and last_line(alone) == error and alone.stdout.count(TENSOR) == 1
+    both = forked(2, "llmtrain", *arguments, f"run_dir={tmp_path / 'both'}")
+    assert both.returncode == 1  # of any failure
+    assert error in both.stdout and both.stdout.count(TENSOR) <= 2 and "Traceback" not in both.stdout
+    assert os.listdir(tmp_path / "alone") == os.listdir(tmp_path / "both") == ["config.yaml"]

@@ -132,6 +132,12 @@ LLAMA_MODULES = {
 
 # Reading config.json
 
+FOR_ALL = {  # what transformers reads whatever the family
+    "is_causal": (True,),  # it takes null for false
+    "per_layer_config": (None,),  # sizes and windows of single layers
+    "quantization_config": (None,),
+}
+
 
 def demand(config: HfConfig, allowed: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuse values that change what the model computes in ways our decoder does not; a missing key is fine.
@@ -154,6 +160,7 @@ def number(config: HfConfig, *names: str, default: int | None = None) -> int:
 
 def common_fields(config: HfConfig, max_positions: int = 2048, norm_eps: float = 1e-6) -> dict[str, Any]:
     """The fields that most families write under the same names; the defaults are those of the family's config class."""
+    demand(config, FOR_ALL)
     heads = number(config, "num_attention_heads")
     hidden = number(config, "hidden_size")
     theta, scaling = rope_fields(config)
@@ -176,18 +183,26 @@ def common_fields(config: HfConfig, max_positions: int = 2048, norm_eps: float =
 def rope_fields(config: HfConfig, rope: HfConfig | None = None) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) in the old form (`rope_theta`, `rope_scaling`) or that of transformers 5 (`rope_parameters`).
 
-    Raises ValueError for a kind that is not supported.
+    Raises ValueError for a kind that is not supported, and where both forms are there and scale otherwise.
     """
-    rope = rope or config.get("rope_parameters") or config.get("rope_scaling") or {}
+    new, old = (config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if rope is None and new and old and rope_fields(config, new)[1] != rope_fields(config, old)[1]:
+        raise ValueError(f"rope_scaling={old}: rope_parameters says otherwise; keep the one that is meant")
+    rope = rope or new or old
+    for place in (config, rope):
+        demand(place, {"partial_rotary_factor": (1, None)})
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind not in ("llama3", "linear", "yarn"):
         raise ValueError(f"rope_type={kind}: only default, llama3, linear and yarn are supported; use another model")
+    if kind != "yarn":
+        demand(rope, {"mscale_all_dim": (0, None)})  # DeepSeek's scores take it from any kind
     if kind == "linear":
         return theta, RopeScaling(type="linear", factor=rope["factor"])
     original = rope.get("original_max_position_embeddings") or number(config, "max_position_embeddings")
+    demand(config, {"original_max_position_embeddings": (original, None)})  # transformers prefers it to that of `rope`
     others = ("low_freq_factor", "high_freq_factor")
     if kind == "yarn":
         demand(rope, {"attention_factor": (None,), "truncate": (True, None)})

@@ -53,7 +53,6 @@ COMPUTED = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "moe_layer_freq": (1, None),
-    "quantization_config": (None,),
 }
 
 

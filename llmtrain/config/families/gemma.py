@@ -49,12 +49,12 @@ COMPUTED = {
     "hidden_activation": ("gelu_pytorch_tanh", None),
     "attention_bias": (False,),
     "use_bidirectional_attention": (False, None),
-    "quantization_config": (None,),
 }
 
 
 def gemma2_from_hf(config: HfConfig) -> dict[str, Any]:
     """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
+    demand(config, {"sliding_window_pattern": (2,)})  # transformers does not read it here, only for Gemma 3
     config = {"vocab_size": 256000, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **config}
     fields = _common(config, positions=8192, period=2)
     return {**fields, "attention_softcap": config["attn_logit_softcapping"]}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtrain.config.families.base import Disk, Family, HfConfig, demand, module_name, number, plain_disk
+from llmtrain.config.families.base import FOR_ALL, Disk, Family, HfConfig, demand, module_name, number, plain_disk
 from llmtrain.config.schema import ModelConfig
 
 FIELDS: dict[str, Any] = {
@@ -38,7 +38,7 @@ COMPUTED = {  # options of the config class that change what is computed
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
-    "quantization_config": (None,),
+    **FOR_ALL,
 }
 
 

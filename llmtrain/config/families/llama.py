@@ -12,8 +12,7 @@ FIELDS: dict[str, Any] = {}
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
-    silent = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-    demand(config, {**silent, "partial_rotary_factor": (1, None), "quantization_config": (None,)})
+    demand(config, {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)})
     return common_fields(config)
 
 

@@ -18,8 +18,7 @@ MODULES = {name: theirs for name, theirs in LLAMA_MODULES.items() if ".feedforwa
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
-    silent = {"hidden_act": ("silu",), "attention_bias": (False,), "router_jitter_noise": (0,)}
-    demand(config, {**silent, "quantization_config": (None,)})
+    demand(config, {"hidden_act": ("silu",), "attention_bias": (False,), "router_jitter_noise": (0,)})
     fields = common_fields({"rope_theta": 1e6, **config}, max_positions=131072, norm_eps=1e-5)
     experts = number(config, "num_local_experts", "num_experts", default=8)
     top_k = number(config, "num_experts_per_tok", default=2)

@@ -11,9 +11,7 @@ from llmtrain.config.schema import ModelConfig
 FIELDS: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e6}
 COMPUTED = {
     "hidden_act": ("silu",),
-    "partial_rotary_factor": (1, None),
     "use_mrope": (False, None),
-    "quantization_config": (None,),
 }
 
 

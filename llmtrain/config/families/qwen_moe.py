@@ -18,8 +18,7 @@ MODULES = LLAMA_MODULES | {
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
-    silent = {"hidden_act": ("silu",), "use_sliding_window": (False, None)}
-    demand(config, {**silent, "quantization_config": (None,)})
+    demand(config, {"hidden_act": ("silu",), "use_sliding_window": (False, None)})
     fields = common_fields(config, max_positions=32768)
     experts = MoeConfig(
         num_experts=number(config, "num_experts", "num_local_experts", default=128),
