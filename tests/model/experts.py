@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import math
+
 from transformers import PreTrainedConfig
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import active_parameter_count, parameter_count, resolve_model, train_flops_per_token
+from llmtrain.config.shapes import active_parameter_count, parameter_count, resolve_model
 
 
 def in_a_loop(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -15,12 +16,21 @@ def in_a_loop(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def check_sizes(preset: str, total: int, active: str) -> None:
-    """`active`, in units of 10^9, is rounded as published; the FLOPs of a token alone in its row are 6 for each active
-    parameter that multiplies."""
+def in_billions(count: int, like: str, cut: bool = False) -> str:
+    """With as many digits as `like` has, the rest rounded or cut."""
+    digits = len(like.partition(".")[2])
+    units = count / 10 ** (9 - digits)
+    return f"{(math.floor(units) if cut else round(units)) / 10**digits:.{digits}f}"
+
+
+def check_sizes(
+    preset: str, exact: int, total: str, active: str, embedding: bool = True, cut: bool = False
+) -> ModelConfig:
+    """`exact` parameters; `total` and `active` as published, in units of 10^9. embedding: the active ones include it,
+    which a token looks up one row of. cut: `active` is not rounded. Returns the resolved model."""
     model = resolve_model(ModelConfig(preset=preset))
-    assert parameter_count(model) == total
-    digits = len(active.partition(".")[2])
-    assert f"{active_parameter_count(model) / 1e9:.{digits}f}" == active
-    multiplying = active_parameter_count(model) - model.vocab_size * model.hidden_size
-    assert train_flops_per_token(model, 1) == pytest.approx(6 * multiplying, rel=1e-3)
+    assert parameter_count(model) == exact
+    assert in_billions(exact, total) == total
+    left_out = 0 if embedding else model.vocab_size * model.hidden_size
+    assert in_billions(active_parameter_count(model) - left_out, active, cut) == active
+    return model
