@@ -3,7 +3,7 @@
 Three runs of `llmtrain pretrain configs/pretrain/tiny-moe.yaml` with 2 of 8 experts on each rank (`parallel.ep=4`),
 from the same weights and rows.
 
-    python -m benchmarks.balance [--steps 80] [--out benchmarks/results/balance.json]    # and balance.png beside it
+    python -m benchmarks.balance [--steps 160] [--out benchmarks/results/balance.json]    # and balance.png beside it
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def verdicts(found: dict[str, dict[str, float]]) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     """1 when a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.balance", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=80, help="of each run; default: 80")
+    parser.add_argument("--steps", type=int, default=160, help="of each run; default: 160")
     parser.add_argument("--out", default="benchmarks/results/balance.json", help="JSON file; the plot lies beside it")
     args = parser.parse_args(argv)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
