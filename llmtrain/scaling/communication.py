@@ -12,6 +12,7 @@ microbatch rather than twice if they are used again within REUSE elements: all o
 FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
 
 Not exact: tensor-parallel biases, norms of heads and latents, and routers, whose gradients are summed over tp;
+modules for tokens after the next over tp, which are left out;
 K/V heads and latents that every tp rank computes; ZeRO-3 with experts on several ranks;
 ZeRO-3 on any stage of a pipeline but the last, for DeepSpeed takes forward and backward to alternate, and
 where they do not it gathers up to twice a microbatch more; ZeRO-3 with more than REUSE / 2 elements, by an embedding or
@@ -124,9 +125,10 @@ class Case:
 
     @property
     def moe_layers(self) -> int:
-        """Of this rank, those with experts."""
+        """Of this rank, those with experts; also of the modules for tokens after the next, which no pipeline has."""
         layers = [layer for stage in self.plan.stages_of(self.pp_rank) for layer in self.plan.layers[stage]]
-        return sum(has_experts(self.model, layer) for layer in layers)
+        further = range(self.model.num_layers, self.model.num_layers + self.model.mtp_layers)
+        return sum(has_experts(self.model, layer) for layer in (*layers, *further))
 
 
 def communication(case: Case) -> list[Item]:
@@ -212,7 +214,10 @@ def _fsdp(case: Case) -> Iterator[Item]:
         for axis, (some, _) in zip(("shard", "expert_shard"), apart, strict=False):
             yield from _fsdp_unit(case, some, _block_gathers(case), axis, trains_all)
         yield from _fsdp_unit(case, adapters, _block_gathers(case), "shard")
-        yield from _fsdp_unit(case, rest, _root_gathers(case), "shard", trains_all)
+        apart = by_ranks(rest, case.ranks("shard"), case.parallel.ep)
+        gathers = (_root_gathers(case), _block_gathers(case))  # experts for further tokens are sharded like others
+        for axis, (some, _), times in zip(("shard", "expert_shard"), apart, gathers, strict=False):
+            yield from _fsdp_unit(case, some, times, axis, trains_all)
     yield Item("replica", "all_reduce", "norm", 8)
 
 
@@ -368,6 +373,7 @@ def evenly_loaded(case: Case) -> Case:
 def _control(case: Case) -> Iterator[Item]:
     ranks = case.ranks("world")
     yield Item("world", "all_gather", "report", ranks * (8 + case.step.report_bytes))
+    yield Item("grad", "all_reduce", "loss of further tokens", 16 if case.model.mtp_layers else 0)
 
 
 def _up(value: int, multiple: int) -> int:

@@ -21,6 +21,7 @@ MOE = {"model": {"moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "d
 ADAPTED = {"model": {"lora": {"rank": 4, "targets": ["q", "v", "o", "down"]}}}
 LATENT = {"kv_rank": 16, "nope_head_dim": 8, "rope_head_dim": 4, "v_head_dim": 6}
 MLA = {"attention": "mla", "num_kv_heads": 4, "mla": LATENT}
+FURTHER = {"model": {**MLA, "moe": MOE["model"]["moe"] | {"dense_layers": [0]}, "mtp_layers": 2}}
 ZERO_BUBBLE = {"schedule": "interleaved_zero_bubble", "virtual_stages": 2}
 
 EACH_ONCE = [  # each axis and each engine once
@@ -34,7 +35,8 @@ EACH_ONCE = [  # each axis and each engine once
     {"cp": 2, "tp": 2, "zero_stage": 1, "context": "ring", "remat": "full"},
     {"pp": 2, "dp_shard": 2, "backend": "fsdp", "microbatches": 4},
     {"dp_shard": 4, "ep": 2, "zero_stage": 1, **MOE},
-    {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1, "only": "ep", **MOE},
+    {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1, "inexact": "tp ", **MOE},
+    {"dp_shard": 4, "ep": 2, "backend": "fsdp", **FURTHER},
     {"pp": 2, "tp": 2, "zero_stage": 1, **ADAPTED},
     {"cp": 2, "dp_shard": 2, "backend": "fsdp", "context": "alltoall", "model": MLA},
 ]
@@ -49,8 +51,10 @@ MORE = [
     {"pp": 2, "dp_shard": 2, "zero_stage": 1, "microbatches": 4, **ZERO_BUBBLE},
     {"dp_shard": 4, "ep": 4, "backend": "fsdp", **MOE},
     {"dp_shard": 2, "cp": 2, "ep": 2, "zero_stage": 2, "context": "alltoall", **MOE},
-    {"dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "remat": "full", "only": "ep", **MOE},
+    {"dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "remat": "full", "inexact": "tp ", **MOE},
     {"pp": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "microbatches": 4, "precision": "bf16", **MOE},
+    {"dp_shard": 4, "ep": 4, "zero_stage": 1, "remat": "selective", **FURTHER},
+    {"dp_shard": 4, "ep": 2, "backend": "fsdp", "remat": "full", "reshard": False, **FURTHER},
     {"dp_shard": 4, "zero_stage": 3, **ADAPTED},
     {"cp": 2, "dp_shard": 2, "zero_stage": 1, "context": "ring", "model": MLA},
     # these change DeepSpeed's setting: the last ones
@@ -67,6 +71,7 @@ def test_counted_bytes_are_those_of_the_formula(forked: Callable, layouts: list[
     for line in lines:
         print(line["layout"], *line["items"], sep="\n    ")
         assert line["counted"] == line["formula"], line
+        assert "ep" not in line["layout"] or any("all_to_all" in key for key in line["counted"]), line
     assert [line["layout"] for line in lines] == layouts, result.stdout[-3000:]
     padded = [line["layout"] for line in lines if any(what == "padding" for _, _, what, _ in line["items"])]
     assert padded == [layout for layout in layouts if layout.get("model") == ODD["model"]]
