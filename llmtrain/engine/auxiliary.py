@@ -46,7 +46,7 @@ def finish_auxiliary(parts: Sequence[nn.Module], mesh: Mesh, denominator: float,
     for name, router in routers.items():
         if taken and "bias" in router.config.balance:
             router.bias.copy_(update_bias(router.bias, sums[name].load, router.config.bias_rate))
-    mine = _metrics(routers, sums, denominator)
+    mine = _metrics(sums, _computed(sums, mesh), parts[0].config.moe.top_k, denominator)
     gathered = mesh.all_gather_json(mine if mesh.coords["tp"] == 0 else {})
     return further | _joined(gathered)
 
@@ -61,39 +61,43 @@ def _mean_further(modules: MultiToken, mesh: Mesh) -> float:
 
 
 class Sums(NamedTuple):
-    """Of a router's tally over ranks."""
+    """Of a router's tally over the data- and context-parallel ranks."""
 
     load: Tensor  # int64 [E]
     tokens: Tensor  # int64
-    computed: Tensor  # int64: rows that experts computed
+    computed: Tensor  # int64: rows that experts of this tp coordinate computed
     losses: Tensor  # fp32 [2]
 
 
 def _summed(router: Router, mesh: Mesh) -> Sums:
-    """Over the data- and context-parallel ranks; what experts computed also over tp, whose ranks have some each."""
-    tally, device = router.tally, mesh.device
-    none, nothing = torch.zeros((), dtype=torch.int64, device=device), torch.zeros(router.weight.size(0), device=device)
-    load = nothing.long() if tally.load is None else tally.load
-    tokens = none if tally.tokens is None else tally.tokens
-    computed = load.sum() if not tally.travels else none if tally.computed is None else tally.computed
-    losses = torch.zeros(2, device=device) if tally.losses is None else tally.losses
+    tally = router.tally
+
+    def held(value: Tensor | None, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=mesh.device) if value is None else value
+
+    load, tokens = held(tally.load, router.weight.size(0)), held(tally.tokens)
+    computed = held(tally.computed) if tally.travels else load.sum()
+    losses = held(tally.losses, 2, dtype=torch.float32)
     counts = torch.cat([load, tokens[None], computed[None]])
     dist.all_reduce(counts, group=mesh.groups["grad"])
     dist.all_reduce(losses, group=mesh.groups["grad"])
-    computed = counts[-1].clone()
-    if tally.travels and mesh.tp_group is not None:
-        dist.all_reduce(computed, group=mesh.tp_group)
-    return Sums(counts[:-2], counts[-2], computed, losses)
+    return Sums(counts[:-2], counts[-2], counts[-1], losses)
 
 
-def _metrics(routers: dict[str, Router], sums: dict[str, Sums], denominator: float) -> dict[str, float]:
-    layers = {name: ("mtp" if name.startswith("mtp.") else "") + name.split(".")[1] for name in routers}
-    loads, computed, tokens = (
-        {layers[name]: getattr(s, field) for name, s in sums.items()} for field in ("load", "computed", "tokens")
-    )
-    top_k = next((router.config.top_k for router in routers.values()), 1)
+def _computed(sums: dict[str, Sums], mesh: Mesh) -> dict[str, Tensor]:
+    """Over tp, too, whose ranks have some experts each."""
+    if mesh.tp_group is None or not sums:
+        return {name: s.computed for name, s in sums.items()}
+    rows = torch.stack([s.computed for s in sums.values()])
+    dist.all_reduce(rows, group=mesh.tp_group)
+    return dict(zip(sums, rows, strict=True))
+
+
+def _metrics(sums: dict[str, Sums], computed: dict[str, Tensor], top_k: int, denominator: float) -> dict[str, float]:
+    layers = {name: ("mtp" if name.startswith("mtp.") else "") + name.split(".")[1] for name in sums}
+    loads, tokens = ({layers[name]: getattr(s, field) for name, s in sums.items()} for field in ("load", "tokens"))
     losses = torch.stack([s.losses for s in sums.values()]).sum(0) / denominator if sums else torch.zeros(2)
-    found = balance_metrics(loads, computed, tokens, top_k)
+    found = balance_metrics(loads, {layers[name]: rows for name, rows in computed.items()}, tokens, top_k)
     return found | {"aux_loss": float(losses[0]), "z_loss": float(losses[1])}
 
 

@@ -54,8 +54,8 @@ grouped_product.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("llmtrain::grouped_pair", mutates_args=())
 def grouped_pair(x: Tensor, first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_product` with two matrices a group, both [G, out, in], in one product: [N, 2 out]. On a CPU that takes
-    less time than two, also with the matrices copied side by side for it."""
+    """`grouped_product` with two matrices a group, both [G, out, in], as one product of twice the width, for which they
+    are copied side by side: [N, 2 out]."""
     return product(x, torch.cat([first, second], 1), counts)
 
 

@@ -24,6 +24,19 @@ def test_shapes_are_of_one_size_and_models_of_transformers(family: str) -> None:
     assert hf_config(model)["hidden_size" if family != "gpt2" else "n_embd"] == 256
 
 
+def test_published_proportions() -> None:
+    found = {}
+    for family in ("mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v3"):
+        moe = model_of(family, Size(256, 8, 2048, 256, published=True)).moe
+        found[family] = (moe.num_experts, moe.top_k, moe.expert_ffn_size, moe.shared_ffn_size)
+    assert found == {
+        "mixtral": (8, 2, 896, 0),
+        "qwen3-moe": (128, 8, 96, 0),
+        "deepseek-v2": (64, 6, 176, 352),
+        "deepseek-v3": (256, 8, 72, 72),
+    }
+
+
 def test_every_family_with_a_reference_takes_part() -> None:
     known = {name for name, family in FAMILIES.items() if family.to_hf and family.parts is None}
     assert set(SHAPES) == known - {"gemma2"}  # the reference of its soft caps is the eager one only

@@ -74,6 +74,16 @@ def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
     assert counts["full"] - counts["none"] == layers * 3
 
 
+def test_selective_keeps_a_pair_as_two_products() -> None:
+    """As a compiler has it on a CPU: gate and up, at once, are kept, down is computed again."""
+    with patch("llmtrain.model.experts.torch.compiler.is_compiling", lambda: True):
+        counts = {kind: calls(grouped, "_zero_rest", kind) for kind in ("none", "selective", "full")}
+    layers = 2
+    assert counts["none"] == layers * (2 + 2)
+    assert counts["selective"] - counts["none"] == layers
+    assert counts["full"] - counts["none"] == layers * 2
+
+
 def test_selective_keeps_the_experts_on_a_cpu() -> None:
     counts = {kind: calls(experts_cpu, "product", kind) for kind in ("none", "selective", "full")}
     layers = 2

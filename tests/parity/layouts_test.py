@@ -101,11 +101,16 @@ def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float, tole
             assert line[measure] <= tolerance, line
 
 
+def check_all(run: Callable, layouts: Iterable[dict], timeout_s: float) -> None:
+    """`check` on as many ranks as each takes; the time is that of one start."""
+    for size, alike in starts(list(layouts)):
+        check(run, size, alike, timeout_s)
+
+
 def test_every_feature(forked: Callable) -> None:
     """Few drawn layouts that together show every feature but compilation, which takes its time."""
     drawn = [layout_of(names) for names in covering(around_each(max_ranks=4), without=frozenset({"compile"}))]
-    for size, layouts in starts(short([*PINNED, *drawn])):
-        check(forked, size, layouts, timeout_s=300)
+    check_all(forked, short([*PINNED, *drawn]), timeout_s=300)
 
 
 @pytest.mark.slow
@@ -124,8 +129,7 @@ def test_sixteen_bits_differ_by_rounding_alone(forked: Callable) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_sizes(forked: Callable) -> None:
-    for size, layouts in starts(SIZES):
-        check(forked, size, layouts, timeout_s=600)
+    check_all(forked, SIZES, timeout_s=600)
 
 
 @pytest.mark.slow
@@ -152,8 +156,7 @@ def combinations(size: int) -> list[dict]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("size", [4, 8])
 def test_every_combination(forked: Callable, size: int) -> None:
-    for processes, layouts in starts(combinations(size)):
-        check(forked, processes, layouts, timeout_s=1800)
+    check_all(forked, combinations(size), timeout_s=1800)
 
 
 @pytest.mark.slow
@@ -161,5 +164,4 @@ def test_every_combination(forked: Callable, size: int) -> None:
 def test_matrix(forked: Callable) -> None:
     """Every pair of features that goes together, several times: see docs/parallelism.md."""
     drawn = [layout_of(names) for names in at_least(64)]
-    for size, layouts in starts(drawn):
-        check(forked, size, layouts, timeout_s=3600)
+    check_all(forked, drawn, timeout_s=3600)

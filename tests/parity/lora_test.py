@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.parity.layouts_test import check, starts
+from tests.parity.layouts_test import check, check_all
 
 ALL = {"lora": {"rank": 4, "alpha": 6.0, "targets": ["q", "k", "v", "o", "gate", "up", "down"]}}
 SOME = {"lora": {"rank": 4, "alpha": 6.0, "targets": ["v", "down"]}}
@@ -66,5 +66,4 @@ def test_four_ranks(forked: Callable) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_matrix(forked: Callable) -> None:
-    for size, layouts in starts(SLOW):
-        check(forked, size, layouts, timeout_s=900)
+    check_all(forked, SLOW, timeout_s=900)
