@@ -1,7 +1,8 @@
 """Products of matrices that rows choose from: rows sorted by group, each times the matrix of its own.
 
 A product is one operation to autograd, to the compiler and to rematerialisation. It runs as one grouped product
-(`torch.nn.functional.grouped_mm`) where device, dtype and widths allow it, else group by group, with the same result.
+(`torch.nn.functional.grouped_mm`) where device, dtype and widths allow it and it is the fastest, else group by group,
+with the same result.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNED_BYTES = 16  # of every row, or the grouped kernels refuse
+KERNEL_ROWS = 32  # on a CPU in bf16, see `_rows`
 
 
 @torch.library.custom_op("llmtrain::grouped_product", mutates_args=())
@@ -97,7 +99,7 @@ def outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
 
 def _grouped(x: Tensor, rows: int, columns: int) -> bool:
     fits = rows * x.itemsize % ALIGNED_BYTES == 0 and columns * x.itemsize % ALIGNED_BYTES == 0
-    return fits and x.size(0) > 0 and grouped_mm_runs(x.device.type, x.dtype)
+    return fits and not _makes_kernels(x) and x.size(0) > 0 and grouped_mm_runs(x.device.type, x.dtype)
 
 
 @cache
@@ -130,8 +132,11 @@ def _zero_rest(y: Tensor, counts: Tensor) -> Tensor:
 def _product_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     y, start = x.new_empty(x.size(0), weight.size(1)), 0
     for w, count in zip(weight, counts.tolist(), strict=True):
-        if count:
-            torch.mm(x[start : start + count], w.t(), out=y[start : start + count])
+        rows = _rows(x, count)
+        if start + rows > x.size(0):
+            y[start : start + count] = (_padded(x[start : start + count], rows) @ w.t())[:count]
+        elif count:  # rows too many are the next groups', which write theirs after this
+            torch.mm(x[start : start + rows], w.t(), out=y[start : start + rows])
         start += count
     y[start:] = 0
     return y
@@ -140,6 +145,21 @@ def _product_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def _outer_loop(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     found, start = x.new_empty(counts.size(0), y.size(1), x.size(1)), 0
     for group, count in zip(found, counts.tolist(), strict=True):
-        torch.mm(y[start : start + count].t(), x[start : start + count], out=group)  # no rows: zeros
+        a, b = (_padded(each[start : start + count], _rows(x, count)) for each in (y, x))
+        torch.mm(a.t(), b, out=group)  # no rows: zeros
         start += count
     return found
+
+
+def _makes_kernels(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _rows(x: Tensor, count: int) -> int:
+    """How many to compute for a group of `count`. On a CPU in bf16 torch makes a kernel for each number of rows, which
+    takes as long as ten products, and groups seldom have a number that was there before: few numbers are used."""
+    return -(-count // KERNEL_ROWS) * KERNEL_ROWS if _makes_kernels(x) else count
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return x if rows == x.size(0) else F.pad(x, (0, 0, 0, rows - x.size(0)))

@@ -7,6 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
 from llmtrain.model import grouped as products
@@ -42,22 +44,58 @@ def run(x: Tensor, weight: Tensor, counts: Tensor, grad: Tensor) -> tuple[Tensor
     return y.detach(), x.grad, weight.grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", COUNTS)
-def test_grouped_and_loop_are_equal(case: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, weight, grad = (torch.randn(size).to(dtype) for size in ((16, 16), (4, 24, 16), (16, 24)))
+def check_formula(case: str, x: Tensor, weight: Tensor, grad: Tensor, found: tuple[Tensor, ...]) -> None:
+    """Output and gradients against products of fp32 copies, and zeros where rows are of no group."""
     counts = torch.tensor(COUNTS[case])
-    assert products.grouped_mm_runs("cpu", dtype)
+    groups = torch.repeat_interleave(torch.arange(4), counts)
+    copies = [each.float().requires_grad_() for each in (x[: len(groups)], weight)]
+    y = torch.einsum("ni,noi->no", copies[0], copies[1][groups])
+    y.backward(grad[: len(groups)].float())
+    for one, other in zip(found, (y, copies[0].grad, copies[1].grad), strict=True):
+        torch.testing.assert_close(one[: len(other)].float(), other, atol=1e-5, rtol=2**-8)
+        assert one[len(other) :].eq(0).all()
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_grouped_and_loop_are_equal(case: str) -> None:
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(size) for size in ((16, 16), (4, 24, 16), (16, 24)))
+    counts = torch.tensor(COUNTS[case])
+    assert products.grouped_mm_runs("cpu", x.dtype)
     grouped = run(x, weight, counts, grad)
     with patch.object(products, "grouped_mm_runs", lambda *_: False):
         loop = run(x, weight, counts, grad)
     for one, other in zip(grouped, loop, strict=True):
         assert torch.equal(one, other)
-    assert grouped[0][counts.sum() :].eq(0).all() and grouped[1][counts.sum() :].eq(0).all()
-    groups = torch.repeat_interleave(torch.arange(4), counts)
-    expected = torch.einsum("ni,noi->no", x[: len(groups)].float(), weight[groups].float())
-    torch.testing.assert_close(grouped[0][: len(groups)].float(), expected, atol=1e-5, rtol=2**-8)
+    check_formula(case, x, weight, grad, grouped)
+
+
+class Products(TorchDispatchMode):
+    """Notes how many rows each product on a CPU has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: set[int] = set()
+
+    def __torch_dispatch__(self, func: OpOverload, types: list, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+            self.rows |= {args[0].size(0), args[0].size(1)}  # of y = x w^T; of x^T y
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_in_bf16_a_cpu_makes_few_kernels(case: str) -> None:
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(size).to(torch.bfloat16) for size in ((16, 16), (4, 24, 16), (16, 24)))
+    counts = torch.tensor(COUNTS[case])
+    x[counts.sum() :], grad[counts.sum() :] = torch.nan, torch.nan  # of no group: may be anything
+    with patch.object(products, "KERNEL_ROWS", 4):
+        check_formula(case, x, weight, grad, run(x, weight, counts, grad))
+        with Products() as seen:
+            product, outer = (f(x, each, counts) for f, each in ((products.product, weight), (products.outer, x)))
+    assert product.isfinite().all() and outer.isfinite().all()
+    assert len(seen.rows) > 0 or not counts.any()
+    assert all(rows % 4 == 0 for rows in seen.rows)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
