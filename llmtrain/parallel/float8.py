@@ -46,23 +46,24 @@ class _Float8Product(torch.autograd.Function):
         return grad_x, _product((g.t(), g_factor), (a, a_factor), grad.dtype)
 
 
-def float8_product(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, weight) for x [..., in]."""
-    return _Float8Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(x, weight, bias) for x [..., in]."""
+    y = _Float8Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
 
 class Float8Linear(Linear):
     """A whole or column-parallel projection."""
 
-    def weighted(self, x: Tensor) -> Tensor:
-        return float8_product(x, self.weight)
+    def weighted(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return float8_linear(x, self.weight, bias)
 
 
 class Float8RowLinear(RowLinear):
     """A row-parallel projection: the partial products are rounded before they are summed over the group."""
 
-    def weighted(self, x: Tensor) -> Tensor:
-        return float8_product(x, self.weight)
+    def weighted(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return float8_linear(x, self.weight, bias)
 
 
 def float8_blocks(model: Decoder) -> None:

@@ -70,12 +70,9 @@ class ReplicaLinear(Linear):
 
     group: ProcessGroup
 
-    def weighted(self, x: Tensor) -> Tensor:
-        return F.linear(x, copy_to(self.weight, self.group))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x)
-        return y if self.bias is None else y + copy_to(self.bias, self.group)
+    def weighted(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else copy_to(bias, self.group)
+        return F.linear(x, copy_to(self.weight, self.group), bias)
 
 
 class SharedAdapter(Adapter):

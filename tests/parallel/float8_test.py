@@ -9,7 +9,7 @@ from torch import Tensor
 from llmtrain.config.schema import ModelConfig
 from llmtrain.engine.precision import check_device
 from llmtrain.model.decoder import Decoder, initialize
-from llmtrain.parallel.float8 import E4M3, E5M2, Float8Linear, float8_blocks, float8_product, quantize
+from llmtrain.parallel.float8 import E4M3, E5M2, Float8Linear, float8_blocks, float8_linear, quantize
 
 # The kernel sums in fp32 in another order and rounds the result to bf16 (8 bits).
 ROUNDING = 1e-2
@@ -34,7 +34,7 @@ def test_products_are_those_of_the_rounded_factors() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 16, 32, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(48, 32, dtype=torch.bfloat16) / 8).requires_grad_()
-    y = float8_product(x, weight)
+    y = float8_linear(x, weight, None)
     grad = torch.randn_like(y)
     y.backward(grad)
     a, w, g = rounded(x.detach(), E4M3), rounded(weight.detach(), E4M3), rounded(grad, E5M2)
