@@ -57,7 +57,7 @@ class ModelTask(Task):
 
 def ours(turns: Turns, task: ModelTask, compiled: bool) -> None:
     """As an engine has it in a training step, on one rank."""
-    mesh, settings = init_mesh(ONE_RANK, None, timeout_s=60), EngineConfig(precision=task.precision)
+    mesh, settings = init_mesh(ONE_RANK, None, timeout_s=60), EngineConfig(precision=task.precision, compile=compiled)
     model = parallelize(task.model, mesh, ONE_RANK, settings)[0]
     materialize([model], mesh, hf_weight_source(task.directory, task.model))
     model.to(DTYPES[task.precision])

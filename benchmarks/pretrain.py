@@ -46,7 +46,9 @@ def llmtrain(turns: Turns, task: Task, compiled: bool, backend: str = "deepspeed
 
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
     settings = EngineConfig(compile=compiled, backend=backend, precision=task.precision)
-    engine = _engine(backend)(_decoder(task, mesh), task.source(), mesh, ONE_RANK, settings, OPTIM, task.total_steps)
+    engine = _engine(backend)(
+        _decoder(task, mesh, settings), task.source(), mesh, ONE_RANK, settings, OPTIM, task.total_steps
+    )
     while turns.wait():
         batch = next(batches)
         turns.done(engine.train_step([batch], token_loss, count_trained([batch], mesh)).loss)
@@ -63,17 +65,18 @@ def _engine(backend: str) -> type:
     return ZeroEngine
 
 
-def _decoder(task: Task, mesh: Mesh) -> list[Decoder]:
-    return parallelize(task.model, mesh, ONE_RANK, EngineConfig())
+def _decoder(task: Task, mesh: Mesh, settings: EngineConfig) -> list[Decoder]:
+    return parallelize(task.model, mesh, ONE_RANK, settings)
 
 
 def decoder_loop(turns: Turns, task: Task, compiled: bool) -> None:
     """The same decoder and precision without the engine: what is left of the difference is DeepSpeed and checks."""
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
-    model = masters = _decoder(task, mesh)[0]
+    settings = EngineConfig(compile=compiled, precision=task.precision)
+    model = masters = _decoder(task, mesh, settings)[0]
     materialize([masters], mesh, task.source())
     if task.precision == "bf16":
-        model = _decoder(task, mesh)[0]
+        model = _decoder(task, mesh, settings)[0]
         materialize([model], mesh, task.source())
         model.to(torch.bfloat16)
     pairs = [] if model is masters else list(zip(masters.parameters(), model.parameters(), strict=True))
