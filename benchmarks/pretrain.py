@@ -40,12 +40,15 @@ REFERENCE = "transformers loop"
 PROFILE = "benchmarks/results/pretrain_profile.txt"
 
 
-def llmtrain(turns: Turns, task: Task, compiled: bool, backend: str = "deepspeed") -> None:
+def llmtrain(
+    turns: Turns, task: Task, compiled: bool, backend: str = "deepspeed", chunk_tokens: int | None = None
+) -> None:
     """As trainer/pretrain.py builds and calls it, on one rank."""
     from llmtrain.trainer.batches import count_trained
 
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
-    settings = EngineConfig(compile=compiled, backend=backend, precision=task.precision)
+    chosen = {"compile": compiled, "backend": backend, "logprob_chunk_tokens": chunk_tokens}
+    settings = EngineConfig(precision=task.precision, **chosen)
     engine = _engine(backend)(
         _decoder(task, mesh, settings), task.source(), mesh, ONE_RANK, settings, OPTIM, task.total_steps
     )
@@ -115,6 +118,13 @@ COMPILED = {
 }
 
 
+def chunked(sizes: str, compiled: bool) -> dict[str, Contestant]:
+    """Ours alone, by how many tokens' logits are held at a time."""
+    return {
+        f"llmtrain, {n} tokens": partial(llmtrain, compiled=compiled, chunk_tokens=int(n)) for n in sizes.split(",")
+    }
+
+
 def contestants(compiled: bool) -> dict[str, Contestant]:
     """Those that run here. LitGPT only if it is installed: it says so when not."""
     found = {**EAGER, **(COMPILED if compiled else {})}
@@ -133,6 +143,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast here")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: CUDA when there is a GPU")
     parser.add_argument("--only", help="names of contestants that contain one of these, separated by |")
+    parser.add_argument("--chunks", help="instead: ours by engine.logprob_chunk_tokens, such as 256,1024,2048,4096")
     parser.add_argument("--profile", action="store_true", help=f"instead: where the engine's time goes, to {PROFILE}")
     parser.add_argument("--out", help="JSON file to write")
     return parser.parse_args()
@@ -156,7 +167,7 @@ def main() -> None:
     millions = sum(torch.Size(shape).numel() for shape in parameter_shapes(task.model).values()) / 1e6
     work = f"{args.seqs} x {args.seq_len} tokens a step, {task.precision}, {args.threads} threads"
     print(f"{millions:.1f}M parameters, {work}")
-    chosen = contestants(args.compile)
+    chosen = chunked(args.chunks, args.compile) if args.chunks else contestants(args.compile)
     if args.only:
         chosen = {name: run for name, run in chosen.items() if any(part in name for part in args.only.split("|"))}
     if args.profile:  # of the first two: without --only, with and without the engine

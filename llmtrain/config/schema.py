@@ -207,7 +207,7 @@ class EngineConfig(Section):
     remat: Literal["none", "selective", "full"] = "none"  # keep all; matrix products and attention; inputs of blocks
     compile: bool = False  # torch.compile of each block
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"  # the kernel; auto: the fastest that is valid here
-    logprob_chunk_tokens: PositiveInt | None = None  # rows of logits at a time; None = 1 GB on a GPU, 64 MB on a CPU
+    logprob_chunk_tokens: PositiveInt | None = None  # rows of logits at a time; None = 1 GB, on a CPU 64 to 256 MB
     timeout_s: PositiveInt = 600  # of a collective
 
     @field_validator("precision")

@@ -220,13 +220,12 @@ def chunk_tokens(engine: EngineConfig, rows: int, gpu: bool) -> int:
     """Tokens whose logits are held at a time, of `rows` ids of the vocabulary each.
 
     Every chunk but the last is computed twice, and every chunk reads and writes the whole gradient of the head, so that
-    few are better (of 4,096 tokens and 16,384 ids, on a CPU, one takes 0.6 to 0.7 times as long as 16). Compiled ones
-    may be larger, they have no fp32 copy.
+    few are better (`python -m benchmarks.pretrain --chunks 256,1024,4096`); compiled ones have no fp32 copy.
     """
     if engine.logprob_chunk_tokens is not None:
         return engine.logprob_chunk_tokens
     if not gpu:
-        return max(64, 2 ** (25 if engine.compile else 24) // rows)
+        return max(64, 2 ** (26 if engine.compile else 24) // rows)
     return max(1024, 2 ** (29 if engine.compile else 28) // rows)
 
 

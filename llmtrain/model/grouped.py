@@ -157,7 +157,7 @@ def _makes_kernels(x: Tensor) -> bool:
 
 def _rows(x: Tensor, count: int) -> int:
     """How many to compute for a group of `count`. On a CPU in bf16 torch makes a kernel for each number of rows, which
-    takes as long as ten products, and groups seldom have a number that was there before: few numbers are used."""
+    takes longer than the product, and groups seldom have a number that was there before: few numbers are used."""
     return -(-count // KERNEL_ROWS) * KERNEL_ROWS if _makes_kernels(x) else count
 
 

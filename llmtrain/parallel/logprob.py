@@ -79,6 +79,7 @@ class _TokenScores(torch.autograd.Function):
         score_chunk = _fused(_score_chunk) if compiled and group is None else _score_chunk
         for start in range(0, hidden.size(0), chunk_tokens):
             piece = slice(start, start + chunk_tokens)
+            logits = None  # before the next are computed
             logits = hidden[piece] @ weight.t()
             out[:, piece] = score_chunk(logits, _part(scale, piece), labels[piece], group, softcap)
         logp, entropy, normalizer, left = out
@@ -103,6 +104,7 @@ class _TokenScores(torch.autograd.Function):
             d = gradient_chunk(logits, _part(scale, piece), labels[piece], norm[piece], grad[piece], ctx.softcap)
             grad_hidden[piece] = d @ weight
             grad_weight += d.t() @ hidden[piece]
+            del logits, d  # before the next are computed
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from llmtrain.model.heads import LMHead
 from llmtrain.parallel.logprob import ScoringHead
@@ -79,3 +81,29 @@ def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = torch.randn(2, 9, 16).double().requires_grad_()
     head(hidden, torch.zeros(2, 9, dtype=torch.int64))[0].sum().backward()
     assert max(rows) == 4 and sum(rows) == 2 * 18  # forward, and again in the backward
+
+
+class Chunks(TorchDispatchMode):
+    """How many chunks of logits, [at most 4, 40], are alive when the next one is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages, self.alive = WeakIdKeyDictionary(), []
+
+    def __torch_dispatch__(self, op: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        logits = op is torch.ops.aten.mm.default and args[0].size(0) <= 4 and args[1].size(1) == 40
+        if logits:
+            self.alive.append(len(self.storages))
+        out = op(*args, **(kwargs or {}))
+        if logits:
+            self.storages[out.untyped_storage()] = True
+        return out
+
+
+def test_holds_one_chunk_at_a_time() -> None:
+    """And the last one of the forward until the backward, which begins with it."""
+    _, head = heads(4)
+    hidden = torch.randn(2, 9, 16).double().requires_grad_()
+    with Chunks() as chunks:
+        head(hidden, torch.zeros(2, 9, dtype=torch.int64))[0].sum().backward()
+    assert chunks.alive == [0] * 9  # 5 of the forward, and again all but the last
