@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from benchmarks.common import Turns, compete, environment
 from benchmarks.standings import check_same_work, ratio, summary
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.attention import plain_attention
-from llmtrain.model.backends import attend, fastest, flex_kernel, usable, visibility
+from llmtrain.model.kernels.backends import attend, fastest, flex_kernel, usable, visibility
 
 HEADS, KV_HEADS, WIDTH, LAYERS = 16, 4, 64, 4
 MEAN_TOKENS = 400  # of a document; lengths are drawn exponentially, as in text: many short, few long

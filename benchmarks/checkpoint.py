@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.common import Turns, compete, environment
 from benchmarks.pretrain import ONE_RANK, OPTIM, Task
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import CheckpointConfig, EngineConfig, ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import parameter_shapes
 
 QUIET_STEPS = 3  # before each save, to know what a step takes

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import environment
-from llmtrain.config.mup import lr_factor
+from llmtrain.arch.mup import lr_factor
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig, MupConfig, OptimConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.engine.optim import build_optimizer, set_learning_rate
 from llmtrain.model.decoder import Decoder, initialize
 

@@ -25,8 +25,8 @@ from benchmarks.common import Turns, compete, environment
 from benchmarks.profile import write_profile
 from benchmarks.standings import check_same_work, mfu, print_table, summary
 from benchmarks.task import OPTIM, Task
+from llmtrain.arch.resolve import parameter_count, resolve_model, train_flops_per_token
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.shapes import parameter_count, resolve_model, train_flops_per_token
 from llmtrain.engine.base import make_engine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import parameter_shapes

@@ -26,9 +26,9 @@ from benchmarks.profile import write_profile
 from benchmarks.shapes import SHAPES, Size, model_of
 from benchmarks.standings import Rounds, check_same_work, ratio, summary
 from benchmarks.task import WARMUP_STEPS, Task
+from llmtrain.arch.resolve import active_parameter_count, parameter_count
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.shapes import active_parameter_count, parameter_count
 from llmtrain.engine.auxiliary import start_auxiliary
 from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.losses.token import token_loss

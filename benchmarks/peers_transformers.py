@@ -13,8 +13,8 @@ from torch import nn
 
 from benchmarks.common import Turns
 from benchmarks.task import OPTIM, Task
-from llmtrain.config.families.llama import FAMILY
-from llmtrain.config.shapes import hf_config
+from llmtrain.arch.families.llama import FAMILY
+from llmtrain.arch.resolve import hf_config
 from llmtrain.model.decoder import parameter_shapes
 
 

@@ -25,9 +25,9 @@ from benchmarks.common import Contestant, Turns, compete, environment
 from benchmarks.profile import write_profile
 from benchmarks.standings import check_same_work, mfu, print_table, print_targets, summary, targets
 from benchmarks.task import OPTIM, WARMUP_STEPS, Task
+from llmtrain.arch.resolve import resolve_model, train_flops_per_token
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.shapes import resolve_model, train_flops_per_token
 from llmtrain.engine.optim import build_optimizer
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import Decoder, parameter_shapes

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import Turns, compete, environment
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
 from llmtrain.model.hf import hf_weight_source, import_gguf, smollm2_gguf
 from llmtrain.model.hf_write import save_hf

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig, MoeConfig
-from llmtrain.config.shapes import resolve_model
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmtrain.arch.families import presets
+from llmtrain.arch.resolve import parameter_count, resolve_model
 from llmtrain.config import schema
-from llmtrain.config.families import presets
-from llmtrain.config.shapes import parameter_count, resolve_model
 
 PAGE = Path(__file__).with_name("configuration.md")
 SYMBOLS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
@@ -29,7 +29,7 @@ Generated from `llmtrain/config/schema.py` by `python docs/generate.py`; `tests/
 - A file named by `include:` at the top is merged first; what the document says wins.
 - An entry of a list is reached by its name: `stages.grpo.set.train.steps=80`, `data.sources.topics.weight=0.5`.
 - An unknown key, a value of the wrong type, or a combination that cannot work ends the command with exit code 2 before
-  any process group exists. `llmtrain/config/rules.py` and `rules_parallel.py` hold them.
+  any process group exists. The files in `llmtrain/rules` hold them.
 - `llmtrain plan CONFIG.yaml` prints what a document asks for: ranks, batch, memory. It starts nothing.
 - "–" as a default: the key must be written.
 """

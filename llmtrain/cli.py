@@ -11,24 +11,24 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from llmtrain.config.check import check
 from llmtrain.config.load import ConfigError, load
+from llmtrain.rules.check import check
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does)
-    "data": ("llmtrain.trainer.prepare:data", "collect text, make problems, tokenize into shards"),
-    "tokenizer": ("llmtrain.trainer.prepare:tokenizer", "train a byte-level BPE tokenizer"),
-    "pretrain": ("llmtrain.trainer.pretrain:main", "train on text (starts under torchrun too)"),
-    "sft": ("llmtrain.trainer.sft:main", "train on the answers of demonstrations (starts under torchrun too)"),
+    "data": ("llmtrain.commands.prepare:data", "collect text, make problems, tokenize into shards"),
+    "tokenizer": ("llmtrain.commands.prepare:tokenizer", "train a byte-level BPE tokenizer"),
+    "pretrain": ("llmtrain.recipes.pretrain:main", "train on text (starts under torchrun too)"),
+    "sft": ("llmtrain.recipes.sft:main", "train on the answers of demonstrations (starts under torchrun too)"),
     "grpo": (
-        "llmtrain.trainer.grpo:main",
+        "llmtrain.recipes.grpo:main",
         "reinforcement learning with verifiable rewards (starts under torchrun too)",
     ),
-    "eval": ("llmtrain.trainer.evaluate:main", "perplexity, pass@k and majority vote"),
-    "export": ("llmtrain.trainer.export:main", "write a Hugging Face directory"),
-    "report": ("llmtrain.trainer.report:main", "plots and samples as one HTML page"),
+    "eval": ("llmtrain.commands.evaluate:main", "perplexity, pass@k and majority vote"),
+    "export": ("llmtrain.commands.export:main", "write a Hugging Face directory"),
+    "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
     "plan": ("llmtrain.scaling.plan:main", "print ranks, batch and memory without starting anything"),
-    "run": ("llmtrain.trainer.run:main", "run a list of stages, going on where it was"),
-    "doctor": ("llmtrain.trainer.doctor:main", "look at this machine (takes no configuration)"),
+    "run": ("llmtrain.commands.run:main", "run a list of stages, going on where it was"),
+    "doctor": ("llmtrain.commands.doctor:main", "look at this machine (takes no configuration)"),
 }
 TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, or a run that must not go on
 EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"

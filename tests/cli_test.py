@@ -131,7 +131,7 @@ def test_the_compiler_is_imported_only_by_runs_that_compile() -> None:
     code = f"""
 import sys, {", ".join(modules)}
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.engine.zero import _import_muon
 from llmtrain.model.decoder import parameter_shapes
 parameter_shapes(resolve_model(ModelConfig(num_layers=1, positions="learned")))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.forked import run_forked
+from tests.small_run import small, small_data  # noqa: F401  fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 TERM_GRACE_S = 40  # torchrun itself gives its workers 30 s between SIGTERM and SIGKILL

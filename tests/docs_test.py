@@ -12,8 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from llmtrain.config.machine import torch_version
-from llmtrain.config.rules_parallel import ZERO_BUBBLE_TORCH
 from llmtrain.config.schema import Config, StageConfig
+from llmtrain.rules.layout import ZERO_BUBBLE_TORCH
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -21,8 +21,8 @@ GRACE_S = 20  # between SIGTERM and SIGKILL
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["pytest", "torch", "torch._dynamo", "deepspeed", "llmtrain.engine.zero", "llmtrain.engine.fsdp"]
-    + [f"llmtrain.trainer.{command}" for command in ("pretrain", "sft", "grpo")]
-    + ["tests.frozen"]
+    + [f"llmtrain.recipes.{name}" for name in ("pretrain", "sft", "grpo")]
+    + ["tests.freeze_gc"]
 )
 
 

@@ -15,6 +15,8 @@ LEVELS = (
     ("types",),
     ("config",),
     ("observe",),
+    ("arch",),
+    ("rules",),
     ("data", "model", "losses"),
     ("parallel",),
     ("engine",),
@@ -22,15 +24,32 @@ LEVELS = (
     ("eval",),
     ("scaling",),
     ("trainer",),
+    ("recipes", "commands"),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
-ONLY = {"config": set(), "scaling": {"config"}, "cli": {"config"}}  # narrower than their level
+ONLY = {  # narrower than their level
+    "config": set(),
+    "observe": set(),
+    "arch": {"config"},
+    "rules": {"config", "arch"},
+    "scaling": {"config", "arch", "rules"},
+    "cli": {"config", "rules"},
+}
 ONE_FILE = {"deepspeed": "engine/zero.py", "wandb": "observe/wandb.py", "vllm": "rollout/vllm.py"}
-TORCH_FREE = ("config", "scaling", "cli")
+TORCH_FREE = ("config", "arch", "rules", "scaling", "cli")
 SINGLE_PROCESS = ("data", "model", "losses")
-WHOLE_CONFIG = ("config", "scaling", "trainer", "cli")
+WHOLE_CONFIG = (
+    "config",
+    "arch",
+    "rules",
+    "scaling",
+    "trainer",
+    "recipes",
+    "commands",
+    "cli",
+)  # arch: config.yaml of a run
 UNSAFE = ("pickle", "dill", "cloudpickle", "shelve", "torch.load", "torch.save")
 
 

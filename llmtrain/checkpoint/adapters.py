@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from llmtrain.arch.adapters import adapter_shapes, without_adapters
+from llmtrain.arch.families import family_of
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import MANIFEST
 from llmtrain.checkpoint.source import locate
-from llmtrain.config.adapters import adapter_shapes, without_adapters
-from llmtrain.config.families import family_of
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import replacing

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from llmtrain.arch.adapters import without_adapters
 from llmtrain.checkpoint.source import weight_source
-from llmtrain.config.adapters import without_adapters
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import save_hf

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llmtrain.arch.adapters import without_adapters
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.group import CheckpointGroup
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import MANIFEST, MANIFEST_SUM, newest_intact, verify
-from llmtrain.config.adapters import without_adapters
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, trained_shapes
 from llmtrain.model.hf import hf_weight_source
 from llmtrain.model.lora import merged

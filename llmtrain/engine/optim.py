@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llmtrain.config.parameters import in_block
+from llmtrain.arch.parameters import in_block
 from llmtrain.config.schema import OptimConfig
 from llmtrain.engine.muon import Muon
 from llmtrain.parallel.mesh import Mesh

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.config.adapters import without_adapters
-from llmtrain.config.stages import StagePlan
+from llmtrain.arch.adapters import without_adapters
+from llmtrain.arch.pipeline import StagePlan
 from llmtrain.engine.base import Admit, Scores
 from llmtrain.engine.precision import LossScaler
 from llmtrain.engine.tally import Tally

@@ -28,8 +28,8 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
-from llmtrain.config.stages import plan_stages
 from llmtrain.engine import zero_state
 from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_buffers, start_auxiliary
 from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores

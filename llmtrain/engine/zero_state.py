@@ -1,7 +1,7 @@
 """What a rank owns under DeepSpeed 0.19.8, without gathering: read it, fill it.
 
 DeepSpeed offers no public way to this for stages 1 and 2, so private names are used here and nowhere else;
-tests/trainer/pretrain_test.py (resume, bit for bit) is their guard.
+tests/recipes/pretrain_test.py (resume, bit for bit) is their guard.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtrain.config.mup import score_factor
+from llmtrain.arch.mup import score_factor
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.linear import Linear
 from llmtrain.model.norm import head_norm

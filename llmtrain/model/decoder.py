@@ -10,10 +10,10 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config.adapters import adapter_shapes
-from llmtrain.config.families import family_of
-from llmtrain.config.mup import base_of, logit_factor, std_factor
-from llmtrain.config.parameters import has_experts, layer_type
+from llmtrain.arch.adapters import adapter_shapes
+from llmtrain.arch.families import family_of
+from llmtrain.arch.mup import base_of, logit_factor, std_factor
+from llmtrain.arch.parameters import has_experts, layer_type
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention, LayerCache, View, attention_mask
 from llmtrain.model.feedforward import FeedForward

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.experts_cpu import expert_ffn
 from llmtrain.model.feedforward import ACTIVATIONS
-from llmtrain.model.grouped import grouped_pair, grouped_product
+from llmtrain.model.kernels.experts_cpu import expert_ffn
+from llmtrain.model.kernels.grouped import grouped_pair, grouped_product
 
 
 class Experts(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmtrain.config.families import Disk, Family, family_of
+from llmtrain.arch.families import Disk, Family, family_of
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import INDEX, replacing

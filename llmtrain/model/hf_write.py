@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.config.families import Disk, family_of
-from llmtrain.config.mup import without_mup
+from llmtrain.arch.families import Disk, family_of
+from llmtrain.arch.mup import without_mup
+from llmtrain.arch.resolve import hf_config
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import hf_config
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.mup import folded
 

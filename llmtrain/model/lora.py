@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtrain.config.adapters import adapter_of
+from llmtrain.arch.adapters import adapter_of
 from llmtrain.config.schema import LoraConfig, ModelConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmtrain.config.mup import logit_factor, score_factor
+from llmtrain.arch.mup import logit_factor, score_factor
 from llmtrain.config.schema import ModelConfig
 
 

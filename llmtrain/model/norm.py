@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.eager import RmsNorm, pays
+from llmtrain.model.kernels.eager import RmsNorm, pays
 
 
 class Norm(nn.Module):

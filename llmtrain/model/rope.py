@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.schema import RopeScaling
-from llmtrain.model.eager import Rotation, pairs, pays
+from llmtrain.model.kernels.eager import Rotation, pairs, pays
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
 from torch.distributed.device_mesh import DeviceMesh
 
-from llmtrain.config.case import AXES, mesh_sizes
+from llmtrain.arch.mesh import AXES, mesh_sizes
 from llmtrain.config.schema import ParallelConfig, RolloutConfig
 
 START_TIMEOUT = timedelta(minutes=30)  # until the trainers have their model

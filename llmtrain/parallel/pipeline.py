@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.config.stages import StagePlan
+from llmtrain.arch.pipeline import StagePlan
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.types import Batch
 

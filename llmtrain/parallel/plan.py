@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config.mup import lr_factor
+from llmtrain.arch.mup import lr_factor
+from llmtrain.arch.pipeline import plan_stages
+from llmtrain.arch.resolve import chunk_tokens
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.shapes import chunk_tokens
-from llmtrain.config.stages import plan_stages
-from llmtrain.model.backends import use_backend
 from llmtrain.model.decoder import Decoder, parameter_shapes
+from llmtrain.model.kernels.backends import use_backend
 from llmtrain.parallel.context import context_parallel
 from llmtrain.parallel.expert import expert_parallel
 from llmtrain.parallel.float8 import float8_blocks

@@ -14,7 +14,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
-from llmtrain.config.stages import StagePlan
+from llmtrain.arch.pipeline import StagePlan
 from llmtrain.model.router import Router
 from llmtrain.parallel.mesh import Mesh
 

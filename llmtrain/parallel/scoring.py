@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.config.stages import StagePlan
+from llmtrain.arch.pipeline import StagePlan
 from llmtrain.parallel.context import local_batches, whole_rows
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline, inputs_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from llmtrain.config.parameters import kind_of, tp_dim
+from llmtrain.arch.parameters import kind_of, tp_dim
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention
 from llmtrain.model.linear import Linear

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmtrain.config.parameters import layer_type
+from llmtrain.arch.parameters import layer_type
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import LayerCache
 

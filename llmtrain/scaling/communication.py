@@ -27,11 +27,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from llmtrain.config.adapters import adapter_shapes
-from llmtrain.config.case import AXES
-from llmtrain.config.parameters import Shape, has_experts, numel, tp_dim
+from llmtrain.arch.adapters import adapter_shapes
+from llmtrain.arch.mesh import AXES
+from llmtrain.arch.parameters import Shape, has_experts, numel, tp_dim
+from llmtrain.arch.pipeline import StagePlan, plan_stages
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.stages import StagePlan, plan_stages
 from llmtrain.scaling.parts import (
     PERSISTENT,
     REUSE,

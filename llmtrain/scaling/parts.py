@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from llmtrain.config.adapters import adapter_shapes
-from llmtrain.config.parameters import Shape, in_block, layer_shapes, local_shape, mtp_shapes, outer_shapes
+from llmtrain.arch.adapters import adapter_shapes
+from llmtrain.arch.parameters import Shape, in_block, layer_shapes, local_shape, mtp_shapes, outer_shapes
+from llmtrain.arch.pipeline import StagePlan, plan_stages
 from llmtrain.config.schema import ModelConfig, ParallelConfig
-from llmtrain.config.stages import StagePlan, plan_stages
 
 PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: parameters not larger stay whole between steps
 REUSE = 1_000_000_000  # its stage3_max_reuse_distance: what is used again within so many elements stays whole till then

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtrain.config.case import TRAIN, Earlier, mesh_sizes
-from llmtrain.config.check import planned_stages
-from llmtrain.config.parameters import has_experts, numel
+from llmtrain.arch.mesh import mesh_sizes
+from llmtrain.arch.parameters import has_experts, numel
+from llmtrain.arch.resolve import chunk_tokens, parameter_count, resolve_model
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from llmtrain.config.shapes import chunk_tokens, parameter_count, resolve_model
+from llmtrain.rules.case import TRAIN, Earlier
+from llmtrain.rules.check import planned_stages
 from llmtrain.scaling.communication import CONTROL, GROUPS, Case, Item, Step, communication, evenly_loaded, moved_bytes
 from llmtrain.scaling.parts import rank_shapes
 from llmtrain.scaling.states import States, state_bytes

@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llmtrain.config.parameters import Shape, numel
+from llmtrain.arch.parameters import Shape, numel
+from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.stages import plan_stages
 from llmtrain.scaling.parts import (
     PERSISTENT,
     REUSE,

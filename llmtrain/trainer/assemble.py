@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmtrain.arch.adapters import adapter_shapes
+from llmtrain.arch.resolve import contradictions, fields_from_directory, resolve_model
 from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.source import fingerprint, locate, source_at
-from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config, ModelConfig
-from llmtrain.config.shapes import contradictions, fields_from_directory, resolve_model
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, read_backend
 from llmtrain.engine.base import Engine, make_engine

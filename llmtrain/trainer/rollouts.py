@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llmtrain.config.adapters import without_adapters
+from llmtrain.arch.adapters import without_adapters
 from llmtrain.config.schema import Config
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.model.decoder import Decoder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import mfu
-from llmtrain.config.shapes import parameter_count
+from llmtrain.arch.resolve import parameter_count
 
 ARGS = argparse.Namespace(warmup=3, steps=1, rounds=2)
 

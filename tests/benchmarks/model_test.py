@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.model import main, verdicts
 from benchmarks.shapes import SHAPES, Size, model_of
-from llmtrain.config.families import FAMILIES
-from llmtrain.config.shapes import hf_config, parameter_count
+from llmtrain.arch.families import FAMILIES
+from llmtrain.arch.resolve import hf_config, parameter_count
 
 
 def rounds(wall_s: float, peak_bytes: int) -> list[dict]:

@@ -8,8 +8,8 @@ import torch
 from benchmarks import peers_litgpt
 from benchmarks.profile import table
 from benchmarks.standings import check_same_work, mfu, ratio, targets
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import save_hf
 

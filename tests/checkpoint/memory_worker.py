@@ -19,10 +19,10 @@ from unittest import mock
 import torch
 from torch.distributed.fsdp import fully_shard
 
+from llmtrain.arch.mesh import AXES
 from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.save import save_checkpoint
 from llmtrain.checkpoint.source import weight_source
-from llmtrain.config.case import AXES
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine import zero
 from llmtrain.engine.base import make_engine
@@ -31,7 +31,7 @@ from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown, trainer_mesh
 from llmtrain.parallel.plan import materialize, parallelize
 from llmtrain.types import Address, Fragment
-from tests.telling import tell
+from tests.json_output import print_json
 
 
 class Weights:
@@ -102,7 +102,7 @@ def main(directory: str, config_json: str) -> None:
             shares[f"{backend} {name}"] = growth(lambda at=at, to=backend: sharded(at, config, shards, to))[1]
     everyone = mesh.all_gather_json({name: taken / whole_bytes for name, taken in shares.items()})
     if mesh.rank == 0:
-        tell(everyone)
+        print_json(everyone)
     mesh.barrier()
     shutdown()
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config.check import planned_stages, violations
 from llmtrain.config.load import dump, load
 from llmtrain.config.schema import Config, RunConfig
+from llmtrain.rules.check import planned_stages, violations
 from llmtrain.scaling.plan import main
 
 ROOT = Path(__file__).parents[2]

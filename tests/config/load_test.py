@@ -213,7 +213,7 @@ def test_a_dump_keeps_what_a_preset_or_a_stage_gives(tmp_path: Path) -> None:
 def test_loading_and_checking_imports_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {preset: llama3-8b}\n")
     code = (
-        "import sys, llmtrain.cli; from llmtrain.config.load import load; from llmtrain.config.check import check; "
+        "import sys, llmtrain.cli; from llmtrain.config.load import load; from llmtrain.rules.check import check; "
         f"check(load({path!r}, ['train.seq_len=64']), 1, 'pretrain'); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -7,9 +7,9 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtrain.arch.resolve import fields_from_directory, newest_step
 from llmtrain.config.ramp import Phase, longest_row, phase_at, phases, ramp_faults, total_tokens, trained_model
 from llmtrain.config.schema import BatchRamp, ModelConfig, RopeScaling, SeqRamp, TrainConfig
-from llmtrain.config.shapes import fields_from_directory, newest_step
 
 RAMPED = TrainConfig(
     steps=20,

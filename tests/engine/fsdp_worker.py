@@ -14,17 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
+from llmtrain.arch.mesh import AXES
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.save import save_checkpoint
-from llmtrain.config.case import AXES
 from llmtrain.config.schema import ParallelConfig
 from llmtrain.engine.base import Engine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.types import StepStats
+from tests.json_output import print_json
 from tests.parity import layouts_worker as parity
-from tests.telling import tell
 
 ACCUMULATION = 3
 
@@ -160,7 +160,7 @@ def main() -> None:
     for name, case in cases(sys.argv[1]):
         everyone = mesh.all_gather_json(case())
         if mesh.rank == 0:
-            tell({"case": name, "ranks": everyone})
+            print_json({"case": name, "ranks": everyone})
     dist.destroy_process_group()
 
 

@@ -19,7 +19,7 @@ from llmtrain.engine.optim import build_optimizer, state_keys
 from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import AXES, Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.tensor import shard
-from tests.telling import tell
+from tests.json_output import print_json
 
 # (shape, tp_dim); three of one shape; 10 rows, and 5 below tp 2, do not divide by the data-parallel ranks
 MATRICES = {
@@ -105,7 +105,7 @@ def main() -> None:
     for axes, form in LAYOUTS[ranks]:
         errors = here.all_gather_json(run(axes, form, one))
         if here.rank == 0:
-            tell({"layout": axes, "form": form, "errors": errors})
+            print_json({"layout": axes, "form": form, "errors": errors})
     dist.destroy_process_group()
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-from llmtrain.config.families import BUILT_IN, FAMILIES
+from llmtrain.arch.families import BUILT_IN, FAMILIES
+from llmtrain.arch.resolve import active_parameter_count, parameter_count
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import active_parameter_count, parameter_count
 from tests.conftest import ROOT
 from tests.model.families import EXAMPLES, check_generation, check_gradients, check_logits, check_round_trip
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmtrain.config.families import BUILT_IN
+from llmtrain.arch.families import BUILT_IN
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig, MoeConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.hf import hf_weight_source
 from llmtrain.model.hf_write import INDEX, save_hf

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmtrain.config.families import presets
+from llmtrain.arch.families import presets
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_tensor, initialize, parameter_shapes
 from tests.model.llama import SMALL
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
+from llmtrain.arch.resolve import fields_from_hf, hf_config, resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig
-from llmtrain.config.shapes import fields_from_hf, hf_config, resolve_model
 from llmtrain.model.decoder import init_tensor
 from tests.model.experts import check_sizes
 from tests.model.families import (

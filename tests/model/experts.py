@@ -6,8 +6,8 @@ import math
 
 from transformers import PreTrainedConfig
 
+from llmtrain.arch.resolve import active_parameter_count, parameter_count, resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import active_parameter_count, parameter_count, resolve_model
 
 
 def in_a_loop(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -11,11 +11,11 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
-from llmtrain.model import grouped as products
 from llmtrain.model.experts import Experts
-from llmtrain.model.experts_cpu import expert_ffn
 from llmtrain.model.feedforward import ACTIVATIONS
-from llmtrain.model.grouped import grouped_pair, grouped_product
+from llmtrain.model.kernels import grouped as products
+from llmtrain.model.kernels.experts_cpu import expert_ffn
+from llmtrain.model.kernels.grouped import grouped_pair, grouped_product
 from llmtrain.model.moe import dispatch, sort_by_expert
 
 COUNTS = {

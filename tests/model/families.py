@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import PreTrainedConfig as HfConfig
 
-from llmtrain.config.parameters import layer_shapes, outer_shapes
+from llmtrain.arch.parameters import layer_shapes, outer_shapes
+from llmtrain.arch.resolve import fields_from_hf, hf_config, resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import fields_from_hf, hf_config, resolve_model
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.model.hf import hf_weight_source
 from llmtrain.model.hf_write import INDEX, save_hf

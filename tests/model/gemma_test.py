@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
+from llmtrain.arch.resolve import fields_from_hf, hf_config, resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import fields_from_hf, hf_config, resolve_model
 from tests.model.families import (
     EXAMPLES,
     check_generation,

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from llmtrain import cli
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig, RopeScaling
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, initialize, parameter_shapes
 from llmtrain.model.hf import disk_shapes, hf_weight_source, import_gguf
 from llmtrain.model.hf_write import save_hf

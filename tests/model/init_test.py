@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.config.families import presets
-from llmtrain.config.parameters import layer_shapes, outer_shapes
+from llmtrain.arch.families import presets
+from llmtrain.arch.parameters import layer_shapes, outer_shapes
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_std, init_tensor
 
 WIDTH, HEADS, RANK, ROWS, TOKENS = 64, 8, 32, 8, 8

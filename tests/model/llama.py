@@ -10,8 +10,8 @@ import torch
 from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmtrain.arch.resolve import hf_config
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import hf_config
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.hf import hf_weight_source, import_gguf, smollm2_gguf
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from llmtrain.arch.adapters import adapter_shapes, target_names, without_adapters
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.adapters import adapter_config, distinguishing, peft_names
-from llmtrain.config.adapters import adapter_shapes, target_names, without_adapters
 from llmtrain.config.schema import LoraConfig, MlaConfig, ModelConfig, MoeConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, init_tensor, initialize, parameter_shapes, trained_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.model.lora import merged

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from llmtrain.arch.resolve import fields_from_hf, hf_config, resolve_model
 from llmtrain.config.schema import ModelConfig, MoeConfig
-from llmtrain.config.shapes import fields_from_hf, hf_config, resolve_model
 from tests.model.experts import check_sizes, in_a_loop
 from tests.model.families import EXAMPLES, check_generation, check_gradients, check_logits, check_round_trip
 

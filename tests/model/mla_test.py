@@ -11,9 +11,9 @@ from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
-from llmtrain.config.parameters import layer_shapes
+from llmtrain.arch.parameters import layer_shapes
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import LoraConfig, MlaConfig, ModelConfig, RopeScaling
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.attention import View, attention_mask
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.model.mla import LatentAttention

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
-from llmtrain.model import experts_cpu, grouped
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.model.experts import Experts
+from llmtrain.model.kernels import experts_cpu, grouped
 from llmtrain.parallel.plan import compile_blocks
 from llmtrain.parallel.remat import remat_blocks
 

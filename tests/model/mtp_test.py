@@ -17,15 +17,15 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
-from llmtrain.config.check import violations
-from llmtrain.config.families import family_of, presets
-from llmtrain.config.parameters import kind_of, mtp_shapes, numel
+from llmtrain.arch.families import family_of, presets
+from llmtrain.arch.parameters import kind_of, mtp_shapes, numel
+from llmtrain.arch.resolve import hf_config, parameter_count, resolve_model
 from llmtrain.config.schema import Config, MlaConfig, ModelConfig, MoeConfig
-from llmtrain.config.shapes import hf_config, parameter_count, resolve_model
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.model.mtp import Rows
 from llmtrain.parallel.logprob import ScoringHead
+from llmtrain.rules.check import violations
 from llmtrain.types import IGNORE
 from tests.model.families import read_decoder
 

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.coordinates import by_width, exponent
-from llmtrain.config.check import violations
-from llmtrain.config.mup import lr_factor, std_factor
+from llmtrain.arch.mup import lr_factor, std_factor
+from llmtrain.arch.resolve import hf_config, resolve_model
 from llmtrain.config.schema import Config, ModelConfig, MoeConfig, MupConfig, OptimConfig
-from llmtrain.config.shapes import hf_config, resolve_model
 from llmtrain.engine.optim import build_optimizer, set_learning_rate
 from llmtrain.model.decoder import Decoder, init_std, init_tensor, initialize, parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rules.check import violations
 from llmtrain.types import Prompt, Sampling
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_size": 48, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 64}

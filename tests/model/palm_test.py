@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmtrain.arch.resolve import hf_config, resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import hf_config, resolve_model
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.types import Prompt, Sampling

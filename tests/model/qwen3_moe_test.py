@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from llmtrain.config.shapes import fields_from_hf
+from llmtrain.arch.resolve import fields_from_hf
 from tests.model.experts import check_sizes, in_a_loop, in_billions
 from tests.model.families import EXAMPLES, check_generation, check_gradients, check_logits, check_round_trip
 

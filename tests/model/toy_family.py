@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtrain.config.families import Family, register
+from llmtrain.arch.families import Family, register
 from llmtrain.config.schema import ModelConfig
 
 

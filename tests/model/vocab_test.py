@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from llmtrain.arch.parameters import padded_vocab_size
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import weight_source
-from llmtrain.config.check import violations
-from llmtrain.config.parameters import padded_vocab_size
 from llmtrain.config.schema import Config, ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.model.vocab import resize_embedding
+from llmtrain.rules.check import violations
 from llmtrain.trainer.assemble import grown_vocabulary, used_rows
 
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from llmtrain.config.case import AXES
+from llmtrain.arch.mesh import AXES
+from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.schema import ModelConfig, ParallelConfig
-from llmtrain.config.stages import plan_stages
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.types import Batch
-from tests.telling import tell
+from tests.json_output import print_json
 
 UNIT_S, MICROBATCHES, MOST_STEPS = 0.1, 8, 8
 
@@ -102,7 +102,7 @@ def main() -> None:
     for schedule, virtual_stages, enough in json.loads(sys.argv[1]):
         share = smallest_share(schedule, virtual_stages, enough, mesh.size)
         if mesh.rank == 0:
-            tell({"schedule": schedule, "share": share})
+            print_json({"schedule": schedule, "share": share})
     dist.destroy_process_group()
 
 

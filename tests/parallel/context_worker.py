@@ -15,7 +15,7 @@ from llmtrain.model.attention import attention, attention_mask
 from llmtrain.parallel import ring
 from llmtrain.parallel.context import METHODS
 from llmtrain.parallel.zigzag import shard
-from tests.telling import tell
+from tests.json_output import print_json
 
 B, T, HEADS, HEAD_DIM = 2, 32, 4, 8
 
@@ -73,7 +73,7 @@ def main() -> None:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         if dist.get_rank() == 0:
             case = {"case": [method, kind, kv_heads, str(dtype)], "error": float(found.max())}
-            tell(case)
+            print_json(case)
     dist.destroy_process_group()
 
 

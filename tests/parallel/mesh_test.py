@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config.case import mesh_sizes
+from llmtrain.arch.mesh import mesh_sizes
 from llmtrain.config.schema import ParallelConfig
 from llmtrain.parallel.mesh import expert_ranks
 

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from llmtrain.config.schema import ParallelConfig, RolloutConfig
 from llmtrain.parallel.mesh import init_mesh, shutdown
-from tests.telling import tell
+from tests.json_output import print_json
 
 mesh = init_mesh(ParallelConfig(), RolloutConfig(placement="separate", workers=1), 30)
 mesh.link.await_trainers("here", mesh.role)
@@ -14,5 +14,5 @@ rank = mesh.link.rank
 parts = mesh.link.all_gather_bytes(torch.full((rank + 1,), rank, dtype=torch.uint8))
 total = torch.tensor([mesh.rank + 1])
 dist.all_reduce(total)
-tell([mesh.role, mesh.rank, mesh.size, message, [p.tolist() for p in parts], int(total)])
+print_json([mesh.role, mesh.rank, mesh.size, message, [p.tolist() for p in parts], int(total)])
 shutdown()

@@ -16,9 +16,9 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load, save
 from torch.distributed.tensor import DTensor
 
-from llmtrain.config.adapters import without_adapters
+from llmtrain.arch.adapters import without_adapters
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.engine.auxiliary import routers_of, start_auxiliary
 from llmtrain.engine.base import Engine, make_engine
 from llmtrain.engine.optim import build_optimizer, learning_rate
@@ -30,8 +30,8 @@ from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import parallelize, parameters_of, slice_of, trained_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch
+from tests.json_output import print_json
 from tests.parity.meshes import mesh_of
-from tests.telling import tell
 
 ROUNDING = 1e-6  # a gradient that is 0 in exact arithmetic (a bias of all keys) is less than this of the norm
 STEPS, ROWS, WIDTH, ACCUMULATION, SEED = 5, 2, 16, 2, 3
@@ -298,7 +298,7 @@ def main() -> None:
                 raise
             result = {"error": f"{type(error).__name__}: {error}"}
         if mesh.rank == 0 or "error" in result:
-            tell({"layout": layout, **result})
+            print_json({"layout": layout, **result})
     dist.destroy_process_group()
 
 

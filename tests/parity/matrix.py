@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from llmtrain.config.machine import torch_version
-from llmtrain.config.rules_parallel import ZERO_BUBBLE_TORCH
+from llmtrain.rules.layout import ZERO_BUBBLE_TORCH
 
 MAX_RANKS = 8
 TRIES = 12  # random completions of a pair, of which the one with the most new pairs is kept

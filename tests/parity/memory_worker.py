@@ -26,8 +26,8 @@ from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import parameters_of
 from llmtrain.scaling.states import state_bytes
 from llmtrain.types import Batch
+from tests.json_output import print_json
 from tests.parity.meshes import mesh_of
-from tests.telling import tell
 
 
 def held_bytes(tensors: Iterable[Tensor | None], counted: set[int]) -> int:
@@ -135,7 +135,7 @@ def main() -> None:
                 raise
             result = {"error": f"{type(error).__name__}: {error}"}
         if mesh.rank == 0 or "error" in result:
-            tell({"layout": layout, **result})
+            print_json({"layout": layout, **result})
     dist.destroy_process_group()
 
 

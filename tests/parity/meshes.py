@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from llmtrain.config.case import AXES
+from llmtrain.arch.mesh import AXES
 from llmtrain.config.schema import EngineConfig, ParallelConfig
 from llmtrain.parallel.mesh import Mesh, trainer_mesh
 

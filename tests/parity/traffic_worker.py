@@ -26,12 +26,12 @@ from llmtrain.parallel import expert
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import parallelize
-from llmtrain.parallel.traffic import Traffic
 from llmtrain.scaling import communication as scaling
 from llmtrain.scaling.communication import Case, Step, communication
 from llmtrain.types import IGNORE, Batch
+from tests.json_output import print_json
+from tests.parallel.traffic import Traffic
 from tests.parity.meshes import mesh_of
-from tests.telling import tell
 
 WARM_STEPS = 2  # engines learn shapes and the order of modules
 ROWS = 2
@@ -162,7 +162,7 @@ def main() -> None:
             counted, expected, items = {"error": f"{type(error).__name__}: {error}"}, {}, []
         if mesh.rank == 0 or counted != expected:
             line = {"layout": layout, "rank": mesh.rank, "counted": counted, "formula": expected, "items": items}
-            tell(line)
+            print_json(line)
     dist.destroy_process_group()
 
 

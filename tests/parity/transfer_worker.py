@@ -23,9 +23,9 @@ from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.trainer.batches import rank_samples
+from tests.json_output import print_json
 from tests.parity.layouts_worker import build, global_rows, model_config, rows_of, settings_of
 from tests.parity.meshes import mesh_of
-from tests.telling import tell
 
 BEFORE, AFTER = 3, 5  # steps before the save and after it
 GLOBAL_SEQS = 48  # divides among 1, 2, 3, 4, 6 and 8 data-parallel ranks
@@ -76,7 +76,7 @@ def main() -> None:
         with mesh_of(*settings_of(job[-1])) as own:
             result = {"save": save, "load": load}[action](directory, *job, own)
         if result and mesh.rank == 0:
-            tell(result)
+            print_json(result)
     dist.destroy_process_group()
 
 

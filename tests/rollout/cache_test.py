@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.rollout.cache import KVCache, kept
 from llmtrain.rollout.native import NativeGenerator

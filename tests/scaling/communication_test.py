@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from llmtrain.arch.resolve import parameter_count, resolve_model
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.shapes import parameter_count, resolve_model
 from llmtrain.scaling.communication import CONTROL, Case, Item, Step, communication, moved_bytes
 from llmtrain.scaling.parts import PERSISTENT
 

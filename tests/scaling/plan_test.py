@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.scaling.plan import activation_bytes, bubble_share, main, plan
 
 

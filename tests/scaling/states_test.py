@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llmtrain.config.parameters import in_block, mtp_shapes, numel
+from llmtrain.arch.parameters import in_block, mtp_shapes, numel
+from llmtrain.arch.resolve import parameter_count, resolve_model
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.config.shapes import parameter_count, resolve_model
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.scaling.parts import block_shapes, rank_shapes
 from llmtrain.scaling.states import state_bytes, zero_bytes

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import Config, ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.trainer.assemble import check_same_run
 

@@ -83,8 +83,8 @@ def misshapen(small: Path, tmp_path: Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from llmtrain.arch.resolve import resolve_model
     from llmtrain.config.load import load
-    from llmtrain.config.shapes import resolve_model
     from llmtrain.model.decoder import init_tensor, parameter_shapes
     from llmtrain.model.hf_write import save_hf
 

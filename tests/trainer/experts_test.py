@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from tests.forked import run_forked
 
-SEVERAL = Path(__file__).parent / "several_worker.py"
+SEVERAL = Path(__file__).parents[1] / "several_runs.py"
 FEW_STEPS = ("train.steps=3", "checkpoint.every_steps=0")
 MOE = ("model.num_layers=2", "model.moe={num_experts: 4, expert_ffn_size: 16, dense_layers: [0], balance: aux}")
 

@@ -18,7 +18,7 @@ import pytest
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.observe.metrics import read_lines
 from tests.conftest import ROOT, run_torchrun, stop
-from tests.trainer.conftest import DOCUMENT
+from tests.small_run import DOCUMENT
 
 WORKER = Path(__file__).parent / "faults_worker.py"
 LAYOUT = ("parallel.pp=2",)

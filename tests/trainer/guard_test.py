@@ -117,7 +117,7 @@ def test_the_record_is_closed_however_a_run_ends(tmp_path: Path, error: type[Bas
 @pytest.fixture(scope="module")
 def runs(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Directory -> what its runs, one after the other, raised. The data of step 7 (from 0) spikes."""
-    from tests.trainer.conftest import DOCUMENT
+    from tests.small_run import DOCUMENT
 
     base, poison = tmp_path_factory.mktemp("runs"), {"7": 1000}
     (base / "small.yaml").write_text(DOCUMENT.format(data=small_data))

@@ -12,9 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from llmtrain.arch.mesh import AXES
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.saver import Saver
-from llmtrain.config.case import AXES
 from llmtrain.config.schema import CheckpointConfig, ParallelConfig
 from llmtrain.engine.base import Engine
 from llmtrain.losses.token import token_loss
@@ -22,8 +22,8 @@ from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, trainer_mesh
 from llmtrain.parallel.plan import parameters_of
 from llmtrain.parallel.replicas import differing
+from tests.json_output import print_json
 from tests.parity.layouts_worker import ROWS, build, global_rows, model_config, rows_of, settings_of
-from tests.telling import tell
 
 NAN = float("nan")
 
@@ -103,7 +103,7 @@ def main() -> None:
         same = all(r["broken"] == results[0]["broken"] and r["flip"] == results[0]["flip"] for r in results)
         merged = {key: all(r[key] for r in results) for key in ("unchanged", "next", "rewound")}
         if base.rank == 0:
-            tell({"layout": layout, **results[0], **merged, "same": same})
+            print_json({"layout": layout, **results[0], **merged, "same": same})
     dist.destroy_process_group()
 
 

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llmtrain.arch.adapters import adapter_shapes
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.source import load_decoder, weight_source
 from llmtrain.cli import main
-from llmtrain.config.adapters import adapter_shapes
 from llmtrain.config.load import load
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.shapes import resolve_model
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.parallel.mesh import shutdown
 from tests.forked import run_forked
-from tests.trainer.conftest import DOCUMENT
+from tests.small_run import DOCUMENT
 
-WORKER = Path(__file__).parent / "several_worker.py"
+WORKER = Path(__file__).parents[1] / "several_runs.py"
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["q", "k", "v", "o", "gate", "up", "down"]}
 TUNED = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=1e-2", "checkpoint.every_steps=2")
 TP = ("parallel.tp=2",)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.arch.parameters import layer_shapes
+from llmtrain.arch.resolve import parameter_count, resolve_model
 from llmtrain.config.load import ConfigError, load
-from llmtrain.config.parameters import layer_shapes
-from llmtrain.config.shapes import parameter_count, resolve_model
 
 TINY = Path(__file__).parents[2] / "configs" / "pretrain" / "tiny.yaml"
 TOY = ["plugins=[tests.model.toy_family]", "model.family=toy"]

@@ -16,9 +16,9 @@ import torch
 from llmtrain.config.load import load
 from llmtrain.losses.token import token_loss
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.trainer import pretrain
+from llmtrain.recipes import pretrain
 from llmtrain.trainer.ramp import phase_batches
-from tests.telling import tell
+from tests.json_output import print_json
 
 
 class Interrupted(Exception):
@@ -54,7 +54,7 @@ def run(config_path: str, spec: dict) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     for spec in json.loads(sys.argv[2]):
-        tell({"dir": spec["dir"], "raised": run(sys.argv[1], spec)})
+        print_json({"dir": spec["dir"], "raised": run(sys.argv[1], spec)})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Which layers a pipeline stage has and which rank has which stage: arithmetic that checks, planner and mesh share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmtrain.arch.parameters import layer_shapes
+from llmtrain.config.schema import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Example: 4 layers, pp=2, 1f1b: StagePlan((range(0, 2), range(2, 4)), pp=2, schedule="1f1b")"""
+
+    layers: tuple[range, ...]  # of each stage, first to last
+    pp: int
+    schedule: str
+
+    def rank_of(self, stage: int) -> int:
+        """The pp coordinate that has the stage: in turns, or for zbv down the ranks and back up (arXiv 2401.10241)."""
+        if self.schedule == "zbv" and stage >= self.pp:
+            return 2 * self.pp - 1 - stage
+        return stage % self.pp
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages of a pp coordinate, rising."""
+        return [stage for stage in range(len(self.layers)) if self.rank_of(stage) == rank]
+
+    def stage_of(self, name: str) -> int:
+        """The stage that owns a canonical parameter (of a tied embedding: the first)."""
+        if name.startswith(("embed.", "position_embed.")):
+            return 0
+        if not name.startswith("layers."):
+            return len(self.layers) - 1
+        layer = int(name.split(".")[1])
+        return next(stage for stage, layers in enumerate(self.layers) if layer in layers)
+
+    def owner(self, name: str) -> int:
+        """The pp coordinate that has a canonical parameter."""
+        return self.rank_of(self.stage_of(name))
+
+
+def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> StagePlan:
+    """Stages as `parallel.stage_layers` says, else balanced. Raises ValueError if they do not fit the model."""
+    num_stages = parallel.pp * parallel.virtual_stages
+    counts = parallel.stage_layers or _balanced(model, num_stages)
+    if len(counts) != num_stages or sum(counts) != model.num_layers or min(counts) < 1:
+        raise ValueError(
+            f"parallel.stage_layers={counts}: must be {num_stages} positive numbers (pp x virtual_stages) whose sum is "
+            f"model.num_layers={model.num_layers}; change them or leave it out"
+        )
+    starts = [sum(counts[:i]) for i in range(num_stages)]
+    layers = tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
+    return StagePlan(layers, parallel.pp, parallel.schedule)
+
+
+def _multiplied(model: ModelConfig) -> float:
+    """Elements of the matrices that a token is multiplied with in all blocks."""
+    chosen = 1.0 if model.moe is None else model.moe.top_k / model.moe.num_experts
+    blocks = (layer_shapes(model, layer) for layer in range(model.num_layers))
+    shapes = [shape for block in blocks for shape in block.values() if len(shape) > 1]
+    return sum(math.prod(shape) * (chosen if len(shape) == 3 else 1.0) for shape in shapes)
+
+
+def _balanced(model: ModelConfig, num_stages: int) -> list[int]:
+    """Near-equal runs, the first ones longer. The head counts as so many layers as its matrix is larger; the embedding
+    is a lookup and costs no time."""
+    if num_stages > model.num_layers:
+        raise ValueError(
+            f"parallel.pp x virtual_stages={num_stages}: must be at most model.num_layers={model.num_layers}, a layer "
+            "a stage; lower one of them"
+        )
+    if num_stages == 1:
+        return [model.num_layers]
+    head = model.vocab_size * model.hidden_size * model.num_layers / _multiplied(model)
+
+    def slowest(last: int) -> tuple[float, int]:
+        return max(-(-(model.num_layers - last) // (num_stages - 1)), last + head), -last
+
+    last = min(range(1, model.num_layers - num_stages + 2), key=slowest)
+    base, longer = divmod(model.num_layers - last, num_stages - 1)
+    return [base + (stage < longer) for stage in range(num_stages - 1)] + [last]

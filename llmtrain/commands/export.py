@@ -1,0 +1,36 @@
+"""`llmtrain export`: a run's newest checkpoint as a Hugging Face directory, or its adapters for peft."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from llmtrain.arch.resolve import newest_step, resolve_model
+from llmtrain.checkpoint.adapters import export_adapters
+from llmtrain.checkpoint.export import export
+from llmtrain.config.ramp import trained_model
+from llmtrain.config.schema import Config
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.observe.log import log
+from llmtrain.trainer.assemble import tokenizer_dir
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(config: Config) -> None:
+    """See ExportConfig."""
+    source = config.model.init_from or config.directory
+    if config.export.adapter:
+        target = config.export.path or os.path.join(source, "adapter")
+        export_adapters(source, target, DTYPES[config.export.dtype])
+        log(f"adapters for peft in {target}")
+        return
+    target = config.export.path or os.path.join(source, "export")
+    tokenizer = load_tokenizer(tokenizer_dir(config))
+    dtype = DTYPES[config.export.dtype]
+    model = resolve_model(config.model)
+    if not config.model.init_from:  # the run's own checkpoint, whatever phase of a ramp it is of
+        model = trained_model(model, config.train, newest_step(source))
+    export(source, target, model, tokenizer_dir(config), tokenizer.eos_id, dtype)
+    log(f"Hugging Face model in {target}")

@@ -1,0 +1,33 @@
+"""Rules of attention backends. Each says value, rule and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmtrain.arch.attention import flash_faults, flex_faults, has_flash
+from llmtrain.rules.case import TRAIN, Case, Rules
+
+
+def _backend(case: Case) -> Iterator[str]:
+    backend, precision, cp = case.config.engine.attention, case.config.engine.precision, case.config.parallel.cp
+    if backend not in ("flex", "flash"):
+        return
+    key = f"engine.attention={backend}"
+    if cp > 1:
+        yield f"{key}: not with parallel.cp={cp}, whose methods bring their own attention; set sdpa or auto"
+    if case.model:
+        faults = flex_faults(case.model) if backend == "flex" else flash_faults(case.model, precision)
+        yield from (f"{key}: {fault}" for fault in faults)
+    if backend == "flash" and case.command == "grpo":
+        yield f"{key}: not in grpo, its masks cannot say that samples share their prompt; set flex, sdpa or auto"
+
+
+def _package(case: Case) -> Iterator[str]:
+    if case.config.engine.attention == "flash" and not has_flash():
+        yield "engine.attention=flash: needs the package flash-attn, it is not installed; install it, or set auto"
+
+
+ATTENTION_RULES: Rules = (
+    ((*TRAIN, "plan"), _backend),
+    (TRAIN, _package),
+)

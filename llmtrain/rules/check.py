@@ -1,0 +1,86 @@
+"""Rules that span several keys, checked before any process group exists. Each says value, rule and remedy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+from llmtrain.arch.resolve import resolve_model
+from llmtrain.config.load import ConfigError, stage_config
+from llmtrain.config.ramp import phases, trained_model, with_phase
+from llmtrain.config.schema import Config, ModelConfig, RunConfig, StageConfig
+from llmtrain.rules.attention import ATTENTION_RULES
+from llmtrain.rules.case import Case, Earlier
+from llmtrain.rules.files import RULES
+from llmtrain.rules.layout import PARALLEL_RULES
+from llmtrain.rules.lora import LORA_RULES
+from llmtrain.rules.model import MODEL_RULES
+
+
+def check(config: Config, world_size: int, command: str) -> None:
+    """Refuse a configuration that cannot work. A run document is checked stage by stage, each with its own ranks.
+
+    Raises ConfigError with one line for each violation: `key=value: rule; remedy`.
+    """
+    if isinstance(config, RunConfig):
+        found = _run_violations(config, world_size, command)
+    else:
+        found = violations(config, world_size, command)
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def violations(
+    config: Config,
+    world_size: int,
+    command: str,
+    run_dir: str | None = None,
+    earlier: Earlier | None = None,
+) -> list[str]:
+    """All broken rules of one stage; `run_dir` and `earlier` only where it is a stage of a run."""
+    found: list[str] = []
+    model = None
+    absent = config.model.init_from is not None and not os.path.exists(config.model.init_from)
+    try:
+        model = resolve_model(config.model, earlier)
+    except ValueError as error:
+        if not absent:  # a missing directory is the business of `_init_from`
+            found += str(error).splitlines()
+    case = Case(config, model, world_size, command, run_dir, earlier or {})
+    found += _broken(case)
+    for phase in phases(config.train)[1:] if command in ("pretrain", "plan") else ():
+        lines = _broken(replace(case, config=with_phase(config, phase)))
+        found += [f"train ramp from token {phase.first_token}: {line}" for line in lines if line not in found]
+    return found
+
+
+def _broken(case: Case) -> Iterator[str]:
+    for commands, rule in (*PARALLEL_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES, *RULES):
+        if case.command in commands:
+            yield from rule(case)
+
+
+def _run_violations(run: RunConfig, world_size: int, command: str) -> list[str]:
+    if command not in ("run", "plan", "report"):
+        return [f"stages: {command} takes one stage; start this document with `llmtrain run`, or remove `stages:`"]
+    if command == "run" and world_size > 1:
+        return [f"WORLD_SIZE={world_size}: run starts the processes of its stages itself; call it without torchrun"]
+    found: list[str] = []
+    for stage, config, earlier in planned_stages(run):
+        lines = violations(config, stage.ranks, stage.command, run.directory, earlier)
+        found += [f"stages.{stage.name}: {line}" for line in lines]
+    return found
+
+
+def planned_stages(run: RunConfig) -> Iterator[tuple[StageConfig, Config, Earlier]]:
+    """Each stage with its configuration and the stages before it."""
+    earlier: dict[str, ModelConfig | None] = {}
+    for stage in run.stages:
+        config = stage_config(run, stage.name)
+        yield stage, config, dict(earlier)
+        try:
+            model = resolve_model(config.model, earlier)
+            earlier[config.directory] = trained_model(model, config.train, config.train.steps)
+        except ValueError:
+            earlier[config.directory] = None  # this stage's own check says why

@@ -1,0 +1,200 @@
+"""A run starts its stages in order, skips finished ones, goes on after a stop, and never mixes two settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmtrain.commands import run
+from llmtrain.config.load import load
+from llmtrain.config.schema import Config, RunConfig
+
+DOCUMENT = """
+name: q
+run_dir: {folder}/q
+train: {{steps: 5}}
+stages:
+  - {{name: data, command: data}}
+  - {{name: pretrain, command: pretrain, ranks: 2}}
+  - {{name: eval-sft, command: eval, set: {{eval: {{label: sft}}}}}}
+"""
+STAGE = "import sys, pathlib; d = pathlib.Path(sys.argv[1]); (d / 'log').open('a').write('ran\\n');"
+
+
+def document(folder: Path, *overrides: str) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(DOCUMENT.format(folder=folder))
+    config = load(str(path), list(overrides))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Python for each stage, in the place of `llmtrain COMMAND`."""
+    scripts: dict[str, str] = {}
+
+    def command(job: run.Job) -> list[str]:
+        return [sys.executable, "-c", STAGE + scripts.get(job.stage.name, ""), job.directory]
+
+    monkeypatch.setattr(run, "stage_command", command)
+    return scripts
+
+
+def ran(folder: Path, stage: str) -> int:
+    log = folder / "q" / stage / "log"
+    return log.read_text().count("ran") if log.exists() else 0
+
+
+def test_stages_run_once_and_in_order(
+    tmp_path: Path, bodies: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bodies["eval-sft"] = '(d / \'eval.json\').write_text(\'{"label": "sft", "pass@1": 0.25, "perplexity": 8.5}\')'
+    bodies["pretrain"] = "assert (d.parent / 'data' / 'done.json').exists()"
+    (tmp_path / "q" / "report").mkdir(parents=True)
+    (tmp_path / "q" / "report" / "index.html").write_text("")
+    assert run.main(document(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert out.index("[1/3] data") < out.index("[2/3] pretrain\n") < out.index("[2/3] pretrain: done in ")
+    assert all(word in out for word in ("pass@1", "perplexity", "sft", "0.250", "8.500")) and "maj@8" not in out
+    assert out.splitlines()[-1] == f"report: {tmp_path}/q/report/index.html"
+    assert json.loads((tmp_path / "q" / "stages.json").read_text()) == ["data", "pretrain", "eval-sft"]
+    assert load(str(tmp_path / "q" / "eval-sft" / "stage.yaml"), []).eval.label == "sft"
+
+    assert run.main(document(tmp_path, "log.wandb=off")) == 0  # what is only logged changes nothing
+    assert "[3/3] eval-sft: was done before" in capsys.readouterr().out
+    assert [ran(tmp_path, s) for s in ("data", "pretrain", "eval-sft")] == [1, 1, 1]
+
+
+def test_a_failing_stage_stops_the_run_which_then_goes_on(
+    tmp_path: Path, bodies: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bodies["pretrain"] = "sys.exit(7)"
+    assert run.main(document(tmp_path)) == 7
+    assert "[2/3] pretrain: ended with status 7 after" in (out := capsys.readouterr().out)
+    assert f"its files are in {tmp_path}/q/pretrain" in out
+    assert ran(tmp_path, "eval-sft") == 0
+    bodies.clear()
+    assert run.main(document(tmp_path)) == 0
+    assert [ran(tmp_path, s) for s in ("data", "pretrain", "eval-sft")] == [1, 2, 1]
+
+
+def test_other_settings_start_anew_and_so_does_all_that_follows(
+    tmp_path: Path, bodies: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(document(tmp_path)) == 0
+    assert run.main(document(tmp_path, "stages.pretrain.set.train.steps=6")) == 0
+    assert f"kept as {tmp_path}/q/pretrain.old1, starting anew" in capsys.readouterr().out
+    assert [ran(tmp_path, s) for s in ("data", "pretrain", "eval-sft")] == [1, 1, 1]
+    assert [ran(tmp_path, s) for s in ("data.old1", "pretrain.old1", "eval-sft.old1")] == [0, 1, 1]
+
+
+def test_hashes_follow_command_ranks_settings_and_predecessors(tmp_path: Path) -> None:
+    base = [job.hash for job in run.plan_jobs(document(tmp_path))]
+    for override, first in (("stages.data.command=tokenizer", 0), ("stages.pretrain.ranks=4", 1), ("seed=1", 0)):
+        hashes = [job.hash for job in run.plan_jobs(document(tmp_path, override))]
+        assert [a == b for a, b in zip(base, hashes, strict=True)] == [i < first for i in range(3)]
+
+
+def test_command_and_threads_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, pretrain, _ = run.plan_jobs(document(tmp_path))
+    assert run.stage_command(data) == [sys.executable, "-m", "llmtrain", "data", f"{tmp_path}/q/data/stage.yaml"]
+    command = run.stage_command(pretrain)
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert command[-4:] == ["-m", "llmtrain", "pretrain", f"{tmp_path}/q/pretrain/stage.yaml"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6))
+    assert [run.child_environment(ranks)["OMP_NUM_THREADS"] for ranks in (1, 4, 9)] == ["6", "1", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run.child_environment(1)["OMP_NUM_THREADS"] == "3"
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tiny: has no `stages:`"):
+        run.main(Config(name="tiny"))
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    at_work = pytest.raises(ValueError, match="another run is at work there")
+    with run.lock(str(tmp_path)), at_work, run.lock(str(tmp_path), patience_s=0.0):
+        pass
+    with run.lock(str(tmp_path), patience_s=0.0):
+        pass
+
+
+# A run in a process of its own whose only stage notes its pid, then sleeps; it ignores SIGTERM if told to.
+OUTER = """
+import sys
+from llmtrain.config.load import load
+from llmtrain.commands import run
+run.GRACE_S = 1
+inner = '''import os, pathlib, signal, sys, time
+if {deaf}: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(sys.argv[1], "pid").write_text(str(os.getpid()))
+time.sleep(60)'''
+run.stage_command = lambda job: [sys.executable, "-c", inner, job.directory]
+sys.exit(run.main(load({path!r}, [])))
+"""
+
+
+def start_outer(folder: Path, deaf: bool) -> tuple[subprocess.Popen, int]:
+    """The run's process and the pid of its stage."""
+    document(folder)
+    code = OUTER.format(path=str(folder / "run.yaml"), deaf=deaf)
+    outer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    pid = folder / "q" / "data" / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text() != "")
+    return outer, int(pid.read_text())
+
+
+def wait_until(condition: object, limit_s: float = 30.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("number", "deaf", "status"),
+    [(signal.SIGTERM, False, 143), (signal.SIGINT, False, 130), (signal.SIGTERM, True, 143)],
+)
+def test_a_signal_ends_the_stage_and_then_the_run(tmp_path: Path, number: int, deaf: bool, status: int) -> None:
+    outer, pid = start_outer(tmp_path, deaf)
+    outer.send_signal(number)
+    assert outer.wait(timeout=20) == status
+    assert gone(pid) and not (tmp_path / "q" / "data" / "done.json").exists()
+
+
+def test_a_killed_run_takes_its_stage_along(tmp_path: Path) -> None:
+    outer, pid = start_outer(tmp_path, deaf=False)
+    outer.kill()
+    outer.wait(timeout=20)
+    wait_until(lambda: gone(pid))
+    with run.lock(str(tmp_path / "q"), patience_s=5.0):
+        pass
+
+
+def test_a_deaf_stage_of_a_killed_run_keeps_the_lock(tmp_path: Path) -> None:
+    outer, pid = start_outer(tmp_path, deaf=True)
+    outer.kill()
+    outer.wait(timeout=20)
+    try:
+        with pytest.raises(ValueError, match="another run is at work"), run.lock(str(tmp_path / "q"), patience_s=0.5):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)

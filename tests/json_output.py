@@ -1,0 +1,13 @@
+"""How a worker tells its test something, while other ranks write to the same file."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+
+def print_json(value: object) -> None:
+    """A line of JSON. One write, begun on a new line: ranks may write without a buffer, so that `print` is two
+    writes, between which the words of another rank may come."""
+    sys.stdout.write(f"\n{json.dumps(value)}\n")
+    sys.stdout.flush()

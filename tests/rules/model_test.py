@@ -1,0 +1,41 @@
+"""Rules of experts: broken once, each says value, rule and remedy; kept, they are silent."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmtrain.config.schema import Config, ModelConfig, MoeConfig
+from llmtrain.rules.check import violations
+
+GOOD = {"num_experts": 8, "top_k": 2, "num_groups": 4, "top_groups": 2}
+
+
+def found(model: dict, moe: dict) -> list[str]:
+    config = Config(model=ModelConfig(**model, moe=MoeConfig(**{**GOOD, **moe})), parallel={"dp_shard": 1})
+    return [line for line in violations(config, 1, "pretrain") if "model." in line]
+
+
+@pytest.mark.parametrize(
+    ("model", "moe", "expected"),
+    [
+        ({}, {"top_k": 9, "num_groups": 1, "top_groups": 1}, "model.moe.top_k=9: must be at most num_experts=8"),
+        ({}, {"num_groups": 3}, "model.moe.num_groups=3: must divide num_experts=8"),
+        ({}, {"top_groups": 5}, "top_groups=5 be at most num_groups"),
+        ({}, {"top_k": 5}, "model.moe.top_k=5: the top_groups=2 groups hold fewer experts"),
+        ({}, {"gate": "sigmoid", "num_groups": 8}, "model.moe.num_groups=8: with gate: sigmoid the two best"),
+        ({}, {"dense_layers": [0, 4]}, "model.moe.dense_layers: 4 is no layer of 0 .. 3"),
+        ({}, {"balance": "bias"}, "model.moe.balance=bias: moves model.moe.selection_bias, which is off"),
+        ({}, {"balance": "bias+aux"}, "model.moe.balance=bias+aux: moves model.moe.selection_bias, which is off"),
+        ({"gated": False}, {}, "model.gated=False, ffn_bias=False: with model.moe they are true and false"),
+        ({"ffn_bias": True}, {}, "model.gated=True, ffn_bias=True: with model.moe they are true and false"),
+        ({"block": "parallel"}, {}, "model.block=parallel: not with model.moe"),
+    ],
+)
+def test_one_broken_rule_is_one_line(model: dict, moe: dict, expected: str) -> None:
+    lines = found(model, moe)
+    assert len(lines) == 1 and expected in lines[0] and "; " in lines[0], lines
+
+
+def test_good_experts_pass() -> None:
+    for moe in ({}, {"gate": "sigmoid", "selection_bias": True, "balance": "bias"}, {"balance": "aux", "z_coef": 0.1}):
+        assert not found({}, moe)
