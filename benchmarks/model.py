@@ -38,6 +38,7 @@ from llmtrain.model.hf_write import save_hf
 from llmtrain.parallel.mesh import init_mesh, shutdown
 from llmtrain.parallel.pipeline import inputs_of
 from llmtrain.parallel.plan import compile_blocks, materialize, parallelize
+from llmtrain.types import Scores
 
 ONE_RANK = ParallelConfig()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,7 +72,7 @@ def ours(turns: Turns, task: ModelTask, compiled: bool) -> None:
         batch = next(batches).to(mesh.device)
         factor = 1 / batch.labels.numel()
         start_auxiliary([model], factor)
-        loss = token_loss(model(batch.input_ids, **inputs_of(batch, True)), batch)[0] * factor
+        loss = token_loss(Scores(*model(batch.input_ids, **inputs_of(batch, True))), batch)[0] * factor
         loss.backward()
         model.zero_grad()
         turns.done(loss.item())

@@ -34,6 +34,7 @@ from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown
 from llmtrain.parallel.pipeline import inputs_of
 from llmtrain.parallel.plan import compile_blocks, materialize, parallelize
+from llmtrain.types import Scores
 
 ONE_RANK = ParallelConfig()
 REFERENCE = "transformers loop"
@@ -88,7 +89,7 @@ def decoder_loop(turns: Turns, task: Task, compiled: bool) -> None:
         compile_blocks([model])
     while turns.wait():
         batch = next(batches).to(mesh.device)
-        loss = token_loss(model(batch.input_ids, **inputs_of(batch, True)), batch)[0] / batch.labels.numel()
+        loss = token_loss(Scores(*model(batch.input_ids, **inputs_of(batch, True))), batch)[0] / batch.labels.numel()
         loss.backward()
         for master, p in pairs:
             master.grad, p.grad = p.grad.float(), None

@@ -41,6 +41,24 @@ class Batch:
 
 
 @dataclass
+class Scores:
+    """What a model says of a batch: fp32 [B, T] each, whole rows on every rank, 0 where nothing was asked; None = the
+    model has no such head.
+
+    Example: a language model on the labels [b, IGNORE], p(b) = 1/2:
+        Scores(logprobs=[-0.69, 0], entropies=[1.1, 0])
+    """
+
+    logprobs: Tensor | None = None  # of the labels; 0 where the label is IGNORE
+    entropies: Tensor | None = None  # of the distributions that the labels were drawn from; without gradient
+    values: Tensor | None = None  # of a scalar head, at every position
+
+
+Metrics = dict[str, Tensor]
+"""Detached scalars by name: sums over the microbatch, or maxima if named `*_max`."""
+
+
+@dataclass
 class Prompt:
     """Token ids to continue, and the seed of its random stream (sample i of the group uses stream (seed, i)).
 

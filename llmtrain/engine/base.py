@@ -12,13 +12,11 @@ from llmtrain.engine.precision import check_device
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.plan import WeightSource
-from llmtrain.types import Address, Batch, Fragment, StepStats
+from llmtrain.types import Address, Batch, Fragment, Metrics, Scores, StepStats
 
-Scores = tuple[Tensor, Tensor]
-"""(log-probs [B, T] of the labels, entropies [B, T]), fp32; 0 where the label is IGNORE. Entropy has no gradient."""
-
-LossFn = Callable[[Scores, Batch], tuple[Tensor, dict[str, Tensor]]]
-"""-> (masked sum, metrics). Metrics are sums too, or maxima if named `*_max`; detached scalars."""
+LossFn = Callable[[Scores, Batch], tuple[Tensor, Metrics]]
+"""Returns (masked sum over tokens, sequences or pairs; metrics). It is given whole rows, under context parallelism too:
+each of those ranks computes the same loss, and the engine keeps the gradient of the rank's own part."""
 
 Admit = Callable[[float, list[int]], bool]
 """(loss, ranks whose loss or gradient is not finite) -> whether to make the update. Called before every update, on all
@@ -44,7 +42,7 @@ class Engine(Protocol):
         """
 
     def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
-        """Log-probs and entropies of the labels, without gradient; on every pipeline stage the same."""
+        """Returns the scores of each microbatch, without gradient; the same on every pipeline stage."""
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, whole tensor) one at a time, in a fixed order, on every rank (a collective)."""

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
 from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_buffers, start_auxiliary
-from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
+from llmtrain.engine.base import Admit, FragmentReader, LossFn
 from llmtrain.engine.clip import clip_gradients, local, owns
 from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.engine.optim import build_optimizer, initial_state, learning_rate, set_learning_rate, state_keys
@@ -27,7 +27,6 @@ from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_grad
 from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.experts import Experts
-from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.parallel.plan import (
@@ -40,7 +39,7 @@ from llmtrain.parallel.plan import (
     trained_of,
 )
 from llmtrain.parallel.scoring import score
-from llmtrain.types import Address, Batch, Fragment, StepStats
+from llmtrain.types import Address, Batch, Fragment, Scores, StepStats
 
 
 def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
@@ -118,7 +117,7 @@ class FsdpEngine:
         set_learning_rate(self.optimizer.param_groups, lr)
         tally = Tally(float(denominator))
         start_auxiliary(self.parts, self.scaler.scale / tally.denominator)
-        self._backward(local_batches(microbatches, self.mesh), loss, tally)
+        self._backward(microbatches, loss, tally)
         norm, finite = clip_gradients(self.trained, self.optim.grad_clip, self.mesh, self.mesh.groups["replica"])
         broken = tally.reduce(self.mesh, gradient_finite=finite)
         taken = admitted(self.scaler, tally, broken, self.admit)
@@ -177,15 +176,15 @@ class FsdpEngine:
         """See Engine."""
         self.scaler.load(state)
 
-    def _backward(self, batches: Sequence[Batch], loss: LossFn, tally: Tally) -> None:
+    def _backward(self, microbatches: Sequence[Batch], loss: LossFn, tally: Tally) -> None:
         """Gradients in `grad` of the sharded parameters, summed over microbatches and ranks."""
         factor = self.scaler.scale / tally.denominator
 
-        def scaled(scores: Scores, i: int) -> Tensor:
-            self._reduce_gradients(last=i == len(batches) - 1)
-            return tally.add(i, *loss(scores, batches[i])) * factor
+        def scaled(scores: Scores, batch: Batch, i: int) -> Tensor:
+            self._reduce_gradients(last=i == len(microbatches) - 1)
+            return tally.add(i, *loss(scores, batch)) * factor
 
-        backward(self.parts, self.pipeline, batches, scaled)
+        backward(self.parts, self.pipeline, self.mesh, microbatches, scaled)
         sum_tied_gradients(self.parts, self.mesh, lambda p: local(p.grad))
         if self.scaler.scale != 1:
             torch._foreach_mul_([local(p.grad) for p in self.trained], 1 / self.scaler.scale)

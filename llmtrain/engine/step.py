@@ -11,29 +11,39 @@ from torch import Tensor, nn
 
 from llmtrain.arch.adapters import without_adapters
 from llmtrain.arch.pipeline import StagePlan
-from llmtrain.engine.base import Admit, Scores
+from llmtrain.engine.base import Admit
 from llmtrain.engine.precision import LossScaler
 from llmtrain.engine.tally import Tally
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.lora import merged
 from llmtrain.parallel.collectives import all_gather
+from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.pipeline import Pipeline, inputs_of
+from llmtrain.parallel.pipeline import Output, Pipeline, inputs_of
 from llmtrain.parallel.plan import buffers_of, parameters_of
-from llmtrain.types import Batch
+from llmtrain.parallel.scoring import scores_of
+from llmtrain.types import Batch, Scores
 
 
 def backward(
     parts: Sequence[nn.Module],
     pipeline: Pipeline | None,
-    batches: Sequence[Batch],
-    loss: Callable[[Scores, int], Tensor],
+    mesh: Mesh,
+    microbatches: Sequence[Batch],
+    loss: Callable[[Scores, Batch, int], Tensor],
 ) -> None:
-    """Forward and backward of all microbatches; `loss(scores, i)` is differentiated where the head is."""
+    """Runs forward and backward of all microbatches. `loss(scores, batch, i)`, of whole rows on this device, is
+    differentiated where the head is."""
+    rows = [batch.to(mesh.device) for batch in microbatches]
+    batches = local_batches(rows, mesh)
+
+    def of_rows(output: Output, i: int) -> Tensor:
+        return loss(scores_of(output, mesh), rows[i], i)
+
     if pipeline is not None:
-        return pipeline.train(batches, loss)
+        return pipeline.train(batches, of_rows)
     for i, batch in enumerate(batches):
-        loss(parts[0](batch.input_ids, **inputs_of(batch, True)), i).backward()
+        of_rows(parts[0](batch.input_ids, **inputs_of(batch, True)), i).backward()
 
 
 def sum_tied_gradients(parts: Sequence[nn.Module], mesh: Mesh, gradient: Callable[[nn.Parameter], Tensor]) -> None:

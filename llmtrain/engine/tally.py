@@ -41,8 +41,8 @@ class Tally:
         """Collective. Returns the ranks whose loss or (reduced) gradient is not finite."""
         mine = self._local() if mesh.has_head else None
         bad = not gradient_finite or (mine is not None and not math.isfinite(mine["loss"]))
-        # Tensor-parallel ranks hold the same values: count them once.
-        report = mine if mesh.coords["tp"] == 0 else None
+        # Tensor- and context-parallel ranks hold the same values: count them once.
+        report = mine if mesh.coords["tp"] == mesh.coords["cp"] == 0 else None
         gathered = mesh.all_gather_json({"bad": bad, "report": report})
         self._merge([each["report"] for each in gathered if each["report"] is not None])
         return [rank for rank, each in enumerate(gathered) if each["bad"]]

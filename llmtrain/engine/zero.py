@@ -32,7 +32,7 @@ from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
 from llmtrain.engine import zero_state
 from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_buffers, start_auxiliary
-from llmtrain.engine.base import Admit, FragmentReader, LossFn, Scores
+from llmtrain.engine.base import Admit, FragmentReader, LossFn
 from llmtrain.engine.clip import clip_gradients, owns
 from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.engine.optim import build_optimizer, learning_rate, set_learning_rate
@@ -41,7 +41,6 @@ from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_grad
 from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.experts import Experts
-from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, Mpu
 from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.parallel.plan import (
@@ -53,7 +52,7 @@ from llmtrain.parallel.plan import (
     trained_of,
 )
 from llmtrain.parallel.scoring import score
-from llmtrain.types import Batch, Fragment, StepStats
+from llmtrain.types import Batch, Fragment, Scores, StepStats
 
 EXPERTS = "experts"  # DeepSpeed's name for the ranks with the same experts
 
@@ -134,11 +133,12 @@ class ZeroEngine:
         start_auxiliary(self.parts, scale)
         if self.config.precision == "fp16":
             self.engine.optimizer.override_loss_scale(self.scaler.scale)
-        batches = local_batches(microbatches, self.mesh)
+
+        def scaled(scores: Scores, batch: Batch, i: int) -> Tensor:
+            return tally.add(i, *loss(scores, batch)) * scale
+
         with self._accumulate():
-            backward(
-                self.parts, self.pipeline, batches, lambda scores, i: tally.add(i, *loss(scores, batches[i])) * scale
-            )
+            backward(self.parts, self.pipeline, self.mesh, microbatches, scaled)
             held = getattr(self.engine.optimizer, "get_gradient_for_reduction", lambda p: p.grad)
             sum_tied_gradients(self.parts, self.mesh, held)
         norm = self._reduce_gradients_stage0()

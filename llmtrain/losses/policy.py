@@ -6,22 +6,23 @@ import torch
 from torch import Tensor
 
 from llmtrain.losses.reduce import masked_sum
-from llmtrain.types import Batch
+from llmtrain.types import Batch, Metrics, Scores
 
 
 def grpo_loss(
-    scores: tuple[Tensor, Tensor], batch: Batch, clip_low: float, clip_high: float, kl_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+    scores: Scores, batch: Batch, clip_low: float, clip_high: float, kl_coef: float
+) -> tuple[Tensor, Metrics]:
     """GRPO (arXiv 2402.03300, equation 3), summed over the trained tokens.
 
     -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coef k3, with ratio = exp(log p - log p_old).
-    `scores` are (log-probs, entropies), [B, T] each; `batch.extra` holds, [B, T] each, `advantages`, `old_logprobs`
+    `batch.extra` holds, [B, T] each, `advantages`, `old_logprobs`
     and, when a KL to a reference is wanted, `ref_logprobs`.
     Metrics, summed over the trained tokens: `clip_fraction` (clipping binds: no gradient), `entropy`, `kl_old` (from
     the old policy to this one), `kl` (from this one to the reference, if there is one); `logprob_gap_max` is the
     largest |log p - log p_old|.
     """
-    logprobs, entropies = scores
+    logprobs, entropies = scores.logprobs, scores.entropies
+    assert logprobs is not None and entropies is not None
     mask, extra = batch.loss_mask, batch.extra
     assert kl_coef == 0 or "ref_logprobs" in extra, "a KL penalty needs extra['ref_logprobs']"
     log_ratio = _log_ratio(logprobs, extra["old_logprobs"], mask)

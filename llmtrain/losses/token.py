@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmtrain.losses.reduce import masked_sum
-from llmtrain.types import Batch
+from llmtrain.types import Batch, Metrics, Scores
 
 
-def token_loss(scores: tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def token_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
     """Negative log-likelihood, -sum log p(label), over `batch.loss_mask`: (sum in nats, no metrics).
 
-    `scores` are (log-probs, entropies), [B, T] each. Divided by the number of trained tokens this is the
+    Divided by the number of trained tokens this is the
     cross-entropy; its exponential the perplexity.
     """
-    logprobs, _ = scores
-    return -masked_sum(logprobs, batch.loss_mask), {}
+    assert scores.logprobs is not None
+    return -masked_sum(scores.logprobs, batch.loss_mask), {}

@@ -58,8 +58,23 @@ def _local(batch: Batch, cp: int, rank: int) -> Batch:
 
 
 def whole_rows(x: Tensor, mesh: Mesh) -> Tensor:
-    """[B, T / cp] of every cp rank -> [B, T] on all of them, without gradient (a collective)."""
-    return x if mesh.sizes["cp"] == 1 else _gathered(x, mesh.groups["cp"])
+    """Returns [B, T, ...] on all cp ranks, of the [B, T / cp, ...] of each (a collective).
+
+    The backward gives each rank the gradient of its own part: all of them compute the same from the whole rows, so a
+    sum over them counts it once.
+    """
+    return _WholeRows.apply(x, mesh.groups["cp"])
+
+
+class _WholeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return shard(grad, 1, ctx.group.rank(), ctx.group.size()), None
 
 
 def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:

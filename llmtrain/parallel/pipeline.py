@@ -16,7 +16,8 @@ from llmtrain.types import Batch
 if TYPE_CHECKING:
     from llmtrain.parallel.schedules import Schedule
 
-Output = tuple[Tensor, Tensor]
+Output = Tensor | tuple[Tensor, Tensor]
+"""What a head gives: a tensor of values, or (log-probs, entropies), [B, T] each."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of hidden states, by number
 
 

@@ -1,4 +1,4 @@
-"""Log-probs of labels through a parallel model, without gradient."""
+"""What a parallel model says of a batch: from what its head gives on one rank to `Scores` of whole rows."""
 
 from __future__ import annotations
 
@@ -11,27 +11,38 @@ from torch import Tensor, nn
 from llmtrain.arch.pipeline import StagePlan
 from llmtrain.parallel.context import local_batches, whole_rows
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.pipeline import Pipeline, inputs_of
-from llmtrain.types import Batch
+from llmtrain.parallel.pipeline import Output, Pipeline, inputs_of
+from llmtrain.types import Batch, Scores
+
+
+def scores_of(output: Output, mesh: Mesh) -> Scores:
+    """Returns the scores of whole rows, the same on all context-parallel ranks (a collective over them).
+
+    `output` is what the head gives for this rank's part of the rows: (log-probs, entropies), or a tensor of values.
+    The backward keeps the gradient of that part alone: summed over the ranks it is there once.
+    """
+    parts = (output,) if isinstance(output, Tensor) else tuple(output)
+    if mesh.sizes["cp"] > 1:
+        parts = whole_rows(torch.stack(parts, -1), mesh).unbind(-1)
+    return Scores(values=parts[0]) if len(parts) == 1 else Scores(*parts)
 
 
 @torch.no_grad()
 def score(
     parts: Sequence[nn.Module], pipeline: Pipeline | None, mesh: Mesh, microbatches: Sequence[Batch]
-) -> list[tuple[Tensor, Tensor]]:
-    """(log-probs, entropies), [B, T] fp32, for each microbatch, the same on every pipeline and context
-    rank."""
+) -> list[Scores]:
+    """Returns the scores of each microbatch, the same on every pipeline and context-parallel rank."""
     batches = local_batches(microbatches, mesh)
     if pipeline is None:
-        scores = [parts[0](b.input_ids, **inputs_of(b, True)) for b in batches]
+        outputs = [parts[0](b.input_ids, **inputs_of(b, True)) for b in batches]
     else:
         at_head = pipeline.score(batches)
-        scores = [_from_head(None if at_head is None else at_head[i], b, mesh) for i, b in enumerate(batches)]
-    return [(whole_rows(logp, mesh), whole_rows(entropy, mesh)) for logp, entropy in scores]
+        outputs = [_from_head(None if at_head is None else at_head[i], b, mesh) for i, b in enumerate(batches)]
+    return [scores_of(output, mesh) for output in outputs]
 
 
-def _from_head(scores: tuple[Tensor, Tensor] | None, batch: Batch, mesh: Mesh) -> tuple[Tensor, Tensor]:
-    pair = torch.zeros(2, *batch.labels.shape, device=mesh.device) if scores is None else torch.stack(scores)
+def _from_head(output: Output | None, batch: Batch, mesh: Mesh) -> Output:
+    pair = torch.zeros(2, *batch.labels.shape, device=mesh.device) if output is None else torch.stack(output)
     dist.broadcast(pair, group=mesh.groups["pp"], group_src=mesh.head_pp)
     return pair[0], pair[1]
 
@@ -43,6 +54,6 @@ class FrozenModel:
         self.parts, self.mesh = [part.to(dtype).eval().requires_grad_(False) for part in parts], mesh
         self.pipeline = Pipeline(self.parts, plan, mesh) if mesh.sizes["pp"] > 1 else None
 
-    def score(self, microbatches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-        """See `score`."""
+    def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
+        """Returns the scores of each microbatch: see `score`."""
         return score(self.parts, self.pipeline, self.mesh, microbatches)

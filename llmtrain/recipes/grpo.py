@@ -10,7 +10,6 @@ import torch
 from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.schema import Config
 from llmtrain.data.prompts import PromptSet
-from llmtrain.engine.base import Scores
 from llmtrain.engine.optim import learning_rate
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.losses.policy import grpo_loss
@@ -23,7 +22,7 @@ from llmtrain.trainer.loop import train
 from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.rollouts import Disagreement, Gate, build_generator, serve_rollouts
 from llmtrain.trainer.samples import SampleLog
-from llmtrain.types import Batch, Experience
+from llmtrain.types import Batch, Experience, Metrics, Scores
 
 
 def main(config: Config) -> None:
@@ -104,7 +103,7 @@ def update(
     return {**means, "logprob_gap_max": steps[0]["logprob_gap_max"]}
 
 
-def policy_loss(scores: Scores, batch: Batch, job: Job, weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def policy_loss(scores: Scores, batch: Batch, job: Job, weight: float) -> tuple[torch.Tensor, Metrics]:
     """`grpo_loss`; its metrics, means over the kept tokens, scaled to the denominator of all tokens."""
     settings = job.config.grpo
     loss, metrics = grpo_loss(scores, batch, settings.clip_low, settings.clip_high, settings.kl_coef)
@@ -124,8 +123,8 @@ def build_reference(job: Job) -> FrozenModel | None:
 def add_reference(batches: list[Batch], reference: FrozenModel | None) -> None:
     """extra["ref_logprobs"], in place."""
     if reference is not None:
-        for batch, (logprobs, _) in zip(batches, reference.score(batches), strict=True):
-            batch.extra["ref_logprobs"] = logprobs.cpu()
+        for batch, scores in zip(batches, reference.score(batches), strict=True):
+            batch.extra["ref_logprobs"] = scores.logprobs.cpu()
 
 
 def summary(experiences: list[Experience]) -> dict[str, float]:

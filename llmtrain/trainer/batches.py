@@ -65,7 +65,8 @@ def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int
         _held_out(rows, samples, num_rows)
         for samples in rank_samples(0, turns * micro_seqs * mesh.dp_size, micro_seqs, mesh)
     ]
-    total = torch.tensor([float(sum(logp.double().sum() for logp, _ in engine.score(batches)))], device=mesh.device)
+    total = sum(scores.logprobs.double().sum() for scores in engine.score(batches))
+    total = torch.tensor([float(total)], device=mesh.device)
     dist.all_reduce(total, group=mesh.groups["dp"])
     loss = -float(total) / float(count_trained(batches, mesh))
     return {

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmtrain.engine.base import LossFn, Scores
+from llmtrain.engine.base import LossFn
 from llmtrain.losses.token import token_loss
 from llmtrain.trainer.assemble import Job
 from llmtrain.trainer.batches import count_trained, rank_samples, text_rows
-from llmtrain.types import Batch
+from llmtrain.types import Batch, Metrics, Scores
 
 MARK = "replay"  # key in Batch.extra
 
@@ -39,7 +39,7 @@ class Replay:
         text = [like(self.rows.batch(s), microbatches[0]) for s in samples]
         scale = float(denominator) / float(count_trained(text, self.mesh))
 
-        def mixed(scores: Scores, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        def mixed(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
             if MARK not in batch.extra:
                 return loss(scores, batch)
             nll, _ = token_loss(scores, batch)

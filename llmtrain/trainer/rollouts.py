@@ -65,8 +65,8 @@ class Gate:
         if self.passed:
             return
         gaps = [0.0]
-        for batch, (logprobs, _) in zip(batches, job.engine.score(batches), strict=True):
-            difference = (logprobs.cpu() - batch.extra["old_logprobs"]).abs().masked_fill(~batch.loss_mask, 0.0)
+        for batch, scores in zip(batches, job.engine.score(batches), strict=True):
+            difference = (scores.logprobs.cpu() - batch.extra["old_logprobs"]).abs().masked_fill(~batch.loss_mask, 0.0)
             gaps.append(float(difference.nan_to_num(math.inf).max()))  # max() would lose a NaN
         self.after_update(max(self.mesh.all_gather_json(max(gaps))), number)
         self.passed = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.losses.policy import grpo_loss
-from llmtrain.types import Batch
+from llmtrain.types import Batch, Scores
 
 CLIP = partial(grpo_loss, clip_low=0.2, clip_high=0.3)
 
@@ -33,7 +33,7 @@ def test_clipping_by_hand() -> None:
     # A=-2, r=1.5: min(-3, -2.6) = -3, gradient -3            A=-4, r=0.5: min(-2, -3.2) = -3.2 clipped
     # A=2,  r=1: 2, gradient 2                                sum = 2.6 + 1 - 3 - 3.2 + 2 = -0.6
     logp, batch = _case()
-    loss, metrics = CLIP((logp, torch.full((1, 6), 0.5)), batch, kl_coef=0.0)
+    loss, metrics = CLIP(Scores(logp, torch.full((1, 6), 0.5)), batch, kl_coef=0.0)
     loss.backward()
     torch.testing.assert_close(loss, torch.tensor(0.6))
     torch.testing.assert_close(logp.grad, torch.tensor([[0.0, -1.0, 3.0, 0.0, -2.0, 0.0]]))
@@ -51,7 +51,7 @@ def test_kl_to_reference_by_hand() -> None:
     ref = torch.log(torch.tensor([[0.5, 0.25]]))
     zero = torch.zeros(1, 2)
     batch = _batch(torch.ones(1, 2).bool(), advantages=zero, old_logprobs=logp.detach(), ref_logprobs=ref)
-    loss, metrics = CLIP((logp, zero), batch, kl_coef=0.1)
+    loss, metrics = CLIP(Scores(logp, zero), batch, kl_coef=0.1)
     loss.backward()
     torch.testing.assert_close(loss, torch.tensor(0.05))
     torch.testing.assert_close(metrics["kl"], torch.tensor(0.5))
@@ -61,7 +61,7 @@ def test_kl_to_reference_by_hand() -> None:
 def test_reference_without_penalty_is_only_measured() -> None:
     logp, batch = _case()
     batch.extra["ref_logprobs"] = batch.extra["old_logprobs"] - 1
-    loss, metrics = CLIP((logp, logp.detach()), batch, kl_coef=0.0)
+    loss, metrics = CLIP(Scores(logp, logp.detach()), batch, kl_coef=0.0)
     torch.testing.assert_close(loss, torch.tensor(0.6))
     assert metrics["kl"].item() > 0
 
@@ -70,7 +70,7 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
     logp = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     advantages = torch.randn(2, 4, dtype=torch.float64)
     batch = _batch(torch.ones(2, 4).bool(), advantages=advantages, old_logprobs=logp.detach())
-    loss, metrics = CLIP((logp, logp.detach()), batch, kl_coef=0.0)
+    loss, metrics = CLIP(Scores(logp, logp.detach()), batch, kl_coef=0.0)
     loss.backward()
     torch.testing.assert_close(logp.grad, -advantages)
     assert metrics["clip_fraction"].item() == metrics["logprob_gap_max"].item() == 0.0
@@ -80,17 +80,17 @@ def test_gradcheck() -> None:
     torch.manual_seed(0)
     logp, old, ref, advantages = (torch.randn(2, 5, dtype=torch.float64) for _ in range(4))
     batch = _batch(torch.rand(2, 5) < 0.7, advantages=advantages, old_logprobs=old, ref_logprobs=ref)
-    assert torch.autograd.gradcheck(lambda x: CLIP((x, logp), batch, kl_coef=0.3)[0], logp.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: CLIP(Scores(x, logp), batch, kl_coef=0.3)[0], logp.requires_grad_())
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_masked_tokens_never_make_nan(bad: float) -> None:
     logp, batch = _case()
     batch.extra["ref_logprobs"] = batch.extra["old_logprobs"].clone()
-    expected, _ = CLIP((logp, logp.detach()), batch, kl_coef=0.1)
+    expected, _ = CLIP(Scores(logp, logp.detach()), batch, kl_coef=0.1)
     for tensor in batch.extra.values():
         tensor[0, -1] = bad
-    loss, metrics = CLIP((logp, torch.full((1, 6), bad).where(~batch.loss_mask, 0.0)), batch, kl_coef=0.1)
+    loss, metrics = CLIP(Scores(logp, torch.full((1, 6), bad).where(~batch.loss_mask, 0.0)), batch, kl_coef=0.1)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     assert torch.isfinite(logp.grad).all() and all(torch.isfinite(value) for value in metrics.values())
@@ -99,11 +99,11 @@ def test_masked_tokens_never_make_nan(bad: float) -> None:
 def test_nothing_trained_is_zero() -> None:
     logp, batch = _case()
     batch.loss_mask = torch.zeros_like(batch.loss_mask)
-    loss, metrics = CLIP((logp, logp.detach()), batch, kl_coef=0.0)
+    loss, metrics = CLIP(Scores(logp, logp.detach()), batch, kl_coef=0.0)
     assert loss.item() == 0.0 and all(value.item() == 0.0 for value in metrics.values())
 
 
 def test_penalty_needs_a_reference() -> None:
     logp, batch = _case()
     with pytest.raises(AssertionError, match="ref_logprobs"):
-        CLIP((logp, logp.detach()), batch, kl_coef=0.1)
+        CLIP(Scores(logp, logp.detach()), batch, kl_coef=0.1)

@@ -284,7 +284,7 @@ def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tens
     with torch.no_grad():
         expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in mine]
     pairs = zip(scored, expect, strict=True)
-    return max((a[0].cpu() - b).abs().nan_to_num(float("inf")).max().item() for a, b in pairs)
+    return max((a.logprobs.cpu() - b).abs().nan_to_num(float("inf")).max().item() for a, b in pairs)
 
 
 def main() -> None:

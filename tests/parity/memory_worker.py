@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor
 from traffic_worker import batches_of, build, shape_of
 
 from llmtrain.config.schema import ParallelConfig
-from llmtrain.engine.base import Engine, Scores
+from llmtrain.engine.base import Engine
 from llmtrain.losses.token import token_loss
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.plan import parameters_of
 from llmtrain.scaling.states import state_bytes
-from llmtrain.types import Batch
+from llmtrain.types import Batch, Scores
 from tests.json_output import print_json
 from tests.parity.meshes import mesh_of
 
