@@ -21,8 +21,8 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.rewards import extract_answer, reward_fn
 from llmtrain.rollout.native import NativeGenerator
-from llmtrain.trainer.assemble import resolved, tokenizer_dir
 from llmtrain.trainer.batches import text_rows
+from llmtrain.trainer.job import resolved, tokenizer_dir
 from llmtrain.types import Prompt, Sampling
 
 ROWS_A_BATCH = 16

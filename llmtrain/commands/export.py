@@ -13,7 +13,7 @@ from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import Config
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.observe.log import log
-from llmtrain.trainer.assemble import tokenizer_dir
+from llmtrain.trainer.job import tokenizer_dir
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmtrain.config.schema import Config
 from llmtrain.data.prepare import make_tokenizer, prepare, progress_bar
 from llmtrain.observe.log import log, make_run_dir
-from llmtrain.trainer.assemble import data_dir, tokenizer_dir
+from llmtrain.trainer.job import data_dir, tokenizer_dir
 
 
 def data(config: Config) -> None:

@@ -16,12 +16,13 @@ from llmtrain.losses.policy import grpo_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.parallel.plan import materialize, parallelize
 from llmtrain.parallel.scoring import FrozenModel
-from llmtrain.trainer.assemble import Job, build_engine, join, start_source
 from llmtrain.trainer.experience import collect, learnable, microbatches_of, split_groups
+from llmtrain.trainer.job import Job, join
 from llmtrain.trainer.loop import train
+from llmtrain.trainer.record import SampleLog
 from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.rollouts import Disagreement, Gate, build_generator, serve_rollouts
-from llmtrain.trainer.samples import SampleLog
+from llmtrain.trainer.weights import build_engine, start_source
 from llmtrain.types import Batch, Experience, Metrics, Scores
 
 

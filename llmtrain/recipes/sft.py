@@ -6,10 +6,11 @@ from llmtrain.config.schema import Config
 from llmtrain.data.packing import Demonstrations
 from llmtrain.losses.token import token_loss
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.trainer.assemble import build_engine, join
 from llmtrain.trainer.batches import count_trained, rank_samples
+from llmtrain.trainer.job import join
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.replay import Replay
+from llmtrain.trainer.weights import build_engine
 
 
 def main(config: Config) -> None:

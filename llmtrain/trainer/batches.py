@@ -17,7 +17,7 @@ from llmtrain.data.shards import check_tokenizer
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.base import Engine
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.trainer.assemble import data_dir
+from llmtrain.trainer.job import data_dir
 from llmtrain.types import IGNORE, Batch
 
 

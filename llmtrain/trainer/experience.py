@@ -13,7 +13,7 @@ from llmtrain.data.sampler import derive
 from llmtrain.losses.advantage import group_advantages
 from llmtrain.rewards import reward_fn
 from llmtrain.rollout.generator import Generator
-from llmtrain.trainer.assemble import Job
+from llmtrain.trainer.job import Job
 from llmtrain.types import Batch, Experience, Prompt, Rollout, Sampling
 
 WIDTH_MULTIPLE = 16  # of rows, so that few different shapes occur

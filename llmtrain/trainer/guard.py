@@ -13,7 +13,8 @@ from llmtrain.engine.tally import stop_if_not_finite
 from llmtrain.observe.log import log
 from llmtrain.observe.metrics import Events
 from llmtrain.parallel.replicas import differing
-from llmtrain.trainer.assemble import Job, load_newest
+from llmtrain.trainer.job import Job
+from llmtrain.trainer.resume import load_newest
 
 SHOWN = 8  # parameters named in a message
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llmtrain.engine.base import LossFn
 from llmtrain.losses.token import token_loss
-from llmtrain.trainer.assemble import Job
 from llmtrain.trainer.batches import count_trained, rank_samples, text_rows
+from llmtrain.trainer.job import Job
 from llmtrain.types import Batch, Metrics, Scores
 
 MARK = "replay"  # key in Batch.extra

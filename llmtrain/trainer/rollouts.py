@@ -14,7 +14,7 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
-from llmtrain.trainer.assemble import Job
+from llmtrain.trainer.job import Job
 from llmtrain.types import Batch
 
 

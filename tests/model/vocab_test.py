@@ -17,7 +17,7 @@ from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.model.vocab import resize_embedding
 from llmtrain.rules.check import violations
-from llmtrain.trainer.assemble import grown_vocabulary, used_rows
+from llmtrain.trainer.weights import grown_vocabulary, used_rows
 
 
 @given(st.integers(1, 300_000), st.integers(1, 1024))

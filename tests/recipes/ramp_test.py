@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.trainer.pretrain_test import FAULTS, assert_same_weights, losses, metrics
 
 from llmtrain.arch.resolve import fields_from_directory, resolve_model
 from llmtrain.checkpoint.load import CheckpointReader
@@ -20,9 +19,10 @@ from llmtrain.config.ramp import phase_at, total_tokens
 from llmtrain.config.schema import BatchRamp, ModelConfig, RopeScaling, SeqRamp, TrainConfig
 from llmtrain.data.packing import TextRows
 from llmtrain.model.decoder import Decoder, initialize
-from llmtrain.trainer.assemble import check_same_run
-from llmtrain.trainer.ramp import phase_batches, set_rope
+from llmtrain.recipes.pretrain import phase_batches, set_rope
+from llmtrain.trainer.resume import check_same_run
 from tests.forked import run_alone
+from tests.recipes.pretrain_test import FAULTS, assert_same_weights, losses, metrics
 
 RAMPS = (
     "train.batch_ramp=[{from_tokens: 500, global_batch_seqs: 16}]",

@@ -15,7 +15,7 @@ from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.observe.metrics import Events, MetricsFile, read_lines
 from llmtrain.parallel.replicas import checksum, odd_ones
 from llmtrain.trainer.guard import is_spike
-from llmtrain.trainer.loop import Record
+from llmtrain.trainer.record import Record
 from tests.forked import run_alone
 
 WORKERS = Path(__file__).parent

@@ -10,7 +10,7 @@ import pytest
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.model.decoder import parameter_shapes
-from llmtrain.trainer.assemble import check_same_run
+from llmtrain.trainer.resume import check_same_run
 
 MOE = {"num_experts": 4, "expert_ffn_size": 16}
 

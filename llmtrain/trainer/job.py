@@ -1,0 +1,114 @@
+"""A training job on one rank: what its stage's recipe and the loop share, and how the ranks come together."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from llmtrain.arch.resolve import resolve_model
+from llmtrain.checkpoint.group import together
+from llmtrain.checkpoint.saver import Saver
+from llmtrain.config.load import dump
+from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.data.prepare import prepare
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.engine.base import Engine
+from llmtrain.observe.log import log, make_run_dir
+from llmtrain.parallel.mesh import Mesh, init_mesh
+from llmtrain.parallel.watch import Watch
+
+
+@dataclass
+class GuardState:
+    """What trainer.guard decides by; a part of every checkpoint."""
+
+    losses: list[float] = field(default_factory=list)  # of the last updates, for spikes
+    skips: int = 0  # updates left out in a row
+    rewinds: list[list[int]] = field(default_factory=list)  # [back to step, steps, tokens skipped there] each
+
+    def skipped_steps(self, step: int) -> int:
+        """How far `step`, counted from 0, is ahead in the data because of rewinds."""
+        return sum(steps for to_step, steps, _ in self.rewinds if to_step <= step)
+
+    def skipped_tokens(self, step: int) -> int:
+        """The same in tokens."""
+        return sum(tokens for to_step, _, tokens in self.rewinds if to_step <= step)
+
+
+@dataclass
+class Job:
+    """One stage on one rank."""
+
+    config: Config
+    model: ModelConfig  # resolved
+    mesh: Mesh
+    tokenizer: Tokenizer
+    watch: Watch
+    engine: Engine | None = None  # None on rollout workers
+    step: int = 0  # finished steps of the stage
+    tokens: int = 0  # seen in them
+    guard: GuardState = field(default_factory=GuardState)
+    base: str | None = None  # fingerprint of the weights that adapters are trained on
+    saver: Saver | None = None  # made by the loop
+
+
+def join(config: Config, generates: bool = False) -> Job:
+    """Process groups, run directory, data and tokenizer: everything before the model."""
+    seed_everything(config.seed)
+    mesh = init_mesh(config.parallel, config.rollout if generates else None, config.engine.timeout_s)
+    watch = Watch(config.engine.timeout_s)
+    if mesh.role == "trainer":
+        log(mesh.table())
+        together(mesh, lambda: start_directory(config) if mesh.rank == 0 else None)
+    if mesh.role == "rollout":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # the trainers save first, then they let the workers go
+    if mesh.link is not None:
+        mesh.link.await_trainers("data", mesh.role)
+    tokenizer = load_tokenizer(tokenizer_dir(config))
+    model = resolve_model(config.model)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: must hold the tokenizer's {tokenizer.vocab_size} tokens "
+            f"({tokenizer_dir(config)}); raise it or use the tokenizer the model was trained with"
+        )
+    return Job(config, model, mesh, tokenizer, watch)
+
+
+def seed_everything(seed: int) -> None:
+    """Python, numpy and torch, the same on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def start_directory(config: Config) -> None:
+    """Run directory with the resolved configuration, and the data if this stage describes how to make it."""
+    make_run_dir(config.directory)
+    with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
+        file.write(dump(resolved(config)))
+    if config.data.sources or config.data.tasks:
+        prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
+
+
+def resolved(config: Config) -> Config:
+    """With the shape of the model written out."""
+    return config.model_copy(update={"model": resolve_model(config.model)})
+
+
+def data_dir(config: Config) -> str:
+    """Of the token shards."""
+    return config.data.path or os.path.join(config.directory, "data")
+
+
+def tokenizer_dir(config: Config) -> str:
+    return config.tokenizer.path or os.path.join(config.directory, "tokenizer")
+
+
+def checkpoint_dir(config: Config) -> str:
+    return os.path.join(config.directory, "checkpoints")

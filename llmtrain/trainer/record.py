@@ -1,0 +1,112 @@
+"""What a run leaves while it trains: metrics.jsonl, W&B, the progress bar, evaluations.jsonl, samples.jsonl."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import torch
+
+from llmtrain.observe import wandb
+from llmtrain.observe.log import log
+from llmtrain.observe.metrics import MetricsFile, Samples, StepLines
+from llmtrain.trainer.job import Job
+from llmtrain.types import Experience
+
+SHOWN = ("loss", "reward_mean", "lr", "tokens_per_s")  # beside the progress bar
+
+logger = logging.getLogger(__name__)
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Says whether something that happens `every_steps` steps (0 = never) happens after this one."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+class Record:
+    """Where the numbers of a run go, on rank 0: metrics.jsonl, W&B, the progress bar. A context: closed, and W&B told
+    of a failure, however the run ends."""
+
+    def __init__(self, job: Job) -> None:
+        self.every_steps, self.main = job.config.log.every_steps, job.mesh.rank == 0
+        if not self.main:
+            return
+        config, directory = job.config, job.config.directory
+        self.path = os.path.join(directory, "metrics.jsonl")
+        self.patient = config.checkpoint.on_error == "warn"
+        self.file = MetricsFile(self.path, job.step, self.patient)
+        settings = config.model_dump(mode="json")
+        self.sink = wandb.start(config.log.wandb, config.log.project, config.name, directory, settings, job.step > 0)
+
+    def write(self, job: Job, metrics: dict[str, float], step_s: float, bar: Callable) -> None:
+        """Metrics of `job.step`, with what every stage shares."""
+        tokens = metrics.pop("tokens")
+        job.tokens += int(tokens)
+        if not self.main or not is_due(job.step, self.every_steps):
+            return
+        timing = {"tokens_per_s": tokens / step_s, "step_s": step_s, "peak_bytes": peak_bytes()}
+        line = {**metrics, "tokens": job.tokens, **timing}
+        self.file.write({"step": job.step, **line})
+        self.sink.log(job.step, line)
+        bar(job.step, {name: line[name] for name in SHOWN if name in line})
+
+    def go_on_after(self, step: int) -> None:
+        """The run went back: later lines are written again. (W&B keeps the first value of a step.)"""
+        if self.main:
+            self.file.close()
+            self.file = MetricsFile(self.path, step, self.patient)
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.main:
+            self.file.close()
+            self.sink.finish(exit_code=0 if kind is None or kind is SystemExit else 1)
+
+
+def peak_bytes() -> int:
+    """Of this rank so far: device memory where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def note_evaluation(job: Job, scores: dict[str, float]) -> None:
+    """One line in evaluations.jsonl, on rank 0; where the disk does not take it, and the run is to go on all the same,
+    in the log alone."""
+    if job.mesh.rank != 0:
+        return
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    log(f"held out, step {job.step}: {shown}")
+    path = os.path.join(job.config.directory, "evaluations.jsonl")
+    try:
+        lines = StepLines(path, resume_step=job.step - 1)
+        lines.write({"step": job.step, **scores})
+        lines.close()
+    except OSError as error:
+        if job.config.checkpoint.on_error == "stop":
+            raise
+        logger.warning("%s: %s; what was held out at step %d stands above alone", path, error.strerror, job.step)
+
+
+class SampleLog:
+    """Writes the first `log.samples` completions of each logged step, on rank 0."""
+
+    def __init__(self, job: Job) -> None:
+        self.decode, self.settings = job.tokenizer.decode, job.config.log
+        self.file: Samples | None = None
+        if job.mesh.rank == 0 and self.settings.samples:
+            path = os.path.join(job.config.directory, "samples.jsonl")
+            self.file = Samples(path, job.step, patient=job.config.checkpoint.on_error == "warn")
+
+    def write(self, step: int, experiences: Sequence[Experience]) -> None:
+        """The completions of one step."""
+        if self.file is None or step % self.settings.every_steps:
+            return
+        for e in experiences[: self.settings.samples]:
+            prompt = self.decode(e.rollout.prompt_ids)
+            self.file.write({"step": step, "prompt": prompt, "completion": e.text, "reward": e.reward})

@@ -1,0 +1,54 @@
+"""Where a model starts from: random values, a directory, a run; and the engine around it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llmtrain.arch.adapters import adapter_shapes
+from llmtrain.arch.resolve import fields_from_directory
+from llmtrain.checkpoint.source import fingerprint, locate, source_at
+from llmtrain.data.tokenizer import read_backend
+from llmtrain.engine.base import make_engine
+from llmtrain.model.decoder import init_tensor, parameter_shapes
+from llmtrain.model.vocab import resize_embedding
+from llmtrain.parallel.plan import WeightSource, parallelize
+from llmtrain.trainer.job import Job
+from llmtrain.trainer.resume import resume
+
+
+def build_engine(job: Job, total_steps: int) -> None:
+    """The model on the mesh, in its engine, at the newest checkpoint of this run if there is one."""
+    config = job.config
+    parts = parallelize(job.model, job.mesh, config.parallel, config.engine)
+    job.engine = make_engine(
+        parts, start_source(job), job.mesh, config.parallel, config.engine, config.optim, total_steps
+    )
+    resume(job)
+
+
+def start_source(job: Job) -> WeightSource:
+    """Weights before the first step: of `model.init_from`, else random ones; adapters are new. A collective."""
+    shapes, stored = parameter_shapes(job.model), None
+    if job.config.model.init_from:
+        place = locate(job.config.model.init_from, job.mesh)
+        rows = fields_from_directory(job.config.model.init_from, {})["vocab_size"]
+        stored = source_at(place, job.model.model_copy(update={"vocab_size": rows}), job.mesh)
+        if rows != job.model.vocab_size:
+            stored = grown_vocabulary(stored, job.model.vocab_size, used_rows(job.config.model.init_from, rows))
+        job.base = fingerprint(place) if job.model.lora else None
+    new = shapes.keys() if stored is None else adapter_shapes(job.model).keys()
+    return lambda name: init_tensor(name, shapes[name], job.model, job.config.seed) if name in new else stored(name)
+
+
+def used_rows(directory: str, rows: int) -> int:
+    """Of the `rows` of an embedding, those that a token of the tokenizer beside it has; without one, all."""
+    places = (directory, os.path.join(directory, "tokenizer"))  # of a Hugging Face directory, of a run
+    found = next((place for place in places if os.path.isfile(os.path.join(place, "tokenizer.json"))), None)
+    return rows if found is None else min(rows, 1 + max(read_backend(Path(found)).get_vocab().values()))
+
+
+def grown_vocabulary(source: WeightSource, rows: int, used: int | None = None) -> WeightSource:
+    """With `rows` rows of embedding and head, of which the first `used` (None: all there were) are kept."""
+    grows = ("embed.weight", "head.weight")
+    return lambda name: resize_embedding(source(name), rows, used) if name in grows else source(name)
