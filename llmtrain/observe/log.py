@@ -57,11 +57,12 @@ def _format(value: float) -> str:
 
 @contextmanager
 def progress(total: int, done: int, description: str) -> Iterator[Update]:
-    """A bar over `total` steps of which `done` are behind us (a resumed run), with values and time left.
+    """Shows a bar over `total` steps, of which a resumed run has `done` behind it, with values and the time left.
 
-    with progress(100, 0, "pretrain") as update:
-        update(1, {"loss": 6.9, "lr": 1e-4, "tokens_per_s": 2000.0})
-    Without a terminal: one plain line about every 10 seconds and for the last step. Silent on ranks > 0.
+        with progress(100, 0, "pretrain") as update:
+            update(1, {"loss": 6.9, "lr": 1e-4, "tokens_per_s": 2000.0})
+
+    Without a terminal it prints a plain line about every 10 seconds and for the last step. Silent on ranks > 0.
     """
     if not is_main():
         yield lambda step, values: None
