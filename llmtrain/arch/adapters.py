@@ -1,6 +1,6 @@
-"""Low-rank adapters (`model.lora`) by arithmetic: their names and shapes, and what may have one. No torch here.
+"""Computes names and shapes of low-rank adapters (`model.lora`), and which weights may have one. No torch here.
 
-`model` is resolved everywhere.
+`model` is a resolved ModelConfig (see `arch.resolve`) everywhere.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from llmtrain.config.schema import ModelConfig
 
 
 def without_adapters(model: ModelConfig) -> ModelConfig:
-    """The model that adapters are put on, or become a part of when they are merged."""
+    """Returns the model that adapters are added to, which is also the model after they are merged."""
     return model if model.lora is None else model.model_copy(update={"lora": None})
 
 
 def projections(model: ModelConfig) -> dict[str, Shape]:
-    """Modules of blocks that can have an adapter -> [out, in] of their weight, in module order. The weights of experts,
-    which lie in one tensor, and the router cannot."""
+    """Returns the modules of blocks that can have an adapter, with the shape [out, in] of their weight, in module
+    order.
+
+    The experts' weights, stacked in one 3-dimensional tensor, and the router cannot have one.
+    """
     found = {}
     for layer in range(model.num_layers):
         for name, shape in layer_shapes(model, layer).items():
@@ -27,8 +30,11 @@ def projections(model: ModelConfig) -> dict[str, Shape]:
 
 
 def target_names(model: ModelConfig) -> list[str]:
-    """What `model.lora.targets` may name: the last parts of `projections`, each once. Not a name that routed experts
-    have too: the adapter of theirs would be missing."""
+    """Returns the names that `model.lora.targets` may hold: the last parts of `projections`, each once.
+
+    A name that routed experts have too (`gate` in a model with some dense layers) is left out: the experts' projections
+    of that name would silently get no adapter.
+    """
     fused = {
         name.rpartition(".")[2]
         for layer in range(model.num_layers)
@@ -40,16 +46,17 @@ def target_names(model: ModelConfig) -> list[str]:
 
 
 def adapter_of(model: ModelConfig, name: str) -> str | None:
-    """Of a canonical parameter the module of its adapter, None where it has none.
+    """Returns the module name of the adapter of a canonical parameter, None where it has none.
 
-    Example: `layers.0.attention.q.lora` for `layers.0.attention.q.weight`."""
+    Example: `layers.0.attention.q.lora` for `layers.0.attention.q.weight`.
+    """
     module, _, leaf = name.rpartition(".")
     targeted = model.lora is not None and module.rpartition(".")[2] in model.lora.targets
     return f"{module}.lora" if targeted and leaf == "weight" and name.startswith("layers.") else None
 
 
 def adapter_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Canonical names and global shapes of all adapters: `a` [rank, in] and `b` [out, rank]."""
+    """Returns canonical names and global shapes of all adapters: `a` [rank, in] and `b` [out, rank]."""
     if model.lora is None:
         return {}
     rank, shapes = model.lora.rank, {}

@@ -1,4 +1,4 @@
-"""Attention backends (`engine.attention`): what each can compute, as far as a configuration says."""
+"""States what each attention backend (`engine.attention`) can compute, as far as a configuration tells."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from llmtrain.config.schema import ModelConfig
 
 FLASH_WIDTH = 256  # the widest head that FlashAttention 2 has kernels for
-FLEX_WIDTH = 16  # the narrowest that flex attention compiles for
-FLASH_PRECISIONS = ("bf16", "fp16", "fp8")  # fp8: of projections, attention itself is bf16
+FLEX_WIDTH = 16  # the narrowest head that flex attention compiles for
+FLASH_PRECISIONS = ("bf16", "fp16", "fp8")  # fp8 is for projections only, attention stays bf16
 
 
 def head_widths(model: ModelConfig) -> tuple[int, int]:
-    """Of keys and of values."""
+    """Returns the head width of the keys and that of the values."""
     if model.mla is not None:
         return model.mla.nope_head_dim + model.mla.rope_head_dim, model.mla.v_head_dim
     width = model.head_dim or model.hidden_size // model.num_heads
@@ -21,14 +21,14 @@ def head_widths(model: ModelConfig) -> tuple[int, int]:
 
 
 def flex_faults(model: ModelConfig) -> Iterator[str]:
-    """Why flex attention cannot compute this model on a GPU: `rule; remedy`."""
+    """Yields why flex attention cannot compute this model on a GPU, as `rule; remedy`."""
     if min(head_widths(model)) < FLEX_WIDTH:
         width = min(head_widths(model))
         yield f"needs heads of at least {FLEX_WIDTH}, the model has {width}; set sdpa or auto"
 
 
 def flash_faults(model: ModelConfig, precision: str) -> Iterator[str]:
-    """The same for FlashAttention, whatever the machine."""
+    """Yields why FlashAttention cannot compute this model on any machine, as `rule; remedy`."""
     keys, values = head_widths(model)
     if keys != values:
         yield f"needs values as wide as keys, attention: mla has {values} and {keys}; set flex, sdpa or auto"
@@ -39,5 +39,5 @@ def flash_faults(model: ModelConfig, precision: str) -> Iterator[str]:
 
 
 def has_flash() -> bool:
-    """Is the package flash-attn installed?"""
+    """Returns whether the package flash-attn is installed."""
     return find_spec("flash_attn") is not None

@@ -1,4 +1,4 @@
-"""The axes of the device mesh, and their sizes."""
+"""Names the axes of the device mesh and computes their sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first
 
 
 def mesh_sizes(parallel: ParallelConfig, num_trainers: int) -> dict[str, int]:
-    """Ranks on each axis, `dp_shard: -1` taking what is left. Raises ValueError if the product is not the ranks."""
+    """Returns the number of ranks on each axis; `dp_shard: -1` takes the ranks that the other axes leave.
+
+    Raises ValueError if the product of the sizes is not `num_trainers`.
+    """
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
     fixed = math.prod(n for axis, n in sizes.items() if axis != "dp_shard")
     if sizes["dp_shard"] == -1:

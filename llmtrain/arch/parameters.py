@@ -1,6 +1,6 @@
-"""Names and shapes of a decoder's parameters by arithmetic, and how tensor parallelism cuts each. No torch here.
+"""Computes names and shapes of a decoder's parameters, and how tensor parallelism shards each. No torch here.
 
-`model` is resolved everywhere.
+`model` is a resolved ModelConfig (see `arch.resolve`) everywhere.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from llmtrain.config.schema import ModelConfig
 
 Shape = tuple[int, ...]
 
-# Module name -> kind. `column` and `vocab` cut rows of the weight, `row` its columns, `expert` whole experts; `norm`
-# stands in front of cut matrices, `inner` elsewhere; `replica` is whole and computes on what only one rank has.
+# Module name -> kind of tensor parallelism. `column` and `vocab` shard rows of the weight, `row` its columns, `expert`
+# whole experts. The others are replicated: `norm` stands in front of sharded matrices, `inner` is a norm elsewhere;
+# `replica` computes on activations that differ between the ranks.
 PLAN = {
     r"embed": "vocab",
     r"position_embed": "position",
@@ -38,12 +39,15 @@ TP_DIM = {"vocab": 0, "column": 0, "row": 1, "expert": 0}
 
 
 def kind_of(module: str) -> str | None:
-    """The plan's entry for a module name."""
+    """Returns the kind that `PLAN` gives a module, None if no pattern matches its name."""
     return next((kind for pattern, kind in PLAN.items() if re.fullmatch(pattern, module)), None)
 
 
 def tp_dim(parameter: str, model: ModelConfig, tp: int) -> int | None:
-    """The dim along which `tp` ranks cut a parameter, None if each holds it whole. Raises KeyError if unplanned."""
+    """Returns the dimension along which `tp` ranks shard a parameter, None if each holds all of it.
+
+    Raises KeyError for a parameter that `PLAN` does not know.
+    """
     module, _, leaf = parameter.rpartition(".")
     adapter, module = module.endswith(".lora"), module.removesuffix(".lora")
     kind = kind_of(module)
@@ -57,17 +61,18 @@ def tp_dim(parameter: str, model: ModelConfig, tp: int) -> int | None:
 
 
 def layer_type(model: ModelConfig, layer: int) -> str:
-    """full or sliding."""
+    """Returns the attention type of a layer: full or sliding."""
     return model.layer_types[layer % len(model.layer_types)] if model.layer_types else "full"
 
 
 def has_experts(model: ModelConfig, layer: int) -> bool:
-    """Whether a layer is a mixture of experts."""
+    """Returns whether a layer is a mixture of experts."""
     return model.moe is not None and layer not in model.moe.dense_layers
 
 
 def layer_shapes(model: ModelConfig, layer: int) -> dict[str, Shape]:
-    """Of one block, by names within it, in module order; also what is not trained (a router's bias)."""
+    """Returns the shapes of one block by names relative to it, in module order, those of buffers (a router's bias)
+    included."""
     m, h = model, model.hidden_size
     experts = has_experts(m, layer)
     own = family_of(m.family).feedforward_shapes
@@ -84,7 +89,7 @@ def layer_shapes(model: ModelConfig, layer: int) -> dict[str, Shape]:
 
 
 def outer_shapes(model: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Of what lies in front of the blocks, and behind them; a tied head is not counted."""
+    """Returns the shapes of what lies before the blocks and of what lies after them; a tied head is left out."""
     m = model
     front: dict[str, Shape] = {"embed.weight": (m.vocab_size, m.hidden_size)}
     if m.positions == "learned":
@@ -96,7 +101,7 @@ def outer_shapes(model: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]
 
 
 def mtp_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Of the modules for the tokens after the next, by canonical names, in module order."""
+    """Returns the shapes of the multi-token prediction modules by canonical names, in module order."""
     shapes: dict[str, Shape] = {}
     norm, h = _norm(model), model.hidden_size
     for depth in range(model.mtp_layers):
@@ -108,12 +113,13 @@ def mtp_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 
 def in_block(name: str) -> bool:
-    """Is a canonical name that of a layer's parameter, or of the block in a module for the tokens after the next?"""
+    """Returns whether a canonical parameter belongs to a layer, or to the block in a multi-token prediction module."""
     return name.startswith("layers.") or ".block." in name
 
 
 def local_shape(name: str, shape: Shape, model: ModelConfig, tp: int, ep: int = 1) -> Shape:
-    """What one of `tp` (and for experts `ep`) ranks has of a parameter."""
+    """Returns the shape of one rank's shard of a parameter, with `tp` tensor-parallel and `ep` expert-parallel
+    ranks."""
     dim = tp_dim(name, model, tp)
     if dim is None:
         return shape
@@ -122,7 +128,7 @@ def local_shape(name: str, shape: Shape, model: ModelConfig, tp: int, ep: int = 
 
 
 def padded_vocab_size(tokens: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that holds `tokens` tokens: rows of the embedding, so that tp divides them.
+    """Returns the smallest multiple of `multiple` that is at least `tokens`: rows of an embedding that tp can divide.
 
     >>> padded_vocab_size(50_257, 128)
     50304
@@ -133,7 +139,7 @@ def padded_vocab_size(tokens: int, multiple: int) -> int:
 
 
 def numel(shapes: Iterable[Shape]) -> int:
-    """Elements of all of them."""
+    """Returns the total number of elements of all shapes."""
     return sum(math.prod(shape) for shape in shapes)
 
 

@@ -1,4 +1,4 @@
-"""Which layers a pipeline stage has and which rank has which stage: arithmetic that checks, planner and mesh share."""
+"""Computes which layers each pipeline stage has and which rank holds it, for rules, planner and mesh alike."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from llmtrain.config.schema import ModelConfig, ParallelConfig
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Example: 4 layers, pp=2, 1f1b: StagePlan((range(0, 2), range(2, 4)), pp=2, schedule="1f1b")"""
+    """Holds the layers of each pipeline stage and the schedule, which decides the rank of each.
 
-    layers: tuple[range, ...]  # of each stage, first to last
+    Example: 4 layers, pp=2, 1f1b: StagePlan((range(0, 2), range(2, 4)), pp=2, schedule="1f1b")
+    """
+
+    layers: tuple[range, ...]  # of each pipeline stage, first to last
     pp: int
     schedule: str
 
     def rank_of(self, stage: int) -> int:
-        """The pp coordinate that has the stage: in turns, or for zbv down the ranks and back up (arXiv 2401.10241)."""
+        """Returns the pp coordinate that holds a pipeline stage: round robin, or for zbv a V, from the first rank to
+        the last and back (arXiv 2401.10241)."""
         if self.schedule == "zbv" and stage >= self.pp:
             return 2 * self.pp - 1 - stage
         return stage % self.pp
 
     def stages_of(self, rank: int) -> list[int]:
-        """The stages of a pp coordinate, rising."""
+        """Returns the pipeline stages of a pp coordinate, in ascending order."""
         return [stage for stage in range(len(self.layers)) if self.rank_of(stage) == rank]
 
     def stage_of(self, name: str) -> int:
-        """The stage that owns a canonical parameter (of a tied embedding: the first)."""
+        """Returns the pipeline stage that owns a canonical parameter; a tied embedding belongs to the first."""
         if name.startswith(("embed.", "position_embed.")):
             return 0
         if not name.startswith("layers."):
@@ -37,12 +41,15 @@ class StagePlan:
         return next(stage for stage, layers in enumerate(self.layers) if layer in layers)
 
     def owner(self, name: str) -> int:
-        """The pp coordinate that has a canonical parameter."""
+        """Returns the pp coordinate that holds a canonical parameter."""
         return self.rank_of(self.stage_of(name))
 
 
 def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> StagePlan:
-    """Stages as `parallel.stage_layers` says, else balanced. Raises ValueError if they do not fit the model."""
+    """Returns the pipeline stages that `parallel.stage_layers` asks for, or else balanced ones.
+
+    Raises ValueError if they do not fit the model.
+    """
     num_stages = parallel.pp * parallel.virtual_stages
     counts = parallel.stage_layers or _balanced(model, num_stages)
     if len(counts) != num_stages or sum(counts) != model.num_layers or min(counts) < 1:
@@ -56,7 +63,7 @@ def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> StagePlan:
 
 
 def _multiplied(model: ModelConfig) -> float:
-    """Elements of the matrices that a token is multiplied with in all blocks."""
+    """Returns the number of matrix elements that one token is multiplied with in all blocks."""
     chosen = 1.0 if model.moe is None else model.moe.top_k / model.moe.num_experts
     blocks = (layer_shapes(model, layer) for layer in range(model.num_layers))
     shapes = [shape for block in blocks for shape in block.values() if len(shape) > 1]
@@ -64,8 +71,10 @@ def _multiplied(model: ModelConfig) -> float:
 
 
 def _balanced(model: ModelConfig, num_stages: int) -> list[int]:
-    """Near-equal runs, the first ones longer. The head counts as so many layers as its matrix is larger; the embedding
-    is a lookup and costs no time."""
+    """Returns the number of layers of each pipeline stage, as equal as possible, the first ones larger.
+
+    The head counts as a share of a layer in proportion to its matrix; the embedding is a lookup and costs no time.
+    """
     if num_stages > model.num_layers:
         raise ValueError(
             f"parallel.pp x virtual_stages={num_stages}: must be at most model.num_layers={model.num_layers}, a layer "

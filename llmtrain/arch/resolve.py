@@ -1,4 +1,4 @@
-"""The shape of a model: presets, weights on disk and written fields put together; parameter counts."""
+"""Resolves the shape of a model from presets, weights on disk and written fields, and counts its parameters."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import EngineConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, Section
 
 SHAPE = tuple(name for name in ModelConfig.model_fields if name not in ("preset", "init_from"))
-# A matter of training, of room, or of which of the weights that are there are used.
+# Fields that may differ from those of the weights: they concern training, padding, or which weights are used.
 FREE = ("lora", "vocab_multiple", "mtp_coef", "mtp_layers")
 FREE_MOE = ("balance", "bias_rate", "aux_coef", "z_coef")
 
 
 def resolve_model(model: ModelConfig, earlier: Mapping[str, ModelConfig | None] | None = None) -> ModelConfig:
-    """The model with every field filled in. Resolving twice gives the same.
+    """Returns the model with every field filled in. Resolving twice gives the same model.
 
-    Written fields win over those of `preset` and `family`; those of `init_from` (weights that exist) they may not
-    contradict. `earlier` holds models of run directories that are not there yet (the stages before this one).
-    Raises ValueError for an unknown preset or family, unreadable weights or a contradiction.
+    Fields written by the user override those of `preset` and `family`, but may not contradict those of `init_from`
+    (weights that exist). `earlier` maps run directories that do not exist yet (the earlier stages of this run) to their
+    models. Raises ValueError for an unknown preset or family, unreadable weights or a contradiction.
     """
     if set(SHAPE) <= model.model_fields_set and model.head_dim:
         return model  # resolved before: its sources need not exist any more
@@ -46,14 +46,14 @@ def resolve_model(model: ModelConfig, earlier: Mapping[str, ModelConfig | None] 
 
 
 def _over(base: Any, written: Any) -> Any:
-    """A section keeps what is not written of it."""
+    """Returns the written value laid over the base value; a section keeps the base's values of fields not written."""
     if isinstance(base, Section) and isinstance(written, Section):
         return base.model_copy(update={name: getattr(written, name) for name in written.model_fields_set})
     return written
 
 
 def _completed(fields: dict[str, Any]) -> dict[str, Any]:
-    """What follows from other fields."""
+    """Returns the fields with those filled in that follow from others."""
     if fields["attention"] == "mla" and fields["mla"] is None:
         fields["mla"] = MlaConfig()
     mla, types = fields["mla"], fields["layer_types"]
@@ -87,7 +87,8 @@ def _check_agreement(source: str, found: Mapping[str, Any], written: Mapping[str
 
 
 def contradictions(found: Mapping[str, Any], written: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, value, as found) of the written fields with which the weights that are there would be others."""
+    """Returns (name, written value, value of the weights) of each written field that contradicts the existing
+    weights."""
     wrong = []
     for name, value in written.items():
         grown = name == "vocab_size" and value > found[name]  # rows are added, see model.vocab
@@ -103,7 +104,7 @@ def contradictions(found: Mapping[str, Any], written: Mapping[str, Any]) -> list
 
 
 def fields_from_directory(directory: str, earlier: Mapping[str, ModelConfig | None]) -> dict[str, Any]:
-    """Shape of the weights in a Hugging Face directory (config.json) or a run directory (config.yaml)."""
+    """Returns the shape of the weights in a Hugging Face directory (config.json) or a run directory (config.yaml)."""
     hugging_face, run = (os.path.join(directory, name) for name in ("config.json", "config.yaml"))
     if os.path.isfile(hugging_face):
         with open(hugging_face, encoding="utf-8") as file:
@@ -120,14 +121,15 @@ def fields_from_directory(directory: str, earlier: Mapping[str, ModelConfig | No
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
-    """Of the weights that a run leaves: adapters are merged when they are read."""
+    """Returns the shape of the weights that a run saves, without adapters: they are merged when the weights are
+    read."""
     return {name: getattr(model, name) for name in SHAPE} | {"lora": None}
 
 
 def _read_hf(path: str, text: str) -> dict[str, Any]:
     try:
         fields = fields_from_hf(json.loads(text))
-        ModelConfig(**fields)  # of the right types, within their ranges
+        ModelConfig(**fields)  # checks types and ranges
         return fields
     except ValidationError as error:
         fault = error.errors()[0]
@@ -149,16 +151,16 @@ def _read_run(path: str) -> dict[str, Any]:
 
 
 def newest_step(run: str) -> int:
-    """Of the checkpoints in a run directory; 0 without any."""
+    """Returns the step of the newest checkpoint in a run directory, 0 if there is none."""
     folder = os.path.join(run, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return max((int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name)), default=0)
 
 
 def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig, all of them, from the content of a config.json.
+    """Returns all fields of ModelConfig, read from the content of a config.json.
 
-    Raises ValueError for a `model_type` that no family has, and for what the decoder does not compute.
+    Raises ValueError for a `model_type` that no family has, and for options that the decoder does not implement.
     """
     kind = config.get("model_type")
     readers = [family for family in FAMILIES.values() if family.from_hf]
@@ -173,9 +175,9 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """The content of config.json with which transformers (and vLLM) build this model.
+    """Returns the content of config.json from which transformers (and vLLM) build this model.
 
-    Raises ValueError when the family has no such form, or one without place for a field of `model`.
+    Raises ValueError if transformers has no model of this family, or its config.json cannot express a field of `model`.
     """
     m = resolve_model(model)
     family = family_of(m.family)
@@ -200,15 +202,18 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Parameters of the whole decoder, by arithmetic; a tied head counts once. Multi-token modules do not count, nor
-    does the bias of a router, which is no weight of anything."""
+    """Returns the number of parameters of the whole decoder, computed from shapes; a tied head counts once.
+
+    Multi-token prediction modules and the selection bias of routers (updated without a gradient) do not count.
+    """
     m = resolve_model(model)
     blocks = sum(numel(_weights(layer_shapes(m, layer))) for layer in range(m.num_layers))
     return blocks + sum(numel(shapes.values()) for shapes in outer_shapes(m))
 
 
 def active_parameter_count(model: ModelConfig) -> int:
-    """Parameters that take part in computing one token: all but the experts that are not chosen."""
+    """Returns the number of parameters that take part in computing one token: all but those of the experts not
+    chosen."""
     m = resolve_model(model)
     if m.moe is None:
         return parameter_count(m)
@@ -217,10 +222,11 @@ def active_parameter_count(model: ModelConfig) -> int:
 
 
 def chunk_tokens(engine: EngineConfig, rows: int, gpu: bool) -> int:
-    """Tokens whose logits are held at a time, of `rows` ids of the vocabulary each.
+    """Returns for how many tokens logits are held at a time, each `rows` wide (this rank's part of the vocabulary).
 
-    Every chunk but the last is computed twice, and every chunk reads and writes the whole gradient of the head, so that
-    few are better (`python -m benchmarks.pretrain --chunks 256,1024,4096`); compiled ones have no fp32 copy.
+    Every chunk but the last is computed twice, and every chunk reads and writes the whole gradient of the head, so
+    fewer chunks are faster (`python -m benchmarks.pretrain --chunks 256,1024,4096`). Compiled chunks may be larger, as
+    they hold no fp32 copy of the logits.
     """
     if engine.logprob_chunk_tokens is not None:
         return engine.logprob_chunk_tokens
@@ -230,9 +236,11 @@ def chunk_tokens(engine: EngineConfig, rows: int, gpu: bool) -> int:
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Of a forward and backward: 6 for each active parameter that multiplies (all but the embeddings, which are looked
-    up), and attention over half of the row, or of its window (arXiv 2204.02311, appendix B).
-    Modules for the tokens after the next are not counted."""
+    """Returns the FLOPs of a forward and backward pass per token (arXiv 2204.02311, appendix B).
+
+    They are 6 for each active parameter that is multiplied (embeddings are only looked up), and attention over half of
+    the row or of its window. Multi-token prediction modules are not counted.
+    """
     m = resolve_model(model)
     looked_up = sum(numel([shape]) for shape in outer_shapes(m)[0].values())
     if m.tie_embeddings:

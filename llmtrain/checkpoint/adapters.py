@@ -1,4 +1,4 @@
-"""The adapters of a run as a directory that `peft.PeftModel.from_pretrained` loads."""
+"""Exports the adapters of a run as a directory that `peft.PeftModel.from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import replacing
 
-LEAVES = {"a": "lora_A", "b": "lora_B"}  # ours and theirs
+LEAVES = {"a": "lora_A", "b": "lora_B"}  # our names -> those of peft
 
 
 def export_adapters(source: str, directory: str, dtype: torch.dtype) -> None:
-    """Write the adapters of a run or checkpoint: adapter_model.safetensors and adapter_config.json.
+    """Writes the adapters of a run or checkpoint: adapter_model.safetensors and adapter_config.json.
 
-    Raises ValueError as `locate`; when `source` has none, they have no place of their own in the family's form on disk,
-    or the base is not there as a Hugging Face directory.
+    Raises ValueError as `locate` does; when `source` has no adapters; when an adapted weight is only a part of a tensor
+    in the family's Hugging Face form; and when the base weights do not exist as a Hugging Face directory.
     """
     place = locate(source)
     reader = CheckpointReader(place) if os.path.isfile(os.path.join(place, MANIFEST)) else None
@@ -44,8 +44,11 @@ def export_adapters(source: str, directory: str, dtype: torch.dtype) -> None:
 
 
 def peft_names(model: ModelConfig) -> dict[str, str]:
-    """Our name of each adapter's matrix -> theirs. Raises ValueError where the targeted weight is only a part of what
-    lies on disk, or the family has no form there."""
+    """Returns our name of each adapter's matrix -> peft's name.
+
+    Raises ValueError where the adapted weight is only a part of a stored tensor, or the family has no Hugging Face
+    form.
+    """
     if family_of(model.family).to_hf is None:
         raise ValueError(
             f"export.adapter=true: model.family={model.family}: transformers has no such model, so peft cannot put "
@@ -66,11 +69,11 @@ def peft_names(model: ModelConfig) -> dict[str, str]:
 
 
 def adapter_config(model: ModelConfig, base: str) -> dict[str, Any]:
-    """The content of adapter_config.json."""
+    """Returns the content of adapter_config.json."""
     lora, family = model.lora, family_of(model.family)
     assert lora is not None
     targeted = {name[: -len(".lora.a")] for name in adapter_shapes(model)}
-    modules: dict[bool, list[str]] = {True: [], False: []}  # their names, with an adapter and without
+    modules: dict[bool, list[str]] = {True: [], False: []}  # Hugging Face names of modules with an adapter and without
     transposed = False
     for name in parameter_shapes(without_adapters(model)):
         disk, projection = family.where(name, model), name.removesuffix(".weight")
@@ -91,7 +94,7 @@ def adapter_config(model: ModelConfig, base: str) -> dict[str, Any]:
 
 
 def distinguishing(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The shortest ends of module names that mean all `wanted` ones and none of the others.
+    """Returns the shortest suffixes of module names that match all `wanted` ones and none of the others.
 
     Example: (h.0.attn.c_proj) among (h.0.mlp.c_proj, h.0.mlp.c_fc) -> [attn.c_proj]
     """
@@ -104,7 +107,8 @@ def distinguishing(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def base_directory(model: ModelConfig) -> str:
-    """The weights that adapters were trained on, as transformers reads them: `init_from`, or the export of that run."""
+    """Returns the Hugging Face directory of the weights that adapters were trained on: `init_from`, or that run's
+    export."""
     base = str(model.init_from)
     for directory in (base, os.path.join(base, "export")):
         if os.path.isfile(os.path.join(directory, "config.json")):

@@ -1,4 +1,4 @@
-"""A Hugging Face directory from any weights."""
+"""Exports any weights as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def export(
     eos_id: int | list[int] | None,
     dtype: torch.dtype,
 ) -> None:
-    """Write the weights of `source` (see `weight_source`) to `directory` as transformers reads them, one at a time.
+    """Writes the weights of `source` (see `weight_source`) to `directory` as transformers reads them, one at a time.
 
-    Raises ValueError as `weight_source`.
+    Raises ValueError as `weight_source` does.
     """
     config = without_adapters(config)
     weight = weight_source(source, config)

@@ -1,4 +1,4 @@
-"""Durable files with their checksum, and a safetensors file written as a stream."""
+"""Writes files durably with a checksum, and writes and reads safetensors files tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 class FileEntry(TypedDict):
-    """What the manifest knows of a file."""
+    """Holds what the manifest records of a file."""
 
     bytes: int
     sha256: str
 
 
 def write_durably(path: str, chunks: Iterable[bytes | np.ndarray]) -> FileEntry:
-    """Write, flush to the disk, and return size and checksum, computed on the way.
+    """Writes a file, flushes it to the disk, and returns its size and checksum, computed while writing.
 
     Raises OSError naming the file (a failed write or fsync does not name it by itself).
     """
@@ -40,12 +40,12 @@ def write_durably(path: str, chunks: Iterable[bytes | np.ndarray]) -> FileEntry:
 
 
 def write_json(path: str, value: object) -> FileEntry:
-    """As `write_durably`."""
+    """Writes a value as JSON, see `write_durably`."""
     return write_durably(path, [json.dumps(value, indent=1).encode()])
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | np.ndarray]:
-    """A safetensors file of flat fp32 tensors, one tensor in host memory at a time (the library's writer wants all).
+    """Yields a safetensors file of flat fp32 tensors, with one tensor at a time in host memory (the library needs all).
 
     Format: header length (8 bytes, little endian), JSON header padded with spaces, values back to back.
     """
@@ -61,8 +61,10 @@ def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | np.nda
 
 
 class FlatFile:
-    """Reads a file of `safetensors_chunks`, only what is asked for. (The library maps it, and every page that was read
-    counts as this process's memory until the file is closed.)"""
+    """Reads parts of a file that `safetensors_chunks` wrote.
+
+    (The library maps the file, and every page that was read counts as this process's memory until the file is closed.)
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -72,7 +74,7 @@ class FlatFile:
         self.starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items()}
 
     def read(self, name: str, begin: int, out: Tensor) -> None:
-        """Fill `out`, flat and contiguous fp32, with the elements of the tensor `name` from `begin` on.
+        """Fills `out`, flat and contiguous fp32, with the elements of the tensor `name` from `begin` on.
 
         Raises ValueError where the file ends too early.
         """
@@ -83,7 +85,7 @@ class FlatFile:
 
 
 def sync_directory(path: str) -> None:
-    """Make the entries of a directory (new files, renames) survive a power cut."""
+    """Makes the entries of a directory (new files, renames) survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

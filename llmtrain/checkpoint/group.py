@@ -1,4 +1,4 @@
-"""What a checkpoint needs from the ranks that write or read it together."""
+"""Defines what a checkpoint needs from the ranks that write or read it together."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ T = TypeVar("T")
 
 
 class CheckpointGroup(Protocol):
-    """The ranks that share a checkpoint; they see the same directory."""
+    """Stands for the ranks that share a checkpoint; all of them see the same directory."""
 
     rank: int
     size: int
 
     def all_gather_json(self, value: object) -> list:
-        """The JSON value of every rank, in rank order, on every rank."""
+        """Returns the JSON values of all ranks, in rank order, on every rank."""
 
 
 class LocalGroup:
-    """One process on its own."""
+    """Stands for a single process."""
 
     rank = 0
     size = 1
@@ -29,14 +29,14 @@ class LocalGroup:
 
 
 def together(group: CheckpointGroup, action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank and return the (JSON) results of all.
+    """Runs `action` on every rank and returns the (JSON) results of all.
 
     Raises on every rank, naming the ranks that failed: OSError where a file system did, else ValueError.
     """
     result, error = None, None
     try:
         result = action()
-    except Exception as e:  # whatever it is: the others must hear of it, or they wait for this rank forever
+    except Exception as e:  # any kind: the other ranks must learn of it, or they wait for this rank forever
         error = e
     own = None if error is None else str(error) if isinstance(error, OSError | ValueError) else repr(error)
     outcomes = group.all_gather_json([result, own, isinstance(error, OSError)])

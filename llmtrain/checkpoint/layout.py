@@ -1,10 +1,10 @@
-"""Which files a checkpoint directory holds, and the index of their pieces.
+"""Defines which files a checkpoint directory holds, and reads the index of their fragments.
 
-state.json               what the trainer gave: step, samples, config, versions, mesh
+state.json               the trainer's state: step, samples, config, versions, mesh
 rank-00000.safetensors   flat fp32 tensors `name|key|i`: the i-th fragment of that rank, keys as in types.Fragment
 rank-00000.json          the addresses of its fragments and its random state
 manifest.json            size and sha256 of all of them
-manifest.sha256          and of the manifest
+manifest.sha256          sha256 of the manifest
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """One fragment in a checkpoint: the `number`-th of `rank`."""
+    """Describes one fragment in a checkpoint: the `number`-th of `rank`."""
 
     address: Address
     keys: tuple[str, ...]
@@ -46,14 +46,14 @@ def index_file(path: str, rank: int) -> str:
 
 
 def read_index(path: str, rank: int) -> tuple[list[Stored], dict]:
-    """The fragments of one rank and its random state."""
+    """Returns the fragments of one rank and its random state."""
     with open(index_file(path, rank), encoding="utf-8") as f:
         content = json.load(f)
     return [_stored(entry, rank, number) for number, entry in enumerate(content["fragments"])], content["random"]
 
 
 def by_name(fragments: Iterable[Stored]) -> dict[str, list[Stored]]:
-    """The pieces of every parameter, in the order of their appearance.
+    """Returns the pieces of every parameter, in the order of their appearance.
 
     Raises ValueError unless they cover it exactly once and hold the same keys.
     """

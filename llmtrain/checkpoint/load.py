@@ -1,4 +1,4 @@
-"""Reading a checkpoint into any layout."""
+"""Reads a checkpoint into any parallel layout."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llmtrain.types import Address
 
 
 class CheckpointReader:
-    """The parameters of one checkpoint directory, whatever layout wrote them.
+    """Reads the parameters of one checkpoint directory, whatever layout wrote them.
 
-    Does not hash the files: take the path from `newest_intact`, or call `verify` first. Not a collective.
+    It does not verify checksums: take the path from `newest_intact`, or call `verify` first. It is not a collective.
     """
 
     def __init__(self, path: str) -> None:
@@ -28,14 +28,14 @@ class CheckpointReader:
         self.path = path
         with open(os.path.join(path, STATE), encoding="utf-8") as f:
             self.state: dict = json.load(f)
-        # By the manifest, not by what lies there: only that has been verified.
+        # Counted in the manifest, not in the directory: only the manifest's files have been verified.
         self.num_ranks = sum(name.endswith(".safetensors") for name in read_manifest(path))
         self._parameters = by_name(stored for rank in range(self.num_ranks) for stored in read_index(path, rank)[0])
         self._cached_name, self._cached = "", dict[str, Tensor]()
         self._file = lru_cache(maxsize=None)(lambda rank: FlatFile(tensor_file(path, rank)))
 
     def names(self) -> list[str]:
-        """Canonical names of all parameters."""
+        """Returns the canonical names of all parameters."""
         return list(self._parameters)
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -48,7 +48,7 @@ class CheckpointReader:
             )
 
     def full(self, name: str, key: str = "weight") -> Tensor:
-        """The global fp32 tensor; the last parameter stays cached, so do not write into it.
+        """Returns the global fp32 tensor; the last parameter stays cached, so do not write into it.
 
         Raises ValueError when the checkpoint does not hold it.
         """
@@ -62,7 +62,7 @@ class CheckpointReader:
         return self._cached[key]
 
     def read(self, address: Address) -> dict[str, Tensor]:
-        """All keys of one piece, flat, in the layout of whoever asks (a `FragmentReader`).
+        """Returns all keys of one piece, flat, in the caller's layout (a `FragmentReader`).
 
         Raises ValueError when the checkpoint does not hold the parameter, or in another shape, and when the address
         lies outside it.
@@ -70,12 +70,12 @@ class CheckpointReader:
         self.check_shape(address.name, address.shape)
         check_inside(address)
         stored = self._pieces(address.name)[0]
-        if slicing(stored.address) == slicing(address):  # only the bytes that are asked for
+        if slicing(stored.address) == slicing(address):  # same slices: read only the requested bytes
             return {key: self._span(address, key) for key in stored.keys}
         return {key: piece(self.full(address.name, key), address) for key in stored.keys}
 
     def restore_rng(self, rank: int) -> bool:
-        """Set this process's random state to what it was on `rank`; False if the run had fewer ranks."""
+        """Restores the random state that `rank` had in the run; returns False if the run had fewer ranks."""
         if rank >= self.num_ranks:
             return False
         set_random_state(read_index(self.path, rank)[1])
@@ -93,7 +93,7 @@ class CheckpointReader:
         return assemble(saved.shape, cut, (self._span(address, key) for address in whole))
 
     def _span(self, address: Address, key: str) -> Tensor:
-        """A piece whose slices are those of the checkpoint, joined from the stored pieces that overlap it."""
+        """Returns a piece whose slices are those of the checkpoint, joined from the stored pieces that overlap it."""
         out = torch.empty(address.numel, dtype=torch.float32)
         for stored in self._parameters[address.name]:
             begin, end = overlap(stored.address, address.start, address.numel)

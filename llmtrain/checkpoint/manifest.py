@@ -1,4 +1,4 @@
-"""What makes a checkpoint directory whole: a list of its files with sizes and checksums, itself checksummed."""
+"""Marks a checkpoint directory as whole by a list of its files with sizes and checksums, itself checksummed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from llmtrain.checkpoint.group import CheckpointGroup, LocalGroup
 
 MANIFEST = "manifest.json"
 MANIFEST_SUM = "manifest.sha256"  # in the form of `sha256sum`
-WHOLE = re.compile(r"step-(\d{8,})(\.old)?")  # .old: another one of the same step was taking its place
+WHOLE = re.compile(r"step-(\d{8,})(\.old)?")  # .old: it was being replaced by another of the same step
 
 logger = logging.getLogger(__name__)
 
 
 def write_manifest(path: str, files: dict[str, FileEntry]) -> None:
-    """List `files`, which lie in the directory `path`, in manifest.json; its checksum goes to manifest.sha256."""
+    """Lists `files` of the directory `path` in manifest.json, and writes its checksum to manifest.sha256."""
     entry = write_json(os.path.join(path, MANIFEST), {"format": 1, "files": dict(sorted(files.items()))})
     write_durably(os.path.join(path, MANIFEST_SUM), [_sum_line(entry["sha256"])])
 
 
 def verify(path: str, group: CheckpointGroup | None = None) -> None:
-    """Hash every file of a checkpoint directory, each rank its share.
+    """Checks the checksum of every file of a checkpoint directory, each rank its share.
 
     Raises ValueError on every rank, naming the file that is missing, truncated or changed.
     """
@@ -37,7 +37,7 @@ def verify(path: str, group: CheckpointGroup | None = None) -> None:
 
 
 def read_manifest(path: str) -> dict[str, FileEntry]:
-    """The files of a checkpoint directory. Raises ValueError when the list is not the one that was written."""
+    """Returns the files of a checkpoint directory. Raises ValueError when the manifest does not match its checksum."""
     manifest, checksum = os.path.join(path, MANIFEST), os.path.join(path, MANIFEST_SUM)
     with open(manifest, "rb") as f, open(checksum, "rb") as g:
         content, line = f.read(), g.read()
@@ -47,7 +47,8 @@ def read_manifest(path: str) -> dict[str, FileEntry]:
 
 
 def list_checkpoints(directory: str) -> list[str]:
-    """Paths of the checkpoints in `<run>/checkpoints`, oldest step first; none if there is no such directory."""
+    """Returns the paths of the checkpoints in `<run>/checkpoints`, oldest step first; none if the directory does not
+    exist."""
     if not os.path.isdir(directory):
         return []
     whole = [match for match in map(WHOLE.fullmatch, os.listdir(directory)) if match]
@@ -56,9 +57,9 @@ def list_checkpoints(directory: str) -> list[str]:
 
 
 def newest_intact(directory: str, group: CheckpointGroup | None = None) -> str | None:
-    """Path of the newest checkpoint that verifies, the same on every rank; a broken one is named in a warning."""
+    """Returns the path of the newest checkpoint that verifies, the same on every rank; warns of each broken one."""
     group = group or LocalGroup()
-    # Rank 0's list: a shared file system may show the others an older one.
+    # Rank 0's list: a shared file system may show the other ranks an outdated one.
     for path in reversed(group.all_gather_json(list_checkpoints(directory))[0]):
         try:
             verify(path, group)
@@ -71,7 +72,7 @@ def newest_intact(directory: str, group: CheckpointGroup | None = None) -> str |
 
 
 def _first_problem(path: str, rank: int, size: int) -> str | None:
-    """None, or what is wrong with this rank's share of the files."""
+    """Returns what is wrong with this rank's share of the files, None if nothing is."""
     try:
         files = read_manifest(path)
         by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))

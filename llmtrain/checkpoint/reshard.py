@@ -1,4 +1,4 @@
-"""Index arithmetic between layouts: which elements of a parameter lie where. No files, no ranks."""
+"""Computes which elements of a parameter lie where in two layouts. It knows no files and no ranks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 from llmtrain.types import Address
 
 Slicing = tuple[int | None, int]
-"""(tp_dim, tp_size); (None, 1) for every parameter that is not sliced."""
+"""A slicing is (tp_dim, tp_size); (None, 1) for every parameter that is not sliced."""
 
 
 def slicing(address: Address) -> Slicing:
-    """How the parameter is cut over tensor-parallel ranks."""
+    """Returns how the parameter is sliced over tensor-parallel ranks."""
     if address.tp_dim is None or address.tp_size == 1:
         return None, 1
     return address.tp_dim, address.tp_size
 
 
 def slice_index(address: Address) -> int:
-    """Which of those cuts the piece belongs to."""
+    """Returns which of those slices the piece belongs to."""
     return 0 if slicing(address) == (None, 1) else address.tp_rank
 
 
 def slice_numel(address: Address) -> int:
-    """Elements of one slice. Raises ValueError where the dimension does not divide."""
+    """Returns the number of elements of one slice. Raises ValueError where the dimension does not divide."""
     tp_dim, tp_size = slicing(address)
     if tp_dim is not None and address.shape[tp_dim] % tp_size:
         raise ValueError(
@@ -37,19 +37,20 @@ def slice_numel(address: Address) -> int:
 
 
 def slices(full: Tensor, cut: Slicing) -> Tensor:
-    """A view [outer, tp_size, rest] of a contiguous global tensor: `[:, r]`, flattened, is the flat r-th slice."""
+    """Returns a view [outer, tp_size, rest] of a contiguous global tensor: `[:, r]`, flattened, is the flat r-th
+    slice."""
     tp_dim, tp_size = cut
     return full.view(math.prod(full.shape[: tp_dim or 0]), tp_size, -1)
 
 
 def piece(full: Tensor, address: Address) -> Tensor:
-    """The flat elements of the global tensor that `address` names, as a tensor of its own."""
+    """Returns a copy of the flat elements of the global tensor that `address` names."""
     flat = slices(full, slicing(address))[:, slice_index(address)].reshape(-1)
     return flat[address.start : address.start + address.numel].clone()
 
 
 def assemble(shape: tuple[int, ...], cut: Slicing, flat_slices: Iterable[Tensor]) -> Tensor:
-    """The global tensor from its flat slices, in tensor-parallel order: the inverse of `slices`."""
+    """Returns the global tensor, built from its flat slices in tensor-parallel order: the inverse of `slices`."""
     full = torch.empty(shape, dtype=torch.float32)
     view = slices(full, cut)
     for index, flat in enumerate(flat_slices):
@@ -58,7 +59,8 @@ def assemble(shape: tuple[int, ...], cut: Slicing, flat_slices: Iterable[Tensor]
 
 
 def overlap(stored: Address, start: int, numel: int) -> tuple[int, int]:
-    """[begin, end) within the slice, common to a stored piece and `[start, start + numel)`; empty if end <= begin."""
+    """Returns [begin, end) within the slice, common to a stored piece and `[start, start + numel)`; empty if end <=
+    begin."""
     return max(stored.start, start), min(stored.start + stored.numel, start + numel)
 
 
@@ -72,7 +74,7 @@ def check_inside(address: Address) -> None:
 def check_coverage(pieces: Sequence[Address]) -> None:
     """Raises ValueError unless these pieces of one parameter cover every element exactly once.
 
-    Interval arithmetic: costs a sort of the pieces, whatever the size of the tensor.
+    It sorts intervals, so its cost depends on the number of pieces, not on the size of the tensor.
     """
     first = pieces[0]
     tp_size = slicing(first)[1]

@@ -1,4 +1,4 @@
-"""Random state of one process, as JSON."""
+"""Converts the random state of one process to JSON and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def random_state() -> dict:
-    """Of python, numpy, torch and, where there is one, the current CUDA device."""
+    """Returns the random state of python, numpy, torch and, where there is one, the current CUDA device."""
     version, numbers, gauss_next = random.getstate()
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
@@ -24,7 +24,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Undo `random_state`. A CUDA state is left aside where there is no CUDA."""
+    """Restores what `random_state` returned. A CUDA state is ignored where there is no CUDA."""
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers), gauss_next))
     kind, keys, position, has_gauss, gauss = state["numpy"]

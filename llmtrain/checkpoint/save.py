@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank what it owns, then one rename that makes it whole."""
+"""Writes a checkpoint: every rank writes what it owns, then one rename makes it whole."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ from llmtrain.engine.base import Engine
 
 logger = logging.getLogger(__name__)
 
-LEFTOVER = re.compile(r"step-\d+(\.old)?\.(tmp|trash)")  # of an attempt that did not end
+LEFTOVER = re.compile(r"step-\d+(\.old)?\.(tmp|trash)")  # left by a save that was interrupted
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Canonical name -> global shape of every parameter of the model (`model.decoder.parameter_shapes`)."""
+"""Canonical names map to global shapes of every parameter of the model (`model.decoder.parameter_shapes`)."""
 
 
 @dataclass
 class Snapshot:
-    """What one rank writes: its fragments, their flat fp32 tensors by `Stored.tensor_name`, and its random state."""
+    """Holds what one rank writes: its fragments, their flat fp32 tensors by `Stored.tensor_name`, and its random
+    state."""
 
     fragments: list[Stored]
     tensors: dict[str, Tensor]
     random: dict
 
     def index(self) -> bytes:
-        """The content of the index file."""
+        """Returns the content of the index file."""
         return json.dumps({"fragments": [f.to_json() for f in self.fragments], "random": self.random}).encode()
 
 
 def take(engine: Engine, rank: int) -> Snapshot:
-    """This rank's fragments, as the engine gives them, and its random state now, in one pass.
+    """Returns this rank's fragments, as the engine yields them, and its random state.
 
     Raises ValueError when a tensor is not the one its address describes.
     """
@@ -64,18 +65,18 @@ def take(engine: Engine, rank: int) -> Snapshot:
 def save_checkpoint(
     directory: str, engine: Engine, state: dict, group: CheckpointGroup, keep: int, shapes: Shapes
 ) -> str:
-    """`write_checkpoint` of what the engine holds now."""
+    """Saves what the engine holds now, see `write_checkpoint`."""
     return write_checkpoint(directory, lambda: take(engine, group.rank), state, group, keep, shapes)
 
 
 def write_checkpoint(
     directory: str, snapshot: Callable[[], Snapshot], state: dict, group: CheckpointGroup, keep: int, shapes: Shapes
 ) -> str:
-    """Save to `directory`/step-<state["step"]> and return that path; a collective over `group`.
+    """Saves to `directory`/step-<state["step"]> and returns that path; a collective over `group`.
 
-    `state` is JSON and comes back as `CheckpointReader.state`. Of the steps up to this one the newest `keep` stay.
-    A directory without a suffix is whole: whatever dies on the way, the last one stays usable.
-    Older ones that cannot be removed are warned of. Raises OSError on every rank, naming rank and file, when one of
+    `state` is JSON and comes back as `CheckpointReader.state`. Of the checkpoints up to this step the newest `keep`
+    stay; a warning names older ones that cannot be removed. A directory without a suffix is always whole: if the save
+    is interrupted, the last checkpoint stays usable. Raises OSError on every rank, naming rank and file, when one of
     them cannot write; ValueError when the fragments do not cover every parameter of `shapes` exactly once.
     """
     final = os.path.join(directory, f"step-{state['step']:08d}")
@@ -96,7 +97,7 @@ def write_checkpoint(
         raise
     try:
         on_first(_prune, directory, final, keep)
-    except OSError as error:  # this one is whole all the same
+    except OSError as error:  # this checkpoint is whole nevertheless
         if group.rank == 0:
             logger.warning("%s is saved, but the ones before it could not be removed: %s", final, error)
     return final
@@ -105,12 +106,12 @@ def write_checkpoint(
 def _prepare(directory: str, partial: str) -> None:
     os.makedirs(directory, exist_ok=True)
     for name in filter(LEFTOVER.fullmatch, os.listdir(directory)):
-        shutil.rmtree(os.path.join(directory, name), ignore_errors=True)  # NFS keeps what someone still reads
+        shutil.rmtree(os.path.join(directory, name), ignore_errors=True)  # NFS keeps files that are still open
     os.mkdir(partial)
 
 
 def _write_rank(path: str, snapshot: Snapshot, rank: int) -> dict[str, FileEntry]:
-    """This rank's two files; their names with size and checksum."""
+    """Writes this rank's two files; returns their names with size and checksum."""
     tensors, index = tensor_file(path, rank), index_file(path, rank)
     return {
         os.path.basename(tensors): write_durably(tensors, safetensors_chunks(snapshot.tensors)),
@@ -119,7 +120,7 @@ def _write_rank(path: str, snapshot: Snapshot, rank: int) -> dict[str, FileEntry
 
 
 def _complete(path: str, state: dict, files: dict[str, FileEntry], num_ranks: int, shapes: Shapes) -> None:
-    """Check that nothing is lost or doubled, add the trainer's state, and write the manifest."""
+    """Checks that the fragments cover the model, adds the trainer's state, and writes the manifest."""
     check_complete(by_name(stored for rank in range(num_ranks) for stored in read_index(path, rank)[0]), shapes)
     entry = write_json(os.path.join(path, STATE), state)
     write_manifest(path, {**files, STATE: entry})
@@ -127,7 +128,10 @@ def _complete(path: str, state: dict, files: dict[str, FileEntry], num_ranks: in
 
 
 def _publish(partial: str, final: str) -> None:
-    """The rename. One of the same step steps aside first and counts as a checkpoint until it is replaced."""
+    """Renames the partial directory to the final one.
+
+    An existing checkpoint of the same step is renamed to .old first, and counts as a checkpoint until it is replaced.
+    """
     if os.path.isdir(final):
         _discard(final + ".old")
         os.rename(final, final + ".old")
@@ -136,7 +140,7 @@ def _publish(partial: str, final: str) -> None:
 
 
 def _prune(directory: str, final: str, keep: int) -> None:
-    """Steps after this one are not touched: the run may have gone back, and which is wanted is not ours to say."""
+    """Removes old checkpoints. Those of later steps stay: the run may have gone back, and the user may want either."""
     _discard(final + ".old")
     checkpoints = list_checkpoints(directory)
     for path in checkpoints[: checkpoints.index(final) + 1][:-keep]:
@@ -144,7 +148,7 @@ def _prune(directory: str, final: str, keep: int) -> None:
 
 
 def _discard(path: str) -> None:
-    """Renamed first, so that a half-deleted directory never looks whole."""
+    """Removes a directory. It is renamed first, so that a half-deleted directory never looks whole."""
     if os.path.isdir(path):
         os.rename(path, path + ".trash")
         shutil.rmtree(path + ".trash")

@@ -1,4 +1,4 @@
-"""The saves of one run, at once or behind the next steps, and what becomes of one that fails."""
+"""Saves the checkpoints of one run, in the foreground or in the background, and handles saves that fail."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from llmtrain.checkpoint.save import Shapes, Snapshot, take, write_checkpoint
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.engine.base import Engine
 
-GRACE_S = 10  # a run that fails for another reason gives the save in flight so long
+GRACE_S = 10  # how long a run that fails for another reason waits for the save in flight
 
 logger = logging.getLogger(__name__)
 
 
 class HostBuffer:
-    """Host memory for one copy of what a rank owns, the same from save to save."""
+    """Holds host memory for one copy of what a rank owns, allocated once for all saves."""
 
     def __init__(self, engine: Engine) -> None:
         tensors = [tensor for fragment in engine.fragments() for tensor in fragment.tensors.values()]
         self.pinned = any(tensor.is_cuda for tensor in tensors)
-        # Filled, so that the pages are there: the first save would pay for them, ten times what a copy costs.
+        # Filled, so that its pages exist: else the first save would create them, at ten times the cost of a copy.
         self.memory = torch.empty(sum(tensor.numel() for tensor in tensors), pin_memory=self.pinned).fill_(0)
 
     def take(self, engine: Engine, rank: int) -> Snapshot:
-        """As `save.take`, copied; holds until the next call."""
+        """Returns `save.take` with copied tensors, which stay valid until the next call."""
         live = take(engine, rank)
         parts = self.memory.split([tensor.numel() for tensor in live.tensors.values()])
         held = dict(zip(live.tensors, parts, strict=True))
@@ -47,9 +47,10 @@ class HostBuffer:
 
 
 def copy_all(pairs: Sequence[tuple[np.ndarray, np.ndarray]], threads: int) -> None:
-    """Copy each second array into the first, both flat; every thread an equal share of the elements.
+    """Copies each second array into the first, both flat; every thread copies an equal share of the elements.
 
-    (A `copy_` each would wait for torch's threads at every tensor; where other processes hold the cores, for long.)
+    (A `copy_` of each would synchronise torch's threads at every tensor, which is slow where other processes use the
+    cores.)
     """
     total = sum(source.size for _, source in pairs)
 
@@ -66,11 +67,11 @@ def copy_all(pairs: Sequence[tuple[np.ndarray, np.ndarray]], threads: int) -> No
 
 
 class Saver:
-    """Saves of one engine into one directory; all methods but `failed` are collectives over the ranks of `group`.
+    """Saves one engine into one directory; all methods but `failed` are collectives over the ranks of `group`.
 
-    With `background` a save only copies the state (`HostBuffer`); a thread writes it while training goes on, and talks
-    to the other ranks through `group`, which must then be no group of the training's. At most one is in flight: the
-    next waits for it. Use it as a context: a failure inside leaves the save in flight GRACE_S to end.
+    With `background` a save only copies the state (`HostBuffer`); a thread writes it while training continues, and
+    communicates through `group`, which training must then not use. At most one save is in flight: the next waits for
+    it. Use it as a context manager: when the run fails, the save in flight gets GRACE_S to finish.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class Saver:
         self.settings, self.group = settings, group
         self.buffer = HostBuffer(engine) if settings.background else None
         self.in_flight: threading.Thread | None = None
-        self.error: Exception | None = None  # of the last save
+        self.error: Exception | None = None  # error of the last save
 
     def save(self, state: dict) -> None:
-        """A checkpoint of the state as it is now. Raises as `wait`, for this save unless it goes to the background."""
+        """Saves the state as it is now. Raises as `wait` does, in the foreground for this save, else for the one
+        before."""
         self.wait()
         if self.buffer is None:
             self._write(lambda: take(self.engine, self.group.rank), state)
@@ -93,7 +95,7 @@ class Saver:
         self.in_flight.start()
 
     def wait(self) -> None:
-        """Until no save is in flight. Raises its error unless the run is to go on without it."""
+        """Waits until no save is in flight. Raises its error unless `on_error` says that the run goes on."""
         if self.in_flight is not None:
             self.in_flight.join()
             self.in_flight = None
@@ -101,14 +103,15 @@ class Saver:
             raise self.error
 
     def close(self) -> None:
-        """At the end of a run, whose last save must not be lost: raises its error whatever `on_error` says."""
+        """Waits for the last save of a run, which must not be lost: raises its error whatever `on_error` says."""
         self.wait()
         if self.error is not None:
             raise self.error
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows of an error that `wait` will raise; the others may learn of it a moment later."""
+        """Returns whether this rank knows of an error that `wait` will raise; the other ranks may learn of it a moment
+        later."""
         return self.error is not None and not self._tolerated(self.error)
 
     def __enter__(self) -> Saver:
@@ -119,11 +122,12 @@ class Saver:
             self.in_flight.join(GRACE_S)
 
     def _tolerated(self, error: Exception) -> bool:
-        """A disk may recover. Anything else would fail again."""
+        """Returns whether the run goes on after this error: a disk may recover, any other error would occur again."""
         return isinstance(error, OSError) and self.settings.on_error == "warn"
 
     def _copied(self) -> Callable[[], Snapshot]:
-        """Gives the copy, or raises what went wrong with it, where the other ranks will hear of it."""
+        """Returns a function that returns the copy, or raises the error of copying within the save, where all ranks see
+        it."""
         copied: Future[Snapshot] = Future()
         try:
             copied.set_result(self.buffer.take(self.engine, self.group.rank))

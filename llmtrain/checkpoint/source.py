@@ -1,4 +1,4 @@
-"""Weights by canonical name, from whatever holds them."""
+"""Provides weights by canonical name from a checkpoint, a run or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from llmtrain.model.hf import hf_weight_source
 from llmtrain.model.lora import merged
 
 Source = Callable[[str], Tensor]
-"""Canonical name -> global fp32 tensor."""
+"""A source maps a canonical name to its global fp32 tensor."""
 
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file that no manifest has a checksum of
+SAMPLES, SAMPLE_BYTES = 64, 4096  # read from each file that no manifest holds a checksum of
 
 
 def weight_source(path: str, config: ModelConfig, group: CheckpointGroup | None = None) -> Source:
-    """Canonical name -> global fp32 tensor, from what `locate` finds at the path. Adapters that a run has trained are
-    merged; those that `config` asks for are not looked for. A tied model has no `head.weight` of its own.
+    """Returns a source of the weights that `locate` finds at the path.
 
-    Raises ValueError as `locate`, and when the parameters are not those of `config`.
+    Adapters that a run has trained are merged; adapters of `config` are ignored. A tied model has no `head.weight` of
+    its own. Raises ValueError as `locate` does, and when the parameters are not those of `config`.
     """
     return source_at(locate(path, group), config, group)
 
 
 def locate(path: str, group: CheckpointGroup | None = None) -> str:
-    """The checkpoint or Hugging Face directory that a path means: of a run directory its newest intact checkpoint.
+    """Returns the checkpoint or Hugging Face directory that a path means: for a run directory its newest intact
+    checkpoint.
 
-    With a `group` this is a collective, and every rank hashes its share of the files.
-    Raises ValueError when there is none, or a file of it is broken.
+    With a `group` this is a collective, and every rank hashes its share of the files. Raises ValueError when there is
+    none, or a file of it is broken.
     """
     checkpoints = os.path.join(path, "checkpoints")
     if os.path.isfile(os.path.join(path, MANIFEST)):
@@ -58,7 +59,8 @@ def locate(path: str, group: CheckpointGroup | None = None) -> str:
 
 
 def source_at(place: str, config: ModelConfig, group: CheckpointGroup | None = None) -> Source:
-    """See `weight_source`. A collective only where adapters are merged."""
+    """Returns the source of a place that `locate` found, see `weight_source`. A collective only where adapters are
+    merged."""
     config = without_adapters(config)
     if not os.path.isfile(os.path.join(place, MANIFEST)):
         stored = hf_weight_source(place, config)
@@ -71,8 +73,10 @@ def source_at(place: str, config: ModelConfig, group: CheckpointGroup | None = N
 
 
 def fingerprint(place: str) -> str:
-    """Of a checkpoint or Hugging Face directory (see `locate`), so that other weights in its place are noticed: of all
-    bytes of a checkpoint, of headers, sizes and samples of other safetensors."""
+    """Returns a hash of the weights in a checkpoint or Hugging Face directory, so that a replacement is noticed.
+
+    It covers all bytes of a checkpoint, and headers, sizes and samples of other safetensors files.
+    """
     manifest = os.path.join(place, MANIFEST_SUM)
     if os.path.isfile(manifest):
         with open(manifest, "rb") as f:
@@ -89,7 +93,7 @@ def fingerprint(place: str) -> str:
 
 
 def load_decoder(path: str, config: ModelConfig, dtype: torch.dtype) -> Decoder:
-    """The whole model in one process, for evaluation and generation. Raises as `weight_source`."""
+    """Returns the whole model in one process, for evaluation and generation. Raises as `weight_source` does."""
     config = without_adapters(config)
     weight = weight_source(path, config)
     model = Decoder(config).to(dtype)
@@ -100,18 +104,18 @@ def load_decoder(path: str, config: ModelConfig, dtype: torch.dtype) -> Decoder:
 
 
 def _check_checkpoint(reader: CheckpointReader, trained: ModelConfig, config: ModelConfig) -> None:
-    """Does it hold what a run of `trained` saves, and is that the model `config`?"""
+    """Raises ValueError unless the checkpoint holds what a run of `trained` saves, and that is the model `config`."""
     path, shapes = reader.path, trained_shapes(trained)
     for name, shape in shapes.items():
         reader.check_shape(name, shape)
-    left_out = {name for name in reader.names() if name.startswith("mtp.")}  # where `model.mtp_layers` is lower
+    left_out = {name for name in reader.names() if name.startswith("mtp.")}  # `model.mtp_layers` may be lower now
     if unknown := sorted(set(reader.names()) - set(shapes) - left_out):
         raise ValueError(
             f"{path}: the model of this config has no {unknown[0]} ({len(unknown)} such); "
             "the model section must be the one it was trained with"
         )
     saved, now = reader.state.get("model", {}), config.model_dump(mode="json")
-    for key in ("rope_theta", "rope_scaling"):  # changes within a run that has a ramp
+    for key in ("rope_theta", "rope_scaling"):  # may change within a run that has a ramp
         if saved.get(key, now[key]) != now[key]:
             raise ValueError(
                 f"model.{key}={now[key]}: {path} was trained with {saved[key]}; give that, or a newer checkpoint"
@@ -121,7 +125,7 @@ def _check_checkpoint(reader: CheckpointReader, trained: ModelConfig, config: Mo
 def _merging(
     reader: CheckpointReader, trained: ModelConfig, config: ModelConfig, group: CheckpointGroup | None
 ) -> Source:
-    """The base that adapters were trained on, with them."""
+    """Returns a source of the base weights with the run's adapters merged into them."""
     base = trained.init_from
     if base is None or not os.path.isdir(base):
         raise ValueError(
@@ -133,7 +137,7 @@ def _merging(
             f"{reader.path}: holds only adapters, and {place} is not what they were trained on: its weights have "
             "changed; put those of that time back"
         )
-    rope = resolve_model(ModelConfig(init_from=base))  # a ramp may have changed that of the run
+    rope = resolve_model(ModelConfig(init_from=base))  # a ramp may have changed RoPE since
     of_base = config.model_copy(update={"rope_theta": rope.rope_theta, "rope_scaling": rope.rope_scaling})
     weights, adapters = source_at(place, of_base, group), set(reader.names())
     return lambda name: merged(name, trained, lambda part: (reader.full if part in adapters else weights)(part))

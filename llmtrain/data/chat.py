@@ -1,4 +1,4 @@
-"""The chat template that a tokenizer made here may carry."""
+"""Holds the chat templates that a tokenizer made here may carry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents of one source, in an order that depends only on the seed."""
+"""Reads the documents of one source, in an order that depends only on the seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_STDLIB_BYTES = 500  # leaves out the stubs of packages
 
 
 def documents(source: SourceConfig, seed: int) -> Iterator[str]:
-    """The source's documents, shuffled by `seed`, up to `max_bytes` of UTF-8 (the last one is cut there).
+    """Yields the source's documents, shuffled by `seed`, up to `max_bytes` of UTF-8; the last one is cut there.
 
     Raises ValueError when a file is missing or broken, or when there is no document at all.
     """
@@ -41,7 +41,7 @@ def documents(source: SourceConfig, seed: int) -> Iterator[str]:
 
 
 def stdlib(source: SourceConfig, rng: random.Random) -> Iterator[str]:
-    """Python's own library sources, one file a document."""
+    """Returns the sources of Python's standard library, one document a file."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if not NOT_STDLIB.search(f"/{p.relative_to(root).as_posix()}"))
     files = [p for p in files if p.stat().st_size > MIN_STDLIB_BYTES]
@@ -50,7 +50,7 @@ def stdlib(source: SourceConfig, rng: random.Random) -> Iterator[str]:
 
 
 def topics(source: SourceConfig, rng: random.Random) -> Iterator[str]:
-    """The prose of the Python reference that `help()` shows."""
+    """Returns the prose of the Python reference that `help()` shows."""
     from pydoc_data.topics import topics as chapters
 
     texts = [chapters[name] for name in sorted(chapters)]
@@ -59,14 +59,14 @@ def topics(source: SourceConfig, rng: random.Random) -> Iterator[str]:
 
 
 def text_files(source: SourceConfig, rng: random.Random) -> Iterator[str]:
-    """One file a document."""
+    """Returns the text of the source's files, one document a file."""
     files = source_files(source)
     rng.shuffle(files)
     return map(read_text, files)
 
 
 def jsonl(source: SourceConfig, rng: random.Random) -> Iterator[str]:
-    """The field `text` of every line. Only the places of the lines are held in memory."""
+    """Yields the field `text` of every line. Only the offsets of the lines are held in memory."""
     lines = [(path, number, start) for path in source_files(source) for number, start in line_starts(path)]
     rng.shuffle(lines)
     for path, number, start in lines:
@@ -77,7 +77,7 @@ def jsonl(source: SourceConfig, rng: random.Random) -> Iterator[str]:
 
 
 def arithmetic(source: SourceConfig, rng: random.Random) -> Iterator[str]:
-    """Generated lines of sums and differences."""
+    """Returns generated lines of sums and differences."""
     return arithmetic_documents(source.count, source.worked_share, rng)
 
 
@@ -91,7 +91,7 @@ READERS: dict[str, Callable[[SourceConfig, random.Random], Iterator[str]]] = {
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files of `path`: itself, everything below a directory, or what a glob matches; sorted."""
+    """Returns the files that `path` means, sorted: itself, all below a directory, or the matches of a glob."""
     if source.path is None:
         raise ValueError(f"data source {source.name!r} of type {source.type} needs a path: a file, directory or glob")
     pattern = os.path.join(source.path, "**") if os.path.isdir(source.path) else source.path
@@ -113,7 +113,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def line_starts(path: Path) -> Iterator[tuple[int, int]]:
-    """(line number from 1, offset in bytes) of every line that is not blank."""
+    """Yields (line number from 1, offset in bytes) of every line that is not blank."""
     start = 0
     with open(path, "rb") as file:
         for number, text in enumerate(file, 1):

@@ -1,4 +1,4 @@
-"""JSON Lines: one JSON object a line. Errors name the file and the line."""
+"""Reads and writes JSON Lines: one JSON object a line. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def parse_line(text: str, path: str | Path, line: int) -> dict[str, Any]:
-    """The object on one line (counted from 1). Raises ValueError when it is not a JSON object."""
+    """Returns the object on one line (counted from 1). Raises ValueError when it is not a JSON object."""
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
@@ -20,7 +20,8 @@ def parse_line(text: str, path: str | Path, line: int) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank. Raises ValueError for a missing, empty or broken file."""
+    """Returns (line number, object) of every line that is not blank. Raises ValueError for a missing, empty or broken
+    file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     with open(path, encoding="utf-8") as lines:
@@ -31,7 +32,8 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def text_field(record: dict[str, Any], names: tuple[str, ...], where: str) -> str:
-    """The first of the fields `names` that is there. Raises ValueError when none is, or it is no string."""
+    """Returns the first of the fields `names` that is present. Raises ValueError when none is, or when it is no
+    string."""
     for name in names:
         if name in record:
             if not isinstance(record[name], str):
@@ -41,6 +43,6 @@ def text_field(record: dict[str, Any], names: tuple[str, ...], where: str) -> st
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """One object a line, UTF-8."""
+    """Writes one object a line, UTF-8."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

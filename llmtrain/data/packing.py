@@ -1,4 +1,4 @@
-"""Rows of tokens for training: contiguous text, and demonstrations packed several to a row."""
+"""Builds rows of tokens for training: contiguous text, or demonstrations packed several to a row."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.types import IGNORE, Batch
 
 Row = dict[str, list]
-"""Columns of one row before padding: input_ids, labels, positions, segment_ids; branch_ids where samples share a
-prompt; any other column is one of `Batch.extra`."""
+"""A row before padding has the columns input_ids, labels, positions, segment_ids; branch_ids where samples share a
+prompt; any other column becomes one of `Batch.extra`."""
 
 PADDING = {"labels": IGNORE, "segment_ids": -1}  # other columns: 0
 
 
 def to_batch(rows: Sequence[Row], width_tokens: int, pad_id: int) -> Batch:
-    """Pad rows to one width and stack them. Where there is a label it is trained."""
+    """Pads rows to one width and stacks them. Positions with a label are trained."""
     padding = PADDING | {"input_ids": pad_id}
     columns = {
         name: torch.tensor([row[name] + [padding.get(name, 0)] * (width_tokens - len(row[name])) for row in rows])
@@ -35,14 +35,14 @@ def to_batch(rows: Sequence[Row], width_tokens: int, pad_id: int) -> Batch:
 
 
 def concatenate(rows: Sequence[Row]) -> Row:
-    """One row of several."""
+    """Returns several rows joined into one."""
     return {name: [x for row in rows for x in row[name]] for name in rows[0]}
 
 
 def best_fit(lengths: Sequence[int], width_tokens: int) -> list[list[int]]:
-    """Put items, in the given order, each in the fullest row that still has room. Returns the items of each row."""
+    """Puts items, in the given order, each into the fullest row that still has room. Returns the items of each row."""
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(width_tokens + 1)]  # rows by the tokens that are free
+    with_room: list[list[int]] = [[] for _ in range(width_tokens + 1)]  # rows, indexed by their number of free tokens
     for item, length in enumerate(lengths):
         free = next((free for free in range(length, width_tokens + 1) if with_room[free]), None)
         row = len(rows) if free is None else with_room[free].pop()
@@ -54,13 +54,13 @@ def best_fit(lengths: Sequence[int], width_tokens: int) -> list[list[int]]:
 
 
 class TextRows:
-    """Rows of `seq_len` contiguous tokens of pretraining text, each with the token that follows, or equal pieces.
+    """Cuts pretraining text into rows of `seq_len` contiguous tokens, each with the token that follows.
 
-    Training: sample numbers run on for ever; sources are mixed by `weights` (by name; None = by size), each in a new
-    order in each of its epochs. Held out: samples 0..len-1 are the rows in one fixed order, whatever the seed.
-    With `mask_documents` attention and positions restart at documents, and the first token of a document is not
-    predicted from the document before. `objectives` rearranges documents.
-    Raises ValueError when a source is too short for one row, or `weights` do not name the sources.
+    Training: sample numbers have no end; sources are mixed by `weights` (by name; None = by size), each in a new order
+    in each of its epochs. Held out: samples 0..len-1 are the rows in one fixed order for every seed. With
+    `mask_documents` attention and positions restart at documents, and the first token of a document is not predicted
+    from the document before. `objectives` rearranges documents. Raises ValueError when a source is too short for one
+    row, or `weights` do not name the sources.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class TextRows:
             raise ValueError(f"{where}: weights for {sorted(self.weights)}, but the shards hold {sorted(self.rows)}")
 
     def __len__(self) -> int:
-        """Rows in all sources: an epoch."""
+        """Returns the number of rows in all sources: an epoch."""
         return sum(self.rows.values())
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a token, over the split: bits/byte = loss / ln 2 / bytes_per_token."""
+        """Returns the mean UTF-8 bytes of text per token of the split: bits/byte = loss / ln 2 / bytes_per_token."""
         readers = self.readers.values()
         return sum(r.text_bytes for r in readers) / sum(len(r.tokens) for r in readers)
 
     def locate(self, sample: int) -> tuple[ShardReader, int]:
-        """(source, row in it) of a sample."""
+        """Returns (source, row in it) of a sample."""
         if self.shuffled:
             names = list(self.rows)
             source, ordinal = source_of(sample, [self.weights[n] for n in names], derive(self.seed, "sources"))
@@ -114,7 +114,8 @@ class TextRows:
         raise AssertionError("row lies in one of the sources")
 
     def window(self, sample: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of a sample with the one that follows, and which of them are trained, [seq_len + 1] each."""
+        """Returns the tokens of a sample with the one that follows, and which of them are trained, [seq_len + 1]
+        each."""
         base, offset = divmod(sample * seq_len, self.seq_len)
         reader, row = self.locate(base)
         start = row * self.seq_len + offset
@@ -124,10 +125,10 @@ class TextRows:
         return self.objectives.apply(tokens, sample * seq_len)
 
     def batch(self, samples: Sequence[int], seq_len: int | None = None) -> Batch:
-        """The rows of these sample numbers, [len(samples), seq_len].
+        """Returns the rows of these sample numbers, [len(samples), seq_len].
 
-        A `seq_len` that divides the rows' own counts samples in such pieces, row after row in the same order: sample i
-        always begins with token i * seq_len of the run, whatever the length of the samples before.
+        A `seq_len` that divides the rows' own splits each row into equal pieces, and sample numbers count those: sample
+        i always begins with token i * seq_len of the run, whatever the length of the samples before.
         """
         seq_len = seq_len or self.seq_len
         tokens, trained = (
@@ -145,9 +146,9 @@ class TextRows:
 
 
 class Demonstrations:
-    """Rows of prompts with their answers: the loss is on `completion` (else `answer`) and the end-of-text token.
+    """Makes rows of prompts with their answers; the loss is on `completion` (else `answer`) and the end-of-text token.
 
-    With `pack`, several examples share a row, each its own segment. Which do is fixed by the seed; rows come in a new
+    With `pack`, several examples share a row, each its own segment; the seed decides which. The rows come in a new
     order in each epoch. Raises ValueError, with file and line, for a broken line and for an example longer than a row.
     """
 
@@ -160,7 +161,7 @@ class Demonstrations:
         self.plan = [[order[i] for i in row] for row in plan]
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
+        """Returns the number of rows in an epoch."""
         return len(self.plan)
 
     def row(self, sample: int) -> Row:
@@ -168,12 +169,12 @@ class Demonstrations:
         return concatenate([m | {"segment_ids": [k] * len(m["labels"])} for k, m in enumerate(members)])
 
     def batch(self, samples: Sequence[int]) -> Batch:
-        """The rows of these sample numbers, [len(samples), seq_len]."""
+        """Returns the rows of these sample numbers, [len(samples), seq_len]."""
         return to_batch([self.row(sample) for sample in samples], self.seq_len, self.pad_id)
 
 
 def demonstration(record: dict, tokenizer: Tokenizer, where: str, seq_len: int) -> Row:
-    """The columns of one example, without segment ids."""
+    """Returns the columns of one example, without segment ids."""
     prompt = encode_prompt(record, tokenizer, where)
     completion = tokenizer.encode(text_field(record, ("completion", "answer"), where), parse_special=False)
     ids = [*prompt, *completion, tokenizer.eos_id]

@@ -1,4 +1,4 @@
-"""The data stage: problem sets, tokenizer, token shards. Done once for a configuration."""
+"""Prepares data once for a configuration: writes problem sets, the tokenizer and token shards."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from llmtrain.data.tokenizer_base import tokenizer_from_base
 from llmtrain.data.tokenizer_train import train_tokenizer
 
 MARKER = "prepared.json"
-EXCERPT_CHARS = 20_000  # of one document at most to train the tokenizer: variety over length
+EXCERPT_CHARS = 20_000  # characters of a document that train the tokenizer at most: variety over length
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int) -> None:
-    """Write the tasks and shards of `data` into `data_dir`, and train the tokenizer unless `tokenizer_dir` exists.
+    """Writes the tasks and shards of `data` into `data_dir`, and trains the tokenizer unless `tokenizer_dir` exists.
 
     Returns at once when that was done before; a run that was killed starts over. Raises ValueError when `data_dir` was
     made with another configuration or tokenizer, and when there is neither a tokenizer nor text to train one.
@@ -55,7 +55,7 @@ def progress_bar() -> Progress:
 
 @contextmanager
 def shown(progress: Progress, description: str) -> Iterator[TaskID]:
-    """A line in the display, ticked off at the end."""
+    """Shows a line in the display and ticks it off at the end."""
     row = progress.add_task(description, total=None)
     yield row
     progress.update(row, total=1, completed=1, description=description)
@@ -66,18 +66,19 @@ def show_bytes(progress: Progress, row: TaskID, source: str, text_bytes: int) ->
 
 
 def relevant(data: DataConfig, tokenizer: TokenizerConfig, seed: int) -> dict[str, Any]:
-    """What decides the bytes of the result, hashed. The weights of the sources do not: they apply at training."""
+    """Returns a hash of the settings that the written bytes depend on. The weights of the sources apply only in
+    training."""
     sources = [source.model_dump(exclude={"weight"}) for source in data.sources]
     tasks = [task.model_dump() for task in data.tasks]
     trained = tokenizer.model_dump(include={"vocab_size", "train_bytes"})
-    # Keys that are younger than these two count where they are set, so that what was made before them stays valid.
+    # Keys added later are hashed only where they differ from the default, so that older directories stay valid.
     trained |= tokenizer.model_dump(exclude={"path"}, exclude_defaults=True)
     text = json.dumps([sources, tasks, trained, seed, *sentinels(data)], sort_keys=True)
     return {"config": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def is_prepared(data_dir: str, tokenizer_dir: str, settings: dict[str, Any]) -> bool:
-    """Whether the work is done. Raises ValueError when other work was done there."""
+    """Returns whether the data is prepared. Raises ValueError when it was prepared with other settings."""
     marker = Path(data_dir, MARKER)
     if not marker.is_file():
         return False
@@ -93,7 +94,7 @@ def is_prepared(data_dir: str, tokenizer_dir: str, settings: dict[str, Any]) -> 
 def make_tokenizer(
     data: DataConfig, config: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int, progress: Progress
 ) -> Tokenizer:
-    """The tokenizer of the directory, made first if there is no such directory: from `config.base`, or by training."""
+    """Returns the tokenizer of the directory, made first if that does not exist: from `config.base`, or by training."""
     if not os.path.exists(tokenizer_dir):
         if not data.sources and not config.base:
             raise ValueError(f"{tokenizer_dir}: no tokenizer there, and no data.sources to train one from")
@@ -106,7 +107,7 @@ def make_tokenizer(
 
 
 def tokenizer_texts(data: DataConfig, config: TokenizerConfig, data_dir: str, seed: int) -> Iterator[str]:
-    """Training text, the same share of `train_bytes` from each source, and the plain prompts of the tasks."""
+    """Yields training text, the same share of `train_bytes` from each source, and the plain prompts of the tasks."""
     share = config.train_bytes // len(data.sources)
     yield from chain.from_iterable(excerpts(source, share, seed) for source in data.sources)
     for task in data.tasks:
@@ -115,7 +116,7 @@ def tokenizer_texts(data: DataConfig, config: TokenizerConfig, data_dir: str, se
 
 
 def excerpts(source: SourceConfig, max_bytes: int, seed: int) -> Iterator[str]:
-    """Beginnings of training documents, about `max_bytes` in all."""
+    """Yields the beginnings of training documents, about `max_bytes` in all."""
     left = max_bytes
     for split, text in split_documents(source, seed):
         if left <= 0:
@@ -126,7 +127,7 @@ def excerpts(source: SourceConfig, max_bytes: int, seed: int) -> Iterator[str]:
 
 
 def write_marker(data_dir: str, content: dict[str, Any]) -> None:
-    """By a rename: it is there only when all else is."""
+    """Writes the marker by a rename, last: it exists only when everything else does."""
     unfinished = Path(data_dir, MARKER + ".tmp")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(unfinished, Path(data_dir, MARKER))

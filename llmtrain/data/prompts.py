@@ -1,4 +1,4 @@
-"""Prompts of a JSONL file: `prompt`, or `messages` rendered with the chat template, and an optional `prefill`."""
+"""Reads prompts from a JSONL file: `prompt`, or `messages` for the chat template, and an optional `prefill`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmtrain.data.tokenizer import Tokenizer
 
 
 def encode_prompt(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
-    """Token ids of a record's prompt. Raises ValueError, with `where`, when there is none."""
+    """Returns the token ids of a record's prompt. Raises ValueError, with `where`, when there is none."""
     prefill = text_field(record, ("prefill",), where) if "prefill" in record else ""
     if "messages" in record:
         ids = tokenizer.encode(tokenizer.render(record["messages"], prefill))
@@ -22,7 +22,7 @@ def encode_prompt(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> l
 
 
 class PromptSet:
-    """The prompts of a file, tokenized. Raises ValueError, with file and line, for a broken or too long one."""
+    """Holds the tokenized prompts of a file. Raises ValueError, with file and line, for a broken or too long one."""
 
     def __init__(self, path: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> None:
         lines = read_jsonl(path)
@@ -39,9 +39,9 @@ class PromptSet:
         return len(self.examples)
 
     def prompt_ids(self, i: int) -> list[int]:
-        """Token ids of the i-th prompt."""
+        """Returns the token ids of the i-th prompt."""
         return self.ids[i]
 
     def at(self, global_index: int, seed: int) -> int:
-        """Which example the run's `global_index`-th prompt is: all of them once an epoch, in a new order each."""
+        """Returns which example the run's `global_index`-th prompt is: each once an epoch, in a new order each time."""
         return permuted(global_index, len(self), seed)

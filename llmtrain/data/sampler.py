@@ -1,4 +1,4 @@
-"""Which sample comes when: pure functions of (seed, global sample number), the same on any number of ranks."""
+"""Decides the order of samples by pure functions of (seed, global sample number), the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
-BLOCK = 1000  # samples in which the sources are mixed exactly by weight
+BLOCK = 1000  # samples within which the sources are mixed exactly by weight
 ROUNDS = 6
 
 
 def derive(seed: int, name: str) -> int:
-    """A 64-bit seed for one purpose."""
+    """Returns a 64-bit seed for one purpose."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
 
 
 def scramble(x: int) -> int:
-    """The finalizer of splitmix64."""
+    """Returns the finalizer of splitmix64 of x."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
@@ -28,10 +28,10 @@ def round_keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def permuted(index: int, size: int, seed: int) -> int:
-    """The `index % size`-th element of a permutation of range(size), a new one in each epoch `index // size`.
+    """Returns the `index % size`-th element of a permutation of range(size), a new one in each epoch `index // size`.
 
-    A Feistel cipher on the smallest even number of bits, walked until it is in range (Black and Rogaway 2002, Ciphers
-    with arbitrary finite domains): no table, so any size costs nothing.
+    It is a Feistel cipher on the smallest even number of bits, applied until the result is in range (Black and Rogaway
+    2002, Ciphers with arbitrary finite domains). It needs no table, so its cost does not grow with the size.
     """
     epoch, x = divmod(index, size)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -47,7 +47,8 @@ def permuted(index: int, size: int, seed: int) -> int:
 
 @lru_cache(maxsize=64)
 def block_counts(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """How many of BLOCK samples come from each source: proportional, rounded by largest remainder."""
+    """Returns how many of BLOCK samples come from each source: in proportion to the weights, rounded by largest
+    remainder."""
     shares = [w / sum(weights) * BLOCK for w in weights]
     counts = [int(share) for share in shares]
     for i in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[: BLOCK - sum(counts)]:
@@ -58,7 +59,7 @@ def block_counts(weights: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def source_of(global_sample: int, weights: Sequence[float], seed: int) -> tuple[int, int]:
-    """(source, number of the sample within that source); each number comes exactly once.
+    """Returns (source, number of the sample within that source); each number comes exactly once.
 
     Example: with weights (3, 1), of the samples 0..999 exactly 750 are (0, 0..749) and 250 are (1, 0..249).
     """

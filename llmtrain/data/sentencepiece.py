@@ -1,7 +1,7 @@
-"""SentencePiece models read as fast tokenizers: the same ids as SentencePiece's own encoder.
+"""Reads SentencePiece models as fast tokenizers that give the same ids as SentencePiece's own encoder.
 
-What SentencePiece does to a text before it splits it is rebuilt from the model's `normalizer_spec`; vocabulary, scores
-and merges are read with the converter of transformers. What cannot be rebuilt exactly is refused.
+The text normalisation is rebuilt from the model's `normalizer_spec`; vocabulary, scores and merges are read with the
+converter of transformers. A model that cannot be rebuilt exactly is refused.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 FILES = ("tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model")  # as published models name it
-SPACE = "▁"  # stands for a space, so that a text with this character does not come back as it was
+SPACE = "▁"  # stands for a space, so a text that contains this character decodes to another text
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # type of a piece
 
 
 def read_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """(tokenizer, entries of tokenizer_config.json) of a `.model` file.
+    """Returns (tokenizer, entries of tokenizer_config.json) of a `.model` file.
 
     Raises ValueError when it is not a SentencePiece model, or one that would not give the same ids.
     """
@@ -40,7 +40,7 @@ def read_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def parse(path: Path) -> Any:
-    """The protocol buffer."""
+    """Returns the model's protocol buffer. Raises ValueError when the file is not a SentencePiece model."""
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -55,7 +55,7 @@ def parse(path: Path) -> Any:
 
 
 def faults(proto: Any) -> Iterator[str]:
-    """What keeps the model from being rebuilt."""
+    """Yields the features of the model that cannot be rebuilt."""
     trained, rules = proto.trainer_spec, proto.normalizer_spec
     kinds = {piece.type for piece in proto.pieces}
     if trained.model_type not in (UNIGRAM, BPE):
@@ -74,7 +74,10 @@ def unigram(proto: Any) -> models.Unigram:
 
 
 def bpe(proto: Any) -> models.BPE:
-    """A merge for each way to put a piece together, the best score first. Only plain pieces are merged."""
+    """Returns the BPE model, with a merge for each way to build a piece of two, in order of score.
+
+    Only normal pieces are merged.
+    """
     from transformers.convert_slow_tokenizer import generate_merges
 
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -85,7 +88,7 @@ def bpe(proto: Any) -> models.BPE:
 
 
 def normalizer(rules: Any) -> normalizers.Normalizer:
-    """Unicode normalization if the model has one, then spaces."""
+    """Returns the normalizer: Unicode normalization if the model has one, then spaces."""
     steps: list[normalizers.Normalizer] = []
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
@@ -104,14 +107,18 @@ def decoder(proto: Any) -> decoders.Decoder:
 
 
 def hidden_pieces(proto: Any) -> str:
-    """A pattern that cuts the spelling of control, unknown and byte pieces after its first character: the library's
-    Unigram would take `<s>` or `<0x41>` in a text for the piece, which SentencePiece never does."""
+    """Returns a pattern that splits the spelling of control, unknown and byte pieces after its first character.
+
+    Without it the library's Unigram would read `<s>` or `<0x41>` in a text as the piece, which SentencePiece never
+    does.
+    """
     names = [p.piece for p in proto.pieces if p.type in (UNKNOWN, CONTROL, BYTE) and len(p.piece) > 1]
     return "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
 
 
 def entries(proto: Any) -> dict[str, Any]:
-    """tokenizer_config.json: the tokens with a role, as the model names them (id -1: it has none)."""
+    """Returns the entries of tokenizer_config.json: bos, eos, unk and pad tokens as far as the model has them (id -1:
+    none)."""
     trained, written = proto.trainer_spec, {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in ("bos", "eos", "unk", "pad"):
         if 0 <= getattr(trained, f"{name}_id") < len(proto.pieces):

@@ -1,4 +1,4 @@
-"""Flat files of token ids, one per source and split, read by memory map.
+"""Writes and reads flat files of token ids, one per source and split, read by memory map.
 
 `<source>-<split>.bin` holds the ids (uint16, or uint32 for a vocabulary above 65,536), every document followed by the
 end-of-text id; `<source>-<split>.offsets.npy` the start of every document and the end of the last (int64);
@@ -29,7 +29,7 @@ BATCH = 64  # documents tokenized together
 
 @dataclass(frozen=True)
 class ShardReader:
-    """The tokens of one source and split."""
+    """Holds the tokens of one source and split."""
 
     tokens: np.ndarray  # [tokens], mapped
     offsets: np.ndarray  # [documents + 1] int64, in tokens
@@ -38,7 +38,8 @@ class ShardReader:
 
 
 def split_documents(source: SourceConfig, seed: int) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document. `held_out` of them, spread evenly, are for validation; the first never is."""
+    """Yields (split, text) of every document. The share `held_out`, spread evenly, is for validation; the first never
+    is."""
     for i, text in enumerate(documents(source, seed)):
         held = i > 0 and math.ceil(i * source.held_out) > math.ceil((i - 1) * source.held_out)
         yield SPLITS[held], text
@@ -51,7 +52,7 @@ def write_shards(
     seed: int,
     progress: Callable[[str, int], None] = lambda source, text_bytes: None,
 ) -> None:
-    """Tokenize every source. `progress` is told, now and then, how many bytes of which source were done.
+    """Tokenizes every source. `progress` is called now and then with a source and the number of its bytes done.
 
     Raises ValueError for a source without text, or without a document left to train on.
     """
@@ -69,7 +70,7 @@ def write_shards(
 def write_source(
     source: SourceConfig, tokenizer: Tokenizer, directory: str, seed: int, progress: Callable[[str, int], None]
 ) -> dict[str, dict[str, int]]:
-    """The files of one source; returns documents, tokens and bytes by split."""
+    """Writes the files of one source; returns documents, tokens and bytes by split."""
     dtype, stream = token_dtype(tokenizer.vocab_size), split_documents(source, seed)
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     text_bytes = dict.fromkeys(SPLITS, 0)
@@ -93,7 +94,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def read_manifest(directory: str) -> dict[str, Any]:
-    """shards.json. Raises ValueError when the directory has none."""
+    """Returns the content of shards.json. Raises ValueError when the directory has none."""
     path = Path(directory, MANIFEST)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; data.path has no token shards yet, write them with `llmtrain data`")
@@ -111,7 +112,7 @@ def check_tokenizer(directory: str, tokenizer: Tokenizer) -> None:
 
 
 def open_shards(directory: str, split: str) -> dict[str, ShardReader]:
-    """Readers by source, for `train` or `held_out`. Raises ValueError when a file is missing or cut short."""
+    """Returns readers by source, for `train` or `held_out`. Raises ValueError when a file is missing or cut short."""
     manifest = read_manifest(directory)
     return {
         name: open_source(os.path.join(directory, f"{name}-{split}"), counts[split], manifest)

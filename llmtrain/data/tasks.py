@@ -1,4 +1,4 @@
-"""Problem sets with verifiable answers, as JSONL files of prompts; every eighth problem is held out."""
+"""Generates problem sets with verifiable answers, as JSONL files of prompts; every eighth problem is held out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llmtrain.data.arithmetic import is_held_out, worked
 from llmtrain.data.jsonl import write_jsonl
 
 Problems = Iterator[tuple[str, dict[str, Any]]]
-"""(what decides whether it is held out, the line)"""
+"""A problem is (the text whose hash decides whether it is held out, its line of the file)."""
 
 
 def chain_sum(task: TaskConfig, seed: int) -> Problems:
-    """reasoning-gym's chain_sum with two numbers of two digits; the completion works it by columns."""
+    """Yields reasoning-gym's chain_sum with two numbers of two digits; the completion works it by columns."""
     import reasoning_gym
 
     size = draws(task)
@@ -31,7 +31,7 @@ def chain_sum(task: TaskConfig, seed: int) -> Problems:
 
 
 def largest(task: TaskConfig, seed: int) -> Problems:
-    """Which of three numbers from 1 to 99 is the largest; the answer's first words are given."""
+    """Yields questions for the largest of three numbers from 1 to 99; the first words of the answer are given."""
     rng = random.Random(f"{seed}:{task.name}")
     for _ in range(draws(task)):
         a, b, c = numbers = rng.sample(range(1, 100), 3)
@@ -44,12 +44,12 @@ PROBLEMS: dict[str, Callable[[TaskConfig, int], Problems]] = {"chain_sum": chain
 
 
 def draws(task: TaskConfig) -> int:
-    """How many random problems are looked at before giving up: enough to collect nearly all there are."""
+    """Returns how many random problems are tried before giving up: enough to find nearly all that exist."""
     return 20 * (task.train + 8 * task.held_out)
 
 
 def write_task(task: TaskConfig, directory: str, seed: int) -> None:
-    """`<directory>/<name>-train.jsonl` and `<name>-held_out.jsonl`, without repeated problems or overlap.
+    """Writes `<directory>/<name>-train.jsonl` and `<name>-held_out.jsonl`, without repeated problems or overlap.
 
     A line holds `prompt` (or `messages` and `prefill`), `answer`, `source`; for chain_sum also `completion` (the
     demonstration) and `entry` (what reasoning-gym scores with). Raises ValueError when there are not enough problems.

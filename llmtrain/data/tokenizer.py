@@ -1,4 +1,4 @@
-"""Hugging Face tokenizer directories: trained here, or any that transformers saved."""
+"""Loads and saves Hugging Face tokenizer directories: trained here, or any that transformers saved."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def save(tokenizer: tokenizers.Tokenizer, directory: str, config: Mapping[str, object]) -> None:
-    """tokenizer.json, and `config` as the tokenizer_config.json that AutoTokenizer wants; by a rename, so never
-    half-written."""
+    """Writes tokenizer.json, and `config` as the tokenizer_config.json that AutoTokenizer needs.
+
+    The directory appears by a rename, so it is never half-written.
+    """
     unfinished = directory.rstrip("/") + ".tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
@@ -29,7 +31,7 @@ def save(tokenizer: tokenizers.Tokenizer, directory: str, config: Mapping[str, o
 
 
 class Tokenizer:
-    """Text to token ids and back. Nothing is added to a text: no BOS, no EOS."""
+    """Converts text to token ids and back. It adds nothing to a text: no BOS, no EOS."""
 
     def __init__(self, backend: tokenizers.Tokenizer, directory: str, eos_id: int, pad_id: int) -> None:
         self.backend, self.directory = backend, directory
@@ -37,20 +39,21 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, parse_special: bool = True) -> list[int]:
-        """Token ids. With `parse_special=False` the text `<eos>` is five characters and not the end of a document."""
+        """Returns token ids. With `parse_special=False` the text `<eos>` is five characters and not the end of a
+        document."""
         return self.encode_batch([text], parse_special)[0]
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = True) -> list[list[int]]:
-        """`encode` of many texts, on all cores."""
+        """Returns `encode` of many texts, computed on all cores."""
         self.backend.encode_special_tokens = not parse_special
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text, without special tokens."""
+        """Returns the text, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def special_ids(self, names: Sequence[str]) -> list[int]:
-        """The ids of special tokens. Raises ValueError naming those that are missing."""
+        """Returns the ids of special tokens. Raises ValueError naming those that are missing."""
         ids = [self.backend.token_to_id(name) for name in names]
         missing = [name for name, i in zip(names, ids, strict=True) if i is None]
         if missing:
@@ -63,21 +66,24 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of vocabulary, merges and rules, but not of what is added to a text: that is never used here, and
-        transformers rewrites it when it saves."""
+        """Returns a hash of vocabulary, merges and rules.
+
+        The post-processor, padding and truncation are left out: they are never used here, and transformers rewrites
+        them when it saves.
+        """
         rules = json.loads(self.backend.to_str())
         kept = {name: rule for name, rule in rules.items() if name not in ("post_processor", "padding", "truncation")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def hugging_face(self) -> PreTrainedTokenizerBase:
-        """The same directory as transformers sees it."""
+        """Returns the tokenizer that transformers loads from the directory."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
 
     def render(self, messages: list[dict[str, str]], prefill: str = "") -> str:
-        """The chat as text, up to where the assistant speaks, followed by `prefill`.
+        """Returns the chat as text, up to the start of the assistant's turn, followed by `prefill`.
 
         Raises ValueError when the directory has no chat template.
         """
@@ -91,7 +97,7 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory (tokenizer.json, tokenizer_config.json).
+    """Returns the tokenizer of a Hugging Face directory (tokenizer.json, tokenizer_config.json).
 
     Raises ValueError when a file is missing or broken, or when there is no end-of-text token. Without a padding token
     the end-of-text token pads: padding is masked.
@@ -108,7 +114,7 @@ def load_tokenizer(directory: str) -> Tokenizer:
 
 
 def read_backend(directory: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json. Raises ValueError when it is missing or broken."""
+    """Returns the content of tokenizer.json. Raises ValueError when it is missing or broken."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
@@ -131,7 +137,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def special_id(backend: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> int | None:
-    """The id of `eos_token` or `pad_token`, which is written as a string or as an object with `content`."""
+    """Returns the id of `eos_token` or `pad_token`, which is written as a string or as an object with `content`."""
     token = config.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     return None if token is None else backend.token_to_id(token)

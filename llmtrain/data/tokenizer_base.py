@@ -1,4 +1,4 @@
-"""A tokenizer made from another: a SentencePiece model or a Hugging Face directory, with special tokens added."""
+"""Makes a tokenizer from a SentencePiece model or a Hugging Face directory, with special tokens added."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llmtrain.data.tokenizer import read_backend, read_config, save
 
 
 def tokenizer_from_base(directory: str, config: TokenizerConfig, data: DataConfig) -> None:
-    """Write a Hugging Face directory from `config.base`, whole or not at all.
+    """Writes a Hugging Face directory from `config.base`, whole or not at all.
 
-    Tokens that are already there keep their ids; others follow after the last. Raises ValueError when `config.base`
-    is neither a SentencePiece model nor a tokenizer directory, or cannot be read.
+    Tokens that already exist keep their ids; others follow after the last. Raises ValueError when `config.base` is
+    neither a SentencePiece model nor a tokenizer directory, or cannot be read.
     """
     backend, entries = read_base(Path(config.base))
     added = added_tokens(config, data)
@@ -32,7 +32,7 @@ def tokenizer_from_base(directory: str, config: TokenizerConfig, data: DataConfi
 
 
 def read_base(base: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """(tokenizer, entries of tokenizer_config.json)"""
+    """Returns (tokenizer, entries of tokenizer_config.json) of a base."""
     if base.is_file():
         return read_sentencepiece(base)
     if (base / "tokenizer.json").is_file():
@@ -44,8 +44,8 @@ def read_base(base: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def read_entries(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the chat template in it also where it is a file of its own."""
+    """Returns the entries of tokenizer_config.json, with the chat template from its own file if it has one."""
     entries = read_config(directory / "tokenizer_config.json")
-    entries.pop("added_tokens_decoder", None)  # a second list of what tokenizer.json holds
+    entries.pop("added_tokens_decoder", None)  # tokenizer.json holds the same list
     template = directory / "chat_template.jinja"
     return entries | ({"chat_template": template.read_text()} if template.is_file() else {})

@@ -1,8 +1,8 @@
-"""Training a tokenizer: BPE, WordPiece or Unigram on bytes.
+"""Trains a tokenizer: BPE, WordPiece or Unigram on bytes.
 
-A text is cut into words by a rule, each word is written as its UTF-8 bytes (a printable character for each), and then
-the algorithm sees it. The vocabulary holds all 256 bytes, so nothing is ever unknown, and the decoder puts the bytes of
-the tokens back to back: any text comes back as it was, byte for byte.
+A rule splits a text into words, each word is written as its UTF-8 bytes (one printable character for each), and the
+algorithm works on these. The vocabulary holds all 256 bytes, so no text is unknown, and the decoder concatenates the
+bytes of the tokens: any text comes back byte for byte.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from llmtrain.data.unigram import train_unigram
 NUMBER = {"single": r"\p{N}", "triples": r"\p{N}{1,3}", "none": r"\p{N}+"}
 ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# Rules of published tokenizers, with the place of their numbers left open. GPT-2's is built into the library.
+# Splitting rules of published tokenizers, with NUMBER for their rule of digits. GPT-2's is built into the library.
 GPT4 = rf"{ENDING}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|NUMBER| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDING}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDING}?|NUMBER|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 WORD = {"gpt4": GPT4, "gpt4o": GPT4O}
-# Of WordPiece and Unigram: their time grows with the square of a word's length, and text may be one long word.
+# For WordPiece and Unigram: their time grows with the square of a word's length, and text may be one long word.
 MAX_WORD_BYTES = 64
 
 
 def train_tokenizer(
     texts: Iterable[str], directory: str, config: TokenizerConfig, data: DataConfig | None = None
 ) -> None:
-    """Train on `texts` as `config` says, and write a Hugging Face directory, whole or not at all.
+    """Trains on `texts` as `config` says, and writes a Hugging Face directory, whole or not at all.
 
     BPE: arXiv 1508.07909. WordPiece: the longest known token first (arXiv 1609.08144, section 4.1), on a vocabulary
     that grows as BPE's does. Unigram: arXiv 1804.10959. `data` says which objectives need sentinels. Special tokens
@@ -58,8 +58,11 @@ def train_tokenizer(
 def train_pairs(
     texts: Iterable[str], words: pre_tokenizers.PreTokenizer, config: TokenizerConfig, specials: list[str]
 ) -> Tokenizer:
-    """BPE or WordPiece. WordPiece's mark for "inside a word" is empty: where a word begins with a space, the space is
-    in the token, and a mark made of text could not be told from that text."""
+    """Trains BPE or WordPiece.
+
+    WordPiece's prefix for "inside a word" is empty: a word's first token contains the space before it, and a prefix
+    made of text would be ambiguous.
+    """
     common = {"vocab_size": config.vocab_size, "special_tokens": specials, "show_progress": False}
     common["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
     if config.algorithm == "bpe":
@@ -74,7 +77,7 @@ def train_pairs(
 
 
 def pre_tokenizer(config: TokenizerConfig) -> pre_tokenizers.PreTokenizer:
-    """Text to words to bytes. No token crosses a cut."""
+    """Returns the steps that split text into words and words into bytes. No token crosses a split."""
     number, gpt2 = NUMBER[config.digits], config.split == "gpt2"
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)]
     if not gpt2:
@@ -89,12 +92,12 @@ def pre_tokenizer(config: TokenizerConfig) -> pre_tokenizers.PreTokenizer:
 
 
 def cut(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Each match is a word, and so is what lies between two."""
+    """Returns a splitter for which each match is a word, and so is the text between two matches."""
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
 def entries(config: TokenizerConfig, specials: list[str]) -> dict[str, object]:
-    """tokenizer_config.json."""
+    """Returns the content of tokenizer_config.json."""
     written: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     written |= {"eos_token": end_of_text(config), "pad_token": PAD, "clean_up_tokenization_spaces": False}
     if specials[2:]:

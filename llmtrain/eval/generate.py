@@ -1,4 +1,4 @@
-"""Problems answered by sampling."""
+"""Evaluates a model on problems that it answers by sampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmtrain.eval.passk import majority, pass_at_k
 from llmtrain.rollout.generator import Generator
 from llmtrain.types import Prompt, Sampling
 
-SOLVED = 1.0  # reward of a right answer; less is partial credit and counts as wrong
+SOLVED = 1.0  # reward of a right answer; a lower one is partial credit and counts as wrong
 
 
 def evaluate_problems(
@@ -24,11 +24,11 @@ def evaluate_problems(
     samples: int,
     sampling: Sampling,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Answer each prompt once greedily and `samples` times by `sampling`, whose `num_samples` is not used.
+    """Answers each prompt once greedily and `samples` times by `sampling`, whose `num_samples` is not used.
 
-    `reward(i, text)` and `gold(i)` judge problem i; `answer(text)` is what a completion answers (None: nothing).
-    Gives means over the problems, `greedy`, `pass@1`, `pass@<samples>` and `maj@<samples>` (the most frequent answer
-    is the gold one), with `problems`, their number; and one record a completion, the greedy ones first:
+    `reward(i, text)` and `gold(i)` judge problem i; `answer(text)` extracts the answer of a completion (None: there is
+    none). Returns means over the problems, `greedy`, `pass@1`, `pass@<samples>` and `maj@<samples>` (the most frequent
+    answer is the gold one), with `problems`, their number; and one record for each completion, the greedy ones first:
     {"problem", "prompt", "completion", "reward", "greedy"}. Raises ValueError without prompts.
     """
     if not prompts:

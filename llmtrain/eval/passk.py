@@ -1,4 +1,4 @@
-"""Scores of sets of samples."""
+"""Scores sets of samples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k samples is right, given c right ones among n; unbiased.
+    """Returns the chance that at least one of k samples is right, given c right ones among n; unbiased.
 
     1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1). pass_at_k(4, 1, 2) = 1 - 3/6 = 0.5.
     """
@@ -18,6 +18,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer, the earlier one of a tie; None counts as no answer (arXiv 2203.11171)."""
+    """Returns the most frequent answer, the first of those that tie; None counts as no answer (arXiv 2203.11171)."""
     counts = Counter(answer for answer in answers if answer is not None)
     return counts.most_common(1)[0][0] if counts else None

@@ -1,4 +1,4 @@
-"""Perplexity on held-out text."""
+"""Measures perplexity on held-out text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llmtrain.types import Batch
 def perplexity(
     model: nn.Module, batches: Iterable[Batch], bytes_per_token: float, autocast: torch.dtype | None = None
 ) -> dict[str, float]:
-    """Mean negative log-likelihood over the `loss_mask` of all batches, each token counted once.
+    """Returns the mean negative log-likelihood over the `loss_mask` of all batches, and measures derived from it.
 
-    `model` is a Decoder; `autocast` the compute type (None: that of the weights). Gives `loss` (nats a token),
-    `perplexity` = exp(loss) and `bits_per_byte` = loss / (ln 2 * bytes_per_token), which does not depend on the
+    `model` is a Decoder; `autocast` the compute type (None: that of the weights). The result holds `loss` (nats a
+    token), `perplexity` = exp(loss) and `bits_per_byte` = loss / (ln 2 * bytes_per_token), which does not depend on the
     tokenizer. Raises ValueError if no token is to be predicted.
     """
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""How evenly experts are loaded, from the records of metrics.jsonl: over all layers, for plots."""
+"""Summarises over all layers how evenly experts are loaded, from the records of metrics.jsonl, for plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORST = {"load_max": max, "load_entropy": min, "load_dropped": max}
 
 
 def over_layers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Mean and worst of the layers for each measure that the record has by layer.
+    """Returns the mean and the worst over the layers of each measure that the record holds per layer.
 
     Example: {"load_max.0": 1.5, "load_max.1": 2.5} -> {"load_max_mean": 2.0, "load_max_worst": 2.5}
     """
@@ -31,7 +31,7 @@ def over_layers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def expert_records(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The steps at which loads were recorded, with what `EXPERTS` shows; empty for a model without experts."""
+    """Returns the steps at which loads were recorded, with the keys that `EXPERTS` plots; empty without experts."""
     losses = ("aux_loss", "z_loss")
     return [
         {"step": record["step"], **found, **{name: record[name] for name in losses if name in record}}

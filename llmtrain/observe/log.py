@@ -1,4 +1,4 @@
-"""What a person sees while it runs: messages and a progress bar on stderr, from rank 0 only."""
+"""Shows a person what a run does: messages and a progress bar on stderr, from rank 0 only."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_EVERY_S = 10.0  # between progress lines where there is no terminal
 
 Update = Callable[[int, Mapping[str, float]], None]
-"""update(steps done, values to show)"""
+"""The call update(steps done, values to show) moves the progress bar."""
 
 _console = Console(stderr=True, highlight=False)
 
 
 def is_main() -> bool:
-    """Whether this process speaks: rank 0 of a launcher (environment variable RANK), or no launcher."""
+    """Returns whether this process prints: rank 0 of a launcher (environment variable RANK), or any without a
+    launcher."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def log(message: str) -> None:
-    """One line on stderr, above a running progress bar; silent on ranks > 0."""
+    """Prints one line on stderr, above a running progress bar; silent on ranks > 0."""
     if is_main():
         _console.print(message, markup=False, soft_wrap=True)
 
 
 def make_run_dir(path: str) -> str:
-    """Create the run directory where it is missing and return its path. Raises ValueError if it cannot be."""
+    """Creates the run directory where it is missing and returns its path. Raises ValueError if it cannot be created."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -41,7 +42,10 @@ def make_run_dir(path: str) -> str:
 
 
 def format_values(values: Mapping[str, float]) -> str:
-    """{"loss": 2.3071, "lr": 3e-05, "tokens_per_s": 12345.6} -> "loss 2.307  lr 3.00e-05  tokens/s 12,346"."""
+    """Returns values as text for a progress line.
+
+    Example: {"loss": 2.3071, "lr": 3e-05, "tokens_per_s": 12345.6} -> "loss 2.307 lr 3.00e-05 tokens/s 12,346"
+    """
     return "  ".join(f"{name.replace('_per_', '/')} {_format(value)}" for name, value in values.items())
 
 
@@ -53,11 +57,12 @@ def _format(value: float) -> str:
 
 @contextmanager
 def progress(total: int, done: int, description: str) -> Iterator[Update]:
-    """A bar over `total` steps of which `done` are behind us (a resumed run), with values and time left.
+    """Shows a bar over `total` steps, of which a resumed run has `done` behind it, with values and the time left.
 
-    with progress(100, 0, "pretrain") as update:
-        update(1, {"loss": 6.9, "lr": 1e-4, "tokens_per_s": 2000.0})
-    Without a terminal: one plain line about every 10 seconds and for the last step. Silent on ranks > 0.
+        with progress(100, 0, "pretrain") as update:
+            update(1, {"loss": 6.9, "lr": 1e-4, "tokens_per_s": 2000.0})
+
+    Without a terminal it prints a plain line about every 10 seconds and for the last step. Silent on ranks > 0.
     """
     if not is_main():
         yield lambda step, values: None

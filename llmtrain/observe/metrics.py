@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: one JSON object a line, whole after a kill and a resume."""
+"""Writes metrics.jsonl and samples.jsonl: one JSON object a line, consistent after a kill and a resume."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 class StepLines:
-    """A JSONL file whose lines carry a `step`.
+    """Writes a JSONL file whose lines carry a `step`.
 
-    Opened to go on after `resume_step`: lines of later steps, which will be written again, and a last line cut by a
-    kill are dropped. `resume_step=-1` starts anew. Example: StepLines("samples.jsonl", resume_step=100)
+    A run that continues after `resume_step` opens it with that: lines of later steps, which will be written again, and
+    a last line that a kill cut short are dropped. `resume_step=-1` starts an empty file. Example:
+    StepLines("samples.jsonl", resume_step=100)
 
-    A disk that takes no more lines raises OSError, naming the file. If `patient`, they wait in memory until it does,
-    and a warning says so: a run must not end for want of room for its numbers.
+    If a write fails (a full disk), OSError naming the file is raised. If `patient`, the lines wait in memory until a
+    later write succeeds, and a warning says so: a full disk must not end a run for its metrics alone.
     """
 
     def __init__(self, path: str, resume_step: int, patient: bool = False) -> None:
@@ -26,11 +27,12 @@ class StepLines:
         _replace(path, kept)
         self.path, self.patient = path, patient
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (held until close)
-        self._waiting = b""  # what the disk did not take: lines, the first perhaps without its beginning
+        self._waiting = b""  # bytes not yet written: lines, the first possibly cut at its beginning
         self.last_step = max((line["step"] for line in kept), default=-1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line and hand it to the system at once. NaN and infinities, which JSON lacks, become null."""
+        """Appends one line and passes it to the operating system at once. NaN and infinities, which JSON lacks, become
+        null."""
         told = bool(self._waiting)
         self._waiting += _dump(record).encode()
         self.last_step = record["step"]
@@ -41,7 +43,7 @@ class StepLines:
             )  # fmt: skip
 
     def close(self) -> None:
-        """The last chance of lines that wait."""
+        """Closes the file after a last attempt to write the waiting lines."""
         try:
             if self._waiting and (error := self._hand_over()):
                 logger.warning("%s: %s; its last lines are lost", self.path, error.strerror)
@@ -49,7 +51,7 @@ class StepLines:
             self._file.close()
 
     def _hand_over(self) -> OSError | None:
-        """Write what waits. The error that kept it waiting, if `patient`, else raised."""
+        """Writes the waiting bytes. If that fails and `patient`, returns the error, else raises it."""
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
@@ -61,7 +63,7 @@ class StepLines:
 
 
 class MetricsFile(StepLines):
-    """metrics.jsonl: every step stands once, in rising order."""
+    """Writes metrics.jsonl: every step appears once, in ascending order."""
 
     def write(self, record: dict[str, Any]) -> None:
         assert record["step"] > self.last_step, f"step {record['step']} after step {self.last_step} in metrics.jsonl"
@@ -69,14 +71,17 @@ class MetricsFile(StepLines):
 
 
 class Events:
-    """events.jsonl: what a run decided, each line on the disk before the run acts on it. `step` and `event` in each."""
+    """Writes events.jsonl: the decisions of a run, each on disk before the run acts on it, with its `step` and
+    `event`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def go_on_after(self, step: int) -> list[dict[str, Any]]:
-        """Drop what steps after this one decided and will decide again; rewinds stay, unless a run starts anew at 0.
-        Returns what is kept."""
+        """Drops the events of steps after this one, which will be decided again, and returns those that are kept.
+
+        Rewinds are kept, unless the run starts anew at step 0.
+        """
         held = read_metrics(self.path) if os.path.exists(self.path) else []
         kept = [line for line in held if step and (line["step"] <= step or line["event"] == "rewind")]
         if kept or held:
@@ -84,7 +89,7 @@ class Events:
         return kept
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line. Raises OSError, naming the file: what is not on the disk must not be acted on."""
+        """Appends one line. Raises OSError, naming the file: a decision that is not on disk must not be acted on."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(_dump(record))
@@ -95,11 +100,12 @@ class Events:
 
 
 class Samples(StepLines):
-    """samples.jsonl: completions; several may share a step."""
+    """Writes samples.jsonl: completions, of which several may share a step."""
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """`read_lines`, each with an integer `step`; raises ValueError, with the line's number, where there is none."""
+    """Returns the lines of a file (see `read_lines`). Raises ValueError, with the line's number, for one without an
+    integer `step`."""
     records = read_lines(path)
     for number, record in enumerate(records, start=1):
         if not isinstance(record.get("step"), int):
@@ -108,7 +114,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:
-    """All whole lines; a last one without its newline (a killed or a running job) is left out.
+    """Returns all whole lines; a last one without its newline (of a killed or running job) is left out.
 
     Raises ValueError, with the line's number, when any other line is not a JSON object.
     """
@@ -128,7 +134,7 @@ def _parse(line: str, path: str, number: int) -> dict[str, Any]:
 
 
 def _replace(path: str, records: list[dict[str, Any]]) -> None:
-    """Put a whole new file in place of the old one, which stays until then."""
+    """Replaces the file atomically by one with these records."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         file.writelines(_dump(record) for record in records)
         file.flush()

@@ -1,4 +1,4 @@
-"""The report's HTML: a Jinja template that escapes all it is given. No script; images are its neighbours."""
+"""Holds the report's HTML, a Jinja template that escapes all values. It has no script; images lie beside the page."""
 
 from __future__ import annotations
 

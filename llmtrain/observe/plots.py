@@ -1,4 +1,4 @@
-"""PNG plots of a run. Matplotlib is loaded when the first one is drawn."""
+"""Draws PNG plots of a run. Matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Panel = tuple[str, dict[str, str]]
-"""(title, {key of the records: name of its line})"""
+"""A panel of curves is (title, {key of the records: name of its line})."""
 
 BarPanel = tuple[str, Mapping[str, Mapping[str, float]], int]
-"""(title, {label: {measure: value}}, digits shown)"""
+"""A panel of bars is (title, {label: {measure: value}}, digits shown)."""
 
 TRAINING: tuple[Panel, ...] = (
     ("Loss, nats a token", {"loss": "training", "held_out_loss": "held out"}),
@@ -36,7 +36,8 @@ SMOOTH_SHARE = 0.02  # a line's running mean spans this share of its steps
 
 
 def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[str, Any]]) -> bool:
-    """One small plot over the steps for each panel that has data; False, and no file, if none has."""
+    """Draws one small plot over the steps for each panel that has data. Returns False, and writes no file, if none
+    has."""
     present = {key for record in metrics for key, value in record.items() if value is not None}
     panels = [(title, {k: n for k, n in lines.items() if k in present}) for title, lines in panels]
     panels = [panel for panel in panels if panel[1]]
@@ -57,7 +58,7 @@ def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[st
 
 
 def plot_bars(path: str, panels: Sequence[BarPanel]) -> None:
-    """The panels side by side under one legend."""
+    """Draws the panels side by side under one legend."""
     from matplotlib.patches import Patch
 
     labels = list(dict.fromkeys(label for _, rows, _ in panels for label in rows))
@@ -81,7 +82,7 @@ def _bars(
     colors: Mapping[str, str],
     digits: int,
 ) -> None:
-    """A group of bars for each measure, in it one for each row; each bar carries its value."""
+    """Draws a group of bars for each measure, with one bar for each row; each bar shows its value."""
     width = 0.84 / len(rows)
     for i, (label, row) in enumerate(rows.items()):
         xs = [x + (i - (len(rows) - 1) / 2) * width for x, name in enumerate(measures) if name in row]
@@ -93,7 +94,7 @@ def _bars(
 
 
 def _shades(count: int) -> list[str]:
-    """From light, the first model, to dark, the last."""
+    """Returns colours from light, for the first model, to dark, for the last."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
     shades = LinearSegmentedColormap.from_list("shades", SHADES)
@@ -101,7 +102,7 @@ def _shades(count: int) -> list[str]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Without pyplot: no global state and no display."""
+    """Returns an empty figure. It is made without pyplot, which would keep global state and need a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=144, layout="constrained", facecolor="white")
@@ -117,7 +118,7 @@ def _style(axes: Axes, title: str) -> None:
 
 
 def _draw(axes: Axes, points: Sequence[tuple[int, float]], name: str, color: str) -> None:
-    """A long line: the values faintly, their running mean boldly. A few points: marks."""
+    """Draws a long curve as faint values with a bold running mean, and a few points as marks."""
     steps, values = zip(*points, strict=True)
     reach = int(len(values) * SMOOTH_SHARE / 2)
     if reach == 0:
@@ -129,5 +130,5 @@ def _draw(axes: Axes, points: Sequence[tuple[int, float]], name: str, color: str
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` neighbours on both sides, so that the line does not lag; fewer at the ends."""
+    """Returns the mean over `reach` neighbours on both sides, so that the line does not lag; fewer at the ends."""
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

@@ -1,4 +1,4 @@
-"""The report of a run: plots and one HTML page."""
+"""Writes the report of a run: plots and one HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 3  # samples from the start of a stage, and as many from its end
 
 @dataclass
 class Stage:
-    """What one stage left in its directory: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, config.yaml.
+    """Holds what one stage wrote: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, config.yaml.
 
     Example: Stage("sft", [{"step": 1, "loss": 2.0}], [{"step": 0, "loss": 2.1}], [], None, "seed: 0")
     """
@@ -33,10 +33,11 @@ class Stage:
 
 
 def write_report(run_dir: str) -> str:
-    """Write `<run_dir>/report/index.html` and its PNG plots; returns the path of the page.
+    """Writes `<run_dir>/report/index.html` and its PNG plots; returns the path of the page.
 
-    `run_dir` is one stage (it has metrics.jsonl or eval.json) or holds a directory a stage, shown in the order of
-    `stages.json` (a list of names), else of their names. Raises ValueError if nothing was recorded there.
+    `run_dir` is one stage (it has metrics.jsonl or eval.json), or holds one directory for each stage; these are shown
+    in the order of `stages.json` (a list of names), or without it in alphabetical order. Raises ValueError if nothing
+    was recorded there.
     """
     from jinja2 import Environment  # comes with torch
 
@@ -64,7 +65,7 @@ def write_report(run_dir: str) -> str:
 
 
 def read_stages(run_dir: str) -> list[Stage]:
-    """The stages of a run directory in order, those that recorded something. Raises ValueError if there is none."""
+    """Returns the stages of a run directory that recorded something, in order. Raises ValueError if there is none."""
     if _recorded(run_dir):
         return [_read_stage(os.path.basename(os.path.abspath(run_dir)), run_dir)]
     listed = os.path.join(run_dir, "stages.json")
@@ -102,7 +103,7 @@ def _read(path: str) -> str:
 
 
 def _by_label(stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
-    """Evaluations by their label, or by the stage where a label is taken."""
+    """Returns the evaluations by their label, or by the name of the stage where the label is taken."""
     evaluated: dict[str, dict[str, Any]] = {}
     for stage in stages:
         if stage.evaluation is not None:
@@ -112,7 +113,7 @@ def _by_label(stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
 
 
 def _evaluation_rows(evaluated: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """One table row an evaluation; all rows have the columns that any of them needs."""
+    """Returns one table row for each evaluation; all rows have the columns that any of them needs."""
     digits = dict.fromkeys(_problem_measures(evaluated), 3) | {"perplexity": 2, "bits_per_byte": 3}
     digits |= {"problems": 0, "weight_step": 0}
     used = [name for name in digits if any(e.get(name) is not None for e in evaluated.values())]
@@ -123,7 +124,7 @@ def _evaluation_rows(evaluated: Mapping[str, dict[str, Any]]) -> list[dict[str, 
 
 
 def _problem_measures(evaluated: Mapping[str, dict[str, Any]]) -> list[str]:
-    """greedy, pass@1, pass@8, maj@8: those that were measured, in this order."""
+    """Returns those of greedy, pass@1, pass@8, maj@8 that were measured, in this order."""
     names = {name for e in evaluated.values() for name, value in e.items() if value is not None}
     sampled = [name for name in names if name.startswith(("pass@", "maj@"))]
     sampled.sort(key=lambda name: (name.startswith("maj@"), int(name.split("@")[1])))
@@ -131,7 +132,7 @@ def _problem_measures(evaluated: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def _evaluation_image(out: str, evaluated: Mapping[str, dict[str, Any]]) -> dict[str, str] | None:
-    """Bars of what was measured, all models beside each other."""
+    """Draws the measures as bars, all models side by side; returns None if there is nothing to draw."""
     panels = []
     for title, measures, digits in (
         ("Share of held-out problems solved", _problem_measures(evaluated), 2),

@@ -1,6 +1,6 @@
-"""Collectives with their gradients, on a plain tensor of this rank; compilable. A group of None does nothing.
+"""Provides collectives with gradients, on a plain tensor of this rank; compilable. With group None they do nothing.
 
-The pairs of Megatron-LM (arXiv 1909.08053) and of its sequence parallelism (arXiv 2205.05198).
+They are the pairs of Megatron-LM (arXiv 1909.08053) and of its sequence parallelism (arXiv 2205.05198).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 
-# torch 2.13 renamed them
+# torch 2.13 renamed these functions
 _all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 _reduce_scatter_sum = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
 
@@ -20,7 +20,7 @@ SEQUENCE = 1  # the dim that sequence parallelism splits
 
 
 def all_reduce(x: Tensor, group: ProcessGroup, op: str = "sum") -> Tensor:
-    """Without gradient."""
+    """Returns the sum (or the maximum) over the group, without gradient."""
     if torch.compiler.is_compiling():
         return _wait(functional.all_reduce(x.contiguous(), op, group))
     x = x.clone(memory_format=torch.contiguous_format)  # half the time of the functional form, which wraps its result
@@ -29,7 +29,7 @@ def all_reduce(x: Tensor, group: ProcessGroup, op: str = "sum") -> Tensor:
 
 
 def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Without gradient."""
+    """Returns the tensors of the group concatenated along `dim`, without gradient."""
     return _wait(_all_gather(x.contiguous(), dim, group))
 
 
@@ -85,20 +85,20 @@ class _Reduce(torch.autograd.Function):
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """[B, T / tp, ...] -> [B, T, ...]; the gradient is summed and split again."""
+    """Gathers the sequence, [B, T / tp, ...] -> [B, T, ...]; the gradient is reduce-scattered."""
     return x if group is None else _Gather.apply(x, group)
 
 
 def scatter_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Partial sums [B, T, ...] -> summed [B, T / tp, ...]; the gradient is gathered."""
+    """Reduce-scatters partial sums [B, T, ...] -> [B, T / tp, ...]; the gradient is gathered."""
     return x if group is None else _Scatter.apply(x, group)
 
 
 def copy_to(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Identity; the gradient is summed over the group (a replicated input of sharded weights)."""
+    """Returns x; the gradient is summed over the group (for a replicated input of sharded weights)."""
     return x if group is None else _Copy.apply(x, group)
 
 
 def reduce_from(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Partial sums -> their sum everywhere; the gradient passes."""
+    """Returns the sum of the group's partial sums; the gradient passes unchanged."""
     return x if group is None else _Reduce.apply(x, group)

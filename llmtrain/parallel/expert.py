@@ -1,11 +1,11 @@
-"""Expert parallelism: whole experts on different ranks of `ep` and `tp`, and tokens that travel to them.
+"""Implements expert parallelism: whole experts lie on different ranks of `ep` and `tp`, and tokens are sent to them.
 
-Experts are cut along dim 0 into ep x tp pieces; the rank with coordinates (e, t) has piece e tp + t. The tp ranks of a
-place see the same tokens: each sends those that go to pieces of its own t, over its own ep group, and what the experts
-give is summed over tp like any row-parallel product. No token is dropped, so the pieces of a transfer are unequal and
-their sizes travel first.
+Experts are split along dim 0 into ep x tp pieces; the rank with coordinates (e, t) has piece e tp + t. The tp ranks
+with the same e see the same tokens: each sends those that go to pieces of its own t, over its own ep group, and the
+experts' outputs are summed over tp like those of any row-parallel product. No token is dropped, so the parts of a
+transfer are unequal and their sizes are sent first.
 
-What a rank sends in one layer of one microbatch, in bytes, when of its N k (token, expert) pairs n go to other ranks:
+One layer of one microbatch has N k (token, expert) pairs, of which n go to other ranks. Then a rank sends, in bytes:
 forward 2 n hidden e + 4 n (rows there and back, weights) and 8 (ep - 1) E / (ep tp) of counts, backward the same
 without the counts. Evenly loaded, n = N k (ep - 1) / (ep tp) (N tokens, e bytes a value).
 """
@@ -30,7 +30,8 @@ from llmtrain.parallel.mesh import Mesh
 
 
 class ReplicaRouter(Router):
-    """Whole on every tp rank, each of which feeds its own experts only: the gradient is summed."""
+    """Routes with a weight replicated over tp; each tp rank uses it for its own experts only, so its gradient is
+    summed."""
 
     group: ProcessGroup
 
@@ -39,7 +40,7 @@ class ReplicaRouter(Router):
 
 
 class ParallelMoE(MoE):
-    """The experts of other ranks give what they give through `ep`, and the sum over `tp`."""
+    """Computes a mixture of experts: outputs of other ranks' experts come over `ep`, and are summed over `tp`."""
 
     pieces: ExpertPieces
     group: ProcessGroup | None  # tp
@@ -54,7 +55,7 @@ class ParallelMoE(MoE):
 
 
 class ExpertPieces:
-    """Where the experts are: `local` on each rank, this rank being (ep_rank, tp_rank)."""
+    """Knows where the experts are: `local` on each rank, this rank being (ep_rank, tp_rank)."""
 
     def __init__(self, num_experts: int, mesh: Mesh) -> None:
         self.ep, self.tp = mesh.ep, mesh.sizes["tp"]
@@ -65,19 +66,23 @@ class ExpertPieces:
 
     @property
     def reachable(self) -> int:
-        """Experts on ranks of this tp coordinate."""
+        """Returns the number of experts on ranks of this tp coordinate."""
         return self.ep * self.local
 
     def renumbered(self, indices: Tensor) -> Tensor:
-        """Numbers among the reachable experts, in the order of their ranks; `reachable` for all others."""
+        """Returns the experts' numbers among the reachable ones, in the order of their ranks; `reachable` for all
+        others."""
         piece, within = indices // self.local, indices % self.local
         own = (piece % self.tp == self.tp_rank) & (indices < self.ep * self.tp * self.local)
         return torch.where(own, piece // self.tp * self.local + within, self.reachable)
 
 
 def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
-    """Give every mixture of experts its parallel form and this rank's experts, in place; also where there is but one
-    rank of each kind, rows that are cut over `cp` are counted as a whole. Meant for parameters without memory."""
+    """Gives every mixture of experts its parallel form and this rank's experts, in place.
+
+    Also without expert parallelism it makes the load counts of rows that are split over `cp` cover whole rows. Meant
+    for parameters on the meta device.
+    """
     for module in [m for m in model.modules() if isinstance(m, MoE)]:
         tally = module.router.tally
         tally.tp_ranks, tally.travels = mesh.sizes["tp"], mesh.ep * mesh.sizes["tp"] > 1
@@ -97,11 +102,11 @@ def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
             p.data = p.data.chunk(count, 0)[index].contiguous()
 
 
-@torch._disable_dynamo  # sizes that are read from tensors, and transfers between ranks
+@torch._disable_dynamo  # reads sizes from tensors and communicates
 def exchanged(
     x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, pieces: ExpertPieces, tally: Tally
 ) -> Tensor:
-    """`model.moe.dispatch` over the ranks: x [N, hidden] -> [N, hidden], this tp rank's part of the sum."""
+    """Computes `model.moe.dispatch` over the ranks: x [N, hidden] -> [N, hidden], this tp rank's part of the sum."""
     order, places, counts = sort_by_expert(pieces.renumbered(indices), pieces.reachable)
     rows, scales = Spread.apply(x, order, places), weights.flatten().index_select(0, order)
     if pieces.ep_group is None:
@@ -116,8 +121,12 @@ def exchanged(
 def _through_ranks(
     rows: Tensor, scales: Tensor, counts: Tensor, experts: Experts, pieces: ExpertPieces
 ) -> tuple[Tensor, Tensor]:
-    """What the experts of the ep group give for `rows` [N k, hidden], of which the first counts.sum() go to one, in the
-    same order; and how many rows each expert here computed, for whichever rank."""
+    """Returns the outputs of the ep group's experts for `rows`, in the same order, and the rows that each expert here
+    computed.
+
+    `rows` is [N k, hidden], of which the first counts.sum() go to an expert of the group. The computed rows come from
+    any rank.
+    """
     arriving = torch.empty_like(counts)
     dist.all_to_all_single(arriving, counts, group=pieces.ep_group)
     sizes = [c.view(pieces.ep, -1).sum(1).tolist() for c in (counts, arriving)]
@@ -131,15 +140,17 @@ def _through_ranks(
 
 
 def _by_expert(arriving: Tensor, pieces: ExpertPieces) -> tuple[Tensor, Tensor]:
-    """Rows arrive by rank and, within it, by expert: the order that sorts them by expert, and its inverse."""
+    """Returns the order that sorts rows, which arrive by rank and then by expert, by expert, and its inverse."""
     expert = torch.arange(pieces.local, device=arriving.device).repeat(pieces.ep).repeat_interleave(arriving)
     order = expert.argsort(stable=True)
     return order, torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
 class Exchange(torch.autograd.Function):
-    """Rows to the ranks of a group and from them: `sending[i]` go to rank i, in order, and `receiving[i]` come from it.
-    The gradient goes the other way."""
+    """Exchanges rows in a group: `sending[i]` rows go to rank i, in order, and `receiving[i]` come from it.
+
+    The gradient goes the other way.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, sending: list[int], receiving: list[int], group: ProcessGroup) -> Tensor:

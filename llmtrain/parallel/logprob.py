@@ -1,6 +1,6 @@
-"""Hidden states to token log-probs and entropies, chunk by chunk: full logits never exist.
+"""Computes token log-probs and entropies from hidden states, chunk by chunk: full logits never exist.
 
-The only file that knows about vocabulary shards. Cross entropy over a sharded vocabulary as in arXiv 1909.08053, 3.
+No other file knows about vocabulary shards. Cross entropy over a sharded vocabulary as in arXiv 1909.08053, 3.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from llmtrain.types import IGNORE
 
 
 class ScoringHead(LMHead):
-    """An LMHead whose labelled form holds at most `chunk_tokens` rows of (this rank's part of the) logits; with
-    `compiled`, what is done to them is one kernel (not the forward of a sharded vocabulary: it communicates)."""
+    """Scores labels while holding at most `chunk_tokens` rows of (this rank's part of the) logits.
+
+    With `compiled`, all operations on a chunk's logits are one kernel, but for the forward of a sharded vocabulary,
+    which communicates.
+    """
 
     group: ProcessGroup | None
-    first_id: int  # of this rank's vocabulary shard
+    first_id: int  # first token id of this rank's vocabulary shard
     chunk_tokens: int
     compiled = False
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """See LMHead. Positions whose label is IGNORE cost nothing."""
+        """Returns log-probs and entropies of the labels, see LMHead. Positions whose label is IGNORE cost nothing."""
         if labels is None:
             assert self.group is None, "whole logits are never assembled from shards"
             return super().forward(hidden)
@@ -55,11 +58,12 @@ def _part(x: Tensor | None, piece: slice) -> Tensor | None:
 
 
 class _TokenScores(torch.autograd.Function):
-    """hidden [N, hidden], weight [V / tp, hidden], labels [N] (relative to the shard) -> log-probs, entropies [N].
+    """Computes hidden [N, hidden], weight [V / tp, hidden], labels [N] (relative to the shard) -> log-probs, entropies
+    [N].
 
-    The backward computes the logits of a chunk again rather than keeping them, but for the last one's: they are in
-    memory when it begins. Its gradient of `hidden` is this
-    rank's part of a sum over the group, which the norm in front of the head completes.
+    The backward recomputes the logits of each chunk rather than keeping them, except those of the last chunk, which are
+    still in memory when it begins. The gradient of `hidden` is this rank's part of a sum over the group, which the norm
+    in front of the head completes.
     """
 
     @staticmethod
@@ -79,7 +83,7 @@ class _TokenScores(torch.autograd.Function):
         score_chunk = _fused(_score_chunk) if compiled and group is None else _score_chunk
         for start in range(0, hidden.size(0), chunk_tokens):
             piece = slice(start, start + chunk_tokens)
-            logits = None  # before the next are computed
+            logits = None  # freed before the next are computed
             logits = hidden[piece] @ weight.t()
             out[:, piece] = score_chunk(logits, _part(scale, piece), labels[piece], group, softcap)
         logp, entropy, normalizer, left = out
@@ -96,7 +100,7 @@ class _TokenScores(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         gradient_chunk = _fused(_gradient_in_one_pass) if ctx.compiled else _gradient_chunk
-        kept, ctx.kept = ctx.kept, None  # a second backward (of a retained graph) has to compute it, too
+        kept, ctx.kept = ctx.kept, None  # a second backward (of a retained graph) recomputes it
         for start in reversed(range(0, hidden.size(0), ctx.chunk_tokens)):
             piece = slice(start, start + ctx.chunk_tokens)
             logits, norm = (hidden[piece] @ weight.t(), normalizer) if kept is None else (kept, left)
@@ -104,13 +108,13 @@ class _TokenScores(torch.autograd.Function):
             d = gradient_chunk(logits, _part(scale, piece), labels[piece], norm[piece], grad[piece], ctx.softcap)
             grad_hidden[piece] = d @ weight
             grad_weight += d.t() @ hidden[piece]
-            del logits, d  # before the next are computed
+            del logits, d  # freed before the next are computed
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 
 @cache
 def _fused(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One pass over the logits instead of one an operation."""
+    """Compiles a kernel into one pass over the logits instead of one for each operation."""
     return torch.compile(kernel, dynamic=True)  # the last chunk has another length
 
 
@@ -124,7 +128,10 @@ def _scaled(logits: Tensor, scale: Tensor | None, softcap: float | None) -> Tens
 def _gradient_chunk(
     logits: Tensor, scale: Tensor | None, labels: Tensor, normalizer: Tensor, grad: Tensor, softcap: float | None
 ) -> Tensor:
-    """Of the logits before capping and scaling, in their dtype; d logp / d (scaled logits) = onehot - softmax."""
+    """Returns the gradient of the logits before capping and scaling, in their dtype.
+
+    d logp / d (scaled logits) = onehot - softmax.
+    """
     d = _scaled(logits, scale, softcap).sub_(normalizer[:, None]).exp_().neg_()
     target, mine = _local_target(labels, logits.size(1))
     d.scatter_add_(1, target[:, None], mine[:, None].float())
@@ -137,10 +144,12 @@ def _gradient_chunk(
 def _gradient_in_one_pass(
     logits: Tensor, scale: Tensor | None, labels: Tensor, normalizer: Tensor, grad: Tensor, softcap: float | None
 ) -> Tensor:
-    """`_gradient_chunk` for the compiler, in place of the logits: a scatter would cut it into three kernels, with an
-    fp32 copy between them."""
+    """Computes `_gradient_chunk` in a form for the compiler, and writes it over the logits.
+
+    A scatter would split it into three kernels, with an fp32 copy between them.
+    """
     scaled = _scaled(logits, scale, softcap)
-    chosen = torch.arange(logits.size(1), device=logits.device) == labels[:, None]  # of another shard: nowhere
+    chosen = torch.arange(logits.size(1), device=logits.device) == labels[:, None]  # another shard's label: nowhere
     d = (chosen.float() - (scaled - normalizer[:, None]).exp()) * (grad if scale is None else grad * scale)[:, None]
     if softcap is not None:
         d = d * (1 - torch.tanh(logits.float() / softcap).square())
@@ -148,16 +157,19 @@ def _gradient_in_one_pass(
 
 
 def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Index into the shard, and whether the label lies in it."""
+    """Returns the label's index in the shard, and whether the label lies in it."""
     return labels.clamp(0, rows - 1), (labels >= 0) & (labels < rows)
 
 
 def _score_chunk(
     logits: Tensor, scale: Tensor | None, labels: Tensor, group: ProcessGroup | None, softcap: float | None
 ) -> Tensor:
-    """[4, n]: log-prob of the label, entropy, log of the normalizer, and of that of `logits` as this leaves them: less
-    their largest, in place, if they are fp32 and neither scaled nor capped. Compiled it leaves them as they are: there
-    the difference is never written."""
+    """Returns [4, n]: log-prob of the label, entropy, log of the normalizer, and that of `logits` as this call leaves
+    them.
+
+    fp32 logits that are neither scaled nor capped are shifted by their maximum in place. Compiled, they are left
+    unchanged: there the shifted logits are never written to memory.
+    """
     compiled = torch.compiler.is_compiling()
     in_place = logits.dtype == torch.float32 and scale is None and softcap is None and not compiled
     logits = _scaled(logits, scale, softcap)

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: cutting the decoder into stages, and running microbatches through them."""
+"""Implements pipeline parallelism: cuts the decoder into pipeline stages and runs microbatches through them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 Output = Tensor | tuple[Tensor, Tensor]
 """What a head gives: a tensor of values, or (log-probs, entropies), [B, T] each."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of hidden states, by number
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of hidden states, by their number in a header
 
 
 def keep_stage(model: nn.Module, plan: StagePlan, stage: int) -> None:
-    """Delete what other stages own, in place; names stay global. A tied head becomes a second copy."""
+    """Deletes the modules of other pipeline stages, in place; names stay global. A tied head becomes a second copy."""
     if len(plan.layers) == 1:
         return
     if model.head.weight is model.embed.weight:
@@ -36,7 +37,10 @@ def keep_stage(model: nn.Module, plan: StagePlan, stage: int) -> None:
 
 
 def inputs_of(batch: Batch, has_head: bool, scaled: bool | None = None) -> dict[str, Tensor]:
-    """Keyword arguments of Decoder.forward for a stage; `scaled`: with the temperature (None: if it is not 1)."""
+    """Returns the keyword arguments of Decoder.forward for a pipeline stage.
+
+    `scaled` says whether to pass the temperature (None: if it is not 1).
+    """
     names = ["positions", "segment_ids", "branch_ids"] + (["labels"] if has_head else [])
     kwargs = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
     if has_head and (batch.temperature != 1.0 if scaled is None else scaled):
@@ -45,9 +49,9 @@ def inputs_of(batch: Batch, has_head: bool, scaled: bool | None = None) -> dict[
 
 
 class Pipeline:
-    """Runs microbatches through the stages. `parts` are this rank's stages, rising.
+    """Runs microbatches through the pipeline stages. `parts` are this rank's pipeline stages, in ascending order.
 
-    Training follows a schedule of torch; scoring is a plain pass of all microbatches through one stage after the other.
+    Training follows a schedule of torch; scoring passes all microbatches through one pipeline stage after the other.
     """
 
     def __init__(self, parts: Sequence[nn.Module], plan: StagePlan, mesh: Mesh) -> None:
@@ -58,18 +62,19 @@ class Pipeline:
         self.loss: Callable[[Output, int], Tensor] | None = None
 
     def train(self, batches: Sequence[Batch], loss: Callable[[Output, int], Tensor]) -> None:
-        """Forward and backward; on the rank with the head `loss(scores, i)` is called for microbatch i."""
+        """Runs forward and backward; on the rank with the head `loss(scores, i)` is called for microbatch i."""
         self.loss = loss
         scaled = any(b.temperature != 1.0 for b in batches)
         each = [inputs_of(b, self.mesh.has_head, scaled) for b in batches]
         assert all(e.keys() == each[0].keys() for e in each), "microbatches of one step have the same fields"
-        kwargs = {name: torch.cat([e[name] for e in each]) for name in each[0]}  # every stage of a rank gets them all
+        kwargs = {name: torch.cat([e[name] for e in each]) for name in each[0]}  # for every pipeline stage of the rank
         args = [torch.cat([b.input_ids for b in batches])] if self.mesh.has_embedding else []
         last = {"target": torch.arange(len(batches)), "losses": []} if self.mesh.has_head else {}
         self._schedule(batches).step(*args, **kwargs, **last, return_outputs=False)
 
     def _schedule(self, batches: Sequence[Batch]) -> Schedule:
-        """For this number and shape of microbatches, a stage's buffers being sized once; the last one is kept."""
+        """Returns a schedule for this number and shape of microbatches, which fix its buffers; the last one is
+        cached."""
         key = (len(batches), tuple(batches[0].input_ids.shape))
         if self.schedule is None or self.schedule[0] != key:
             from llmtrain.parallel.schedules import make_schedule  # torch's pipelining imports its compiler: 2 s
@@ -80,7 +85,7 @@ class Pipeline:
 
     @torch.no_grad()
     def score(self, batches: Sequence[Batch]) -> list[Output] | None:
-        """The last stage's outputs, None on ranks without it."""
+        """Returns the outputs of the last pipeline stage, None on ranks without it."""
         outputs: list = []
         sending: list[tuple[dist.Work, Tensor]] = []  # the tensors must live until they are sent
         for stage, part in self.parts.items():
@@ -94,15 +99,19 @@ class Pipeline:
         return outputs if self.mesh.has_head else None
 
     def _inputs(self, stage: int, batches: Sequence[Batch], own: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What the stage reads for each microbatch; `own` are the outputs of this rank's stage before."""
+        """Returns the pipeline stage's input for each microbatch; `own` are the outputs of this rank's previous
+        pipeline stage."""
         if stage == 0:
             return iter([b.input_ids for b in batches])
         source = self.plan.rank_of(stage - 1)
         return iter(own) if source == self.rank else self._receive(source, len(batches))
 
     def _receive(self, source: int, count: int) -> Iterator[Tensor]:
-        """All receives are posted first, in the order of the sends: on a pair of ranks that sends in both directions
-        NCCL runs one operation after the other."""
+        """Yields the tensors that another rank sends.
+
+        All receives are posted first, in the order of the sends: on a pair of ranks that sends in both directions NCCL
+        runs one operation after the other.
+        """
         header = torch.empty(4, dtype=torch.int64, device=self.mesh.device)
         dist.recv(header, group=self.group, group_src=source)
         *shape, dtype = header.tolist()
@@ -113,7 +122,7 @@ class Pipeline:
             yield buffer
 
     def _send(self, stage: int, x: Tensor | Output, first: bool) -> list[tuple[dist.Work, Tensor]]:
-        """To the next stage, if another rank has it; before the first microbatch its shape and dtype."""
+        """Sends to the next pipeline stage, if another rank has it; shape and dtype precede the first microbatch."""
         if stage == len(self.plan.layers) - 1 or (target := self.plan.rank_of(stage + 1)) == self.rank:
             return []
         header = torch.tensor([*x.shape, DTYPES.index(x.dtype)], device=x.device)

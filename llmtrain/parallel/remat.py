@@ -1,11 +1,11 @@
-"""Rematerialisation: activations are computed again in the backward (arXiv 1604.06174).
+"""Implements rematerialisation: activations are recomputed in the backward (arXiv 1604.06174).
 
 `full` keeps each block's input and computes a third more. `selective` keeps what is costly to compute, the outputs of
-matrix products and fused attention, and computes again what is cheap: norms, rotations, activation functions, products
-element by element, and gathers of the sequence. The last product of each half of a block, whose output only the
-residual stream reads, is neither kept nor computed again (that of experts is kept on a CPU and computed again on a
-GPU: an operation of ours says what its backward needs only when it is done). Without fused attention the scores, which
-are large, are computed again, as in arXiv 2205.05198, section 5.
+matrix products and fused attention, and recomputes what is cheap: norms, rotations, activation functions, elementwise
+products, and gathers of the sequence. The last product of attention and that of the feed-forward layer, whose outputs
+only the residual stream reads, are neither kept nor recomputed. (That of experts is kept on a CPU and recomputed on a
+GPU: a custom operation says what its backward needs only when it is done.) Without fused attention the scores, which
+are large, are recomputed, as in arXiv 2205.05198, section 5.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmtrain.model.router import Router
 aten = torch.ops.aten
 OURS = torch.ops.llmtrain
 EXPERTS_ON_CPU = OURS.expert_ffn.default
-MATRIX_PRODUCTS = {  # and how many each is
+MATRIX_PRODUCTS = {  # operation -> the number of products it counts as
     **dict.fromkeys((aten.mm.default, aten.addmm.default, aten._scaled_mm.default), 1),  # of linear layers
     **{OURS.grouped_product.default: 1, OURS.grouped_pair.default: 2, EXPERTS_ON_CPU: 3},  # of experts
 }
@@ -44,7 +44,7 @@ FUSED_ATTENTION = (
 
 
 def remat_blocks(model: Decoder, kind: str) -> None:
-    """Let each block keep less for its backward, in place; `kind`: full or selective."""
+    """Makes each block keep less for its backward, in place; `kind`: full or selective."""
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing here draws random numbers
     for block in model.blocks():
         if kind == "full":
@@ -60,8 +60,11 @@ def _whole(block: nn.Module, *args: object) -> Tensor:
 
 
 def compile_block(block: nn.Module) -> None:
-    """In place. What is recomputed as a whole is compiled within: torch does not compile the recomputation around it,
-    and would silently compile nothing."""
+    """Compiles a block in place.
+
+    A block that is recomputed as a whole is compiled inside the recomputation: torch does not compile around it, and
+    would silently compile nothing.
+    """
     if hasattr(block, "whole"):
         block.whole = torch.compile(block.whole)
     else:
@@ -69,13 +72,13 @@ def compile_block(block: nn.Module) -> None:
 
 
 def _num_products(module: nn.Module) -> int:
-    """Of a region."""
+    """Returns the number of matrix products in a module."""
     return sum(count for m in module.modules() for kind, count in PRODUCTS.items() if isinstance(m, kind))
 
 
 def _contexts(num_products: int) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For one pass through a region whose last matrix product is number `num_products`."""
-    seen = [0, 0]  # forward, recomputation: torch 2.11 asks in both
+    """Returns the contexts of one pass through a region whose last matrix product is number `num_products`."""
+    seen = [0, 0]  # forward, recomputation: torch 2.11 calls the policy in both
 
     def policy(context: SelectiveCheckpointContext, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
         seen[context.is_recompute] += MATRIX_PRODUCTS.get(op, 0)

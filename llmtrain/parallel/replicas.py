@@ -1,4 +1,4 @@
-"""Do ranks that should hold the same weights hold the same bits? A flipped bit changes no shape and raises no error."""
+"""Checks that ranks that should hold the same weights hold the same bits: a flipped bit raises no error by itself."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor
 
 from llmtrain.parallel.mesh import Mesh
 
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes an element -> its bits as a number
-CHUNK = 2**20  # elements that are widened to 64 bits at a time
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size -> integer type of that size
+CHUNK = 2**20  # elements converted to 64 bits at a time
 FACTOR = 6364136223846793005  # odd: no chunk's difference is lost (Knuth's multiplier)
 
 Finding = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""(parameter, ranks that hold other bits than most, all ranks that compared); without a majority everyone is named."""
+"""A finding is (parameter, ranks whose bits differ from most, all ranks compared); without a majority all differ."""
 
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """Of the bits of a tensor, int64 [], on its device: a sum weighted by position, modulo 2^64, so exact in any order.
+    """Returns a checksum of the bits of a tensor, int64 [], on its device.
 
-    The weights are odd: one flipped bit, or one changed element, always changes it.
+    It is a sum weighted by position, modulo 2^64, so exact in any order. The weights are odd: one flipped bit, or one
+    changed element, always changes it.
     """
     words = tensor.detach().contiguous().flatten().view(WORDS[tensor.element_size()])
     weights = torch.arange(1, 2 * min(CHUNK, words.numel()) + 1, 2, device=tensor.device)
@@ -35,10 +36,11 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def differing(replicas: Iterable[tuple[str, str, Tensor]], mesh: Mesh) -> list[str]:
-    """What is wrong with the copies (`Engine.replicas`): a line for each parameter with a bit that differs within its
-    group, naming ranks and hosts, equal on all trainers; a collective of them.
+    """Returns a line for each parameter (`Engine.replicas`) with a bit that differs within its group, naming ranks and
+    hosts.
 
-    Most decide who is wrong; without a majority, as with two copies, all are named.
+    The lines are equal on all trainers; a collective of them. The majority decides who is wrong; without one, as with
+    two copies, all are named.
     """
     sums: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
     for group, name, tensor in replicas:
@@ -66,7 +68,7 @@ def _compare(sums: list[tuple[str, Tensor]], mesh: Mesh, group: str) -> list[Fin
 
 
 def odd_ones(values: list[int]) -> list[int]:
-    """Positions that differ from the majority; all, where no value has more than half. [7, 7, 5] -> [2]."""
+    """Returns the positions that differ from the majority; all, where no value has more than half. [7, 7, 5] -> [2]."""
     value, count = Counter(values).most_common(1)[0]
     return [i for i, v in enumerate(values) if v != value or 2 * count <= len(values)]
 

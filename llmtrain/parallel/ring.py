@@ -1,10 +1,10 @@
-"""Ring attention (arXiv 2310.01889): keys and values travel around the cp ranks while each computes with its queries.
+"""Implements ring attention (arXiv 2310.01889): keys and values travel around the cp ranks while each rank computes.
 
 Rank r holds the chunks r and 2 cp - 1 - r of the row (`parallel.zigzag`), so that with the shard of another rank s
     s < r   all its queries see the early half of the keys, and none the late half
     s > r   its late queries see all keys, and its early queries none
-and half of the scores need not be computed, the same half of the work everywhere. `parallel.context` says how much
-travels.
+and half of the scores need not be computed, the same half of the work on every rank. `parallel.context` says how much
+is sent.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ TILE_TOKENS = 1024  # queries whose scores exist at one time
 Piece = tuple[slice, slice, Tensor | None]
 
 
-@torch._disable_dynamo  # transfers between two ranks are no part of a graph
+@torch._disable_dynamo  # transfers between two ranks cannot be traced
 def attend_ring(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, group: ProcessGroup) -> Tensor:
-    """Attention of this rank's queries [B, heads, T / cp, D] to the keys and values of all, [B, kv heads, T / cp, D]
-    on each rank. `ids` [1 or 2, B, T]: segment and branch ids of whole rows; None = causal over the row.
+    """Returns the attention of this rank's queries [B, heads, T / cp, D] to the keys and values of all ranks.
 
-    Scores and sums are in fp32. Masks exist for one tile of queries and one shard of keys at a time.
+    Each rank holds keys and values [B, kv heads, T / cp, D]. `ids` [1 or 2, B, T]: segment and branch ids of whole
+    rows; None = causal over the row. Scores and sums are in fp32. Masks exist for one tile of queries and one shard of
+    keys at a time.
     """
     return _Ring.apply(q, k, v, ids, group)
 
@@ -56,7 +57,7 @@ class _Ring(torch.autograd.Function):
         passed: list[Tensor] = []
         requests: list[Work] = []
         for source, (keys, values) in _circulate([k.contiguous(), v.contiguous()], ctx.group):
-            # The gradients of a shard follow it around the ring and are home after the last step.
+            # The gradients of a shard follow it around the ring and reach its owner after the last step.
             grads = [torch.zeros(x.shape, device=x.device) for x in (k, v)]
             for rows, cols, mask in _pieces(q, ids, source, ctx.group):
                 saved = (lse[:, :, rows], delta[:, :, rows], grad[:, :, rows])
@@ -72,7 +73,7 @@ class _Ring(torch.autograd.Function):
 
 
 def _circulate(tensors: Sequence[Tensor], group: ProcessGroup) -> Iterator[tuple[int, Sequence[Tensor]]]:
-    """(rank, its tensors), the own ones first; the next ones travel while the caller computes."""
+    """Yields (rank, its tensors), this rank's first; the next ones arrive while the caller computes."""
     rank, size = group.rank(), group.size()
     for step in range(size):
         incoming, requests = _pass_on(tensors, group) if step < size - 1 else ([], [])
@@ -82,7 +83,7 @@ def _circulate(tensors: Sequence[Tensor], group: ProcessGroup) -> Iterator[tuple
 
 
 def _pass_on(tensors: Sequence[Tensor], group: ProcessGroup) -> tuple[list[Tensor], list[Work]]:
-    """Start sending to the next rank: -> what comes from the one before, once the requests are done."""
+    """Starts sending to the next rank. Returns what the previous one sends, valid once the requests are done."""
     rank, size = group.rank(), group.size()
     incoming = [torch.empty_like(x) for x in tensors]
     sends = [P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size) for x in tensors]
@@ -96,7 +97,7 @@ def _wait(requests: Sequence[Work]) -> None:
 
 
 def halves_seen(rank: int, source: int, shard_tokens: int) -> tuple[slice, slice]:
-    """(queries of `rank`, keys of `source`) between which scores are computed, as slices of their shards."""
+    """Returns (queries of `rank`, keys of `source`) between which scores are computed, as slices of their shards."""
     everything, half = slice(0, shard_tokens), shard_tokens // 2
     if source == rank:
         return everything, everything
@@ -104,7 +105,8 @@ def halves_seen(rank: int, source: int, shard_tokens: int) -> tuple[slice, slice
 
 
 def _pieces(q: Tensor, ids: Tensor | None, source: int, group: ProcessGroup) -> Iterator[Piece]:
-    """The work with one shard of keys: tiles of queries, the keys, and who sees whom (None = everyone)."""
+    """Yields the work with one shard of keys: a tile of queries, the keys, and their mask (None = all attend to
+    all)."""
     rank, tokens = group.rank(), q.size(2)
     rows, cols = halves_seen(rank, source, tokens)
     queries, keys = (places(r, group.size(), tokens, q.device) for r in (rank, source))
@@ -118,7 +120,7 @@ def _pieces(q: Tensor, ids: Tensor | None, source: int, group: ProcessGroup) -> 
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(output, logsumexp of the scores), fp32."""
+    """Returns (output, logsumexp of the scores), fp32."""
     scores = _scores(q, k, mask)
     lse = scores.logsumexp(-1)
     probs = _by_kv_head(scores.sub_(lse[..., None]).exp_(), k)
@@ -128,8 +130,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tenso
 def _attend_backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, delta: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, fp32, from those of the output; `lse` is that of the whole row, so the probabilities are
-    the final ones, and delta = sum(grad * output) too."""
+    """Returns the gradients of q, k, v, fp32, from those of the output.
+
+    `lse` is that of the whole row, so the probabilities are the final ones; so is delta = sum(grad * output).
+    """
     probs = _by_kv_head(_scores(q, k, mask).sub_(lse[..., None]).exp_(), k)
     grad = _by_kv_head(grad.float(), k)
     grad_scores = (grad @ v.float().mT).sub_(_by_kv_head(delta[..., None], k)).mul_(probs).mul_(q.size(3) ** -0.5)
@@ -138,18 +142,18 @@ def _attend_backward(
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, heads, queries, keys], fp32."""
+    """Returns the scores [B, heads, queries, keys], fp32."""
     scores = (_by_kv_head(q.float(), k) @ k.float().mT).mul_(q.size(3) ** -0.5).view(*q.shape[:3], -1)
     return scores if mask is None else scores.masked_fill_(~mask, HIDDEN)
 
 
 def _by_kv_head(x: Tensor, k: Tensor) -> Tensor:
-    """[B, heads, T, D] -> [B, kv heads, heads / kv heads * T, D]: the queries of a key/value head as one block."""
+    """Groups the queries of each key/value head: [B, heads, T, D] -> [B, kv heads, heads / kv heads * T, D]."""
     return x.reshape(x.size(0), k.size(1), -1, x.size(3))
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Take a block of keys into the softmax of those before, in place."""
+    """Merges a block of keys into the softmax over the earlier blocks, in place."""
     total = torch.logaddexp(lse, block_lse)
     out.mul_((lse - total).exp()[..., None]).add_(block_out.mul_((block_lse - total).exp()[..., None]))
     lse.copy_(total)

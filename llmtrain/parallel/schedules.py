@@ -1,4 +1,4 @@
-"""Pipeline schedules of torch.distributed.pipelining, over the stages of one rank."""
+"""Builds schedules of torch.distributed.pipelining over the pipeline stages of one rank."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ SCHEDULES = {
 
 
 class Stage(PipelineStage):
-    """Before the first step torch learns shapes from a forward and backward on made-up values: what routers counted in
-    it is forgotten."""
+    """Wraps a pipeline stage of torch and discards routing counts of the shape inference.
+
+    Before the first step torch infers shapes from a forward and backward on made-up values, in which routers count
+    loads.
+    """
 
     def _post_metadata_inference_cleanup(self) -> None:
         super()._post_metadata_inference_cleanup()
@@ -46,7 +49,10 @@ def make_schedule(
     microbatches: int,
     loss: Callable[[tuple[Tensor, Tensor], Tensor], Tensor],
 ) -> Schedule:
-    """`parts`: this rank's stages by number; `loss(output of the head, number of the microbatch)`."""
+    """Returns the schedule of `parts`, this rank's pipeline stages by number.
+
+    `loss` is called with (output of the head, number of the microbatch).
+    """
     stages = [
         Stage(part, stage, len(plan.layers), mesh.device, group=mesh.groups["pp"]) for stage, part in parts.items()
     ]

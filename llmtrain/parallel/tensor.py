@@ -1,8 +1,8 @@
-"""Tensor parallelism: modules of the plain decoder are replaced, by name, with ones that compute on local shards.
+"""Implements tensor parallelism: modules of the plain decoder are replaced, by name, with ones that hold local shards.
 
-With sequence parallelism (arXiv 2205.05198) everything between two sharded regions lives on a slice of the sequence:
-a region is entered by a norm that gathers and left by a row-parallel projection that scatters. A parameter that every
-rank holds whole and that meets only a part of the sequence, or of the heads, has its gradient summed over the group.
+With sequence parallelism (arXiv 2205.05198) activations between two sharded regions are slices of the sequence: a
+region begins with a norm that gathers and ends with a row-parallel projection that scatters. A parameter that every
+rank holds whole but applies to only a part of the sequence, or of the heads, has its gradient summed over the group.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmtrain.parallel.collectives import copy_to, gather_sequence, reduce_from,
 
 
 def shard(full: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
-    """This rank's slice of a global tensor. Raises ValueError if it does not divide."""
+    """Returns this rank's slice of a global tensor. Raises ValueError if it does not divide."""
     if dim is None or size == 1:
         return full
     if full.size(dim) % size:
@@ -32,12 +32,12 @@ def shard(full: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
 
 
 def summed(parameter: Tensor | None, group: ProcessGroup) -> Tensor | None:
-    """The parameter; its gradient is summed over the group."""
+    """Returns the parameter; its gradient is summed over the group."""
     return None if parameter is None else copy_to(parameter, group)
 
 
 class InnerNorm(Norm):
-    """Norm of the residual stream, or of what is added to it; a rank sees its slice of the sequence, or all of it."""
+    """Normalises the residual stream, or a sublayer's output; a rank has its slice of the sequence, or all of it."""
 
     group: ProcessGroup
     sequence: bool
@@ -49,7 +49,7 @@ class InnerNorm(Norm):
 
 
 class EnteringNorm(InnerNorm):
-    """Norm in front of sharded matrices: gathers the sequence, or marks the replicated input."""
+    """Normalises in front of sharded matrices: gathers the sequence, or marks the input as replicated."""
 
     def forward(self, x: Tensor) -> Tensor:
         enter = gather_sequence if self.sequence else copy_to
@@ -57,7 +57,7 @@ class EnteringNorm(InnerNorm):
 
 
 class ReplicaNorm(Norm):
-    """A whole norm within a sharded region (of heads, of a latent)."""
+    """Normalises with a replicated weight within a sharded region (of heads, of a latent)."""
 
     group: ProcessGroup
 
@@ -66,7 +66,7 @@ class ReplicaNorm(Norm):
 
 
 class ReplicaLinear(Linear):
-    """A whole projection within a sharded region."""
+    """Projects with a replicated weight within a sharded region."""
 
     group: ProcessGroup
 
@@ -76,8 +76,12 @@ class ReplicaLinear(Linear):
 
 
 class SharedAdapter(Adapter):
-    """An adapter of a projection within a sharded region: B is cut as the rows of the weight are, A as its columns.
-    Of what is whole a rank's gradient is only a part: of some heads, or of a part of the sum."""
+    """Computes the adapter of a projection within a sharded region: B is sharded as the weight's rows are, A as its
+    columns.
+
+    The matrix that is not sharded has a partial gradient on each rank, from some heads or a part of the sum, to be
+    summed.
+    """
 
     group: ProcessGroup
     whole: tuple[bool, bool]  # A, B
@@ -88,7 +92,8 @@ class SharedAdapter(Adapter):
 
 
 class RowLinear(Linear):
-    """A sharded inner dim: the partial products are summed over the group, then the whole bias is added."""
+    """Projects with a sharded inner dim: the partial products are summed over the group, then the whole bias is
+    added."""
 
     group: ProcessGroup
     sequence: bool
@@ -102,7 +107,7 @@ class RowLinear(Linear):
 
 
 class JointRow(RowLinear):
-    """A row-parallel projection of several inputs side by side, which are whole here: a rank takes its columns."""
+    """Projects several inputs, concatenated and whole on each rank, row-parallel: a rank takes its columns."""
 
     rank: int
 
@@ -111,7 +116,7 @@ class JointRow(RowLinear):
 
 
 class VocabEmbedding(nn.Embedding):
-    """A sharded vocabulary: a rank contributes zeros for tokens it does not hold."""
+    """Embeds with a sharded vocabulary: a rank contributes zeros for tokens it does not hold."""
 
     group: ProcessGroup
     sequence: bool
@@ -126,7 +131,7 @@ class VocabEmbedding(nn.Embedding):
 
 
 class PositionEmbedding(nn.Embedding):
-    """Learned positions, whole on every rank, for the slice of the sequence that the rank has."""
+    """Embeds learned positions, replicated, for the slice of the sequence that the rank has."""
 
     group: ProcessGroup
     sequence: bool
@@ -149,14 +154,17 @@ CLASSES: dict[tuple[str | None, type[nn.Module]], type[nn.Module]] = {
     ("row", Linear): RowLinear,
     ("row", Joint): JointRow,
 }
-"""(kind in the plan, plain class) -> its parallel form. Column-parallel projections need none: their input is whole and
-their output is what the rank owns."""
+"""Each (kind in the plan, plain class) has its parallel form. Column-parallel projections need none: their input is
+whole and their output is the rank's own part."""
 
 
 def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool) -> None:
-    """Cut every parameter along its `tp_dim`, a new attribute, to the piece that another one tells, `cut` (number,
-    of how many), and give the planned modules their parallel forward, in place. Experts, a third one, are left to
-    `parallel.expert`. Meant for parameters without memory: `parallel.plan` fills what is left of them."""
+    """Shards every parameter along its `tp_dim` and gives the planned modules their parallel forward, in place.
+
+    Each parameter gets three attributes: `tp_dim`; `cut`, (number of this rank's piece, number of pieces); and
+    `expert`. Experts are left to `parallel.expert`. Meant for parameters on the meta device: `parallel.plan` fills what
+    is left.
+    """
     rank, size = (0, 1) if group is None else (torch.distributed.get_rank(group), group.size())
     for name, parameter in model.named_parameters():
         whole = group is None or kind_of(name.rpartition(".")[0]) == "expert"
@@ -178,7 +186,8 @@ def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool
 
 
 def share_kv_heads(module: Attention, config: ModelConfig, group: ProcessGroup, rank: int) -> None:
-    """Fewer K/V heads than ranks: every rank projects to all of them, and uses the one that its query heads share."""
+    """Makes every rank project to all K/V heads, when there are fewer than ranks, and use the one its query heads
+    share."""
     size = group.size()
     assert size % config.num_kv_heads == 0, "a rule of the configuration"
     head = rank * config.num_kv_heads // size

@@ -1,7 +1,7 @@
-"""Who is missing when a job stands still: every rank tells the launcher's store that it lives, and watches the next.
+"""Says which rank is missing when a job hangs: every rank reports to the launcher's store and watches the next rank.
 
 A collective whose partner is stopped fails after `engine.timeout_s` with a message that names no rank, or hangs in a
-device. Ending the job stays the business of those timeouts; here is only said who, where and in which step.
+device. Those timeouts end the job; this module only says who hangs, where and in which step.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from datetime import timedelta
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 
 BEAT_S = 1.0
-QUIET_S = 30.0  # without a beat a rank counts as stopped; half the collectives' timeout where that is shorter
+QUIET_S = 30.0  # a rank without a beat for so long counts as stopped; at most half the timeout of collectives
 LIBRARIES = ("torch.distributed.", "deepspeed.")
-LEFT = "left"  # instead of the last beat
+LEFT = "left"  # replaces the beat of a rank that has ended
 
 
 class Watch:
-    """A thread beside the training of this rank. The trainer sets `step`."""
+    """Runs a thread beside the training of this rank. The trainer sets `step`."""
 
     def __init__(self, timeout_s: float) -> None:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.quiet_s, self.slow_s = min(QUIET_S, timeout_s / 2), 0.8 * timeout_s
         self.step, self.done, self.parent = 0, threading.Event(), os.getppid()
-        self.moved = (0, time.monotonic())  # step, and since when
+        self.moved = (0, time.monotonic())  # step, and when it began
         if self.size > 1:
             thread = threading.Thread(target=self._run, daemon=True)
             thread.start()
@@ -44,7 +44,7 @@ class Watch:
         thread.join(2 * BEAT_S)
 
     def _run(self) -> None:
-        with contextlib.suppress(DistNetworkError):  # who held the store has ended
+        with contextlib.suppress(DistNetworkError):  # the process that held the store has ended
             try:
                 self._watch(_store(self.quiet_s))
             except DistStoreError:
@@ -59,7 +59,7 @@ class Watch:
     def _watch(self, store: Store) -> None:
         neighbour = (self.rank + 1) % self.size
         last, since, told = "", time.monotonic(), False
-        store.set(str(self.rank), json.dumps(self._beat()))  # at once: who stops within the first second has a name too
+        store.set(str(self.rank), json.dumps(self._beat()))  # at once: a rank may stop within the first second
         while not self.done.wait(BEAT_S) and os.getppid() == self.parent:
             store.set(str(self.rank), json.dumps(self._beat()))
             beat = store.get(str(neighbour)).decode() if last or store.check([str(neighbour)]) else ""
@@ -73,7 +73,7 @@ class Watch:
         store.set(str(self.rank), LEFT)
 
     def _beat(self) -> dict:
-        """What the others learn. The time makes every beat differ."""
+        """Returns what the other ranks read. The time makes every beat differ."""
         who = f"rank {self.rank} ({socket.gethostname()}, pid {os.getpid()})"
         return {"time": time.time(), "who": who, "step": self.step, "place": place()}
 
@@ -85,7 +85,7 @@ class Watch:
         )
 
     def _tell_standstill(self, store: Store) -> None:
-        """Everyone lives and the step does not end: one rank says where all of them are."""
+        """Prints where all ranks are, on one rank, when all are alive and the step does not end."""
         if self.moved[0] != self.step:
             self.moved = (self.step, time.monotonic())
         passed_s = time.monotonic() - self.moved[1]
@@ -101,8 +101,11 @@ class Watch:
 
 
 def place() -> str:
-    """Where the main thread is, such as `all_reduce (llmtrain.trainer.loop.poll, line 140)`: the innermost function of
-    the communication libraries, if it is in one, and the line of llmtrain that led there."""
+    """Returns where the main thread is, such as `all_reduce (llmtrain.trainer.loop.poll, line 140)`.
+
+    It names the innermost function of the communication libraries, if the thread is in one, and the line of llmtrain
+    that called it.
+    """
     frame = sys._current_frames().get(threading.main_thread().ident)
     operation = ""
     while frame is not None:
@@ -117,7 +120,7 @@ def place() -> str:
 
 
 def _store(timeout_s: float) -> Store:
-    """A connection of its own: a wait of the training's must not hold up the beats."""
+    """Returns a separate connection to the store: a wait of the training must not delay the beats."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
     return PrefixStore("watch" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

@@ -1,4 +1,4 @@
-"""Rewards that can be verified: functions of a completion and the line of the problem file it answers."""
+"""Selects a verifiable reward: a function of a completion and the line of the problem file that it answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ BY_NAME: dict[str, ModuleType] = {"reasoning_gym": reasoning, "first_integer": f
 
 
 def reward_fn(name: str) -> Callable[[str, dict], float]:
-    """`grpo.reward` -> function of (completion, example) that returns 1.0 for a right answer, else 0.0."""
+    """Returns the function of a `grpo.reward`: (completion, example) -> 1.0 for a right answer, else 0.0."""
     return BY_NAME[name].reward
 
 
 def extract_answer(name: str, completion: str) -> str | None:
-    """The answer that this reward reads in the completion, for majority votes; None when there is none."""
+    """Returns the answer that this reward reads in the completion, for majority votes; None when there is none."""
     return BY_NAME[name].extract(completion)

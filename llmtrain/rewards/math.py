@@ -1,7 +1,7 @@
-"""Mathematical equality by math-verify, on the boxed answer or else the last line.
+"""Rewards mathematical equality, as math-verify finds it, of the boxed answer or else the last line.
 
 The check runs in a process of its own: math-verify's time limits need the main thread of a process (SIGALRM), and a
-completion such as 9^{9^{9^9}} may hang where no Python signal gets through, so the process can be killed.
+completion such as 9^{9^{9^9}} may hang where no Python signal arrives, so the process can be killed.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ DEADLINE_S = 30.0  # longer than math-verify's own limits (3 x 5 s)
 
 
 def extract(completion: str) -> str | None:
-    """The value that math-verify reads, in a normal form. Example: "so it is \\boxed{\\frac{2}{4}}" -> "1/2"."""
+    """Returns the value that math-verify reads, in a normal form. Example: "so it is \\boxed{\\frac{2}{4}}" ->
+    "1/2"."""
     return ask(None, final_part(completion))["value"]
 
 
 def reward(completion: str, example: dict) -> float:
-    """1.0 when the answer equals `example["answer"]`, of which only what follows `####` counts (GSM8K)."""
+    """Returns 1.0 when the answer equals `example["answer"]`, of which only the part after `####` counts (GSM8K), else
+    0.0."""
     gold = str(example["answer"]).rpartition("####")[2].strip()
     return float(ask(gold, final_part(completion))["equal"])
 
 
 def final_part(completion: str) -> str:
-    """From the last \\boxed on, or the last line with text: numbers on the way do not count."""
+    """Returns the text from the last \\boxed on, else the last line with text: numbers in earlier steps do not
+    count."""
     _, boxed, tail = completion.rpartition("\\boxed")
     return boxed + tail if boxed else completion.strip().rpartition("\n")[2]
 
 
 def ask(gold: str | None, answer: str) -> dict[str, Any]:
-    """One question to the worker. If that dies of it, or is past the deadline and killed, the answer is unreadable."""
+    """Returns the worker's answer to one question. If the worker dies or misses the deadline, which kills it, the
+    completion counts as unreadable."""
     if worker().poll() is not None:
         stop()
     process = worker()
@@ -54,7 +58,7 @@ def ask(gold: str | None, answer: str) -> dict[str, Any]:
 
 @cache
 def worker() -> subprocess.Popen[str]:
-    """The process, started at the first question. Raises RuntimeError when math-verify cannot be imported."""
+    """Returns the process, started at the first question. Raises RuntimeError when math-verify cannot be imported."""
     command = [sys.executable, "-m", "llmtrain.rewards.math_worker"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     if process.stdout.readline() != READY:
@@ -64,7 +68,7 @@ def worker() -> subprocess.Popen[str]:
 
 
 def stop() -> None:
-    """End the process; the next question starts another."""
+    """Ends the process; the next question starts another."""
     worker().kill()
     worker().wait()
     worker.cache_clear()

@@ -1,4 +1,4 @@
-"""Answers, line by line, [gold or null, answer] with {"value": text or null, "equal": bool}. Started by math.py."""
+"""Answers each line [gold or null, answer] with {"value": text or null, "equal": bool}. Started by math.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ READY = "ready\n"
 
 
 def answer_question(gold: str | None, answer: str) -> dict[str, Any]:
-    """What math-verify reads in `answer`, and whether it equals `gold`. What it cannot handle is unreadable."""
+    """Returns the value that math-verify reads in `answer`, and whether it equals `gold`.
+
+    An answer that math-verify cannot handle is unreadable: its value is None.
+    """
     from math_verify import parse, verify
 
     try:
         found = parse(answer)
         equal = gold is not None and verify(parse(f"\\boxed{{{gold}}}"), found)
         return {"value": str(found[0]) if found else None, "equal": bool(equal)}
-    except Exception:  # sympy raises all sorts of things on what a model writes
+    except Exception:  # sympy raises many kinds of exceptions on text that a model wrote
         return {"value": None, "equal": False}
 
 

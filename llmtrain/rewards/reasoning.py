@@ -1,16 +1,17 @@
-"""reasoning-gym's own scorers, on the `answer N` at the end of a completion."""
+"""Rewards with reasoning-gym's own scorers, applied to the `answer N` at the end of a completion."""
 
 from __future__ import annotations
 
 
 def extract(completion: str) -> str | None:
-    """What follows the last `answer ` up to the end. Example: "4+7=11; answer 131" -> "131"."""
+    """Returns the text after the last `answer `, None without one. Example: "4+7=11; answer 131" -> "131"."""
     _, found, tail = completion.rpartition("answer ")
     return tail.strip() or None if found else None
 
 
 def reward(completion: str, example: dict) -> float:
-    """1.0 when the scorer of `example["source"]` gives the answer full marks; its part marks count as 0.0.
+    """Returns 1.0 when the scorer of `example["source"]` gives the answer full marks, else 0.0; partial marks do not
+    count.
 
     `example["entry"]` is the item of the data set (question, answer, metadata).
     """

@@ -1,7 +1,7 @@
-"""What is kept of the sequences being decoded: for each layer one static block of memory, a row (slot) a sequence.
+"""Holds the KV cache of the sequences being decoded: for each layer one static tensor, with a row (slot) a sequence.
 
-A token takes, in a layer, 2 x kv heads x head_dim numbers; with latent attention kv_rank + rope_head_dim, for all heads
-together. A row has room for all its tokens, in a sliding layer for as many as the window is wide.
+A token takes 2 x K/V heads x head_dim numbers in a layer, with latent attention kv_rank + rope_head_dim in total. A row
+has room for all tokens of its sequence, in a sliding-window layer for as many as the window is wide.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BUCKET_TOKENS = 64  # attended lengths are rounded up to this: few shapes, littl
 
 
 def round_up(tokens: int) -> int:
-    """To a whole number of buckets."""
+    """Returns the number of tokens, rounded up to a multiple of BUCKET_TOKENS."""
     return -(-tokens // BUCKET_TOKENS) * BUCKET_TOKENS
 
 
 class Recorder:
-    """A LayerCache that keeps what every layer computes, in layer order: the prompt's keys and values."""
+    """Records the keys and values that every layer computes for a prompt, in layer order; a LayerCache."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
@@ -39,33 +39,36 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one row in one layer. The token at position t lies at t % tokens, so that a sliding layer's is a ring."""
+    """Describes one row of the cache in one layer.
 
-    kind: str  # of the layer
+    The token at position t lies at index t % tokens, so in a sliding-window layer the row is a ring buffer.
+    """
+
+    kind: str  # layer type: full or sliding
     heads: int
     key_dim: int
     value_dim: int
     tokens: int
-    window: int | None  # how far back a token sees; None = all
+    window: int | None  # number of tokens that a token attends to; None = all
 
     def places(self, positions: Tensor) -> Tensor:
-        """Where tokens lie."""
+        """Returns the indices at which tokens lie."""
         return positions % self.tokens
 
     def attended(self, length: int) -> int:
-        """How many places the longest row, of `length` tokens, needs."""
+        """Returns how many indices must be attended to when the longest sequence has `length` tokens."""
         return min(round_up(length), self.tokens)
 
     def mask(self, positions: Tensor, length: int) -> Tensor:
-        """[rows, 1, 1, attended] bool: which places the newest tokens, at `positions`, see."""
+        """Returns the mask [rows, 1, 1, attended] bool: which indices the newest tokens, at `positions`, attend to."""
         places = torch.arange(self.attended(length), device=positions.device)
         age = (positions[:, None] - places) % self.tokens
-        seen = age <= positions[:, None]  # others are of a row before
+        seen = age <= positions[:, None]  # others are left from an earlier sequence
         return (seen if self.window is None else seen & (age < self.window))[:, None, None]
 
 
 def kept(config: ModelConfig, layer: int, tokens: int) -> Kept:
-    """Of rows of at most `tokens`."""
+    """Returns the description of a layer's rows for sequences of at most `tokens`."""
     kind = layer_type(config, layer)
     if config.attention == "mla":
         assert config.mla is not None
@@ -77,7 +80,7 @@ def kept(config: ModelConfig, layer: int, tokens: int) -> Kept:
 
 
 class KVCache:
-    """keys, values: for each layer [slots, heads, tokens, dim]. Used rows are always the first ones."""
+    """Holds keys and values for each layer, [slots, heads, tokens, dim]. Used rows are always the first ones."""
 
     def __init__(self, config: ModelConfig, slots: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots, self.tokens, self.device = slots, tokens, device
@@ -89,16 +92,18 @@ class KVCache:
 
     @property
     def memory_bytes(self) -> int:
-        """Of all keys and values."""
+        """Returns the bytes of all keys and values."""
         return sum(block.nbytes for block in (*self.keys, *self.values))
 
     def holds(self, slots: int, tokens: int) -> bool:
-        """Whether it is large enough."""
+        """Returns whether the cache is large enough."""
         return slots <= self.slots and tokens <= self.tokens
 
     def fill(self, row: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Start a row with a prompt's keys and values, for each layer [heads, T, dim]; of those that a sliding layer
-        will not see again it keeps none."""
+        """Starts a row with a prompt's keys and values, for each layer [heads, T, dim].
+
+        A sliding-window layer keeps only those that later tokens can still attend to.
+        """
         T = keys[0].size(1)
         for blocks, new in ((self.keys, keys), (self.values, values)):
             for layer, block, x in zip(self.layers, blocks, new, strict=True):
@@ -106,13 +111,16 @@ class KVCache:
                 block[row, :, layer.places(torch.arange(first, T, device=self.device))] = x[:, first:]
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` of a row over another."""
+        """Copies the first `tokens` of a row over another."""
         for block in (*self.keys, *self.values):
             block[target, :, :tokens] = block[source, :, :tokens]
 
     def decoding(self, positions: Sequence[int]) -> tuple[dict[str, Tensor], list[LayerCache]]:
-        """For one new token in each of the first rows, at `positions`: the masks by kind of layer, and a LayerCache for
-        every layer."""
+        """Returns the masks by layer type and a LayerCache for every layer, for one new token in each of the first
+        rows.
+
+        `positions` are those of the new tokens.
+        """
         rows, length = torch.arange(len(positions), device=self.device), max(positions) + 1
         at = torch.tensor(positions, device=self.device)
         kinds = {layer.kind: layer for layer in self.layers}

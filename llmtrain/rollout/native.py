@@ -1,4 +1,4 @@
-"""The generator on our own Decoder: static KV cache, continuous batching, a prompt computed once for its group."""
+"""Generates with our own Decoder: static KV cache, continuous batching, a prompt computed once for its group."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from llmtrain.rollout.cache import KVCache, Recorder, round_up
 from llmtrain.rollout.sampling import check_sampling, sample
 from llmtrain.types import Prompt, Rollout, Sampling
 
-_PREFILL_TOKENS = 8192  # of prompts computed in one forward, padding included (bounds the activations)
+_PREFILL_TOKENS = 8192  # prompt tokens in one forward, padding included (bounds the activations)
 
 
 class NativeGenerator:
-    """Samples from a whole Decoder, in its dtype. `rollout/generator.py` says what each method promises.
+    """Samples from a whole Decoder, in its dtype. `rollout/generator.py` defines the contract of each method.
 
     At most `max_batch_seqs` sequences are decoded together; a finished one makes room for the next. A sequence ends at
-    `max_seq_tokens` (prompt and completion; None = the model's max_positions) if nothing ends it before. Which tokens
-    are drawn depends only on the weights, the prompt, its seed and the sample's number, not on the batch around it.
+    `max_seq_tokens` (prompt and completion; None = the model's max_positions) unless a stop token ends it earlier. The
+    tokens drawn depend only on the weights, the prompt, its seed and the sample's number, not on the rest of the batch.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class NativeGenerator:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """`num_samples` rollouts a prompt, in the order of the prompts.
+        """Returns `num_samples` rollouts a prompt, in the order of the prompts.
 
         Raises ValueError for a prompt that is empty or leaves no room for a token, FloatingPointError when the logits
         are not finite, RuntimeError when asleep.
@@ -61,7 +61,8 @@ class NativeGenerator:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copies every weight by canonical name, the biases of routers too; a tied head may come under both names.
 
-        Raises ValueError when one is missing, unknown or of another shape; the model is then a mixture: load again.
+        Raises ValueError when one is missing, unknown or of another shape. The model is then partly updated: load
+        again.
         """
         tied = self.model.config.tie_embeddings
         own = {n: x for n, x in self.model.state_dict().items() if not (tied and n == "head.weight")}
@@ -103,7 +104,7 @@ class NativeGenerator:
         return [_Sequence(prompt.ids, group, tokens, sampling.stop_ids, stream) for stream in streams]
 
     def _reserve(self, slots: int, tokens: int) -> KVCache:
-        """The cache, made anew when the last one is too small."""
+        """Returns the cache, allocated anew when the last one is too small."""
         if self.cache is None or not self.cache.holds(slots, tokens):
             self.cache = None  # free the old one first
             dtype = self.model.embed.weight.dtype
@@ -113,11 +114,11 @@ class NativeGenerator:
 
 @dataclass
 class _Sequence:
-    """One completion in the making."""
+    """Holds one completion while it is decoded."""
 
     prompt_ids: list[int]
     group: int
-    max_tokens: int  # prompt and completion
+    max_tokens: int  # prompt and completion together
     stop_ids: tuple[int, ...]
     stream: random.Random
     tokens: list[int] = field(default_factory=list)
@@ -136,7 +137,7 @@ class _Sequence:
         return self.stopped or self.length == self.max_tokens
 
     def uniform(self) -> float:
-        """The next number of the stream in [0, 1); 24 bits, so that fp32 cannot round it to 1."""
+        """Returns the next random number of the stream in [0, 1); 24 bits, so that fp32 cannot round it to 1."""
         return self.stream.getrandbits(24) / 2**24
 
     def rollout(self, version: int) -> Rollout:
@@ -145,7 +146,7 @@ class _Sequence:
 
 @dataclass
 class _Prefill:
-    """A computed prompt: for each layer keys and values [heads, T, dim], and the logits [vocabulary] after it."""
+    """Holds a computed prompt: for each layer keys and values [heads, T, dim], and the logits [vocabulary] after it."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -153,18 +154,18 @@ class _Prefill:
 
 
 class _Decoding:
-    """One call of `generate`. Row i of the cache belongs to `active[i]`."""
+    """Runs one call of `generate`. Row i of the cache belongs to `active[i]`."""
 
     def __init__(self, model: Decoder, cache: KVCache, sampling: Sampling, slots: int) -> None:
         self.model, self.cache, self.sampling, self.slots = model, cache, sampling, slots
-        # The same modules without the head, which is wanted for the last position of a prompt only.
+        # The model's modules without the head, which prefill needs only for the last position of a prompt.
         self.trunk = copy.copy(model)
         self.trunk._modules = {**model._modules, "head": None}
         self.active: list[_Sequence] = []
         self.prefills: dict[int, _Prefill] = {}  # by group, until its last sample has started
 
     def run(self, sequences: list[_Sequence]) -> None:
-        """Completes all sequences. Longest prompts start first: least padding, and least left over at the end."""
+        """Completes all sequences. Longest prompts start first: least padding, and least idle rows at the end."""
         waiting = deque(sorted(sequences, key=lambda s: -len(s.prompt_ids)))
         while waiting or self.active:
             while waiting and len(self.active) < self.slots:
@@ -177,7 +178,7 @@ class _Decoding:
                 self._retire()
 
     def _start(self, new: list[_Sequence]) -> None:
-        """Gives each a row with its prompt in it, and its first token."""
+        """Gives each new sequence a cache row filled with its prompt, and its first token."""
         self._prefill(list({s.group: s.prompt_ids for s in new if s.group not in self.prefills}.items()))
         for row, s in enumerate(new, len(self.active)):
             self.cache.fill(row, self.prefills[s.group].keys, self.prefills[s.group].values)
@@ -193,7 +194,7 @@ class _Decoding:
             prompts = prompts[count:]
 
     def _forward_prompts(self, prompts: Sequence[list[int]]) -> list[_Prefill]:
-        """One forward. Padding is on the right, where causal attention never sees it."""
+        """Computes the prompts in one forward. Padding is on the right, where causal attention never sees it."""
         lengths, device = [len(ids) for ids in prompts], self.cache.device
         ids = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in prompts], device=device)
         positions = torch.arange(ids.size(1), device=device).expand_as(ids)
@@ -207,7 +208,7 @@ class _Decoding:
         return [_Prefill(own(recorder.keys, i), own(recorder.values, i), logits[i]) for i in range(len(prompts))]
 
     def _decode(self) -> None:
-        """One token more for every active sequence."""
+        """Decodes one more token for every active sequence."""
         masks, caches = self.cache.decoding([s.length - 1 for s in self.active])
         device = self.cache.device
         ids = torch.tensor([[s.tokens[-1]] for s in self.active], device=device)
@@ -217,7 +218,7 @@ class _Decoding:
         self._append(self.active, logits[:, 0])
 
     def _append(self, sequences: list[_Sequence], logits: Tensor) -> None:
-        """Samples a token for each from logits [len(sequences), vocabulary]."""
+        """Samples a token for each sequence from logits [len(sequences), vocabulary]."""
         uniforms = torch.tensor([s.uniform() for s in sequences], device=logits.device)
         tokens, logprobs = sample(logits, uniforms, self.sampling)
         for s, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -225,7 +226,7 @@ class _Decoding:
             s.logprobs.append(logprob)
 
     def _retire(self) -> None:
-        """Drops finished sequences; the last row moves into the gap, so that used rows stay together."""
+        """Removes finished sequences; the last row moves into the gap, so that used rows stay contiguous."""
         for row in reversed(range(len(self.active))):
             if self.active[row].done:
                 last = self.active.pop()

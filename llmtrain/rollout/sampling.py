@@ -1,4 +1,4 @@
-"""From logits to one token a row, by inverse CDF: one uniform number a row, not one for every vocabulary entry."""
+"""Samples one token a row from logits by inverse CDF, which needs one uniform number a row instead of one an entry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmtrain.types import Sampling
 
-_CANDIDATES = 1024  # top-p first looks for its nucleus among this many tokens; sorting a whole vocabulary is 50x slower
+_CANDIDATES = 1024  # top-p first searches its nucleus among this many tokens; sorting a whole vocabulary is 50x slower
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -25,7 +25,7 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(tokens [B] int64, log-probs [B] fp32). logits [B, vocabulary]; uniforms [B] fp32 in [0, 1).
+    """Returns (tokens [B] int64, log-probs [B] fp32), given logits [B, vocabulary] and uniforms [B] fp32 in [0, 1).
 
     The log-prob is that of the whole distribution at the sampling temperature, before truncation; greedy (temperature
     0) reports temperature 1.
@@ -43,13 +43,15 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
 
 
 def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index with cdf > u * total: a token of weight 0 is never chosen. (The clamp only meets NaN.)"""
+    """Returns the first index with cdf > u * total: a token of weight 0 is never chosen. (The clamp matters only for
+    NaN.)"""
     target = uniforms[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.size(-1) - 1)
 
 
 def _truncated(weights: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Top-k, then the smallest set of its tokens that holds `top_p` of their mass (nucleus, arXiv 1904.09751)."""
+    """Samples from the top k, and of these from the smallest set that holds `top_p` of their mass (nucleus, arXiv
+    1904.09751)."""
     vocab_size = weights.size(-1)
     for count in (min(top_k or _CANDIDATES, vocab_size), vocab_size):
         chosen, ids = weights.topk(count)

@@ -1,4 +1,4 @@
-"""Rollouts as bytes: safetensors, no pickle."""
+"""Converts rollouts to bytes and back: safetensors, no pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmtrain.types import Rollout
 
 
 def pack(rollouts: Sequence[Rollout]) -> Tensor:
-    """uint8 tensor. Prompts do not travel: whoever asked knows them."""
+    """Returns the rollouts as a uint8 tensor. Prompts are not sent: the receiver asked for them and has them."""
     heads = [[r.group, len(r.completion_ids), int(r.finished), r.weight_version] for r in rollouts]
     ids = [i for r in rollouts for i in r.completion_ids]
     logprobs = [x for r in rollouts for x in r.logprobs]
@@ -26,7 +26,7 @@ def pack(rollouts: Sequence[Rollout]) -> Tensor:
 
 
 def unpack(data: Tensor, prompts: Sequence[list[int]]) -> list[Rollout]:
-    """Inverse of `pack`; `prompts[group]` are the prompt's ids."""
+    """Returns the rollouts that `pack` wrote; `prompts[group]` are the prompt's ids."""
     tensors = load(data.numpy().tobytes())
     ids, logprobs = tensors["ids"].tolist(), tensors["logprobs"].tolist()
     out, at = [], 0
@@ -38,5 +38,5 @@ def unpack(data: Tensor, prompts: Sequence[list[int]]) -> list[Rollout]:
 
 
 def renumber(rollouts: Sequence[Rollout], rank: int, size: int) -> list[Rollout]:
-    """Groups of `prompts[rank::size]` numbered as in `prompts`."""
+    """Returns rollouts of `prompts[rank::size]` with the group numbers that they have in `prompts`."""
     return [replace(r, group=r.group * size + rank) for r in rollouts]

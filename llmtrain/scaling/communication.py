@@ -1,23 +1,26 @@
-"""What one training step sends, by arithmetic, on every axis and itemised. Starts nothing.
+"""Computes what one training step sends, itemised, on every mesh axis. Starts nothing.
 
 Bytes are those of whole messages, as `parallel.traffic` counts them: what an all-gather returns, what a reduce-scatter,
-an all-to-all, an all-reduce or a send takes. A ring moves an all-reduce twice and the others once, less 1 / ranks, so
-in messages the 2, 2, 2 and 3 weights of ZeRO's stages (arXiv 1910.02054, section 7), with one microbatch a step, are
-    stage 0     all-reduce of gradients
-    stage 1, 2  all-reduce of gradients (the paper: reduce-scatter), all-gather of weights
-    stage 3     reduce-scatter of gradients, all-gather of weights for the forward, and again for the backward
-DeepSpeed 0.19 all-reduces at stages 1 and 2, one bucket for all ranks; its alternative is a reduction to each owner in
-turn. Its stage 3 keeps parameters of at most PERSISTENT elements whole between the steps, and gathers the others once a
-microbatch rather than twice if they are used again within REUSE elements: all of them in a model of up to REUSE / 2.
-FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
+an all-to-all, an all-reduce or a send takes. A ring moves an all-reduce twice and the others once, less 1 / ranks. The
+ZeRO stages weigh 2, 2, 2 and 3 (arXiv 1910.02054, section 7); in messages, with one microbatch a step, they are
+    ZeRO stage 0     all-reduce of gradients
+    ZeRO stage 1, 2  all-reduce of gradients (the paper: reduce-scatter), all-gather of weights
+    ZeRO stage 3     reduce-scatter of gradients, all-gather of weights for the forward, and again for the backward
+DeepSpeed 0.19 all-reduces at ZeRO stages 1 and 2, one bucket for all ranks; its alternative is a reduction to each
+owner in turn. At ZeRO stage 3 it keeps parameters of at most PERSISTENT elements whole between the steps, and gathers
+the others once a microbatch rather than twice if they are used again within REUSE elements: all of them in a model of
+up to REUSE / 2. FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
 
-Not exact: tensor-parallel biases, norms of heads and latents, and routers, whose gradients are summed over tp;
-modules for tokens after the next over tp, which are left out;
-K/V heads and latents that every tp rank computes; ZeRO-3 with experts on several ranks;
-ZeRO-3 on any stage of a pipeline but the last, for DeepSpeed takes forward and backward to alternate, and
-where they do not it gathers up to twice a microbatch more; ZeRO-3 with more than REUSE / 2 elements, by an embedding or
-two blocks a step; FSDP2 with `reshard` and more than three pipeline stages a rank.
-Left out: Muon's exchange of matrices, and a byte by which DeepSpeed's fp16 agrees on overflows.
+Not exact are
+- tensor-parallel biases, norms of heads and latents, and routers, whose gradients are summed over tp;
+- multi-token prediction modules over tp, which are left out;
+- K/V heads and latents that every tp rank computes;
+- ZeRO-3 with experts on several ranks;
+- ZeRO-3 on any pipeline stage but the last: DeepSpeed expects forward and backward to alternate, and where they do not
+  it gathers up to twice a microbatch more;
+- ZeRO-3 with more than REUSE / 2 elements, by an embedding or two blocks a step;
+- FSDP2 with `reshard` and more than three pipeline stages a rank.
+Left out are Muon's exchange of matrices, and a byte by which DeepSpeed's fp16 agrees on overflows.
 """
 
 from __future__ import annotations
@@ -55,11 +58,11 @@ GROUPS = {  # as in parallel.mesh
     "expert_shard": ("dp_shard", "cp"),
     "world": AXES,
 }
-CONTROL = ("norm", "report")  # some bytes
+CONTROL = ("norm", "report")  # items of a few bytes
 
 
 class Item(NamedTuple):
-    """Example: Item("tp", "all_gather", "activations forward", 65536)"""
+    """Describes one kind of message. Example: Item("tp", "all_gather", "activations forward", 65536)"""
 
     axis: str  # a name of `Mesh.groups`, or world
     kind: str  # all_reduce | all_gather | reduce_scatter | all_to_all | send
@@ -68,13 +71,13 @@ class Item(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a rank is given in one step."""
+    """Holds the size of one rank's work in one step."""
 
     microbatches: int
     rows: int  # a microbatch
-    tokens: int  # of a whole row
-    trained_tokens: int  # of this rank, in all microbatches: labels that are not IGNORE
-    ids: int = 1  # fields that say who sees whom: segment ids (1), branch ids (2)
+    tokens: int  # in a whole row
+    trained_tokens: int  # labels that are not IGNORE, on this rank in all microbatches
+    ids: int = 1  # id fields that masks are made of: segment ids (1), with branch ids (2)
     report_bytes: int = 0  # of the longest report in engine.tally, JSON
     pairs: int = 0  # (token, expert): the larger of those sent and received, over MoE layers and microbatches
     balance_bytes: int = 0  # of the longest report in engine.auxiliary, JSON
@@ -82,14 +85,14 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One rank's place. `model` is resolved and `parallel.dp_shard` is not -1."""
+    """Describes one rank's place. `model` is resolved and `parallel.dp_shard` is not -1."""
 
     model: ModelConfig
     parallel: ParallelConfig
     engine: EngineConfig
     step: Step
     pp_rank: int = 0
-    shard_rank: int = 0  # in the group `shard`
+    shard_rank: int = 0  # its rank in the group `shard`
 
     @property
     def plan(self) -> StagePlan:
@@ -97,7 +100,7 @@ class Case:
 
     @property
     def value_bytes(self) -> int:
-        """Of an activation, and of a weight as it is computed with."""
+        """Returns the bytes of an activation, and of a weight in the compute precision."""
         return 4 if self.engine.precision == "fp32" else 2
 
     @property
@@ -114,26 +117,26 @@ class Case:
 
     @property
     def hidden_bytes(self) -> int:
-        """Of the hidden states of a microbatch, [rows, tokens / cp, hidden]."""
+        """Returns the bytes of the hidden states of a microbatch, [rows, tokens / cp, hidden]."""
         tokens = self.step.rows * self.step.tokens // self.parallel.cp
         return tokens * self.model.hidden_size * self.value_bytes
 
     def ranks(self, group: str) -> int:
-        """How many share a group."""
+        """Returns the number of ranks in a group."""
         ranks, ep = math.prod(getattr(self.parallel, axis) for axis in GROUPS[group]), self.parallel.ep
         return ep if group == "ep" else ranks // ep if group.startswith("expert_") else ranks
 
     @property
     def moe_layers(self) -> int:
-        """Of this rank, those with experts; also of the modules for tokens after the next, which no pipeline has."""
+        """Returns the number of this rank's layers with experts, multi-token prediction modules (never in a pipeline)
+        included."""
         layers = [layer for stage in self.plan.stages_of(self.pp_rank) for layer in self.plan.layers[stage]]
         further = range(self.model.num_layers, self.model.num_layers + self.model.mtp_layers)
         return sum(has_experts(self.model, layer) for layer in (*layers, *further))
 
 
 def communication(case: Case) -> list[Item]:
-    """Everything that this rank takes part in during one step (after the first few, in which engines exchange shapes).
-    Receives count at their senders."""
+    """Returns all messages of this rank in one step (after the first few); receives count at their senders."""
     engine = _fsdp(case) if case.engine.backend == "fsdp" else _zero(case)
     shared = [*_tied(case), *_pipeline(case), *_context(case), *_tensor(case), *_experts(case), *_control(case)]
     items = [*engine, *shared]
@@ -141,7 +144,7 @@ def communication(case: Case) -> list[Item]:
 
 
 def moved_bytes(items: Iterable[Item]) -> int:
-    """What a ring moves over each rank's link, but for the factor 1 - 1 / ranks: all-reduces count twice."""
+    """Returns what a ring moves over each rank's link, but for the factor 1 - 1 / ranks: all-reduces count twice."""
     return sum(item.size_bytes * (2 if item.kind == "all_reduce" else 1) for item in items)
 
 
@@ -192,8 +195,10 @@ def _zero3(case: Case, shapes: Sequence[Shape], trained: Sequence[Shape]) -> Ite
 
 
 def _gathered_again(case: Case, shapes: Sequence[Shape]) -> int:
-    """Elements that are freed between two uses, as REUSE others come between; their padding is left out. The backward
-    of an embedding does not read it; a tied one is used again by the head."""
+    """Returns the elements that are freed between two uses, because REUSE others come between, without their padding.
+
+    The backward of an embedding does not read its weight; a tied one is used again by the head.
+    """
     after, total = numel(shapes), 0
     for i, shape in enumerate(shapes):
         after -= math.prod(shape)
@@ -215,14 +220,15 @@ def _fsdp(case: Case) -> Iterator[Item]:
             yield from _fsdp_unit(case, some, _block_gathers(case), axis, trains_all)
         yield from _fsdp_unit(case, adapters, _block_gathers(case), "shard")
         apart = by_ranks(rest, case.ranks("shard"), case.parallel.ep)
-        gathers = (_root_gathers(case), _block_gathers(case))  # experts for further tokens are sharded like others
+        gathers = (_root_gathers(case), _block_gathers(case))  # experts of multi-token modules are sharded like others
         for axis, (some, _), times in zip(("shard", "expert_shard"), apart, gathers, strict=False):
             yield from _fsdp_unit(case, some, times, axis, trains_all)
     yield Item("replica", "all_reduce", "norm", 8)
 
 
 def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int, axis: str, trained: bool = True) -> Iterator[Item]:
-    """Weights travel in the precision of the compute, gradients in fp32; dim 0 is padded to a multiple of the ranks."""
+    """Yields the messages of one FSDP unit, its dim 0 padded to a multiple of the ranks: weights in the compute
+    precision, gradients in fp32."""
     ranks = case.ranks(axis)
     padding = numel((-shape[0] % ranks, *shape[1:]) for shape in shapes)
     for what, elements in (("weights", numel(shapes)), ("padding", padding)):
@@ -235,7 +241,8 @@ def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int, axis: str, tra
 
 
 def _block_gathers(case: Case) -> int:
-    """A step. In a pipeline only forwards free a block: one gather precedes all, and one follows each."""
+    """Returns how often a step gathers a block. In a pipeline only forwards free it: one gather precedes all, one
+    follows each."""
     if not case.engine.reshard:
         return 1
     return 2 * case.step.microbatches if case.parallel.pp == 1 else case.step.microbatches + 1
@@ -246,7 +253,7 @@ def _root_gathers(case: Case) -> int:
 
 
 def _tied(case: Case) -> Iterator[Item]:
-    """The two copies of a tied embedding have their gradients summed."""
+    """Yields the all-reduce of the gradients of a tied embedding's two copies."""
     if not case.model.tie_embeddings or case.has_embedding == case.has_head or case.model.lora is not None:
         return
     rows, value = case.model.vocab_size // case.parallel.tp, case.value_bytes
@@ -278,7 +285,8 @@ def _context(case: Case) -> Iterator[Item]:
 
 
 def _ring(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
-    """K and V travel to all others; in the backward also their gradients, in fp32, and on to where they belong."""
+    """Yields the sends of ring attention: K and V go to all others; in the backward also their fp32 gradients, back
+    home."""
     cp = case.parallel.cp
     keys = (cp - 1) * kv * case.value_bytes
     yield Item("cp", "send", "attention forward", forwards * keys)
@@ -286,7 +294,8 @@ def _ring(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterato
 
 
 def _alltoall(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
-    """Q, K, V and the output change from rows to heads or back; K and V are repeated up to a multiple of cp heads."""
+    """Yields the all-to-alls of Q, K, V and the output between rows and heads; K and V are repeated to a multiple of cp
+    heads."""
     heads = max(1, case.model.num_kv_heads // case.parallel.tp)
     each = (q + kv * math.lcm(heads, case.parallel.cp) // heads) * case.value_bytes
     yield Item("cp", "all_to_all", "attention forward", forwards * each)
@@ -303,12 +312,15 @@ ATTENTION = {"ring": _ring, "alltoall": _alltoall, "allgather": _allgather}
 
 
 def _tensor(case: Case) -> Iterator[Item]:
-    """Megatron's f and g (arXiv 1909.08053), or with sequence parallelism g and g-bar (arXiv 2205.05198), around each
-    half of a block; the embedding has only the second of a pair, the final norm only the first."""
+    """Yields the messages around attention and around the feed-forward layer of each block.
+
+    They are Megatron's f and g (arXiv 1909.08053), or with sequence parallelism g and g-bar (arXiv 2205.05198); the
+    embedding has only the second of a pair, the final norm only the first.
+    """
     halves = 2 * case.num_layers
     enter, leave = halves + case.has_head, halves + case.has_embedding
     again_enter = halves if case.engine.remat != "none" else 0
-    again_leave = case.num_layers if case.engine.remat == "full" else 0  # what only the residual reads is not needed
+    again_leave = case.num_layers if case.engine.remat == "full" else 0  # outputs that only the residual reads are not
     size = case.step.microbatches * case.hidden_bytes
     back_enter, back_leave = enter - _spared(case), leave - _spared(case)
     if case.parallel.sequence_parallel:
@@ -328,7 +340,7 @@ def _tensor(case: Case) -> Iterator[Item]:
 
 
 def _spared(case: Case) -> int:
-    """Halves of blocks, with the embedding in front, that the backward of adapters does not reach."""
+    """Returns how many halves of blocks, the embedding counted as one, the backward of adapters does not reach."""
     lora = case.model.lora
     if lora is None or not case.has_embedding:
         return 0
@@ -336,7 +348,8 @@ def _spared(case: Case) -> int:
 
 
 def _whole_adapters(case: Case) -> int:
-    """Elements of this rank's adapters that every tp rank has, whose gradients are summed."""
+    """Returns the elements of this rank's adapters that every tp rank holds whole, so that their gradients are
+    summed."""
     m, tp = case.model, case.parallel.tp
     here = {layer for stage in case.plan.stages_of(case.pp_rank) for layer in case.plan.layers[stage]}
     names = {n: shape for n, shape in adapter_shapes(m).items() if int(n.split(".")[1]) in here}
@@ -344,7 +357,8 @@ def _whole_adapters(case: Case) -> int:
 
 
 def _experts(case: Case) -> Iterator[Item]:
-    """See parallel.expert. Counts travel first; then rows of hidden states with their weights, and back."""
+    """Yields the messages of expert parallelism (parallel.expert): counts, then rows with their weights, and the rows
+    back."""
     e, p, step = case.model.moe, case.parallel, case.step
     if e is None:
         return
@@ -361,7 +375,7 @@ def _experts(case: Case) -> Iterator[Item]:
 
 
 def evenly_loaded(case: Case) -> Case:
-    """With as many pairs of tokens and experts as there are when all experts get the same."""
+    """Returns the case with as many pairs of tokens and experts as there are when all experts get equally many."""
     e, step = case.model.moe, case.step
     if e is None:
         return case

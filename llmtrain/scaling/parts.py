@@ -1,4 +1,4 @@
-"""Which parameters a rank has before data-parallel sharding: shapes, stage by stage, by arithmetic."""
+"""Computes which parameter shapes a rank has before data-parallel sharding, one pipeline stage after the other."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from llmtrain.arch.pipeline import StagePlan, plan_stages
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 
 PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: parameters not larger stay whole between steps
-REUSE = 1_000_000_000  # its stage3_max_reuse_distance: what is used again within so many elements stays whole till then
+REUSE = 1_000_000_000  # its stage3_max_reuse_distance: parameters used again within so many elements stay whole
 
 
 def block_shapes(model: ModelConfig, layer: int, tp: int, ep: int = 1) -> list[Shape]:
-    """Of one block on one of `tp` tensor-parallel (and `ep` expert-parallel) ranks, in module order. `model` is
-    resolved. What is not trained, the bias of a router, does not count."""
+    """Returns one block's shapes on one of `tp` tensor-parallel (and `ep` expert-parallel) ranks, in module order.
+
+    `model` is resolved. The bias of a router, which is not trained, does not count.
+    """
     names = {name: shape for name, shape in layer_shapes(model, layer).items() if not name.endswith("router.bias")}
     return [local_shape(f"layers.{layer}.{name}", shape, model, tp, ep) for name, shape in names.items()]
 
 
 def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[list[Shape]]:
-    """Of each block of a pipeline stage and, last, of what it has beside blocks: embedding, final norm, head (a tied
-    one on a later stage is a second copy), modules for tokens after the next."""
+    """Returns the shapes of each block of a pipeline stage and, last, of its parameters outside blocks.
+
+    These are embedding, final norm, head (a tied one on a later pipeline stage is a second copy) and multi-token
+    prediction modules.
+    """
     layers, tp = plan_stages(model, parallel).layers, parallel.tp
     front, behind = (
         [local_shape(name, shape, model, tp) for name, shape in shapes.items()] for shapes in outer_shapes(model)
@@ -37,7 +42,8 @@ def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: int) -> lis
 
 
 def rank_shapes(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[Shape]:
-    """Of everything on a pipeline rank, each parameter once, in module order: the embedding first, the head last."""
+    """Returns the shapes on a pipeline rank, each parameter once, in module order: the embedding first, the head
+    last."""
     plan, shapes = plan_stages(model, parallel), []
     for stage in plan.stages_of(pp_rank):
         *blocks, rest = stage_units(model, parallel, stage)
@@ -47,26 +53,27 @@ def rank_shapes(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> l
 
 
 def stage_adapters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Shape]:
-    """Of the adapters of a pipeline stage, in module order; with `model.lora` nothing else is trained."""
+    """Returns the shapes of the adapters of a pipeline stage, in module order; with `model.lora` only these are
+    trained."""
     names = adapter_shapes(model)
     here = [f"layers.{layer}." for layer in plan_stages(model, parallel).layers[stage]]
     return [local_shape(n, shape, model, parallel.tp) for n, shape in names.items() if n.startswith(tuple(here))]
 
 
 def rank_adapters(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[Shape]:
-    """The same of a pipeline rank."""
+    """Returns the shapes of the adapters on a pipeline rank."""
     stages = plan_stages(model, parallel).stages_of(pp_rank)
     return [shape for stage in stages for shape in stage_adapters(model, parallel, stage)]
 
 
 def holds_both_ends(plan: StagePlan, pp_rank: int) -> bool:
-    """Does the rank have the embedding and, on another stage, the head?"""
+    """Returns whether the rank has the embedding and, on another pipeline stage, the head."""
     last = len(plan.layers) - 1
     return last > 0 and plan.rank_of(0) == pp_rank == plan.rank_of(last)
 
 
 def block_matrices(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[Shape]:
-    """Of a pipeline rank's blocks: what Muon updates."""
+    """Returns the matrices of a pipeline rank's blocks, which Muon updates."""
     plan = plan_stages(model, parallel)
     layers = [layer for stage in plan.stages_of(pp_rank) for layer in plan.layers[stage]]
     shapes = [shape for layer in layers for shape in block_shapes(model, layer, parallel.tp, parallel.ep)]
@@ -76,8 +83,10 @@ def block_matrices(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -
 
 
 def by_ranks(shapes: Sequence[Shape], ranks: int, ep: int) -> list[tuple[list[Shape], int]]:
-    """(shapes, ranks that share their state): experts, which have three dims, are on 1 / ep of the `ranks`. Without
-    expert parallelism all are alike."""
+    """Returns (shapes, number of ranks that share their state) for dense parameters and for experts.
+
+    Experts, which have three dims, are on 1 / ep of the `ranks`. Without expert parallelism there is one entry for all.
+    """
     if ep == 1:
         return [(list(shapes), ranks)]
     dense = [shape for shape in shapes if len(shape) < 3]
@@ -85,7 +94,8 @@ def by_ranks(shapes: Sequence[Shape], ranks: int, ep: int) -> list[tuple[list[Sh
 
 
 def optimizer_groups(shapes: Sequence[Shape], muon: Sequence[Shape] = ()) -> list[list[Shape]]:
-    """Those of `muon`; then the other matrices, and vectors, which differ in weight decay."""
+    """Returns the groups of the optimizer: the matrices of `muon`, other matrices, and vectors, which have no weight
+    decay."""
     left, taken, rest = Counter(muon), [], []
     for shape in shapes:
         (taken if left[shape] else rest).append(shape)

@@ -1,4 +1,4 @@
-"""What a configuration will need, by arithmetic: ranks, batch, memory of a rank, pipeline bubble. Starts nothing."""
+"""Computes what a configuration will need: ranks, batch, memory of a rank, pipeline bubble. Starts nothing."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from llmtrain.scaling.states import States, state_bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """The arithmetic of one stage. Memory is of the fullest rank, in bytes."""
+    """Holds the resource figures of one stage of a run. Memory is that of the fullest rank, in bytes."""
 
-    ranks: int  # all of them
+    ranks: int  # trainers and rollout workers
     rollout_ranks: int
     mesh: dict[str, int]
     parameters: int
     parameters_per_rank: int  # before ZeRO
-    accumulation: float | None  # microbatches a step and data-parallel rank; None in RL, where lengths decide
-    tokens_per_step: int  # at the start; in RL: sampled at most
+    accumulation: float | None  # microbatches a step and data-parallel rank; None in RL: they depend on lengths
+    tokens_per_step: int  # at the start; in RL the most that can be sampled
     total_tokens: int
     weights_bytes: int
     gradients_bytes: int
@@ -37,12 +37,12 @@ class Plan:
     buffers_bytes: int  # gathered weights, and gradients before they are reduced
     activations_bytes: int
     logits_bytes: int
-    sent_bytes: dict[str, int] | None  # a step, by axes, as a ring moves them; None where accumulation is
-    bubble: float | None  # idle share of the pipeline's ideal time; None where accumulation is
+    sent_bytes: dict[str, int] | None  # a step, by mesh axes, as a ring moves them; None in RL
+    bubble: float | None  # idle share of the pipeline's ideal time; None in RL
 
     @property
     def memory_bytes(self) -> int:
-        """Sum of the parts; temporary buffers and fragmentation come on top."""
+        """Returns the sum of the parts; temporary buffers and fragmentation come on top."""
         return (
             self.weights_bytes
             + self.gradients_bytes
@@ -54,7 +54,7 @@ class Plan:
 
 
 def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Earlier | None = None) -> Plan:
-    """The arithmetic of a training command on `world_size` ranks. `earlier`: see `config.check.planned_stages`.
+    """Returns the plan of a training command on `world_size` ranks. `earlier`: see `rules.check.planned_stages`.
 
     Raises ValueError if the mesh does not fit the ranks or the model is not known yet.
     """
@@ -87,7 +87,7 @@ def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Ea
 
 
 def batch(config: Config, dp: int, command: str) -> tuple[float | None, int]:
-    """(accumulation, tokens a step)."""
+    """Returns (accumulation, tokens a step)."""
     train = config.train
     if command == "grpo":
         return None, config.grpo.prompts_per_step * config.rollout.group_size * config.rollout.max_new_tokens
@@ -95,12 +95,12 @@ def batch(config: Config, dp: int, command: str) -> tuple[float | None, int]:
 
 
 def rollout_workers(config: Config, command: str) -> int:
-    """Ranks that only generate."""
+    """Returns the number of ranks that only generate."""
     return config.rollout.workers if command == "grpo" and config.rollout.placement == "separate" else 0
 
 
 def fullest_states(config: Config, model: ModelConfig, parallel: ParallelConfig, accumulation: float | None) -> States:
-    """Of the pipeline rank that holds most."""
+    """Returns the model states of the pipeline rank that holds most."""
     microbatches = 2 if accumulation is None else accumulation
     each = (
         state_bytes(model, parallel, config.engine, config.optim.name, microbatches, rank)
@@ -110,7 +110,8 @@ def fullest_states(config: Config, model: ModelConfig, parallel: ParallelConfig,
 
 
 def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, microbatches: int) -> dict[str, int]:
-    """Of the pipeline rank that moves most, by the axes of more than one rank. Every token is trained."""
+    """Returns the bytes by mesh axes (of more than one rank) that the busiest pipeline rank moves. Every token is
+    trained."""
     train = config.train
     tokens = microbatches * train.micro_batch_seqs * train.seq_len // parallel.cp
     step = Step(microbatches, train.micro_batch_seqs, train.seq_len, tokens, int(config.data.mask_documents))
@@ -126,11 +127,10 @@ def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, mic
 
 
 def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> int:
-    """Activations kept for the backward pass on the first stage, which holds most microbatches. Rows are the longest of
-    the run.
+    """Returns the activations kept for the backward pass on the first pipeline stage, which holds most microbatches.
 
-    Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each layer keeps what
-    `kept_activations` says, and one layer at a time is whole.
+    Rows are the longest of the run. Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each
+    layer keeps what `kept_activations` says, and one layer at a time is whole.
     """
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
     value = 4 if config.engine.precision == "fp32" else 2
@@ -144,16 +144,19 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
 
 
 def in_flight(parallel: ParallelConfig, accumulation: float | None) -> float:
-    """Microbatches whose activations the fullest pipeline rank holds at a time, as many as the schedule lets in."""
+    """Returns how many microbatches the schedule lets the fullest pipeline rank hold activations of at a time."""
     most = parallel.pp
-    if parallel.schedule == "interleaved_1f1b":  # P (v + 1) - 1 of its v stages, arXiv 2104.04473, section 2.2.2
+    if parallel.schedule == "interleaved_1f1b":  # P (v + 1) - 1 chunks of 1 / v, arXiv 2104.04473, 2.2.2
         most += (parallel.pp - 1) / parallel.virtual_stages
     return most if accumulation is None else min(most, math.ceil(accumulation))
 
 
 def kept_activations(model: ModelConfig, tp: int, sequence_parallel: bool, remat: str) -> float:
-    """Values a token that one block keeps with recomputation. Full: its input. Selective: the inputs of its two halves
-    and, sharded, q, k, v, attention's output and what the products in front of the activation give."""
+    """Returns the values a token that one block keeps with recomputation.
+
+    Full: its input. Selective: the inputs of attention and feed-forward layer and, sharded, q, k, v, attention's output
+    and the results of the products in front of the activation.
+    """
     hidden = model.hidden_size / (tp if sequence_parallel else 1)
     if remat == "full":
         return hidden
@@ -161,15 +164,19 @@ def kept_activations(model: ModelConfig, tp: int, sequence_parallel: bool, remat
 
 
 def block_activations(model: ModelConfig, tp: int, sequence_parallel: bool) -> float:
-    """Values a token that one block keeps: its input and the norm's output, twice (whole on each rank without sequence
-    parallelism), and, sharded: q, k, v, attention's output, gate, up, silu(gate) and their product. SwiGLU and grouped
-    K/V in place of the paper's GELU and full heads; no dropout, and attention scores are recomputed, not kept."""
+    """Returns the values a token that one block keeps without recomputation.
+
+    They are its input and the norm's output, twice (whole on each rank without sequence parallelism), and, sharded: q,
+    k, v, attention's output, gate, up, silu(gate) and their product. SwiGLU and grouped K/V replace the paper's GELU
+    and full heads; there is no dropout, and attention scores are recomputed, not kept.
+    """
     outside = 4 * model.hidden_size / (tp if sequence_parallel else 1)
     return outside + (attention_values(model) + (4 if model.gated else 2) * inner_width(model) + copies(model)) / tp
 
 
 def attention_values(model: ModelConfig) -> int:
-    """q, k, v and the output of all heads, a token; of latent attention also the latents."""
+    """Returns the number of values of q, k, v and the output in all heads, a token; with latent attention also the
+    latents."""
     assert model.head_dim is not None
     if model.mla is None:
         return 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
@@ -178,7 +185,7 @@ def attention_values(model: ModelConfig) -> int:
 
 
 def inner_width(model: ModelConfig) -> float:
-    """Of the feed-forward layers that a token passes, on average over the blocks."""
+    """Returns the inner width of the feed-forward layers that a token passes, on average over the blocks."""
     e = model.moe
     if e is None:
         return model.ffn_size
@@ -187,7 +194,7 @@ def inner_width(model: ModelConfig) -> float:
 
 
 def copies(model: ModelConfig) -> float:
-    """A token's hidden state, once for each of its experts."""
+    """Returns the number of values in the copies of a token's hidden state, one for each of its experts."""
     if model.moe is None:
         return 0.0
     sparse = sum(has_experts(model, layer) for layer in range(model.num_layers)) / model.num_layers
@@ -195,20 +202,21 @@ def copies(model: ModelConfig) -> float:
 
 
 def logits_bytes(config: Config, model: ModelConfig, mesh: dict[str, int]) -> int:
-    """One chunk of logits and its gradient on the last stage, on a GPU: in fp32, if they are not compiled."""
+    """Returns the bytes of one chunk of logits and its gradient on the last pipeline stage, on a GPU: fp32 if not
+    compiled."""
     rows, tokens = model.vocab_size // mesh["tp"], config.train.micro_batch_seqs * longest_row(config.train)
     value = 2 if config.engine.compile and config.engine.precision != "fp32" else 4
     return 2 * value * min(tokens // mesh["cp"], chunk_tokens(config.engine, rows, gpu=True)) * rows
 
 
 def bubble_share(schedule: str, pp: int, virtual_stages: int, microbatches: float) -> float:
-    """Idle share of a step over the ideal time, with uniform stages and forward, input gradient and weight gradient
-    of equal length; from the start of the first rank to the end of the last.
+    """Returns the idle share of a step over the ideal time, from the start of the first rank to the end of the last.
 
-    1F1B and interleaved: (P - 1) / (v m), arXiv 2104.04473, section 2.2. With a zero bubble weight gradients fill two
-    thirds of it, arXiv 2401.10241, table 2 (ZB-H1); ZBV does so from 2 P - 1 microbatches on.
+    Pipeline stages are taken to be equal, and forward, input gradient and weight gradient to take equally long. 1F1B
+    and interleaved: (P - 1) / (v m), arXiv 2104.04473, section 2.2. With a zero bubble weight gradients fill two thirds
+    of it, arXiv 2401.10241, table 2 (ZB-H1); ZBV does so from 2 P - 1 microbatches on.
     """
-    ideal = 3 * virtual_stages * max(1.0, microbatches)  # in units of a stage's forward
+    ideal = 3 * virtual_stages * max(1.0, microbatches)  # in units of a pipeline stage's forward
     idle = {
         "1f1b": 3 * (pp - 1),
         "interleaved_1f1b": 3 * (pp - 1),
@@ -219,7 +227,7 @@ def bubble_share(schedule: str, pp: int, virtual_stages: int, microbatches: floa
 
 
 def main(config: Config) -> None:
-    """Print the plan of a stage, or of every training stage of a run."""
+    """Prints the plan of a stage, or of every training stage of a run."""
     for stage, staged, world_size, earlier in _stages(config):
         print(f"{staged.name} ({stage})")
         try:
@@ -230,24 +238,24 @@ def main(config: Config) -> None:
 
 
 def _stages(config: Config) -> Iterator[tuple[str, Config, int, Earlier]]:
-    """(command, configuration, ranks, stages before) of everything that trains."""
+    """Yields (command, configuration, ranks, earlier stages) of every stage that trains."""
     if isinstance(config, RunConfig):
         for stage, staged, earlier in planned_stages(config):
             if stage.command in TRAIN:
                 yield stage.command, staged, stage.ranks, earlier
     else:
-        command = "grpo" if {"grpo", "rollout"} & config.model_fields_set else "pretrain"  # one document, one stage
+        command = "grpo" if {"grpo", "rollout"} & config.model_fields_set else "pretrain"  # guessed from the sections
         yield command, config, int(os.environ.get("WORLD_SIZE", least_ranks(config, command))), {}
 
 
 def least_ranks(config: Config, command: str) -> int:
-    """The fewest ranks that the mesh fits."""
+    """Returns the smallest number of ranks that the mesh fits."""
     p = config.parallel
     return p.pp * p.dp_replicate * max(1, p.dp_shard) * p.cp * p.tp + rollout_workers(config, command)
 
 
 def describe(config: Config, p: Plan, command: str) -> list[str]:
-    """A plan for reading."""
+    """Returns the lines of a plan as text."""
     engine, most = config.engine, " at most" if command == "grpo" else ""
     axes = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
     backend = f"ZeRO {engine.zero_stage}" if engine.backend == "deepspeed" else "FSDP2"
@@ -277,7 +285,7 @@ def _batch_line(config: Config, p: Plan) -> str:
 
 
 def _phase_lines(train: TrainConfig) -> list[str]:
-    """Where batch and rows change; nothing without ramps."""
+    """Returns the lines that say where batch size and row length change; none without ramps."""
     table = phases(train)
     return [_phase_line(phase, "phases" if i == 0 else "") for i, phase in enumerate(table) if len(table) > 1]
 
@@ -290,7 +298,7 @@ def _phase_line(phase: Phase, title: str) -> str:
 
 
 def _sent_lines(p: Plan) -> list[str]:
-    """What a ring moves over a rank's links, in a step."""
+    """Returns the line that says what a ring moves over a rank's links in a step."""
     if not p.sent_bytes:
         return []
     each = ", ".join(f"{axes} {gigabytes(size)}" for axes, size in p.sent_bytes.items())
@@ -303,7 +311,8 @@ def _memory_line(p: Plan) -> str:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes in units of 1e9, as the papers do, of 1e12 or 1e6. Example: gigabytes(16_600_000_000) -> '16.6 GB'"""
+    """Returns bytes in units of 1e9, as the papers do, of 1e12 or 1e6. Example: gigabytes(16_600_000_000) -> '16.6
+    GB'"""
     if size >= 1e12:
         return f"{size / 1e12:.3g} TB"
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -1,8 +1,8 @@
-"""Bytes of model states that a rank holds, by arithmetic. tests/parity/memory_test.py weighs them.
+"""Computes the bytes of model states that a rank holds. tests/parity/memory_test.py compares them with measurements.
 
-The rule of 18 bytes a parameter, mixed-precision AdamW on one rank: bf16 weight 2, fp32 master 4, fp32 gradient 4, two
-fp32 moments 8. FSDP2 without `reshard` has just these. DeepSpeed has 16, with bf16 gradients, as in the ZeRO paper.
-Both hold whole gradients until a step's last microbatch (`unreduced`), and sharded ones from then on: a peak before the
+Mixed-precision AdamW on one rank takes 18 bytes a parameter: bf16 weight 2, fp32 master 4, fp32 gradient 4, two fp32
+moments 8. FSDP2 without `reshard` has just these. DeepSpeed has 16, with bf16 gradients, as in the ZeRO paper. Both
+hold whole gradients until a step's last microbatch (`unreduced`), and sharded ones from then on: a peak before the
 update that ZeRO's table leaves out. DeepSpeed's communication buckets come on top.
 """
 
@@ -28,21 +28,21 @@ from llmtrain.scaling.parts import (
 
 
 class States(NamedTuple):
-    """Bytes on the device."""
+    """Holds bytes on the device."""
 
     weights: int  # between steps
-    gradients: int  # reduced, as the update finds them
-    optimizer: int  # moments, and fp32 masters if these are not the weights
-    gathered: int  # whole weights in the precision of the compute, or what Muon orthogonalises, for a while
-    unreduced: int  # what gradients take more before their reduction
+    gradients: int  # reduced, as the update reads them
+    optimizer: int  # moments, and fp32 masters if they are separate from the weights
+    gathered: int  # temporary: whole weights in compute precision, or what Muon orthogonalises
+    unreduced: int  # additional bytes of gradients before their reduction
 
 
 def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer state) of one rank under ZeRO, arXiv 1910.02054, section 3 and figure 1.
+    """Returns (weights, gradients, optimizer state) of one rank under ZeRO, arXiv 1910.02054, section 3 and figure 1.
 
     Mixed precision holds 2 + 2 + 12 bytes a parameter (the 12: fp32 master and AdamW's two moments); fp32 4 + 4 + 8,
-    but 12 at stage 3, where DeepSpeed has a master all the same. Stage 1 shards the optimizer state over the
-    data-parallel `ranks`, stage 2 gradients too, stage 3 weights too.
+    but 12 at ZeRO stage 3, where DeepSpeed has a master all the same. ZeRO stage 1 shards the optimizer state over the
+    data-parallel `ranks`, 2 gradients too, 3 weights too.
     """
     value = 4 if precision == "fp32" else 2
     sizes = (value, value, 8 if precision == "fp32" and stage < 3 else 12)
@@ -60,7 +60,10 @@ def state_bytes(
     accumulation: float = 2,
     pp_rank: int = 0,
 ) -> States:
-    """Of the fullest rank of a pipeline rank's. `model` is resolved and `parallel.dp_shard` is not -1."""
+    """Returns the states of the fullest data-parallel rank of one pipeline rank.
+
+    `model` is resolved and `parallel.dp_shard` is not -1.
+    """
     muon = block_matrices(model, parallel, pp_rank) if optimizer == "muon" else []
     spared = 4 * numel(muon)  # one of two moments
     if engine.backend == "fsdp":
@@ -74,7 +77,7 @@ def state_bytes(
         if engine.zero_stage in (1, 2):  # Muon gathers directions, in bf16 on a GPU
             states = states._replace(gathered=states.gathered + 2 * numel(muon))
     states = states._replace(optimizer=states.optimizer - spared)
-    if model.lora is not None:  # the model itself has nothing but weights
+    if model.lora is not None:  # the base model has weights only, no gradients or optimizer state
         frozen = states._replace(gradients=0, optimizer=0, unreduced=0)
         trained = _of_adapters(rank_adapters(model, parallel, pp_rank), parallel, engine)
         states = States(*(a + b for a, b in zip(frozen, trained, strict=True)))
@@ -88,7 +91,7 @@ def _zero(shapes: Sequence[Shape], ranks: int, engine: EngineConfig, muon: Seque
     value, total = _value(engine), numel(shapes)
     weights, gradients, state = zero_bytes(total, engine.zero_stage, ranks, engine.precision)
     gathered = 0
-    if engine.zero_stage in (1, 2):  # at stage 1 too those of other ranks are dropped
+    if engine.zero_stage in (1, 2):  # at ZeRO stage 1, too, gradients of other ranks' parameters are dropped
         gradients = value * max(_touched(optimizer_groups(shapes, muon), ranks, rank) for rank in range(ranks))
     elif engine.zero_stage == 3:
         kept = numel(shape for shape in shapes if math.prod(shape) <= PERSISTENT)
@@ -106,8 +109,11 @@ def _of_adapters(shapes: Sequence[Shape], parallel: ParallelConfig, engine: Engi
 
 
 def _touched(groups: Sequence[Sequence[Shape]], ranks: int, rank: int) -> int:
-    """Elements of the parameters of which stages 1 and 2 give a rank a part: it holds their gradients whole. Those of
-    a group of the optimizer lie one behind the other and are cut into equal runs."""
+    """Returns the elements of the parameters that ZeRO stages 1 and 2 give a rank a part of: it holds their gradients
+    whole.
+
+    The parameters of an optimizer group are concatenated and split into equal runs.
+    """
     total = 0
     for group in groups:
         run, start = -(-numel(group) // (2 * ranks)) * 2, 0
@@ -121,8 +127,11 @@ def _touched(groups: Sequence[Sequence[Shape]], ranks: int, rank: int) -> int:
 def _fsdp(
     model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, accumulation: float, pp_rank: int
 ) -> States:
-    """fp32 shards of everything. Whole are the weights of what is not in blocks and of two blocks, the next one being
-    on its way, or all; and gradients in fp32 while they accumulate, else of one block in the compute's precision."""
+    """Returns the states under FSDP2, which holds fp32 shards of everything.
+
+    Whole are all weights, or with `reshard` those outside blocks and of two blocks (the next one is prefetched).
+    Gradients are whole in fp32 while they accumulate, else for one block in compute precision.
+    """
     ranks, value = parallel.dp_shard * parallel.cp, _value(engine)
     stages = plan_stages(model, parallel).stages_of(pp_rank)
     units = [unit for stage in stages for unit in stage_units(model, parallel, stage)]

@@ -1,4 +1,4 @@
-"""Model families: one file each, registered when it is imported."""
+"""Registers the built-in model families, one file each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model family is: its fields, its presets, and its form in a Hugging Face directory. No torch here."""
+"""Defines what a model family is: its fields, its presets, and its form in a Hugging Face directory. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HfConfig = dict[str, Any]
 
 @dataclass(frozen=True)
 class Disk:
-    """Where one of our parameters lies in a Hugging Face directory.
+    """Says where one of our parameters lies in a Hugging Face directory.
 
     Examples: Disk(("lm_head.weight",)); the middle third of GPT-2's transposed q|k|v:
     Disk(("transformer.h.0.attn.c_attn.weight",), transpose=True, part=(1, 3)); the weights of two experts, stacked:
@@ -22,13 +22,13 @@ class Disk:
     """
 
     names: tuple[str, ...]
-    stacked: bool = False  # ours has one entry along dim 0 for each name
-    transpose: bool = False  # ours is the transpose
-    part: tuple[int, int] | None = None  # ours is the i-th of n equal parts along its dim 0
-    copies: tuple[str, ...] = ()  # written under these names too, and not read there
+    stacked: bool = False  # our tensor stacks those of `names` along a new dim 0
+    transpose: bool = False  # our tensor is the transpose of theirs
+    part: tuple[int, int] | None = None  # (i, n): our tensor is the i-th of n equal parts along dim 0
+    copies: tuple[str, ...] = ()  # further names it is written under, but not read from
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of each of the tensors, `shape` being ours."""
+        """Returns the shape of each stored tensor, given the `shape` of our parameter."""
         shape = shape[1:] if self.stacked else shape
         if self.part:
             shape = (shape[0] * self.part[1], *shape[1:])
@@ -37,27 +37,30 @@ class Disk:
 
 @dataclass(frozen=True)
 class Family:
-    """A name for `model.family`. `fields` are those of ModelConfig that all its models share; `modules` maps our module
-    names to theirs, with `*` for the number of a layer (and `#`, once, for that of an expert)."""
+    """Describes the models that one value of `model.family` stands for.
+
+    `fields` are the ModelConfig fields that all its models share; `modules` maps our module names to those of Hugging
+    Face, with `*` for the number of a layer and `#` (at most once) for that of an expert.
+    """
 
     name: str
     fields: Mapping[str, Any]
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    model_type: str | None = None  # of config.json; None = transformers has no such model
+    model_type: str | None = None  # `model_type` in config.json; None = transformers has no such model
     from_hf: Callable[[HfConfig], dict[str, Any]] | None = None  # ModelConfig fields; raises ValueError
-    to_hf: Callable[[ModelConfig], HfConfig] | None = None  # what config.json has beside `common_hf`
+    to_hf: Callable[[ModelConfig], HfConfig] | None = None  # the content of config.json
     modules: Mapping[str, str] = field(default_factory=dict)
     disk: Callable[[Family, str, ModelConfig], Disk] | None = None  # None = `plain_disk`
     wrappers: tuple[str, ...] = ()  # model types whose `text_config` is a config of this family
-    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of tensor names in other or old files
-    ignored: tuple[str, ...] = ()  # patterns of their tensors, renamed ones, that say nothing about the model
-    left_out: Callable[[str, ModelConfig], bool] | None = None  # their tensors of parts that this model does without
-    parts: str | None = None  # import path of a module with own torch layers, see docs/models.md
-    feedforward_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]] | None = None  # of an own feed-forward
-    init: Callable[[str, tuple[int, ...], ModelConfig], float | None] | None = None  # standard deviation; None = usual
+    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of tensor names in other or older files
+    ignored: tuple[str, ...] = ()  # patterns of tensor names, after renaming, that are not read
+    left_out: Callable[[str, ModelConfig], bool] | None = None  # True for tensors of parts that this model lacks
+    parts: str | None = None  # import path of a module with torch layers of its own, see docs/models.md
+    feedforward_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]] | None = None  # for its own feed-forward
+    init: Callable[[str, tuple[int, ...], ModelConfig], float | None] | None = None  # initial std; None = usual
 
     def where(self, name: str, model: ModelConfig) -> Disk:
-        """Of a canonical parameter."""
+        """Returns where a canonical parameter lies in a Hugging Face directory."""
         return (self.disk or plain_disk)(self, name, model)
 
 
@@ -65,7 +68,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> Family:
-    """Make a family known. Raises ValueError if the name or one of its presets is taken."""
+    """Registers a family. Raises ValueError if its name or one of its presets is taken."""
     taken = {preset for other in FAMILIES.values() if other.name != family.name for preset in other.presets}
     if FAMILIES.get(family.name, family) != family or taken & family.presets.keys():
         raise ValueError(f"model.family={family.name}: its name or a preset is taken; give it another")
@@ -74,7 +77,7 @@ def register(family: Family) -> Family:
 
 
 def family_of(name: str) -> Family:
-    """Raises ValueError for an unknown one."""
+    """Returns the family of this name. Raises ValueError if it is unknown."""
     if name not in FAMILIES:
         raise ValueError(
             f"model.family={name}: is not known; choose one of {', '.join(sorted(FAMILIES))}, or name the module that "
@@ -84,7 +87,7 @@ def family_of(name: str) -> Family:
 
 
 def presets() -> dict[str, dict[str, Any]]:
-    """Name -> fields, the family's own among them."""
+    """Returns preset name -> fields, with the fields that all models of its family share."""
     return {
         preset: {"family": family.name, **family.fields, **fields}
         for family in FAMILIES.values()
@@ -93,14 +96,15 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def module_name(family: Family, module: str) -> str:
-    """Theirs for one of our modules. Raises KeyError if the family has none."""
+    """Returns the Hugging Face name of one of our modules. Raises KeyError if the family has none."""
     number = re.search(r"\.(\d+)\.", module)
     pattern = module if number is None else module.replace(number.group(), ".*.", 1)
     return family.modules[pattern].replace("*", number.group(1) if number else "*", 1)
 
 
 def plain_disk(family: Family, name: str, model: ModelConfig) -> Disk:
-    """One tensor under their name of the module; weights of experts lie apart."""
+    """Returns the usual place of a parameter: one tensor under the module's Hugging Face name, one per expert for
+    experts."""
     module, _, leaf = name.rpartition(".")
     if module.endswith(".experts"):
         theirs = module_name(family, name)
@@ -127,22 +131,23 @@ LLAMA_MODULES = {
     "layers.*.feedforward.up": "model.layers.*.mlp.up_proj",
     "layers.*.feedforward.down": "model.layers.*.mlp.down_proj",
 }
-"""As most families name them."""
+"""The names that most families use: our module -> theirs."""
 
 
 # Reading config.json
 
-FOR_ALL = {  # what transformers reads whatever the family
-    "is_causal": (True,),  # it takes null for false
+FOR_ALL = {  # keys that transformers reads for every family
+    "is_causal": (True,),  # transformers reads null as false
     "per_layer_config": (None,),  # sizes and windows of single layers
     "quantization_config": (None,),
 }
 
 
 def demand(config: HfConfig, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse values that change what the model computes in ways our decoder does not; a missing key is fine.
+    """Refuses values of `config` that change the computation in ways that our decoder does not implement.
 
-    Raises ValueError."""
+    A missing key is fine. Raises ValueError.
+    """
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             raise ValueError(
@@ -151,7 +156,7 @@ def demand(config: HfConfig, allowed: Mapping[str, tuple[Any, ...]]) -> None:
 
 
 def number(config: HfConfig, *names: str, default: int | None = None) -> int:
-    """A whole number that must be there, under the first name that is. Raises ValueError."""
+    """Returns the positive integer under the first of `names` that is present. Raises ValueError if there is none."""
     value = next((config[name] for name in names if config.get(name) is not None), default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{names[0]}={value}: is missing or no positive whole number; use a complete config.json")
@@ -159,7 +164,8 @@ def number(config: HfConfig, *names: str, default: int | None = None) -> int:
 
 
 def common_fields(config: HfConfig, max_positions: int = 2048, norm_eps: float = 1e-6) -> dict[str, Any]:
-    """The fields that most families write under the same names; the defaults are those of the family's config class."""
+    """Returns the fields that most families write under the same names; defaults are those of the family's config
+    class."""
     demand(config, FOR_ALL)
     heads = number(config, "num_attention_heads")
     hidden = number(config, "hidden_size")
@@ -181,9 +187,10 @@ def common_fields(config: HfConfig, max_positions: int = 2048, norm_eps: float =
 
 
 def rope_fields(config: HfConfig, rope: HfConfig | None = None) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) in the old form (`rope_theta`, `rope_scaling`) or that of transformers 5 (`rope_parameters`).
+    """Returns (theta, scaling) from the old form (`rope_theta`, `rope_scaling`) or that of transformers 5
+    (`rope_parameters`).
 
-    Raises ValueError for a kind that is not supported, and where both forms are there and scale otherwise.
+    Raises ValueError for an unsupported kind of scaling, and where both forms are present and contradict each other.
     """
     new, old = (config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     if rope is None and new and old and rope_fields(config, new)[1] != rope_fields(config, old)[1]:
@@ -198,11 +205,11 @@ def rope_fields(config: HfConfig, rope: HfConfig | None = None) -> tuple[float, 
     if kind not in ("llama3", "linear", "yarn"):
         raise ValueError(f"rope_type={kind}: only default, llama3, linear and yarn are supported; use another model")
     if kind != "yarn":
-        demand(rope, {"mscale_all_dim": (0, None)})  # DeepSeek's scores take it from any kind
+        demand(rope, {"mscale_all_dim": (0, None)})  # DeepSeek scales its scores by it whatever the kind
     if kind == "linear":
         return theta, RopeScaling(type="linear", factor=rope["factor"])
     original = rope.get("original_max_position_embeddings") or number(config, "max_position_embeddings")
-    demand(config, {"original_max_position_embeddings": (original, None)})  # transformers prefers it to that of `rope`
+    demand(config, {"original_max_position_embeddings": (original, None)})  # transformers prefers it to that in `rope`
     others = ("low_freq_factor", "high_freq_factor")
     if kind == "yarn":
         demand(rope, {"attention_factor": (None,), "truncate": (True, None)})
@@ -215,8 +222,10 @@ def rope_fields(config: HfConfig, rope: HfConfig | None = None) -> tuple[float, 
 
 
 def common_hf(model: ModelConfig) -> HfConfig:
-    """What most families write. RoPE stands in both forms: transformers 5 and vLLM read `rope_parameters`,
-    transformers 4 the other keys."""
+    """Returns what most families write into config.json.
+
+    RoPE is written in both forms: transformers 5 and vLLM read `rope_parameters`, transformers 4 the other keys.
+    """
     m = model
     old = {} if m.rope_scaling is None else {"rope_scaling": rope_hf(m)}
     return {
@@ -242,7 +251,7 @@ def common_hf(model: ModelConfig) -> HfConfig:
 
 
 def rope_hf(model: ModelConfig) -> HfConfig:
-    """Without theta."""
+    """Returns the RoPE scaling as config.json writes it, without theta."""
     s = model.rope_scaling
     if s is None:
         return {"rope_type": "default"}

@@ -1,5 +1,8 @@
-"""DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437): latent attention, many small experts beside one that every token
-takes, the first layers dense; V3 also predicts the token after the next."""
+"""Defines the families DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437).
+
+They have multi-head latent attention, many small experts beside a shared one that every token takes, and dense first
+layers; V3 also has multi-token prediction.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ MODULES = {
     **{f"layers.*.feedforward.experts.{ours}": theirs for ours, theirs in EXPERTS.items()},
     **{f"layers.*.feedforward.shared.{part}": f"{LAYER}.mlp.shared_experts.{part}_proj" for part in EXPERTS},
 }
-MTP_MODULES = {  # numbered on after the layers
+MTP_MODULES = {  # on disk they are numbered after the layers
     "mtp.*.hidden_norm": f"{LAYER}.hnorm",
     "mtp.*.embed_norm": f"{LAYER}.enorm",
     "mtp.*.proj": f"{LAYER}.eh_proj",
@@ -60,7 +63,7 @@ COMPUTED = {
 
 
 def v2_from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     methods = ("greedy", "group_limited_greedy")
     demand(config, {"norm_topk_prob": (False, None), "scoring_func": ("softmax", None), "topk_method": methods})
     limited = config.get("topk_method") == "group_limited_greedy"
@@ -70,8 +73,10 @@ def v2_from_hf(config: HfConfig) -> dict[str, Any]:
 
 
 def v3_from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute. The modules for the token after
-    the next are there when `model.mtp_layers` asks for them."""
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement.
+
+    Multi-token prediction modules are not among them: `model.mtp_layers` asks for those.
+    """
     demand(config, {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)})
     defaults = {"num_groups": 8, "top_groups": 4}
     groups = {key: number(config, theirs, default=defaults[key]) for key, theirs in GROUPS.items()}
@@ -95,7 +100,8 @@ def _experts(
     scale: float,
     first_dense: int,
 ) -> dict[str, Any]:
-    """Fields of MoeConfig; the other arguments are what the family's config class takes for a missing key."""
+    """Returns fields of MoeConfig; the other arguments are the defaults of the family's config class for missing
+    keys."""
     width = number(config, "moe_intermediate_size", default=expert_ffn_size)
     dense = min(config.get("first_k_dense_replace", first_dense) or 0, number(config, "num_hidden_layers"))
     return {
@@ -124,14 +130,14 @@ def _fields(config: HfConfig, max_positions: int, moe: MoeConfig) -> dict[str, A
 
 
 def v2_to_hf(model: ModelConfig) -> HfConfig:
-    """config.json."""
+    """Returns the content of config.json."""
     moe = model.moe or MoeConfig()
     method = "greedy" if moe.num_groups == 1 else "group_limited_greedy"
     return {**_hf(model, moe), "architectures": ["DeepseekV2ForCausalLM"], "mlp_bias": False, "topk_method": method}
 
 
 def v3_to_hf(model: ModelConfig) -> HfConfig:
-    """config.json."""
+    """Returns the content of config.json."""
     own = {"topk_method": "noaux_tc", "num_nextn_predict_layers": model.mtp_layers}
     own |= {"rope_interleave": model.rope_interleaved, "architectures": ["DeepseekV3ForCausalLM"]}
     return {**_hf(model, model.moe or MoeConfig()), **own}
@@ -142,7 +148,7 @@ def _hf(model: ModelConfig, e: MoeConfig) -> HfConfig:
     return {
         **common_hf(model),
         "first_k_dense_replace": len(e.dense_layers),
-        "head_dim": a.rope_head_dim,  # of what is rotated, as transformers has it
+        "head_dim": a.rope_head_dim,  # the rotated part only, as transformers defines it
         "kv_lora_rank": a.kv_rank,
         "moe_intermediate_size": e.expert_ffn_size,
         "moe_layer_freq": 1,
@@ -165,7 +171,8 @@ def _hf(model: ModelConfig, e: MoeConfig) -> HfConfig:
 
 
 def v3_disk(family: Family, name: str, model: ModelConfig) -> Disk:
-    """Modules for the tokens after the next are layers after the last one, with the embedding and head in them."""
+    """Returns the place of a parameter. Multi-token prediction modules are stored as layers after the last one, each
+    with a copy of the embedding and the head."""
     further = range(model.num_layers, model.num_layers + model.mtp_layers)
     if name in SHARED:
         return replace(
@@ -179,13 +186,13 @@ def v3_disk(family: Family, name: str, model: ModelConfig) -> Disk:
 
 
 def v3_left_out(name: str, model: ModelConfig) -> bool:
-    """Modules for the tokens after the next that `model.mtp_layers` does not ask for."""
+    """Returns whether a tensor belongs to a multi-token prediction module beyond the first `model.mtp_layers`."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     return found is not None and int(found.group(1)) >= model.num_layers + model.mtp_layers
 
 
 def init(name: str, shape: tuple[int, ...], model: ModelConfig) -> float:
-    """All the same, at any depth (V2, section 3.1.2; V3, section 4.2)."""
+    """Returns the standard deviation, the same for all weights at any depth (V2, section 3.1.2; V3, section 4.2)."""
     return 0.006
 
 
@@ -193,7 +200,7 @@ def init(name: str, shape: tuple[int, ...], model: ModelConfig) -> float:
 
 
 def _yarn(mscale: float) -> RopeScaling:
-    """From 4,096 positions to 40 times as many."""
+    """Returns the YaRN scaling from 4,096 positions to 40 times as many."""
     return RopeScaling(type="yarn", factor=40, original_max_positions=4096, mscale=mscale, mscale_all_dim=mscale)
 
 

@@ -1,6 +1,9 @@
-"""Gemma 2 and 3, text (arXiv 2408.00118, 2503.19786): norms in front of and behind each half of a block, with factors
-1 + weight; GeGLU; scaled embeddings; layers that see a window and layers that see all in turns. Gemma 2 caps scores and
-logits; Gemma 3 norms q and k instead, and turns them by an own theta in the sliding layers."""
+"""Defines the families Gemma 2 and 3, text only (arXiv 2408.00118, 2503.19786).
+
+They have norms before and after both attention and feed-forward, with factors 1 + weight; GeGLU; scaled embeddings;
+alternating sliding-window and full attention. Gemma 2 soft-caps scores and logits; Gemma 3 normalises q and k instead,
+and its sliding layers have a RoPE theta of their own.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ MODULES = {
     "layers.*.feedforward_norm": "model.layers.*.pre_feedforward_layernorm",
     "layers.*.feedforward_post_norm": "model.layers.*.post_feedforward_layernorm",
 }
-DEFAULTS = {  # of the config classes; released files leave them out
+DEFAULTS = {  # defaults of the config classes; released files leave these keys out
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -53,16 +56,16 @@ COMPUTED = {
 
 
 def gemma2_from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
-    demand(config, {"sliding_window_pattern": (2,)})  # transformers does not read it here, only for Gemma 3
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
+    demand(config, {"sliding_window_pattern": (2,)})  # transformers reads it for Gemma 3 only
     config = {"vocab_size": 256000, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **config}
     fields = _common(config, positions=8192, period=2)
     return {**fields, "attention_softcap": config["attn_logit_softcapping"]}
 
 
 def gemma3_from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
-    # transformers reads a cap of the scores and does not use it: nobody knows what such a file means
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
+    # transformers reads the soft cap of the scores but never applies it, so such a file is ambiguous
     demand(config, {"attn_logit_softcapping": (None,)})
     fields = _common({"vocab_size": 262208, **config}, positions=131072, period=6)
     theta, scaling, local = gemma3_rope(config)
@@ -71,7 +74,7 @@ def gemma3_from_hf(config: HfConfig) -> dict[str, Any]:
 
 
 def _common(config: HfConfig, positions: int, period: int) -> dict[str, Any]:
-    """Of both; every `period`-th layer is full where the config does not say more."""
+    """Returns the fields of either family; every `period`-th layer is full where the config does not list the types."""
     demand(config, COMPUTED)
     config = {**DEFAULTS, **config}
     window, period = config.get("sliding_window", 4096), config.get("sliding_window_pattern", period)
@@ -90,7 +93,8 @@ def _common(config: HfConfig, positions: int, period: int) -> dict[str, Any]:
 
 
 def gemma3_rope(config: HfConfig) -> tuple[float, RopeScaling | None, float]:
-    """(theta and scaling of full layers, theta of sliding ones), in the old form or that of transformers 5."""
+    """Returns (theta and scaling of full layers, theta of sliding ones), from the old form or that of transformers
+    5."""
     new = config.get("rope_parameters") or {}
     full = new.get("full_attention") or config.get("rope_scaling") or {}
     sliding = new.get("sliding_attention") or {}
@@ -117,12 +121,12 @@ def _hf(model: ModelConfig) -> HfConfig:
 
 
 def gemma2_to_hf(model: ModelConfig) -> HfConfig:
-    """config.json."""
+    """Returns the content of config.json."""
     return {**_hf(model), "architectures": ["Gemma2ForCausalLM"]}
 
 
 def gemma3_to_hf(model: ModelConfig) -> HfConfig:
-    """config.json."""
+    """Returns the content of config.json."""
     local = model.rope_theta_sliding or model.rope_theta
     full = {**rope_hf(model), "rope_theta": model.rope_theta}
     rope = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
@@ -131,8 +135,10 @@ def gemma3_to_hf(model: ModelConfig) -> HfConfig:
 
 
 def init(name: str, shape: tuple[int, ...], model: ModelConfig) -> float:
-    """N(0, 0.02), the `initializer_range` of the released files, everywhere: each half of a block ends in a norm, so
-    that a smaller output projection would change nothing but its gradient."""
+    """Returns 0.02, the `initializer_range` of the released files, for all weights.
+
+    Attention and feed-forward each end in a norm, so a smaller output projection would change only its gradient.
+    """
     return 0.02
 
 
@@ -152,7 +158,7 @@ GEMMA2_PRESETS: dict[str, dict[str, Any]] = {
 GEMMA3_PRESETS: dict[str, dict[str, Any]] = {
     "gemma3-270m": {**_shape(18, 640, 2048, 4, 1), **_SMALL3},
     "gemma3-1b": {**_shape(26, 1152, 6912, 4, 1), **_SMALL3},
-    # the language models of the multimodal ones
+    # the language models of multimodal releases
     "gemma3-4b": {**_shape(34, 2560, 10240, 8, 4), **_LARGE3},
     "gemma3-12b": {**_shape(48, 3840, 15360, 16, 8), **_LARGE3},
     "gemma3-27b": {**_shape(62, 5376, 21504, 32, 16, 128), **_LARGE3, "attention_scale": 168**-0.5},

@@ -1,6 +1,8 @@
-"""GPT-2 and GPT-3 (Radford et al. 2019; arXiv 2005.14165): learned positions, LayerNorm and biases everywhere, GELU, a
-fused and transposed q|k|v. The layers of GPT-3 with banded sparse attention, which the paper gives no numbers of, are
-dense here. No dropout is trained with."""
+"""Defines the family of GPT-2 and GPT-3 (Radford et al. 2019; arXiv 2005.14165).
+
+They have learned positions, LayerNorm and biases everywhere, GELU, and on disk a fused and transposed q|k|v. The layers
+of GPT-3 with banded sparse attention, whose bands the paper does not specify, are dense here. There is no dropout.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ COMPUTED = {  # options of the config class that change what is computed
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, {**COMPUTED, "activation_function": tuple(ACTIVATIONS)})
     heads, hidden = number(config, "n_head"), number(config, "n_embd")
     return {
@@ -61,7 +63,7 @@ def from_hf(config: HfConfig) -> dict[str, Any]:
 
 
 def to_hf(model: ModelConfig) -> HfConfig:
-    """config.json."""
+    """Returns the content of config.json."""
     m = model
     return {
         **{f"{part}_pdrop": 0.0 for part in ("attn", "embd", "resid")},
@@ -81,7 +83,7 @@ def to_hf(model: ModelConfig) -> HfConfig:
 
 
 def disk(family: Family, name: str, model: ModelConfig) -> Disk:
-    """Weights of projections are transposed; queries, keys and values are thirds of one tensor."""
+    """Returns the place of a parameter: projections are stored transposed, and q, k, v are thirds of one tensor."""
     module, _, leaf = name.rpartition(".")
     part = module.rpartition(".")[2]
     if part in ("q", "k", "v"):
@@ -93,13 +95,16 @@ def disk(family: Family, name: str, model: ModelConfig) -> Disk:
 
 
 def init(name: str, shape: tuple[int, ...], model: ModelConfig) -> float | None:
-    """As in the released code: positions N(0, 0.01); the rest N(0, 0.02), divided by sqrt(2 layers) where it writes to
-    the residual stream (section 2.3 of the paper), is the usual one."""
+    """Returns the standard deviation of the released code: 0.01 for positions, else None, the usual one.
+
+    That is N(0, 0.02), divided by sqrt(2 layers) for projections into the residual stream (section 2.3 of the paper).
+    """
     return 0.01 if name == "position_embed.weight" else None
 
 
 def _shape(layers: int, hidden: int, heads: int, positions: int) -> dict[str, Any]:
-    """The vocabulary is 50,257, the feed-forward layer four times as wide as the residual stream."""
+    """Returns the fields of a preset: vocabulary 50,257, feed-forward layer four times as wide as the residual
+    stream."""
     shape = {"num_layers": layers, "hidden_size": hidden, "num_heads": heads, "num_kv_heads": heads}
     return {**shape, "ffn_size": 4 * hidden, "max_positions": positions, "vocab_size": 50257}
 

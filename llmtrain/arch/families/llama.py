@@ -1,4 +1,5 @@
-"""Llama 2 and 3, SmolLM2 (arXiv 2302.13971, 2307.09288, 2407.21783): the decoder's defaults."""
+"""Defines the family of Llama 2 and 3 and SmolLM2 (arXiv 2302.13971, 2307.09288, 2407.21783): the decoder's
+defaults."""
 
 from __future__ import annotations
 
@@ -11,31 +12,31 @@ FIELDS: dict[str, Any] = {}
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)})
     return common_fields(config)
 
 
 def to_hf(model: ModelConfig) -> HfConfig:
-    """config.json."""
+    """Returns the content of config.json."""
     return {**common_hf(model), "architectures": ["LlamaForCausalLM"], "mlp_bias": False}
 
 
 def _llama2(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    """Llama 2 as released: vocabulary 32,000, context 4,096."""
+    """Returns a Llama 2 as released: vocabulary 32,000, context 4,096."""
     shape = {"num_layers": layers, "hidden_size": hidden, "ffn_size": ffn, "num_heads": heads, "num_kv_heads": kv_heads}
     return {**shape, "vocab_size": 32000, "max_positions": 4096, "norm_eps": 1e-5, "tie_embeddings": False}
 
 
 def _llama3(layers: int, hidden: int, ffn: int, heads: int) -> dict[str, Any]:
-    """Llama 3 (arXiv 2407.21783, table 3) as released: vocabulary 128,256, context 8,192."""
+    """Returns a Llama 3 (arXiv 2407.21783, table 3) as released: vocabulary 128,256, context 8,192."""
     shape = {"num_layers": layers, "hidden_size": hidden, "ffn_size": ffn, "num_heads": heads, "num_kv_heads": 8}
     rest = {"vocab_size": 128256, "max_positions": 8192, "norm_eps": 1e-5, "tie_embeddings": False}
     return {**shape, **rest, "rope_theta": 500000.0}
 
 
 def _llama31(shape: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3.1: the same shapes, context 131,072 by frequency scaling."""
+    """Returns a Llama 3.1: the same shapes, context 131,072 by frequency scaling."""
     return {**shape, "max_positions": 131072, "rope_scaling": RopeScaling()}
 
 

@@ -1,4 +1,4 @@
-"""Mixtral (arXiv 2401.04088): Llama with experts in every layer."""
+"""Defines the family Mixtral (arXiv 2401.04088): Llama with experts in every layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = {name: theirs for name, theirs in LLAMA_MODULES.items() if ".feedforwa
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, {"hidden_act": ("silu",), "attention_bias": (False,), "router_jitter_noise": (0,)})
     fields = common_fields({"rope_theta": 1e6, **config}, max_positions=131072, norm_eps=1e-5)
     experts = number(config, "num_local_experts", "num_experts", default=8)
@@ -29,7 +29,7 @@ def from_hf(config: HfConfig) -> dict[str, Any]:
 
 
 def to_hf(model: ModelConfig) -> HfConfig:
-    """config.json. Without dense layers its `intermediate_size` is that of an expert."""
+    """Returns the content of config.json. Its `intermediate_size` is the width of an expert, as no layer is dense."""
     e = model.moe or MoeConfig()
     return {
         **{key: value for key, value in common_hf(model).items() if key != "attention_bias"},
@@ -42,7 +42,7 @@ def to_hf(model: ModelConfig) -> HfConfig:
 
 
 def _mixtral(layers: int, hidden: int, ffn: int, heads: int, max_positions: int) -> dict[str, Any]:
-    """As released: 8 experts of which 2, vocabulary 32,000."""
+    """Returns a Mixtral as released: 2 of 8 experts for each token, vocabulary 32,000."""
     shape = {"num_layers": layers, "hidden_size": hidden, "ffn_size": ffn, "num_heads": heads, "num_kv_heads": 8}
     rest = {"vocab_size": 32000, "max_positions": max_positions, "tie_embeddings": False}
     return {**shape, **rest, "moe": MoeConfig(expert_ffn_size=ffn)}

@@ -1,8 +1,10 @@
-"""PaLM (arXiv 2204.02311, section 2): attention and feed-forward layer beside each other, one key/value head, SwiGLU,
-RoPE, LayerNorm, no bias anywhere, shared embeddings.
+"""Defines the family PaLM (arXiv 2204.02311, section 2).
 
-The paper draws embeddings from N(0, 1) and divides logits by sqrt(hidden_size). Ours are theirs divided by
-sqrt(hidden_size), multiplied by it when they are looked up: the same function, with nothing to do for the logits.
+It has attention and feed-forward layer in parallel, one key/value head, SwiGLU, RoPE, LayerNorm, no biases, and tied
+embeddings.
+
+The paper draws embeddings from N(0, 1) and divides logits by sqrt(hidden_size). Our embeddings are the paper's divided
+by sqrt(hidden_size) and are multiplied by it when they are looked up: the same function, and the logits need no factor.
 transformers has no such model.
 """
 
@@ -24,13 +26,16 @@ FIELDS: dict[str, Any] = {
 
 
 def init(name: str, shape: tuple[int, ...], model: ModelConfig) -> float:
-    """Section 5: N(0, 1 / sqrt(fan-in)); embeddings N(0, 1), here divided by sqrt(hidden_size), which is the same.
-    Nothing depends on the depth."""
+    """Returns the standard deviation of section 5, 1 / sqrt(fan-in), at any depth.
+
+    The paper's embeddings N(0, 1), divided by sqrt(hidden_size) here, follow the same rule.
+    """
     return shape[-1] ** -0.5
 
 
 def _shape(layers: int, hidden: int, heads: int) -> dict[str, Any]:
-    """Table 1: heads of 256, a feed-forward layer four times as wide; vocabulary 256,000 and rows of 2,048."""
+    """Returns a model of table 1: heads of 256, a feed-forward layer four times as wide, vocabulary 256,000, rows of
+    2,048."""
     shape = {"num_layers": layers, "hidden_size": hidden, "ffn_size": 4 * hidden, "num_heads": heads}
     return {**shape, "num_kv_heads": 1, "head_dim": 256, "vocab_size": 256000, "max_positions": 2048}
 

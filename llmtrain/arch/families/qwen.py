@@ -1,5 +1,8 @@
-"""Qwen2 and 2.5 (arXiv 2407.10671, 2412.15115): biases of q, k, v. Qwen3 (arXiv 2505.09388): q and k normed instead,
-heads of a width of their own. No initialisation is published; it is the usual one."""
+"""Defines the families Qwen2 (with 2.5; arXiv 2407.10671, 2412.15115) and Qwen3 (arXiv 2505.09388).
+
+Qwen2 has biases of q, k and v. Qwen3 normalises q and k instead, and its head_dim is independent of hidden_size. No
+initialisation is published; the usual one is used.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ COMPUTED = {
 
 
 def qwen2_from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, COMPUTED)
     return {**common_fields(config, max_positions=32768), **sliding_fields(config)}
 
 
 def qwen3_from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, {"attention_bias": (True, False)})
     biased = config.get("attention_bias", False)
     own = {"head_dim": number(config, "head_dim", default=128), "qkv_bias": biased, "o_bias": biased}
@@ -30,9 +33,11 @@ def qwen3_from_hf(config: HfConfig) -> dict[str, Any]:
 
 
 def sliding_fields(config: HfConfig) -> dict[str, Any]:
-    """`layer_types`, or without them: layers from `max_window_layers` on are sliding, if any is.
+    """Returns `layer_types` and `sliding_window`. Without `layer_types` in the file, and with sliding windows in use,
+    layers from `max_window_layers` on are sliding.
 
-    Raises ValueError for sliding layers without a window."""
+    Raises ValueError for sliding layers without a window.
+    """
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     layers, first = number(config, "num_hidden_layers"), config.get("max_window_layers", 28)
     written = config.get("layer_types")
@@ -41,7 +46,8 @@ def sliding_fields(config: HfConfig) -> dict[str, Any]:
 
 
 def layer_kinds(types: list[str], layers: int, window: int | None) -> list[str]:
-    """Ours for theirs. Raises ValueError for another kind or number of them, or a sliding one without a window."""
+    """Returns our names of the layer types. Raises ValueError for another type or number, or a sliding one without a
+    window."""
     if len(types) != layers:
         raise ValueError(
             f"layer_types: has {len(types)} entries for num_hidden_layers={layers}; use a complete config.json"
@@ -55,7 +61,7 @@ def layer_kinds(types: list[str], layers: int, window: int | None) -> list[str]:
 
 
 def sliding_hf(model: ModelConfig) -> HfConfig:
-    """What `sliding_fields` reads."""
+    """Returns the keys that `sliding_fields` reads."""
     kinds = model.layer_types or ["full"] * model.num_layers
     return {
         "layer_types": [f"{kind}_attention" for kind in kinds],
@@ -66,25 +72,25 @@ def sliding_hf(model: ModelConfig) -> HfConfig:
 
 
 def qwen2_to_hf(model: ModelConfig) -> HfConfig:
-    """config.json. It has no key for the width of a head or for biases."""
+    """Returns the content of config.json, which has no key for the width of a head or for biases."""
     common = {k: v for k, v in common_hf(model).items() if k not in ("head_dim", "attention_bias")}
     return {**common, **sliding_hf(model), "architectures": ["Qwen2ForCausalLM"]}
 
 
 def qwen3_to_hf(model: ModelConfig) -> HfConfig:
-    """config.json."""
+    """Returns the content of config.json."""
     own = {"attention_bias": model.qkv_bias, "architectures": ["Qwen3ForCausalLM"]}
     return {**common_hf(model), **sliding_hf(model), **own}
 
 
 def _qwen2(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, positions: int, tied: bool) -> dict[str, Any]:
-    """As released: the small models, which are tied, have 151,936 tokens, the others 152,064."""
+    """Returns a Qwen2 as released: the small models, which are tied, have 151,936 tokens, the others 152,064."""
     shape = {"num_layers": layers, "hidden_size": hidden, "ffn_size": ffn, "num_heads": heads, "num_kv_heads": kv_heads}
     return {**shape, "max_positions": positions, "vocab_size": 151936 if tied else 152064, "tie_embeddings": tied}
 
 
 def _qwen3(layers: int, hidden: int, ffn: int, heads: int, tied: bool) -> dict[str, Any]:
-    """As released: 8 K/V heads, heads of 128, 151,936 tokens."""
+    """Returns a Qwen3 as released: 8 K/V heads, heads of 128, 151,936 tokens."""
     shape = {"num_layers": layers, "hidden_size": hidden, "ffn_size": ffn, "num_heads": heads, "num_kv_heads": 8}
     return {**shape, "head_dim": 128, "max_positions": 40960, "vocab_size": 151936, "tie_embeddings": tied}
 
@@ -94,7 +100,7 @@ QWEN2_PRESETS: dict[str, dict[str, Any]] = {
     "qwen2-1.5b": _qwen2(28, 1536, 8960, 12, 2, 131072, True),
     "qwen2-7b": _qwen2(28, 3584, 18944, 28, 4, 131072, False),
     "qwen2-72b": _qwen2(80, 8192, 29568, 64, 8, 131072, False) | {"norm_eps": 1e-5},
-    # of 2.5 those whose shape is new
+    # Qwen2.5: only the sizes that Qwen2 does not have
     "qwen2.5-3b": _qwen2(36, 2048, 11008, 16, 2, 32768, True),
     "qwen2.5-14b": _qwen2(48, 5120, 13824, 40, 8, 131072, False) | {"norm_eps": 1e-5},
     "qwen2.5-32b": _qwen2(64, 5120, 27648, 40, 8, 131072, False) | {"norm_eps": 1e-5},

@@ -1,4 +1,4 @@
-"""Qwen3-MoE (arXiv 2505.09388): Qwen3 with many small experts."""
+"""Defines the family Qwen3-MoE (arXiv 2505.09388): Qwen3 with many small experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = LLAMA_MODULES | {
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig. Raises ValueError for what the decoder does not compute."""
+    """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, {"hidden_act": ("silu",), "use_sliding_window": (False, None)})
     fields = common_fields(config, max_positions=32768)
     experts = MoeConfig(
@@ -32,13 +32,14 @@ def from_hf(config: HfConfig) -> dict[str, Any]:
 
 
 def _dense_layers(config: HfConfig, num_layers: int) -> list[int]:
-    """Every layer whose number, from 1, `decoder_sparse_step` does not divide, and those of `mlp_only_layers`."""
+    """Returns the dense layers: those whose number (from 1) `decoder_sparse_step` does not divide, and
+    `mlp_only_layers`."""
     step, listed = number(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers") or []
     return [layer for layer in range(num_layers) if layer in listed or (layer + 1) % step]
 
 
 def to_hf(model: ModelConfig) -> HfConfig:
-    """config.json."""
+    """Returns the content of config.json."""
     e = model.moe or MoeConfig()
     return {
         **common_hf(model),
@@ -55,7 +56,7 @@ def to_hf(model: ModelConfig) -> HfConfig:
 
 
 def _qwen3(layers: int, hidden: int, ffn: int, heads: int, expert_ffn: int) -> dict[str, Any]:
-    """As released: 128 experts of which 8, 4 K/V heads of 128, vocabulary 151,936."""
+    """Returns a Qwen3-MoE as released: 8 of 128 experts for each token, 4 K/V heads of 128, vocabulary 151,936."""
     shape = {"num_layers": layers, "hidden_size": hidden, "ffn_size": ffn, "num_heads": heads, "num_kv_heads": 4}
     rest = {"head_dim": 128, "vocab_size": 151936, "max_positions": 40960, "rope_theta": 1e6, "tie_embeddings": False}
     return {**shape, **rest, "moe": MoeConfig(num_experts=128, top_k=8, expert_ffn_size=expert_ffn)}
