@@ -11,18 +11,15 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from llmtrain.config.load import ConfigError, load
+from llmtrain.config.load import ConfigError, load, load_plugins
+from llmtrain.config.recipes import RECIPES
 from llmtrain.rules.check import check
 
-COMMANDS: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does)
+BEFORE: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does)
     "data": ("llmtrain.commands.prepare:data", "collect text, make problems, tokenize into shards"),
     "tokenizer": ("llmtrain.commands.prepare:tokenizer", "train a byte-level BPE tokenizer"),
-    "pretrain": ("llmtrain.recipes.pretrain:main", "train on text (starts under torchrun too)"),
-    "sft": ("llmtrain.recipes.sft:main", "train on the answers of demonstrations (starts under torchrun too)"),
-    "grpo": (
-        "llmtrain.recipes.grpo:main",
-        "reinforcement learning with verifiable rewards (starts under torchrun too)",
-    ),
+}
+BEHIND: dict[str, tuple[str, str]] = {
     "eval": ("llmtrain.commands.evaluate:main", "perplexity, pass@k and majority vote"),
     "export": ("llmtrain.commands.export:main", "write a Hugging Face directory"),
     "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
@@ -34,20 +31,27 @@ TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, o
 EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"
 
 
+def commands() -> dict[str, tuple[str, str]]:
+    """Returns every command by name, the recipes among them: (module:function, what it does)."""
+    return {**BEFORE, **{r.name: (r.main, r.summary) for r in RECIPES.values()}, **BEHIND}
+
+
 def usage() -> str:
-    """The help text."""
-    lines = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    """Returns the help text."""
+    lines = [f"  {name:<10} {summary}" for name, (_, summary) in commands().items()]
     head = "usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]"
-    return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}"])
+    more = "`llmtrain --help CONFIG.yaml` lists the recipes of the document's plugins too."
+    return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}", "", more])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 after a failure, 2 for wrong input, 130 when interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(usage())
-        return 0 if arguments else 2
     try:
+        if not arguments or {"-h", "--help"} & set(arguments):
+            load_plugins([a for a in arguments if a not in ("-h", "--help") and a not in commands()])
+            print(usage())
+            return 0 if arguments else 2
         action = _prepare(*arguments)
     except ValueError as error:
         if int(os.environ.get("RANK", "0")) == 0:  # every rank finds the same
@@ -73,9 +77,11 @@ def entry() -> NoReturn:
 
 def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
     """The checked call that the arguments ask for. Raises ConfigError."""
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+    if command not in commands() and rest and os.path.isfile(rest[0]):
+        load_plugins(rest)
+    if command not in commands():
+        near = difflib.get_close_matches(command, commands(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands())}"
         raise ConfigError(f"{command}: unknown command, {hint}")
     if command == "doctor":
         if rest:
@@ -91,7 +97,7 @@ def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
 def _function(command: str) -> Callable[..., int | None]:
     """Imported without the garbage collector, and kept from it: its looks at hundreds of thousands of objects that all
     stay take about a fifth of the import."""
-    module, name = COMMANDS[command][0].split(":")
+    module, name = commands()[command][0].split(":")
     gc.disable()
     try:
         return getattr(importlib.import_module(module), name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,12 @@ class Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
         return replace(self, **{**moved, "extra": {k: v.to(device) for k, v in self.extra.items()}})
+
+    def rows(self, chosen: slice) -> Batch:
+        """Returns some of the rows."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **own, extra={name: value[chosen] for name, value in self.extra.items()})
 
 
 @dataclass
@@ -82,29 +90,35 @@ class Sampling:
 
 
 @dataclass
-class Rollout:
-    """One completion. `logprobs[i]` is the log-prob of `completion_ids[i]` under the sampling temperature, before
-    top-p/top-k truncation. The stop token is part of the completion.
+class Sample:
+    """One sequence, whoever wrote its parts. `ids` follow the prompt; the lists beside them have a value a token.
 
-    Example: Rollout([5, 7], [9, 1], [-0.1, -0.3], finished=True, weight_version=3, group=0)
+    Example: the policy (weights of version 3) answers `9 1`, where 1 is the stop token, and gets full marks:
+        Sample([5, 7], ids=[9, 1], trained=[True, True], logprobs=[-0.1, -0.3], versions=[3, 3], finished=True,
+               reward=1.0, parts={"math": 1.0}, columns={"advantages": [0.7, 0.7]}, example={"answer": "9"})
     """
 
     prompt_ids: list[int]
-    completion_ids: list[int]
-    logprobs: list[float]
-    finished: bool  # a stop token was sampled (else: cut at max_new_tokens)
-    weight_version: int  # of the weights that sampled it
-    group: int  # index of the prompt in the call
+    ids: list[int]  # the stop token among them
+    trained: list[bool]  # True = the policy wrote the token; False = a tool, an environment or a user did
+    logprobs: list[float]  # under the sampling temperature, before top-p and top-k; 0 where the policy did not write
+    versions: list[int]  # of the weights that wrote the token
+    finished: bool  # a stop token was sampled (else: cut at a limit)
+    reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)  # rewards by name, before their weights
+    columns: dict[str, list[float]] = field(default_factory=dict)  # -> Batch.extra (advantages, returns, ...)
+    example: dict[str, Any] = field(default_factory=dict)  # the line of the problem file that it answers
+
+    def __post_init__(self) -> None:
+        lists = (self.trained, self.logprobs, self.versions, *self.columns.values())
+        assert all(len(each) == len(self.ids) for each in lists), "one value for each of `ids`"
 
 
-@dataclass
-class Experience:
-    """A rollout with its credit. Example: Experience(rollout, reward=1.0, advantage=0.7, text="... answer 12")"""
+Group = list[Sample]
+"""The samples of one prompt. A preference pair is a group of two, the chosen one first."""
 
-    rollout: Rollout
-    reward: float
-    advantage: float
-    text: str
+Reward = Callable[[Sequence[Group]], None]
+"""Fills in `reward` and `parts` of every sample."""
 
 
 @dataclass
@@ -119,6 +133,10 @@ class StepStats:
     grad_norm: float  # before clipping
     lr: float
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, float]:
+        """Returns everything by its name in metrics.jsonl."""
+        return {"loss": self.loss, "grad_norm": self.grad_norm, "lr": self.lr, **self.metrics}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ LEVELS = (
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 ONLY = {  # narrower than their level
     "config": set(),
-    "observe": set(),
+    "observe": {"config"},
     "arch": {"config"},
     "rules": {"config", "arch"},
     "scaling": {"config", "arch", "rules"},

@@ -65,7 +65,7 @@ def problem_scores(
     config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[dict[str, float], list[dict]]:
     """pass@k, majority and greedy on the first `eval.problems` held-out problems."""
-    r, reward = config.rollout, reward_fn(config.grpo.reward)
+    r, reward = config.rollout, reward_fn(config.rewards[0].name)
     problems = PromptSet(config.data.held_out, tokenizer, config.train.seq_len - r.max_new_tokens)
     count = min(config.eval.problems, len(problems))
     prompts = [Prompt(problems.prompt_ids(i), derive(config.seed, f"eval/{i}")) for i in range(count)]
@@ -74,7 +74,7 @@ def problem_scores(
         prompts,
         tokenizer.decode,
         lambda i, text: reward(text, problems.examples[i]),
-        lambda text: extract_answer(config.grpo.reward, text),
+        lambda text: extract_answer(config.rewards[0].name, text),
         lambda i: str(problems.examples[i]["answer"]),
         config.eval.samples,
         Sampling(r.max_new_tokens, 1, r.temperature, r.top_p, r.top_k, (tokenizer.eos_id,)),

@@ -7,16 +7,18 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from llmtrain.config.document import ConfigError, Document, Dumper, merge, override, read_document
+from llmtrain.config.document import ConfigError, Document, Dumper, Keys, merge, override, read_document
 from llmtrain.config.explain import explain
+from llmtrain.config.recipes import RECIPES, config_class, run_config_class
 from llmtrain.config.schema import Config, RunConfig
 
-__all__ = ["ConfigError", "dump", "load", "stage_config"]
+__all__ = ["ConfigError", "dump", "load", "load_plugins", "stage_config"]
 
 
 def load(path: str, overrides: list[str]) -> Config:
@@ -25,15 +27,25 @@ def load(path: str, overrides: list[str]) -> Config:
     A document with `stages:` gives a RunConfig, and each of its stages is validated too.
     Raises ConfigError, one line for each fault.
     """
-    document = read_document(path, ())
-    for text in overrides:
-        override(document, text)
-    _import_plugins(document)
+    document = load_plugins([path, *overrides])
+    _move_keys(document, document.data, ())
     if "stages" not in document.data:
-        return _validate(Config, document)
-    config = _validate(RunConfig, document)
+        return _validate(config_class(), document)
+    for i, stage in enumerate(document.data["stages"] if isinstance(document.data["stages"], list) else ()):
+        if isinstance(stage, dict) and isinstance(stage.get("set"), dict):
+            _move_keys(document, stage["set"], ("stages", i, "set"))
+    config = _validate(run_config_class(), document)
     _validate_stages(config, document)
     return config
+
+
+def load_plugins(arguments: Sequence[str]) -> Document:
+    """Returns the document of a command line, with its overrides; its plugins are imported. Raises ConfigError."""
+    document = read_document(arguments[0], ()) if arguments else Document()
+    for text in arguments[1:]:
+        override(document, text)
+    _import_plugins(document)
+    return document
 
 
 def _import_plugins(document: Document) -> None:
@@ -47,6 +59,18 @@ def _import_plugins(document: Document) -> None:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ConfigError(f"{document.place(('plugins',))}: plugins: {name} cannot be imported: {reason}") from None
+
+
+def _move_keys(document: Document, data: dict[str, Any], prefix: Keys) -> None:
+    """Reads keys that a recipe's section had in earlier versions as what they are now (`Recipe.moved`)."""
+    for recipe in RECIPES.values():
+        section = data.get(recipe.name)
+        for old in recipe.moved.keys() & (section.keys() if isinstance(section, dict) else ()):
+            key, value = recipe.moved[old](section.pop(old))
+            place = document.place((*prefix, recipe.name, old))
+            if key in data:
+                raise ConfigError(f"{place}: {recipe.name}.{old}: is now `{key}`, which is written too; remove one")
+            data[key], document.where[(*prefix, key)] = value, place
 
 
 def dump(config: Config) -> str:
@@ -67,7 +91,7 @@ def stage_config(run: RunConfig, name: str) -> Config:
     stage = next(s for s in run.stages if s.name == name)
     data = merge(run.model_dump(mode="json", exclude={"stages"}, exclude_unset=True), stage.set)
     data = {**data, "name": name, "run_dir": os.path.join(run.directory, name)}
-    return Config.model_validate_json(json.dumps(_fill(data, run.directory)), strict=True)
+    return config_class().model_validate_json(json.dumps(_fill(data, run.directory)), strict=True)
 
 
 def _fill(value: Any, directory: str) -> Any:
@@ -100,7 +124,7 @@ def _validate_stages(config: RunConfig, document: Document) -> None:
         try:
             stage_config(config, stage.name)
         except ValidationError as error:
-            faults += [explain(Config, document, fault, ("stages", i, "set")) for fault in error.errors()]
+            faults += [explain(config_class(), document, fault, ("stages", i, "set")) for fault in error.errors()]
     if not config.stages:
         faults.append(f"{document.place(('stages',))}: stages: is empty; list at least one stage with name and command")
     if faults:

@@ -165,7 +165,7 @@ class DataConfig(Section):
     path: str | None = None  # directory of token shards; None = <run directory>/data
     sources: list[SourceConfig] = []  # text for pretraining
     tasks: list[TaskConfig] = []  # problem sets to generate
-    train: str | None = None  # sft, grpo: JSONL with prompt|messages, answer, optional prefill
+    train: str | None = None  # JSONL with prompt|messages, answer, optional prefill; pretraining has none
     held_out: str | None = None  # eval: the same form
     mask_documents: bool = True  # attention and positions restart at document boundaries
     fim_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as fill-in-the-middle (arXiv 2207.14255)
@@ -173,7 +173,7 @@ class DataConfig(Section):
     span_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as span corruption (arXiv 1910.10683)
     span_noise: float = Field(0.15, gt=0.0, lt=1.0)  # span corruption: share of the tokens that are hidden
     span_mean_tokens: PositiveFloat = 3.0  # span corruption: mean length of a hidden span
-    replay_seqs: int = Field(0, ge=0)  # sft, grpo: rows of pretraining text added to each update
+    replay_seqs: int = Field(0, ge=0)  # rows of pretraining text added to each update of a later recipe
     replay_weight: float = Field(1.0, ge=0.0)  # weight of the mean loss of those rows
 
 
@@ -230,7 +230,7 @@ class OptimConfig(Section):
     grad_clip: float = Field(1.0, ge=0.0)  # 0 = no clipping
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warmup, towards min_lr
     wsd_decay_share: float = Field(0.2, gt=0.0, le=1.0)  # wsd: the last share of the steps falls linearly
-    warmup_steps: int = Field(100, ge=0)  # linear from 0; of updates (in grpo: steps x minibatches)
+    warmup_steps: int = Field(100, ge=0)  # linear from 0; of updates (of recipes with minibatches: steps x minibatches)
 
 
 class BatchRamp(Section):
@@ -253,11 +253,11 @@ class TrainConfig(Section):
     """How much is trained. `global_batch_seqs = micro_batch_seqs x data-parallel ranks x accumulation`."""
 
     steps: PositiveInt = 1000  # of the stage; resumed runs count on
-    seq_len: PositiveInt = 2048  # tokens a row; in grpo the longest row
+    seq_len: PositiveInt = 2048  # tokens a row; of recipes that sample the longest row
     micro_batch_seqs: PositiveInt = 1  # rows in one forward on one rank
-    global_batch_seqs: PositiveInt = 8  # rows a step over all ranks (pretrain, sft)
-    batch_ramp: list[BatchRamp] = []  # pretrain: larger steps later, rising from_tokens
-    seq_ramp: list[SeqRamp] = []  # pretrain: longer rows later, rising from_tokens
+    global_batch_seqs: PositiveInt = 8  # rows a step over all ranks; recipes that sample count prompts
+    batch_ramp: list[BatchRamp] = []  # pretraining: larger steps later, rising from_tokens
+    seq_ramp: list[SeqRamp] = []  # pretraining: longer rows later, rising from_tokens
     eval_every_steps: int = Field(0, ge=0)  # 0 = before the first and after the last step only
     eval_seqs: PositiveInt = 64  # held-out rows
 
@@ -288,16 +288,11 @@ class RolloutConfig(Section):
     max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
 
 
-class GrpoConfig(Section):
-    """GRPO (arXiv 2402.03300)."""
+class RewardConfig(Section):
+    """A reward of a completion. The sum of all, by their weights, is what a recipe that samples trains on."""
 
-    reward: Literal["reasoning_gym", "first_integer", "math"] = "reasoning_gym"  # 1 for a right answer, else 0
-    prompts_per_step: PositiveInt = 32  # groups sampled a step
-    minibatches: PositiveInt = 1  # updates on one set of rollouts
-    clip_low: PositiveFloat = 0.2  # the ratio is clipped to 1 - clip_low ...
-    clip_high: PositiveFloat = 0.2  # ... 1 + clip_high
-    kl_coef: float = Field(0.0, ge=0.0)  # against the weights at the start
-    normalize_std: bool = True  # advantage = (r - mean) / std of its group; False = Dr. GRPO
+    name: Literal["reasoning_gym", "first_integer", "math"] = "reasoning_gym"  # 1 for a right answer, else 0
+    weight: float = 1.0  # in the sum
 
 
 class EvalConfig(Section):
@@ -345,7 +340,7 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    """One document: one stage."""
+    """Holds one document: one stage. Every recipe adds its section, under its name: see `config.recipes`."""
 
     name: str = "run"  # of the run
     run_dir: str | None = None  # None = runs/<name>
@@ -360,7 +355,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
     rollout: RolloutConfig = RolloutConfig()
-    grpo: GrpoConfig = GrpoConfig()
+    rewards: list[RewardConfig] = [RewardConfig()]  # eval judges by the first
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
@@ -378,7 +373,7 @@ class StageConfig(Section):
     the text `{run}` in any string is the run directory of the whole document."""
 
     name: str  # its directory: <run directory>/<name>
-    command: Literal["data", "tokenizer", "pretrain", "sft", "grpo", "eval", "export", "report"]  # what it runs
+    command: str  # what it runs: a recipe, or data, tokenizer, eval, export, report
     ranks: PositiveInt = 1  # processes under torchrun; 1 = a plain process
     set: dict[str, Any] = {}  # sections and keys that differ for this stage
 

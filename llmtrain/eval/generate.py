@@ -35,11 +35,12 @@ def evaluate_problems(
         raise ValueError("no problems to evaluate: raise eval.problems or fill data.held_out")
 
     def complete(request: Sampling) -> list[dict[str, Any]]:
-        rollouts = generator.generate(prompts, request)
-        texts = [decode(r.completion_ids) for r in rollouts]
+        answered = (
+            (i, s.prompt_ids, decode(s.ids)) for i, g in enumerate(generator.generate(prompts, request)) for s in g
+        )
         return [
-            {"problem": r.group, "prompt": decode(r.prompt_ids), "completion": text, "reward": reward(r.group, text)}
-            for r, text in zip(rollouts, texts, strict=True)
+            {"problem": i, "prompt": decode(prompt_ids), "completion": text, "reward": reward(i, text)}
+            for i, prompt_ids, text in answered
         ]
 
     greedy = complete(replace(sampling, temperature=0.0, num_samples=1))

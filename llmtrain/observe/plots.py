@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from llmtrain.config.recipes import Panel
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Panel = tuple[str, dict[str, str]]
-"""A panel of curves is (title, {key of the records: name of its line})."""
 
 BarPanel = tuple[str, Mapping[str, Mapping[str, float]], int]
 """A panel of bars is (title, {label: {measure: value}}, digits shown)."""
@@ -22,12 +21,6 @@ TRAINING: tuple[Panel, ...] = (
     ("Gradient norm", {"grad_norm": "before clipping"}),
     ("Learning rate", {"lr": "learning rate"}),
     ("Tokens a second", {"tokens_per_s": "all ranks"}),
-)
-RL: tuple[Panel, ...] = (
-    ("Mean reward", {"reward_mean": "reward"}),
-    ("KL, nats a token", {"kl": "to the reference", "kl_old": "from the sampling policy"}),
-    ("Entropy, nats a token", {"entropy": "entropy"}),
-    ("Response length, tokens", {"response_tokens_mean": "mean"}),
 )
 LINES = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 SHADES = ("#dbeafe", "#1d4ed8")  # of bars

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from llmtrain.config.recipes import RECIPES, Panel
 from llmtrain.observe.experts import EXPERTS, expert_records
 from llmtrain.observe.metrics import read_lines, read_metrics
 from llmtrain.observe.page import PAGE
-from llmtrain.observe.plots import RL, TRAINING, Panel, plot_bars, plot_curves
+from llmtrain.observe.plots import TRAINING, plot_bars, plot_curves
 
 SHOWN = 3  # samples from the start of a stage, and as many from its end
 
@@ -150,8 +151,8 @@ def _evaluation_image(out: str, evaluated: Mapping[str, dict[str, Any]]) -> dict
 def _curves(out: str, stage: Stage) -> list[dict[str, str]]:
     records = stage.metrics + [{"step": e["step"], "held_out_loss": e["loss"]} for e in stage.held_out]
     plots: list[tuple[str, tuple[Panel, ...], list[dict[str, Any]]]] = [(f"{stage.name}.png", TRAINING, records)]
-    if any("reward_mean" in record for record in stage.metrics):
-        plots.insert(0, (f"{stage.name}-rl.png", RL, records))
+    own = {suffix: panels for recipe in RECIPES.values() for suffix, panels in recipe.plots.items()}
+    plots = [(f"{stage.name}-{suffix}.png", panels, records) for suffix, panels in own.items()] + plots
     plots.append((f"{stage.name}-experts.png", EXPERTS, expert_records(stage.metrics)))
     return [
         {"file": file, "alt": f"{stage.name}: " + ", ".join(title for title, _ in panels)}

@@ -1,34 +1,37 @@
-"""GRPO (arXiv 2402.03300): rollout -> reward -> advantage -> policy loss -> step -> weight sync."""
+"""GRPO (arXiv 2402.03300): rollouts -> rewards -> advantages -> policy loss -> step -> new weights to the generator."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 
 from llmtrain.arch.pipeline import plan_stages
+from llmtrain.config.recipes.grpo import RECIPE, GrpoConfig
 from llmtrain.config.schema import Config
-from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.optim import learning_rate
 from llmtrain.engine.precision import compute_dtype
+from llmtrain.losses.advantage import group_advantages
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.parallel.plan import materialize, parallelize
 from llmtrain.parallel.scoring import FrozenModel
-from llmtrain.trainer.experience import collect, learnable, microbatches_of, split_groups
+from llmtrain.trainer.batches import group_microbatches, split_groups
+from llmtrain.trainer.gate import Gate
 from llmtrain.trainer.job import Job, join
 from llmtrain.trainer.loop import train
-from llmtrain.trainer.record import SampleLog
+from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import Disagreement, Gate, build_generator, serve_rollouts
+from llmtrain.trainer.rollouts import build_source, closing, read_prompts, serve_rollouts
 from llmtrain.trainer.weights import build_engine, start_source
-from llmtrain.types import Batch, Experience, Metrics, Scores
+from llmtrain.types import Batch, Group, Metrics, Scores
 
 
 def main(config: Config) -> None:
-    """`llmtrain grpo`."""
-    job = join(config, generates=True)
+    """Runs `llmtrain grpo` on this rank."""
+    job = join(config, RECIPE)
     if job.mesh.role == "rollout":
         serve_rollouts(job)
     else:
@@ -37,65 +40,68 @@ def main(config: Config) -> None:
 
 
 def run(job: Job) -> None:
-    """The trainers' side."""
-    config = job.config
-    prompts = PromptSet(config.data.train, job.tokenizer, config.train.seq_len - config.rollout.max_new_tokens)
+    """Trains: the trainers' side."""
+    config, settings = job.config, job.config.grpo
+    prompts = read_prompts(job)
     replay = Replay(job)
-    build_engine(job, config.train.steps * config.grpo.minibatches)
+    build_engine(job, config.train.steps * settings.minibatches)
     reference = build_reference(job)
-    generator = build_generator(job)
-    gate = Gate(config, job.mesh)
-    generator.load_weights(job.engine.full_weights(), job.step)
+    source = build_source(job, prompts, settings.prompts_per_step)
+    gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
+    source.publish(job.engine.full_weights(), job.step)
     samples = SampleLog(job)
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> tuple[dict[str, float], int]:
         clock = Clock()
-        experiences = collect(job, generator, prompts, number)
+        groups = source.take(number)
+        credit(groups, settings.normalize_std)
         rollout_s = clock.lap()
-        metrics = update(job, experiences, number, reference, replay, gate)
+        metrics = update(job, groups, number, reference, replay, gate)
         train_s = clock.lap()
-        generator.load_weights(job.engine.full_weights(), number + 1)
-        samples.write(number + 1, experiences)
-        return {
-            **summary(experiences),
-            **metrics,
-            "rollout_s": rollout_s,
-            "train_s": train_s,
-            "sync_s": clock.lap(),
-            "weight_version": number + 1,
-        }
+        source.publish(job.engine.full_weights(), number + 1)
+        samples.write(number + 1, groups)
+        times = {"rollout_s": rollout_s, "train_s": train_s, "sync_s": clock.lap()}
+        tokens = sum(len(sample.ids) for sample in chain.from_iterable(groups))
+        return {**summary(groups), **metrics, **times, "weight_version": number + 1}, tokens
 
-    try:
+    with closing(source):
         train(job, step)
-    except (SystemExit, FloatingPointError, Disagreement, OSError):  # raised on all trainers together
-        generator.close()
-        raise
-    generator.close()
+
+
+def credit(groups: Sequence[Group], normalize_std: bool) -> None:
+    """Fills in the column `advantages`: one value a sample, for each of its tokens."""
+    for group in groups:
+        rewards = torch.tensor([[sample.reward for sample in group]])
+        advantages = group_advantages(rewards, normalize_std)[0].tolist()
+        for sample, advantage in zip(group, advantages, strict=True):
+            sample.columns["advantages"] = [advantage] * len(sample.ids)
+
+
+def learnable(groups: Sequence[Group]) -> list[Group]:
+    """Returns the groups in which some sample has an advantage."""
+    return [group for group in groups if any(any(s.columns["advantages"]) for s in group)]
 
 
 def update(
-    job: Job, experiences: list[Experience], number: int, reference: FrozenModel | None, replay: Replay, gate: Gate
+    job: Job, groups: Sequence[Group], number: int, reference: FrozenModel | None, replay: Replay, gate: Gate
 ) -> dict[str, float]:
-    """`grpo.minibatches` optimizer steps on one set of rollouts. Returns the means of their metrics.
+    """Makes `grpo.minibatches` optimizer steps on one set of rollouts. Returns the means of their metrics.
 
     Groups whose rewards are all equal have no advantage and are left out, but their tokens count in the denominator:
     the gradient is the mean over all that was sampled.
     """
     settings = job.config.grpo
-    all_tokens = sum(len(e.rollout.completion_ids) for e in experiences)
-    denominator = torch.tensor([all_tokens / settings.minibatches], device=job.mesh.device)
+    denominator = torch.tensor([policy_tokens(groups) / settings.minibatches], device=job.mesh.device)
     steps = []
-    for i, groups in enumerate(split_groups(learnable(experiences), settings.minibatches)):
-        batches = microbatches_of(job, groups, fixed_width=replay.seqs > 0)
+    for i, part in enumerate(split_groups(learnable(groups), settings.minibatches)):
+        batches = group_microbatches(job, part, ("advantages",), fixed_width=replay.seqs > 0)
         add_reference(batches, reference)
         if i == 0:
-            gate.before_update(job, batches, number)
-        kept_tokens = sum(len(e.rollout.completion_ids) for group in groups for e in group)
-        loss = partial(policy_loss, job=job, weight=float(denominator) / kept_tokens)
+            gate.before_update(job.engine, batches, number)
+        loss = partial(policy_loss, settings=settings, weight=float(denominator) / policy_tokens(part))
         turn = number * settings.minibatches + i
         mixed, loss = replay.mix(turn, batches, loss, denominator)
-        stats = job.engine.train_step(mixed, loss, denominator)
-        steps.append({"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, **stats.metrics})
+        steps.append(job.engine.train_step(mixed, loss, denominator).numbers())
     if not steps:
         lr = learning_rate(job.engine.step, job.config.optim, job.config.train.steps * settings.minibatches)
         return {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
@@ -104,9 +110,13 @@ def update(
     return {**means, "logprob_gap_max": steps[0]["logprob_gap_max"]}
 
 
-def policy_loss(scores: Scores, batch: Batch, job: Job, weight: float) -> tuple[torch.Tensor, Metrics]:
-    """`grpo_loss`; its metrics, means over the kept tokens, scaled to the denominator of all tokens."""
-    settings = job.config.grpo
+def policy_tokens(groups: Sequence[Group]) -> int:
+    """Returns how many tokens of the groups the policy wrote."""
+    return sum(sum(sample.trained) for sample in chain.from_iterable(groups))
+
+
+def policy_loss(scores: Scores, batch: Batch, settings: GrpoConfig, weight: float) -> tuple[torch.Tensor, Metrics]:
+    """Returns `grpo_loss`; its metrics, means over the kept tokens, are scaled to the denominator of all tokens."""
     loss, metrics = grpo_loss(scores, batch, settings.clip_low, settings.clip_high, settings.kl_coef)
     return loss, {name: value if name.endswith("_max") else value * weight for name, value in metrics.items()}
 
@@ -128,27 +138,12 @@ def add_reference(batches: list[Batch], reference: FrozenModel | None) -> None:
             batch.extra["ref_logprobs"] = scores.logprobs.cpu()
 
 
-def summary(experiences: list[Experience]) -> dict[str, float]:
-    """What the rollouts alone tell."""
-    count = len(experiences)
-    lengths = [len(e.rollout.completion_ids) for e in experiences]
+def summary(groups: Sequence[Group]) -> dict[str, float]:
+    """Returns what the rollouts alone tell."""
+    samples = list(chain.from_iterable(groups))
     return {
-        "reward_mean": sum(e.reward for e in experiences) / count,
-        "kept_fraction": sum(map(len, learnable(experiences))) / count,
-        "response_tokens_mean": sum(lengths) / count,
-        "finished_fraction": sum(e.rollout.finished for e in experiences) / count,
-        "tokens": sum(lengths),
+        "reward_mean": sum(s.reward for s in samples) / len(samples),
+        "kept_fraction": sum(map(len, learnable(groups))) / len(samples),
+        "response_tokens_mean": sum(len(s.ids) for s in samples) / len(samples),
+        "finished_fraction": sum(s.finished for s in samples) / len(samples),
     }
-
-
-class Clock:
-    """Seconds between laps."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        now = time.perf_counter()
-        self.last, passed = now, now - self.last
-        return passed

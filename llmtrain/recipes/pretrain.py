@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmtrain.config.ramp import Phase, phase_at, trained_model, with_rope
+from llmtrain.config.recipes.pretrain import RECIPE
 from llmtrain.config.schema import Config, ModelConfig, TrainConfig
 from llmtrain.data.packing import TextRows
 from llmtrain.losses.token import token_loss
@@ -17,8 +18,8 @@ from llmtrain.types import Batch
 
 
 def main(config: Config) -> None:
-    """`llmtrain pretrain`."""
-    job = join(config)
+    """Runs `llmtrain pretrain` on this rank."""
+    job = join(config, RECIPE)
     settings, mesh = config.train, job.mesh
     rows, held_out = (text_rows(config, split, job.tokenizer) for split in ("train", "held_out"))
     build_engine(job, settings.steps)
@@ -28,7 +29,7 @@ def main(config: Config) -> None:
         set_rope(job, trained_model(model, settings, job.step))  # what the weights were trained with
         note_evaluation(job, evaluate_text(job.engine, held_out, settings.eval_seqs, settings.micro_batch_seqs, mesh))
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> tuple[dict[str, float], int]:
         if number == 0 or is_due(number, settings.eval_every_steps):
             evaluate()
         phase = phase_at(settings, number)
@@ -38,8 +39,7 @@ def main(config: Config) -> None:
         microbatches = phase_batches(rows, phase, number, skipped, settings.micro_batch_seqs, mesh)
         stats = job.engine.train_step(microbatches, token_loss, count_trained(microbatches, mesh))
         shape = {"seq_len": phase.seq_len, "global_batch_seqs": phase.global_batch_seqs}
-        measured = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, **stats.metrics}
-        return {**measured, **shape, "tokens": phase.tokens_per_step}
+        return {**stats.numbers(), **shape}, phase.tokens_per_step
 
     train(job, step)
     evaluate()

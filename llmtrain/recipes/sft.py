@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmtrain.config.recipes.sft import RECIPE
 from llmtrain.config.schema import Config
 from llmtrain.data.packing import Demonstrations
 from llmtrain.losses.token import token_loss
@@ -14,14 +15,14 @@ from llmtrain.trainer.weights import build_engine
 
 
 def main(config: Config) -> None:
-    """`llmtrain sft`."""
-    job = join(config)
+    """Runs `llmtrain sft` on this rank."""
+    job = join(config, RECIPE)
     settings, mesh = config.train, job.mesh
     rows = Demonstrations(config.data.train, job.tokenizer, settings.seq_len, config.seed)
     replay = Replay(job)
     build_engine(job, settings.steps)
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> tuple[dict[str, float], int]:
         turn = number + job.guard.skipped_steps(number)
         samples = rank_samples(turn, settings.global_batch_seqs, settings.micro_batch_seqs, mesh)
         microbatches = [rows.batch(s) for s in samples]
@@ -29,7 +30,7 @@ def main(config: Config) -> None:
         microbatches, loss = replay.mix(turn, microbatches, token_loss, trained)
         stats = job.engine.train_step(microbatches, loss, trained)
         tokens = (settings.global_batch_seqs + replay.seqs) * settings.seq_len
-        return {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, "tokens": tokens, **stats.metrics}
+        return stats.numbers(), tokens
 
     train(job, step)
     shutdown()

@@ -1,4 +1,4 @@
-"""The seam between trainers and whatever samples completions."""
+"""The contracts of rollouts: what samples completions, and where a recipe takes its groups from."""
 
 from __future__ import annotations
 
@@ -7,20 +7,39 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmtrain.types import Prompt, Rollout, Sampling
+from llmtrain.types import Group, Prompt, Sampling
+
+Weights = Iterable[tuple[str, Tensor]]
+"""Canonical names and whole tensors, as an engine's `full_weights` gives them."""
 
 
 class Generator(Protocol):
-    """Tokens in, tokens out."""
+    """Samples from a model: tokens in, tokens out."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """`num_samples` rollouts a prompt, in the order of the prompts."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Returns a group of `num_samples` samples for each prompt, in the order of the prompts."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace all weights (canonical names); later rollouts carry `version`."""
+    def load_weights(self, weights: Weights, version: int) -> None:
+        """Replaces all weights; tokens that are sampled later carry `version`."""
 
     def sleep(self) -> None:
-        """Free what is only needed to generate (the cache)."""
+        """Frees what is only needed to generate (the cache)."""
 
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Undoes `sleep`."""
+
+    def close(self) -> None:
+        """Ends whatever waits for requests; nothing can be generated afterwards."""
+
+
+class RolloutSource(Protocol):
+    """Gives a recipe the rewarded groups of each step, whoever samples them and when."""
+
+    def take(self, step: int) -> list[Group]:
+        """Returns the groups of a step, the same on every trainer (a collective over the trainers)."""
+
+    def publish(self, weights: Weights, version: int) -> None:
+        """Hands over the weights after `version` steps (a collective over the trainers)."""
+
+    def close(self) -> None:
+        """Ends the generator."""

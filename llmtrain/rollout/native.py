@@ -14,7 +14,7 @@ from torch import Tensor
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.cache import KVCache, Recorder, round_up
 from llmtrain.rollout.sampling import check_sampling, sample
-from llmtrain.types import Prompt, Rollout, Sampling
+from llmtrain.types import Group, Prompt, Sample, Sampling
 
 _PREFILL_TOKENS = 8192  # prompt tokens in one forward, padding included (bounds the activations)
 
@@ -39,7 +39,7 @@ class NativeGenerator:
         self.cache: KVCache | None = None
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Returns `num_samples` rollouts a prompt, in the order of the prompts.
 
         Raises ValueError for a prompt that is empty or leaves no room for a token, FloatingPointError when the logits
@@ -55,7 +55,8 @@ class NativeGenerator:
         if not all(torch.tensor(s.logprobs).isfinite().all() for s in sequences):
             self.cache = None  # it may hold NaN
             raise FloatingPointError("the logits are not finite; the weights have diverged")
-        return [s.rollout(self.version) for s in sequences]
+        samples = [s.sample(self.version) for s in sequences]
+        return [samples[i : i + sampling.num_samples] for i in range(0, len(samples), sampling.num_samples)]
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -86,6 +87,10 @@ class NativeGenerator:
     def wake(self) -> None:
         """Allows `generate` again."""
         self.asleep = False
+
+    def close(self) -> None:
+        """Frees the cache, for good."""
+        self.sleep()
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         if self.asleep:
@@ -140,8 +145,9 @@ class _Sequence:
         """Returns the next random number of the stream in [0, 1); 24 bits, so that fp32 cannot round it to 1."""
         return self.stream.getrandbits(24) / 2**24
 
-    def rollout(self, version: int) -> Rollout:
-        return Rollout(self.prompt_ids, self.tokens, self.logprobs, self.stopped, version, self.group)
+    def sample(self, version: int) -> Sample:
+        n = len(self.tokens)
+        return Sample(self.prompt_ids, self.tokens, [True] * n, self.logprobs, [version] * n, self.stopped)
 
 
 @dataclass

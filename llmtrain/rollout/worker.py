@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from llmtrain.parallel.mesh import Link, Mesh
-from llmtrain.rollout.generator import Generator
-from llmtrain.rollout.wire import pack, renumber, unpack
-from llmtrain.types import Prompt, Rollout, Sampling
+from llmtrain.rollout.generator import Generator, Weights
+from llmtrain.rollout.wire import pack, unpack
+from llmtrain.types import Group, Prompt, Sampling
 
 ROOT = 0  # the trainer that speaks
 
@@ -22,15 +22,15 @@ class ColocatedGenerator:
     def __init__(self, local: Generator, mesh: Mesh) -> None:
         self.local, self.mesh = local, mesh
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """A collective over the trainers; all pass the same prompts. The cache is freed while they train."""
         rank, size = self.mesh.rank, self.mesh.size
         self.local.wake()
-        mine = renumber(self.local.generate(prompts[rank::size], sampling), rank, size)
+        mine = self.local.generate(prompts[rank::size], sampling)
         self.local.sleep()
-        return _merge(self.mesh.all_gather_bytes(pack(mine)), prompts)
+        return _merge(self.mesh.all_gather_bytes(_packed(mine, rank, size)), prompts)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, weights: Weights, version: int) -> None:
         """`weights` is the engine's collective iterator, whole on every rank."""
         self.local.load_weights(weights, version)
 
@@ -41,7 +41,7 @@ class ColocatedGenerator:
         self.local.wake()
 
     def close(self) -> None:
-        """Nothing waits."""
+        self.local.close()
 
 
 class RemoteGenerator:
@@ -50,14 +50,14 @@ class RemoteGenerator:
     def __init__(self, link: Link, num_trainers: int) -> None:
         self.link, self.num_trainers = link, num_trainers
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Trainers pass the same prompts."""
         request = {"prompts": [asdict(p) for p in prompts], "sampling": asdict(sampling)}
         self.link.broadcast_json({"command": "generate", **request}, ROOT)
-        parts = self.link.all_gather_bytes(pack([]))
+        parts = self.link.all_gather_bytes(pack({}))
         return _merge(parts[self.num_trainers :], prompts)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, weights: Weights, version: int) -> None:
         """Broadcast tensor by tensor: no rank holds the model twice."""
         self.link.broadcast_json({"command": "load_weights", "version": version}, ROOT)
         for name, tensor in weights:
@@ -86,7 +86,7 @@ def serve(link: Link, generator: Generator, worker: int, num_workers: int) -> No
                 prompts = [Prompt(**p) for p in request["prompts"]]
                 sampling = Sampling(**{**request["sampling"], "stop_ids": tuple(request["sampling"]["stop_ids"])})
                 mine = generator.generate(prompts[worker::num_workers], sampling)
-                link.all_gather_bytes(pack(renumber(mine, worker, num_workers)))
+                link.all_gather_bytes(_packed(mine, worker, num_workers))
             case "load_weights":
                 generator.load_weights(_receive(link), request["version"])
             case "sleep":
@@ -94,6 +94,7 @@ def serve(link: Link, generator: Generator, worker: int, num_workers: int) -> No
             case "wake":
                 generator.wake()
             case "close":
+                generator.close()
                 return
 
 
@@ -103,7 +104,13 @@ def _receive(link: Link) -> Iterator[tuple[str, Tensor]]:
         yield head["name"], link.broadcast(tensor, ROOT)
 
 
-def _merge(parts: Sequence[Tensor], prompts: Sequence[Prompt]) -> list[Rollout]:
-    """In the order of the prompts."""
+def _packed(groups: Sequence[Group], rank: int, size: int) -> Tensor:
+    """Returns the groups of `prompts[rank::size]` as bytes, under their numbers in `prompts`."""
+    return pack({number * size + rank: group for number, group in enumerate(groups)})
+
+
+def _merge(parts: Sequence[Tensor], prompts: Sequence[Prompt]) -> list[Group]:
+    """Returns the groups of all ranks in the order of the prompts."""
     ids = [p.ids for p in prompts]
-    return sorted((r for part in parts for r in unpack(part, ids)), key=lambda r: r.group)
+    found = {number: group for part in parts for number, group in unpack(part, ids).items()}
+    return [found[number] for number in range(len(prompts))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtrain.arch.attention import flash_faults, flex_faults, has_flash
-from llmtrain.rules.case import TRAIN, Case, Rules
+from llmtrain.rules.case import Case, Rules, plans, trains
 
 
 def _backend(case: Case) -> Iterator[str]:
@@ -18,8 +18,9 @@ def _backend(case: Case) -> Iterator[str]:
     if case.model:
         faults = flex_faults(case.model) if backend == "flex" else flash_faults(case.model, precision)
         yield from (f"{key}: {fault}" for fault in faults)
-    if backend == "flash" and case.command == "grpo":
-        yield f"{key}: not in grpo, its masks cannot say that samples share their prompt; set flex, sdpa or auto"
+    if backend == "flash" and case.recipe is not None and case.recipe.branches:
+        rule = f"not in {case.command}, its masks cannot say that samples share their prompt"
+        yield f"{key}: {rule}; set flex, sdpa or auto"
 
 
 def _package(case: Case) -> Iterator[str]:
@@ -28,6 +29,6 @@ def _package(case: Case) -> Iterator[str]:
 
 
 ATTENTION_RULES: Rules = (
-    ((*TRAIN, "plan"), _backend),
-    (TRAIN, _package),
+    (plans, _backend),
+    (trains, _package),
 )

@@ -11,9 +11,9 @@ from llmtrain.config.load import ConfigError, stage_config
 from llmtrain.config.ramp import phases, trained_model, with_phase
 from llmtrain.config.schema import Config, ModelConfig, RunConfig, StageConfig
 from llmtrain.rules.attention import ATTENTION_RULES
-from llmtrain.rules.case import Case, Earlier
-from llmtrain.rules.files import RULES
-from llmtrain.rules.layout import PARALLEL_RULES
+from llmtrain.rules.case import Case, Earlier, pretrains
+from llmtrain.rules.files import FILE_RULES
+from llmtrain.rules.layout import LAYOUT_RULES
 from llmtrain.rules.lora import LORA_RULES
 from llmtrain.rules.model import MODEL_RULES
 
@@ -49,15 +49,15 @@ def violations(
             found += str(error).splitlines()
     case = Case(config, model, world_size, command, run_dir, earlier or {})
     found += _broken(case)
-    for phase in phases(config.train)[1:] if command in ("pretrain", "plan") else ():
+    for phase in phases(config.train)[1:] if pretrains(case) or command == "plan" else ():
         lines = _broken(replace(case, config=with_phase(config, phase)))
         found += [f"train ramp from token {phase.first_token}: {line}" for line in lines if line not in found]
     return found
 
 
 def _broken(case: Case) -> Iterator[str]:
-    for commands, rule in (*PARALLEL_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES, *RULES):
-        if case.command in commands:
+    for holds, rule in (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES, *FILE_RULES):
+        if holds(case):
             yield from rule(case)
 
 

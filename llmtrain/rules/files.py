@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from llmtrain.config.ramp import ramp_faults
 from llmtrain.config.schema import TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
-from llmtrain.rules.case import TRAIN, TUNE, Case, Rules
+from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, samples, trains, tunes
 
 
 def _one_process(case: Case) -> Iterator[str]:
@@ -68,7 +68,7 @@ def _positions(case: Case) -> Iterator[str]:
 def _ramps(case: Case) -> Iterator[str]:
     train = case.config.train
     for name in ("batch_ramp", "seq_ramp"):
-        if case.command in TUNE and getattr(train, name):
+        if tunes(case) and getattr(train, name):
             yield f"train.{name}: must be empty, only pretrain has ramps; remove it from {case.command}"
     yield from ramp_faults(train)
 
@@ -88,28 +88,33 @@ def _learning_rate(case: Case) -> Iterator[str]:
         yield f"optim.min_lr={o.min_lr:g}: must be at most optim.lr={o.lr:g}, where the schedule ends; lower min_lr"
 
 
-def _groups(case: Case) -> Iterator[str]:
-    g, group_size = case.config.grpo, case.config.rollout.group_size
-    if g.prompts_per_step % g.minibatches:
-        yield (
-            f"grpo.prompts_per_step={g.prompts_per_step}: must be a multiple of grpo.minibatches={g.minibatches}; "
-            "change one of them"
-        )
+def _completions(case: Case) -> Iterator[str]:
     if case.config.rollout.max_new_tokens >= case.config.train.seq_len:
         yield (
             f"rollout.max_new_tokens={case.config.rollout.max_new_tokens}: must be less than "
             f"train.seq_len={case.config.train.seq_len}, which holds the prompt too; lower it or raise seq_len"
         )
-    if group_size < 2:
-        yield f"rollout.group_size={group_size}: must be at least 2, an advantage compares samples; raise it"
+
+
+def _rewards(case: Case) -> Iterator[str]:
+    names = [reward.name for reward in case.config.rewards]
+    if not names:
+        yield "rewards=[]: must name at least one reward; add one, such as {name: math}"
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"rewards: {twice[0]} is named twice; remove one, or raise its weight"
+
+
+def _own_rules(case: Case) -> Iterator[str]:
+    """Yields what the recipe itself asks for."""
+    assert case.recipe is not None
+    for rule in case.recipe.rules:
+        yield from rule(case.config)
 
 
 def _spikes(case: Case) -> Iterator[str]:
     g, every_steps = case.config.guard, case.config.checkpoint.every_steps
     if g.spike == "off":
         return
-    if case.command == "grpo":
-        yield f"guard.spike={g.spike}: must be off in grpo, whose loss is near 0 whatever happens; remove it"
     if g.spike_window < 2:
         yield f"guard.spike_window={g.spike_window}: must be at least 2, a deviation needs them; raise it"
     if g.spike == "rewind" and not 0 < every_steps <= g.spike_window:
@@ -134,7 +139,8 @@ def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Ite
 
 def _init_from(case: Case) -> Iterator[str]:
     path = case.config.model.init_from
-    if path is None and case.command in ("grpo", "eval"):
+    needed = case.command == "eval" or (case.recipe is not None and case.recipe.starts_trained)
+    if path is None and needed:
         yield f"model.init_from: must be set, {case.command} starts from a trained model; give its directory"
     if path is not None and case.missing_model(path):
         yield f"model.init_from={path}: does not exist; give the directory of a model or of an earlier stage"
@@ -169,21 +175,23 @@ def _evaluation_files(case: Case) -> Iterator[str]:
         yield from _existing(case, "data.path", data.path, "eval.text measures on the held-out shards there")
 
 
-RULES: Rules = (
-    (("data", "tokenizer", "eval", "export", "report"), _one_process),
-    (("pretrain",), _vocabulary),
-    ((*TRAIN, "plan"), _positions),
-    ((*TRAIN, "plan"), _ramps),
-    (TRAIN, _objectives),
-    (TRAIN, _learning_rate),
-    (("grpo",), _groups),
-    (TRAIN, _spikes),
-    (TRAIN, _wandb),
-    ((*TRAIN, "eval", "export"), _init_from),
-    ((*TUNE, "eval", "export"), _tokenizer),
-    (("data", "tokenizer", "pretrain"), _sources),
-    (("data", "tokenizer", *TRAIN), _new_tokenizer),
-    (("data", "tokenizer", *TRAIN), _base_tokenizer),
-    (TUNE, _train_file),
-    (("eval",), _evaluation_files),
+FILE_RULES: Rules = (
+    (command("data", "tokenizer", "eval", "export", "report"), _one_process),
+    (pretrains, _vocabulary),
+    (plans, _positions),
+    (plans, _ramps),
+    (trains, _objectives),
+    (trains, _learning_rate),
+    (trains, _own_rules),
+    (samples, _completions),
+    (either(samples, command("eval")), _rewards),
+    (trains, _spikes),
+    (trains, _wandb),
+    (either(trains, command("eval", "export")), _init_from),
+    (either(tunes, command("eval", "export")), _tokenizer),
+    (either(pretrains, command("data", "tokenizer")), _sources),
+    (either(trains, command("data", "tokenizer")), _new_tokenizer),
+    (either(trains, command("data", "tokenizer")), _base_tokenizer),
+    (tunes, _train_file),
+    (command("eval"), _evaluation_files),
 )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from llmtrain.arch.mesh import mesh_sizes
 from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.machine import torch_version
-from llmtrain.rules.case import TRAIN, TUNE, Case, Rules
+from llmtrain.rules.case import Case, Rules, plans, samples, trains, tunes
 
 ZERO_BUBBLE_TORCH = (2, 13)
 
@@ -29,10 +29,8 @@ def _expert_ranks(case: Case) -> Iterator[str]:
     p, e = case.config.parallel, case.config.engine
     if p.ep == 1 or case.model is None or case.model.moe is None:
         return  # a rule of the model's
-    try:
-        sizes = mesh_sizes(p, case.trainers)
-    except ValueError:
-        return  # reported by `_ranks`
+    if (sizes := case.sizes) is None:
+        return
     shard = sizes["dp_shard"] * sizes["cp"]
     if shard % p.ep:
         yield f"parallel.ep={p.ep}: must divide dp_shard x cp = {shard}, whose ranks share the experts; lower ep"
@@ -143,20 +141,18 @@ def _schedule(case: Case) -> Iterator[str]:
 
 def _rounds(case: Case) -> Iterator[str]:
     c, p = case.config, case.config.parallel
-    try:
-        sizes = mesh_sizes(p, case.trainers)
-    except ValueError:
-        return  # reported by `_ranks`
+    if (sizes := case.sizes) is None:
+        return
     block = c.train.micro_batch_seqs * sizes["dp_replicate"] * sizes["dp_shard"]
     if not p.schedule.startswith("interleaved") or block < 1:
         return
-    if case.command == "grpo":
+    if case.recipe is not None and not case.recipe.fixed_batch:
         yield (
-            f"parallel.schedule={p.schedule}: needs equal rounds of microbatches, whose number in grpo follows the "
-            "lengths of the samples; use 1f1b or zbv"
+            f"parallel.schedule={p.schedule}: needs equal rounds of microbatches, whose number in {case.command} "
+            "follows the lengths of the samples; use 1f1b or zbv"
         )
         return
-    replayed = c.data.replay_seqs if case.command == "sft" else 0
+    replayed = c.data.replay_seqs if tunes(case) else 0
     microbatches = (c.train.global_batch_seqs + replayed) // block
     rounds = max(1, microbatches // sizes["pp"])
     if microbatches % rounds:
@@ -169,10 +165,8 @@ def _rounds(case: Case) -> Iterator[str]:
 
 def _batch(case: Case) -> Iterator[str]:
     t = case.config.train
-    try:
-        sizes = mesh_sizes(case.config.parallel, case.trainers)
-    except ValueError:
-        return  # reported by `_ranks`
+    if (sizes := case.sizes) is None:
+        return
     dp = sizes["dp_replicate"] * sizes["dp_shard"]
     if dp > 0 and t.global_batch_seqs % (t.micro_batch_seqs * dp):
         yield (
@@ -189,10 +183,8 @@ def _batch(case: Case) -> Iterator[str]:
 
 def _replay(case: Case) -> Iterator[str]:
     seqs, micro = case.config.data.replay_seqs, case.config.train.micro_batch_seqs
-    try:
-        sizes = mesh_sizes(case.config.parallel, case.trainers)
-    except ValueError:
-        return  # reported by `_ranks`
+    if (sizes := case.sizes) is None:
+        return
     block = micro * sizes["dp_replicate"] * sizes["dp_shard"]
     if block > 0 and seqs % block:
         yield (
@@ -284,10 +276,8 @@ def _muon(case: Case) -> Iterator[str]:
 
 def _replica_check(case: Case) -> Iterator[str]:
     e, steps = case.config.engine, case.config.guard.replica_check_steps
-    try:
-        sizes = mesh_sizes(case.config.parallel, case.trainers)
-    except ValueError:
-        return  # reported by `_ranks`
+    if (sizes := case.sizes) is None:
+        return
     whole = e.backend == "deepspeed" and e.zero_stage < 3
     copies = sizes["dp_replicate"] * (sizes["dp_shard"] * sizes["cp"] if whole else 1)
     if steps and copies == 1:
@@ -297,20 +287,25 @@ def _replica_check(case: Case) -> Iterator[str]:
         )
 
 
-PARALLEL_RULES: Rules = (
-    (TRAIN, _ranks),
-    ((*TRAIN, "plan"), _expert_ranks),
-    (("grpo",), _placement),
-    ((*TRAIN, "plan"), _tensor_parallel),
-    ((*TRAIN, "plan"), _context_parallel),
-    ((*TRAIN, "plan"), _pipeline),
-    ((*TRAIN, "plan"), _schedule),
-    (TRAIN, _rounds),
-    (("pretrain", "sft"), _batch),
-    (TUNE, _replay),
-    ((*TRAIN, "plan"), _zero),
-    ((*TRAIN, "plan"), _float8),
-    ((*TRAIN, "plan"), _offload),
-    ((*TRAIN, "plan"), _muon),
-    (TRAIN, _replica_check),
+def fixed_batch(case: Case) -> bool:
+    """Holds for recipes whose step has `train.global_batch_seqs` rows."""
+    return case.recipe is not None and case.recipe.fixed_batch
+
+
+LAYOUT_RULES: Rules = (
+    (trains, _ranks),
+    (plans, _expert_ranks),
+    (samples, _placement),
+    (plans, _tensor_parallel),
+    (plans, _context_parallel),
+    (plans, _pipeline),
+    (plans, _schedule),
+    (trains, _rounds),
+    (fixed_batch, _batch),
+    (tunes, _replay),
+    (plans, _zero),
+    (plans, _float8),
+    (plans, _offload),
+    (plans, _muon),
+    (trains, _replica_check),
 )

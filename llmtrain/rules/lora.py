@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtrain.arch.adapters import target_names
-from llmtrain.rules.case import TRAIN, Case, Rules
+from llmtrain.rules.case import Case, Rules, command, plans, trains
 
 OUTER = ("embed", "position_embed", "head", "lm_head")
 
@@ -70,10 +70,10 @@ def _peft(case: Case) -> Iterator[str]:
 
 
 LORA_RULES: Rules = (
-    (TRAIN, _base),
-    ((*TRAIN, "plan"), _targets),
-    ((*TRAIN, "plan"), _balance),
-    ((*TRAIN, "plan"), _optimizer),
-    (("eval", "export"), _after_training),
-    (("export",), _peft),
+    (trains, _base),
+    (plans, _targets),
+    (plans, _balance),
+    (plans, _optimizer),
+    (command("eval", "export"), _after_training),
+    (command("export"), _peft),
 )

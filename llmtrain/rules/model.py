@@ -9,7 +9,7 @@ from llmtrain.arch.families import family_of
 from llmtrain.arch.parameters import layer_type
 from llmtrain.arch.resolve import fields_from_directory
 from llmtrain.config.schema import ModelConfig
-from llmtrain.rules.case import TRAIN, TUNE, Case, Rules
+from llmtrain.rules.case import Case, Rules, command, either, plans, samples, trains, tunes
 
 
 def _heads(case: Case) -> Iterator[str]:
@@ -109,7 +109,7 @@ def _further_tokens(case: Case) -> Iterator[str]:
     if m is None or not m.mtp_layers:
         return
     refused, without = f"model.mtp_layers={m.mtp_layers}: not with ", "; set model.mtp_layers=0, or "
-    if case.command in TUNE:
+    if tunes(case):
         yield f"{refused}{case.command}, only pretrain trains them; set model.mtp_layers=0, which leaves them out"
     if p.pp > 1:
         yield f"{refused}parallel.pp={p.pp}, its modules need embedding and head on one stage{without}parallel.pp=1"
@@ -129,7 +129,7 @@ def _growth(case: Case) -> Iterator[str]:
     if m is None or m.init_from is None or not os.path.isdir(m.init_from):
         return
     rows = fields_from_directory(m.init_from, case.earlier)["vocab_size"]
-    if m.vocab_size > rows and (case.command not in ("pretrain", "sft") or m.lora is not None):
+    if m.vocab_size > rows and (not trains(case) or samples(case) or m.lora is not None):
         which = "with model.lora" if m.lora is not None else f"in {case.command}"
         yield (
             f"model.vocab_size={m.vocab_size}: must be the {rows} of {m.init_from} {which}, new rows are trained by "
@@ -164,7 +164,7 @@ def _mup(case: Case) -> Iterator[str]:
         "model.mtp_layers": (m.mtp_layers > 0, "set mtp_layers=0"),
         "model.scale_embeddings=true": (m.scale_embeddings, "its factor grows with the width; set it to false"),
         "optim.name=muon": (
-            case.command in TRAIN and case.config.optim.name == "muon",
+            trains(case) and case.config.optim.name == "muon",
             "whose update has a scale by shape of its own; use adamw",
         ),
     }
@@ -176,12 +176,12 @@ def _mup(case: Case) -> Iterator[str]:
 
 
 MODEL_RULES: Rules = (
-    ((*TRAIN, "plan", "eval", "export"), _heads),
-    ((*TRAIN, "plan", "eval", "export"), _latent),
-    ((*TRAIN, "plan", "eval", "export"), _fields),
-    ((*TRAIN, "plan", "eval", "export"), _experts),
-    ((*TRAIN, "export"), _further_tokens),
-    ((*TRAIN, "plan", "eval", "export"), _mup),
-    ((*TRAIN, "eval", "export"), _growth),
-    ((*TRAIN, "plan"), _ring),
+    (either(plans, command("eval", "export")), _heads),
+    (either(plans, command("eval", "export")), _latent),
+    (either(plans, command("eval", "export")), _fields),
+    (either(plans, command("eval", "export")), _experts),
+    (either(trains, command("export")), _further_tokens),
+    (either(plans, command("eval", "export")), _mup),
+    (either(trains, command("eval", "export")), _growth),
+    (plans, _ring),
 )

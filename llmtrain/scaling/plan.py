@@ -11,8 +11,9 @@ from llmtrain.arch.mesh import mesh_sizes
 from llmtrain.arch.parameters import has_experts, numel
 from llmtrain.arch.resolve import chunk_tokens, parameter_count, resolve_model
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
+from llmtrain.config.recipes import RECIPES, Recipe, StepSize, recipe_of
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from llmtrain.rules.case import TRAIN, Earlier
+from llmtrain.rules.case import Earlier
 from llmtrain.rules.check import planned_stages
 from llmtrain.scaling.communication import CONTROL, GROUPS, Case, Item, Step, communication, evenly_loaded, moved_bytes
 from llmtrain.scaling.parts import rank_shapes
@@ -53,16 +54,18 @@ class Plan:
         )
 
 
-def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Earlier | None = None) -> Plan:
-    """Returns the plan of a training command on `world_size` ranks. `earlier`: see `rules.check.planned_stages`.
+def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier: Earlier | None = None) -> Plan:
+    """Returns the plan of a recipe on `world_size` ranks (None: see `planned_recipe`). `earlier`: see
+    `rules.check.planned_stages`.
 
     Raises ValueError if the mesh does not fit the ranks or the model is not known yet.
     """
     model = resolve_model(config.model, earlier)
-    workers = rollout_workers(config, command)
+    recipe = recipe or planned_recipe(config)
+    workers, size = rollout_workers(config, recipe), recipe.step_size(config)
     mesh = mesh_sizes(config.parallel, world_size - workers)
     parallel = config.parallel.model_copy(update=mesh)
-    accumulation, tokens = batch(config, mesh["dp_replicate"] * mesh["dp_shard"], command)
+    accumulation = accumulation_of(config, size, mesh["dp_replicate"] * mesh["dp_shard"])
     states = fullest_states(config, model, parallel, accumulation)
     return Plan(
         ranks=world_size,
@@ -71,8 +74,8 @@ def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Ea
         parameters=parameter_count(model),
         parameters_per_rank=max(numel(rank_shapes(model, parallel, rank)) for rank in range(parallel.pp)),
         accumulation=accumulation,
-        tokens_per_step=tokens,
-        total_tokens=config.train.steps * tokens if accumulation is None else total_tokens(config.train),
+        tokens_per_step=size.tokens,
+        total_tokens=config.train.steps * size.tokens if accumulation is None else total_tokens(config.train),
         weights_bytes=states.weights,
         gradients_bytes=states.gradients,
         optimizer_bytes=states.optimizer,
@@ -86,17 +89,14 @@ def plan(config: Config, world_size: int, command: str = "pretrain", earlier: Ea
     )
 
 
-def batch(config: Config, dp: int, command: str) -> tuple[float | None, int]:
-    """Returns (accumulation, tokens a step)."""
-    train = config.train
-    if command == "grpo":
-        return None, config.grpo.prompts_per_step * config.rollout.group_size * config.rollout.max_new_tokens
-    return train.global_batch_seqs / (train.micro_batch_seqs * dp), train.global_batch_seqs * train.seq_len
+def accumulation_of(config: Config, size: StepSize, dp: int) -> float | None:
+    """Returns the microbatches a step and data-parallel rank; None where lengths decide."""
+    return None if size.seqs is None else size.seqs / (config.train.micro_batch_seqs * dp)
 
 
-def rollout_workers(config: Config, command: str) -> int:
-    """Returns the number of ranks that only generate."""
-    return config.rollout.workers if command == "grpo" and config.rollout.placement == "separate" else 0
+def rollout_workers(config: Config, recipe: Recipe) -> int:
+    """Returns the ranks that only generate."""
+    return config.rollout.workers if recipe.samples and config.rollout.placement == "separate" else 0
 
 
 def fullest_states(config: Config, model: ModelConfig, parallel: ParallelConfig, accumulation: float | None) -> States:
@@ -228,41 +228,50 @@ def bubble_share(schedule: str, pp: int, virtual_stages: int, microbatches: floa
 
 def main(config: Config) -> None:
     """Prints the plan of a stage, or of every training stage of a run."""
-    for stage, staged, world_size, earlier in _stages(config):
-        print(f"{staged.name} ({stage})")
+    for recipe, staged, world_size, earlier in _stages(config):
+        print(f"{staged.name} ({recipe.name})")
         try:
-            lines = describe(staged, plan(staged, world_size, stage, earlier), stage)
+            lines = describe(staged, plan(staged, world_size, recipe, earlier), recipe)
         except ValueError as error:
             lines = str(error).splitlines()
         print("\n".join(f"  {line}" for line in lines))
 
 
-def _stages(config: Config) -> Iterator[tuple[str, Config, int, Earlier]]:
-    """Yields (command, configuration, ranks, earlier stages) of every stage that trains."""
+def _stages(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
+    """Yields (recipe, configuration, ranks, earlier stages) of every stage that trains."""
     if isinstance(config, RunConfig):
         for stage, staged, earlier in planned_stages(config):
-            if stage.command in TRAIN:
-                yield stage.command, staged, stage.ranks, earlier
+            if (recipe := recipe_of(stage.command)) is not None:
+                yield recipe, staged, stage.ranks, earlier
     else:
-        command = "grpo" if {"grpo", "rollout"} & config.model_fields_set else "pretrain"  # guessed from the sections
-        yield command, config, int(os.environ.get("WORLD_SIZE", least_ranks(config, command))), {}
+        recipe = planned_recipe(config)
+        yield recipe, config, int(os.environ.get("WORLD_SIZE", least_ranks(config, recipe))), {}
 
 
-def least_ranks(config: Config, command: str) -> int:
+def planned_recipe(config: Config) -> Recipe:
+    """Returns the recipe that a document of one stage is for, guessed from the sections that it writes: one with a
+    section of its own, else one that samples if there is a `rollout` section, else the first that there is."""
+    written, recipes = config.model_fields_set, RECIPES.values()
+    own = [r for r in recipes if r.section is not None and r.name in written]
+    sampling = [r for r in recipes if r.samples and "rollout" in written]
+    return [*own, *sampling, *recipes][0]
+
+
+def least_ranks(config: Config, recipe: Recipe) -> int:
     """Returns the smallest number of ranks that the mesh fits."""
     p = config.parallel
-    return p.pp * p.dp_replicate * max(1, p.dp_shard) * p.cp * p.tp + rollout_workers(config, command)
+    return p.pp * p.dp_replicate * max(1, p.dp_shard) * p.cp * p.tp + rollout_workers(config, recipe)
 
 
-def describe(config: Config, p: Plan, command: str) -> list[str]:
+def describe(config: Config, p: Plan, recipe: Recipe) -> list[str]:
     """Returns the lines of a plan as text."""
-    engine, most = config.engine, " at most" if command == "grpo" else ""
+    engine, most = config.engine, "" if recipe.fixed_batch else " at most"
     axes = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
     backend = f"ZeRO {engine.zero_stage}" if engine.backend == "deepspeed" else "FSDP2"
     return [
         f"ranks        {p.ranks}: {axes}" + (f", and {p.rollout_ranks} for rollouts" if p.rollout_ranks else ""),
         f"parameters   {p.parameters:,}, {p.parameters_per_rank:,} on the fullest rank before ZeRO or FSDP2",
-        f"batch        {_batch_line(config, p)}",
+        f"batch        {_batch_line(recipe.step_size(config), p)}",
         *_phase_lines(config.train),
         f"total        {config.train.steps:,} steps, {p.total_tokens:,} tokens{most}",
         f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
@@ -272,16 +281,11 @@ def describe(config: Config, p: Plan, command: str) -> list[str]:
     ]
 
 
-def _batch_line(config: Config, p: Plan) -> str:
+def _batch_line(size: StepSize, p: Plan) -> str:
     if p.accumulation is None:
-        rollout, settings = config.rollout, config.grpo
-        sampled = (
-            f"{settings.prompts_per_step} prompts x {rollout.group_size} samples x {rollout.max_new_tokens} tokens"
-        )
-        return f"at most {sampled} = {p.tokens_per_step:,} a step, in {settings.minibatches} updates"
-    fits = "" if p.accumulation.is_integer() else " (not whole: pretrain and sft will refuse)"
-    rows = f"{config.train.global_batch_seqs} x {config.train.seq_len} tokens = {p.tokens_per_step:,} a step"
-    return f"{rows}, accumulation {p.accumulation:g}{fits}"
+        return size.words
+    fits = "" if p.accumulation.is_integer() else " (not whole: training will refuse)"
+    return f"{size.words}, accumulation {p.accumulation:g}{fits}"
 
 
 def _phase_lines(train: TrainConfig) -> list[str]:

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from llmtrain.config.ramp import longest_row
 from llmtrain.config.schema import Config
+from llmtrain.data.groups import group_batch, group_rows, row_width
 from llmtrain.data.objectives import objectives
 from llmtrain.data.packing import TextRows
 from llmtrain.data.shards import check_tokenizer
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.base import Engine
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.trainer.job import data_dir
-from llmtrain.types import IGNORE, Batch
+from llmtrain.trainer.job import Job, data_dir
+from llmtrain.types import IGNORE, Batch, Group
+
+WIDTH_MULTIPLE = 16  # of rows of groups, so that few different shapes occur
 
 
 def rank_samples(step: int, global_seqs: int, micro_seqs: int, mesh: Mesh) -> list[range]:
@@ -81,3 +84,26 @@ def _held_out(rows: TextRows, samples: range, num_rows: int) -> Batch:
     past = torch.tensor([s >= num_rows for s in samples])[:, None]
     batch.labels, batch.loss_mask = batch.labels.masked_fill(past, IGNORE), batch.loss_mask & ~past
     return batch
+
+
+def split_groups(groups: Sequence[Group], minibatches: int) -> list[list[Group]]:
+    """Deals the groups out in turn; empty minibatches are left out."""
+    return [part for i in range(minibatches) if (part := list(groups[i::minibatches]))]
+
+
+def group_microbatches(job: Job, groups: Sequence[Group], columns: Sequence[str], fixed_width: bool) -> list[Batch]:
+    """Returns this rank's microbatches of the groups, each prompt once for its samples, with these `columns`.
+
+    Rows are as wide as the longest group, at most `train.seq_len` (exactly that with `fixed_width`), and scored at the
+    temperature that they were sampled with.
+    """
+    config, mesh = job.config, job.mesh
+    seq_len, micro = config.train.seq_len, config.train.micro_batch_seqs
+    multiple = WIDTH_MULTIPLE * mesh.sizes["cp"] * mesh.sizes["tp"]
+    width = seq_len if fixed_width else min(seq_len, row_width(groups, multiple))
+    block = micro * mesh.dp_size
+    turns = max(mesh.sizes["pp"], -(-len(group_rows(groups, width, columns)) // block))
+    batch = group_batch(groups, width, turns * block, job.tokenizer.pad_id, columns)
+    batch.temperature = config.rollout.temperature
+    starts = [turn * block + mesh.dp_rank * micro for turn in range(turns)]
+    return [batch.rows(slice(start, start + micro)) for start in starts]

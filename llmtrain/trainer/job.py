@@ -14,6 +14,7 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config.load import dump
+from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -45,6 +46,7 @@ class Job:
     """One stage on one rank."""
 
     config: Config
+    recipe: Recipe
     model: ModelConfig  # resolved
     mesh: Mesh
     tokenizer: Tokenizer
@@ -57,10 +59,10 @@ class Job:
     saver: Saver | None = None  # made by the loop
 
 
-def join(config: Config, generates: bool = False) -> Job:
-    """Process groups, run directory, data and tokenizer: everything before the model."""
+def join(config: Config, recipe: Recipe) -> Job:
+    """Makes everything before the model: process groups, run directory, data and tokenizer."""
     seed_everything(config.seed)
-    mesh = init_mesh(config.parallel, config.rollout if generates else None, config.engine.timeout_s)
+    mesh = init_mesh(config.parallel, config.rollout if recipe.samples else None, config.engine.timeout_s)
     watch = Watch(config.engine.timeout_s)
     if mesh.role == "trainer":
         log(mesh.table())
@@ -77,7 +79,7 @@ def join(config: Config, generates: bool = False) -> Job:
             f"model.vocab_size={model.vocab_size}: must hold the tokenizer's {tokenizer.vocab_size} tokens "
             f"({tokenizer_dir(config)}); raise it or use the tokenizer the model was trained with"
         )
-    return Job(config, model, mesh, tokenizer, watch)
+    return Job(config, recipe, model, mesh, tokenizer, watch)
 
 
 def seed_everything(seed: int) -> None:

@@ -20,8 +20,8 @@ from llmtrain.trainer.resume import make_saver, save
 
 INTERRUPTED = 75  # exit code (EX_TEMPFAIL): start the same command again and it goes on
 
-StepFn = Callable[[int], dict[str, float]]
-"""step -> metrics; `tokens` among them is the number of tokens of this step."""
+StepFn = Callable[[int], tuple[dict[str, float], int]]
+"""Takes a step, counted from 0; returns its metrics and its tokens."""
 
 
 def train(job: Job, step_fn: StepFn) -> None:
@@ -33,14 +33,14 @@ def train(job: Job, step_fn: StepFn) -> None:
     with Record(job) as record, job.saver, progress(steps, job.step, name) as bar:
         while job.step < steps:
             began, job.watch.step = time.perf_counter(), job.step + 1
-            metrics = step_fn(job.step)
+            metrics, tokens = step_fn(job.step)
             if guard.spiked:
                 job.saver.wait()
-                guard.rewind(int(metrics["tokens"]))
+                guard.rewind(tokens)
                 record.go_on_after(job.step)
                 continue
             job.step += 1
-            record.write(job, metrics | guard.report(), time.perf_counter() - began, bar)
+            record.write(job, metrics | guard.report(), tokens, time.perf_counter() - began, bar)
             save_or_stop(job, stop)
         job.saver.close()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from types import TracebackType
 
 import torch
@@ -14,7 +16,7 @@ from llmtrain.observe import wandb
 from llmtrain.observe.log import log
 from llmtrain.observe.metrics import MetricsFile, Samples, StepLines
 from llmtrain.trainer.job import Job
-from llmtrain.types import Experience
+from llmtrain.types import Group
 
 SHOWN = ("loss", "reward_mean", "lr", "tokens_per_s")  # beside the progress bar
 
@@ -41,10 +43,9 @@ class Record:
         settings = config.model_dump(mode="json")
         self.sink = wandb.start(config.log.wandb, config.log.project, config.name, directory, settings, job.step > 0)
 
-    def write(self, job: Job, metrics: dict[str, float], step_s: float, bar: Callable) -> None:
-        """Metrics of `job.step`, with what every stage shares."""
-        tokens = metrics.pop("tokens")
-        job.tokens += int(tokens)
+    def write(self, job: Job, metrics: dict[str, float], tokens: int, step_s: float, bar: Callable) -> None:
+        """Writes the metrics of `job.step`, in which `tokens` were seen, with what every recipe shares."""
+        job.tokens += tokens
         if not self.main or not is_due(job.step, self.every_steps):
             return
         timing = {"tokens_per_s": tokens / step_s, "step_s": step_s, "peak_bytes": peak_bytes()}
@@ -103,10 +104,23 @@ class SampleLog:
             path = os.path.join(job.config.directory, "samples.jsonl")
             self.file = Samples(path, job.step, patient=job.config.checkpoint.on_error == "warn")
 
-    def write(self, step: int, experiences: Sequence[Experience]) -> None:
-        """The completions of one step."""
+    def write(self, step: int, groups: Sequence[Group]) -> None:
+        """Writes the completions of one step."""
         if self.file is None or step % self.settings.every_steps:
             return
-        for e in experiences[: self.settings.samples]:
-            prompt = self.decode(e.rollout.prompt_ids)
-            self.file.write({"step": step, "prompt": prompt, "completion": e.text, "reward": e.reward})
+        for sample in list(chain.from_iterable(groups))[: self.settings.samples]:
+            prompt, completion = self.decode(sample.prompt_ids), self.decode(sample.ids)
+            self.file.write({"step": step, "prompt": prompt, "completion": completion, "reward": sample.reward})
+
+
+class Clock:
+    """Measures the seconds between laps."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Returns the seconds since the last call."""
+        now = time.perf_counter()
+        self.last, passed = now, now - self.last
+        return passed

@@ -18,11 +18,8 @@ from llmtrain.model.decoder import trained_shapes
 from llmtrain.observe.log import log
 from llmtrain.trainer.job import GuardState, Job, checkpoint_dir
 
-# What says which sample a step takes: another value would repeat some and skip others.
-SAME = (
-    *("seed", "train.seq_len", "train.global_batch_seqs", "train.batch_ramp", "train.seq_ramp"),
-    *("grpo.prompts_per_step", "grpo.minibatches"),
-)
+SAME = ("seed", "train.seq_len", "train.global_batch_seqs", "train.batch_ramp", "train.seq_ramp")
+"""Keys that say which sample a step takes, beside `Recipe.same`: another value would repeat some and skip others."""
 
 
 def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
@@ -37,7 +34,8 @@ def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
             f"optim.name={is_now}: must stay {was}, whose state {path} holds; to go on from its weights alone, set "
             f"model.init_from={path} and give the run another name"
         )
-    samples = ((key, *(reduce(lambda part, name: part[name], key.split("."), c) for c in (now, saved))) for key in SAME)
+    keys = (*SAME, *job.recipe.same)
+    samples = ((key, *(reduce(lambda part, name: part[name], key.split("."), c) for c in (now, saved))) for key in keys)
     for key, is_now, was in itertools.chain(samples, other_function(job, reader)):
         if was != is_now:
             raise ValueError(

@@ -1,21 +1,24 @@
-"""Which generator a stage samples with, and the gate that compares it with the trainer."""
+"""Who samples: the generator and the source of rollouts that the `rollout` section describes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from llmtrain.arch.adapters import without_adapters
-from llmtrain.config.schema import Config
+from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.model.decoder import Decoder
-from llmtrain.parallel.mesh import Mesh
+from llmtrain.rewards import build_reward
+from llmtrain.rollout.generator import RolloutSource
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.source import InStep, shared_reward
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
+from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
-from llmtrain.types import Batch
+from llmtrain.types import Sampling
 
 
 def local_generator(job: Job) -> NativeGenerator:
@@ -44,38 +47,34 @@ def serve_rollouts(job: Job) -> None:
     serve(job.mesh.link, generator, job.mesh.rank, job.mesh.size)
 
 
-class Disagreement(RuntimeError):
-    """Generator and trainer differ; raised on every trainer."""
+def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
+    """Returns where a recipe takes its groups from, as the sections `rollout` and `rewards` say."""
+    config = job.config
+    reward = shared_reward(build_reward(config.rewards, job.tokenizer.decode), job.mesh)
+    return InStep(build_generator(job), prompts, prompts_per_step, sampling_of(job), reward, config.seed)
 
 
-class Gate:
-    """Stops the run when generator and trainer disagree about the log-probs of what was sampled.
+def sampling_of(job: Job) -> Sampling:
+    """Returns what the rollout section asks for."""
+    r = job.config.rollout
+    return Sampling(r.max_new_tokens, r.group_size, r.temperature, r.top_p, r.top_k, stop_ids=(job.tokenizer.eos_id,))
 
-    At the first step everything is scored once more before the update. Later steps cost nothing: the first update on
-    a set of rollouts sees the same weights as the generator did, so its `logprob_gap_max` is the comparison.
+
+def read_prompts(job: Job) -> PromptSet:
+    """Returns the prompts of `data.train`, each of which leaves room for `rollout.max_new_tokens` in a row."""
+    config = job.config
+    return PromptSet(config.data.train, job.tokenizer, config.train.seq_len - config.rollout.max_new_tokens)
+
+
+@contextlib.contextmanager
+def closing(source: RolloutSource) -> Iterator[None]:
+    """Closes the source at the end, and after failures that all trainers meet together.
+
+    Rollout workers are told by a collective: after a failure of one rank alone it would wait for the others.
     """
-
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        default = 1e-3 if config.engine.precision == "fp32" else 1.0
-        self.limit = config.rollout.max_logprob_gap or default
-        self.mesh, self.passed = mesh, False
-
-    def before_update(self, job: Job, batches: Sequence[Batch], number: int) -> None:
-        """The first step's comparison (a collective)."""
-        if self.passed:
-            return
-        gaps = [0.0]
-        for batch, scores in zip(batches, job.engine.score(batches), strict=True):
-            difference = (scores.logprobs.cpu() - batch.extra["old_logprobs"]).abs().masked_fill(~batch.loss_mask, 0.0)
-            gaps.append(float(difference.nan_to_num(math.inf).max()))  # max() would lose a NaN
-        self.after_update(max(self.mesh.all_gather_json(max(gaps))), number)
-        self.passed = True
-
-    def after_update(self, gap: float, number: int) -> None:
-        """Raises Disagreement when the gap is above `rollout.max_logprob_gap`."""
-        if not math.isfinite(gap) or gap > self.limit:
-            raise Disagreement(
-                f"step {number + 1}: generator and trainer differ by {gap:.4g} in a token's log-prob, more than "
-                f"rollout.max_logprob_gap={self.limit}: they do not hold the same weights, or compute in too "
-                "different a precision; try engine.precision=fp32, or raise the limit if the gap is understood"
-            )
+    try:
+        yield
+    except (SystemExit, FloatingPointError, Disagreement, OSError):
+        source.close()
+        raise
+    source.close()

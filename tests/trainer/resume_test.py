@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmtrain.arch.resolve import resolve_model
+from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.trainer.resume import check_same_run
@@ -20,7 +21,8 @@ def go_on(before: dict, after: dict, without: str = "") -> None:
     saved = resolve_model(was.model)
     state = {"model": saved.model_dump(mode="json", exclude={without}), "config": was.model_dump(mode="json")}
     reader = SimpleNamespace(names=lambda: list(parameter_shapes(saved)), state=state)
-    check_same_run(SimpleNamespace(config=now, model=resolve_model(now.model)), reader, "x")
+    job = SimpleNamespace(config=now, model=resolve_model(now.model), recipe=RECIPES["pretrain"])
+    check_same_run(job, reader, "x")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from llmtrain.config.load import load
 from llmtrain.losses.token import token_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.recipes import pretrain
-from llmtrain.trainer.ramp import phase_batches
+from llmtrain.recipes.pretrain import phase_batches
 from tests.json_output import print_json
 
 

@@ -1,0 +1,78 @@
+"""What the rest of the package must know of an algorithm, without torch: one `Recipe` describes it.
+
+The command line, the stages of a run, the rules, the planner, resuming, the report and the docs read these
+descriptions; none of them names an algorithm. docs/recipes.md tells how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from llmtrain.config.schema import Config, Section
+
+Panel = tuple[str, Mapping[str, str]]
+"""(title of a plot, {key of metrics.jsonl: name of its line})"""
+
+
+class StepSize(NamedTuple):
+    """How much a step takes, for the planner and the rules."""
+
+    tokens: int  # at the start of a run; the most there can be if it samples
+    seqs: int | None  # rows; None = follows the lengths of what is sampled
+    words: str  # for `llmtrain plan`
+
+
+def fixed_rows(config: Config) -> StepSize:
+    """Returns the size of a step of `train.global_batch_seqs` rows of `train.seq_len` tokens."""
+    t = config.train
+    tokens = t.global_batch_seqs * t.seq_len
+    return StepSize(tokens, t.global_batch_seqs, f"{t.global_batch_seqs} x {t.seq_len} tokens = {tokens:,} a step")
+
+
+def sampled(config: Config, prompts: int, updates: int) -> StepSize:
+    """Returns the size of a step that samples `rollout.group_size` completions of each prompt."""
+    r = config.rollout
+    tokens = prompts * r.group_size * r.max_new_tokens
+    shape = f"{prompts} prompts x {r.group_size} samples x {r.max_new_tokens} tokens"
+    return StepSize(tokens, None, f"at most {shape} = {tokens:,} a step, in {updates} updates")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Describes an algorithm. Its loop is `main`, a function of the configuration, which is imported when it starts.
+
+    Example: Recipe("sft", "train on the answers of demonstrations", "llmtrain.recipes.sft:main")
+    """
+
+    name: str  # the command, and the section of the document if it has one
+    summary: str  # for `llmtrain --help`
+    main: str  # module:function
+    section: type[Section] | None = None  # its keys, under `name`; each with a default
+    rules: tuple[Callable[[Config], Iterator[str]], ...] = ()  # each yields `key=value: rule; remedy` lines
+    step_size: Callable[[Config], StepSize] = fixed_rows
+    same: tuple[str, ...] = ()  # keys that must stay when a run goes on, beside those of all recipes
+    packs_text: bool = False  # trains on the text of data.sources, with ramps and objectives; else on data.train
+    starts_trained: bool = False  # model.init_from must be set
+    samples: bool = False  # has a generator: the sections rollout and rewards, rollout workers
+    branches: bool = False  # rows hold several samples of a prompt (Batch.branch_ids)
+    plots: Mapping[str, tuple[Panel, ...]] = field(default_factory=dict, hash=False)  # of the report, by file suffix
+    moved: Mapping[str, Callable[[Any], tuple[str, Any]]] = field(default_factory=dict, hash=False)
+    """Keys that this section had in earlier versions: each with a function from the value to (key, value) today."""
+
+    @property
+    def fixed_batch(self) -> bool:
+        """Says whether a step has a number of rows that the document gives."""
+        return self.step_size is fixed_rows
+
+
+SAMPLING_PLOTS: Mapping[str, tuple[Panel, ...]] = {
+    "rl": (
+        ("Mean reward", {"reward_mean": "reward"}),
+        ("KL, nats a token", {"kl": "to the reference", "kl_old": "from the sampling policy"}),
+        ("Entropy, nats a token", {"entropy": "entropy"}),
+        ("Response length, tokens", {"response_tokens_mean": "mean"}),
+    )
+}
+"""Plots of a recipe that samples from the policy that it trains."""

@@ -1,0 +1,68 @@
+"""Rollouts in step with training: groups are sampled when a step asks for them, with the newest weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmtrain.data.prompts import PromptSet
+from llmtrain.data.sampler import derive
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.rollout.generator import Generator, Weights
+from llmtrain.types import Group, Prompt, Reward, Sampling
+
+
+class InStep:
+    """A `RolloutSource` without staleness: `take` samples with the weights that were published last."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: PromptSet,
+        prompts_per_step: int,
+        sampling: Sampling,
+        reward: Reward,
+        seed: int,
+    ) -> None:
+        self.generator, self.prompts, self.prompts_per_step = generator, prompts, prompts_per_step
+        self.sampling, self.reward, self.seed, self.version = sampling, reward, seed, 0
+
+    def take(self, step: int) -> list[Group]:
+        """Samples and rewards the groups of a step; see RolloutSource.
+
+        Which prompts these are, and their random streams, follows from the seed and the step alone.
+        """
+        numbers = range(step * self.prompts_per_step, (step + 1) * self.prompts_per_step)
+        chosen = [self.prompts.at(number, self.seed) for number in numbers]
+        streams = [derive(self.seed, f"rollout/{number}") for number in numbers]
+        asked = [Prompt(self.prompts.prompt_ids(i), stream) for i, stream in zip(chosen, streams, strict=True)]
+        groups = self.generator.generate(asked, self.sampling)
+        for group, i in zip(groups, chosen, strict=True):
+            for sample in group:
+                assert set(sample.versions) <= {self.version}, f"sampled by {set(sample.versions)}, not {self.version}"
+                sample.example = self.prompts.examples[i]
+        self.reward(groups)
+        return groups
+
+    def publish(self, weights: Weights, version: int) -> None:
+        """Loads the weights into the generator; see RolloutSource."""
+        self.generator.load_weights(weights, version)
+        self.version = version
+
+    def close(self) -> None:
+        """Ends the generator; see RolloutSource."""
+        self.generator.close()
+
+
+def shared_reward(reward: Reward, mesh: Mesh) -> Reward:
+    """Returns a reward whose work the trainers share: each scores its part of the groups (a collective)."""
+
+    def share(groups: Sequence[Group]) -> None:
+        mine = groups[mesh.rank :: mesh.size]
+        reward(mine)
+        parts = mesh.all_gather_json([[[s.reward, s.parts] for s in group] for group in mine])
+        for rank, part in enumerate(parts):
+            for group, scored in zip(groups[rank :: mesh.size], part, strict=True):
+                for sample, (total, by_name) in zip(group, scored, strict=True):
+                    sample.reward, sample.parts = total, by_name
+
+    return share

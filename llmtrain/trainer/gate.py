@@ -1,0 +1,46 @@
+"""Compares generator and trainer, and stops a run in which they disagree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from llmtrain.engine.base import Engine
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.types import Batch
+
+
+class Disagreement(RuntimeError):
+    """Generator and trainer differ; raised on every trainer."""
+
+
+class Gate:
+    """Stops the run when generator and trainer disagree about the log-probs of what was sampled.
+
+    At the first step everything is scored once more before the update. Later steps cost nothing: the first update on
+    a set of rollouts sees the same weights as the generator did, so its `logprob_gap_max` is the comparison.
+    """
+
+    def __init__(self, limit: float | None, precision: str, mesh: Mesh) -> None:
+        self.limit = limit or (1e-3 if precision == "fp32" else 1.0)
+        self.mesh, self.passed = mesh, False
+
+    def before_update(self, engine: Engine, batches: Sequence[Batch], number: int) -> None:
+        """The first step's comparison (a collective)."""
+        if self.passed:
+            return
+        gaps = [0.0]
+        for batch, scores in zip(batches, engine.score(batches), strict=True):
+            difference = (scores.logprobs.cpu() - batch.extra["old_logprobs"]).abs().masked_fill(~batch.loss_mask, 0.0)
+            gaps.append(float(difference.nan_to_num(math.inf).max()))  # max() would lose a NaN
+        self.after_update(max(self.mesh.all_gather_json(max(gaps))), number)
+        self.passed = True
+
+    def after_update(self, gap: float, number: int) -> None:
+        """Raises Disagreement when the gap is above `rollout.max_logprob_gap`."""
+        if not math.isfinite(gap) or gap > self.limit:
+            raise Disagreement(
+                f"step {number + 1}: generator and trainer differ by {gap:.4g} in a token's log-prob, more than "
+                f"rollout.max_logprob_gap={self.limit}: they do not hold the same weights, or compute in too "
+                "different a precision; try engine.precision=fp32, or raise the limit if the gap is understood"
+            )
