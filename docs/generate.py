@@ -1,5 +1,8 @@
-"""Writes docs/configuration.md from llmtrain/config/schema.py: names, types and defaults from the classes, words from
-the docstrings and the comments behind the fields. Run `python docs/generate.py` after every change of the schema."""
+"""Writes docs/configuration.md from llmtrain/config/schema.py.
+
+Names, types and defaults come from the classes, the words from the docstrings and the comments behind the fields. Run
+`python docs/generate.py` after every change of the schema.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ PRESET_HEAD = """
 
 
 def render() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     comments = comments_of(schema)
     definitions = schema.RunConfig.model_json_schema()
     definitions["$defs"]["RunConfig"] = definitions
@@ -51,7 +54,7 @@ def render() -> str:
 
 
 def comments_of(module: Any) -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment behind the field, '' where there is none."""
+    """Returns (class, field) -> the comment behind the field, '' where there is none."""
     source = inspect.getsource(module)
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
@@ -62,7 +65,7 @@ def comments_of(module: Any) -> dict[tuple[str, str], str]:
 
 
 def sections(name: str, prefix: str, classes: dict[str, Any], comments: dict[tuple[str, str], str]) -> Iterator[str]:
-    """A heading, the docstring and a table for a class, then the same for the classes of its fields."""
+    """Yields a heading, the docstring and a table for a class, then the same for the classes of its fields."""
     properties = classes[name]["properties"]
     doc = inspect.getdoc(getattr(schema, name)) if prefix else TOP
     yield f"## `{prefix.rstrip('.')}`\n" if prefix else "## Top of the document\n"
@@ -79,26 +82,27 @@ def sections(name: str, prefix: str, classes: dict[str, Any], comments: dict[tup
 
 
 def comment(name: str, key: str, comments: dict[tuple[str, str], str]) -> str:
-    """Of a field, which a parent class may have defined."""
+    """Returns the comment of a field, which a parent class may have defined."""
     owners = [c.__name__ for c in getattr(schema, name).__mro__]
     return next(comments[owner, key] for owner in owners if (owner, key) in comments)
 
 
 def markdown(text: str) -> str:
-    """As YAML names its constants, and without what a table or HTML would swallow."""
+    """Returns the text with constants named as in YAML, and with characters escaped that tables or HTML would
+    interpret."""
     for word, written in {"None": "null", "True": "true", "False": "false"}.items():
         text = re.sub(rf"\b{word}\b", written, text)
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def class_of(spec: dict[str, Any]) -> str | None:
-    """The class behind a field, also as the entry of a list or beside null."""
+    """Returns the class behind a field, also as the entry of a list or beside null."""
     inner = [spec, spec.get("items") or {}, *spec.get("anyOf", ())]
     return next((s["$ref"].rpartition("/")[2] for s in inner if "$ref" in s), None)
 
 
 def kind(spec: dict[str, Any]) -> str:
-    """Example: {"type": "integer", "minimum": 0} -> "integer ≥ 0"."""
+    """Returns the type of a field in words. Example: {"type": "integer", "minimum": 0} -> "integer ≥ 0"."""
     if "anyOf" in spec:
         return " or ".join("null" if s.get("type") == "null" else kind(s) for s in spec["anyOf"])
     if "$ref" in spec:
@@ -112,7 +116,7 @@ def kind(spec: dict[str, Any]) -> str:
 
 
 def default(spec: dict[str, Any]) -> str:
-    """As one would write it in YAML."""
+    """Returns the default as it is written in YAML."""
     return f"`{json.dumps(spec['default'])}`" if "default" in spec else "–"
 
 
