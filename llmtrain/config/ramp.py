@@ -35,8 +35,8 @@ class Phase:
 def phases(train: TrainConfig) -> tuple[Phase, ...]:
     """Returns the phases of the `train.steps` steps, in order.
 
-    An entry of a ramp holds from the first step that begins with `from_tokens` tokens or more. Where two entries take
-    effect at one step, the one with more `from_tokens` wins.
+    An entry of a ramp holds from the first step that begins with `from_tokens` tokens or more. Where several take
+    effect at one step, all apply, and the last one wins where they set the same key.
     """
     table = [Phase(0, 0, train.global_batch_seqs, train.seq_len)]
     for entry in sorted([*train.batch_ramp, *train.seq_ramp], key=lambda entry: entry.from_tokens):
