@@ -86,7 +86,7 @@ def states(model: Decoder, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _rows(seed: int) -> Tensor:
-    """Word frequencies as in text."""
+    """Returns random ids with word frequencies as in text."""
     frequencies = 1.0 / torch.arange(5, VOCAB + 5)
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(frequencies, ROWS * (TOKENS + 1), True, generator=generator).view(ROWS, -1)
