@@ -1,7 +1,8 @@
-"""Attention backends side by side: forward and backward of a few layers that share a mask, made anew each time.
+"""Compares attention backends: forward and backward of a few layers that share a mask, rebuilt each time.
 
-On a GPU every backend that is valid there; on a CPU, where only sdpa can train, its two ways: torch's fused kernel and
-the plain formula. Says for each kind of row which is the fastest, and whether `engine.attention: auto` takes it.
+On a GPU it runs every backend that is valid there; on a CPU, where only sdpa can train, its two implementations:
+torch's fused kernel and the plain formula. It prints for each kind of row which is the fastest, and whether
+`engine.attention: auto` chooses it.
 
     python -m benchmarks.attention [--lengths 512,2048] [--out benchmarks/results/attention.json]
 """
@@ -28,18 +29,18 @@ from llmtrain.model.attention import plain_attention
 from llmtrain.model.kernels.backends import attend, fastest, flex_kernel, usable, visibility
 
 HEADS, KV_HEADS, WIDTH, LAYERS = 16, 4, 64, 4
-MEAN_TOKENS = 400  # of a document; lengths are drawn exponentially, as in text: many short, few long
+MEAN_TOKENS = 400  # tokens of a document; lengths are drawn exponentially, as in text: many short, few long
 KINDS = ("causal", "documents", "window", "branches")
-WAYS = ("sdpa, fused", "sdpa, plain")  # on a CPU, beside sdpa, which chooses between them
-NEAR = 0.95  # of the speed of the fastest: as fast
+WAYS = ("sdpa, fused", "sdpa, plain")  # implementations that sdpa chooses between on a CPU, raced beside it
+NEAR = 0.95  # this share of the fastest's speed counts as equally fast
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows that are attended to."""
+    """Describes the rows that are attended to."""
 
     kind: str
-    tokens: int  # a row
+    tokens: int  # in a row
     rows: int
     dtype: str
 
@@ -48,7 +49,7 @@ class Case:
         return self.tokens // 4 if self.kind == "window" else None
 
     def ids(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Segment ids, branch ids and positions, [rows, tokens]."""
+        """Returns segment ids, branch ids and positions, [rows, tokens]."""
         places = torch.arange(self.tokens).repeat(self.rows, 1)
         if self.kind == "causal":
             return None, None, places
@@ -65,13 +66,13 @@ def _generator() -> torch.Generator:
 
 
 def _restarting(places: Tensor, ends: Tensor) -> Tensor:
-    """Positions that begin anew at `ends` [rows, documents]."""
+    """Returns positions that restart at `ends` [rows, documents]."""
     document = torch.searchsorted(ends, places, right=True)
     return places - F.pad(ends, (1, 0)).gather(1, document)
 
 
 def layer(name: str, device: torch.device, mask: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One call of a contestant. q, k, v [rows, heads, tokens, WIDTH]."""
+    """Computes one layer with one contestant. q, k, v [rows, heads, tokens, WIDTH]."""
     if name == "sdpa, plain":
         return plain_attention(q, k, v, mask, None)
     if name == "sdpa, fused":
@@ -83,7 +84,8 @@ compiled_flex = cache(partial(flex_kernel, softcap=None))
 
 
 def contestant(turns: Turns, case: Case, device: str, name: str) -> None:
-    """One piece of work = the mask, LAYERS layers forward, and their backward; its value says what came out."""
+    """Does pieces of work: the mask, LAYERS layers forward, and their backward; the value is a checksum of the
+    results."""
     where, dtype = torch.device(device), getattr(torch, case.dtype)
     ids = [None if x is None else x.to(where) for x in case.ids()]
     shapes = [(case.rows, n, case.tokens, WIDTH) for n in (HEADS, KV_HEADS, KV_HEADS)]
@@ -99,7 +101,7 @@ def contestant(turns: Turns, case: Case, device: str, name: str) -> None:
 
 
 def race(case: Case, names: list[str], device: str, args: argparse.Namespace) -> dict[str, list[dict]]:
-    """Measurements of each contestant's rounds, without the first, which compiles.
+    """Returns the measurements of each contestant's rounds, without the first, which compiles.
 
     Raises RuntimeError when they compute different things.
     """
@@ -110,13 +112,13 @@ def race(case: Case, names: list[str], device: str, args: argparse.Namespace) ->
 
 
 def auto_choice(case: Case, valid: tuple[str, ...]) -> str:
-    """The backend that `engine.attention: auto` gives such rows."""
+    """Returns the backend that `engine.attention: auto` chooses for such rows."""
     masked, branches = case.kind != "causal", case.kind == "branches"
     return fastest(valid, masked, branches, False, case.tokens)
 
 
 def judged(case: Case, runs: dict[str, list[dict]], chosen: str, work: int) -> dict:
-    """Medians, the fastest, and whether `chosen` is as fast."""
+    """Returns medians, the fastest, and whether `chosen` is as fast."""
     results = {name: summary(turns, runs["sdpa"], work * case.rows * case.tokens) for name, turns in runs.items()}
     best = max(results, key=lambda name: results[name]["ratio"])
     share = ratio(runs[chosen], runs[best])
@@ -168,7 +170,7 @@ def main() -> None:
             verdict = (
                 f"auto is as fast as the fastest valid backend in {sum(r['met'] for r in records)} of {len(records)}"
             )
-            if args.out:  # after every case: they take their time
+            if args.out:  # written after every case, as the run is long
                 written = {**environment("benchmarks.attention", ("torch",), args.threads), "verdict": verdict}
                 Path(args.out).write_text(json.dumps({**written, "cases": records}, indent=2) + "\n")
     print(f"\n{verdict} cases (at least {NEAR} of its speed)")

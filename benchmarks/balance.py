@@ -1,7 +1,7 @@
-"""How the load of experts evens out on 4 ranks: not balanced, by the bias of the choice, by the auxiliary loss.
+"""Measures how the load of experts evens out on 4 ranks: not balanced, by selection bias, by auxiliary loss.
 
-Three runs of `llmtrain pretrain configs/pretrain/tiny-moe.yaml` with 2 of 8 experts on each rank (`parallel.ep=4`),
-from the same weights and rows.
+It runs `llmtrain pretrain configs/pretrain/tiny-moe.yaml` three times with 2 of 8 experts on each rank
+(`parallel.ep=4`), from the same weights and rows.
 
     python -m benchmarks.balance [--steps 160] [--out benchmarks/results/balance.json]    # and balance.png beside it
 """
@@ -31,7 +31,7 @@ RUNS = {  # a bias moves at most rate x steps: 0.003 lets it cross the spread of
     "aux": ["model.moe.balance=aux"],
 }
 NAMES = {"none": "not balanced", "bias": "bias of the choice", "aux": "auxiliary loss"}
-LAST = 10  # steps the figures are means of
+LAST = 10  # steps that the figures are averaged over
 MEASURES = {
     "load_max_mean": "Tokens of the busiest expert, mean of layers (1 = even)",
     "load_entropy_mean": "Entropy of the load, mean of layers (1 = even)",
@@ -39,7 +39,7 @@ MEASURES = {
 
 
 def pretrain(balance: str, steps: int, scratch: Path) -> list[dict]:
-    """One run: its records. Raises RuntimeError when it fails, or when a token was dropped."""
+    """Returns the records of one run. Raises RuntimeError when it fails, or when a token was dropped."""
     shared = [f"data.path={scratch}/data", f"tokenizer.path={scratch}/tokenizer", "log.wandb=off"]
     own = [f"run_dir={scratch}/{balance}", f"train.steps={steps}", "checkpoint.every_steps=0", "parallel.ep=4"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
@@ -52,7 +52,7 @@ def pretrain(balance: str, steps: int, scratch: Path) -> list[dict]:
 
 
 def checked(balance: str, records: list[dict]) -> list[dict]:
-    """The records. Raises RuntimeError when a chosen expert did not compute a token."""
+    """Returns the records. Raises RuntimeError when a chosen expert did not compute a token."""
     for record in records:
         if record["load_dropped_worst"] != 0:
             raise RuntimeError(
@@ -62,7 +62,7 @@ def checked(balance: str, records: list[dict]) -> list[dict]:
 
 
 def figures(records: list[dict]) -> dict[str, float]:
-    """Of the first step, and means of the last ones; of each layer too."""
+    """Returns the figures of the first step, and means of the last ones, of each layer too."""
     last = records[-LAST:]
     names = [n for n in records[-1] if n in ("loss", "aux_loss") or n.startswith(("load_max", "load_entropy"))]
     means = {name: fmean(record[name] for record in last) for name in names}
@@ -71,7 +71,7 @@ def figures(records: list[dict]) -> dict[str, float]:
 
 
 def plot(runs: dict[str, list[dict]], path: str) -> None:
-    """A panel a measure, a line a run."""
+    """Draws a panel for each measure with a line for each run."""
     panels: list[Panel] = [
         (title, {f"{balance}/{name}": NAMES[balance] for balance in runs}) for name, title in MEASURES.items()
     ]
@@ -85,7 +85,7 @@ def plot(runs: dict[str, list[dict]], path: str) -> None:
 
 
 def verdicts(found: dict[str, dict[str, float]]) -> list[dict]:
-    """Both ways leave the busiest expert closer to its share than none does."""
+    """Returns whether each balancing method brings the busiest expert closer to its share than no balancing does."""
     none = found["none"]["load_max_mean"] - 1
     return [
         {"target": f"{NAMES[b]}: the excess of the busiest expert is below that of none", "met": excess < none}
@@ -97,7 +97,7 @@ def verdicts(found: dict[str, dict[str, float]]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 when a target is missed."""
+    """Runs the benchmark. Returns 1 when a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.balance", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=160, help="of each run; default: 160")
     parser.add_argument("--out", default="benchmarks/results/balance.json", help="JSON file; the plot lies beside it")

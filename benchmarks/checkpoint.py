@@ -1,7 +1,7 @@
-"""What a save costs the run: the stall of the step that is due, synchronous and in the background, in turns.
+"""Measures how long a save delays training: synchronous and in the background, in turns.
 
 Both train the same model on one rank and save the same state (fp32 weights and both moments) to the same disk. "stall"
-is how long the loop stands still; "slowdown" is what the steps take longer that run while the thread writes.
+is how long the loop stops; "slowdown" is how much longer the steps take that run while the thread writes.
 
     python -m benchmarks.checkpoint [--out benchmarks/results/checkpoint.json]
 """
@@ -27,11 +27,11 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import CheckpointConfig, EngineConfig, ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 
-QUIET_STEPS = 3  # before each save, to know what a step takes
+QUIET_STEPS = 3  # measured before each save: the time of a step without a save
 
 
 def train_and_save(turns: Turns, task: Task, directory: str, background: bool) -> None:
-    """A piece of work: some steps, a save, and steps until it is on disk."""
+    """Does pieces of work: some steps, a save, and steps until it is on disk."""
     from llmtrain.checkpoint.saver import Saver
     from llmtrain.engine.base import make_engine
     from llmtrain.losses.token import token_loss
@@ -62,21 +62,21 @@ def train_and_save(turns: Turns, task: Task, directory: str, background: bool) -
 
 
 def timed(action: Callable[[], None]) -> float:
-    """Seconds."""
+    """Returns the seconds that an action takes."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
 def summary(turns: list[dict]) -> dict[str, float]:
-    """Medians over all saves of all rounds; of the stall also the worst."""
+    """Returns medians over all saves of all rounds, and the worst stall."""
     saves = [save for turn in turns for save in turn["values"]]
     medians = {name: statistics.median(save[name] for save in saves) for name in saves[0]}
     return {**medians, "worst_stall_s": max(save["stall_s"] for save in saves), "peak_bytes": turns[-1]["peak_bytes"]}
 
 
 def stall_ratios(runs: dict[str, list[dict]]) -> list[float]:
-    """Of each round: the median stall in the background over the median synchronous one."""
+    """Returns for each round the median background stall over the median synchronous one."""
     medians = {
         name: [statistics.median(save["stall_s"] for save in turn["values"]) for turn in turns]
         for name, turns in runs.items()
@@ -100,7 +100,7 @@ def task_of(args: argparse.Namespace) -> Task:
         num_layers=args.layers, hidden_size=args.hidden_size, ffn_size=args.ffn_size, num_heads=args.heads,
         num_kv_heads=args.kv_heads, vocab_size=args.vocab, max_positions=args.seq_len, tie_embeddings=True,
     )  # fmt: skip
-    return Task(resolve_model(model), args.seqs, args.seq_len, 1, "bf16")  # one batch, again and again
+    return Task(resolve_model(model), args.seqs, args.seq_len, 1, "bf16")  # one batch, repeated
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contestants in processes of their own, taking turns."""
+"""Runs contestants of a benchmark in processes of their own, taking turns, and measures them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ import torch
 
 @dataclass
 class Turns:
-    """A contestant's end of the pipe. It does `while turns.wait(): turns.done(one piece of work)`."""
+    """Holds a contestant's end of the pipe. It runs `while turns.wait(): turns.done(one piece of work)`."""
 
     pipe: Connection
     left: int = 0  # pieces of work in this turn
     values: list = field(default_factory=list)
-    floor_bytes: int = 0  # memory that is not counted
-    warm: bool = False  # the first turn is over
+    floor_bytes: int = 0  # memory that the process had before, not counted
+    warm: bool = False  # True after the first turn
 
     def wait(self) -> bool:
-        """Blocks until it is this contestant's turn; False = no turn is left. The clock runs from here."""
+        """Blocks until it is this contestant's turn, where the clock starts; returns False when no turn is left."""
         if self.left:
             return True
         self.left, self.values = self.pipe.recv(), []
@@ -38,11 +38,11 @@ class Turns:
         return self.left > 0
 
     def count_memory(self) -> None:
-        """From here on, above what this process now has (libraries, weights)."""
+        """Counts memory from here on, above what this process now has (libraries, weights)."""
         self.floor_bytes = forget_peak()
 
     def done(self, value: float) -> None:
-        """One piece of work is finished; after the last of a turn its measurements are sent."""
+        """Reports a finished piece of work; after the last of a turn its measurements are sent."""
         self.values.append(value)
         self.left -= 1
         if self.left:
@@ -51,22 +51,25 @@ class Turns:
             torch.cuda.synchronize()
         wall_s, cpu_s = time.perf_counter() - self.wall, time.process_time() - self.cpu
         peak = peak_bytes() - self.floor_bytes
-        if not self.warm:  # what compiling took is no memory of a step, and depends on what a cache on disk holds
+        if not self.warm:  # compiling is not part of a step, and its memory depends on the compiler's cache
             forget_peak(trim=False)
             self.warm = True
         self.pipe.send({"values": self.values, "wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak})
 
 
 def peak_bytes() -> int:
-    """The most memory this process has had: of the GPU's if it uses one, else resident. (`ru_maxrss` would begin with
-    that of the parent.)"""
+    """Returns the peak memory of this process: that of the GPU if it uses one, else the resident set.
+
+    (`ru_maxrss` would start with that of the parent.)
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def forget_peak(trim: bool = True) -> int:
-    """Let `peak_bytes` begin anew; returns what is held now, with `trim` without what the allocator only keeps."""
+    """Resets `peak_bytes`; returns the memory held now. With `trim` the allocator first releases what it keeps
+    unused."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -78,7 +81,7 @@ def forget_peak(trim: bool = True) -> int:
 
 
 Contestant = Callable[..., None]
-"""Called with its Turns and the benchmark's own arguments; returns when `Turns.wait` says so."""
+"""A contestant is called with its Turns and the benchmark's arguments; it returns when `Turns.wait` returns False."""
 
 
 def _run(pipe: Connection, contestant: Contestant, threads: int, args: tuple) -> None:
@@ -90,7 +93,8 @@ def _run(pipe: Connection, contestant: Contestant, threads: int, args: tuple) ->
 def compete(
     contestants: dict[str, Contestant], args: tuple, threads: int, warmup: int, work: int, rounds: int
 ) -> dict[str, list[dict]]:
-    """Measurements of each contestant, `rounds` turns of `work` pieces after a first turn of `warmup`.
+    """Returns the measurements of each contestant: `rounds` turns of `work` pieces after a first turn of `warmup`
+    pieces.
 
     In every round each contestant has one turn; the others sleep. Raises RuntimeError when one dies.
     """
@@ -99,7 +103,7 @@ def compete(
         pipes[name], end = context.Pipe()
         processes.append(context.Process(target=_run, args=(end, contestant, threads, args), daemon=True))
         processes[-1].start()
-        end.close()  # or a dead contestant would leave recv() waiting
+        end.close()  # else recv() would wait for a dead contestant
     measured: dict[str, list[dict]] = {name: [] for name in contestants}
     for pieces in [warmup] + [work] * rounds:
         for name, pipe in pipes.items():
@@ -119,7 +123,7 @@ def _one_turn(name: str, pipe: Connection, pieces: int) -> dict:
 
 
 def environment(module: str, packages: tuple[str, ...], threads: int) -> dict:
-    """What a reader needs to judge the figures."""
+    """Returns what a reader needs to judge the figures: hardware, load, versions, command."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "cpu": cpu[0].split(":")[1].strip(),

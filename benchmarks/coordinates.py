@@ -1,8 +1,8 @@
-"""The coordinate check of muP (arXiv 2203.03466, appendix D.1): how far a few updates move the activations, by width.
+"""Runs the coordinate check of muP (arXiv 2203.03466, D.1): how far updates move the activations at each width.
 
-With muP a step of one learning rate moves every activation equally far at every width; without it, the wider the
-farther. A decoder of each width is trained for some steps; what is measured is the mean absolute difference of each
-block's output, and of the logits, from those before the first step, on the same rows.
+With muP a step of one learning rate moves every activation equally far at every width; without it, wider models move
+farther. A decoder of each width is trained for some steps; the measure is the mean absolute difference of each block's
+output, and of the logits, from those before the first step, on the same rows.
 
     python -m benchmarks.coordinates [--out benchmarks/results/coordinates.json]    # and coordinates.png beside it
 """
@@ -29,18 +29,18 @@ from llmtrain.engine.optim import build_optimizer, set_learning_rate
 from llmtrain.model.decoder import Decoder, initialize
 
 VOCAB, ROWS, TOKENS = 256, 4, 32
-FLAT, GROWN = 0.25, 0.4  # exponents of the width: with muP at most, without at least (logits, where it is worst)
+FLAT, GROWN = 0.25, 0.4  # exponents of the width: at most FLAT with muP, at least GROWN without (for logits, the worst)
 
 
 def model_of(width: int, base: int | None, layers: int, **fields: object) -> ModelConfig:
-    """Heads of base width 16 that grow in size, not in number."""
+    """Returns a model whose heads, of width 16 at the base, grow in size and not in number."""
     mup = None if base is None else MupConfig(base_hidden=base, base_head_dim=base // 4)
     shape = {"hidden_size": width, "ffn_size": 3 * width, "num_layers": layers, "num_heads": 4, "num_kv_heads": 4}
     return resolve_model(ModelConfig(**shape, vocab_size=VOCAB, max_positions=TOKENS, mup=mup, **fields))
 
 
 def decoder_of(config: ModelConfig, seed: int) -> Decoder:
-    """Initialised, with the attributes that the optimizer reads."""
+    """Returns an initialised decoder, with the attributes that the optimizer reads."""
     model = Decoder(config)
     initialize(model, config, seed)
     for name, p in model.named_parameters():
@@ -50,7 +50,7 @@ def decoder_of(config: ModelConfig, seed: int) -> Decoder:
 
 
 def moved(config: ModelConfig, steps: int, lr: float, seed: int) -> list[dict[str, float]]:
-    """After each step, by place, the mean absolute change of what `states` gives."""
+    """Returns after each step, by place, the mean absolute change of `states`."""
     model, rows = decoder_of(config, seed), _rows(seed)
     optim = OptimConfig(lr=lr, weight_decay=0.0)
     optimizer, start, found = build_optimizer(model, optim), states(model, rows[:, :-1]), []
@@ -68,7 +68,7 @@ def moved(config: ModelConfig, steps: int, lr: float, seed: int) -> list[dict[st
 
 @torch.no_grad()
 def states(model: Decoder, ids: Tensor) -> dict[str, Tensor]:
-    """The output of every block's halves, and the logits."""
+    """Returns the output of every block's attention and feed-forward layer, and the logits."""
     found: dict[str, Tensor] = {}
     places = {
         f"{part} {i}": getattr(block, part)
@@ -86,7 +86,7 @@ def states(model: Decoder, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _rows(seed: int) -> Tensor:
-    """Word frequencies as in text."""
+    """Returns random ids with word frequencies as in text."""
     frequencies = 1.0 / torch.arange(5, VOCAB + 5)
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(frequencies, ROWS * (TOKENS + 1), True, generator=generator).view(ROWS, -1)
@@ -95,20 +95,20 @@ def _rows(seed: int) -> Tensor:
 def by_width(
     widths: Sequence[int], mup: bool, steps: int, lr: float, seeds: int, layers: int, **fields: object
 ) -> dict[str, list[float]]:
-    """For each place the change after the last step, a value a width; means over seeds."""
+    """Returns for each place the change after the last step at each width, averaged over seeds."""
     base = widths[0] if mup else None
     runs = [[moved(model_of(w, base, layers, **fields), steps, lr, s)[-1] for s in range(seeds)] for w in widths]
     return {place: [fmean(run[place] for run in group) for group in runs] for place in runs[0][0]}
 
 
 def exponent(widths: Sequence[int], values: Sequence[float]) -> float:
-    """p of the best fit of value = c width^p."""
+    """Returns p of the best fit of value = c width^p."""
     x, y = [math.log(w) for w in widths], [math.log(v) for v in values]
     return sum((a - fmean(x)) * (b - fmean(y)) for a, b in zip(x, y, strict=True)) / sum((a - fmean(x)) ** 2 for a in x)
 
 
 def plot(widths: Sequence[int], found: dict[str, dict[str, list[float]]], path: str) -> None:
-    """Two panels on logarithmic axes, a line a place."""
+    """Draws two panels on logarithmic axes, a line for each place."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), dpi=144, layout="constrained")
@@ -125,7 +125,7 @@ def plot(widths: Sequence[int], found: dict[str, dict[str, list[float]]], path: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 when a change is not as flat, or as steep, as it has to be."""
+    """Runs the check. Returns 1 when a change is not as flat, or as steep, as it has to be."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coordinates", description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], help="the first is the base")
     for name, default in {"steps": 4, "seeds": 3, "layers": 3, "threads": 2}.items():

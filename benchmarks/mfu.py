@@ -1,7 +1,7 @@
-"""How much of one GPU's arithmetic a pretraining step uses: models of 0.6B, 1.3B and 2.7B parameters.
+"""Measures the MFU of a pretraining step on one GPU: models of 0.6B, 1.3B and 2.7B parameters.
 
 A step is what `llmtrain pretrain` does on one rank: microbatches forward and backward, clipping, AdamW on fp32 masters.
-MFU counts attention over the half of the row that causal attention looks at, and no recomputation. All is
+MFU counts attention over the half of the row that causal attention covers, and no recomputation. Everything is
 compiled. Variants of a size take turns where the GPU's memory holds them at once.
 
     python -m benchmarks.mfu [--only 0.6b] [--out benchmarks/results/mfu.json] [--profile]
@@ -42,23 +42,23 @@ MIDDLE = {"num_layers": 24, "hidden_size": 2048, "ffn_size": 5504, "num_heads": 
 LARGE = {"num_layers": 32, "hidden_size": 2560, "ffn_size": 6912, "num_heads": 20, "num_kv_heads": 20}
 VOCAB = {"vocab_size": 50_432}
 PROFILE = "benchmarks/results/mfu_profile_{}.txt"
-FP8_TOLERANCE = 0.05  # of the losses, relative: three bits of mantissa
+FP8_TOLERANCE = 0.05  # relative, of the losses: e4m3 has three bits of mantissa
 
 
 @dataclass(frozen=True)
 class GpuTask(Task):
-    """A step has `micro_batches` of `seqs` rows each."""
+    """Describes a task whose step has `micro_batches` of `seqs` rows each."""
 
     micro_batches: int
 
     def steps(self) -> Iterator[list[Batch]]:
-        """Microbatches."""
+        """Yields the microbatches of each step."""
         batches = replace(self, total_steps=self.total_steps * self.micro_batches).batches()
         while step := list(islice(batches, self.micro_batches)):
             yield step
 
     def source(self) -> WeightSource:
-        """Drawn on the GPU: of billions of weights the CPU's generator takes a minute."""
+        """Returns initial weights drawn on the GPU: for billions of weights the CPU's generator takes a minute."""
         shapes = parameter_shapes(self.model)
 
         def weight(name: str) -> Tensor:
@@ -71,7 +71,7 @@ class GpuTask(Task):
 
 @dataclass(frozen=True)
 class Case:
-    """A size, and its variants: EngineConfig by name."""
+    """Describes a model size, and its variants: EngineConfig by name."""
 
     model: dict
     seq_len: int
@@ -87,11 +87,11 @@ CASES = {
     "1.3b": Case({**MIDDLE, **VOCAB}, 2048, 4, 8, BOTH),
     "2.7b": Case({**LARGE, **VOCAB}, 2048, 2, 16, BOTH),
 }
-ROOMY_BYTES = 120e9  # of a GPU that holds all variants at once
+ROOMY_BYTES = 120e9  # memory of a GPU that holds all variants at once
 
 
 def contestant(turns: Turns, task: GpuTask, settings: dict) -> None:
-    """One rank of `llmtrain pretrain` without its files. One piece of work = a step."""
+    """Trains as one rank of `llmtrain pretrain` does, without its files. One piece of work is a step."""
     mesh, steps = init_mesh(ONE_RANK, None, timeout_s=60), task.steps()
     config = EngineConfig(**settings)
     parts = parallelize(task.model, mesh, ONE_RANK, config)
@@ -113,14 +113,14 @@ def contestants(variants: dict[str, dict]) -> dict[str, partial]:
 
 
 def races(case: Case) -> list[dict[str, partial]]:
-    """Contestants that run together: all, or one after the other where memory is short."""
+    """Returns groups of contestants that run together: all, or one after the other where memory is short."""
     together = torch.cuda.get_device_properties(0).total_memory > ROOMY_BYTES
     groups = [case.variants] if together else [{name: settings} for name, settings in case.variants.items()]
     return [contestants(group) for group in groups]
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict:
-    """All variants of a size."""
+    """Measures all variants of a size."""
     task = task_of(case, args)
     flops, tokens = train_flops_per_token(task.model, task.seq_len), args.steps * task.step_tokens * task.micro_batches
     record = {"task": {**asdict(task), "model": task.model.model_dump()}, "flops_per_token": flops, "results": {}}

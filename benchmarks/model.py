@@ -1,4 +1,4 @@
-"""Forward and backward of each model family against its class in transformers: the same weights, rows and dtype.
+"""Compares forward and backward of each model family with its class in transformers: same weights, rows and dtype.
 
 Each contestant lives in its own process and they run in turns, round by round, one family after the other. Ours is the
 decoder as `parallelize` builds it for one rank, with the head that scores in chunks; theirs is what
@@ -42,28 +42,28 @@ from llmtrain.types import Scores
 
 ONE_RANK = ParallelConfig()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}  # of the losses, relative
-SPREAD = 3.0  # weights are so many times as large as usual: with logits near 0 a mistake would not show in the loss
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}  # relative, of the losses
+SPREAD = 3.0  # factor on the usual weights: with logits near 0 a mistake would not show in the loss
 OURS, THEIRS = "llmtrain", "transformers"
-LEAST = {False: 1.0, True: 1.2}  # by `moe`: how many times as fast as transformers
-PROFILE = "benchmarks/results/model_profile_{}.txt"  # by family
+LEAST = {False: 1.0, True: 1.2}  # with experts or without -> least speed relative to transformers
+PROFILE = "benchmarks/results/model_profile_{}.txt"  # one for each family
 
 
 @dataclass(frozen=True)
 class ModelTask(Task):
-    """And where the weights are."""
+    """Adds the directory of the weights to a task."""
 
     directory: str
 
 
 def ours(turns: Turns, task: ModelTask, compiled: bool) -> None:
-    """As an engine has it in a training step, on one rank."""
+    """Runs our decoder as an engine does in a training step, on one rank."""
     mesh, settings = init_mesh(ONE_RANK, None, timeout_s=60), EngineConfig(precision=task.precision, compile=compiled)
     model = parallelize(task.model, mesh, ONE_RANK, settings)[0]
     materialize([model], mesh, hf_weight_source(task.directory, task.model))
     model.to(DTYPES[task.precision])
     if mesh.device.type == "cpu":
-        keep_freed_memory()  # as engines do
+        keep_freed_memory()  # as engines do it
     if compiled:
         compile_blocks([model])
     batches = task.batches()
@@ -80,7 +80,7 @@ def ours(turns: Turns, task: ModelTask, compiled: bool) -> None:
 
 
 def theirs(turns: Turns, task: ModelTask, compiled: bool) -> None:
-    """The class of transformers with what it chooses itself for attention and experts."""
+    """Runs the class of transformers, with its default choice for attention and experts."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -101,7 +101,7 @@ def theirs(turns: Turns, task: ModelTask, compiled: bool) -> None:
 
 
 def contestants(compiled: bool) -> dict[str, Contestant]:
-    """Pairs, theirs last."""
+    """Returns the contestants in pairs, transformers last."""
     found: dict[str, Contestant] = {}
     for mode in (False, True)[: 1 + compiled]:
         suffix = ", compiled" if mode else ""
@@ -110,7 +110,7 @@ def contestants(compiled: bool) -> dict[str, Contestant]:
 
 
 def write_weights(model: ModelConfig, directory: str) -> None:
-    """Random ones, as a Hugging Face directory."""
+    """Writes random weights as a Hugging Face directory."""
     shapes = parameter_shapes(model)
     tensors = ((name, init_tensor(name, shape, model, seed=0)) for name, shape in shapes.items())
     spread = ((name, x * SPREAD if x.dim() > 1 else x) for name, x in tensors)
@@ -118,7 +118,7 @@ def write_weights(model: ModelConfig, directory: str) -> None:
 
 
 def measure(task: ModelTask, args: argparse.Namespace) -> dict:
-    """All contestants on one family."""
+    """Measures all contestants on one family."""
     runs = compete(contestants(args.compile), (task,), args.threads, WARMUP_STEPS, args.steps, args.rounds)
     losses = check_same_work(runs, THEIRS, TOLERANCE[task.precision])
     timed = {name: turns[1:] for name, turns in runs.items()}
@@ -136,7 +136,7 @@ def measure(task: ModelTask, args: argparse.Namespace) -> dict:
 
 
 def verdicts(model: ModelConfig, timed: dict[str, Rounds]) -> list[dict]:
-    """One for each pair, eager and compiled."""
+    """Returns a verdict for each pair, eager and compiled."""
     found = []
     for name in (name for name in timed if name.startswith(OURS)):
         other = name.replace(OURS, THEIRS)
@@ -151,7 +151,7 @@ def verdicts(model: ModelConfig, timed: dict[str, Rounds]) -> list[dict]:
 
 
 def print_family(family: str, record: dict) -> None:
-    """The contestants' lines, then the verdicts."""
+    """Prints the contestants' lines, then the verdicts."""
     print(f"{family}: {record['parameters'] / 1e6:.1f}M parameters, {record['active_parameters'] / 1e6:.1f}M active")
     for name, r in record["results"].items():
         loss = record["losses"][name][-1]
@@ -179,7 +179,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> dict[str, dict]:
-    """A record for each family that `--only` matches."""
+    """Returns a record for each family that `--only` matches."""
     size = Size(args.hidden_size, args.layers, args.vocab, args.seq_len, args.published)
     precision = fast_precision() if args.precision == "auto" else args.precision
     steps = WARMUP_STEPS + args.steps * args.rounds
@@ -199,10 +199,10 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 when a target is missed."""
+    """Runs the benchmark. Returns 1 when a target is missed."""
     args = arguments(argv)
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything, here or in a contestant, looks for one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before this process or a contestant looks for a GPU
     os.environ.update(OMP_NUM_THREADS=str(args.threads), HF_HUB_OFFLINE="1")
     before = os.getloadavg()[0]
     print(f"{args.seqs} x {args.seq_len} tokens, {args.threads} threads, load average before: {before:.1f}")

@@ -1,6 +1,6 @@
-"""LitGPT as a contestant: its GPT and the training loop of its pretraining command, `litgpt.pretrain.fit`.
+"""Runs LitGPT as a contestant: its GPT and the training loop of its pretraining command, `litgpt.pretrain.fit`.
 
-It asks for an older huggingface-hub than transformers does, so it is installed without its requirements:
+It requires an older huggingface-hub than transformers does, so it is installed without its dependencies:
 
     pip install --no-deps -r benchmarks/litgpt.txt
 """
@@ -28,9 +28,9 @@ def installed() -> bool:
 
 
 def pretrain(turns: Turns, task: Task) -> None:
-    """As `litgpt pretrain` calls it: the whole model compiled, cross-entropy in chunks, a line a step.
+    """Trains as `litgpt pretrain` does: the whole model compiled, cross-entropy in chunks, a log line each step.
 
-    More generous in one thing: AdamW is fused, which litgpt asks for on GPUs only.
+    It favours LitGPT in one way: AdamW is fused, which litgpt asks for on GPUs only.
     """
     import lightning
     from lightning.fabric.loggers.logger import Logger
@@ -69,7 +69,7 @@ def pretrain(turns: Turns, task: Task) -> None:
 
 
 class _Rows:
-    """A loader of [seqs, seq_len + 1] ids, one batch a step."""
+    """Loads ids [seqs, seq_len + 1], one batch a step."""
 
     def __init__(self, task: Task, steps: int | None = None) -> None:
         self.batches = task.rows().split(task.seqs)[:steps]
@@ -82,7 +82,7 @@ class _Rows:
 
 
 def build_model(c: ModelConfig, source: WeightSource) -> nn.Module:
-    """litgpt's GPT with these weights, fp32, embeddings tied where ours are."""
+    """Returns litgpt's GPT with these weights, fp32, embeddings tied where ours are."""
     from litgpt import GPT, Config
 
     config = Config(

@@ -1,4 +1,4 @@
-"""Contestants on transformers: a plain loop, its Trainer, and its Trainer on DeepSpeed."""
+"""Runs contestants on transformers: a plain loop, its Trainer, and its Trainer on DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmtrain.model.decoder import parameter_shapes
 
 
 def loop(turns: Turns, task: Task, compiled: bool) -> None:
-    """The loop of a tutorial: autocast, the model's own loss, clipping, fused AdamW."""
+    """Trains in a loop as tutorials show it: autocast, the model's own loss, clipping, fused AdamW."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, batches = _model(task).to(device), task.batches()
     optimizer = torch.optim.AdamW(
@@ -41,8 +41,10 @@ def loop(turns: Turns, task: Task, compiled: bool) -> None:
 
 
 def trainer(turns: Turns, task: Task, deepspeed: bool = False) -> None:
-    """transformers.Trainer on a dataset of the rows, logging each step, as llmtrain does; in bf16 fp32 weights under
-    autocast, or DeepSpeed ZeRO-1's own."""
+    """Trains with transformers.Trainer on a dataset of the rows, logging each step, as llmtrain does.
+
+    In bf16 it holds fp32 weights under autocast, or those of DeepSpeed ZeRO-1.
+    """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class TakeTurns(TrainerCallback):
@@ -69,8 +71,10 @@ def trainer(turns: Turns, task: Task, deepspeed: bool = False) -> None:
 
 
 def _deepspeed_on_one_rank(scratch: str, bf16: bool) -> dict:
-    """Arguments of TrainingArguments, after joining a job of one rank. Its optimizer is the Trainer's, as ours is:
-    the one DeepSpeed would build is compiled first."""
+    """Joins a job of one rank and returns arguments of TrainingArguments.
+
+    Its optimizer is the Trainer's, as ours is: the one DeepSpeed would build is compiled first.
+    """
     import deepspeed
     import transformers.training_args
 
@@ -95,7 +99,7 @@ def _deepspeed_on_one_rank(scratch: str, bf16: bool) -> dict:
 
 
 def _model(task: Task) -> nn.Module:
-    """LlamaForCausalLM with the task's initial weights, fp32."""
+    """Returns LlamaForCausalLM with the task's initial weights, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{**hf_config(task.model), "use_cache": False})

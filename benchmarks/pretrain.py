@@ -1,4 +1,4 @@
-"""A pretraining step of llmtrain against the usual tools: the same weights, rows, tokens, optimizer and clipping.
+"""Compares a pretraining step of llmtrain with the usual tools: same weights, rows, tokens, optimizer and clipping.
 
 Each contestant lives in its own process (so that its peak memory is its own) and they run in turns, round by round.
 "bf16" is what each one's users get: llmtrain holds bf16 weights and fp32 masters (DeepSpeed's bf16), transformers and
@@ -44,7 +44,7 @@ PROFILE = "benchmarks/results/pretrain_profile.txt"
 def llmtrain(
     turns: Turns, task: Task, compiled: bool, backend: str = "deepspeed", chunk_tokens: int | None = None
 ) -> None:
-    """As trainer/pretrain.py builds and calls it, on one rank."""
+    """Trains as trainer/pretrain.py does, on one rank."""
     from llmtrain.trainer.batches import count_trained
 
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
@@ -74,7 +74,7 @@ def _decoder(task: Task, mesh: Mesh, settings: EngineConfig) -> list[Decoder]:
 
 
 def decoder_loop(turns: Turns, task: Task, compiled: bool) -> None:
-    """The same decoder and precision without the engine: what is left of the difference is DeepSpeed and checks."""
+    """Trains the same decoder in the same precision without the engine: the difference is DeepSpeed and checks."""
     mesh, batches = init_mesh(ONE_RANK, None, timeout_s=60), task.batches()
     settings = EngineConfig(compile=compiled, precision=task.precision)
     model = masters = _decoder(task, mesh, settings)[0]
@@ -120,14 +120,14 @@ COMPILED = {
 
 
 def chunked(sizes: str, compiled: bool) -> dict[str, Contestant]:
-    """Ours alone, by how many tokens' logits are held at a time."""
+    """Returns contestants of llmtrain alone, by the number of tokens whose logits are held at a time."""
     return {
         f"llmtrain, {n} tokens": partial(llmtrain, compiled=compiled, chunk_tokens=int(n)) for n in sizes.split(",")
     }
 
 
 def contestants(compiled: bool) -> dict[str, Contestant]:
-    """Those that run here. LitGPT only if it is installed: it says so when not."""
+    """Returns the contestants that can run here, and prints a note if LitGPT is not installed."""
     found = {**EAGER, **(COMPILED if compiled else {})}
     if not peers_litgpt.installed() and found.pop("LitGPT, compiled", None):
         print("LitGPT is not installed: pip install --no-deps -r benchmarks/litgpt.txt")
@@ -162,7 +162,7 @@ def task_of(args: argparse.Namespace) -> Task:
 def main() -> None:
     args = arguments()
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything, here or in a contestant, looks for one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before this process or a contestant looks for a GPU
     os.environ.update(OMP_NUM_THREADS=str(args.threads), HF_HUB_OFFLINE="1")
     task = task_of(args)
     millions = sum(torch.Size(shape).numel() for shape in parameter_shapes(task.model).values()) / 1e6
@@ -171,7 +171,7 @@ def main() -> None:
     chosen = chunked(args.chunks, args.compile) if args.chunks else contestants(args.compile)
     if args.only:
         chosen = {name: run for name, run in chosen.items() if any(part in name for part in args.only.split("|"))}
-    if args.profile:  # of the first two: without --only, with and without the engine
+    if args.profile:  # profiles the first two: without --only, with and without the engine
         return write_profile(dict(list(chosen.items())[:2]), task, args.threads, Path(PROFILE), by_difference=False)
     before = os.getloadavg()[0]
     runs = compete(chosen, (task,), args.threads, WARMUP_STEPS, args.steps, args.rounds)

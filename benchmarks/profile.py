@@ -1,4 +1,4 @@
-"""Where the time of a step goes: operators of two contestants side by side."""
+"""Profiles a step of two contestants: their operators side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.task import WARMUP_STEPS, Task
 
 STEPS = 3
 ROWS = 30
-NAME = 72  # characters
+NAME = 72  # width of the names, in characters
 
 
 class Profiled:
@@ -30,7 +30,7 @@ class Profiled:
         return self.step < WARMUP_STEPS + STEPS
 
     def count_memory(self) -> None:
-        """Of no interest here."""
+        """Does nothing: a profile measures no memory."""
 
     def done(self, value: float) -> None:
         self.step += 1
@@ -40,7 +40,7 @@ class Profiled:
             self.profile.stop()
 
     def milliseconds(self) -> dict[str, float]:
-        """Of one step, by operator, its own time without that of the operators it calls; on a GPU by kernel."""
+        """Returns the time of one step by operator, without that of the operators it calls; on a GPU by kernel."""
         events = self.profile.key_averages()
         return {e.key: (e.self_device_time_total if self.gpu else e.self_cpu_time_total) / 1e3 / STEPS for e in events}
 
@@ -53,7 +53,7 @@ def _run(contestant: Contestant, task: Task, threads: int) -> dict[str, float]:
 
 
 def table(found: dict[str, dict[str, float]], by_difference: bool) -> str:
-    """Two columns of milliseconds and their difference; the largest differences first, or what takes longest."""
+    """Returns two columns of milliseconds and their difference, sorted by the difference or by the time."""
     (a, first), (b, second) = found.items()
     rows = [(name, first.get(name, 0.0), second.get(name, 0.0)) for name in first.keys() | second.keys()]
     rows.sort(key=lambda row: -abs(row[1] - row[2]) if by_difference else -max(row[1:]))
@@ -66,7 +66,7 @@ def table(found: dict[str, dict[str, float]], by_difference: bool) -> str:
 def write_profile(
     pair: dict[str, Contestant], task: Task, threads: int, path: Path, by_difference: bool = True
 ) -> None:
-    """One process each, one after the other, so that neither slows the other."""
+    """Profiles each contestant in a process, one after the other, so that neither slows the other."""
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         found = {name: pool.apply(_run, (contestant, task, threads)) for name, contestant in pair.items()}
     text = (

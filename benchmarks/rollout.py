@@ -1,4 +1,4 @@
-"""Native generator against `transformers.generate`: the same weights, prompts, precision and number of sequences.
+"""Compares the native generator with `transformers.generate`: same weights, prompts, precision and number of sequences.
 
 Each contestant lives in its own process (so that its peak memory is its own) and they run in turns, round by round.
 `transformers` returns tokens only; the native generator also returns their log-probs.
@@ -35,11 +35,11 @@ RANDOM = ModelConfig(
 
 @dataclass(frozen=True)
 class Workload:
-    """`stop_ids` tokens end a sequence: 0 = every sequence has `new_tokens`."""
+    """Describes the work; sequences end at one of `stop_ids` tokens, or with 0 all of them after `new_tokens`."""
 
     name: str
     prompts: int
-    samples: int  # a prompt
+    samples: int  # of each prompt
     prompt_tokens: tuple[int, int]  # shortest, longest
     new_tokens: int  # at most
     batch_seqs: int
@@ -52,11 +52,11 @@ SHORT = Workload("equal lengths", 4, 8, (64, 64), 32, 32)
 RAGGED = Workload("ragged lengths", 8, 8, (16, 64), 96, 16, stop_ids=512)
 
 Contestant = Callable[[], int]
-"""Runs the workload once and returns the number of new tokens."""
+"""A contestant runs the workload once and returns the number of new tokens."""
 
 
 def prompts_of(workload: Workload, vocab_size: int) -> list[Prompt]:
-    """Random ids that are no stop tokens, the same for every contestant."""
+    """Returns random ids that are no stop tokens, the same for every contestant."""
     generator = torch.Generator().manual_seed(0)
     low, high = workload.prompt_tokens
     lengths = torch.randint(low, high + 1, (workload.prompts,), generator=generator).tolist()
@@ -107,14 +107,14 @@ def contestant(turns: Turns, directory: str, workload: Workload, dtype: str, nam
 
 
 def race(directory: str, workload: Workload, args: argparse.Namespace) -> dict[str, list[dict]]:
-    """Measurements of each contestant's rounds, one run each; an earlier run warms up and is dropped."""
+    """Returns the measurements of each contestant's rounds, one run each; an earlier run warms up and is dropped."""
     contestants = {name: partial(contestant, name=name) for name in CONTESTANTS}
     measured = compete(contestants, (directory, workload, args.dtype), args.threads, 1, 1, args.rounds)
     return {name: [{"tokens": turn.pop("values")[0], **turn} for turn in turns[1:]] for name, turns in measured.items()}
 
 
 def summary(runs: list[dict]) -> dict[str, float]:
-    """Medians over rounds, and the spread of the first."""
+    """Returns medians over rounds, and the spread of the speed."""
     rates = [r["tokens"] / r["wall_s"] for r in runs]
     return {
         "tokens_per_s": statistics.median(rates),
@@ -141,7 +141,7 @@ def measure(title: str, directory: str, workload: Workload, args: argparse.Names
 
 
 def models(chosen: str | None, scratch: str) -> list[tuple[str, str, Workload]]:
-    """(title, Hugging Face directory, workload) of the comparisons."""
+    """Returns (title, Hugging Face directory, workload) of the comparisons."""
     if chosen:
         return [(Path(chosen).name, chosen, EQUAL)]
     random, smollm2 = f"{scratch}/random", f"{scratch}/smollm2"

@@ -1,12 +1,12 @@
-"""From measured rounds to a table and a verdict on each target of the pretraining benchmark."""
+"""Turns measured rounds into a table and a verdict on each target of the pretraining benchmark."""
 
 from __future__ import annotations
 
 import statistics
 
-TOLERANCE = 0.02  # of the losses, relative: bf16 rounds differently in each contestant
+TOLERANCE = 0.02  # relative, of the losses: bf16 rounds differently in each contestant
 
-SPEED = (  # ours, theirs, how many times as fast at least
+SPEED = (  # ours, theirs, least ratio of their speeds
     ("llmtrain, compiled", "Trainer", 1.6),
     ("llmtrain, compiled", "Trainer + DeepSpeed", 1.6),
     ("llmtrain, compiled", "LitGPT, compiled", 1.2),
@@ -16,11 +16,12 @@ SPEED = (  # ours, theirs, how many times as fast at least
 OURS = ("llmtrain, compiled", "llmtrain")
 
 Rounds = list[dict]
-"""Of one contestant, as benchmarks.common.Turns sends them."""
+"""The rounds of one contestant are as benchmarks.common.Turns sends them."""
 
 
 def check_same_work(runs: dict[str, Rounds], reference: str, tolerance: float = TOLERANCE) -> dict[str, list[float]]:
-    """Losses of every step. Raises RuntimeError when a contestant's differ from the reference's by over `tolerance`."""
+    """Returns the losses of every step. Raises RuntimeError when one differs from the reference's by over
+    `tolerance`."""
     losses = {name: [loss for turn in turns for loss in turn["values"]] for name, turns in runs.items()}
     for name, found in losses.items():
         for step, (loss, expected) in enumerate(zip(found, losses[reference], strict=True), 1):
@@ -32,13 +33,15 @@ def check_same_work(runs: dict[str, Rounds], reference: str, tolerance: float = 
 
 
 def ratio(turns: Rounds, reference: Rounds, clock: str = "wall_s") -> float:
-    """How many times as fast as the reference: median over rounds, so that what slows the machine in one round slows
-    both."""
+    """Returns how many times as fast as the reference a contestant is.
+
+    It is the median over rounds, so that what slows the machine in one round slows both.
+    """
     return statistics.median(other[clock] / turn[clock] for turn, other in zip(turns, reference, strict=True))
 
 
 def summary(turns: Rounds, reference: Rounds, turn_tokens: int) -> dict[str, float]:
-    """Medians over rounds, and the spread of the first."""
+    """Returns medians over rounds, and the spread of the speed."""
     rates = [turn_tokens / turn["wall_s"] for turn in turns]
     return {
         "tokens_per_s": statistics.median(rates),
@@ -54,7 +57,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 a se
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, device: str) -> float | None:
-    """Model FLOPs utilization (arXiv 2204.02311, appendix B); None for a device whose peak is not listed.
+    """Returns the model FLOPs utilization (arXiv 2204.02311, appendix B); None for a device whose peak is not listed.
 
     Example: 60,000 tokens/s of 6e9 FLOPs on an H100: 0.364
     """
@@ -63,7 +66,7 @@ def mfu(tokens_per_s: float, flops_per_token: float, device: str) -> float | Non
 
 
 def targets(timed: dict[str, Rounds]) -> list[dict]:
-    """A verdict for each target whose contestants ran."""
+    """Returns a verdict for each target whose contestants ran."""
     found = [
         {
             "target": f"{ours} at least {least} times as fast as {theirs}",
@@ -78,7 +81,7 @@ def targets(timed: dict[str, Rounds]) -> list[dict]:
 
 
 def _memory(timed: dict[str, Rounds]) -> list[dict]:
-    """Ours compiled against those that compile, and eager against those that do not."""
+    """Returns verdicts on memory: ours compiled against others that compile, and eager against those that do not."""
     peak = {name: max(turn["peak_bytes"] for turn in turns) for name, turns in timed.items()}
     verdicts = []
     for ours in (name for name in OURS if name in peak):

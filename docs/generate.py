@@ -1,5 +1,8 @@
-"""Writes docs/configuration.md from llmtrain/config/schema.py: names, types and defaults from the classes, words from
-the docstrings and the comments behind the fields. Run `python docs/generate.py` after every change of the schema."""
+"""Writes docs/configuration.md from llmtrain/config/schema.py and the recipes beside it.
+
+Names, types and defaults come from the classes, the words from the docstrings and the comments behind the fields. Run
+`python docs/generate.py` after every change of the schema.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import parameter_count, resolve_model
 from llmtrain.config import schema
+from llmtrain.config.recipes import RECIPES, Recipe, run_config_class
 
 PAGE = Path(__file__).with_name("configuration.md")
 SYMBOLS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
@@ -22,7 +26,8 @@ NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": 
 HEAD = """\
 # Every key of a configuration
 
-Generated from `llmtrain/config/schema.py` by `python docs/generate.py`; `tests/docs_test.py` fails when it is stale.
+Generated from `llmtrain/config/schema.py` and `llmtrain/config/recipes` by `python docs/generate.py`;
+`tests/docs_test.py` fails when it is stale.
 
 - A document is YAML. `llmtrain COMMAND CONFIG.yaml section.key=value ...` changes single keys; in a document with
   `stages`, in each stage that sets the key too.
@@ -33,6 +38,15 @@ Generated from `llmtrain/config/schema.py` by `python docs/generate.py`; `tests/
 - `llmtrain plan CONFIG.yaml` prints what a document asks for: ranks, batch, memory. It starts nothing.
 - "–" as a default: the key must be written.
 """
+RECIPE_HEAD = """\
+## Recipes
+
+A recipe is a command that trains. When a run goes on, the keys in the last column must stay, and those of all recipes:
+`seed`, `train.seq_len`, `train.global_batch_seqs` and the ramps.
+
+| recipe | what it does | trains on | needs | must stay |
+|---|---|---|---|---|
+"""
 PRESET_HEAD = """
 ## Presets of `model.preset`
 
@@ -42,16 +56,32 @@ PRESET_HEAD = """
 
 
 def render() -> str:
-    """The whole page."""
-    comments = comments_of(schema)
-    definitions = schema.RunConfig.model_json_schema()
+    """Returns the whole page."""
+    modules = [schema, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
+    comments = {key: text for module in modules for key, text in comments_of(module).items()}
+    definitions = run_config_class().model_json_schema()
     definitions["$defs"]["RunConfig"] = definitions
-    parts = [HEAD, *sections("RunConfig", "", definitions["$defs"], comments), PRESET_HEAD.rstrip("\n")]
+    parts = [HEAD, RECIPE_HEAD + "\n".join(map(recipe_row, RECIPES.values())) + "\n"]
+    parts += [*sections("RunConfig", "", definitions["$defs"], comments), PRESET_HEAD.rstrip("\n")]
     return "\n".join(parts) + "\n" + "".join(map(preset_row, presets()))
 
 
+def recipe_row(recipe: Recipe) -> str:
+    """Returns the line of a recipe in the table of recipes."""
+    data = "text of `data.sources`" if recipe.packs_text else "`data.train`"
+    needs = ["`model.init_from`"] * recipe.starts_trained + ["`rollout`, `rewards`"] * recipe.samples
+    same = ", ".join(f"`{key}`" for key in recipe.same) or "–"
+    return f"| `{recipe.name}` | {recipe.summary} | {data} | {', '.join(needs) or '–'} | {same} |"
+
+
+def section_class(name: str) -> type:
+    """Returns the class of a section of the document, or of a recipe, by its name."""
+    own = {r.section.__name__: r.section for r in RECIPES.values() if r.section is not None}
+    return own.get(name) or getattr(schema, name)
+
+
 def comments_of(module: Any) -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment behind the field, '' where there is none."""
+    """Returns (class, field) -> the comment behind the field, '' where there is none."""
     source = inspect.getsource(module)
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
@@ -62,9 +92,9 @@ def comments_of(module: Any) -> dict[tuple[str, str], str]:
 
 
 def sections(name: str, prefix: str, classes: dict[str, Any], comments: dict[tuple[str, str], str]) -> Iterator[str]:
-    """A heading, the docstring and a table for a class, then the same for the classes of its fields."""
+    """Yields a heading, the docstring and a table for a class, then the same for the classes of its fields."""
     properties = classes[name]["properties"]
-    doc = inspect.getdoc(getattr(schema, name)) if prefix else TOP
+    doc = inspect.getdoc(section_class(name)) if prefix else TOP
     yield f"## `{prefix.rstrip('.')}`\n" if prefix else "## Top of the document\n"
     yield markdown(" ".join(doc.split())) + "\n"
     yield "| key | value | default | meaning |\n|---|---|---|---|"
@@ -79,26 +109,27 @@ def sections(name: str, prefix: str, classes: dict[str, Any], comments: dict[tup
 
 
 def comment(name: str, key: str, comments: dict[tuple[str, str], str]) -> str:
-    """Of a field, which a parent class may have defined."""
-    owners = [c.__name__ for c in getattr(schema, name).__mro__]
-    return next(comments[owner, key] for owner in owners if (owner, key) in comments)
+    """Returns the comment of a field, which a parent class may have defined."""
+    owners = [c.__name__ for c in section_class(name).__mro__]
+    return next((comments[owner, key] for owner in owners if (owner, key) in comments), "")
 
 
 def markdown(text: str) -> str:
-    """As YAML names its constants, and without what a table or HTML would swallow."""
+    """Returns the text with constants named as in YAML, and with characters escaped that tables or HTML would
+    interpret."""
     for word, written in {"None": "null", "True": "true", "False": "false"}.items():
         text = re.sub(rf"\b{word}\b", written, text)
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def class_of(spec: dict[str, Any]) -> str | None:
-    """The class behind a field, also as the entry of a list or beside null."""
+    """Returns the class behind a field, also as the entry of a list or beside null."""
     inner = [spec, spec.get("items") or {}, *spec.get("anyOf", ())]
     return next((s["$ref"].rpartition("/")[2] for s in inner if "$ref" in s), None)
 
 
 def kind(spec: dict[str, Any]) -> str:
-    """Example: {"type": "integer", "minimum": 0} -> "integer ≥ 0"."""
+    """Returns the type of a field in words. Example: {"type": "integer", "minimum": 0} -> "integer ≥ 0"."""
     if "anyOf" in spec:
         return " or ".join("null" if s.get("type") == "null" else kind(s) for s in spec["anyOf"])
     if "$ref" in spec:
@@ -112,7 +143,7 @@ def kind(spec: dict[str, Any]) -> str:
 
 
 def default(spec: dict[str, Any]) -> str:
-    """As one would write it in YAML."""
+    """Returns the default as it is written in YAML."""
     return f"`{json.dumps(spec['default'])}`" if "default" in spec else "–"
 
 

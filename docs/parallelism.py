@@ -1,6 +1,8 @@
-"""Writes docs/parallelism.md: which features of the distributed core go together, and why not where they do not. The
-answers are those of llmtrain/rules/layout.py; tests/parity/matrix.py draws its layouts from the same features.
-Run `python docs/parallelism.py` after every change of the rules."""
+"""Writes docs/parallelism.md: which features of the distributed core go together, and why not where they do not.
+
+The answers are those of llmtrain/rules/layout.py; tests/parity/matrix.py draws its layouts from the same features. Run
+`python docs/parallelism.py` after every change of the rules.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from llmtrain.rules.check import violations
 
 PAGE = Path(__file__).with_name("parallelism.md")
 Feature = dict[str, Any]
-"""Dotted keys and their values."""
+"""A feature is a mapping of dotted keys to values."""
 
 MOE = {"num_experts": 8, "top_k": 2, "expert_ffn_size": 16, "balance": "aux"}
 FEATURES: dict[str, Feature] = {
@@ -61,7 +63,7 @@ BASE: Feature = {
     "train.seq_len": 128,
     "train.global_batch_seqs": 64,
 }
-NEEDS = {  # the engine a feature is shown with when a pair names none
+NEEDS = {  # the engine that a feature needs when a pair names none
     "bf16": "ZeRO-1",
     "fp16": "ZeRO-1",
     "fp8": "ZeRO-1",
@@ -87,7 +89,7 @@ ZeRO-1; offload: the stage it needs).
 
 
 def config_of(features: Feature) -> Config:
-    """A small model that trains with these keys, the rest as in BASE."""
+    """Returns a small model that trains with these keys, the rest as in BASE."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in (BASE | features).items():
         section, _, name = key.partition(".")
@@ -96,14 +98,14 @@ def config_of(features: Feature) -> Config:
 
 
 def refusals(features: Feature) -> list[str]:
-    """Why the combination is refused; empty = it works."""
+    """Returns why the combination is refused; empty if it works."""
     config = config_of(features)
     ranks = math.prod(getattr(config.parallel, axis) for axis in AXES)
     return violations(config, ranks, "pretrain")
 
 
 def merged(*features: Feature) -> Feature | None:
-    """The keys of all, None where two want different values."""
+    """Returns the keys of all features, None where two want different values."""
     out: Feature = {}
     for feature in features:
         if any(out.get(key, value) != value for key, value in feature.items()):
@@ -113,7 +115,7 @@ def merged(*features: Feature) -> Feature | None:
 
 
 def pair(a: str, b: str) -> Feature | None:
-    """The combination that stands for two features."""
+    """Returns the combination that stands for two features."""
     both = merged(FEATURES[a], FEATURES[b])
     if both is None or "engine.backend" in both:
         return both
@@ -122,7 +124,7 @@ def pair(a: str, b: str) -> Feature | None:
 
 
 def render() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     names, reasons = list(FEATURES), dict[str, int]()
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for i, a in enumerate(names):

@@ -1,4 +1,4 @@
-"""YAML files, their includes and overrides as plain data that remembers where every key was written."""
+"""Reads YAML files, their includes and overrides as plain data that remembers where every key was written."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Keys = tuple[str | int, ...]  # a path into a document: ("data", "sources", 0, "
 
 
 class ConfigError(ValueError):
-    """The configuration is at fault; each line of the text names one fault, its place and its remedy."""
+    """Reports a faulty configuration; each line of the text names one fault, its place and its remedy."""
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `3e-4` is a number, `off` and `no` are text, dates are text."""
+    """Reads YAML 1.2 scalars: `3e-4` is a number, `off` and `no` are text, dates are text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str | None, list]] = {}
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes exactly what `Loader` would not read as text."""
+    """Quotes exactly the texts that `Loader` would not read as text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str | None, list]] = Loader.yaml_implicit_resolvers
 
@@ -41,27 +41,27 @@ for _tag, _pattern in {  # the first match wins: whole numbers before numbers
 
 @dataclass
 class Document:
-    """Plain data, and for every key where it was written (`configs/x.yaml:12` or `override 'a.b=c'`)."""
+    """Holds plain data, and for every key where it was written (`configs/x.yaml:12` or `override 'a.b=c'`)."""
 
     data: dict[str, Any] = field(default_factory=dict)
     where: dict[Keys, str] = field(default_factory=dict)
 
     def place(self, keys: Keys) -> str:
-        """Where `keys`, or else the closest written section around it, stands."""
+        """Returns where `keys` was written, or else the closest written section around it."""
         while keys and keys not in self.where:
             keys = keys[:-1]
         return self.where.get(keys, "configuration")
 
 
 def merge(base: Any, over: Any) -> Any:
-    """`over` laid over `base`: sections are merged key by key, everything else is replaced."""
+    """Returns `over` laid over `base`: sections are merged key by key, everything else is replaced."""
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
     return {**base, **{k: merge(base[k], v) if k in base else v for k, v in over.items()}}
 
 
 def read_document(path: str, included_by: tuple[str, ...]) -> Document:
-    """One YAML file with its includes merged under it."""
+    """Reads one YAML file with its includes merged under it."""
     own = _parse(path)
     includes = own.data.pop("include", [])
     document = Document()
@@ -114,8 +114,10 @@ def _parse(path: str) -> Document:
 
 
 def _plain(node: yaml.Node, keys: Keys, source: str, where: dict[Keys, str]) -> Any:
-    """The value of a YAML node; notes in `where` the line of every key. `source` is a file, or whole if `where` has
-    no line to add (an override)."""
+    """Returns the value of a YAML node, and records in `where` the place of every key.
+
+    `source` is a file, to which the line is added, or the text of an override, which is the place by itself.
+    """
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node, source)
     if isinstance(node, yaml.SequenceNode):
@@ -153,7 +155,7 @@ def _scalar(node: yaml.ScalarNode, source: str) -> Any:
 
 
 def override(document: Document, text: str) -> None:
-    """Apply `a.b=c`. It wins over a stage's `set` too: what is typed last is meant."""
+    """Applies `a.b=c`. It also overrides a stage's `set`: the command line has the last word."""
     source = f"override '{text}'"
     dotted_keys, equals, value_text = text.partition("=")
     keys = tuple(dotted_keys.split("."))
@@ -172,7 +174,7 @@ def override(document: Document, text: str) -> None:
 
 
 def _note(document: Document, keys: Keys, inner: dict[Keys, str], source: str) -> None:
-    """Remember that an override wrote `keys`, what lies in its value, and the sections it made on the way."""
+    """Records that an override wrote `keys`, the keys within its value, and the sections that it created."""
     for i in range(1, len(keys)):
         document.where.setdefault(keys[:i], source)
     document.where.update({keys: source, **{(*keys, *k): at for k, at in inner.items()}})
@@ -194,7 +196,7 @@ def _has(data: Any, keys: Keys) -> bool:
 
 
 def _assign(data: dict[str, Any], keys: tuple[str, ...], value: Any, source: str) -> Keys:
-    """Put `value` at `keys`, making sections on the way. An entry of a list is named by its number or its `name`."""
+    """Puts `value` at `keys`, creating missing sections. An entry of a list is named by its number or its `name`."""
     node: Any = data
     found: Keys = ()
     for i, key in enumerate(keys):

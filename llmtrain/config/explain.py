@@ -1,4 +1,4 @@
-"""What a validation fault says to its reader: the place, the rule, and the key or value that was meant."""
+"""Turns a validation fault into an error message: the place, the rule, and the key or value that was probably meant."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SYNONYMS = {
 
 
 def explain(schema: type[BaseModel], document: Document, fault: dict[str, Any], prefix: Keys) -> str:
-    """One line for one fault that pydantic found at `fault["loc"]` of `schema`, written below `prefix`."""
+    """Returns one line for one fault that pydantic found at `fault["loc"]` of `schema`, written below `prefix`."""
     keys = (*prefix, *fault["loc"])
     if prefix and keys not in document.where:
         keys = fault["loc"]
@@ -96,7 +96,7 @@ def _rule(fault: dict[str, Any]) -> str:
 
 
 def _example(schema: type[BaseModel], keys: Keys) -> str:
-    """The default as a remedy, where there is one to show."""
+    """Returns the default as a remedy, where there is one to show."""
     model = _section(schema, keys[:-1])
     known = model.model_fields.get(str(keys[-1])) if model else None
     default = known.get_default(call_default_factory=True) if known and not known.is_required() else None
@@ -107,7 +107,7 @@ def _example(schema: type[BaseModel], keys: Keys) -> str:
 
 
 def _section(schema: type[BaseModel], keys: Keys) -> type[BaseModel] | None:
-    """The model that describes `keys`; numbers (entries of lists) are passed over."""
+    """Returns the model that describes `keys`; numbers (entries of lists) are skipped."""
     for key in keys:
         if isinstance(key, str):
             known = schema.model_fields.get(key)
@@ -118,7 +118,7 @@ def _section(schema: type[BaseModel], keys: Keys) -> type[BaseModel] | None:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models inside an annotation such as `list[SourceConfig]` or `RopeScaling | None`."""
+    """Yields the models inside an annotation such as `list[SourceConfig]` or `RopeScaling | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
@@ -126,9 +126,10 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def nearest(schema: type[BaseModel], keys: Keys) -> str | None:
-    """The dotted known key that the user most likely meant by the unknown one `keys`.
+    """Returns the dotted known key that the user most likely meant by the unknown one `keys`.
 
-    In this order: a synonym or near name in the same section, the same name in another, a near name anywhere.
+    It tries in this order: a synonym or similar name in the same section, the same name in another, a similar name
+    anywhere.
     """
     word = str(keys[-1])
     meant = SYNONYMS.get(word, word)

@@ -1,4 +1,4 @@
-"""YAML documents to configurations and back. Every error is one line: where, what, and how to mend it."""
+"""Converts YAML documents to configurations and back. Every error is one line: where, what, and how to fix it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ __all__ = ["ConfigError", "dump", "load", "load_plugins", "stage_config"]
 
 
 def load(path: str, overrides: list[str]) -> Config:
-    """The configuration in the YAML file `path`, its includes and `section.key=value` overrides, in that order.
+    """Returns the configuration in the YAML file `path`, with its includes and `section.key=value` overrides, in that
+    order.
 
-    A document with `stages:` gives a RunConfig, and each of its stages is validated too.
-    Raises ConfigError, one line for each fault.
+    A document with `stages:` gives a RunConfig, and each of its stages is validated too. Raises ConfigError, one line
+    for each fault.
     """
     document = load_plugins([path, *overrides])
     _move_keys(document, document.data, ())
@@ -49,7 +50,7 @@ def load_plugins(arguments: Sequence[str]) -> Document:
 
 
 def _import_plugins(document: Document) -> None:
-    """The modules of `plugins`, found as Python finds modules, or below the working directory."""
+    """Imports the modules of `plugins`, found on Python's path or below the working directory."""
     names = document.data.get("plugins")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -74,10 +75,10 @@ def _move_keys(document: Document, data: dict[str, Any], prefix: Keys) -> None:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML; loading it gives an equal one.
+    """Returns the configuration as YAML; loading it gives an equal one.
 
-    A model that still takes fields from elsewhere (a preset, other weights, a stage) is written as the user wrote
-    it: a default written out would count as chosen.
+    A model that still takes fields from elsewhere (a preset, other weights, a stage) is written as the user wrote it: a
+    default written out would count as chosen.
     """
     data = config.model_dump(mode="json")
     if isinstance(config, RunConfig) or config.model.preset or config.model.init_from:
@@ -86,8 +87,10 @@ def dump(config: Config) -> str:
 
 
 def stage_config(run: RunConfig, name: str) -> Config:
-    """The configuration of one stage: the shared sections with the stage's `set` merged over them, in the directory
-    `<run directory>/<stage>`, and `{run}` replaced by the run directory in every text."""
+    """Returns the configuration of one stage: the shared sections with the stage's `set` merged over them.
+
+    Its run directory is `<run directory>/<stage>`, and `{run}` in every text is replaced by the run directory.
+    """
     stage = next(s for s in run.stages if s.name == name)
     data = merge(run.model_dump(mode="json", exclude={"stages"}, exclude_unset=True), stage.set)
     data = {**data, "name": name, "run_dir": os.path.join(run.directory, name)}
@@ -95,7 +98,7 @@ def stage_config(run: RunConfig, name: str) -> Config:
 
 
 def _fill(value: Any, directory: str) -> Any:
-    """`{run}` replaced in every text of plain data."""
+    """Returns plain data with `{run}` replaced in every text."""
     if isinstance(value, str):
         return value.replace("{run}", directory)
     if isinstance(value, dict):
@@ -104,7 +107,8 @@ def _fill(value: Any, directory: str) -> Any:
 
 
 def _validate(schema: type[Config], document: Document) -> Config:
-    """Strict, as JSON: `true` is no number and '3' no count, but a list is a tuple."""
+    """Returns the validated configuration. Strict JSON rules hold: `true` is no number and '3' no count, but a list is
+    a tuple."""
     try:
         return schema.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What this machine computes quickly, found without torch."""
+"""Finds out, without torch, what this machine computes quickly."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ import os
 import re
 from importlib.metadata import version
 
-# x86: what oneDNN, torch's library of matrix products on a CPU, asks for; below it bf16 runs in a plain loop
+# x86: what oneDNN, torch's library for matrix products on a CPU, requires; without it bf16 runs in a plain loop
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 ENOUGH = ({"avx_ne_convert"}, {"bf16"})  # x86 without AVX-512, ARM
 
 
 def fast_precision() -> str:
-    """bf16 on a GPU and on a CPU that multiplies it quickly, else fp32: a CPU with AVX2 alone takes about six times as
-    long for a matrix product in bf16."""
+    """Returns bf16 on a GPU and on a CPU that multiplies it quickly, else fp32.
+
+    A CPU with AVX2 alone takes about six times as long for a matrix product in bf16.
+    """
     return "bf16" if has_gpu() or multiplies_bf16(cpu_flags()) else "fp32"
 
 
 def torch_version() -> tuple[int, int]:
-    """Of the installed torch, as (2, 13)."""
+    """Returns the version of the installed torch, as (2, 13)."""
     major, minor = version("torch").split(".")[:2]
     return int(major), int(minor)
 
 
 def has_gpu() -> bool:
-    """An NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide."""
+    """Returns whether there is an NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide."""
     return os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
 def multiplies_bf16(flags: set[str]) -> bool:
-    """Whether a CPU with these instructions is quick in bf16."""
+    """Returns whether a CPU with these instructions is quick in bf16."""
     return flags >= AVX512 or any(flags >= needed for needed in ENOUGH)
 
 
 def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
-    """Instructions of the first core, as Linux names them; empty where it does not say."""
+    """Returns the instructions of the first core, as Linux names them; empty where it does not list them."""
     if not os.path.exists(path):
         return set()
     with open(path, encoding="utf-8") as file:

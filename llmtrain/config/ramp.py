@@ -1,4 +1,4 @@
-"""The phases of a run whose batch and rows grow: a pure function of the configuration, so a step number says it all."""
+"""Computes the phases of a run whose batch and row length grow, purely from configuration and step number."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from llmtrain.config.schema import Config, ModelConfig, RopeScaling, TrainConfig
 
 @dataclass(frozen=True)
 class Phase:
-    """Consecutive steps of one shape. Example: Phase(first_step=10, first_token=5120, global_batch_seqs=8, seq_len=64)
-    takes 512 tokens a step, and step 12 begins with token 6144 of the run."""
+    """Describes consecutive steps with one batch size and row length.
+
+    Example: Phase(first_step=10, first_token=5120, global_batch_seqs=8, seq_len=64) takes 512 tokens a step, and step
+    12 begins with token 6144 of the run.
+    """
 
     first_step: int  # counted from 0
     first_token: int  # of the whole run: tokens in all steps before
@@ -25,13 +28,16 @@ class Phase:
         return self.global_batch_seqs * self.seq_len
 
     def token_at(self, step: int) -> int:
-        """Tokens of the run before `step`, which lies in this phase or just behind it."""
+        """Returns the number of tokens of the run before `step`, which lies in this phase or directly after it."""
         return self.first_token + (step - self.first_step) * self.tokens_per_step
 
 
 def phases(train: TrainConfig) -> tuple[Phase, ...]:
-    """What the `train.steps` steps look like, in order. An entry of a ramp holds from the first step that begins with
-    `from_tokens` tokens or more; of two that meet in one step the later one wins where they differ."""
+    """Returns the phases of the `train.steps` steps, in order.
+
+    An entry of a ramp holds from the first step that begins with `from_tokens` tokens or more. Where several take
+    effect at one step, all apply, and the last one wins where they set the same key.
+    """
     table = [Phase(0, 0, train.global_batch_seqs, train.seq_len)]
     for entry in sorted([*train.batch_ramp, *train.seq_ramp], key=lambda entry: entry.from_tokens):
         last = table[-1]
@@ -45,41 +51,43 @@ def phases(train: TrainConfig) -> tuple[Phase, ...]:
 
 
 def phase_at(train: TrainConfig, step: int) -> Phase:
-    """The phase of a step."""
+    """Returns the phase of a step."""
     return next(phase for phase in reversed(phases(train)) if phase.first_step <= step)
 
 
 def total_tokens(train: TrainConfig) -> int:
-    """Of the whole run."""
+    """Returns the number of tokens of the whole run."""
     return phase_at(train, train.steps - 1).token_at(train.steps)
 
 
 def longest_row(train: TrainConfig) -> int:
-    """Tokens of the longest row: the unit of the data order, of which shorter rows are equal pieces. It does not
-    depend on `steps`, so a longer run takes the same samples."""
+    """Returns the tokens of the longest row: the unit of the data order, which shorter rows split into equal pieces.
+
+    It does not depend on `steps`, so a longer run takes the same samples.
+    """
     return max([train.seq_len, *(entry.seq_len for entry in train.seq_ramp)])
 
 
 def with_rope(model: ModelConfig, phase: Phase) -> ModelConfig:
-    """The model as the phase computes it."""
+    """Returns the model with the RoPE of the phase."""
     changed = {"rope_theta": phase.rope_theta, "rope_scaling": phase.rope_scaling}
     return model.model_copy(update={name: value for name, value in changed.items() if value is not None})
 
 
 def trained_model(model: ModelConfig, train: TrainConfig, steps: int) -> ModelConfig:
-    """The model as it was after `steps` steps: RoPE is that of the last of them. `model` is resolved."""
+    """Returns the model as it is after `steps` steps, with the RoPE of the last of them. `model` is resolved."""
     return with_rope(model, phase_at(train, min(max(0, steps - 1), train.steps - 1)))
 
 
 def with_phase(config: Config, phase: Phase) -> Config:
-    """The configuration as if the whole run were this phase."""
+    """Returns the configuration as if the whole run were this phase."""
     shape = {"global_batch_seqs": phase.global_batch_seqs, "seq_len": phase.seq_len}
     train = config.train.model_copy(update={**shape, "batch_ramp": [], "seq_ramp": []})
     return config.model_copy(update={"train": train})
 
 
 def ramp_faults(train: TrainConfig) -> Iterator[str]:
-    """What is wrong with the ramps as such, one line each: `key=value: rule; remedy`."""
+    """Yields what is wrong with the ramps themselves, one line each: `key=value: rule; remedy`."""
     for name in ("batch_ramp", "seq_ramp"):
         starts = [entry.from_tokens for entry in getattr(train, name)]
         if starts != sorted(set(starts)):

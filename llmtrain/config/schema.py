@@ -1,4 +1,4 @@
-"""Every key of a configuration and its default. The only home of defaults; imports no torch."""
+"""Defines every key of a configuration and its default. No other file has defaults. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,147 +10,149 @@ from llmtrain.config.machine import fast_precision
 
 
 class Section(BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """Rejects unknown keys and changes after loading; the base of all sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RopeScaling(Section):
-    """Frequencies for rows longer than those of the first training; `llama3` is the default, as in Llama 3.1."""
+    """Scales RoPE's frequencies for rows longer than those of the first training; defaults are Llama 3.1's."""
 
-    type: Literal["llama3", "linear", "yarn"] = "llama3"  # arXiv 2407.21783, 2306.15595, 2309.00071
+    type: Literal["llama3", "linear", "yarn"] = "llama3"  # respectively arXiv 2407.21783, 2306.15595, 2309.00071
     factor: PositiveFloat = 8.0  # by which (low) frequencies are divided
-    original_max_positions: PositiveInt = 8192  # rows the model was first trained with
-    low_freq_factor: PositiveFloat = 1.0  # llama3: wavelengths above original_max_positions / this are low
-    high_freq_factor: PositiveFloat = 4.0  # llama3: wavelengths below original_max_positions / this stay
-    beta_fast: PositiveFloat = 32.0  # yarn: pairs that turn more often in original_max_positions stay
-    beta_slow: PositiveFloat = 1.0  # yarn: pairs that turn less often are divided by factor
-    mscale: float = 0.0  # yarn: of cos and sin, relative to mscale_all_dim; 0 with mscale_all_dim = 0: the paper's
-    mscale_all_dim: float = 0.0  # yarn: of the attention scores (DeepSeek)
+    original_max_positions: PositiveInt = 8192  # row length in tokens of the first training
+    low_freq_factor: PositiveFloat = 1.0  # llama3: wavelengths above original_max_positions / this count as low
+    high_freq_factor: PositiveFloat = 4.0  # llama3: wavelengths below original_max_positions / this are unchanged
+    beta_fast: PositiveFloat = 32.0  # yarn: pairs with more rotations within original_max_positions are unchanged
+    beta_slow: PositiveFloat = 1.0  # yarn: frequencies of pairs with fewer rotations are divided by factor
+    mscale: float = 0.0  # yarn: scale of cos and sin relative to mscale_all_dim; both 0 = the paper's
+    mscale_all_dim: float = 0.0  # yarn: scale of the attention scores (DeepSeek)
 
 
 class MlaConfig(Section):
-    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads come from one small latent."""
+    """Configures multi-head latent attention (arXiv 2405.04434): all heads take keys and values from one small
+    latent."""
 
     q_rank: PositiveInt | None = None  # width of the query latent; None = queries straight from the hidden state
-    kv_rank: PositiveInt = 512  # width of the latent that is cached
-    nope_head_dim: PositiveInt = 128  # of a query and key head, without rotation
-    rope_head_dim: PositiveInt = 64  # rotated; the key's is shared by all heads and cached too
-    v_head_dim: PositiveInt = 128  # of a value head
+    kv_rank: PositiveInt = 512  # width of the key/value latent, which is cached
+    nope_head_dim: PositiveInt = 128  # width of the part of a query or key head without rotation
+    rope_head_dim: PositiveInt = 64  # width of the rotated part; all heads share that of the key, which is cached
+    v_head_dim: PositiveInt = 128  # width of a value head
 
 
 class MoeConfig(Section):
-    """Mixture of experts in place of the feed-forward layer (arXiv 2101.03961, 2401.06066)."""
+    """Configures a mixture of experts in place of the feed-forward layer (arXiv 2101.03961, 2401.06066)."""
 
-    num_experts: PositiveInt = 8  # routed ones
-    top_k: PositiveInt = 2  # of them for each token
-    expert_ffn_size: PositiveInt = 128  # inner width of one
+    num_experts: PositiveInt = 8  # number of routed experts
+    top_k: PositiveInt = 2  # experts chosen for each token
+    expert_ffn_size: PositiveInt = 128  # inner width of a routed expert
     shared_ffn_size: int = Field(0, ge=0)  # inner width of the expert that every token takes; 0 = none
     dense_layers: list[int] = []  # layers with a plain feed-forward layer of `ffn_size`
-    gate: Literal["softmax", "sigmoid"] = "softmax"  # scores of the experts
-    normalize: bool = True  # the scores of the chosen ones are divided by their sum
-    scale: PositiveFloat = 1.0  # then multiplied by this
-    num_groups: PositiveInt = 1  # equal groups of experts, of which only
-    top_groups: PositiveInt = 1  # so many are chosen from (DeepSeek's group-limited routing)
-    selection_bias: bool = False  # a bias for each expert that takes part in the choice, not in the weights
-    balance: Literal["none", "bias", "aux", "bias+aux"] = "none"  # bias: loss-free (arXiv 2408.15664); aux: by a loss
-    bias_rate: float = Field(0.001, ge=0.0)  # balance bias: by which a bias moves after each update
-    aux_coef: float = Field(0.01, ge=0.0)  # balance aux: weight of the loss (arXiv 2101.03961, for each row alone)
+    gate: Literal["softmax", "sigmoid"] = "softmax"  # function from router logits to scores
+    normalize: bool = True  # divide the scores of the chosen experts by their sum
+    scale: PositiveFloat = 1.0  # the scores are multiplied by this afterwards
+    num_groups: PositiveInt = 1  # equal groups that the experts form (group-limited routing of DeepSeek)
+    top_groups: PositiveInt = 1  # number of groups that a token may choose experts from
+    selection_bias: bool = False  # a bias for each expert that affects which are chosen, not their weights
+    balance: Literal["none", "bias", "aux", "bias+aux"] = "none"  # bias: no loss (arXiv 2408.15664); aux: a loss
+    bias_rate: float = Field(0.001, ge=0.0)  # balance bias: change of a bias after each update
+    aux_coef: float = Field(0.01, ge=0.0)  # balance aux: weight of the loss (arXiv 2101.03961, computed for each row)
     z_coef: float = Field(0.0, ge=0.0)  # weight of the router's z-loss (arXiv 2202.08906)
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (arXiv 2106.09685): only they are trained, W x + alpha / rank B (A x)."""
+    """Configures low-rank adapters (arXiv 2106.09685): W x + alpha / rank B (A x), only A and B are trained."""
 
-    rank: PositiveInt = 8  # inner width
+    rank: PositiveInt = 8  # rows of A and columns of B
     alpha: PositiveFloat = 16.0  # numerator of the scale
     targets: list[str] = ["q", "v"]  # names of projections: q, k, v, o, gate, up, down (mla: q_a, q_b, kv_a, kv_b)
 
 
 class MupConfig(Section):
-    """Maximal update parametrisation (arXiv 2203.03466, table 8): the best lr of a narrow model is that of a wide one.
-    See docs/models.md."""
+    """Configures muP (arXiv 2203.03466, table 8): the best lr of a narrow model fits a wide one. See docs/models.md."""
 
-    base_hidden: PositiveInt  # hidden_size at which nothing changes: that of the model whose lr was tuned
-    base_head_dim: PositiveInt | None = None  # scores are q k sqrt(this) / head_dim; None = the head_dim stays
+    base_hidden: PositiveInt  # hidden_size of the model whose lr was tuned; at this width nothing changes
+    base_head_dim: PositiveInt | None = None  # scores are q k sqrt(this) / head_dim; None = head_dim does not grow
 
 
 class ModelConfig(Section):
-    """Shape of the decoder. With `preset` or `init_from`, fields that are not written take their values from there."""
+    """Describes the decoder's shape. With `preset` or `init_from`, fields that are not written take their values from
+    there."""
 
     preset: str | None = None  # a published shape; see the presets at the end of docs/configuration.md
     init_from: str | None = None  # a Hugging Face directory or a run directory
-    family: str = "llama"  # sets the fields below that it is made of, and the form on disk; see docs/models.md
-    attention: Literal["gqa", "mla"] = "gqa"  # grouped-query (num_kv_heads = num_heads: the plain one); latent
+    family: str = "llama"  # sets defaults for the fields below, and names the form on disk; see docs/models.md
+    attention: Literal["gqa", "mla"] = "gqa"  # grouped-query (multi-head: num_kv_heads = num_heads); latent
     num_layers: PositiveInt = 4  # blocks
     hidden_size: PositiveInt = 128  # width of the residual stream
     ffn_size: PositiveInt = 384  # inner width of the feed-forward layer
     num_heads: PositiveInt = 4  # query heads
-    num_kv_heads: PositiveInt = 4  # shared by num_heads / num_kv_heads query heads each
+    num_kv_heads: PositiveInt = 4  # each serves num_heads / num_kv_heads query heads
     head_dim: PositiveInt | None = None  # None = hidden_size / num_heads; mla: nope_head_dim + rope_head_dim
-    vocab_size: PositiveInt = 1024  # at least the tokenizer's; above that of `init_from`: rows are added, their mean
+    vocab_size: PositiveInt = 1024  # at least the tokenizer's; rows beyond those of `init_from` start as their mean
     vocab_multiple: PositiveInt = 1  # vocab_size is rounded up to a multiple of this, so that tp divides it
     max_positions: PositiveInt = 2048  # longest row, prompt and completion together
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
-    norm_bias: bool = False  # layer: with a bias
+    norm_bias: bool = False  # layer: LayerNorm has a bias
     norm_offset: bool = False  # rms: the factor is 1 + weight (Gemma)
     norm_eps: PositiveFloat = 1e-5  # added to the mean square or variance
-    block: Literal["sequential", "parallel", "sandwich"] = "sequential"  # parallel: PaLM; sandwich: norms behind too
+    block: Literal["sequential", "parallel", "sandwich"] = "sequential"  # parallel: PaLM; sandwich: norms after, too
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # of the feed-forward layer
     gated: bool = True  # down(act(gate x) * up x); false: down(act(up x))
-    qkv_bias: bool = False  # of the projections to queries, keys and values
-    o_bias: bool = False  # of attention's output projection
-    ffn_bias: bool = False  # of the feed-forward projections
+    qkv_bias: bool = False  # biases of the projections to queries, keys and values
+    o_bias: bool = False  # a bias of attention's output projection
+    ffn_bias: bool = False  # biases of the feed-forward projections
     qk_norm: bool = False  # RMSNorm on every query and key head
-    attention_scale: PositiveFloat | None = None  # of the scores; None = head_dim^-0.5
+    attention_scale: PositiveFloat | None = None  # factor on the scores; None = head_dim^-0.5
     attention_softcap: PositiveFloat | None = None  # scores become softcap tanh(score / softcap)
-    logit_softcap: PositiveFloat | None = None  # the same for logits
-    scale_embeddings: bool = False  # embeddings times sqrt(hidden_size)
+    logit_softcap: PositiveFloat | None = None  # logits become softcap tanh(logit / softcap)
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(hidden_size)
     positions: Literal["rope", "learned"] = "rope"  # rotation of queries and keys, or vectors added to embeddings
     rope_theta: PositiveFloat = 10000.0  # base of RoPE's frequencies
     rope_scaling: RopeScaling | None = None  # None = plain RoPE
-    rope_interleaved: bool = False  # pairs are neighbours, not halves
-    sliding_window: PositiveInt | None = None  # tokens that a sliding layer sees, itself among them
+    rope_interleaved: bool = False  # rotated pairs are neighbours, instead of one dim from each half
+    sliding_window: PositiveInt | None = None  # tokens that a token in a sliding layer attends to, itself included
     layer_types: list[Literal["full", "sliding"]] | None = None  # a pattern, repeated over the layers; None = all full
-    rope_theta_sliding: PositiveFloat | None = None  # of sliding layers, without scaling; None = as the others
+    rope_theta_sliding: PositiveFloat | None = None  # base of RoPE in sliding layers, never scaled; None = rope_theta
     tie_embeddings: bool = True  # the head uses the embedding's weights
-    mla: MlaConfig | None = None  # with attention: mla
+    mla: MlaConfig | None = None  # read with attention: mla
     moe: MoeConfig | None = None  # None = all layers dense
-    mtp_layers: int = Field(0, ge=0)  # multi-token prediction: modules for the tokens after the next (arXiv 2412.19437)
-    mtp_coef: float = Field(0.3, ge=0.0)  # weight of their mean loss
+    mtp_layers: int = Field(0, ge=0)  # number of multi-token prediction modules (arXiv 2412.19437)
+    mtp_coef: float = Field(0.3, ge=0.0)  # weight of the mean loss of the multi-token prediction modules
     lora: LoraConfig | None = None  # None = full fine-tuning
-    mup: MupConfig | None = None  # factors by width for initial values, lr, logits and scores; None = as usual
+    mup: MupConfig | None = None  # factors that depend on the width, for initial values, lr, logits and scores
 
 
 class TokenizerConfig(Section):
-    """A Hugging Face tokenizer directory; one that is not there yet is trained from the data, or made from `base`."""
+    """Names a Hugging Face tokenizer directory; if it does not exist, it is trained from the data, or made from
+    `base`."""
 
     path: str | None = None  # None = <run directory>/tokenizer
-    base: str | None = None  # start from it instead of training: a SentencePiece .model file or a tokenizer directory
-    algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"  # when trained; on bytes, so that no text is unknown
-    vocab_size: PositiveInt = 1024  # when trained: 256 bytes, special tokens, and what is learned
+    base: str | None = None  # a SentencePiece .model file or tokenizer directory to start from instead of training
+    algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"  # when trained; all work on bytes, so no text is unknown
+    vocab_size: PositiveInt = 1024  # when trained: 256 bytes, special tokens and learned tokens together
     train_bytes: PositiveInt = 4_000_000  # at most this much text is read to train it
-    split: Literal["gpt2", "gpt4", "gpt4o"] = "gpt2"  # whose rule cuts text into words; no token crosses a cut
-    digits: Literal["single", "triples", "none"] = "single"  # tokens of one digit, of up to three, or of any number
-    special_tokens: list[str] = []  # beside padding, end of text, and those of chat and of data.fim_share, span_share
-    chat: Literal["none", "chatml"] = "none"  # chatml: its template and tokens; turns and documents end in <|im_end|>
+    split: Literal["gpt2", "gpt4", "gpt4o"] = "gpt2"  # whose rule splits text into words; no token crosses a split
+    digits: Literal["single", "triples", "none"] = "single"  # most digits in a token: one, three, or no limit
+    special_tokens: list[str] = []  # more, besides padding, end of text, those of chat, data.fim_share, span_share
+    chat: Literal["none", "chatml"] = "none"  # chatml: its template and tokens; turns and documents end with <|im_end|>
 
 
 class SourceConfig(Section):
-    """One source of documents for pretraining."""
+    """Describes one source of documents for pretraining."""
 
-    name: str  # of its shards, and in overrides
+    name: str  # names its shards, and the source in overrides
     type: Literal["stdlib", "topics", "arithmetic", "text", "jsonl"]  # stdlib, topics: Python's code and prose
     path: str | None = None  # text, jsonl: file, directory or glob
     weight: PositiveFloat = 1.0  # share of the samples, relative to the other sources
-    max_bytes: PositiveInt | None = None  # of UTF-8; None = all
+    max_bytes: PositiveInt | None = None  # of UTF-8 text at most; None = all
     held_out: float = Field(0.05, ge=0.0, lt=1.0)  # share of the documents kept for validation
-    count: PositiveInt = 2000  # arithmetic: documents
+    count: PositiveInt = 2000  # arithmetic: number of documents
     worked_share: float = Field(0.8, ge=0.0, le=1.0)  # arithmetic: share of sums worked by columns
 
 
 class TaskConfig(Section):
-    """A generated problem set: JSONL of prompts and answers, every eighth expression held out."""
+    """Describes a generated problem set: JSONL of prompts and answers, every eighth expression held out."""
 
     name: str  # files: <data directory>/<name>-train.jsonl and -held_out.jsonl
     type: Literal["chain_sum", "largest"]  # chain_sum: a + b or a - b of two digits; largest: of three numbers
@@ -160,7 +162,7 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
-    """Where text, demonstrations and prompts come from."""
+    """Says where text, demonstrations and prompts come from."""
 
     path: str | None = None  # directory of token shards; None = <run directory>/data
     sources: list[SourceConfig] = []  # text for pretraining
@@ -169,7 +171,7 @@ class DataConfig(Section):
     held_out: str | None = None  # eval: the same form
     mask_documents: bool = True  # attention and positions restart at document boundaries
     fim_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as fill-in-the-middle (arXiv 2207.14255)
-    fim_spm_share: float = Field(0.5, ge=0.0, le=1.0)  # of those: suffix-prefix-middle, the rest prefix-suffix-middle
+    fim_spm_share: float = Field(0.5, ge=0.0, le=1.0)  # share of these: suffix-prefix-middle, else prefix-suffix-middle
     span_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as span corruption (arXiv 1910.10683)
     span_noise: float = Field(0.15, gt=0.0, lt=1.0)  # span corruption: share of the tokens that are hidden
     span_mean_tokens: PositiveFloat = 3.0  # span corruption: mean length of a hidden span
@@ -178,70 +180,70 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The mesh, outermost first: pp, dp_replicate, dp_shard, cp, tp. `dp_shard: -1` takes all ranks left."""
+    """Sets the mesh axes, outermost first: pp, dp_replicate, dp_shard, cp, tp. `dp_shard: -1` takes all ranks left."""
 
     pp: PositiveInt = 1  # pipeline ranks
     dp_replicate: PositiveInt = 1  # data-parallel copies that shard nothing; with fsdp (HSDP) or zero_stage 0
     dp_shard: int = -1  # data-parallel ranks that ZeRO or FSDP2 shards over (together with cp)
-    cp: PositiveInt = 1  # context-parallel ranks: each has a part of every row
+    cp: PositiveInt = 1  # context-parallel ranks: each holds a part of every row
     tp: PositiveInt = 1  # tensor-parallel ranks; divides heads, K/V heads, ffn_size, vocab_size
-    ep: PositiveInt = 1  # expert-parallel ranks, a part of dp_shard x cp: each has a part of the experts
-    sequence_parallel: bool = True  # with tp > 1: norms and residuals on a slice of the row
+    ep: PositiveInt = 1  # expert-parallel ranks, a part of dp_shard x cp: each holds a part of the experts
+    sequence_parallel: bool = True  # with tp > 1: norms and residual stream are computed on a slice of the row
     context: Literal["ring", "alltoall", "allgather"] = "ring"  # attention over cp (arXiv 2310.01889, 2309.14509)
-    schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"  # of the pipeline
-    virtual_stages: PositiveInt = 1  # stages a pipeline rank; 1f1b: 1, zbv: 2, interleaved: 2 or more
-    stage_layers: list[int] | None = None  # layers of each stage, in order; None = balanced, with the head counted
+    schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"  # the pipeline schedule
+    virtual_stages: PositiveInt = 1  # pipeline stages on each rank; 1f1b: 1, zbv: 2, interleaved: 2 or more
+    stage_layers: list[int] | None = None  # layers of each pipeline stage; None = balanced, the head counted
 
 
 class EngineConfig(Section):
-    """How a step runs on one rank."""
+    """Configures how a rank computes a step: backend, sharding of states, precision, recomputation."""
 
     backend: Literal["deepspeed", "fsdp"] = "deepspeed"  # DeepSpeed ZeRO, or PyTorch FSDP2
     zero_stage: int = Field(1, ge=0, le=3)  # deepspeed: shards 1: optimizer state, 2: also gradients, 3: also weights
     reshard: bool = True  # fsdp: free whole weights after the forward (as ZeRO-3); false: after the backward (ZeRO-2)
-    offload: Literal["none", "optimizer", "params", "nvme"] = "none"  # to the CPU, or optimizer state to a disk
+    offload: Literal["none", "optimizer", "params", "nvme"] = "none"  # to CPU memory; nvme: optimizer state to a disk
     offload_path: str | None = None  # nvme: a directory on a fast local disk
     precision: Literal["fp32", "bf16", "fp16", "fp8", "auto"] = "bf16"  # masters are fp32; auto: bf16 where it is fast
     loss_scale: PositiveFloat | None = None  # fp16: None = dynamic
     loss_scale_window: PositiveInt = 1000  # fp16, dynamic: steps without overflow before the scale doubles
-    remat: Literal["none", "selective", "full"] = "none"  # keep all; matrix products and attention; inputs of blocks
+    remat: Literal["none", "selective", "full"] = "none"  # keeps all; matrix products, attention; block inputs
     compile: bool = False  # torch.compile of each block
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"  # the kernel; auto: the fastest that is valid here
-    logprob_chunk_tokens: PositiveInt | None = None  # rows of logits at a time; None = 1 GB, on a CPU 64 to 256 MB
-    timeout_s: PositiveInt = 600  # of a collective
+    logprob_chunk_tokens: PositiveInt | None = None  # rows of logits held at a time; None = 1 GB, on a CPU 64 to 256 MB
+    timeout_s: PositiveInt = 600  # time limit of a collective
 
     @field_validator("precision")
     @classmethod
     def _of_this_machine(cls, precision: str) -> str:
-        """Everything that follows, the written configuration too, sees what `auto` stands for here."""
+        """Resolves `auto` for this machine at once, so that the written configuration holds the precision in use."""
         return fast_precision() if precision == "auto" else precision
 
 
 class OptimConfig(Section):
-    """The optimizer and its schedule."""
+    """Configures the optimizer and its schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices of blocks, adamw for the rest
-    lr: PositiveFloat = 3e-4  # the highest
-    min_lr: float = Field(3e-5, ge=0.0)  # where linear, cosine and wsd end
+    lr: PositiveFloat = 3e-4  # the highest learning rate, after the warmup
+    min_lr: float = Field(3e-5, ge=0.0)  # last learning rate of linear, cosine and wsd
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's two moments
     eps: PositiveFloat = 1e-8  # added to the root of the second moment
     weight_decay: float = Field(0.1, ge=0.0)  # on matrices, not on norms and biases
-    muon_momentum: float = Field(0.95, ge=0.0, lt=1.0)  # Nesterov
-    grad_clip: float = Field(1.0, ge=0.0)  # 0 = no clipping
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warmup, towards min_lr
+    muon_momentum: float = Field(0.95, ge=0.0, lt=1.0)  # momentum of muon (Nesterov)
+    grad_clip: float = Field(1.0, ge=0.0)  # largest norm of the gradient; 0 = no clipping
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # course of the learning rate after the warmup
     wsd_decay_share: float = Field(0.2, gt=0.0, le=1.0)  # wsd: the last share of the steps falls linearly
-    warmup_steps: int = Field(100, ge=0)  # linear from 0; of updates (of recipes with minibatches: steps x minibatches)
+    warmup_steps: int = Field(100, ge=0)  # updates in which lr rises from 0 (a step with minibatches makes several)
 
 
 class BatchRamp(Section):
-    """From `from_tokens` trained tokens on, steps have `global_batch_seqs` rows."""
+    """Sets `global_batch_seqs` rows a step from `from_tokens` trained tokens on."""
 
     from_tokens: PositiveInt  # of the whole run; takes effect at the next step
     global_batch_seqs: PositiveInt  # rows a step over all ranks
 
 
 class SeqRamp(Section):
-    """From `from_tokens` trained tokens on, rows have `seq_len` tokens."""
+    """Sets rows of `seq_len` tokens from `from_tokens` trained tokens on."""
 
     from_tokens: PositiveInt  # of the whole run; takes effect at the next step
     seq_len: PositiveInt  # tokens a row
@@ -250,9 +252,9 @@ class SeqRamp(Section):
 
 
 class TrainConfig(Section):
-    """How much is trained. `global_batch_seqs = micro_batch_seqs x data-parallel ranks x accumulation`."""
+    """Sets how much is trained. `global_batch_seqs = micro_batch_seqs x data-parallel ranks x accumulation`."""
 
-    steps: PositiveInt = 1000  # of the stage; resumed runs count on
+    steps: PositiveInt = 1000  # steps in total; a resumed run continues the count
     seq_len: PositiveInt = 2048  # tokens a row; of recipes that sample the longest row
     micro_batch_seqs: PositiveInt = 1  # rows in one forward on one rank
     global_batch_seqs: PositiveInt = 8  # rows a step over all ranks; recipes that sample count prompts
@@ -263,10 +265,10 @@ class TrainConfig(Section):
 
 
 class GuardConfig(Section):
-    """What happens when a step goes wrong. Every decision is the same on all ranks, logged, and repeatable."""
+    """Sets what happens when a step goes wrong. Every decision is the same on all ranks, logged, and repeatable."""
 
-    nonfinite: Literal["stop", "skip"] = "stop"  # NaN or Inf in loss or gradient: end the run, or leave the update out
-    spike: Literal["off", "skip", "rewind"] = "off"  # rewind: back to the last checkpoint, without these batches
+    nonfinite: Literal["stop", "skip"] = "stop"  # NaN or Inf in loss or gradient: end the run, or skip the update
+    spike: Literal["off", "skip", "rewind"] = "off"  # rewind: back to the last checkpoint, leaving these batches out
     spike_sigma: PositiveFloat = 6.0  # a spike is a loss so many standard deviations above the window's mean
     spike_window: PositiveInt = 128  # steps the mean and deviation are taken over; no spike before it is full
     max_skips: PositiveInt = 10  # skipped or rewound steps in a row before the run stops
@@ -274,14 +276,14 @@ class GuardConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Sampling during RL."""
+    """Configures sampling during RL."""
 
-    generator: Literal["native"] = "native"  # our own decoder with a static KV cache
-    placement: Literal["colocated", "separate"] = "colocated"  # who samples: the trainers, or ranks of their own
-    workers: int = Field(0, ge=0)  # ranks that only generate; read with `separate` only
+    generator: Literal["native"] = "native"  # the trained decoder with a static KV cache
+    placement: Literal["colocated", "separate"] = "colocated"  # sampling by the trainers, or by separate ranks
+    workers: int = Field(0, ge=0)  # number of separate ranks; read with `separate` only
     group_size: PositiveInt = 8  # samples a prompt
-    max_new_tokens: PositiveInt = 256  # of one completion
-    temperature: PositiveFloat = 1.0  # of sampling and of the log-probs that are trained
+    max_new_tokens: PositiveInt = 256  # longest completion, in tokens
+    temperature: PositiveFloat = 1.0  # for sampling, and for the log-probs in the loss
     top_p: float = Field(1.0, gt=0.0, le=1.0)  # share of probability kept; 1 = all
     top_k: int = Field(0, ge=0)  # most likely tokens kept; 0 = all
     max_batch_seqs: PositiveInt = 256  # sequences decoded together on one rank
@@ -289,63 +291,64 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    """A reward of a completion. The sum of all, by their weights, is what a recipe that samples trains on."""
+    """Names a reward of completions. Recipes that sample train on the sum of all, by their weights."""
 
     name: Literal["reasoning_gym", "first_integer", "math"] = "reasoning_gym"  # 1 for a right answer, else 0
     weight: float = 1.0  # in the sum
 
 
 class EvalConfig(Section):
-    """What `llmtrain eval` measures, on the newest checkpoint of `model.init_from` or a Hugging Face directory."""
+    """Sets what `llmtrain eval` measures, on the newest checkpoint of `model.init_from` or a Hugging Face directory."""
 
     text: bool = True  # perplexity on the held-out shards of `data.path`
     text_seqs: PositiveInt = 200  # held-out rows at most
-    problems: int = Field(256, ge=0)  # from `data.held_out`
-    samples: PositiveInt = 8  # pass@k up to this k, majority@k
+    problems: int = Field(256, ge=0)  # problems from `data.held_out` at most
+    samples: PositiveInt = 8  # completions of each problem, for pass@k and maj@k
     label: str = "model"  # how the report names it
 
 
 class CheckpointConfig(Section):
-    """When the state of a run is saved, and whether it is taken up again."""
+    """Sets when the state of a run is saved, and whether a run continues from it."""
 
     every_steps: int = Field(100, ge=0)  # 0 = only at the end
-    keep: PositiveInt = 3  # the newest so many
+    keep: PositiveInt = 3  # number of newest checkpoints that are kept
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest intact one; never: refuse a used directory
-    background: bool = False  # write while the next steps run; costs a copy of the state in host memory
-    on_error: Literal["warn", "stop"] = "warn"  # a save that fails: go on with a warning, or end the run
+    background: bool = False  # write during the next steps; needs a copy of the state in host memory
+    on_error: Literal["warn", "stop"] = "warn"  # when a save fails: continue with a warning, or end the run
 
 
 class ExportConfig(Section):
-    """`llmtrain export`: the newest checkpoint of `model.init_from`, else of the run, as a Hugging Face directory, with
-    adapters merged."""
+    """Configures `llmtrain export`: the newest checkpoint of `model.init_from`, else of the run, becomes a Hugging Face
+    directory, with adapters merged."""
 
-    path: str | None = None  # None = export/, of adapters adapter/, in the directory of that run
-    dtype: Literal["bf16", "fp32"] = "bf16"  # of the written weights
-    adapter: bool = False  # only the adapters of a run with model.lora, as a directory for peft
+    path: str | None = None  # None = export/ (with adapter: true, adapter/) in the directory of that run
+    dtype: Literal["bf16", "fp32"] = "bf16"  # dtype of the written weights
+    adapter: bool = False  # write only the adapters of a run with model.lora, as a directory for peft
 
 
 class ReportConfig(Section):
-    """`llmtrain report`: plots and samples as one HTML page."""
+    """Configures `llmtrain report`, which shows plots and samples on one HTML page."""
 
     path: str | None = None  # the run to report on, or a directory of stages; None = the run directory
 
 
 class LogConfig(Section):
-    """What is recorded while a stage runs."""
+    """Sets what is recorded while a stage runs."""
 
-    every_steps: PositiveInt = 1  # between lines of metrics.jsonl
+    every_steps: PositiveInt = 1  # steps between lines of metrics.jsonl
     wandb: Literal["offline", "online", "off"] = "offline"  # offline sends nothing; online needs WANDB_API_KEY
-    project: str = "llmtrain"  # of W&B
+    project: str = "llmtrain"  # project of W&B
     samples: int = Field(4, ge=0)  # completions written to samples.jsonl at a logged RL step or an evaluation
 
 
 class Config(Section):
-    """Holds one document: one stage. Every recipe adds its section, under its name: see `config.recipes`."""
+    """Holds one document, which configures one stage. Every recipe adds its section under its name, see
+    `config.recipes`."""
 
-    name: str = "run"  # of the run
+    name: str = "run"  # name of the run
     run_dir: str | None = None  # None = runs/<name>
     seed: int = 0  # of weights, data order and sampling
-    plugins: list[str] = []  # Python modules that are imported first: they may register model families
+    plugins: list[str] = []  # Python modules that are imported first: they may register model families and recipes
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
@@ -364,21 +367,22 @@ class Config(Section):
 
     @property
     def directory(self) -> str:
-        """The run directory."""
+        """Returns the run directory."""
         return self.run_dir or f"runs/{self.name}"
 
 
 class StageConfig(Section):
-    """One line of `stages:` in a `run` document. `set` holds sections that are merged over the document's own;
-    the text `{run}` in any string is the run directory of the whole document."""
+    """Configures one entry of `stages:` in a `run` document. `set` holds sections that are merged over the document's
+    own; the text `{run}` in any string is the run directory of the whole document."""
 
-    name: str  # its directory: <run directory>/<name>
+    name: str  # the stage's directory is <run directory>/<name>
     command: str  # what it runs: a recipe, or data, tokenizer, eval, export, report
     ranks: PositiveInt = 1  # processes under torchrun; 1 = a plain process
     set: dict[str, Any] = {}  # sections and keys that differ for this stage
 
 
 class RunConfig(Config):
-    """A whole path: shared sections and a list of stages; each stage runs in <run directory>/<stage name>."""
+    """Configures a run of several stages: shared sections and a list of stages, each in <run directory>/<stage
+    name>."""
 
     stages: list[StageConfig] = []  # run in this order, finished ones skipped
