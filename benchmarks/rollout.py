@@ -71,7 +71,7 @@ def native(directory: str, workload: Workload, dtype: torch.dtype) -> Contestant
     generator.load_weights(((name, read(name)) for name in parameter_shapes(config)), version=0)
     prompts = prompts_of(workload, config.vocab_size)
     sampling = Sampling(workload.new_tokens, workload.samples, stop_ids=tuple(range(workload.stop_ids)))
-    return lambda: sum(len(r.completion_ids) for r in generator.generate(prompts, sampling))
+    return lambda: sum(len(s.ids) for group in generator.generate(prompts, sampling) for s in group)
 
 
 def transformers(directory: str, workload: Workload, dtype: torch.dtype) -> Contestant:

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llmtrain import cli
+from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import Config
 
 
@@ -26,7 +28,8 @@ def pretrain(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A trainer of the tests in the place of the real one."""
     module = types.ModuleType("llmtrain.trainer.pretend")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(cli.COMMANDS, "pretrain", (f"{module.__name__}:main", "pretends"))
+    pretends = replace(RECIPES["pretrain"], main=f"{module.__name__}:main")
+    monkeypatch.setitem(RECIPES, "pretrain", pretends)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     return module
@@ -35,7 +38,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in cli.COMMANDS) and cli.EXAMPLE in out
+    assert all(f"\n  {name} " in out for name in cli.commands()) and cli.EXAMPLE in out
     assert cli.main([]) == 2
 
 
@@ -127,7 +130,7 @@ def test_as_a_module_with_nothing_heavy_loaded(tmp_path: Path) -> None:
 
 def test_the_compiler_is_imported_only_by_runs_that_compile() -> None:
     """It is 2 s of a start. Not by any command, by the shapes of a model, or by what DeepSpeed asks about Muon."""
-    modules = sorted({target.partition(":")[0] for target, _ in cli.COMMANDS.values()})
+    modules = sorted({target.partition(":")[0] for target, _ in cli.commands().values()})
     code = f"""
 import sys, {", ".join(modules)}
 from llmtrain.config.schema import ModelConfig

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config.load import ConfigError, dump, load, stage_config
+from llmtrain.config.recipes import config_class
 from llmtrain.config.schema import Config, ModelConfig, OptimConfig, RunConfig
 
 
@@ -162,7 +163,7 @@ def test_a_stage_is_the_document_with_its_set_merged_over(tmp_path: Path) -> Non
     run = load(write(tmp_path, RUN), [])
     assert isinstance(run, RunConfig)
     sft = stage_config(run, "sft")
-    assert type(sft) is Config and sft.parallel.pp == 2 and sft.train.steps == 600
+    assert not isinstance(sft, RunConfig) and sft.parallel.pp == 2 and sft.train.steps == 600
     assert (sft.name, sft.directory) == ("sft", "runs/q/sft")
     assert (sft.model.init_from, sft.data.train) == ("runs/q/pretrain", "runs/q/data/t.jsonl")
 
@@ -195,7 +196,7 @@ words = (
 @settings(max_examples=60, deadline=None)
 @given(name=words, lr=st.floats(1e-12, 1e12), path=st.none() | words)
 def test_a_dump_loads_back_equal(tmp_path_factory: pytest.TempPathFactory, name: str, lr: float, path: str) -> None:
-    config = Config(name=name, optim=OptimConfig(lr=lr), tokenizer={"path": path})
+    config = config_class()(name=name, optim=OptimConfig(lr=lr), tokenizer={"path": path})
     file = write(tmp_path_factory.getbasetemp(), dump(config), "dump.yaml")
     assert load(file, []) == config
 
@@ -218,3 +219,17 @@ def test_loading_and_checking_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_keys_of_earlier_versions_are_read_as_what_they_are_now(tmp_path: Path) -> None:
+    old = (
+        "name: q\ngrpo: {reward: math, minibatches: 2}\n"
+        "stages:\n  - {name: a, command: grpo, set: {grpo: {reward: math}}}\n"
+    )
+    run = load(write(tmp_path, old), ["grpo.reward=first_integer"])
+    assert [reward.name for reward in run.rewards] == ["first_integer"] and run.grpo.minibatches == 2
+    assert [reward.name for reward in stage_config(run, "a").rewards] == ["first_integer"]
+    path = write(tmp_path, "rewards: [{name: math}]\ngrpo:\n  reward: math\n")
+    assert fault(path) == f"{path}:3: grpo.reward: is now `rewards`, which is written too; remove one"
+    path = write(tmp_path, "grpo:\n  reward: maths\n")
+    assert fault(path).startswith(f"{path}:2: rewards.0.name: value 'maths': must be one of 'reasoning_gym'")

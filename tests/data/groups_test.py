@@ -9,28 +9,31 @@ import torch
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.groups import group_batch, group_rows, row_width
 from llmtrain.model.decoder import Decoder, initialize
-from llmtrain.types import IGNORE, Batch, Experience, Rollout
+from llmtrain.types import IGNORE, Batch, Sample
 
 PAD = 0
 
 
-def experience(prompt: list[int], completion: list[int], advantage: float = 1.0) -> Experience:
-    logprobs = [-0.1 * t for t in completion]
-    return Experience(Rollout(prompt, completion, logprobs, True, 0, 0), reward=1.0, advantage=advantage, text="")
+def sample(prompt: list[int], ids: list[int], advantage: float = 1.0, trained: list[bool] | None = None) -> Sample:
+    n = len(ids)
+    logprobs, columns = [-0.1 * t for t in ids], {"advantages": [advantage] * n}
+    return Sample(prompt, ids, trained or [True] * n, logprobs, [0] * n, finished=True, columns=columns)
 
 
-def random_groups(rng: random.Random, prompts: int, samples: int) -> list[list[Experience]]:
+def random_groups(rng: random.Random, prompts: int, samples: int) -> list[list[Sample]]:
     groups = []
     for _ in range(prompts):
         prompt = [rng.randint(2, 49) for _ in range(rng.randint(1, 9))]
         lengths = [rng.randint(1, 8) for _ in range(samples)]
-        groups.append([experience(prompt, [rng.randint(2, 49) for _ in range(n)], rng.random()) for n in lengths])
+        groups.append([sample(prompt, [rng.randint(2, 49) for _ in range(n)], rng.random()) for n in lengths])
     return groups
 
 
 def test_the_example_of_types() -> None:
     p, q, x, y, z = 5, 6, 7, 8, 9
-    batch = group_batch([[experience([p, q], [x, y], 0.5), experience([p, q], [z], -2.0)]], 5, rows=1, pad_id=PAD)
+    batch = group_batch(
+        [[sample([p, q], [x, y], 0.5), sample([p, q], [z], -2.0)]], 5, rows=1, pad_id=PAD, columns=("advantages",)
+    )
     assert batch.input_ids.tolist() == [[p, q, x, q, PAD]]
     assert batch.labels.tolist() == [[IGNORE, x, y, z, IGNORE]]
     assert batch.loss_mask.tolist() == [[False, True, True, True, False]]
@@ -67,12 +70,11 @@ def test_shared_prefix_equals_each_sample_alone(width: int) -> None:
             old = batch.extra["old_logprobs"][row][at]
             found[tuple(batch.labels[row][at].tolist()), tuple(values[at].tolist()), tuple(old.tolist())] += 1
     expected = []
-    for sample in (s for group in groups for s in group):
-        r = sample.rollout
-        ids = torch.tensor([r.prompt_ids + r.completion_ids])
+    for r in (s for group in groups for s in group):
+        ids = torch.tensor([r.prompt_ids + r.ids])
         alone = model(ids[:, :-1], torch.arange(ids.size(1) - 1)[None]).log_softmax(-1)[0]
         values = alone.gather(-1, ids[0, 1:, None])[len(r.prompt_ids) - 1 :, 0]
-        expected.append((tuple(r.completion_ids), tuple(values.tolist()), tuple(torch.tensor(r.logprobs).tolist())))
+        expected.append((tuple(r.ids), tuple(values.tolist()), tuple(torch.tensor(r.logprobs).tolist())))
     got = sorted(found.elements())
     for mine, wanted in zip(got, sorted(expected), strict=True):
         assert mine[0] == wanted[0]
@@ -85,12 +87,12 @@ def test_neighbours_share_rows_and_large_groups_are_cut() -> None:
     longest = row_width(groups, 1)
     assert row_width(groups, 8) == -(-longest // 8) * 8
     width = 2 * longest
-    tokens = sum(len(g[0].rollout.prompt_ids) - 1 + sum(len(s.rollout.completion_ids) for s in g) for g in groups)
+    tokens = sum(len(g[0].prompt_ids) - 1 + sum(len(s.ids) for s in g) for g in groups)
     assert -(-tokens // width) <= len(group_rows(groups, width)) < len(groups)
     assert len(group_rows(groups, longest)) <= len(groups)
-    cut = group_rows(groups[:1], max(len(s.rollout.prompt_ids) + len(s.rollout.completion_ids) for s in groups[0]))
+    cut = group_rows(groups[:1], max(len(s.prompt_ids) + len(s.ids) for s in groups[0]))
     assert len(cut) > 1
-    assert all(row["labels"].count(IGNORE) == len(groups[0][0].rollout.prompt_ids) - 1 for row in cut)
+    assert all(row["labels"].count(IGNORE) == len(groups[0][0].prompt_ids) - 1 for row in cut)
 
 
 def test_rows_are_padded_and_bounded() -> None:
@@ -103,11 +105,22 @@ def test_rows_are_padded_and_bounded() -> None:
     with pytest.raises(ValueError, match=f"need {needed} rows of 40 tokens, but only 0"):
         group_batch(groups, 40, 0, PAD)
     with pytest.raises(ValueError, match="a sample of 11 tokens does not fit in a row of 10"):
-        group_rows([[experience([1, 2, 3, 4], [5] * 8)]], 10)
+        group_rows([[sample([1, 2, 3, 4], [5] * 8)]], 10)
 
 
 def test_no_groups_give_empty_rows() -> None:
-    batch = group_batch([], row_width([], 16), 2, PAD)
+    batch = group_batch([], row_width([], 16), 2, PAD, ("advantages",))
     assert batch.input_ids.shape == (2, 16)
     assert batch.extra["advantages"].dtype == torch.float32
     assert not batch.loss_mask.any()
+
+
+def test_what_a_tool_wrote_is_seen_but_not_trained() -> None:
+    p, q, x, tool, y = 5, 6, 7, 8, 9
+    one = sample([p, q], [x, tool, y], 0.5, trained=[True, False, True])
+    one.columns["values"] = [0.1, 0.2, 0.3]
+    batch = group_batch([[one]], 4, rows=1, pad_id=PAD, columns=("values",))
+    assert batch.input_ids.tolist() == [[p, q, x, tool]]
+    assert batch.labels.tolist() == [[IGNORE, x, IGNORE, y]]
+    assert batch.loss_mask.tolist() == [[False, True, False, True]]
+    assert torch.allclose(batch.extra["values"], torch.tensor([[0, 0.1, 0.2, 0.3]])) and "advantages" not in batch.extra

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from llmtrain.eval.generate import evaluate_problems
-from llmtrain.types import Prompt, Rollout, Sampling
+from llmtrain.types import Group, Prompt, Sample, Sampling
 
 SAMPLED = [[7, 7, 8, 7], [5, 6, 6, 9], [1, 2, 3, 4]]  # answers of four samples to three problems
 GREEDY = [7, 6, 1]
@@ -18,10 +18,13 @@ class Scripted:
     def __init__(self) -> None:
         self.requests: list[Sampling] = []
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         self.requests.append(sampling)
         answers = [[a] for a in GREEDY] if sampling.temperature == 0 else SAMPLED
-        return [Rollout(p.ids, [a], [0.0], True, 0, i) for i, p in enumerate(prompts) for a in answers[i]]
+        return [
+            [Sample(p.ids, [a], [True], [0.0], [0], finished=True) for a in own]
+            for p, own in zip(prompts, answers, strict=False)
+        ]
 
 
 def _evaluate(generator: Scripted, prompts: list[Prompt]) -> tuple[dict, list[dict]]:

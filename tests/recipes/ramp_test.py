@@ -16,6 +16,7 @@ from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.source import weight_source
 from llmtrain.config.load import load
 from llmtrain.config.ramp import phase_at, total_tokens
+from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import BatchRamp, ModelConfig, RopeScaling, SeqRamp, TrainConfig
 from llmtrain.data.packing import TextRows
 from llmtrain.model.decoder import Decoder, initialize
@@ -100,7 +101,8 @@ def test_killed_in_a_phase_goes_on_bit_for_bit(small: Path, tmp_path: Path) -> N
     reader = CheckpointReader(str(killed / "checkpoints/step-00000009"))
     other = load(str(small), [*RAMPS[:1], *RAMPS[2:]])
     with pytest.raises(ValueError, match=r"train.seq_ramp=\[\]: must stay \[.*50000"):
-        check_same_run(SimpleNamespace(config=other, model=resolve_model(other.model)), reader, "x")
+        job = SimpleNamespace(config=other, model=resolve_model(other.model), recipe=RECIPES["pretrain"])
+        check_same_run(job, reader, "x")
     with pytest.raises(ValueError, match=r"model.rope_theta=10000.0: .* was trained with 50000.0"):
         weight_source(str(killed), resolve_model(other.model))
 

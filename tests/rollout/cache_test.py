@@ -12,6 +12,7 @@ from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.rollout.cache import KVCache, kept
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.types import Prompt, Sampling
+from tests.rollout.native_test import flat
 
 SHAPE = {"num_layers": 3, "hidden_size": 48, "ffn_size": 80, "num_heads": 6, "vocab_size": 97, "max_positions": 512}
 MLA = MlaConfig(q_rank=20, kv_rank=16, nope_head_dim=8, rope_head_dim=4, v_head_dim=10)
@@ -50,13 +51,13 @@ def test_equals_recomputation(name: str) -> None:
     """Rows of many lengths, one of them longer than any ring, on slots that are moved and used again."""
     model = decoder(name)
     sampling = Sampling(12, num_samples=2, temperature=1.2, stop_ids=tuple(range(8)))
-    rollouts = NativeGenerator(model, 3, "cpu").generate(prompts((5, 1, 200, 60)), sampling)
-    assert len({len(r.completion_ids) for r in rollouts}) > 1  # rows end at different steps
-    for rollout in rollouts:
-        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+    samples = flat(NativeGenerator(model, 3, "cpu").generate(prompts((5, 1, 200, 60)), sampling))
+    assert len({len(r.ids) for r in samples}) > 1  # rows end at different steps
+    for sample in samples:
+        ids = torch.tensor([sample.prompt_ids + sample.ids])
         positions = torch.arange(ids.size(1) - 1)[None]
         logp, _ = model(ids[:, :-1], positions, labels=ids[:, 1:], temperature=torch.tensor([1.2]))
-        got, expected = torch.tensor(rollout.logprobs), logp[0, len(rollout.prompt_ids) - 1 :]
+        got, expected = torch.tensor(sample.logprobs), logp[0, len(sample.prompt_ids) - 1 :]
         assert (got - expected).abs().max() <= 1e-4
 
 
@@ -64,10 +65,10 @@ def test_equals_recomputation(name: str) -> None:
 def test_a_ring_turns() -> None:
     """Decoding goes round a ring of 64 more than once, and greedy tokens are those of the full forward."""
     model = decoder("window below a bucket")
-    (rollout,) = NativeGenerator(model, 1, "cpu").generate(prompts((3,)), Sampling(150, temperature=0))
-    ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+    (sample,) = flat(NativeGenerator(model, 1, "cpu").generate(prompts((3,)), Sampling(150, temperature=0)))
+    ids = torch.tensor([sample.prompt_ids + sample.ids])
     logits = model(ids[:, :-1], torch.arange(ids.size(1) - 1)[None])
-    assert logits[0, 2:].argmax(-1).tolist() == rollout.completion_ids
+    assert logits[0, 2:].argmax(-1).tolist() == sample.ids
 
 
 def cache_of(name: str, slots: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> KVCache:

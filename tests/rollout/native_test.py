@@ -10,7 +10,7 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.rollout.native import NativeGenerator
-from llmtrain.types import Prompt, Rollout, Sampling
+from llmtrain.types import Group, Prompt, Sample, Sampling
 from tests.model.families import pair
 from tests.model.llama import SMALL, loaded, random_llama, smollm2_directory
 
@@ -32,8 +32,12 @@ def random_prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Prompt]:
     return [Prompt(torch.randint(97, (n,), generator=generator).tolist(), seed=i) for i, n in enumerate(lengths)]
 
 
-def completions(rollouts: list[Rollout]) -> list[list[int]]:
-    return [r.completion_ids for r in rollouts]
+def flat(groups: list[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group]
+
+
+def completions(samples: list[Sample]) -> list[list[int]]:
+    return [r.ids for r in samples]
 
 
 @pytest.mark.parametrize("config", [SMALL, UNTIED], ids=["tied", "untied"])
@@ -44,10 +48,10 @@ def test_greedy_equals_transformers(config: ModelConfig, tmp_path_factory: pytes
     generator = NativeGenerator(loaded(directory, config), max_batch_seqs=4, device="cpu")
     prompts = random_prompts()
     sampling = Sampling(30, temperature=0, stop_ids=(llama.config.eos_token_id,))
-    for prompt, rollout in zip(prompts, generator.generate(prompts, sampling), strict=True):
+    for prompt, sample in zip(prompts, flat(generator.generate(prompts, sampling)), strict=True):
         ids = torch.tensor([prompt.ids])
         expected = llama.generate(ids, max_new_tokens=30, do_sample=False, attention_mask=torch.ones_like(ids))
-        assert rollout.prompt_ids + rollout.completion_ids == expected[0].tolist()
+        assert sample.prompt_ids + sample.ids == expected[0].tolist()
 
 
 @torch.no_grad()
@@ -59,13 +63,13 @@ def test_windows_equal_transformers_beyond_the_ring() -> None:
     with pair(Gemma3ForCausalLM, Gemma3TextConfig(**shape, sliding_window=12, layer_types=layers)) as p:
         generator = NativeGenerator(p.ours, max_batch_seqs=3, device="cpu")
         prompts = random_prompts((90, 3, 70, 12))
-        rollouts = generator.generate(prompts, Sampling(70, temperature=0))
+        samples = flat(generator.generate(prompts, Sampling(70, temperature=0)))
         assert [layer.tokens for layer in generator.cache.layers] == [64, 192, 64]
-        for prompt, rollout in zip(prompts, rollouts, strict=True):
+        for prompt, sample in zip(prompts, samples, strict=True):
             ids = torch.tensor([prompt.ids])
             settings = {"max_new_tokens": 70, "do_sample": False, "attention_mask": torch.ones_like(ids)}
             expected = p.theirs.generate(ids, eos_token_id=None, pad_token_id=0, **settings)
-            assert prompt.ids + rollout.completion_ids == expected[0].tolist()
+            assert prompt.ids + sample.ids == expected[0].tolist()
 
 
 @torch.no_grad()
@@ -77,26 +81,26 @@ def test_greedy_equals_transformers_on_smollm2(tmp_path_factory: pytest.TempPath
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = [Prompt(tokenizer.apply_chat_template(c, add_generation_prompt=True)["input_ids"]) for c in chats]
     sampling = Sampling(8, num_samples=2, temperature=0, stop_ids=(2,))
-    rollouts = NativeGenerator(model, 3, "cpu").generate(prompts, sampling)
-    for prompt, first, second in zip(prompts, rollouts[::2], rollouts[1::2], strict=True):
+    samples = flat(NativeGenerator(model, 3, "cpu").generate(prompts, sampling))
+    for prompt, first, second in zip(prompts, samples[::2], samples[1::2], strict=True):
         ids = torch.tensor([prompt.ids])
         expected = llama.generate(ids, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))
-        assert prompt.ids + first.completion_ids == expected[0].tolist()
-        assert first.completion_ids == second.completion_ids
-    assert tokenizer.decode(rollouts[0].completion_ids, skip_special_tokens=True) == "The capital of France is Paris."
+        assert prompt.ids + first.ids == expected[0].tolist()
+        assert first.ids == second.ids
+    assert tokenizer.decode(samples[0].ids, skip_special_tokens=True) == "The capital of France is Paris."
 
 
 @pytest.mark.parametrize("sampling", [Sampling(40, 3, 0.7), Sampling(20, 2, 1.5, top_p=0.8), Sampling(9, 1, 0)])
 @torch.no_grad()
 def test_logprobs_equal_the_full_forward(sampling: Sampling) -> None:
     model = random_decoder()
-    rollouts = NativeGenerator(model, 5, "cpu").generate(random_prompts(), sampling)
-    assert len(rollouts) == 6 * sampling.num_samples
-    for rollout in rollouts:
-        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+    samples = flat(NativeGenerator(model, 5, "cpu").generate(random_prompts(), sampling))
+    assert len(samples) == 6 * sampling.num_samples
+    for sample in samples:
+        ids = torch.tensor([sample.prompt_ids + sample.ids])
         temperature = torch.tensor([sampling.temperature or 1.0])
         logp, _ = model(ids[:, :-1], torch.arange(ids.size(1) - 1)[None], labels=ids[:, 1:], temperature=temperature)
-        got, expected = torch.tensor(rollout.logprobs), logp[0, len(rollout.prompt_ids) - 1 :]
+        got, expected = torch.tensor(sample.logprobs), logp[0, len(sample.prompt_ids) - 1 :]
         assert (got - expected).abs().max() <= 1e-4
 
 
@@ -104,36 +108,36 @@ def test_logprobs_equal_the_full_forward(sampling: Sampling) -> None:
 def test_batch_size_changes_nothing(max_batch_seqs: int) -> None:
     sampling = Sampling(20, num_samples=4, temperature=1.3, stop_ids=tuple(range(5)))
     model = random_decoder()
-    whole = NativeGenerator(model, 64, "cpu").generate(random_prompts(), sampling)
-    parts = NativeGenerator(model, max_batch_seqs, "cpu").generate(random_prompts(), sampling)
+    whole = flat(NativeGenerator(model, 64, "cpu").generate(random_prompts(), sampling))
+    parts = flat(NativeGenerator(model, max_batch_seqs, "cpu").generate(random_prompts(), sampling))
     assert completions(whole) == completions(parts)
     assert len({tuple(c) for c in completions(whole)}) > 20  # the samples of a group differ
     assert len({len(c) for c in completions(whole)}) > 5  # and end at different steps
-    assert [r.group for r in parts] == [i for i in range(6) for _ in range(4)]
+    assert [r.prompt_ids for r in parts] == [p.ids for p in random_prompts() for _ in range(4)]
 
 
 def test_a_prompt_gives_the_same_alone_and_on_a_used_cache() -> None:
     generator = NativeGenerator(random_decoder(), 64, "cpu")
     sampling = Sampling(20, num_samples=2)
-    together = completions(generator.generate(random_prompts(), sampling))
-    alone = [c for p in random_prompts() for c in completions(generator.generate([p], sampling))]
+    together = completions(flat(generator.generate(random_prompts(), sampling)))
+    alone = [c for p in random_prompts() for c in completions(flat(generator.generate([p], sampling)))]
     assert together == alone
-    fewer = completions(generator.generate(random_prompts(), Sampling(5, num_samples=1)))
+    fewer = completions(flat(generator.generate(random_prompts(), Sampling(5, num_samples=1))))
     assert fewer == [c[:5] for c in together[::2]]
 
 
 def test_seeds_decide() -> None:
     generator = NativeGenerator(random_decoder(), 64, "cpu")
     ids = [3, 1, 4]
-    a, b, again = generator.generate([Prompt(ids, 1), Prompt(ids, 2), Prompt(ids, 1)], Sampling(12))
-    assert a.completion_ids == again.completion_ids != b.completion_ids
+    a, b, again = flat(generator.generate([Prompt(ids, 1), Prompt(ids, 2), Prompt(ids, 1)], Sampling(12)))
+    assert a.ids == again.ids != b.ids
 
 
 def test_many_prompts_are_prefilled_in_several_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_decoder()
-    expected = NativeGenerator(model, 64, "cpu").generate(random_prompts(), Sampling(4))
+    expected = flat(NativeGenerator(model, 64, "cpu").generate(random_prompts(), Sampling(4)))
     monkeypatch.setattr("llmtrain.rollout.native._PREFILL_TOKENS", 80)
-    got = NativeGenerator(model, 64, "cpu").generate(random_prompts(), Sampling(4))
+    got = flat(NativeGenerator(model, 64, "cpu").generate(random_prompts(), Sampling(4)))
     assert completions(got) == completions(expected)
 
 
@@ -141,67 +145,71 @@ def test_a_prompt_is_computed_once_for_its_group() -> None:
     model = random_decoder()
     computed = []
     model.embed.register_forward_pre_hook(lambda _, args: computed.append(args[0].numel()))
-    NativeGenerator(model, 3, "cpu").generate(random_prompts((7, 7)), Sampling(1, num_samples=8))
+    flat(NativeGenerator(model, 3, "cpu").generate(random_prompts((7, 7)), Sampling(1, num_samples=8)))
     assert sum(computed) == 14
 
 
 def test_stop_token_ends_and_is_included() -> None:
     generator = NativeGenerator(random_decoder(), 4, "cpu")
-    free = generator.generate(random_prompts(), Sampling(20, temperature=1.0))
-    stop = free[0].completion_ids[6]
-    stopped = generator.generate(random_prompts(), Sampling(20, temperature=1.0, stop_ids=(stop, 1000)))
+    free = flat(generator.generate(random_prompts(), Sampling(20, temperature=1.0)))
+    stop = free[0].ids[6]
+    stopped = flat(generator.generate(random_prompts(), Sampling(20, temperature=1.0, stop_ids=(stop, 1000))))
     for a, b in zip(free, stopped, strict=True):
-        cut = a.completion_ids.index(stop) + 1 if stop in a.completion_ids else 20
-        assert b.completion_ids == a.completion_ids[:cut]
-        assert b.finished == (stop in a.completion_ids)
+        cut = a.ids.index(stop) + 1 if stop in a.ids else 20
+        assert b.ids == a.ids[:cut]
+        assert b.finished == (stop in a.ids)
         assert b.logprobs == pytest.approx(a.logprobs[:cut], abs=1e-5)
     assert stopped[0].finished
 
 
 def test_ends_at_max_positions() -> None:
     config = SMALL.model_copy(update={"max_positions": 40})
-    long, short = NativeGenerator(random_decoder(config), 4, "cpu").generate(random_prompts((39, 35)), Sampling(8))
-    assert (len(long.completion_ids), len(short.completion_ids)) == (1, 5)
+    long, short = flat(
+        NativeGenerator(random_decoder(config), 4, "cpu").generate(random_prompts((39, 35)), Sampling(8))
+    )
+    assert (len(long.ids), len(short.ids)) == (1, 5)
     assert not long.finished
-    (shorter,) = NativeGenerator(random_decoder(config), 4, "cpu", 38).generate(random_prompts((35,)), Sampling(8))
-    assert len(shorter.completion_ids) == 3
+    (shorter,) = flat(
+        NativeGenerator(random_decoder(config), 4, "cpu", 38).generate(random_prompts((35,)), Sampling(8))
+    )
+    assert len(shorter.ids) == 3
 
 
 def test_bad_calls() -> None:
     generator = NativeGenerator(random_decoder(), 4, "cpu", max_seq_tokens=16)
-    assert generator.generate([], Sampling(4)) == []
+    assert flat(generator.generate([], Sampling(4))) == []
     with pytest.raises(ValueError, match="prompt 1 has 16 tokens: must be 1 to 15"):
-        generator.generate(random_prompts((3, 16)), Sampling(4))
+        flat(generator.generate(random_prompts((3, 16)), Sampling(4)))
     with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
-        generator.generate([Prompt([])], Sampling(4))
+        flat(generator.generate([Prompt([])], Sampling(4)))
     for wrong in ({"max_new_tokens": 0}, {"num_samples": 0}, {"top_p": 0.0}, {"temperature": -1}, {"top_k": -1}):
         with pytest.raises(ValueError, match="must be"):
-            generator.generate(random_prompts((3,)), Sampling(**{"max_new_tokens": 1, **wrong}))
+            flat(generator.generate(random_prompts((3,)), Sampling(**{"max_new_tokens": 1, **wrong})))
 
 
 def test_diverged_weights_are_named_and_leave_no_trace() -> None:
     model = random_decoder()
     generator = NativeGenerator(model, 4, "cpu")
     good = {name: p.detach().clone() for name, p in model.named_parameters()}
-    expected = completions(generator.generate(random_prompts(), Sampling(6)))
+    expected = completions(flat(generator.generate(random_prompts(), Sampling(6))))
     with torch.no_grad():
         model.norm.weight.fill_(torch.nan)
         model.layers["0"].attention.v.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
-        generator.generate(random_prompts(), Sampling(6))
+        flat(generator.generate(random_prompts(), Sampling(6)))
     generator.load_weights(good.items(), 1)
-    assert completions(generator.generate(random_prompts(), Sampling(6))) == expected
+    assert completions(flat(generator.generate(random_prompts(), Sampling(6)))) == expected
 
 
 def test_load_weights_and_version() -> None:
     model, other = random_decoder(seed=0), random_decoder(seed=1)
     generator = NativeGenerator(model, 4, "cpu")
-    (before,) = generator.generate([Prompt([1, 2])], Sampling(9))
+    (before,) = flat(generator.generate([Prompt([1, 2])], Sampling(9)))
     generator.load_weights([*other.named_parameters(), ("head.weight", other.head.weight)], version=5)
-    (after,) = generator.generate([Prompt([1, 2])], Sampling(9))
-    (expected,) = NativeGenerator(other, 4, "cpu").generate([Prompt([1, 2])], Sampling(9))
-    assert (before.weight_version, after.weight_version) == (0, 5)
-    assert after.completion_ids == expected.completion_ids != before.completion_ids
+    (after,) = flat(generator.generate([Prompt([1, 2])], Sampling(9)))
+    (expected,) = flat(NativeGenerator(other, 4, "cpu").generate([Prompt([1, 2])], Sampling(9)))
+    assert before.versions == [0] * 9 and after.versions == [5] * 9
+    assert after.ids == expected.ids != before.ids
     assert model.head.weight is model.embed.weight
 
     weights = dict(other.named_parameters())
@@ -217,17 +225,17 @@ def test_load_weights_and_version() -> None:
 
 def test_sleep_frees_the_cache() -> None:
     generator = NativeGenerator(random_decoder(), 4, "cpu")
-    before = completions(generator.generate(random_prompts(), Sampling(5)))
+    before = completions(flat(generator.generate(random_prompts(), Sampling(5))))
     generator.sleep()
     assert generator.cache is None
     with pytest.raises(RuntimeError, match="wake"):
-        generator.generate(random_prompts(), Sampling(5))
+        flat(generator.generate(random_prompts(), Sampling(5)))
     generator.wake()
-    assert completions(generator.generate(random_prompts(), Sampling(5))) == before
+    assert completions(flat(generator.generate(random_prompts(), Sampling(5)))) == before
 
 
 def test_bf16() -> None:
     generator = NativeGenerator(random_decoder().bfloat16(), 4, "cpu")
-    rollouts = generator.generate(random_prompts(), Sampling(10, num_samples=2))
+    samples = flat(generator.generate(random_prompts(), Sampling(10, num_samples=2)))
     assert generator.cache.keys[0].dtype == torch.bfloat16
-    assert all(len(r.completion_ids) == 10 and max(r.logprobs) <= 0 for r in rollouts)
+    assert all(len(r.ids) == 10 and max(r.logprobs) <= 0 for r in samples)

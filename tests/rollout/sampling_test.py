@@ -46,9 +46,9 @@ def test_distribution_of_the_generator() -> None:
         first = model(torch.tensor([[1, 2]]), torch.arange(2)[None])[0, -1].softmax(-1)
         pairs = torch.stack([torch.tensor([1, 2, token]) for token in range(8)])
         second = first @ model(pairs, torch.arange(3).expand(8, 3))[:, -1].softmax(-1)
-    rollouts = NativeGenerator(model, 500, "cpu").generate([Prompt([1, 2], seed=3)], Sampling(2, num_samples=DRAWS))
+    (group,) = NativeGenerator(model, 500, "cpu").generate([Prompt([1, 2], seed=3)], Sampling(2, num_samples=DRAWS))
     for position, expected in enumerate((first, second)):
-        counts = torch.tensor([r.completion_ids[position] for r in rollouts]).bincount(minlength=8)
+        counts = torch.tensor([s.ids[position] for s in group]).bincount(minlength=8)
         assert chi2(counts, expected) < CHI2_7_999
         assert chi2(counts, expected.roll(1)) > CHI2_7_999
 

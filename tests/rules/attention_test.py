@@ -7,7 +7,8 @@ import pytest
 from llmtrain.arch.attention import head_widths
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import resolve_model
-from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.config.recipes import config_class
+from llmtrain.config.schema import ModelConfig
 from llmtrain.rules import attention
 from llmtrain.rules.check import violations
 
@@ -26,7 +27,7 @@ def found(
     """Lines on attention backends; on a machine with or without the package."""
     monkeypatch.setattr(attention, "has_flash", lambda: installed)
     ranks = (parallel or {}).get("cp", 1)
-    config = Config(model=ModelConfig(**{**WIDE, **(model or {})}), parallel=parallel or {}, engine=engine)
+    config = config_class()(model=ModelConfig(**{**WIDE, **(model or {})}), parallel=parallel or {}, engine=engine)
     return [line for line in violations(config, ranks, command) if line.startswith("engine.attention")]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
+from llmtrain.config.recipes import RECIPES, config_class
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
 from llmtrain.scaling.plan import activation_bytes, bubble_share, main, plan
 
@@ -53,7 +54,7 @@ def test_bubble() -> None:
 
 
 def test_batch_arithmetic() -> None:
-    config = Config(
+    config = config_class()(
         parallel=ParallelConfig(pp=2, tp=2),
         train=TrainConfig(steps=10, seq_len=128, micro_batch_seqs=2, global_batch_seqs=24),
     )
@@ -61,8 +62,8 @@ def test_batch_arithmetic() -> None:
     assert p.mesh["dp_shard"] == 3 and p.accumulation == 4 and p.bubble == 1 / 4
     assert (p.tokens_per_step, p.total_tokens) == (24 * 128, 240 * 128)
     separate = config.model_copy(update={"rollout": RolloutConfig(placement="separate", workers=1, group_size=4)})
-    assert plan(separate, 13, "grpo").mesh == p.mesh
-    assert plan(separate, 13, "grpo").tokens_per_step == 32 * 4 * 256
+    assert plan(separate, 13, RECIPES["grpo"]).mesh == p.mesh
+    assert plan(separate, 13, RECIPES["grpo"]).tokens_per_step == 32 * 4 * 256
     with pytest.raises(ValueError, match="must be the 13 trainer ranks"):
         plan(config, 13)
 
@@ -87,12 +88,12 @@ def test_offloaded_optimizer_state_is_not_on_the_device() -> None:
 def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     rollout = RolloutConfig(placement="separate", workers=3)
-    main(Config(parallel=ParallelConfig(pp=2, tp=2), rollout=rollout))
+    main(config_class()(parallel=ParallelConfig(pp=2, tp=2), rollout=rollout))
     out = capsys.readouterr().out
     assert "ranks        7: pp 2 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 2, and 3 for rollouts" in out
     assert "at most 32 prompts x 8 samples x 256 tokens = 65,536 a step, in 1 updates" in out and "bubble" not in out
     monkeypatch.setenv("WORLD_SIZE", "8")
-    main(Config(parallel=ParallelConfig(pp=2, tp=2)))
+    main(config_class()(parallel=ParallelConfig(pp=2, tp=2)))
     assert "ranks        8: pp 2 x dp_replicate 1 x dp_shard 2" in capsys.readouterr().out
     main(Config(model=ModelConfig(init_from="not/there")))
     assert "model.init_from=not/there: has neither" in capsys.readouterr().out
@@ -135,5 +136,5 @@ def test_a_run_is_planned_stage_by_stage_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "data (" not in done.stdout and "batch        8 x 2048 tokens" in done.stdout
     assert done.stdout.count("parameters   134,515,008") == 2
-    assert "accumulation 2.66667 (not whole: pretrain and sft will refuse)" in done.stdout
+    assert "accumulation 2.66667 (not whole: training will refuse)" in done.stdout
     assert load(str(path), []).name == "q"
