@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from llmtrain.arch.attention import flash_faults, flex_faults, has_flash
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention, attention, attention_mask
-from llmtrain.model.blocks import block_mask
+from llmtrain.model.kernels.flex_masks import block_mask
 from llmtrain.model.mla import LatentAttention
 
 if TYPE_CHECKING:
