@@ -1,4 +1,4 @@
-"""Attention of query heads to (fewer) key/value heads, and the grouped-query layer (arXiv 2305.13245)."""
+"""The grouped-query attention layer (arXiv 2305.13245), and which tokens see which."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmtrain.arch.mup import score_factor
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model.kernels.sdpa import attention
 from llmtrain.model.linear import Linear
 from llmtrain.model.norm import head_norm
 from llmtrain.model.rope import apply_rope
 
 LayerCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the new keys and values [B, kv heads, T, head_dim], returns those to attend to."""
-
-PLAIN_TOKENS = 512
-HIDDEN = -1e30  # a score that softmax turns into 0
 
 
 class View(NamedTuple):
@@ -29,43 +26,6 @@ class View(NamedTuple):
     sin: Tensor | None
     mask: Tensor | None  # as `Attention.attend` takes it; None = causal
     padding: Tensor | None = None  # [B, T] bool, True = no token; None = all are tokens
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v. q [B, heads, T, head_dim]; k, v [B, kv heads, S, head_dim], where values may
-    be of another width.
-
-    `mask` is bool, True = may look, broadcastable to [B, heads, T, S]; None = causal. With `softcap` scores s become
-    softcap tanh(s / softcap).
-    """
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) > 1 and k.size(2) <= PLAIN_TOKENS
-    if on_cpu or softcap is not None:
-        return plain_attention(q, k, v, mask, softcap)
-    group = q.size(1) // k.size(1)
-    if q.size(2) == 1 and group > 1 and mask is not None and mask.size(1) == 1:
-        # Decoding: the queries that share a key/value head as one block; on a CPU in bf16 `enable_gqa` is 4x slower.
-        folded = q.view(q.size(0), k.size(1), group, -1)
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(*q.shape[:3], v.size(-1))
-    if q.device.type == "cuda" and group > 1 and mask is not None:  # with both, only the unfused kernel takes it
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
-    )
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
-    """The formula as it stands. On a CPU in bf16, forward and backward, it is twice as fast as the fused kernel at 256
-    tokens, a little faster at PLAIN_TOKENS, and slower beyond; in fp32 the fused one wins."""
-    B, H, T, D = q.shape
-    if mask is None:
-        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - T)
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, HIDDEN)
-    grouped = (q * D**-0.5).reshape(B, k.size(1), -1, D)  # the queries of a key/value head as one block
-    scores = (grouped @ k.transpose(-1, -2)).view(B, H, T, -1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + bias  # in place, the backward would copy both
-    return (scores.softmax(-1).view(B, k.size(1), -1, k.size(2)) @ v).view(B, H, T, v.size(-1))
 
 
 def attention_mask(

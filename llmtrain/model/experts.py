@@ -1,5 +1,4 @@
-"""Weights of the experts and their products. On a CPU without a compiler all three are one operation,
-`model.experts_cpu`."""
+"""The feed-forward layers of the experts, whose weights are stacked."""
 
 from __future__ import annotations
 
@@ -7,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.feedforward import ACTIVATIONS
-from llmtrain.model.kernels.experts_cpu import expert_ffn
-from llmtrain.model.kernels.grouped import grouped_pair, grouped_product
+from llmtrain.model.kernels.experts import expert_feedforward
 
 
 class Experts(nn.Module):
@@ -37,15 +34,4 @@ class Experts(nn.Module):
         `weights` [N] multiply the outputs. They are applied in front of `down`, so that the backward does not need
         what `down` gives.
         """
-        weights = weights.to(x.dtype)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return expert_ffn(x, weights, self.gate, self.up, self.down, counts, self.activation)[0]
-        return self.by_grouped_products(x, counts, weights)
-
-    def by_grouped_products(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        """`forward` on a GPU, and for a compiler, which fuses what is between the products."""
-        if x.device.type == "cpu" and torch.compiler.is_compiling():  # what stands side by side costs an eager CPU more
-            gate, up = grouped_pair(x, self.gate, self.up, counts).chunk(2, 1)
-        else:
-            gate, up = grouped_product(x, self.gate, counts), grouped_product(x, self.up, counts)
-        return grouped_product(ACTIVATIONS[self.activation](gate) * up * weights[:, None], self.down, counts)
+        return expert_feedforward(x, weights.to(x.dtype), self.gate, self.up, self.down, counts, self.activation)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.attention import LayerCache, View, attention
+from llmtrain.model.attention import LayerCache, View
+from llmtrain.model.kernels.sdpa import attention
 from llmtrain.model.linear import Linear
 from llmtrain.model.norm import Norm
 from llmtrain.model.rope import apply_rope, yarn_mscale

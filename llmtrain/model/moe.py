@@ -6,12 +6,12 @@ give is summed: x' = sum_k w_k E_k(x) + shared(x).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.experts import Experts
 from llmtrain.model.feedforward import FeedForward
+from llmtrain.model.kernels.permute import Collect, Spread, sort_by_expert
 from llmtrain.model.router import Router
 
 
@@ -48,49 +48,3 @@ def dispatch(x: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -> T
     rows = Spread.apply(x, order, places)
     y = experts(rows, counts, weights.flatten().index_select(0, order))
     return Collect.apply(y, order, places)
-
-
-def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of indices [N, k], in 0 .. num_experts, where the last stands for none: the order [N k] that sorts them (equal
-    ones stay in order), the place [N, k] of each in it, and how many each expert has [num_experts]. All int64."""
-    flat = indices.flatten()
-    order = flat.argsort(stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.size(0), device=order.device))
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    counts = counts.scatter_add_(0, flat, torch.ones_like(flat))
-    return order, places.view_as(indices), counts[:num_experts]
-
-
-def _spread(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
-    return x.index_select(0, order // places.size(1))
-
-
-def _collect(rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
-    return rows.index_select(0, places.flatten()).view(*places.shape, -1).sum(1)
-
-
-class Spread(torch.autograd.Function):
-    """A copy of each row for each of its experts, in sorted order: [N, hidden] -> [N k, hidden]. Its transpose is
-    `Collect`; both gather, which is deterministic and fast where the usual backward would scatter."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(order, places)
-        return _spread(x, order, places)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _collect(grad, *ctx.saved_tensors), None, None
-
-
-class Collect(torch.autograd.Function):
-    """The sum of the copies of each row, given in sorted order: [N k, hidden] -> [N, hidden]."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(order, places)
-        return _collect(rows, order, places)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _spread(grad, *ctx.saved_tensors), None, None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.kernels.eager import RmsNorm, pays
+from llmtrain.model.kernels.eager import rms_norm
 
 
 class Norm(nn.Module):
@@ -32,11 +32,6 @@ class Norm(nn.Module):
         if self.offset:  # as published: in fp32, rounded once
             return rms_norm(x.float(), 1.0 + weight.float(), self.eps).to(x.dtype)
         return rms_norm(x, weight, self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, over the last dim."""
-    return RmsNorm.apply(x, weight, eps) if pays(x) else F.rms_norm(x, (x.size(-1),), weight, eps)
 
 
 def hidden_norm(config: ModelConfig) -> Norm:

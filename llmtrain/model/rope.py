@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.schema import RopeScaling
-from llmtrain.model.kernels.eager import Rotation, pairs, pays
+from llmtrain.model.kernels.eager import Rotation, is_eager_cpu_fp32, pairs
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
@@ -73,7 +73,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
     """Rotate x [B, heads, T, head_dim]: the i-th value of the first half with the i-th of the second, as in the
     released Llama weights; or, interleaved, neighbours, the result with the pairs' first values in front (queries and
     keys alike, so that scores are the same)."""
-    if pays(x):
+    if is_eager_cpu_fp32(x):
         return Rotation.apply(x, cos, sin, interleaved)
     a, b = pairs(x, interleaved)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -16,7 +16,8 @@ from llmtrain.model.feedforward import ACTIVATIONS
 from llmtrain.model.kernels import grouped as products
 from llmtrain.model.kernels.experts_cpu import expert_ffn
 from llmtrain.model.kernels.grouped import grouped_pair, grouped_product
-from llmtrain.model.moe import dispatch, sort_by_expert
+from llmtrain.model.kernels.permute import sort_by_expert
+from llmtrain.model.moe import dispatch
 
 COUNTS = {
     "uneven": [3, 1, 9, 3],

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
 from llmtrain.model.decoder import Decoder, initialize
-from llmtrain.model.experts import Experts
 from llmtrain.model.kernels import experts_cpu, grouped
+from llmtrain.model.kernels.experts import by_grouped_products
 from llmtrain.parallel.plan import compile_blocks
 from llmtrain.parallel.remat import remat_blocks
 
@@ -64,9 +64,7 @@ def test_rematerialised_gradients_are_equal_and_counted_once(kind: str) -> None:
 
 def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
     """Of the blocks with experts: gate and up of each are computed once, down again."""
-    with patch.object(
-        Experts, "forward", lambda self, x, counts, w: self.by_grouped_products(x, counts, w.to(x.dtype))
-    ):
+    with patch("llmtrain.model.experts.expert_feedforward", by_grouped_products):
         counts = {kind: calls(grouped, "_zero_rest", kind) for kind in ("none", "selective", "full")}  # once in each
     layers = 2
     assert counts["none"] == layers * (3 + 3)  # forward, and the gradient of what goes in
@@ -76,7 +74,7 @@ def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
 
 def test_selective_keeps_a_pair_as_two_products() -> None:
     """As a compiler has it on a CPU: gate and up, at once, are kept, down is computed again."""
-    with patch("llmtrain.model.experts.torch.compiler.is_compiling", lambda: True):
+    with patch("llmtrain.model.kernels.experts.torch.compiler.is_compiling", lambda: True):
         counts = {kind: calls(grouped, "_zero_rest", kind) for kind in ("none", "selective", "full")}
     layers = 2
     assert counts["none"] == layers * (2 + 2)

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from llmtrain.arch.attention import flash_faults, flex_faults, has_flash
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.attention import Attention, attention, attention_mask
+from llmtrain.model.attention import Attention, attention_mask
 from llmtrain.model.kernels.flex_masks import block_mask
+from llmtrain.model.kernels.sdpa import attention
 from llmtrain.model.mla import LatentAttention
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def attend(
     softcap: float | None = None,
     flex: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """As `model.attention.attention`, by the kernel that the mask is made for; `flex` is that of `flex_kernel`."""
+    """As `model.kernels.sdpa.attention`, by the kernel that the mask is made for; `flex` is that of `flex_kernel`."""
     if isinstance(mask, Documents):
         return _attend_flash(q, k, v, mask, softcap)
     if mask is None or isinstance(mask, Tensor):

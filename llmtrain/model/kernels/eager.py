@@ -6,11 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
 
 
-def pays(x: Tensor) -> bool:
-    """Whether these are to be used."""
+def is_eager_cpu_fp32(x: Tensor) -> bool:
+    """Tells whether the functions of this file are to be used for x."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Returns x / rms(x) * weight, over the last dim."""
+    return RmsNorm.apply(x, weight, eps) if is_eager_cpu_fp32(x) else F.rms_norm(x, (x.size(-1),), weight, eps)
 
 
 class RmsNorm(torch.autograd.Function):

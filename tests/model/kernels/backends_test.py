@@ -17,7 +17,7 @@ from torch.nn.attention import flex_attention
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig
-from llmtrain.model.attention import attention, attention_mask
+from llmtrain.model.attention import attention_mask
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.model.kernels.backends import (
     FLEX_TOKENS,
@@ -33,6 +33,7 @@ from llmtrain.model.kernels.backends import (
     visibility,
 )
 from llmtrain.model.kernels.flex_masks import BLOCK, block_mask, seen_blocks
+from llmtrain.model.kernels.sdpa import attention
 
 CPU = torch.device("cpu")
 T = 150  # two blocks, the second one not full

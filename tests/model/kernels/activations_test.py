@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtrain.model.feedforward import gelu_tanh
+from llmtrain.model.kernels.activations import gelu_tanh
 
 
 def value_and_gradient(f: object, x: Tensor) -> Tensor:
