@@ -16,11 +16,11 @@ from llmtrain.model.norm import head_norm
 from llmtrain.model.rope import apply_rope
 
 LayerCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes the new keys and values [B, kv heads, T, head_dim], returns those to attend to."""
+"""Takes the new keys and values [B, kv heads, T, head_dim] and returns those to attend to."""
 
 
 class View(NamedTuple):
-    """What the layers of one kind are told about a row."""
+    """Holds what all layers of one kind are told about positions and visibility."""
 
     cos: Tensor | None  # [B, 1, T, rotated dims / 2]; None = positions are learned
     sin: Tensor | None
@@ -36,10 +36,11 @@ def attention_mask(
     positions: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Who sees whom, bool [B, 1, Q, K]: earlier, same segment, and on the trunk or the own branch; with a `window`,
-    of `positions` [B, T], no further back than that.
+    """Returns which query sees which key, bool [B, 1, Q, K].
 
-    `queries` [Q] and `keys` [K] are places in the row, whose ids are given whole; None = all of them.
+    A key is seen if it is not later, of the same segment, and on the trunk or the query's own branch; with `window`,
+    it must also be less than so many `positions` [B, T] back. `queries` [Q] and `keys` [K] are indices into the
+    row, None = all of it; `segment_ids` and `branch_ids` [B, T] always cover the whole row.
     """
     whole = torch.arange(segment_ids.size(1), device=segment_ids.device)
     queries, keys = whole if queries is None else queries, whole if keys is None else keys
@@ -54,10 +55,12 @@ def attention_mask(
 
 
 class Attention(nn.Module):
-    """q, k, v, o projections around `attention`. x [B, T, hidden] -> the same shape. Head counts are read from the
-    weights, so shards run unchanged."""
+    """Computes o(softmax(q k^T / sqrt(head_dim)) v), x [B, T, hidden] -> the same shape.
 
-    kv_heads: slice | None = None  # of all K/V heads, those that this rank's query heads share (see parallel.tensor)
+    Head counts are read from the weights, so shards run unchanged.
+    """
+
+    kv_heads: slice | None = None  # the K/V heads that this rank's query heads share; None = all (see parallel.tensor)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class Attention(nn.Module):
         self.q_norm = head_norm(config) if config.qk_norm else None
         self.k_norm = head_norm(config) if config.qk_norm else None
         self.interleaved, self.softcap = config.rope_interleaved, config.attention_softcap
-        # `attention` divides by sqrt(head_dim) whatever the published scale is
+        # `attention` always divides by sqrt(head_dim); this factor makes another published scale of that
         scale = config.attention_scale
         self.q_factor = score_factor(config) if scale is None else scale * self.head_dim**0.5
 
@@ -85,7 +88,7 @@ class Attention(nn.Module):
         return self.o(self.attend(q, k, v, view.mask).transpose(1, 2).reshape(B, T, -1))
 
     def prepared(self, q: Tensor, k: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Normed, rotated and scaled."""
+        """Returns queries and keys, normed, rotated and scaled."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if view.cos is not None and view.sin is not None:
@@ -93,5 +96,5 @@ class Attention(nn.Module):
         return (q if self.q_factor == 1.0 else q * self.q_factor), k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """`attention`. A plan may replace it, and `Decoder.visibility` with it."""
+        """Calls `attention`. A backend or context parallelism that replaces it replaces `Decoder.visibility` too."""
         return attention(q, k, v, mask, self.softcap)

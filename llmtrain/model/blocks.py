@@ -17,8 +17,11 @@ from llmtrain.model.norm import hidden_norm
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x)); `parallel`: both of the same norm(x), added at once
-    (arXiv 2204.02311); `sandwich`: another norm behind each half (Gemma)."""
+    """Computes x + attention(norm(x)), then x + feedforward(norm(x)), x [B, T, hidden].
+
+    `config.block`: `parallel` takes both of the same norm(x) and adds them at once (arXiv 2204.02311); `sandwich` has
+    another norm behind each half (Gemma).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -32,8 +35,9 @@ class Block(nn.Module):
         self.routes = getattr(self.feedforward, "routes", False)
 
     def forward(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
-        # Looked at here, so that a compiler's graph of a block with experts, which may end where their exchange over
-        # ranks begins, never serves one without: what is computed again would be by another graph than the first time.
+        # `routes` is read here so that a compiler guards on it: the graph of a block with experts, which may break
+        # where their exchange over ranks begins, must never serve a block without. Else rematerialisation could run
+        # another graph than the forward did.
         padding = view.padding if self.routes else None
         if self.feedforward_norm is None:
             return x + self.attend(x, view, cache) + self.feed(x, padding)
@@ -41,24 +45,24 @@ class Block(nn.Module):
         return x + self.feed(x, padding)
 
     def attend(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
-        """The first half, without its residual."""
+        """Returns what attention adds to the residual stream."""
         y = self.attention(self.attention_norm(x), view, cache)
         return y if self.attention_post_norm is None else self.attention_post_norm(y)
 
     def feed(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        """The second half, without its residual."""
+        """Returns what the feed-forward layer adds to the residual stream; `padding` [B, T] only where it `routes`."""
         y = (self.feedforward_norm or self.attention_norm)(x)
         y = self.feedforward(y, padding) if self.routes else self.feedforward(y)
         return y if self.feedforward_post_norm is None else self.feedforward_post_norm(y)
 
 
 def make_attention(config: ModelConfig) -> nn.Module:
-    """Called with (x, View, LayerCache or None)."""
+    """Returns the attention layer, which is called with (x, View, LayerCache or None)."""
     return LatentAttention(config) if config.attention == "mla" else Attention(config)
 
 
 def make_feedforward(config: ModelConfig, layer: int) -> nn.Module:
-    """Called with x, a mixture of experts (`routes`) with the padding too."""
+    """Returns the feed-forward layer, which is called with x, and, if it `routes`, with the padding too."""
     family = family_of(config.family)
     if family.parts:
         return import_module(family.parts).FeedForward(config)

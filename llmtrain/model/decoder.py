@@ -1,4 +1,4 @@
-"""The decoder: one plain model file, no distributed code. Every part may be missing, for pipeline stages."""
+"""The decoder and its initial values. Nothing here is distributed; a pipeline stage is a decoder without some parts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ from llmtrain.model.rope import rope_angles, rope_frequencies, rope_magnitude
 
 
 def _embedding(rows: int, hidden_size: int) -> nn.Embedding:
-    """Uninitialised. torch's own way would draw numbers; on the meta device it would import the compiler for that."""
+    """Returns an uninitialised embedding. torch's own constructor draws numbers, for which it imports the compiler
+    where the device is meta."""
     return nn.Embedding.from_pretrained(torch.empty(rows, hidden_size), freeze=False)
 
 
 class Decoder(nn.Module):
-    """embed -> layers -> norm -> head, each optional. Parameters are uninitialised: see `init_tensor`."""
+    """Computes embed -> layers -> norm -> head, each of which may be None on a pipeline stage.
+
+    Parameters are uninitialised: see `init_tensor`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,8 +45,8 @@ class Decoder(nn.Module):
         self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap, logit_factor(config))
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        further = [Block(config, config.num_layers + depth) for depth in range(config.mtp_layers)]
-        self.mtp = MultiToken(config, further) if further else None
+        mtp_blocks = [Block(config, config.num_layers + depth) for depth in range(config.mtp_layers)]
+        self.mtp = MultiToken(config, mtp_blocks) if mtp_blocks else None
         if config.lora is not None:
             add_adapters(self, config.lora)
 
@@ -57,11 +61,11 @@ class Decoder(nn.Module):
         masks: Mapping[str, Tensor] | None = None,
         caches: Mapping[str, LayerCache] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Token ids [B, T] (or, without `embed`, hidden states) to logits, (log-probs, entropies) or hidden states.
+        """Returns what the head gives for x, see `LMHead`; without a head, hidden states [B, T, hidden].
 
-        `positions` [B, T]; `segment_ids`, `branch_ids` as in `types.Batch`; `masks`, one for each kind of layer,
-        override both. `caches` maps layer names to key/value caches (generation). `labels`, `temperature`: see
-        `LMHead`.
+        x holds token ids [B, T], or, without `embed`, hidden states; `positions` is [B, T]. `segment_ids` and
+        `branch_ids` are those of `types.Batch`; `masks`, one for each kind of layer, override both. `caches` maps layer
+        names to key/value caches (generation).
         """
         ids = x
         if self.embed is not None:
@@ -73,15 +77,15 @@ class Decoder(nn.Module):
             x = self.norm(x)
         if self.mtp is not None and self.mtp.loss_factor and labels is not None and torch.is_grad_enabled():
             rows = Rows(ids, labels, segment_ids)
-            x = self.mtp.attached(x, rows, views, lambda further: self.embedded(further, positions), self.head)
+            x = self.mtp.attached(x, rows, views, lambda shifted: self.embedded(shifted, positions), self.head)
         return x if self.head is None else self.head(x, labels, temperature)
 
     def blocks(self) -> list[Block]:
-        """Those of the layers that are here, and of the modules for the tokens after the next."""
+        """Returns the blocks that are here: those of the layers, and those of multi-token prediction."""
         return [*self.layers.values(), *(depth.block for depth in (self.mtp or {}).values())]
 
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids [B, T] to hidden states."""
+        """Returns the hidden states [B, T, hidden] of token ids [B, T], before the first block."""
         x = self.embed(ids)
         if self.config.scale_embeddings:  # the factor rounded as the published models round it
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
@@ -95,7 +99,7 @@ class Decoder(nn.Module):
         branch_ids: Tensor | None,
         masks: Mapping[str, Tensor] | None,
     ) -> dict[str, View]:
-        """For each kind of layer here."""
+        """Returns, for each kind of layer here, the view that its blocks get."""
         padding = None if segment_ids is None or self.config.moe is None else segment_ids < 0
         found = {}
         for kind in dict.fromkeys(block.kind for block in self.layers.values()):
@@ -107,14 +111,15 @@ class Decoder(nn.Module):
     def visibility(
         self, segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
     ) -> Tensor | None:
-        """What `Attention.attend` takes as its mask; None = causal."""
+        """Returns the mask that `Attention.attend` takes; None = causal."""
         if segment_ids is None and (window is None or window >= positions.size(1)):
             return None
         segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
         return attention_mask(segments, branch_ids, positions=positions, window=window)
 
     def angles(self, positions: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor | None, Tensor | None]:
-        """RoPE's cos and sin. Computed anew: a buffer would be rounded when an engine casts the module to bf16."""
+        """Returns RoPE's cos and sin, None where positions are learned. They are computed in every forward: a buffer
+        would be rounded when an engine casts the module to bf16."""
         c = self.config
         if c.positions == "learned":
             return None, None
@@ -127,26 +132,25 @@ class Decoder(nn.Module):
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names and global shapes, in module order; a router's bias is there, a tied head is not."""
+    """Returns the canonical names and global shapes, in module order; a router's bias is there, a tied head is not."""
     with torch.device("meta"):
         state = Decoder(config).state_dict()
     return {name: tuple(p.shape) for name, p in state.items() if not (config.tie_embeddings and name == "head.weight")}
 
 
 def trained_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What a checkpoint holds: of a model with adapters these alone, else `parameter_shapes`."""
+    """Returns the names and shapes that a checkpoint holds: the adapters alone if there are any, else everything."""
     return parameter_shapes(config) if config.lora is None else adapter_shapes(config)
 
 
 RESIDUAL = ("attention.o.weight", "feedforward.down.weight", "experts.down", "shared.down.weight")
-"""What writes to the residual stream."""
+"""Names the matrices that write to the residual stream."""
 
 
 def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of one parameter, fp32. A pure function of name and seed, so every layout starts equal.
+    """Returns the initial value of one parameter, fp32, as a pure function of name and seed: all layouts start equal.
 
-    Norms are 1 (0 where the factor is 1 + weight), biases 0; matrices as the family says, else N(0, 0.02), and those
-    that write to the residual stream smaller by sqrt(2 layers) (GPT-2).
+    Norms are 1 (0 where the factor is 1 + weight), biases 0. Matrices are drawn from N(0, `init_std`).
     """
     if name.endswith(".bias"):
         return torch.zeros(shape)
@@ -160,8 +164,8 @@ def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: in
 
 
 def init_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
-    """Standard deviation of a matrix, by the family or as usual; with `config.mup` that of the base width, times muP's
-    factor."""
+    """Returns the standard deviation of a matrix: the family's, else 0.02, divided by sqrt(2 layers) for `RESIDUAL`
+    matrices (GPT-2). With `config.mup` it is that of the base width, times muP's factor."""
     own = family_of(config.family).init
     std = own(name, *base_of(name, shape, config)) if own else None
     if std is None:
@@ -171,6 +175,6 @@ def init_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill a whole (unsharded) decoder with its initial values."""
+    """Fills a whole (unsharded) decoder with its initial values, in place."""
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         p.copy_(init_tensor(name, tuple(p.shape), config, seed))

@@ -10,7 +10,7 @@ from llmtrain.model.kernels.experts import expert_feedforward
 
 
 class Experts(nn.Module):
-    """down(act(gate(x)) * up(x)) of each expert here: gate, up [E, ffn, hidden], down [E, hidden, ffn]."""
+    """Computes down(act(gate(x)) * up(x)) by E experts: gate, up [E, ffn, hidden], down [E, hidden, ffn]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -24,14 +24,14 @@ class Experts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """Here: fewer where experts are divided over ranks."""
+        """Returns the number of experts of this rank."""
         return self.gate.size(0)
 
     def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        """x [N, hidden], sorted by expert, of which the first counts[0] go to expert 0, the next counts[1] to expert 1
-        and so on; rows beyond their sum give zeros. counts [E] int64.
+        """Returns the experts' outputs times `weights` [N]: [N, hidden].
 
-        `weights` [N] multiply the outputs. They are applied in front of `down`, so that the backward does not need
-        what `down` gives.
+        x [N, hidden] is sorted by expert: the first counts[0] rows go to expert 0, the next counts[1] to expert 1 and
+        so on; rows beyond their sum give zeros. counts [E] int64. The weights are applied in front of `down`, so that
+        the backward does not need the output of `down`.
         """
         return expert_feedforward(x, weights.to(x.dtype), self.gate, self.up, self.down, counts, self.activation)

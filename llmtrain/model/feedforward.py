@@ -1,4 +1,4 @@
-"""Feed-forward layers: SwiGLU and GeGLU (arXiv 2002.05202), and the plain one of GPT."""
+"""The dense feed-forward layer: SwiGLU and GeGLU (arXiv 2002.05202), or without a gate as in GPT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x))). x [B, T, hidden] -> the same shape."""
+    """Computes down(act(gate(x)) * up(x)), or without a gate down(act(up(x))); x [B, T, hidden] -> the same shape."""
 
     gate: Linear | None
 
