@@ -1,4 +1,4 @@
-"""The grouped-query attention layer (arXiv 2305.13245), and which tokens see which."""
+"""Defines the grouped-query attention layer (arXiv 2305.13245) and which tokens see which."""
 
 from __future__ import annotations
 

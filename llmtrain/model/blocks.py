@@ -1,4 +1,4 @@
-"""The transformer block: an attention and a feed-forward layer, each added to the residual stream."""
+"""Defines the transformer block: an attention and a feed-forward layer, each added to the residual stream."""
 
 from __future__ import annotations
 

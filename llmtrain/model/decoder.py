@@ -1,4 +1,4 @@
-"""The decoder and its initial values. Nothing here is distributed; a pipeline stage is a decoder without some parts."""
+"""Defines the decoder and its initial values. Nothing here is distributed; a pipeline stage lacks some of the parts."""
 
 from __future__ import annotations
 

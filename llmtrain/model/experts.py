@@ -1,4 +1,4 @@
-"""The feed-forward layers of the experts, whose weights are stacked."""
+"""Defines the feed-forward layers of the experts, whose weights are stacked."""
 
 from __future__ import annotations
 

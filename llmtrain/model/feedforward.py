@@ -1,4 +1,4 @@
-"""The dense feed-forward layer: SwiGLU and GeGLU (arXiv 2002.05202), or without a gate as in GPT."""
+"""Defines the dense feed-forward layer: SwiGLU and GeGLU (arXiv 2002.05202), or without a gate as in GPT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language-model head, which turns the hidden states of the decoder into scores of the vocabulary."""
+"""Defines the language-model head, which turns the decoder's hidden states into logits over the vocabulary."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def save_hf(
     if config.mup is not None:
         weights, config = _folded(weights, config), without_mup(config)
     described, generation = hf_config(config), _generation(tokenizer_dir, eos_id)
-    # a config class has values of its own for those that are not written
+    # transformers fills in values of its own for those that are not written
     tokens = {name: generation[name] for name in TOKENS if generation.get(name) is not None}
     with replacing(Path(directory)) as target:
         _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)

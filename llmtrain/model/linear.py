@@ -1,4 +1,4 @@
-"""The linear projection that all blocks are made of."""
+"""Defines the linear projection that all blocks are made of."""
 
 from __future__ import annotations
 

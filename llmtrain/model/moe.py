@@ -1,4 +1,4 @@
-"""Mixture of experts in place of the feed-forward layer (arXiv 2101.03961, 2401.06066). No token is ever dropped.
+"""Defines the mixture of experts, a feed-forward layer (arXiv 2101.03961, 2401.06066). No token is ever dropped.
 
 Tokens are sorted by expert once, the experts' products run on the sorted rows, and the outputs of a token's experts are
 summed: x' = sum_k w_k E_k(x) + shared(x).

@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""Defines the normalisation layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864)."""
+"""Computes rotary position embeddings (arXiv 2104.09864)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation functions that have a form of their own for compilers."""
+"""Computes activation functions that have a form of their own for compilers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feed-forward layers of all experts at once, computed in the form that is fastest on the device."""
+"""Computes the feed-forward layers of all experts at once, in the form that is fastest on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks of flex attention, made from ids without a T x T mask: the work is that of (T / BLOCK)^2 numbers a row."""
+"""Makes the block masks of flex attention (arXiv 2412.05496) from ids, in (T / BLOCK)^2 work and no T x T mask."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK = 128  # tokens; what the kernels are tuned for
+BLOCK = 128  # tokens; the size that the kernels are tuned for
 
 Pair = tuple[Tensor, Tensor]
-"""[B, query blocks, key blocks] bool: may hold something that is seen; everything in it is seen."""
+"""Two masks of blocks, bool [B, query blocks, key blocks]: some of the block may be seen; all of it is seen."""
 
 
 def block_mask(
     segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
 ) -> BlockMask:
-    """The visibility of `model.attention.attention_mask` for whole rows, [B, T] each; no segments = one a row."""
+    """Returns the visibility of `model.attention.attention_mask` for whole rows, as the mask of flex attention.
+
+    The ids are [B, T]; `segment_ids` None = one segment a row.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     T = positions.size(1)
@@ -35,13 +38,15 @@ def block_mask(
 
 
 def seen_blocks(segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None) -> Pair:
-    """By the least and the greatest id of each block: no block with something seen is left out, none with something
-    hidden is called whole."""
+    """Returns which blocks may be seen at all and which as a whole, judged by the least and greatest id of each block.
+
+    The judgement is safe: no block with something seen is left out, none with something hidden is called whole.
+    """
     T = positions.size(1)
     number = torch.arange(-(-T // BLOCK), device=positions.device)
-    whole = (number + 1) * BLOCK <= T  # a block that the row does not fill never counts as such
+    whole = (number + 1) * BLOCK <= T  # False for a block that the row does not fill
     pairs = [((number[:, None] >= number)[None], ((number[:, None] > number) & whole[:, None])[None])]
-    if segment_ids is not None:  # padding last, or the block where it begins would span all segments
+    if segment_ids is not None:  # padding sorts last, or the block where it begins would span all segments
         pairs.append(_equal(segment_ids.where(segment_ids >= 0, torch.iinfo(segment_ids.dtype).max)))
     if branch_ids is not None:
         low, high = _ranges(branch_ids)
@@ -57,21 +62,22 @@ def seen_blocks(segment_ids: Tensor | None, branch_ids: Tensor | None, positions
 
 
 def _equal(ids: Tensor) -> Pair:
-    """Of blocks that hold ids in common; hold one and the same."""
+    """Returns which pairs of blocks may hold ids in common, and which hold one and the same id only."""
     low, high = _ranges(ids)
     some = (low[:, None] <= high[:, :, None]) & (low[:, :, None] <= high[:, None])
     return some, (low[:, None] == high[:, :, None]) & (low[:, :, None] == high[:, None])
 
 
 def _ranges(x: Tensor) -> Pair:
-    """[B, T] -> the least and the greatest of each block, [B, blocks]."""
+    """Returns the least and the greatest value of each block of x [B, T], [B, blocks] each."""
     T = x.size(1)
     places = torch.arange(-(-T // BLOCK) * BLOCK, device=x.device).clamp(max=T - 1)
     return x[:, places].unflatten(1, (-1, BLOCK)).aminmax(dim=-1)
 
 
 def _ordered(blocks: Tensor) -> Pair:
-    """[B, query blocks, key blocks] bool -> how many for each query block, and their numbers first; for all heads."""
+    """Returns, for `blocks` bool [B, query blocks, key blocks], how many key blocks each query block has, [B, 1, query
+    blocks], and the key blocks' numbers with those first, [B, 1, query blocks, key blocks]; 1 = for all heads."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
@@ -79,7 +85,7 @@ def _ordered(blocks: Tensor) -> Pair:
 def _rule(
     segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
 ) -> Callable[..., Tensor]:
-    """Of one query and one key, for the blocks of which a part is seen."""
+    """Returns the rule of visibility of one query and one key, for the blocks that are seen in part."""
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         mask = query >= key

@@ -1,5 +1,5 @@
-"""Rows sorted by expert, and back: gathers both ways, which are deterministic and fast where the usual backward of a
-gather would scatter."""
+"""Copies rows into the order of their experts, and sums them back. Forward and backward both gather, which is
+deterministic and fast where the usual backward of a gather would scatter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of indices [N, k], in 0 .. num_experts, where the last stands for none: the order [N k] that sorts them (equal
-    ones stay in order), the place [N, k] of each in it, and how many each expert has [num_experts]. All int64."""
+    """Returns the order [N k] that sorts `indices` [N, k] (equal ones stay in order), the place [N, k] of each in it,
+    and how many each expert has [num_experts]; all int64. An index of num_experts stands for none."""
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(order.size(0), device=order.device))
@@ -27,8 +27,8 @@ def _collect(rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
 
 
 class Spread(torch.autograd.Function):
-    """A copy of each row for each of its experts, in sorted order: [N, hidden] -> [N k, hidden]. Its transpose is
-    `Collect`; both gather, which is deterministic and fast where the usual backward would scatter."""
+    """Copies each row for each of its experts, in sorted order: [N, hidden] -> [N k, hidden]. Its backward is
+    `Collect`'s forward."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
@@ -41,7 +41,8 @@ class Spread(torch.autograd.Function):
 
 
 class Collect(torch.autograd.Function):
-    """The sum of the copies of each row, given in sorted order: [N k, hidden] -> [N, hidden]."""
+    """Sums the copies of each row, which are in sorted order: [N k, hidden] -> [N, hidden]. Its backward is `Spread`'s
+    forward."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, order: Tensor, places: Tensor) -> Tensor:

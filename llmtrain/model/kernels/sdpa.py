@@ -1,4 +1,4 @@
-"""Scaled dot-product attention of query heads to (fewer) key/value heads, computed in the form that is fastest on the
+"""Computes scaled dot-product attention of query heads to (fewer) key/value heads, in the form that is fastest on the
 device: torch's fused kernels, or the plain formula, which is also the only one with a softcap."""
 
 from __future__ import annotations
