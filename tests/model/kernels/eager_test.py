@@ -1,4 +1,4 @@
-"""The norm and the rotation of eager fp32 on a CPU against torch's and the formula."""
+"""Compares the norm and the rotation of eager fp32 on a CPU with torch's and the formula."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmtrain.model.rope import apply_rope, rope_angles, rope_frequencies
 
 
 def both(f: Callable[..., Tensor], g: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Values and gradients."""
+    """Compares values and gradients of two functions."""
     found = []
     for function in (f, g):
         y = function(*inputs)
