@@ -25,8 +25,8 @@ from benchmarks.standings import check_same_work, ratio, summary
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.attention import plain_attention
 from llmtrain.model.kernels.backends import attend, fastest, flex_kernel, usable, visibility
+from llmtrain.model.kernels.sdpa import plain_attention
 
 HEADS, KV_HEADS, WIDTH, LAYERS = 16, 4, 64, 4
 MEAN_TOKENS = 400  # tokens of a document; lengths are drawn exponentially, as in text: many short, few long

@@ -1,4 +1,4 @@
-"""How evenly a router spreads tokens over its experts: counted, and driven by losses or by the bias of the choice."""
+"""Balances the load of experts: counts what each gets, adds auxiliary losses, updates the router's bias."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from llmtrain.config.schema import MoeConfig
 
 
 class Routing(NamedTuple):
-    """What a router did with B rows of T tokens."""
+    """Holds what a router did with B rows of T tokens."""
 
     logits: Tensor  # fp32 [B, T, E]
     counts: Tensor  # int64 [B, E]: (token, slot) pairs that went to each expert, padding left out
-    tokens: Tensor  # int64 [B]: that are no padding
-    valid: Tensor  # bool [B, T]: no padding
+    tokens: Tensor  # int64 [B]: number of tokens that are no padding
+    valid: Tensor  # bool [B, T]: True = no padding
 
     @classmethod
     def of(cls, logits: Tensor, indices: Tensor, rows: int) -> Routing:
-        """From logits [B T, E] and the chosen experts [B T, k], where E stands for none."""
+        """Counts the routing from logits [B T, E] and the chosen experts [B T, k], where E stands for none."""
         experts, k = logits.size(1), indices.size(1)
         chosen = indices.view(rows, -1)
         counts = torch.zeros(rows, experts + 1, dtype=torch.int64, device=indices.device)
@@ -34,8 +34,8 @@ class Routing(NamedTuple):
 
 
 def shares(logits: Tensor, gate: str) -> Tensor:
-    """The scores [..., E] of each token as shares that sum to 1: those of a sigmoid gate are divided by their sum
-    (arXiv 2412.19437, equation 19)."""
+    """Returns the scores [..., E] of each token as shares that sum to 1: those of a sigmoid gate are divided by their
+    sum (arXiv 2412.19437, equation 19)."""
     if gate == "softmax":
         return logits.softmax(-1)
     scores = logits.sigmoid()
@@ -43,11 +43,12 @@ def shares(logits: Tensor, gate: str) -> Tensor:
 
 
 def losses(routing: Routing, config: MoeConfig) -> tuple[Tensor, Tensor]:
-    """(auxiliary loss, z-loss), each the sum over rows of its sum over tokens, fp32.
+    """Returns (auxiliary loss, z-loss), each the sum over rows of its sum over tokens, fp32.
 
-    Auxiliary (arXiv 2101.03961, equations 4 to 6; 2412.19437, 17 to 20), for each row alone, so that neither the batch
-    nor the ranks around it change it: n sum_i f_i P_i with n tokens, P_i the mean share of expert i and f_i = E / (k n)
-    times the tokens that chose it; n at perfect balance. z (arXiv 2202.08906, equation 5): logsumexp(logits)^2.
+    The auxiliary loss (arXiv 2101.03961, equations 4 to 6; 2412.19437, 17 to 20) is taken for each row alone, so that
+    neither the batch nor the ranks around it change it: n sum_i f_i P_i with n tokens, P_i the mean share of expert i
+    and f_i = E / (k n) times the tokens that chose it; it is n at perfect balance. The z-loss (arXiv 2202.08906,
+    equation 5) is logsumexp(logits)^2.
     """
     share = shares(routing.logits, config.gate)
     aux = (_load_factors(routing, config) * share).sum(-1)
@@ -56,13 +57,13 @@ def losses(routing: Routing, config: MoeConfig) -> tuple[Tensor, Tensor]:
 
 
 def _load_factors(routing: Routing, config: MoeConfig) -> Tensor:
-    """f_i of `losses`, [B, 1, E]."""
+    """Returns f_i of `losses`, [B, 1, E]."""
     even = routing.tokens.clamp(min=1) * config.top_k / config.num_experts
     return (routing.counts / even[:, None])[:, None]
 
 
 def loss_gradient(routing: Routing, config: MoeConfig) -> Tensor:
-    """Of aux_coef (auxiliary loss) + z_coef (z-loss) by the logits, [B, T, E]; f_i are constants."""
+    """Returns the gradient of aux_coef x auxiliary loss + z_coef x z-loss by the logits, [B, T, E]; f_i is constant."""
     grad = torch.zeros_like(routing.logits)
     if "aux" in config.balance:
         share, factors = shares(routing.logits, config.gate), _load_factors(routing, config)
@@ -77,13 +78,16 @@ def loss_gradient(routing: Routing, config: MoeConfig) -> Tensor:
 
 
 class Tally:
-    """What a router did since the last `reset`, counted in the backward: once for each microbatch that is trained,
-    rematerialised or not, and never for one that is only scored. And how much of its losses the backward adds."""
+    """Counts what a router did since the last `reset`, and says how much of its losses the backward adds.
 
-    loss_factor: float = 0.0  # of the losses' gradient: 1 / the denominator of the token loss, times any loss scale
-    tp_ranks: int = 1  # that compute the same tokens, and over which the router's gradient is summed
-    row_sum: Callable[[Tensor], Tensor] | None = None  # over ranks that hold parts of the same rows: a sum
-    travels = False  # tokens go to experts of other ranks, so that what experts computed here is counted for itself
+    It counts in the backward: once for each microbatch that is trained, rematerialised or not, and never for one that
+    is only scored.
+    """
+
+    loss_factor: float = 0.0  # multiplies the losses' gradient: 1 / the token loss's denominator, times any loss scale
+    tp_ranks: int = 1  # number of ranks that compute the same tokens, and over which the router's gradient is summed
+    row_sum: Callable[[Tensor], Tensor] | None = None  # sums over the ranks that hold parts of the same rows
+    travels = False  # True = tokens go to experts of other ranks, so `computed` is counted apart from `load`
 
     def __init__(self, config: MoeConfig) -> None:
         self.config = config
@@ -96,18 +100,18 @@ class Tally:
         self.computed: Tensor | None = None  # int64: rows that the experts of this rank computed, if it `travels`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
-        """Empty: what a copy of the module does is counted for itself."""
+        """Returns an empty tally with the same settings: what a copy of the module does is counted by itself."""
         copied = Tally(self.config)
         copied.loss_factor, copied.tp_ranks, copied.row_sum = self.loss_factor, self.tp_ranks, self.row_sum
         copied.travels = self.travels
         return copied
 
     def reset(self) -> None:
-        """Forget."""
+        """Forgets what was counted."""
         self.load = self.tokens = self.losses = self.computed = None
 
     def watch(self, y: Tensor, rows: Tensor) -> None:
-        """Count in the backward of `y`, what experts gave, the `rows` (int64) that those here computed for it."""
+        """Counts, in the backward of the experts' output `y`, the `rows` (int64) that this rank's experts computed."""
         if y.requires_grad:
             y.register_hook(lambda _: self._compute(rows))
 
@@ -116,7 +120,7 @@ class Tally:
 
     @torch.no_grad()
     def add(self, logits: Tensor, indices: Tensor, rows: int) -> Tensor:
-        """Count a microbatch, as `Routing.of` takes it; returns what its losses add to the gradient of the logits."""
+        """Counts a microbatch, given as to `Routing.of`; returns what its losses add to the gradient of the logits."""
         routing = Routing.of(logits, indices, rows)
         load, tokens = routing.counts.sum(0), routing.tokens.sum()
         if self.row_sum is not None:
@@ -136,23 +140,23 @@ _numbers = count()
 
 
 def counted(weights: Tensor, logits: Tensor, indices: Tensor, rows: int, tally: Tally) -> Tensor:
-    """The weights [B T, k] of the chosen experts; their backward tells the tally, and adds the losses' gradient."""
+    """Returns the weights [B T, k] unchanged; their backward counts into the tally and adds the losses' gradient."""
     return count_backward(weights, logits, indices, tally.handle, rows)
 
 
-# To a compiler the tally is a number in a tensor: one graph serves all layers, whatever their tallies and factors.
+# A compiler sees a tally as a number in a tensor: one graph serves all layers, whatever their tallies and factors.
 
 
 @torch.library.custom_op("llmtrain::count_backward", mutates_args=())
 def count_backward(weights: Tensor, logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
-    """The weights; see `counted`."""
+    """Returns the weights; see `counted`."""
     return weights.clone()
 
 
 @torch.library.custom_op("llmtrain::count_routing", mutates_args=())
 def count_routing(grad: Tensor, logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
-    """`Tally.add` of the tally with that number. `grad` is not read: what depends on the gradient that arrives stays in
-    the backward, where a compiler would else move it into the forward, which rematerialisation runs twice."""
+    """Returns `Tally.add` of the tally whose number is `handle`. `grad` is not read, but what depends on it stays in
+    the backward: a compiler could otherwise move it into the forward, which rematerialisation runs twice."""
     return TALLIES[int(handle)].add(logits, indices, rows)
 
 
@@ -178,20 +182,23 @@ def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, Non
 count_backward.register_autograd(_backward, setup_context=_save)
 
 
-# Between updates
+# After the backward of all microbatches
 
 
 def update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    """Loss-free balance (arXiv 2408.15664, algorithm 1): the bias [E] of an expert that got more than its share of
-    `load`, int64 [E], falls by `rate`, of one that got less rises. The comparison is exact."""
+    """Returns the bias [E] after a step of loss-free balance (arXiv 2408.15664, algorithm 1).
+
+    The bias of an expert that got more than its share of `load`, int64 [E], falls by `rate`; that of one that got less
+    rises. The comparison is exact.
+    """
     return bias + rate * torch.sign(load.sum() - load * load.numel()).to(bias.dtype)
 
 
 def balance_metrics(
     loads: Mapping[str, Tensor], computed: Mapping[str, Tensor], tokens: Mapping[str, Tensor], top_k: int
 ) -> dict[str, float]:
-    """For each layer: the largest load over the mean one (1 = even), the entropy of the load over that of an even one
-    (1 = even), and the share of choices that no expert computed.
+    """Returns for each layer the largest load over the mean load (1 = even), the entropy of the load over that of an
+    even one (1 = even), and the share of choices that no expert computed.
 
     Example: loads {"2": [6, 2]}, computed {"2": 8}, tokens {"2": 4}, top_k 2 -> {"load_max.2": 1.5,
     "load_entropy.2": 0.81, "load_dropped.2": 0.0}

@@ -1,95 +1,69 @@
-"""Masks of flex attention, made from ids without a T x T mask: the work is that of (T / BLOCK)^2 numbers a row."""
+"""Defines the transformer block: an attention and a feed-forward layer, each added to the residual stream."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
-BLOCK = 128  # tokens; what the kernels are tuned for
-
-Pair = tuple[Tensor, Tensor]
-"""[B, query blocks, key blocks] bool: may hold something that is seen; everything in it is seen."""
-
-
-def block_mask(
-    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
-) -> BlockMask:
-    """The visibility of `model.attention.attention_mask` for whole rows, [B, T] each; no segments = one a row."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    T = positions.size(1)
-    some, every = seen_blocks(segment_ids, branch_ids, positions, window)
-    return BlockMask.from_kv_blocks(
-        *_ordered(some & ~every),
-        *_ordered(every),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_rule(segment_ids, branch_ids, positions, window),
-        seq_lengths=(T, T),
-    )
+from llmtrain.arch.families import family_of
+from llmtrain.arch.parameters import has_experts, layer_type
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.attention import Attention, LayerCache, View
+from llmtrain.model.feedforward import FeedForward
+from llmtrain.model.mla import LatentAttention
+from llmtrain.model.moe import MoE
+from llmtrain.model.norm import hidden_norm
 
 
-def seen_blocks(segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None) -> Pair:
-    """By the least and the greatest id of each block: no block with something seen is left out, none with something
-    hidden is called whole."""
-    T = positions.size(1)
-    number = torch.arange(-(-T // BLOCK), device=positions.device)
-    whole = (number + 1) * BLOCK <= T  # a block that the row does not fill never counts as such
-    pairs = [((number[:, None] >= number)[None], ((number[:, None] > number) & whole[:, None])[None])]
-    if segment_ids is not None:  # padding last, or the block where it begins would span all segments
-        pairs.append(_equal(segment_ids.where(segment_ids >= 0, torch.iinfo(segment_ids.dtype).max)))
-    if branch_ids is not None:
-        low, high = _ranges(branch_ids)
-        some, every = _equal(branch_ids)
-        pairs.append((some | (low == 0)[:, None], every | (high == 0)[:, None]))
-    if window is not None:
-        low, high = _ranges(positions)
-        pairs.append((low[:, :, None] - high[:, None] < window, high[:, :, None] - low[:, None] < window))
-    some, every = pairs[0]
-    for more, most in pairs[1:]:
-        some, every = some & more, every & most
-    return some, every
+class Block(nn.Module):
+    """Computes x + attention(norm(x)), then x + feedforward(norm(x)), x [B, T, hidden].
+
+    `config.block`: `parallel` takes both of the same norm(x) and adds them at once (arXiv 2204.02311); `sandwich` has
+    another norm behind each half (Gemma).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.kind = layer_type(config, layer)
+        self.attention_norm = hidden_norm(config)
+        self.attention_post_norm = hidden_norm(config) if config.block == "sandwich" else None
+        self.attention = make_attention(config)
+        self.feedforward_norm = None if config.block == "parallel" else hidden_norm(config)
+        self.feedforward_post_norm = hidden_norm(config) if config.block == "sandwich" else None
+        self.feedforward = make_feedforward(config, layer)
+        self.routes = getattr(self.feedforward, "routes", False)
+
+    def forward(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
+        # `routes` is read here so that a compiler guards on it: the graph of a block with experts, which may break
+        # where their exchange over ranks begins, must never serve a block without. Else rematerialisation could run
+        # another graph than the forward did.
+        padding = view.padding if self.routes else None
+        if self.feedforward_norm is None:
+            return x + self.attend(x, view, cache) + self.feed(x, padding)
+        x = x + self.attend(x, view, cache)
+        return x + self.feed(x, padding)
+
+    def attend(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
+        """Returns what attention adds to the residual stream."""
+        y = self.attention(self.attention_norm(x), view, cache)
+        return y if self.attention_post_norm is None else self.attention_post_norm(y)
+
+    def feed(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """Returns what the feed-forward layer adds to the residual stream; `padding` [B, T] only where it `routes`."""
+        y = (self.feedforward_norm or self.attention_norm)(x)
+        y = self.feedforward(y, padding) if self.routes else self.feedforward(y)
+        return y if self.feedforward_post_norm is None else self.feedforward_post_norm(y)
 
 
-def _equal(ids: Tensor) -> Pair:
-    """Of blocks that hold ids in common; hold one and the same."""
-    low, high = _ranges(ids)
-    some = (low[:, None] <= high[:, :, None]) & (low[:, :, None] <= high[:, None])
-    return some, (low[:, None] == high[:, :, None]) & (low[:, :, None] == high[:, None])
+def make_attention(config: ModelConfig) -> nn.Module:
+    """Returns the attention layer, which is called with (x, View, LayerCache or None)."""
+    return LatentAttention(config) if config.attention == "mla" else Attention(config)
 
 
-def _ranges(x: Tensor) -> Pair:
-    """[B, T] -> the least and the greatest of each block, [B, blocks]."""
-    T = x.size(1)
-    places = torch.arange(-(-T // BLOCK) * BLOCK, device=x.device).clamp(max=T - 1)
-    return x[:, places].unflatten(1, (-1, BLOCK)).aminmax(dim=-1)
-
-
-def _ordered(blocks: Tensor) -> Pair:
-    """[B, query blocks, key blocks] bool -> how many for each query block, and their numbers first; for all heads."""
-    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
-
-
-def _rule(
-    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
-) -> Callable[..., Tensor]:
-    """Of one query and one key, for the blocks of which a part is seen."""
-
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        mask = query >= key
-        if segment_ids is not None:
-            mask = mask & (segment_ids[batch, query] == segment_ids[batch, key])
-        if branch_ids is not None:
-            branch = branch_ids[batch, key]
-            mask = mask & ((branch == 0) | (branch_ids[batch, query] == branch))
-        if window is not None:
-            mask = mask & (positions[batch, query] - positions[batch, key] < window)
-        return mask
-
-    return seen
+def make_feedforward(config: ModelConfig, layer: int) -> nn.Module:
+    """Returns the feed-forward layer, which is called with x, and, if it `routes`, with the padding too."""
+    family = family_of(config.family)
+    if family.parts:
+        return import_module(family.parts).FeedForward(config)
+    return MoE(config) if has_experts(config, layer) else FeedForward(config)

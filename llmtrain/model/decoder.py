@@ -1,11 +1,10 @@
-"""The decoder: one plain model file, no distributed code. Every part may be missing, for pipeline stages."""
+"""Defines the decoder and its initial values. Nothing here is distributed; a pipeline stage lacks some of the parts."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Mapping
-from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -13,75 +12,27 @@ from torch import Tensor, nn
 from llmtrain.arch.adapters import adapter_shapes
 from llmtrain.arch.families import family_of
 from llmtrain.arch.mup import base_of, logit_factor, std_factor
-from llmtrain.arch.parameters import has_experts, layer_type
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.attention import Attention, LayerCache, View, attention_mask
-from llmtrain.model.feedforward import FeedForward
+from llmtrain.model.attention import LayerCache, View, attention_mask
+from llmtrain.model.blocks import Block
 from llmtrain.model.heads import LMHead
 from llmtrain.model.lora import add_adapters, initial_adapter
-from llmtrain.model.mla import LatentAttention
-from llmtrain.model.moe import MoE
 from llmtrain.model.mtp import MultiToken, Rows
 from llmtrain.model.norm import hidden_norm
 from llmtrain.model.rope import rope_angles, rope_frequencies, rope_magnitude
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x)); `parallel`: both of the same norm(x), added at once
-    (arXiv 2204.02311); `sandwich`: another norm behind each half (Gemma)."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.kind = layer_type(config, layer)
-        self.attention_norm = hidden_norm(config)
-        self.attention_post_norm = hidden_norm(config) if config.block == "sandwich" else None
-        self.attention = make_attention(config)
-        self.feedforward_norm = None if config.block == "parallel" else hidden_norm(config)
-        self.feedforward_post_norm = hidden_norm(config) if config.block == "sandwich" else None
-        self.feedforward = make_feedforward(config, layer)
-        self.routes = getattr(self.feedforward, "routes", False)
-
-    def forward(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
-        # Looked at here, so that a compiler's graph of a block with experts, which may end where their exchange over
-        # ranks begins, never serves one without: what is computed again would be by another graph than the first time.
-        padding = view.padding if self.routes else None
-        if self.feedforward_norm is None:
-            return x + self.attend(x, view, cache) + self.feed(x, padding)
-        x = x + self.attend(x, view, cache)
-        return x + self.feed(x, padding)
-
-    def attend(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
-        """The first half, without its residual."""
-        y = self.attention(self.attention_norm(x), view, cache)
-        return y if self.attention_post_norm is None else self.attention_post_norm(y)
-
-    def feed(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        """The second half, without its residual."""
-        y = (self.feedforward_norm or self.attention_norm)(x)
-        y = self.feedforward(y, padding) if self.routes else self.feedforward(y)
-        return y if self.feedforward_post_norm is None else self.feedforward_post_norm(y)
-
-
-def make_attention(config: ModelConfig) -> nn.Module:
-    """Called with (x, View, LayerCache or None)."""
-    return LatentAttention(config) if config.attention == "mla" else Attention(config)
-
-
-def make_feedforward(config: ModelConfig, layer: int) -> nn.Module:
-    """Called with x, a mixture of experts (`routes`) with the padding too."""
-    family = family_of(config.family)
-    if family.parts:
-        return import_module(family.parts).FeedForward(config)
-    return MoE(config) if has_experts(config, layer) else FeedForward(config)
-
-
 def _embedding(rows: int, hidden_size: int) -> nn.Embedding:
-    """Uninitialised. torch's own way would draw numbers; on the meta device it would import the compiler for that."""
+    """Returns an uninitialised embedding. torch's own constructor draws numbers, for which it imports the compiler
+    where the device is meta."""
     return nn.Embedding.from_pretrained(torch.empty(rows, hidden_size), freeze=False)
 
 
 class Decoder(nn.Module):
-    """embed -> layers -> norm -> head, each optional. Parameters are uninitialised: see `init_tensor`."""
+    """Computes embed -> layers -> norm -> head, each of which may be None on a pipeline stage.
+
+    Parameters are uninitialised: see `init_tensor`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,8 +45,8 @@ class Decoder(nn.Module):
         self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap, logit_factor(config))
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        further = [Block(config, config.num_layers + depth) for depth in range(config.mtp_layers)]
-        self.mtp = MultiToken(config, further) if further else None
+        mtp_blocks = [Block(config, config.num_layers + depth) for depth in range(config.mtp_layers)]
+        self.mtp = MultiToken(config, mtp_blocks) if mtp_blocks else None
         if config.lora is not None:
             add_adapters(self, config.lora)
 
@@ -110,11 +61,11 @@ class Decoder(nn.Module):
         masks: Mapping[str, Tensor] | None = None,
         caches: Mapping[str, LayerCache] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Token ids [B, T] (or, without `embed`, hidden states) to logits, (log-probs, entropies) or hidden states.
+        """Returns what the head gives for x, see `LMHead`; without a head, hidden states [B, T, hidden].
 
-        `positions` [B, T]; `segment_ids`, `branch_ids` as in `types.Batch`; `masks`, one for each kind of layer,
-        override both. `caches` maps layer names to key/value caches (generation). `labels`, `temperature`: see
-        `LMHead`.
+        x holds token ids [B, T], or, without `embed`, hidden states; `positions` is [B, T]. `segment_ids` and
+        `branch_ids` are those of `types.Batch`; `masks`, one for each kind of layer, override both. `caches` maps layer
+        names to key/value caches (generation).
         """
         ids = x
         if self.embed is not None:
@@ -126,15 +77,15 @@ class Decoder(nn.Module):
             x = self.norm(x)
         if self.mtp is not None and self.mtp.loss_factor and labels is not None and torch.is_grad_enabled():
             rows = Rows(ids, labels, segment_ids)
-            x = self.mtp.attached(x, rows, views, lambda further: self.embedded(further, positions), self.head)
+            x = self.mtp.attached(x, rows, views, lambda shifted: self.embedded(shifted, positions), self.head)
         return x if self.head is None else self.head(x, labels, temperature)
 
     def blocks(self) -> list[Block]:
-        """Those of the layers that are here, and of the modules for the tokens after the next."""
+        """Returns the blocks that are here: those of the layers, and those of multi-token prediction."""
         return [*self.layers.values(), *(depth.block for depth in (self.mtp or {}).values())]
 
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids [B, T] to hidden states."""
+        """Returns the hidden states [B, T, hidden] of token ids [B, T], before the first block."""
         x = self.embed(ids)
         if self.config.scale_embeddings:  # the factor rounded as the published models round it
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
@@ -148,7 +99,7 @@ class Decoder(nn.Module):
         branch_ids: Tensor | None,
         masks: Mapping[str, Tensor] | None,
     ) -> dict[str, View]:
-        """For each kind of layer here."""
+        """Returns, for each kind of layer here, the view that its blocks get."""
         padding = None if segment_ids is None or self.config.moe is None else segment_ids < 0
         found = {}
         for kind in dict.fromkeys(block.kind for block in self.layers.values()):
@@ -160,14 +111,15 @@ class Decoder(nn.Module):
     def visibility(
         self, segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
     ) -> Tensor | None:
-        """What `Attention.attend` takes as its mask; None = causal."""
+        """Returns the mask that `Attention.attend` takes; None = causal."""
         if segment_ids is None and (window is None or window >= positions.size(1)):
             return None
         segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
         return attention_mask(segments, branch_ids, positions=positions, window=window)
 
     def angles(self, positions: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor | None, Tensor | None]:
-        """RoPE's cos and sin. Computed anew: a buffer would be rounded when an engine casts the module to bf16."""
+        """Returns RoPE's cos and sin, None where positions are learned. They are computed in every forward: a buffer
+        would be rounded when an engine casts the module to bf16."""
         c = self.config
         if c.positions == "learned":
             return None, None
@@ -180,26 +132,25 @@ class Decoder(nn.Module):
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names and global shapes, in module order; a router's bias is there, a tied head is not."""
+    """Returns the canonical names and global shapes, in module order; a router's bias is there, a tied head is not."""
     with torch.device("meta"):
         state = Decoder(config).state_dict()
     return {name: tuple(p.shape) for name, p in state.items() if not (config.tie_embeddings and name == "head.weight")}
 
 
 def trained_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What a checkpoint holds: of a model with adapters these alone, else `parameter_shapes`."""
+    """Returns the names and shapes that a checkpoint holds: the adapters alone if there are any, else everything."""
     return parameter_shapes(config) if config.lora is None else adapter_shapes(config)
 
 
 RESIDUAL = ("attention.o.weight", "feedforward.down.weight", "experts.down", "shared.down.weight")
-"""What writes to the residual stream."""
+"""Names the matrices that write to the residual stream."""
 
 
 def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of one parameter, fp32. A pure function of name and seed, so every layout starts equal.
+    """Returns the initial value of one parameter, fp32, as a pure function of name and seed: all layouts start equal.
 
-    Norms are 1 (0 where the factor is 1 + weight), biases 0; matrices as the family says, else N(0, 0.02), and those
-    that write to the residual stream smaller by sqrt(2 layers) (GPT-2).
+    Norms are 1 (0 where the factor is 1 + weight), biases 0. Matrices are drawn from N(0, `init_std`).
     """
     if name.endswith(".bias"):
         return torch.zeros(shape)
@@ -213,8 +164,8 @@ def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: in
 
 
 def init_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
-    """Standard deviation of a matrix, by the family or as usual; with `config.mup` that of the base width, times muP's
-    factor."""
+    """Returns the standard deviation of a matrix: the family's, else 0.02, divided by sqrt(2 layers) for `RESIDUAL`
+    matrices (GPT-2). With `config.mup` it is that of the base width, times muP's factor."""
     own = family_of(config.family).init
     std = own(name, *base_of(name, shape, config)) if own else None
     if std is None:
@@ -224,6 +175,6 @@ def init_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill a whole (unsharded) decoder with its initial values."""
+    """Fills a whole (unsharded) decoder with its initial values, in place."""
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         p.copy_(init_tensor(name, tuple(p.shape), config, seed))

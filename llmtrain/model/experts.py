@@ -1,5 +1,4 @@
-"""Weights of the experts and their products. On a CPU without a compiler all three are one operation,
-`model.experts_cpu`."""
+"""Defines the feed-forward layers of the experts, whose weights are stacked."""
 
 from __future__ import annotations
 
@@ -7,13 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.feedforward import ACTIVATIONS
-from llmtrain.model.kernels.experts_cpu import expert_ffn
-from llmtrain.model.kernels.grouped import grouped_pair, grouped_product
+from llmtrain.model.kernels.experts import expert_feedforward
 
 
 class Experts(nn.Module):
-    """down(act(gate(x)) * up(x)) of each expert here: gate, up [E, ffn, hidden], down [E, hidden, ffn]."""
+    """Computes down(act(gate(x)) * up(x)) by E experts: gate, up [E, ffn, hidden], down [E, hidden, ffn]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -27,25 +24,14 @@ class Experts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """Here: fewer where experts are divided over ranks."""
+        """Returns the number of experts of this rank."""
         return self.gate.size(0)
 
     def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        """x [N, hidden], sorted by expert, of which the first counts[0] go to expert 0, the next counts[1] to expert 1
-        and so on; rows beyond their sum give zeros. counts [E] int64.
+        """Returns the experts' outputs times `weights` [N]: [N, hidden].
 
-        `weights` [N] multiply the outputs. They are applied in front of `down`, so that the backward does not need
-        what `down` gives.
+        x [N, hidden] is sorted by expert: the first counts[0] rows go to expert 0, the next counts[1] to expert 1 and
+        so on; rows beyond their sum give zeros. counts [E] int64. The weights are applied in front of `down`, so that
+        the backward does not need the output of `down`.
         """
-        weights = weights.to(x.dtype)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return expert_ffn(x, weights, self.gate, self.up, self.down, counts, self.activation)[0]
-        return self.by_grouped_products(x, counts, weights)
-
-    def by_grouped_products(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        """`forward` on a GPU, and for a compiler, which fuses what is between the products."""
-        if x.device.type == "cpu" and torch.compiler.is_compiling():  # what stands side by side costs an eager CPU more
-            gate, up = grouped_pair(x, self.gate, self.up, counts).chunk(2, 1)
-        else:
-            gate, up = grouped_product(x, self.gate, counts), grouped_product(x, self.up, counts)
-        return grouped_product(ACTIVATIONS[self.activation](gate) * up * weights[:, None], self.down, counts)
+        return expert_feedforward(x, weights.to(x.dtype), self.gate, self.up, self.down, counts, self.activation)

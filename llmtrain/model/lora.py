@@ -1,5 +1,5 @@
-"""Low-rank adapters (arXiv 2106.09685): beside W x a projection computes alpha / rank B (A x), and only A and B are
-trained."""
+"""Implements low-rank adapters (LoRA, arXiv 2106.09685): a projection adds alpha / rank B (A x) to W x, and only A and
+B are trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmtrain.config.schema import LoraConfig, ModelConfig
 
 
 class Adapter(nn.Module):
-    """x [..., in] -> scale B (A x) [..., out]. It stays in the precision of x also where the projection has 8 bits."""
+    """Computes scale B (A x), [..., out], of x [..., in], in the precision of x even where the projection uses fp8."""
 
     def __init__(self, in_features: int, out_features: int, lora: LoraConfig) -> None:
         super().__init__()
@@ -27,12 +27,12 @@ class Adapter(nn.Module):
         return self.apply_with(x, self.a, self.b)
 
     def apply_with(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The adapter with given matrices."""
+        """Returns the adapter's output with the given matrices."""
         return F.linear(F.linear(x, a) * self.scale, b)
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
-    """Give the targeted projections of `model.layers` an adapter, in place; nothing else has a gradient any more."""
+    """Gives the targeted projections of `model.layers` an adapter each, in place, and freezes everything else."""
     model.requires_grad_(False)
     for name, module in list(model.layers.named_modules()):
         if name.rpartition(".")[2] in lora.targets and isinstance(module, nn.Linear):
@@ -40,15 +40,16 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
 
 
 def initial_adapter(leaf: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """`b` is 0, so that training starts from the base; `a` uniform in +-1 / sqrt(in), as peft has it."""
+    """Returns the initial value of `b`, 0, so that training starts from the base, or of `a`, uniform in
+    +-1 / sqrt(in), as in peft."""
     if leaf == "b":
         return torch.zeros(shape)
     return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
 
 
 def merged(name: str, model: ModelConfig, read: Callable[[str], Tensor]) -> Tensor:
-    """The parameter `name` of the base with its adapter, if there is one, added in fp32: W + scale B A. `read` gives
-    whole tensors of base and adapters by canonical name."""
+    """Returns the parameter `name` of the base with its adapter, if there is one, added in fp32: W + scale B A. `read`
+    gives whole tensors of base and adapters by canonical name."""
     weight, adapter = read(name), adapter_of(model, name)
     if adapter is None or model.lora is None:
         return weight

@@ -1,5 +1,6 @@
-"""Multi-token prediction (arXiv 2412.19437, section 2.2): modules behind the decoder predict the tokens after the next,
-each from the hidden states of the one before and the embedding of the token between."""
+"""Implements multi-token prediction (arXiv 2412.19437, section 2.2): module d = 1, 2, ... behind the decoder predicts
+the token d places after the next one, from the hidden states of module d - 1 and the embedding of the token d places
+on."""
 
 from __future__ import annotations
 
@@ -18,20 +19,20 @@ from llmtrain.types import IGNORE
 
 
 class Rows(NamedTuple):
-    """What is trained, as in `types.Batch`."""
+    """Holds what of a microbatch is trained, as in `types.Batch`."""
 
     ids: Tensor  # [B, T]
     labels: Tensor  # [B, T]
     segment_ids: Tensor | None  # [B, T]
 
     def following(self, depth: int) -> Tensor:
-        """The token `depth` places on, [B, T]; 0 where the row ends before."""
+        """Returns the token `depth` places on, [B, T]; 0 where the row ends before."""
         one = torch.where(self.labels == IGNORE, _shifted(self.ids, 1, 0), self.labels)
         return _shifted(one, depth - 1, 0)
 
     def targets(self, depth: int) -> Tensor:
-        """The label `depth` places on, [B, T], where all labels up to it are trained and of the same segment, else
-        IGNORE."""
+        """Returns the label `depth` places on, [B, T], where all labels up to it are trained and of the same segment,
+        else IGNORE."""
         labels = self.labels
         for _ in range(depth):
             apart = self.labels == IGNORE
@@ -42,19 +43,19 @@ class Rows(NamedTuple):
 
 
 def _shifted(x: Tensor, places: int, fill: int) -> Tensor:
-    """x [B, T] -> what stands so many places on."""
+    """Returns, at each place of x [B, T], what stands so many `places` on; `fill` where the row ends before."""
     return torch.nn.functional.pad(x[:, places:], (0, min(places, x.size(1))), value=fill)
 
 
 class Joint(Linear):
-    """One projection of several inputs side by side."""
+    """Projects several inputs, concatenated over their last dim, at once."""
 
     def forward(self, *parts: Tensor) -> Tensor:
         return super().forward(torch.cat(parts, -1))
 
 
 class Depth(nn.Module):
-    """norm(block(proj [norm(embedding); norm(hidden)])): states [B, T, hidden] that the head takes, and the next depth.
+    """Computes norm(block(proj [norm(embedding); norm(hidden)])), [B, T, hidden], for the head and the next depth.
 
     The order of the two inputs, and that the states passed on are the normed ones, is that of the released DeepSeek-V3.
     """
@@ -72,23 +73,26 @@ class Depth(nn.Module):
 
 
 class MultiToken(nn.ModuleDict):
-    """The modules by depth, `0` first. Their loss has no place in what a decoder returns, so its gradient is added in
-    the backward of the hidden states that go to the head."""
+    """Holds the modules of all depths, under the names `0`, `1`, ...
 
-    loss_factor: float = 0.0  # of the loss's gradient: 1 / the denominator of the token loss, times any loss scale
+    A decoder returns no loss, so the gradient of theirs is added in the backward of the hidden states that go to the
+    head.
+    """
+
+    loss_factor: float = 0.0  # multiplies the loss's gradient: 1 / the token loss's denominator, times any loss scale
 
     def __init__(self, config: ModelConfig, blocks: Sequence[nn.Module]) -> None:
         super().__init__({str(depth): Depth(config, block) for depth, block in enumerate(blocks)})
-        self.weight = config.mtp_coef / len(blocks)  # of the sum over depths
+        self.weight = config.mtp_coef / len(blocks)  # of each depth's loss: the coefficient of their mean
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted."""
-        self.sum: Tensor | None = None  # fp32: of -log p over tokens and depths, of microbatches gone backward
-        self.tokens: Tensor | None = None  # int64: how many
+        """Forgets what was counted."""
+        self.sum: Tensor | None = None  # fp32: of -log p over tokens and depths, since the reset
+        self.tokens: Tensor | None = None  # int64: number of terms in that sum
 
     def add(self, loss: Tensor, tokens: Tensor) -> Tensor:
-        """Count a microbatch; returns the gradient of its loss."""
+        """Counts a microbatch and returns the gradient of its loss. The backward calls it."""
         self.sum, self.tokens = (loss, tokens) if self.sum is None else (self.sum + loss, self.tokens + tokens)
         return torch.full_like(loss, self.weight * self.loss_factor)
 
@@ -100,8 +104,11 @@ class MultiToken(nn.ModuleDict):
         embed: Callable[[Tensor], Tensor],
         head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """The same hidden states [B, T, hidden], normed for the head; their backward adds the gradient of
-        loss_factor x coef x the mean over depths of `losses`."""
+        """Returns the hidden states [B, T, hidden] unchanged. Their backward adds the gradient of loss_factor x coef x
+        the mean over depths of `losses`.
+
+        The hidden states are normed, as the head takes them; `embed` and `head` are the decoder's own.
+        """
         losses, tokens = self.losses(hidden, rows, views, embed, head)
         return _Attached.apply(hidden, torch.stack(losses).sum(), torch.stack(tokens).sum(), self)
 
@@ -113,8 +120,8 @@ class MultiToken(nn.ModuleDict):
         embed: Callable[[Tensor], Tensor],
         head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each depth the sum of -log p of the label so much further on, fp32, and of how many. What stands at
-        positions without such a label is seen by none that has one."""
+        """Returns, for each depth, the sum of -log p of the label `depth` places on, fp32, and how many such labels
+        there are. Positions without such a label are seen by no position that has one."""
         losses, tokens = [], []
         for depth, module in enumerate(self.values(), 1):
             assert isinstance(module, Depth)
@@ -126,6 +133,8 @@ class MultiToken(nn.ModuleDict):
 
 
 class _Attached(torch.autograd.Function):
+    """Passes hidden states and their gradient on, and gives `loss` the gradient that `MultiToken.add` returns."""
+
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, loss: Tensor, tokens: Tensor, modules: MultiToken) -> Tensor:
         ctx.save_for_backward(loss, tokens)

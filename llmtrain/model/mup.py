@@ -1,4 +1,4 @@
-"""muP's factors put into weights: the same function without them, for those who know nothing of muP."""
+"""Folds muP's factors into weights, so that software without muP computes the same function."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from llmtrain.config.schema import ModelConfig
 
 
 def folded(name: str, weight: Tensor, model: ModelConfig) -> Tensor:
-    """A whole parameter of `model` as one of the same model without muP. The factor of the logits goes into the last
-    norm, so that a tied head needs none; that of the scores into q, or its norm if there is one."""
+    """Returns a whole parameter of `model` as one of the same model without muP.
+
+    The factor of the logits goes into the last norm, so that a tied head needs none; the factor of the attention scores
+    goes into q, or its norm if there is one.
+    """
     if name in ("norm.weight", "norm.bias"):
         return _scaled(name, weight, logit_factor(model), model)
     module = name.rpartition(".")[0]

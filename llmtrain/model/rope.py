@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864)."""
+"""Computes rotary position embeddings (arXiv 2104.09864)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.schema import RopeScaling
-from llmtrain.model.kernels.eager import Rotation, pairs, pays
+from llmtrain.model.kernels.eager import Rotation, is_eager_cpu_fp32, pairs
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    """Radians a position for each pair of dimensions, [head_dim / 2] fp32."""
+    """Returns the radians per position of each pair of dimensions, [head_dim / 2] fp32."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     freqs = 1.0 / theta**exponent
     if scaling is None:
@@ -23,7 +23,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, d
 
 
 def _llama3(freqs: Tensor, s: RopeScaling) -> Tensor:
-    """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between (arXiv 2407.21783)."""
+    """Returns Llama 3.1's frequencies: low ones divided by `factor`, high ones kept, interpolated between
+    (arXiv 2407.21783)."""
     wavelength = 2 * math.pi / freqs
     smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     mixed = (1 - smooth) * freqs / s.factor + smooth * freqs
@@ -32,12 +33,12 @@ def _llama3(freqs: Tensor, s: RopeScaling) -> Tensor:
 
 
 def _yarn(freqs: Tensor, theta: float, s: RopeScaling) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often stay, slow ones are divided by `factor`, with a
-    linear ramp over the pairs between."""
+    """Returns YaRN's frequencies (arXiv 2309.00071, section 3.2): pairs that turn often stay, slow ones are divided by
+    `factor`, with a linear ramp over the pairs between."""
     dim = 2 * freqs.numel()
 
     def pair(turns: float) -> float:
-        """The (fractional) pair that turns so often within the original positions."""
+        """Returns the (fractional) pair that turns so often within the original positions."""
         return dim * math.log(s.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(math.floor(pair(s.beta_fast)), 0), min(math.ceil(pair(s.beta_slow)), dim - 1)
@@ -47,12 +48,12 @@ def _yarn(freqs: Tensor, theta: float, s: RopeScaling) -> Tensor:
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
-    """By which YaRN raises the scores' temperature, to the power of a half (its equation 22)."""
+    """Returns the square root of the factor by which YaRN multiplies attention scores (its equation 22)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def rope_magnitude(scaling: RopeScaling | None) -> float:
-    """The factor of cos and sin: 1 but for YaRN."""
+    """Returns the factor of cos and sin, which is 1 except with YaRN."""
     if scaling is None or scaling.type != "yarn":
         return 1.0
     if scaling.mscale and scaling.mscale_all_dim:
@@ -61,7 +62,7 @@ def rope_magnitude(scaling: RopeScaling | None) -> float:
 
 
 def rope_angles(positions: Tensor, freqs: Tensor, dtype: torch.dtype, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin, [B, 1, T, head_dim / 2]; the angle is taken in fp32 whatever the model's precision."""
+    """Returns cos and sin, [B, 1, T, head_dim / 2]; angles are computed in fp32 whatever the model's precision."""
     angle = positions[:, None, :, None].float() * freqs
     cos, sin = angle.cos(), angle.sin()
     if magnitude != 1.0:
@@ -70,10 +71,13 @@ def rope_angles(positions: Tensor, freqs: Tensor, dtype: torch.dtype, magnitude:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate x [B, heads, T, head_dim]: the i-th value of the first half with the i-th of the second, as in the
-    released Llama weights; or, interleaved, neighbours, the result with the pairs' first values in front (queries and
-    keys alike, so that scores are the same)."""
-    if pays(x):
+    """Returns x [B, heads, T, head_dim] with each pair (a, b) rotated to (a cos - b sin, b cos + a sin).
+
+    A pair is the i-th value of the first half and the i-th of the second, as in the released Llama weights; or, if
+    `interleaved`, two neighbours. The first values of all pairs always come out in front: queries and keys are permuted
+    alike, so scores are the same.
+    """
+    if is_eager_cpu_fp32(x):  # the same values in fewer passes over memory
         return Rotation.apply(x, cos, sin, interleaved)
     a, b = pairs(x, interleaved)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with which weights."""
+"""Defines the router, which chooses the experts of each token and their weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from llmtrain.model.balance import Tally, counted
 
 
 class Router(nn.Module):
-    """Scores of all experts in fp32, the best of which are chosen, perhaps with a bias and within the best groups."""
+    """Scores all experts in fp32 and chooses the best, with `selection_bias` added and within the best groups if the
+    config says so."""
 
     bias: Tensor | None
 
@@ -26,8 +27,10 @@ class Router(nn.Module):
         self.tally = Tally(config.moe)
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, hidden] -> the experts of each token, int64 [B T, k], and their weights, fp32 [B T, k]. Where
-        `padding` [B, T] is True the experts are num_experts, which is none, and the weights 0."""
+        """Returns the experts of each token of x [B, T, hidden], int64 [B T, k], and their weights, fp32 [B T, k].
+
+        Where `padding` [B, T] is True the index is num_experts, which stands for none, and the weights are 0.
+        """
         logits = self.logits(x.flatten(0, 1))
         scores = logits.softmax(-1) if self.config.gate == "softmax" else logits.sigmoid()
         indices = self.choose(scores.detach())
@@ -44,14 +47,16 @@ class Router(nn.Module):
         return indices, weights
 
     def logits(self, x: Tensor) -> Tensor:
-        """[N, hidden] -> fp32 [N, E]."""
+        """Returns the logits of all experts, fp32 [N, E], for x [N, hidden]."""
         return F.linear(x.float(), self.weight.float())
 
     @torch.no_grad()
     def choose(self, scores: Tensor) -> Tensor:
-        """The top_k experts of each row of scores [N, E], in any order. With groups, they are chosen from those whose
-        best score (softmax gate, arXiv 2405.04434), or the sum of their two best (sigmoid, arXiv 2412.19437), is
-        highest."""
+        """Returns the top_k experts of each row of scores [N, E], in any order.
+
+        With groups, they are chosen from the groups whose best score (softmax gate, arXiv 2405.04434), or whose sum of
+        the two best scores (sigmoid gate, arXiv 2412.19437), is highest.
+        """
         c = self.config
         choice = scores if self.bias is None else scores + self.bias
         if c.num_groups > 1:
@@ -62,7 +67,7 @@ class Router(nn.Module):
         return choice.topk(c.top_k, -1, sorted=False).indices
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """The bias moves with the module but stays fp32: its steps are below what bf16 resolves."""
+        """Moves and casts the module, except that the bias stays fp32: its steps are below what bf16 resolves."""
         bias = self.bias
         super()._apply(fn, recurse)
         if bias is not None and self.bias.dtype != bias.dtype:

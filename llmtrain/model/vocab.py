@@ -1,4 +1,4 @@
-"""Rows of the embedding and the head for tokens that a model has not seen."""
+"""Resizes the embedding and the head, with rows for tokens that a model has not seen."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def resize_embedding(weight: Tensor, rows: int, used: int | None = None) -> Tensor:
-    """`weight` [V, H] of an embedding or a head with `rows` rows: [rows, H], same dtype and device.
+    """Returns `weight` [V, H] of an embedding or a head with `rows` rows: [rows, H], same dtype and device.
 
-    The first `used` rows (None: all) are those that a token had: they are copied bit for bit, or cut to `rows`. Every
-    other row is their mean, also where padding was before. A token that starts as the mean is, as an answer, at most as
-    likely as the old ones are on average (Jensen's inequality; Hewitt 2021, "Initializing new word embeddings"), which
-    is why `transformers.resize_token_embeddings` draws close around it. Nothing is drawn here, so new rows are equal
-    until they are trained. The mean is taken in fp32.
+    The first `used` rows (None = all) belong to tokens: they are copied bit for bit, or cut to `rows`. Every other row
+    is their mean, also where padding was before. A new token that starts as the mean is at most as likely an output as
+    the old ones are on average (Jensen's inequality; Hewitt 2021, "Initializing new word embeddings"), which is why
+    `transformers.resize_token_embeddings` draws close around it. Nothing is drawn here, so new rows are equal until
+    they are trained. The mean is taken in fp32. Raises ValueError where `rows` or `used` is out of range.
     """
     used = len(weight) if used is None else used
     if rows < 1 or not 1 <= used <= len(weight):

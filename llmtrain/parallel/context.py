@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 
-from llmtrain.model.attention import attention, attention_mask
+from llmtrain.model.attention import attention_mask
+from llmtrain.model.kernels.sdpa import attention
 from llmtrain.parallel.collectives import all_gather, gather_sequence
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.ring import attend_ring

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from llmtrain.model.balance import Tally
 from llmtrain.model.experts import Experts
-from llmtrain.model.moe import Collect, MoE, Spread, sort_by_expert
+from llmtrain.model.kernels.permute import Collect, Spread, sort_by_expert
+from llmtrain.model.moe import MoE
 from llmtrain.model.router import Router
 from llmtrain.parallel.collectives import all_reduce, copy_to, reduce_from, scatter_sequence
 from llmtrain.parallel.mesh import Mesh

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributed import P2POp, ProcessGroup, Work
 
-from llmtrain.model.attention import HIDDEN, attention_mask
+from llmtrain.model.attention import attention_mask
+from llmtrain.model.kernels.sdpa import HIDDEN
 from llmtrain.parallel.zigzag import places
 
 TILE_TOKENS = 1024  # queries whose scores exist at one time

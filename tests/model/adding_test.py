@@ -1,4 +1,4 @@
-"""docs/models.md: its counts are those of the presets, and the family that it adds is right."""
+"""Checks docs/models.md: its counts are those of the presets, and the family that it adds is right."""
 
 from __future__ import annotations
 

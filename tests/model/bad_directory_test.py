@@ -1,4 +1,4 @@
-"""Hugging Face directories that are not whole: one line that names file and tensor, before anything is read."""
+"""Broken Hugging Face directories are refused in one line that names file and tensor, before anything is read."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def directory(family: str, tmp_path: Path) -> Path:
 
 
 def opened(directory: Path, mtp_layers: int = 0) -> None:
-    """The two calls that every stage begins with."""
+    """Makes the two calls that every stage begins with."""
     hf_weight_source(str(directory), resolve_model(ModelConfig(init_from=str(directory), mtp_layers=mtp_layers)))
 
 
@@ -137,8 +137,8 @@ def test_a_tensor_too_many(family: str, name: str, directory: Path) -> None:
 @pytest.mark.parametrize("family", ["deepseek-v3"])
 @pytest.mark.parametrize("copy", ["embed_tokens.weight", "shared_head.head.weight"])
 def test_copies(copy: str, family: str, directory: Path) -> None:
-    """Of embedding and head, in the module for the token after the next: they may be left out, and are not read, but
-    they are of this model. Without the module nothing of it matters."""
+    """The copies of embedding and head in a multi-token prediction module may be left out and are not read, but they
+    must have the shapes of this model. Without the module nothing of it matters."""
     name = f"model.layers.2.{copy}"
     file = shard_of(directory, name)
     others = {key: x for key, x in load_file(file).items() if key != name}
@@ -233,7 +233,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     ],
 )
 def test_rope(family: str, rope: dict, beside: dict, message: str, directory: Path) -> None:
-    """In the form of transformers 5, which for Gemma 3 has one for each kind of layer."""
+    """RoPE is read in the form of transformers 5, which for Gemma 3 has one for each kind of layer."""
     written = {"full_attention": rope} if family == "gemma3" else rope
     assert message in config_refused(directory, {"rope_parameters": written, **beside})
 

@@ -1,4 +1,4 @@
-"""The losses and the bias that spread tokens over experts, and what is counted."""
+"""Checks the losses and the bias that spread tokens over experts, and what is counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS = {
 
 
 def routing(logits: Tensor, k: int = K) -> Routing:
-    """Of logits [B, T, E], all of them tokens."""
+    """Returns the routing of logits [B, T, E] without padding."""
     return Routing.of(logits.flatten(0, 1), logits.topk(k, -1).indices.flatten(0, 1), logits.size(0))
 
 
@@ -114,7 +114,7 @@ def objective_gradients(model: MoE, x: Tensor, config: MoeConfig, padding: Tenso
 
 
 def formula(x: Tensor, weight: Tensor, config: MoeConfig, padding: Tensor) -> Tensor:
-    """The objective, plainly, row by row; what is chosen is constant."""
+    """Computes the objective plainly, row by row; the chosen experts are constant."""
     total = torch.zeros(())
     for row, hidden in zip(x, padding, strict=True):
         logits = row[~hidden] @ weight.T
@@ -128,7 +128,7 @@ def formula(x: Tensor, weight: Tensor, config: MoeConfig, padding: Tensor) -> Te
 
 
 def test_rows_are_independent_of_their_batch() -> None:
-    """Whole, and row by row: the same sum of gradients, the same tally."""
+    """A whole batch and its rows one by one give the same sum of gradients and the same tally."""
     model, x = moe(), random_rows()
     whole = trained(model, x, factor=0.5)
     tally = model.router.tally
@@ -141,7 +141,7 @@ def test_rows_are_independent_of_their_batch() -> None:
 
 
 def test_a_row_in_parts_over_ranks() -> None:
-    """Each part with the row's counts gives its part of the gradient and of the losses."""
+    """Each part of a row, given the row's counts, gives its part of the gradient and of the losses."""
     model, x = moe(), random_rows(rows=1)
     whole = trained(model, x, factor=0.5)
     tally = model.router.tally

@@ -1,4 +1,4 @@
-"""The decoder by itself: sizes, packed documents, padding, shared prompts."""
+"""Checks the decoder by itself: sizes, packed documents, padding, shared prompts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_padding_changes_nothing(model: Decoder) -> None:
 
 @torch.no_grad()
 def test_branches_equal_whole_sequences(model: Decoder) -> None:
-    """The example of `types.Batch`: prompt p q, samples x y and z."""
+    """The example of `types.Batch`, prompt p q and samples x y and z, gives what whole sequences give."""
     p, q, x, y, z = 3, 14, 15, 92, 65
     ids = torch.tensor([[p, q, x, y, q, z]])
     positions = torch.tensor([[0, 1, 2, 3, 1, 2]])

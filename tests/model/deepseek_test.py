@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 against transformers."""
+"""Compares DeepSeek V2 and V3 with transformers."""
 
 from __future__ import annotations
 

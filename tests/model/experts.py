@@ -1,4 +1,4 @@
-"""Shared by the tests of families with experts."""
+"""Provides what the tests of families with experts share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llmtrain.config.schema import ModelConfig
 
 
 def in_a_loop(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The experts of transformers one by one: its grouped products refuse some widths."""
+    """Makes transformers compute experts one by one: its grouped products refuse some widths."""
     config._experts_implementation = "eager"
     return config
 
 
 def in_billions(count: int, like: str, cut: bool = False) -> str:
-    """With as many digits as `like` has, the rest rounded or cut."""
+    """Returns a count in billions with as many digits as `like` has, the rest rounded or cut."""
     digits = len(like.partition(".")[2])
     units = count / 10 ** (9 - digits)
     return f"{(math.floor(units) if cut else round(units)) / 10**digits:.{digits}f}"
@@ -26,8 +26,11 @@ def in_billions(count: int, like: str, cut: bool = False) -> str:
 def check_sizes(
     preset: str, exact: int, total: str, active: str, embedding: bool = True, cut: bool = False
 ) -> ModelConfig:
-    """`exact` parameters; `total` and `active` as published, in units of 10^9. embedding: the active ones include it,
-    which a token looks up one row of. cut: `active` is not rounded. Returns the resolved model."""
+    """Checks that a model has `exact` parameters, and `total` and `active` ones as published, in units of 10^9.
+
+    embedding: the active ones include it, of which a token looks up one row. cut: `active` is not rounded. Returns the
+    resolved model.
+    """
     model = resolve_model(ModelConfig(preset=preset))
     assert parameter_count(model) == exact
     assert in_billions(exact, total) == total

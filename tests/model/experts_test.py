@@ -16,7 +16,8 @@ from llmtrain.model.feedforward import ACTIVATIONS
 from llmtrain.model.kernels import grouped as products
 from llmtrain.model.kernels.experts_cpu import expert_ffn
 from llmtrain.model.kernels.grouped import grouped_pair, grouped_product
-from llmtrain.model.moe import dispatch, sort_by_expert
+from llmtrain.model.kernels.permute import sort_by_expert
+from llmtrain.model.moe import dispatch
 
 COUNTS = {
     "uneven": [3, 1, 9, 3],
@@ -37,7 +38,7 @@ def small(num_experts: int = 4, ffn: int = 24, hidden: int = 16, seed: int = 0) 
 
 
 def run(x: Tensor, weight: Tensor, counts: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Output and both gradients."""
+    """Returns the output and both gradients."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     y = grouped_product(x, weight, counts)
     y.backward(grad)
@@ -45,7 +46,7 @@ def run(x: Tensor, weight: Tensor, counts: Tensor, grad: Tensor) -> tuple[Tensor
 
 
 def check_formula(case: str, x: Tensor, weight: Tensor, grad: Tensor, found: tuple[Tensor, ...]) -> None:
-    """Output and gradients against products of fp32 copies, and zeros where rows are of no group."""
+    """Checks output and gradients against products of fp32 copies, and that rows of no group give zeros."""
     counts = torch.tensor(COUNTS[case])
     groups = torch.repeat_interleave(torch.arange(4), counts)
     copies = [each.float().requires_grad_() for each in (x[: len(groups)], weight)]
@@ -163,7 +164,7 @@ def test_gradients_by_finite_differences() -> None:
 
 
 def dense(x: Tensor, indices: Tensor, weights: Tensor, model: Experts) -> Tensor:
-    """Every expert on every token."""
+    """Computes every expert on every token."""
     y = torch.zeros_like(x)
     for e in range(model.gate.size(0)):
         out = (ACTIVATIONS[model.activation](x @ model.gate[e].T) * (x @ model.up[e].T)) @ model.down[e].T

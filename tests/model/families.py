@@ -1,4 +1,4 @@
-"""Shared by the tests of all families: a decoder is held to its class in transformers, on random weights.
+"""Compares a decoder with its class in transformers, on random weights, for the tests of all families.
 
 A test of a family is a hypothesis strategy of small transformers configs and one call of each `check_...`.
 """
@@ -31,7 +31,7 @@ from llmtrain.rollout.native import NativeGenerator
 from llmtrain.types import Prompt, Sampling
 
 EXAMPLES = settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-"""Of each family; the same ones in every run."""
+"""Draws the configs of each family; they are the same in every run."""
 
 TOLERANCE = 1e-5  # of logits, fp32
 EOS = 1
@@ -45,7 +45,7 @@ NOT_THE_MODEL = {  # keys of a config.json that say nothing about what is comput
 
 @dataclass(frozen=True)
 class Pair:
-    """A model of transformers, its directory, and our decoder with the weights of that directory."""
+    """Holds a model of transformers, its directory, and our decoder with the weights of that directory."""
 
     theirs: PreTrainedModel
     directory: Path
@@ -57,7 +57,7 @@ class Pair:
         return self.config.vocab_size
 
     def logits(self, ids: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
-        """Ours."""
+        """Returns our logits."""
         return self.ours(ids, torch.arange(ids.size(1)).expand_as(ids) if positions is None else positions, segment_ids)
 
 
@@ -77,7 +77,7 @@ def random_reference(model: type[PreTrainedModel], config: HfConfig, seed: int =
 
 
 def read_decoder(directory: Path, config: ModelConfig) -> Decoder:
-    """Our decoder with the weights in a directory."""
+    """Returns our decoder with the weights in a directory."""
     read, model = hf_weight_source(str(directory), config), Decoder(config).eval()
     model.load_state_dict({name: read(name) for name in model.state_dict()})
     return model
@@ -85,7 +85,7 @@ def read_decoder(directory: Path, config: ModelConfig) -> Decoder:
 
 @contextmanager
 def pair(model: type[PreTrainedModel], config: HfConfig, shard: str = "5GB") -> Iterator[Pair]:
-    """Saved by transformers, read by us."""
+    """Yields a model saved by transformers and read by us."""
     with tempfile.TemporaryDirectory() as folder:
         theirs, directory = random_reference(model, config), Path(folder) / "theirs"
         theirs.save_pretrained(directory, max_shard_size=shard)
@@ -104,7 +104,7 @@ def agree(ours: Tensor, theirs: Tensor) -> None:
 
 @torch.no_grad()
 def check_logits(model: type[PreTrainedModel], config: HfConfig, tokens: int = 20) -> None:
-    """Plain rows, packed documents and padding on either side; and names and shapes are those of the arithmetic."""
+    """Checks logits of plain rows, packed documents and padding on either side, and the parameters' shapes."""
     with pair(model, config) as p:
         check_shapes(p.config)
         ids = random_ids(p.vocab_size, 2, tokens)
@@ -115,7 +115,7 @@ def check_logits(model: type[PreTrainedModel], config: HfConfig, tokens: int = 2
 
 
 def check_shapes(config: ModelConfig) -> None:
-    """The decoder has exactly the parameters that `config.parameters` computes."""
+    """Checks that the decoder has exactly the parameters that `arch.parameters` computes."""
     front, behind = outer_shapes(config)
     layers = {
         f"layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer_shapes(config, i).items()
@@ -124,7 +124,7 @@ def check_shapes(config: ModelConfig) -> None:
 
 
 def _check_packed(p: Pair, ids: Tensor) -> None:
-    """Two documents and some padding in a row of ours; each document alone in transformers."""
+    """Compares two documents and some padding in a row of ours with each document alone in transformers."""
     first, second = ids.size(1) // 2 - 2, ids.size(1) // 2
     end = first + second
     positions = torch.cat([torch.arange(first), torch.arange(second), torch.zeros(ids.size(1) - end).long()])
@@ -148,7 +148,7 @@ def _check_padded(p: Pair, ids: Tensor, left: bool) -> None:
 
 
 def check_gradients(model: type[PreTrainedModel], config: HfConfig, tokens: int = 20) -> None:
-    """Of the sum of all next-token losses, for every parameter."""
+    """Checks the gradients of the sum of all next-token losses, for every parameter."""
     with pair(model, config) as p:
         ids = random_ids(p.vocab_size, 2, tokens)
         for logits in (p.logits(ids), p.theirs(ids).logits):
@@ -164,7 +164,7 @@ def check_gradients(model: type[PreTrainedModel], config: HfConfig, tokens: int 
 
 
 def _gradients(p: Pair) -> Callable[[str], Tensor]:
-    """Theirs, by our names: written in the place of the weights, so that they go the same way."""
+    """Returns their gradients by our names: they are saved in the place of the weights and read as weights are."""
     for parameter in p.theirs.parameters():
         assert parameter.grad is not None
         parameter.data = parameter.grad
@@ -174,8 +174,8 @@ def _gradients(p: Pair) -> Callable[[str], Tensor]:
 
 @torch.no_grad()
 def check_round_trip(model: type[PreTrainedModel], config: HfConfig) -> None:
-    """transformers -> ours -> transformers, in shards: the same bytes, an equivalent config, equal logits; with the
-    tokenizer and the generation config."""
+    """Checks that transformers -> ours -> transformers, in shards, gives the same bytes, an equivalent config and equal
+    logits, with the tokenizer and the generation config."""
     with pair(model, config, shard="20KB") as p:
         written = p.directory.parent / "ours"
         weights = p.ours.state_dict().items()
@@ -200,7 +200,7 @@ def same_bytes(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def same_config(p: Pair, again: PreTrainedModel) -> None:
-    """To transformers, and to us."""
+    """Checks that two configs mean the same to transformers and to us."""
     assert type(again) is type(p.theirs)
     theirs, ours = (json.loads(model.config.to_json_string(use_diff=False)) for model in (p.theirs, again))
     different = {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}
@@ -218,7 +218,7 @@ def _tokenizer() -> Path:
 
 
 def check_generation(model: type[PreTrainedModel], config: HfConfig, new_tokens: int = 24) -> None:
-    """Greedy completions of prompts of several lengths, decoded together, are those of `generate`, one by one."""
+    """Checks that greedy completions of several prompts, decoded together, are those of `generate`, one by one."""
     with pair(model, config) as p:
         generator = NativeGenerator(p.ours, max_batch_seqs=3, device="cpu")
         lengths = (5, 1, 30, 12)

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 against transformers."""
+"""Compares Gemma 2 and 3 with transformers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ropes = st.sampled_from([{"full_attention": full, "sliding_attention": LOCAL} fo
 
 
 def gemma3(sliding_window_pattern: int, **fields: object) -> Gemma3TextConfig:
-    """The pattern is none of the arguments that a type checker sees."""
+    """Returns a config; the pattern is none of the arguments that a type checker sees."""
     return Gemma3TextConfig(**fields, sliding_window_pattern=sliding_window_pattern)
 
 
@@ -90,7 +90,7 @@ def test_generation(model: type, config: Gemma2Config | Gemma3TextConfig) -> Non
 
 @torch.no_grad()
 def test_language_model_of_a_multimodal_directory() -> None:
-    """As released: the tensors of another model beside ours, `language_model.` in front of ours, a nested config."""
+    """A released directory has tensors of another model too, ours under `language_model.`, and a nested config."""
     with pair(Gemma3ForCausalLM, CASES[1][1]) as p:
         config = json.loads((p.directory / "config.json").read_text())
         wrapped = {"model_type": "gemma3", "text_config": config, "vision_config": {"hidden_size": 8}}

@@ -1,4 +1,4 @@
-"""GPT-2 against transformers, and its old files."""
+"""Compares GPT-2 with transformers, and reads its old files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_generation() -> None:
 
 
 def test_old_files_without_prefix_and_with_buffers(tmp_path: Path) -> None:
-    """As the released model.safetensors of GPT-2 has them."""
+    """The released model.safetensors of GPT-2 has such names and buffers."""
     with pair(GPT2LMHeadModel, GPT2Config(**ONE)) as p:
         tensors = load_file(p.directory / "model.safetensors")
         old = {name.removeprefix("transformer."): x for name, x in tensors.items()}

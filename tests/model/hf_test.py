@@ -1,4 +1,4 @@
-"""Names, weights and logits to and from transformers."""
+"""Checks names, weights and logits to and from transformers."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_save_refuses_and_leaves_the_old_directory(tmp_path: Path) -> None:
 
 
 def test_generation_config_is_carried_along(tmp_path: Path) -> None:
-    """From beside the tokenizer; its end-of-text tokens stay when ours is among them."""
+    """The generation config beside the tokenizer is kept, with its end-of-text tokens when ours is among them."""
     model = Decoder(SMALL)
     initialize(model, SMALL, seed=0)
     source = tmp_path / "tokenizer"
@@ -194,7 +194,7 @@ def test_generation_config_is_carried_along(tmp_path: Path) -> None:
     ],
 )
 def test_broken_generation_config(content: bytes, message: str, tmp_path: Path) -> None:
-    """Found before the weights are written, which may take hours."""
+    """The fault is found before the weights are written, which may take hours."""
     (tmp_path / "generation_config.json").write_bytes(content)
     weights = (pytest.fail("a weight was asked for") for _ in range(1))
     with pytest.raises(ValueError) as error:
@@ -204,8 +204,8 @@ def test_broken_generation_config(content: bytes, message: str, tmp_path: Path) 
 
 
 def test_generation_survives_import_and_export(tmp_path: Path) -> None:
-    """As a user does it, of a directory that transformers wrote; into config.json too, which readers of old fall back
-    to, and where the config class would put its own numbers."""
+    """A directory that transformers wrote keeps its special tokens, in config.json too: old readers fall back to it,
+    and the config class would put its own numbers there."""
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     llama = random_llama(SMALL, seed=0)
     asked = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05}

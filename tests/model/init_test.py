@@ -1,4 +1,4 @@
-"""Initial values: as each family publishes them, and of a scale that a deep model can be trained from."""
+"""Checks that initial values are those that each family publishes, at a scale that a deep model can be trained from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH, HEADS, RANK, ROWS, TOKENS = 64, 8, 32, 8, 8
 
 
 def narrow(real: ModelConfig) -> ModelConfig:
-    """A preset of the same depth and proportions, 64 wide, with as many experts, of which as many are chosen."""
+    """Returns a model of the same depth and proportions, 64 wide, with as many experts, as many chosen."""
     assert real.head_dim is not None
     kv_heads = math.gcd(max(1, HEADS * real.num_kv_heads // real.num_heads), HEADS)
     shape = {"hidden_size": WIDTH, "num_heads": HEADS, "num_kv_heads": kv_heads, "vocab_size": 64, "max_positions": 64}
@@ -38,12 +38,12 @@ def inner(size: int, real: ModelConfig) -> int:
 
 
 def of_a_head(size: int, real: ModelConfig) -> int:
-    """So that all heads together keep their proportion to the residual stream; even, for RoPE."""
+    """Returns a head width, even for RoPE, that keeps the proportion of all heads to the residual stream."""
     return 2 * math.ceil(WIDTH * real.num_heads * size / real.hidden_size / HEADS / 2)
 
 
 def narrow_mla(real: ModelConfig) -> MlaConfig | None:
-    """The ranks are not in proportion, which would leave five numbers of V3's latent: half as many, and the fan-in
+    """Returns latent ranks of half the width. In proportion, five numbers of V3's latent would be left; the fan-in
     behind a latent scales its gradient twice as much, which the matrix in front of it takes back with half the rows."""
     if real.mla is None:
         return None
@@ -60,9 +60,10 @@ def real_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def initialized(real: ModelConfig, generator: torch.Generator) -> Decoder:
-    """Narrow, with the initial values of the real width: a matrix is multiplied by sqrt(real / narrow fan-in), so that
-    its product has the scale that it has there. The router too: with all experts but fewer columns, what it sends back
-    is larger by real / narrow width, and what experts tell it, a sum over the width, smaller by as much."""
+    """Returns a narrow model with the initial values of the real width: a matrix is multiplied by sqrt(real / narrow
+    fan-in), so that its product has the scale that it has there. The router too: with all experts but fewer columns,
+    what it sends back is larger by real / narrow width, and what experts tell it, a sum over the width, smaller by as
+    much."""
     config, shapes = narrow(real), real_shapes(real)
     model = Decoder(config)
     for name, p in model.named_parameters():
@@ -83,7 +84,7 @@ def rms(x: Tensor) -> float:
 
 
 def scales(real: ModelConfig, seed: int = 0) -> tuple[list[float], list[float]]:
-    """RMS of the residual stream in front of each block and behind the last, and of its gradient."""
+    """Returns the RMS of the residual stream in front of each block and behind the last, and of its gradient."""
     generator = torch.Generator().manual_seed(seed)
     model = initialized(real, generator)
     streams: list[Tensor] = []
@@ -101,14 +102,14 @@ def scales(real: ModelConfig, seed: int = 0) -> tuple[list[float], list[float]]:
 
 
 def distinct(names: list[str]) -> list[str]:
-    """Without those that differ in RoPE, context or vocabulary only."""
+    """Returns the presets without those that differ in RoPE, context or vocabulary only."""
     free = {"rope_scaling", "rope_theta", "max_positions", "vocab_size", "norm_eps", "tie_embeddings"}
     shapes = {str(sorted((k, str(v)) for k, v in presets()[n].items() if k not in free)): n for n in reversed(names)}
     return [name for name in names if name in shapes.values()]
 
 
 def bounds(real: ModelConfig) -> tuple[float, float]:
-    """(c, growth of the stream by the root of the depth) of `test_scale_by_depth`, at most.
+    """Returns the bounds (c, growth of the stream by the root of the depth) of `test_scale_by_depth`.
 
     c is the number of factors in what a branch adds that depend on the stream. Feed-forward layers have 1 (GPT),
     2 (gate and up) or 3 (and the weight of one of two experts); attention has values, and queries and keys as far as
@@ -195,7 +196,7 @@ def test_norms_and_biases() -> None:
 
 
 def test_usual_values_are_bit_equal_to_those_of_earlier_versions() -> None:
-    """What the README's runs began with."""
+    """The README's runs began with these values."""
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(b"7/layers.2.feedforward.down.weight").digest()[:8], "little") >> 1
     )

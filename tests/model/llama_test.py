@@ -1,4 +1,4 @@
-"""Llama against transformers."""
+"""Compares Llama with transformers."""
 
 from __future__ import annotations
 

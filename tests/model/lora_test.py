@@ -56,7 +56,7 @@ def decoder(config: ModelConfig) -> Decoder:
 
 
 def in_peft(model: Decoder, config: ModelConfig, directory: Path) -> nn.Module:
-    """The base through a Hugging Face directory, the adapters through one of peft."""
+    """Returns the peft model: the base through a Hugging Face directory, the adapters through one of peft."""
     state, base = model.state_dict(), without_adapters(config)
     weights = ((name, state[name]) for name in parameter_shapes(base))
     save_hf(str(directory / "base"), base, weights, torch.float32, None, None)

@@ -1,4 +1,4 @@
-"""Mixtral against transformers."""
+"""Compares Mixtral with transformers."""
 
 from __future__ import annotations
 

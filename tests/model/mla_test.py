@@ -1,4 +1,4 @@
-"""Latent attention against transformers, the form for decoding against the one for training, and shards of it."""
+"""Compares latent attention with transformers, the form for decoding with the one for training, and shards of it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def hidden_states(config: ModelConfig, B: int = 2, T: int = 37) -> tuple[Tensor,
 
 
 class Past:
-    """A LayerCache of any length."""
+    """Implements a LayerCache of any length."""
 
     def __init__(self) -> None:
         self.k, self.v = [], []
@@ -60,7 +60,7 @@ class Past:
 
 
 def theirs(config: ModelConfig, ours: LatentAttention) -> tuple[DeepseekV3Attention, Tensor, float]:
-    """Their module with our weights, its frequencies, and the factor of cos and sin."""
+    """Returns their module with our weights, its frequencies, and the factor of cos and sin."""
     a, s = config.mla, config.rope_scaling
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if s is not None:

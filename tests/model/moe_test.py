@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
 from llmtrain.model.decoder import Decoder, initialize
-from llmtrain.model.experts import Experts
 from llmtrain.model.kernels import experts_cpu, grouped
+from llmtrain.model.kernels.experts import by_grouped_products
 from llmtrain.parallel.plan import compile_blocks
 from llmtrain.parallel.remat import remat_blocks
 
@@ -63,10 +63,8 @@ def test_rematerialised_gradients_are_equal_and_counted_once(kind: str) -> None:
 
 
 def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
-    """Of the blocks with experts: gate and up of each are computed once, down again."""
-    with patch.object(
-        Experts, "forward", lambda self, x, counts, w: self.by_grouped_products(x, counts, w.to(x.dtype))
-    ):
+    """In blocks with experts gate and up of each are computed once, down again."""
+    with patch("llmtrain.model.experts.expert_feedforward", by_grouped_products):
         counts = {kind: calls(grouped, "_zero_rest", kind) for kind in ("none", "selective", "full")}  # once in each
     layers = 2
     assert counts["none"] == layers * (3 + 3)  # forward, and the gradient of what goes in
@@ -75,8 +73,8 @@ def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
 
 
 def test_selective_keeps_a_pair_as_two_products() -> None:
-    """As a compiler has it on a CPU: gate and up, at once, are kept, down is computed again."""
-    with patch("llmtrain.model.experts.torch.compiler.is_compiling", lambda: True):
+    """A compiler on a CPU computes gate and up at once: they are kept, down is computed again."""
+    with patch("llmtrain.model.kernels.experts.torch.compiler.is_compiling", lambda: True):
         counts = {kind: calls(grouped, "_zero_rest", kind) for kind in ("none", "selective", "full")}
     layers = 2
     assert counts["none"] == layers * (2 + 2)
@@ -92,7 +90,7 @@ def test_selective_keeps_the_experts_on_a_cpu() -> None:
 
 
 def calls(module: ModuleType, function: str, kind: str) -> int:
-    """Of a function in one step."""
+    """Returns how often one step calls a function."""
     model = decoder()
     if kind != "none":
         remat_blocks(model, kind)
@@ -102,7 +100,7 @@ def calls(module: ModuleType, function: str, kind: str) -> int:
 
 
 def test_gradients_in_bf16() -> None:
-    """Near those of fp32: the same choice of experts at these weights, to a few bits."""
+    """Gradients are those of fp32 to a few bits: at these weights the same experts are chosen."""
     expected, found = step(decoder()), step(decoder(torch.bfloat16))
     for name, gradient in found.items():
         assert gradient.dtype == torch.bfloat16
@@ -114,7 +112,7 @@ def test_gradients_in_bf16() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 def test_compiled_gradients_are_equal(kind: str) -> None:
-    """In fp32. One whole graph serves all blocks with experts; a new factor of the losses compiles nothing anew."""
+    """One whole graph serves all blocks with experts, in fp32; a new factor of the losses compiles nothing anew."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, compiled = decoder(), decoder()

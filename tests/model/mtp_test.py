@@ -1,4 +1,4 @@
-"""Multi-token prediction: its gradient against both losses written out, and its place on disk."""
+"""Checks multi-token prediction: its gradient against both losses written out, and its place on disk."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LENGTHS = (9, 2, 6)  # documents of a row, and one place of padding
 
 
 def packed() -> tuple[Tensor, dict[str, Tensor]]:
-    """Two rows of documents; in one a label is not trained."""
+    """Returns two rows of documents; in one a label is not trained."""
     T = sum(LENGTHS) + 1
     tokens = torch.randint(61, (2, T + 1), generator=torch.Generator().manual_seed(3))
     ids, labels = tokens[:, :-1], tokens[:, 1:].clone()
@@ -70,8 +70,10 @@ def packed() -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def explicit(model: Decoder, ids: Tensor, row: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], list[int]]:
-    """The sum of the token losses, and for each depth that of the further ones with their number: document by document,
-    with whole logits, on no longer a sequence than has the embeddings."""
+    """Returns the sum of the token losses, and for each depth of multi-token prediction the sum and number of losses.
+
+    They are computed document by document, with whole logits, on no longer a sequence than has the embeddings.
+    """
     main, further, counts = torch.zeros(()), [torch.zeros(()) for _ in model.mtp], [0 for _ in model.mtp]
     trunk = Decoder.__new__(Decoder)
     trunk.__dict__.update(model.__dict__)
@@ -183,7 +185,7 @@ def test_shapes_by_arithmetic(family: str) -> None:
 
 
 def test_published_size() -> None:
-    """Of DeepSeek-V3's one module: 14B with the copies of embedding and head in its files, 684.5B in all."""
+    """DeepSeek-V3's one module has 14B with the copies of embedding and head in its files, 684.5B in all."""
     assert "deepseek-v3" in presets()
     config = resolve_model(ModelConfig(preset="deepseek-v3", mtp_layers=1))
     copies = 2 * config.vocab_size * config.hidden_size

@@ -1,5 +1,5 @@
-"""muP: the table of its factors, nothing at the base width, one function with the factors in the weights, and what it
-is for: activations move equally far at every width."""
+"""Checks muP: the table of its factors, no change at the base width, the same function with the factors in the weights,
+and its purpose: activations move equally far at every width."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model_of(base: int | None, **fields: object) -> ModelConfig:
 
 
 def test_factors_of_table_8_at_four_times_the_width() -> None:
-    """(initial std, lr); depth scaling stays."""
+    """The factors of (initial std, lr) are the table's; depth scaling stays."""
     model = model_of(8, family="mixtral", moe=MOE)
     shapes = parameter_shapes(model)
     expected = {
@@ -142,8 +142,8 @@ def test_what_does_not_go_with_it(keys: dict, expected: str) -> None:
 
 
 def test_activations_move_equally_far_at_every_width() -> None:
-    """The coordinate check (appendix D.1) on widths 32 to 128. Seen with muP: exponents of -0.2 to 0.15; without: 0.8
-    for the logits, more within blocks."""
+    """The coordinate check (appendix D.1) runs on widths 32 to 128. Seen with muP: exponents of -0.2 to 0.15; without:
+    0.8 for the logits, more within blocks."""
     widths = (32, 64, 128)
     flat, grown = (by_width(widths, mup, steps=3, lr=0.003, seeds=2, layers=2) for mup in (True, False))
     for place, values in flat.items():

@@ -1,4 +1,4 @@
-"""PaLM against its equations: transformers has no such class, so the reference is written here, from section 2 of
+"""Compares PaLM with its equations: transformers has no such class, so the reference is written here, from section 2 of
 arXiv 2204.02311, in fp64 and with none of our modules."""
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ ONE = ModelConfig(
 
 
 class Palm:
-    """y = x + MLP(LayerNorm(x)) + Attention(LayerNorm(x)), `weights` by our names."""
+    """Computes y = x + MLP(LayerNorm(x)) + Attention(LayerNorm(x)), `weights` by our names."""
 
     def __init__(self, weights: dict[str, Tensor], config: ModelConfig) -> None:
         self.w = {name: x.detach().double().requires_grad_() for name, x in weights.items()}
         self.config = config
 
     def logits(self, ids: Tensor) -> Tensor:
-        """ids [T] -> [T, vocabulary]. The paper's embeddings E are ours times sqrt(n); its logits are E h / sqrt(n)."""
+        """Returns the logits [T, vocabulary] of ids [T]. The paper's embeddings E are ours times sqrt(n); its logits
+        are E h / sqrt(n)."""
         root = math.sqrt(self.config.hidden_size)
         embeddings = self.w["embed.weight"] * root
         x = embeddings[ids]
@@ -54,13 +55,13 @@ class Palm:
         return layer_norm(x, self.w["norm.weight"]) @ embeddings.T / root
 
     def feed_forward(self, name: str, x: Tensor) -> Tensor:
-        """SwiGLU: Swish(x W) * x V, then the way back."""
+        """Computes SwiGLU, Swish(x W) * x V, and the projection back."""
         gate = x @ self.w[f"{name}.gate.weight"].T
         swish = gate / (1 + torch.exp(-gate))
         return (swish * (x @ self.w[f"{name}.up.weight"].T)) @ self.w[f"{name}.down.weight"].T
 
     def attention(self, name: str, x: Tensor) -> Tensor:
-        """Multi-query: keys and values [T, head_dim] are shared by all heads."""
+        """Computes multi-query attention: keys and values [T, head_dim] are shared by all heads."""
         tokens, size = x.size(0), self.config.head_dim
         q, k, v = (x @ self.w[f"{name}.{part}.weight"].T for part in "qkv")
         q = rotated(q.view(tokens, -1, size), self.config.rope_theta)
@@ -78,7 +79,7 @@ def layer_norm(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, theta: float) -> Tensor:
-    """RoPE as a product of complex numbers: value j with value j + head_dim / 2. x [T, heads, head_dim]."""
+    """Rotates x [T, heads, head_dim] as a product of complex numbers: value j with value j + head_dim / 2."""
     half = x.size(-1) // 2
     turns = torch.arange(x.size(0))[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
     y = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(turns), turns)[:, None]

@@ -1,4 +1,4 @@
-"""Qwen3-MoE against transformers."""
+"""Compares Qwen3-MoE with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3 against transformers."""
+"""Compares Qwen2 and Qwen3 with transformers."""
 
 from __future__ import annotations
 

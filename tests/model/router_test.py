@@ -1,4 +1,4 @@
-"""The choice of experts, worked by hand."""
+"""Checks the choice of experts, worked by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmtrain.model.router import Router
 
 
 def router(**moe: object) -> Router:
-    """Whose logits are its input."""
+    """Returns a router whose logits are its input."""
     config = MoeConfig(**moe)
     made = Router(ModelConfig(hidden_size=config.num_experts, moe=config))
     with torch.no_grad():
@@ -20,7 +20,7 @@ def router(**moe: object) -> Router:
 
 
 def routed(r: Router, *logits: float) -> dict[int, float]:
-    """Expert -> weight, of one token."""
+    """Returns expert -> weight of one token."""
     indices, weights = r(torch.tensor([[logits]]))
     return dict(sorted(zip(indices[0].tolist(), weights[0].tolist(), strict=True)))
 
@@ -36,7 +36,7 @@ def test_softmax() -> None:
 
 
 def test_the_best_group_by_its_best_expert() -> None:
-    """Softmax scores in the ratio 1 5 | 4 4 | 2 3: groups 0 and 1 are kept; the third group's 3 is not chosen."""
+    """Softmax scores are in the ratio 1 5 | 4 4 | 2 3: groups 0 and 1 are kept; the third group's 3 is not chosen."""
     ratios = torch.tensor([1.0, 5, 4, 4, 2, 3])
     r = router(num_experts=6, top_k=4, num_groups=3, top_groups=2, normalize=False)
     found = routed(r, *ratios.log().tolist())
@@ -44,7 +44,7 @@ def test_the_best_group_by_its_best_expert() -> None:
 
 
 def test_the_best_group_by_its_two_best_experts() -> None:
-    """Sigmoid scores .9 .1 | .6 .5 | .2 .3: group 1 has 1.1, group 0 1.0."""
+    """Sigmoid scores are .9 .1 | .6 .5 | .2 .3: group 1 has 1.1, group 0 1.0."""
     scores = torch.tensor([0.9, 0.1, 0.6, 0.5, 0.2, 0.3])
     r = router(num_experts=6, top_k=2, num_groups=3, top_groups=1, gate="sigmoid")
     assert routed(r, *scores.logit().tolist()) == pytest.approx({2: 6 / 11, 3: 5 / 11})
@@ -76,7 +76,7 @@ def test_padding_goes_nowhere() -> None:
 
 
 def test_scores_and_bias_are_fp32() -> None:
-    """Whatever the module is cast to; and the bias moves with it."""
+    """Scores and bias are fp32 whatever the module is cast to; and the bias moves with it."""
     r = router(num_experts=4, top_k=2, selection_bias=True)
     r.bias.fill_(1.001)
     r = r.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A family from outside, as docs/models.md tells: squared ReLU in the feed-forward layer (arXiv 2109.08668)."""
+"""Adds a family from outside, as docs/models.md tells: squared ReLU in the feed-forward layer (arXiv 2109.08668)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from llmtrain.config.schema import ModelConfig
 
 
 def feedforward_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of tests/model/toy_layers.py's FeedForward."""
+    """Returns the shapes of tests/model/toy_layers.py's FeedForward."""
     return {"up.weight": (model.ffn_size, model.hidden_size), "down.weight": (model.hidden_size, model.ffn_size)}
 
 

@@ -1,4 +1,4 @@
-"""The torch part of tests/model/toy_family.py."""
+"""Defines the torch layer of tests/model/toy_family.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmtrain.model.linear import Linear
 
 
 class FeedForward(nn.Module):
-    """down(relu(up(x))^2). The names say how tensor parallelism cuts the matrices."""
+    """Computes down(relu(up(x))^2). The names say how tensor parallelism cuts the matrices."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ def test_weights_are_taken_into_a_larger_vocabulary(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_token_are_padding(tmp_path: Path) -> None:
-    """Of the weights to start from: the new rows are the mean of those that their tokenizer uses."""
+    """The new rows of initial weights are the mean of those that their tokenizer uses."""
     assert used_rows(str(tmp_path), 48) == 48  # no tokenizer there
     Tokenizer(WordLevel({"a": 0, "b": 39})).save(str(tmp_path / "tokenizer.json"))
     assert used_rows(str(tmp_path), 48) == 40 and used_rows(str(tmp_path), 30) == 30

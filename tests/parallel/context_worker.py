@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmtrain.model.attention import attention, attention_mask
+from llmtrain.model.attention import attention_mask
+from llmtrain.model.kernels.sdpa import attention
 from llmtrain.parallel import ring
 from llmtrain.parallel.context import METHODS
 from llmtrain.parallel.zigzag import shard

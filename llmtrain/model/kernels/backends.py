@@ -1,9 +1,9 @@
-"""Kernels of attention: torch's `scaled_dot_product_attention`, flex attention (arXiv 2412.05496), and FlashAttention
-(arXiv 2307.08691). They differ in what they take as a mask, and by it `attend` knows which is meant:
+"""Chooses the attention backend of a batch in training: torch's `scaled_dot_product_attention`, flex attention
+(arXiv 2412.05496) or FlashAttention (arXiv 2307.08691). `attend` tells them apart by the type of their mask:
 
     sdpa    bool [B, 1, T, T], or None = causal. With a mask it computes every score.
     flex    BlockMask: the rule of visibility, and which blocks of scores hold anything. Empty blocks cost nothing.
-    flash   Documents: where each begins. Rows are computed as the documents that they are.
+    flash   Documents: where each begins. Each document of a row is computed by itself.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from torch.nn import functional as F
 
 from llmtrain.arch.attention import flash_faults, flex_faults, has_flash
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.attention import Attention, attention, attention_mask
-from llmtrain.model.blocks import block_mask
+from llmtrain.model.attention import Attention, attention_mask
+from llmtrain.model.kernels.flex_masks import block_mask
+from llmtrain.model.kernels.sdpa import attention
 from llmtrain.model.mla import LatentAttention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 FLASH_CAPABILITY = (8, 0)
-FLEX_TOKENS = 1024  # rows from which `auto` leaves a masked row to flex: shorter ones have few blocks to leave out
+FLEX_TOKENS = 1024  # tokens from which `auto` gives a masked row to flex: shorter rows have few blocks to leave out
 
 
 class Documents(NamedTuple):
-    """Where the documents of a batch begin, its rows laid end to end. Each is one run of a row."""
+    """Says where the documents of a batch begin, its rows laid end to end. A document is one run of a row."""
 
     starts: Tensor  # [documents + 1] int32, the last = B T
     longest: int  # tokens
@@ -41,9 +42,9 @@ Mask = Tensor | Documents  # or a BlockMask, whose module is slow to import
 
 
 def use_backend(model: nn.Module, backend: str, device: torch.device, precision: str) -> None:
-    """Let a decoder for training compute attention by `backend`, a value of `engine.attention`, in place.
+    """Makes a decoder compute attention by `backend`, a value of `engine.attention`, in place.
 
-    Raises ValueError when that cannot be on this device.
+    Raises ValueError when this device cannot train with it.
     """
     check_backend(backend, device)
     if backend == "auto":
@@ -53,7 +54,7 @@ def use_backend(model: nn.Module, backend: str, device: torch.device, precision:
 
 
 def set_backend(model: nn.Module, backends: tuple[str, ...], device: torch.device) -> None:
-    """The same without a check; of several, each batch is computed by the one that `fastest` names."""
+    """Makes a decoder compute attention by one of `backends`: each batch by the one that `fastest` names."""
     if backends == ("sdpa",):
         return  # what a decoder does by itself
     softcap = model.config.attention_softcap
@@ -65,7 +66,7 @@ def set_backend(model: nn.Module, backends: tuple[str, ...], device: torch.devic
 
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """Raises ValueError when the device cannot train with it."""
+    """Raises ValueError when the device cannot train with the backend."""
     if backend in ("flex", "flash") and device.type != "cuda":
         what = "its backward is" if backend == "flex" else "it is"
         raise ValueError(f"engine.attention={backend}: {what} for GPUs only, this is a {device.type}; set sdpa or auto")
@@ -77,7 +78,7 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def usable(config: ModelConfig, device: torch.device, precision: str) -> tuple[str, ...]:
-    """Backends that can train this model here."""
+    """Returns the backends that can train this model on this device."""
     if device.type != "cuda":
         return ("sdpa",)
     strong = torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
@@ -87,10 +88,12 @@ def usable(config: ModelConfig, device: torch.device, precision: str) -> tuple[s
 
 
 def fastest(backends: tuple[str, ...], masked: bool, branches: bool, capped: bool, tokens: int) -> str:
-    """Which of them a batch goes to, by what is known of the kernels on GPUs. `masked`: not merely causal.
+    """Returns the backend that a batch goes to, by what is known of the kernels on GPUs.
 
-    A causal row without softcap has fused kernels in sdpa too. With documents or a window sdpa computes and masks all
-    scores, with a softcap it stores them; FlashAttention does neither, nor does flex, which needs rows of many blocks.
+    `masked` = more than causal, `branches` = the batch has branch ids, `capped` = the scores have a softcap, `tokens` =
+    length of a row. For causal rows without softcap sdpa has fused kernels. With documents or a window it computes and
+    masks all scores, with a softcap it stores them; FlashAttention does neither, nor does flex, which needs rows of
+    many blocks.
     """
     if len(backends) == 1:
         return backends[0]
@@ -109,7 +112,7 @@ def visibility(
     backends: tuple[str, ...],
     capped: bool,
 ) -> Mask | BlockMask | None:
-    """What `attend` takes as its mask. The ids are [B, T]."""
+    """Returns the mask that `attend` takes. The ids are [B, T]."""
     T = positions.size(1)
     window = None if window is not None and window >= T else window
     masked = segment_ids is not None or window is not None
@@ -126,7 +129,8 @@ def visibility(
 
 
 def documents(segment_ids: Tensor | None, positions: Tensor, window: int | None) -> Documents:
-    """Of rows whose segments are runs; padding is one too. Waits for the device, for their number."""
+    """Returns the documents of rows whose segments are runs; padding counts as one. Waits for the device, to know how
+    many there are."""
     B, T = positions.shape
     if segment_ids is None:
         return Documents(torch.arange(0, B * T + 1, T, dtype=torch.int32, device=positions.device), T, window)
@@ -143,7 +147,8 @@ def attend(
     softcap: float | None = None,
     flex: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """As `model.attention.attention`, by the kernel that the mask is made for; `flex` is that of `flex_kernel`."""
+    """Returns what `model.kernels.sdpa.attention` does, by the backend that the mask is made for; `flex` is made by
+    `flex_kernel`."""
     if isinstance(mask, Documents):
         return _attend_flash(q, k, v, mask, softcap)
     if mask is None or isinstance(mask, Tensor):
@@ -153,7 +158,7 @@ def attend(
 
 
 def flex_kernel(device: torch.device, softcap: float | None) -> Callable[..., Tensor]:
-    """Flex attention; one for all layers of a model, so that they share what is compiled.
+    """Returns flex attention. All layers of a model share one, so that they share what is compiled.
 
     On a GPU it must be compiled, or it would store all scores. In a compiled block it becomes a part of that.
     """
@@ -166,7 +171,7 @@ def flex_kernel(device: torch.device, softcap: float | None) -> Callable[..., Te
     return kernel if softcap is None else partial(kernel, score_mod=score_mod)
 
 
-# `torch.compiler.disable` would import the compiler when this file is imported, 2 s; this does when it is called.
+# `torch.compiler.disable` would import the compiler (2 s) when this file is imported; this one does when called.
 @torch._disable_dynamo  # the length of the longest document is another in every batch
 def _attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Documents, softcap: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func

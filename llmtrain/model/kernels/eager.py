@@ -1,20 +1,26 @@
-"""Norm and rotation in fp32 on a CPU without a compiler: the same values in fewer passes over memory, with less kept
-for the backward. Elsewhere torch's own operations are fused, or round differently."""
+"""Computes RMSNorm and rotary embedding in fp32 on a CPU without a compiler: the same values in fewer passes over
+memory, with less kept for the backward. Elsewhere torch's own operations are fused, or round differently."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
 
 
-def pays(x: Tensor) -> bool:
-    """Whether these are to be used."""
+def is_eager_cpu_fp32(x: Tensor) -> bool:
+    """Tells whether the functions of this file are to be used for x."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Returns x / rms(x) * weight, over the last dim."""
+    return RmsNorm.apply(x, weight, eps) if is_eager_cpu_fp32(x) else F.rms_norm(x, (x.size(-1),), weight, eps)
+
+
 class RmsNorm(torch.autograd.Function):
-    """x [..., H], weight [H] -> n weight with n = x / rms(x) (arXiv 1910.07467, equation 4)."""
+    """Computes n weight with n = x / rms(x) (arXiv 1910.07467, equation 4), x [..., H], weight [H]."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -24,7 +30,7 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """dx = (g weight - n mean(g n weight)) / rms(x)."""
+        """Returns dx = (g weight - n mean(g n weight)) / rms(x) and dweight = the sum of g n over rows, g = `grad`."""
         x, weight, inverse = ctx.saved_tensors
         n = (x * inverse).flatten(0, -2)
         grad = grad.reshape(n.shape)
@@ -36,7 +42,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """See `model.rope.apply_rope`."""
+    """Computes `model.rope.apply_rope`."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -59,5 +65,5 @@ class Rotation(torch.autograd.Function):
 
 
 def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The first and the second values of all pairs, views of x."""
+    """Returns the first and the second values of all pairs, as views of x."""
     return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)

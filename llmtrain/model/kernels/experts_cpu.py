@@ -1,5 +1,5 @@
-"""The experts' feed-forward layers on a CPU, as one operation: of what is computed on the way only gate(x) and up(x)
-are kept for the backward."""
+"""Computes the experts' feed-forward layers on a CPU, as one operation that keeps only gate(x) and up(x) of its
+intermediate results for the backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmtrain.model.feedforward import ACTIVATIONS
 from llmtrain.model.kernels.grouped import outer, product
 
 aten = torch.ops.aten
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of ACTIVATIONS: (gradient, input) -> gradient
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # derivatives: (gradient, input) -> gradient
     "silu": aten.silu_backward,
     "gelu": aten.gelu_backward,
     "gelu_tanh": partial(aten.gelu_backward, approximate="tanh"),
@@ -25,8 +25,11 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of ACTIVATIONS: 
 def expert_ffn(
     x: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, hidden], sorted by expert; weights [N]; gate, up [E, ffn, hidden]; down [E, hidden, ffn]; counts [E] int64
-    -> down(act(gate(x)) * up(x) * weights) [N, hidden], rows beyond the last expert 0; gate(x) and up(x) [N, ffn]."""
+    """Returns down(act(gate(x)) * up(x) * weights) [N, hidden], where rows beyond the last expert are 0, and gate(x)
+    and up(x) [N, ffn].
+
+    x [N, hidden], sorted by expert; weights [N]; gate, up [E, ffn, hidden]; down [E, hidden, ffn]; counts [E] int64.
+    """
     g, u = product(x, gate, counts), product(x, up, counts)
     h = ACTIVATIONS[act](g).mul_(u).mul_(weights[:, None])
     return product(h, down, counts), g, u
@@ -46,7 +49,7 @@ def expert_ffn_backward(
     act: str,
     of_matrices: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, gate, up and down; the last three are empty unless `of_matrices`."""
+    """Returns the gradients of x, weights, gate, up and down; the last three are empty unless `of_matrices`."""
     activated, scale = ACTIVATIONS[act](g), weights[:, None]
     both, dh = activated * u, product(grad, down.transpose(1, 2), counts)
     dweights = (dh * both).sum(1)

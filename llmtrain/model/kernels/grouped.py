@@ -1,4 +1,4 @@
-"""Products of matrices that rows choose from: rows sorted by group, each times the matrix of its own.
+"""Computes grouped matrix products: rows sorted by group, each times the matrix of its group.
 
 A product is one operation to autograd, to the compiler and to rematerialisation. It runs as one grouped product
 (`torch.nn.functional.grouped_mm`) where device, dtype and widths allow it and it is the fastest, else group by group,
@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ALIGNED_BYTES = 16  # of every row, or the grouped kernels refuse
+ALIGNED_BYTES = 16  # the grouped kernels refuse rows whose size is no multiple of it
 KERNEL_ROWS = 32  # on a CPU in bf16, see `_rows`
 
 
 @torch.library.custom_op("llmtrain::grouped_product", mutates_args=())
 def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x [N, in], rows sorted by group; weight [G, out, in]; counts [G] int64 -> [N, out], row n being
-    weight[group of n] x[n]; rows beyond the last group are 0."""
+    """Returns [N, out], row n being weight[group of n] x[n]; rows beyond the last group are 0.
+
+    x [N, in], rows sorted by group; weight [G, out, in]; counts [G] int64, the rows of each group.
+    """
     return product(x, weight, counts)
 
 
 @torch.library.custom_op("llmtrain::grouped_outer", mutates_args=())
 def grouped_outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    """The sum over the rows of each group of the outer product: y [N, out], x [N, in] -> [G, out, in]."""
+    """Returns the outer products y[n] x[n] summed over the rows of each group, [G, out, in]; y [N, out], x [N, in]."""
     return outer(y, x, counts)
 
 
@@ -56,8 +58,8 @@ grouped_product.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("llmtrain::grouped_pair", mutates_args=())
 def grouped_pair(x: Tensor, first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_product` with two matrices a group, both [G, out, in], as one product of twice the width, for which they
-    are copied side by side: [N, 2 out]."""
+    """Returns `grouped_product` with two matrices a group, both [G, out, in], as one product of twice the width, for
+    which they are copied side by side: [N, 2 out]."""
     return product(x, torch.cat([first, second], 1), counts)
 
 
@@ -79,11 +81,11 @@ def _pair_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
 grouped_pair.register_autograd(_pair_backward, setup_context=_save)
 
 
-# How a product is done
+# Products without autograd
 
 
 def product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_product` without autograd."""
+    """Returns `grouped_product`, without autograd."""
     if not _grouped(x, weight.size(1), weight.size(2)):
         return _product_loop(x, weight, counts)
     y = F.grouped_mm(x, weight.transpose(1, 2), offs=_ends(counts))
@@ -91,7 +93,7 @@ def product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def outer(y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_outer` without autograd."""
+    """Returns `grouped_outer`, without autograd."""
     if not _grouped(x, y.size(1), x.size(1)):
         return _outer_loop(y, x, counts)
     return F.grouped_mm(y.t(), x, offs=_ends(counts))
@@ -104,7 +106,7 @@ def _grouped(x: Tensor, rows: int, columns: int) -> bool:
 
 @cache
 def grouped_mm_runs(device: str, dtype: torch.dtype) -> bool:
-    """Whether this build of torch has a grouped product there. Tried once."""
+    """Tells whether this build of torch has a grouped product for device and dtype, by trying it once."""
     try:
         x, w = torch.ones(32, 16, dtype=dtype, device=device), torch.ones(2, 32, 16, dtype=dtype, device=device)
         ends = torch.tensor([8, 32], dtype=torch.int32, device=device)
@@ -121,7 +123,7 @@ def _ends(counts: Tensor) -> Tensor:
 
 
 def _zero_rest(y: Tensor, counts: Tensor) -> Tensor:
-    """Rows of no group are 0, in place; the kernels leave there what was in memory."""
+    """Sets the rows of no group to 0, in place; the kernels leave there what was in memory."""
     if y.device.type == "cpu":
         y[int(counts.sum()) :] = 0
         return y
@@ -135,7 +137,7 @@ def _product_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         rows = _rows(x, count)
         if start + rows > x.size(0):
             y[start : start + count] = (_padded(x[start : start + count], rows) @ w.t())[:count]
-        elif count:  # rows too many are the next groups', which write theirs after this
+        elif count:  # surplus rows belong to the next groups, which overwrite them
             torch.mm(x[start : start + rows], w.t(), out=y[start : start + rows])
         start += count
     y[start:] = 0
@@ -156,8 +158,8 @@ def _makes_kernels(x: Tensor) -> bool:
 
 
 def _rows(x: Tensor, count: int) -> int:
-    """How many to compute for a group of `count`. On a CPU in bf16 torch makes a kernel for each number of rows, which
-    takes longer than the product, and groups seldom have a number that was there before: few numbers are used."""
+    """Returns how many rows to compute for a group of `count`. On a CPU in bf16 torch makes a kernel for each new
+    number of rows, which takes longer than the product, so numbers are rounded up to a few."""
     return -(-count // KERNEL_ROWS) * KERNEL_ROWS if _makes_kernels(x) else count
 
 

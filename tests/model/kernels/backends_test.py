@@ -1,4 +1,4 @@
-"""Attention backends give what sdpa gives: forward on a CPU, forward and backward on a GPU (marked `gpu`)."""
+"""Checks that attention backends give what sdpa gives, forward on a CPU, with backward on a GPU (marked `gpu`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from torch.nn.attention import flex_attention
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig
-from llmtrain.model.attention import attention, attention_mask
-from llmtrain.model.blocks import BLOCK, block_mask, seen_blocks
+from llmtrain.model.attention import attention_mask
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.model.kernels.backends import (
     FLEX_TOKENS,
@@ -33,6 +32,8 @@ from llmtrain.model.kernels.backends import (
     use_backend,
     visibility,
 )
+from llmtrain.model.kernels.flex_masks import BLOCK, block_mask, seen_blocks
+from llmtrain.model.kernels.sdpa import attention
 
 CPU = torch.device("cpu")
 T = 150  # two blocks, the second one not full
@@ -43,7 +44,7 @@ Ids = tuple[Tensor | None, Tensor | None, Tensor]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU flex attention traces each new mask before it computes it in plain torch: leave out the tracing."""
+    """Leaves out the tracing of each new mask, which flex attention does on a CPU before it computes in plain torch."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
@@ -61,7 +62,7 @@ def packed(lengths: list[list[int]], width: int) -> Ids:
 
 
 def branched(trunk: int, samples: list[int], width: int) -> Ids:
-    """One group: a trunk and the samples that share it, then padding."""
+    """Returns the ids of one group: a trunk and the samples that share it, then padding."""
     segments, branches, positions = torch.full((1, width), -1), *torch.zeros(2, 1, width, dtype=torch.long)
     at = 0
     for branch, length in enumerate([trunk, *samples]):
@@ -78,7 +79,7 @@ CAUSAL = (None, None, torch.arange(T).repeat(2, 1))
 
 
 def heads(rows: int, width: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    """q of 4 heads, k and v of 2."""
+    """Returns q of 4 heads, k and v of 2."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, width), (2, width), (2, width))
     made = (torch.randn(rows, count, T, size, generator=generator) for count, size in shapes)
@@ -104,7 +105,7 @@ def test_flex_is_sdpa(ids: Ids, window: int | None, softcap: float | None) -> No
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[Ids, int | None]:
-    """A width, documents or a group in it, and perhaps a window."""
+    """Draws a width, documents or a group in it, and perhaps a window."""
     width = draw(st.integers(1, 3 * BLOCK + 1))
     cuts = sorted(draw(st.lists(st.integers(0, width), min_size=1, max_size=6)))
     lengths = [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
@@ -127,7 +128,7 @@ def test_no_block_is_forgotten_and_whole_ones_are_whole(drawn: tuple[Ids, int | 
 
 
 def test_empty_blocks_are_left_out() -> None:
-    """Eight documents of a block each: of 36 blocks below the diagonal 8 are computed."""
+    """Eight documents fill a block each: of 36 blocks below the diagonal 8 are computed."""
     segments, _, positions = packed([[BLOCK] * 8], 8 * BLOCK)
     mask = block_mask(segments, None, positions, None)
     assert mask.kv_num_blocks.tolist() == [[[1] * 8]] and mask.full_kv_num_blocks.sum() == 0
@@ -139,7 +140,7 @@ def test_empty_blocks_are_left_out() -> None:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *rest: object, **options: object) -> Tensor:
-    """flash_attn_varlen_func as it is documented, one sequence at a time. [tokens, heads, head_dim]"""
+    """Computes flash_attn_varlen_func as it is documented, one sequence at a time. [tokens, heads, head_dim]"""
     (other, longest, longest_k), (left, right) = rest, options["window_size"]
     assert starts.dtype == torch.int32 and other is starts and options["causal"] and right <= 0
     assert longest == longest_k == int(starts.diff().max())
@@ -203,7 +204,7 @@ def test_a_decoder_scores_alike(fields: dict) -> None:
 
 @torch.no_grad()
 def test_new_masks_need_no_new_graph() -> None:
-    """`engine.compile`: a mask is a new function over new ids in each forward, traced once for each kind of layer."""
+    """A mask is a new function over new ids in each forward, but a compiler traces it once for each kind of layer."""
     model, counter = decoder(SLIDING), CompileCounter()
     ids = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(1))
     rows = [PACKED, packed([[10, 100, 20], [50, 90]], T)]
@@ -244,7 +245,7 @@ def test_flash_is_refused_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_flex_has_no_backward_on_a_cpu() -> None:
-    """Why it is refused. When this fails, torch has one, and the rule can go."""
+    """The missing backward is why flex is refused on a CPU. When this fails, torch has one, and the rule can go."""
     q, k, v = (x.requires_grad_() for x in heads(2, 16))
     mask = visibility(*PACKED, None, ("flex",), False)
     with pytest.raises(NotImplementedError, match="backward on CPU"):
@@ -271,8 +272,8 @@ def test_the_choice_of_auto(
 
 
 def gpu_cases() -> Iterator[tuple[str, torch.dtype, float]]:
-    """Relative error of the whole tensor, forward and each gradient. fp32: sums in another order. bf16 keeps 8 bits, so
-    both sides lie about 2^-9 from the truth, the backward's several products add up to a few of it."""
+    """Returns the relative error of the whole tensor, forward and each gradient. fp32: sums in another order. bf16
+    keeps 8 bits, so both sides lie about 2^-9 from the truth, the backward's several products add up to a few of it."""
     yield "flex", torch.float32, 1e-4
     yield "flex", torch.bfloat16, 2e-2
     yield "flash", torch.bfloat16, 2e-2

@@ -1,4 +1,4 @@
-"""The norm and the rotation of eager fp32 on a CPU against torch's and the formula."""
+"""Compares the norm and the rotation of eager fp32 on a CPU with torch's and the formula."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtrain.model.kernels.eager import RmsNorm, Rotation, pays
+from llmtrain.model.kernels.eager import RmsNorm, Rotation, is_eager_cpu_fp32
 from llmtrain.model.rope import apply_rope, rope_angles, rope_frequencies
 
 
 def both(f: Callable[..., Tensor], g: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Values and gradients."""
+    """Compares values and gradients of two functions."""
     found = []
     for function in (f, g):
         y = function(*inputs)
@@ -66,6 +66,8 @@ def test_rotation_is_the_formula(interleaved: bool) -> None:
 
 def test_who_uses_them() -> None:
     x = torch.zeros(2)
-    assert pays(x) and not pays(x.bfloat16()) and not pays(x.double()) and not pays(torch.zeros(2, device="meta"))
+    assert is_eager_cpu_fp32(x)
+    for other in (x.bfloat16(), x.double(), torch.zeros(2, device="meta")):
+        assert not is_eager_cpu_fp32(other)
     with patch("torch.compiler.is_compiling", lambda: True):
-        assert not pays(x)
+        assert not is_eager_cpu_fp32(x)

@@ -1,4 +1,4 @@
-"""Activation functions."""
+"""Checks activation functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtrain.model.feedforward import gelu_tanh
+from llmtrain.model.kernels.activations import gelu_tanh
 
 
 def value_and_gradient(f: object, x: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def value_and_gradient(f: object, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-6), (torch.bfloat16, 2**-7)])
 def test_the_form_for_compilers_is_the_published_one(dtype: torch.dtype, tolerance: float) -> None:
-    """To rounding, which the derivative multiplies by x times that of u, up to 34."""
+    """The forms agree to rounding, which the derivative multiplies by x times that of u, up to 34."""
     x = torch.linspace(-6, 6, 4096).to(dtype)
     expected = value_and_gradient(lambda x: F.gelu(x, approximate="tanh"), x.double())
     for form in (gelu_tanh, torch.compile(gelu_tanh)):
