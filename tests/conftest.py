@@ -1,4 +1,5 @@
-"""What every test shares: a quiet, offline, single-threaded environment, and `torchrun` for tests on several ranks."""
+"""What every test shares: a quiet, offline, single-threaded environment, `torchrun` and `forked` for tests on several
+ranks, and `disk_calls` for tests of what survives a power cut."""
 
 from __future__ import annotations
 
@@ -91,3 +92,24 @@ def torchrun() -> Torchrun:
 def forked() -> Torchrun:
     """`forked(ranks, module_or_script, *args, timeout_s=120)`: see `run_forked`."""
     return run_forked
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, bytes | str | None]]:
+    """Records, in their order, `("fsync", path, bytes of the file at that moment)`, with None for a directory, and
+    `("rename", old path, new path)`, which stands for `os.replace` too."""
+    calls: list[tuple[str, str, bytes | str | None]] = []
+    sync, moves = os.fsync, {name: getattr(os, name) for name in ("rename", "replace")}
+
+    def fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        calls.append(("fsync", path, None if os.path.isdir(path) else Path(path).read_bytes()))
+        sync(descriptor)
+
+    def moving(name: str) -> Callable[[str, str], None]:
+        return lambda old, new: calls.append(("rename", str(old), str(new))) or moves[name](old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in moves:
+        monkeypatch.setattr(os, name, moving(name))
+    return calls

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from llmtrain.config.schema import Config, StageConfig
 from llmtrain.rules.layout import ZERO_BUBBLE_TORCH
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")  # relative ones, without their anchor
 PATH = re.compile(r"`((?:llmtrain|configs|launch|tests|docs|docker|benchmarks)/[\w./-]+)")
 
@@ -65,9 +66,20 @@ def test_values_and_comments(generate: ModuleType) -> None:
     assert "prompt\\|messages" in page and "&lt;run directory>" in page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     broken = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
     broken += [path for path in PATH.findall(text) if not (ROOT / path.rstrip(".")).exists()]
     assert broken == []
+
+
+def test_examples_of_tests_run(forked: Callable, tmp_path: Path) -> None:
+    """Writes each block of tests/README.md to the file that its first line names, and calls the tests in them."""
+    blocks = re.findall(r"```python\n# tests/(\S+)\n(.*?)```", (ROOT / "tests" / "README.md").read_text(), re.S)
+    places = [tmp_path / Path(name).name for name, _ in blocks]
+    for place, (_, code) in zip(places, blocks, strict=True):
+        place.write_text(code)
+    assert [place.name for place in places] == ["sampler_test.py", "collectives_worker.py", "collectives_test.py"]
+    runpy.run_path(str(places[0]))["test_an_epoch_has_every_element_once"]()
+    runpy.run_path(str(places[2]))["test_every_rank_has_the_columns_of_all"](forked)

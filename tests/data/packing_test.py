@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from llmtrain.config.schema import DataConfig, SourceConfig
 from llmtrain.data.objectives import Objectives
 from llmtrain.data.packing import Demonstrations, TextRows, best_fit
-from llmtrain.data.shards import open_shards, write_shards
+from llmtrain.data.shards import SPLITS, open_shards, write_shards
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.types import IGNORE
 
@@ -71,7 +73,49 @@ def test_samples_depend_on_seed_and_number_only(shards: str) -> None:
     parts = [again.batch(range(100 + rank, 108, 2)).input_ids for rank in (1, 0)]
     assert torch.equal(whole[1::2], parts[0])
     assert torch.equal(whole[0::2], parts[1])
-    assert not torch.equal(whole, TextRows(shards, "train", T, 1, True, {"a": 3.0, "b": 1.0}).batch(range(8)).input_ids)
+    other = TextRows(shards, "train", T, 1, True, {"a": 3.0, "b": 1.0})
+    assert not torch.equal(whole, other.batch(range(100, 108)).input_ids)
+
+
+def counted_shards(directory: Path) -> str:
+    """Writes shards whose tokens count up, and returns their directory. In rows of 4 tokens, source `a` has 5, which
+    begin with 0, 4, .., 16, and source `b` has 3, which begin with 100, 104 and 108."""
+    counts = {}
+    for name, tokens in (("a", np.arange(21)), ("b", 100 + np.arange(13))):
+        for split in SPLITS:
+            (directory / f"{name}-{split}.bin").write_bytes(tokens.astype("uint16").tobytes())
+            np.save(directory / f"{name}-{split}.offsets.npy", np.array([0, len(tokens)]))
+        counts[name] = {split: {"documents": 1, "tokens": len(tokens), "bytes": 1} for split in SPLITS}
+    manifest = {"tokenizer": "", "eos_id": 999, "dtype": "uint16", "sources": counts}
+    (directory / "shards.json").write_text(json.dumps(manifest))
+    return str(directory)
+
+
+def first_tokens(directory: str, split: str, seed: int) -> list[int]:
+    """The first token of each of the samples 0 to 15, which are two epochs of the 8 rows."""
+    rows = TextRows(directory, split, 4, seed, mask_documents=False)
+    return rows.batch(range(16)).input_ids[:, 0].tolist()
+
+
+def test_which_rows_come_when_does_not_change(tmp_path: Path) -> None:
+    """A run that resumes needs the same rows from every later version. The seed decides which source comes next, and
+    the order of its rows in each of its epochs."""
+    directory = counted_shards(tmp_path)
+    assert first_tokens(directory, "train", seed=0) == [8, 100, 8, 108, 104, 8, 12, 12, 4, 100, 8, 100, 0, 12, 12, 100]
+    assert first_tokens(directory, "train", seed=1) == [8, 100, 4, 4, 108, 100, 12, 12, 8, 8, 12, 8, 104, 104, 16, 104]
+    held_out = [8, 100, 12, 104, 4, 16, 0, 108, 100, 16, 104, 0, 108, 8, 12, 4]  # whatever the seed
+    assert [first_tokens(directory, "held_out", seed) for seed in (0, 1)] == [held_out] * 2
+
+
+def test_sources_are_mixed_by_size_or_by_weight_and_their_rows_evenly(tmp_path: Path) -> None:
+    directory = counted_shards(tmp_path)
+    for weights, shares in ((None, (625, 375)), ({"a": 9.0, "b": 1.0}, (900, 100))):
+        rows = TextRows(directory, "train", 4, 0, False, weights)
+        counts = Counter(rows.batch(range(1000)).input_ids[:, 0].tolist())
+        for first, number, share in ((0, 5, shares[0]), (100, 3, shares[1])):
+            times = [counts.pop(first + 4 * row) for row in range(number)]
+            assert sum(times) == share and max(times) - min(times) <= 1
+        assert not counts
 
 
 def test_shorter_rows_are_the_pieces_of_the_longer_in_their_order(shards: str) -> None:
@@ -176,6 +220,24 @@ def test_epochs_differ_and_samples_repeat(tokenizer: Tokenizer, tmp_path: Path) 
     assert torch.equal(first[first[:, 0].argsort(stable=True)].sum(), second.sum())
     assert torch.equal(Demonstrations(path, tokenizer, 64, seed=0).batch([3]).input_ids, first[3:4])
     assert not torch.equal(Demonstrations(path, tokenizer, 64, seed=1).batch(range(n)).input_ids[0], first[0])
+
+
+def rows_in_order(tokenizer: Tokenizer, path: Path, seed: int, pack: bool) -> str:
+    """The rows of two epochs, each example as the letter of its prompt."""
+    data = Demonstrations(str(path), tokenizer, 4, seed, pack)
+    rows = (data.row(sample)["input_ids"][::2] for sample in range(2 * len(data)))
+    return " ".join(tokenizer.decode(prompts) for prompts in rows)
+
+
+def test_which_demonstrations_share_a_row_and_their_order_do_not_change(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A run that resumes needs the same rows from every later version. Each example has 2 tokens, a row has 4; the seed
+    decides which two share a row, and the order of the rows in each epoch."""
+    path = tmp_path / "sft.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": letter, "completion": "1"}) for letter in "abcdefghij"))
+    assert rows_in_order(tokenizer, path, seed=0, pack=True) == "ca hf gi be jd hf be jd ca gi"
+    assert rows_in_order(tokenizer, path, seed=1, pack=True) == "hf ab id gc je ab gc hf id je"
+    assert rows_in_order(tokenizer, path, seed=0, pack=False) == "h f g e b j i a c d f j b e g i c a h d"
+    assert rows_in_order(tokenizer, path, seed=1, pack=False) == "d a i e f b c j g h h d j c i b g e f a"
 
 
 @pytest.mark.parametrize(

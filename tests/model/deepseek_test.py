@@ -14,6 +14,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 from llmtrain.arch.resolve import fields_from_hf, hf_config, resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig
 from llmtrain.model.decoder import init_tensor
+from llmtrain.model.hf_write import save_hf
 from tests.model.experts import check_sizes
 from tests.model.families import (
     EXAMPLES,
@@ -141,6 +142,11 @@ def test_bias_of_the_choice_is_fp32_on_disk() -> None:
         assert stored[name].dtype == torch.float32 and stored[name].abs().max() > 0
         assert torch.equal(p.ours.layers["1"].feedforward.router.bias, stored[name])
         assert p.ours.bfloat16().layers["1"].feedforward.router.bias.dtype == torch.float32
+        save_hf(str(p.directory / "bf16"), p.ours.config, p.ours.state_dict().items(), torch.bfloat16, None, None)
+        written = load_file(p.directory / "bf16" / "model.safetensors")
+        biases = [name, name.replace("layers.1", "layers.2")]
+        assert sorted(n for n, tensor in written.items() if tensor.dtype != torch.bfloat16) == biases
+        assert torch.equal(written[name], stored[name])
 
 
 @pytest.mark.parametrize("family", ["deepseek-v2", "deepseek-v3"])

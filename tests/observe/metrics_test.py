@@ -132,6 +132,29 @@ def test_a_full_disk_is_named_and_lines_that_are_lost_are_told(
         Events("/dev/full").write({"step": 1, "event": "rewind"})
 
 
+def test_events_are_on_the_disk_before_the_run_goes_on(tmp_path: Path, disk_calls: list[tuple]) -> None:
+    path = str(tmp_path / "events.jsonl")
+    events, lines = Events(path), [b'{"step": 1, "event": "skip"}\n', b'{"step": 2, "event": "skip"}\n']
+    events.write({"step": 1, "event": "skip"})
+    assert disk_calls == [("fsync", path, lines[0])]
+    events.write({"step": 2, "event": "skip"})
+    assert disk_calls[1:] == [("fsync", path, lines[0] + lines[1])]
+    assert events.go_on_after(1) == [{"step": 1, "event": "skip"}]
+    assert disk_calls[2:] == [("fsync", f"{path}.tmp", lines[0]), ("rename", f"{path}.tmp", path)]
+    assert Path(path).read_bytes() == lines[0]
+
+
+def test_events_that_stay(tmp_path: Path) -> None:
+    """Rewinds stay whatever their step, but nothing stays when a run starts anew."""
+    events = Events(str(tmp_path / "events.jsonl"))
+    assert events.go_on_after(5) == []
+    records = [{"step": step, "event": event} for step, event in ((3, "skip"), (9, "rewind"), (5, "skip"), (6, "skip"))]
+    for record in records:
+        events.write(record)
+    assert events.go_on_after(5) == records[:3] == read_metrics(events.path)
+    assert events.go_on_after(0) == [] == read_metrics(events.path)
+
+
 @pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', '{"step": "1"}'])
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"

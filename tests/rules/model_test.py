@@ -36,6 +36,22 @@ def test_one_broken_rule_is_one_line(model: dict, moe: dict, expected: str) -> N
     assert len(lines) == 1 and expected in lines[0] and "; " in lines[0], lines
 
 
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"top_k": 8, "num_groups": 1, "top_groups": 1},  # every expert
+        {"top_groups": 4},  # every group
+        {"top_k": 4},  # every expert of the top groups
+        {"num_groups": 8},  # an expert a group
+        {"gate": "sigmoid", "num_groups": 4},  # two experts a group
+        {"gate": "sigmoid", "num_experts": 1, "top_k": 1, "num_groups": 1, "top_groups": 1},
+        {"dense_layers": [0, 3]},  # the first and the last of 4 layers
+    ],
+)
+def test_the_largest_and_the_smallest_that_a_rule_allows(moe: dict) -> None:
+    assert not found({}, moe)
+
+
 def test_good_experts_pass() -> None:
     for moe in ({}, {"gate": "sigmoid", "selection_bias": True, "balance": "bias"}, {"balance": "aux", "z_coef": 0.1}):
         assert not found({}, moe)

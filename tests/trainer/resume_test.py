@@ -11,6 +11,8 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.model.decoder import parameter_shapes
+from llmtrain.trainer import resume
+from llmtrain.trainer.job import GuardState
 from llmtrain.trainer.resume import check_same_run
 
 MOE = {"num_experts": 4, "expert_ffn_size": 16}
@@ -47,3 +49,18 @@ def test_a_checkpoint_from_before_a_field_was_there() -> None:
     go_on({}, {}, without="mup")
     with pytest.raises(ValueError, match=r"model\.mup=.*must stay None"):
         go_on({}, {"mup": {"base_hidden": 32}}, without="mup")
+
+
+def test_a_run_goes_on_with_its_counters_and_the_random_state_of_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    guard = {"losses": [2.0], "skips": 1, "rewinds": [[2, 1, 64]]}
+    state = {"optimizer_step": 6, "step": 7, "tokens": 80, "engine": {"loss_scale": 2.0}, "guard": guard}
+    reader = SimpleNamespace(state=state, read="read", restore_rng=lambda rank: told.append(("random state", rank)))
+    engine = SimpleNamespace(load_fragments=lambda *given: told.append(given), load_extra_state=told.append)
+    monkeypatch.setattr(resume, "newest_intact", lambda directory, mesh: f"{directory}/newest")
+    monkeypatch.setattr(resume, "CheckpointReader", lambda path: reader)
+    monkeypatch.setattr(resume, "check_same_run", lambda *_: None)
+    job = SimpleNamespace(config=Config(), mesh=SimpleNamespace(rank=3), engine=engine)
+    assert resume.load_newest(job) == f"{resume.checkpoint_dir(job.config)}/newest"
+    assert told == [("read", 6), {"loss_scale": 2.0}, ("random state", 3)]
+    assert (job.step, job.tokens, job.guard) == (7, 80, GuardState(**guard))
