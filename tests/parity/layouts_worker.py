@@ -20,14 +20,15 @@ from llmtrain.arch.adapters import without_adapters
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine.auxiliary import routers_of, start_auxiliary
-from llmtrain.engine.base import Engine, make_engine
+from llmtrain.engine.base import Engine
+from llmtrain.engine.build import Role, build_trained
 from llmtrain.engine.optim import build_optimizer, learning_rate
 from llmtrain.losses.token import token_loss
 from llmtrain.model.balance import update_bias
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
 from llmtrain.model.lora import merged
 from llmtrain.parallel.mesh import Mesh, init_mesh
-from llmtrain.parallel.plan import parallelize, parameters_of, slice_of, trained_of
+from llmtrain.parallel.plan import parameters_of, slice_of, trained_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch
 from tests.json_output import print_json
@@ -193,9 +194,11 @@ def build(layout: dict, mesh: Mesh, factor: float = 1.0) -> Engine:
     parallel, settings = settings_of(layout)
     config = model_config(layout)
     shapes = parameter_shapes(config)
-    parts = parallelize(config, mesh, parallel, settings)
-    optim = optim_config(layout)
-    return make_engine(parts, lambda n: initial(n, shapes[n], config) * factor, mesh, parallel, settings, optim, STEPS)
+
+    def source(name: str) -> torch.Tensor:
+        return initial(name, shapes[name], config) * factor
+
+    return build_trained(Role("policy", config, parallel, settings, source, optim_config(layout), STEPS), mesh)
 
 
 def clips_first(engine: Engine) -> bool:
