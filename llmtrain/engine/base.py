@@ -23,10 +23,10 @@ FragmentReader = Callable[[Address], dict[str, Tensor]]
 
 
 class Scorer(Protocol):
-    """Scores batches with a model that is spread over the ranks of a mesh; all methods are collectives over them.
+    """Scores batches with a model that is spread over the ranks of a mesh; every rank makes the same calls.
 
     Models that take turns on one device wait on the host in between: `to_host` and `to_device` move everything they
-    hold, in place and bit for bit. While it is away every other call raises RuntimeError.
+    hold, in place and bit for bit. While a model is away every other call raises RuntimeError.
     """
 
     parts: list[Decoder]  # this rank's pipeline stages

@@ -248,6 +248,10 @@ class ZeroEngine(Movable):
         yield from parameters_of(self.parts)
         yield from zero_state.held(self.engine)
 
+    def scratch(self) -> list[Tensor]:
+        """See Movable."""
+        return zero_state.scratch(self.engine)
+
     def _require_own_mesh(self) -> None:
         """At stage 0 DeepSpeed asks for its groups at every step, and what it asks is the object of the engine that was
         built last: gradients would be summed over other ranks, without a word."""

@@ -147,7 +147,7 @@ def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
 
 def held(engine: object) -> Iterator[Tensor]:
     """Yields what an engine holds between two steps beside its modules' parameters: shards and flat buffers of weights,
-    masters, optimizer state, and the buffers for gradients that stage 3 keeps."""
+    masters, optimizer state, and stage 3's buffer of gradients."""
     optimizer = engine.optimizer
     yield from (p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor"))
     for name in FLAT_BUFFERS:
@@ -156,7 +156,12 @@ def held(engine: object) -> Iterator[Tensor]:
     yield from (tensor for state in inner.state.values() for tensor in state.values() if tensor.dim())
     if hasattr(optimizer, "grad_partitions_flat_buffer"):
         yield optimizer.grad_partitions_flat_buffer
-        yield from (bucket.buffer for bucket in optimizer.ipg_buckets.values())
+
+
+def scratch(engine: object) -> list[Tensor]:
+    """Returns the buckets in which stage 3 reduces gradients, empty between two steps. (Stages 1 and 2 free theirs.)"""
+    buckets = getattr(engine.optimizer, "ipg_buckets", {})
+    return [bucket.buffer for bucket in buckets.values() if isinstance(bucket.buffer, Tensor)]
 
 
 def _make_state(engine: object, step: int) -> list[dict[str, Tensor]]:
