@@ -25,7 +25,6 @@ from llmtrain.parallel.tensor import shard, tensor_parallel
 WeightSource = Callable[[str], Tensor]
 """Canonical name -> whole fp32 tensor."""
 
-
 GRAPHS_A_MODEL = 8  # torch's own limit for one: training and scoring, each with fixed and with varying lengths
 
 
