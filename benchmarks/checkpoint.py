@@ -33,15 +33,13 @@ QUIET_STEPS = 3  # measured before each save: the time of a step without a save
 def train_and_save(turns: Turns, task: Task, directory: str, background: bool) -> None:
     """Does pieces of work: some steps, a save, and steps until it is on disk."""
     from llmtrain.checkpoint.saver import Saver
-    from llmtrain.engine.base import make_engine
+    from llmtrain.engine.build import Role, build_trained
     from llmtrain.losses.token import token_loss
     from llmtrain.parallel.mesh import init_mesh, shutdown
-    from llmtrain.parallel.plan import parallelize
     from llmtrain.trainer.batches import count_trained
 
     mesh, settings, batch = init_mesh(ONE_RANK, None, timeout_s=60), EngineConfig(), next(task.batches())
-    parts = parallelize(task.model, mesh, ONE_RANK, settings)
-    engine = make_engine(parts, task.source(), mesh, ONE_RANK, settings, OPTIM, task.total_steps)
+    engine = build_trained(Role("policy", task.model, ONE_RANK, settings, task.source(), OPTIM, task.total_steps), mesh)
     checkpoint = CheckpointConfig(keep=1, background=background)
     group = mesh.side_group(timeout_s=60) if background else mesh
     saver = Saver(f"{directory}/{background}", engine, parameter_shapes(task.model), checkpoint, group)

@@ -27,11 +27,11 @@ from benchmarks.standings import check_same_work, mfu, print_table, summary
 from benchmarks.task import OPTIM, Task
 from llmtrain.arch.resolve import parameter_count, resolve_model, train_flops_per_token
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.engine.base import make_engine
+from llmtrain.engine.build import Role, build_trained
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import init_mesh, shutdown
-from llmtrain.parallel.plan import WeightSource, parallelize
+from llmtrain.parallel.plan import WeightSource
 from llmtrain.trainer.batches import count_trained
 from llmtrain.types import Batch
 
@@ -94,8 +94,7 @@ def contestant(turns: Turns, task: GpuTask, settings: dict) -> None:
     """Trains as one rank of `llmtrain pretrain` does, without its files. One piece of work is a step."""
     mesh, steps = init_mesh(ONE_RANK, None, timeout_s=60), task.steps()
     config = EngineConfig(**settings)
-    parts = parallelize(task.model, mesh, ONE_RANK, config)
-    engine = make_engine(parts, task.source(), mesh, ONE_RANK, config, OPTIM, task.total_steps)
+    engine = build_trained(Role("policy", task.model, ONE_RANK, config, task.source(), OPTIM, task.total_steps), mesh)
     while turns.wait():
         step = next(steps)
         turns.done(engine.train_step(step, token_loss, count_trained(step, mesh)).loss)

@@ -1,4 +1,4 @@
-"""The one seam between trainers and training backends."""
+"""The contracts between trainers and training backends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
-from llmtrain.engine.precision import check_device
 from llmtrain.model.decoder import Decoder
-from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.plan import WeightSource
 from llmtrain.types import Address, Batch, Fragment, Metrics, Scores, StepStats
 
 LossFn = Callable[[Scores, Batch], tuple[Tensor, Metrics]]
@@ -26,10 +22,28 @@ FragmentReader = Callable[[Address], dict[str, Tensor]]
 """-> flat fp32 tensors of that piece: `weight` and the optimizer's keys."""
 
 
-class Engine(Protocol):
-    """Takes the whole step: accumulation, averaging, clipping over all axes, precision, pipeline schedule."""
+class Scorer(Protocol):
+    """Scores batches with a model that is spread over the ranks of a mesh; every rank makes the same calls.
+
+    Models that take turns on one device wait on the host in between: `to_host` and `to_device` move everything they
+    hold, in place and bit for bit. While a model is away every other call raises RuntimeError.
+    """
 
     parts: list[Decoder]  # this rank's pipeline stages
+
+    def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
+        """Returns the scores of each microbatch, without gradient; the same on every pipeline stage."""
+
+    def to_host(self) -> None:
+        """Moves what this rank holds into host memory and frees the device's; nothing happens when it is there."""
+
+    def to_device(self) -> None:
+        """Moves it back; nothing happens when it is there."""
+
+
+class Engine(Scorer, Protocol):
+    """Takes the whole step: accumulation, averaging, clipping over all axes, precision, pipeline schedule."""
+
     step: int  # updates made
     admit: Admit  # by default tally.stop_if_not_finite
 
@@ -40,9 +54,6 @@ class Engine(Protocol):
         Without `admit`'s leave weights and optimizer state stay as they are, the gradient is dropped, and the norm in
         StepStats is NaN.
         """
-
-    def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
-        """Returns the scores of each microbatch, without gradient; the same on every pipeline stage."""
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, whole tensor) one at a time, in a fixed order, on every rank (a collective)."""
@@ -65,27 +76,3 @@ class Engine(Protocol):
     def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
         """(group of `Mesh.groups`, canonical name, tensor): weights of which every rank of that group holds the same
         bits, as long as all is well; in the same order on all of them. No communication."""
-
-
-def make_engine(
-    parts: list[Decoder],
-    source: WeightSource,
-    mesh: Mesh,
-    parallel: ParallelConfig,
-    config: EngineConfig,
-    optim: OptimConfig,
-    total_steps: int,
-) -> Engine:
-    """The backend that `engine.backend` names around this rank's stages (from parallel.plan.parallelize), with the
-    weights of `source`. Where states are sharded no rank ever holds more than its shards and one whole tensor.
-
-    Raises ValueError when this machine cannot compute in `engine.precision`.
-    """
-    check_device(config.precision, mesh.device)
-    if config.backend == "fsdp":
-        from llmtrain.engine.fsdp import FsdpEngine
-
-        return FsdpEngine(parts, source, mesh, parallel, config, optim, total_steps)
-    from llmtrain.engine.zero import ZeroEngine
-
-    return ZeroEngine(parts, source, mesh, parallel, config, optim, total_steps)

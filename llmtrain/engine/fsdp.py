@@ -21,6 +21,7 @@ from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_b
 from llmtrain.engine.base import Admit, FragmentReader, LossFn
 from llmtrain.engine.clip import clip_gradients, local, owns
 from llmtrain.engine.memory import keep_freed_memory
+from llmtrain.engine.movable import Movable
 from llmtrain.engine.optim import build_optimizer, initial_state, learning_rate, set_learning_rate, state_keys
 from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
@@ -78,7 +79,37 @@ def offload_policy(config: EngineConfig, device: torch.device) -> OffloadPolicy:
     return CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.offload == "params" else OffloadPolicy()
 
 
-class FsdpEngine:
+def mark_copies(parts: Sequence[Decoder], mesh: Mesh) -> None:
+    """Marks the head of a tied model as a copy where one rank has first and last stage: each stage shards for itself
+    what they had in common."""
+    if len(parts) > 1 and parts[0].config.tie_embeddings and mesh.has_embedding and mesh.has_head:
+        parts[-1].head.weight.is_copy = True
+
+
+@torch.no_grad()
+def fill_shards(parts: Sequence[Decoder], mesh: Mesh, source: WeightSource) -> None:
+    """Fills this rank's shards, one global tensor at a time."""
+    for p in parameters_of(parts):
+        address, whole = shard_address(p, mesh), slice_of(p, source).flatten()
+        _flat(p).copy_(whole[address.start : address.start + address.numel])
+
+
+def shard_address(p: nn.Parameter, mesh: Mesh) -> Address:
+    """Returns where this rank's shard lies. FSDP2 gives every rank as many rows as the first one, until there are none
+    left."""
+    group, rows = mesh.groups["expert_shard" if p.expert else "shard"], p.size(0)
+    first = min(rows, dist.get_rank(group) * -(-rows // dist.get_world_size(group)))
+    start, numel = first * (p.numel() // rows), p.to_local().numel()
+    return Address(p.canonical, p.global_shape, p.tp_dim, *p.cut, start, numel)
+
+
+def reshard(parts: Sequence[Decoder]) -> None:
+    """Frees the whole weights that a forward without a backward leaves."""
+    for module in (module for part in parts for module in fsdp_modules(part)):
+        module.reshard()
+
+
+class FsdpEngine(Movable):
     """See engine.base.Engine. `parts` are this rank's stages, from parallel.plan.parallelize."""
 
     def __init__(
@@ -92,17 +123,16 @@ class FsdpEngine:
         total_steps: int,
     ) -> None:
         self.parts, self.mesh, self.config, self.optim, self.total_steps = parts, mesh, config, optim, total_steps
+        self.device = mesh.device
         self.plan, self.step = plan_stages(parts[0].config, parallel), 0
         self.admit: Admit = stop_if_not_finite
         self.scaler = LossScaler(config)
         for part in parts:
             shard_part(part, mesh, config)
-        if len(parts) > 1 and parts[0].config.tie_embeddings and mesh.has_embedding and mesh.has_head:
-            parts[-1].head.weight.is_copy = True  # each stage shards for itself what they had in common
+        mark_copies(parts, mesh)
         self.parameters = parameters_of(parts)  # the sharded ones; during a step the modules hold whole ones
         self.trained = trained_of(parts)
-        for p in self.parameters:
-            self._fill(p, source)
+        fill_shards(parts, mesh, source)
         fill_buffers(parts, mesh, source)
         if mesh.device.type == "cpu":
             keep_freed_memory()
@@ -113,6 +143,7 @@ class FsdpEngine:
 
     def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
         """See Engine."""
+        self.require_here()
         lr = learning_rate(self.step, self.optim, self.total_steps)
         set_learning_rate(self.optimizer.param_groups, lr)
         tally = Tally(float(denominator))
@@ -130,21 +161,23 @@ class FsdpEngine:
 
     def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
         """See Engine."""
+        self.require_here()
         scores = score(self.parts, self.pipeline, self.mesh, microbatches)
-        for module in (module for part in self.parts for module in fsdp_modules(part)):
-            module.reshard()  # which otherwise waits for a backward
+        reshard(self.parts)
         return scores
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine. Every rank must exhaust it."""
+        self.require_here()
         return full_weights(self.parts, self.plan, self.mesh, compute_dtype(self.config.precision), self._gather)
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine."""
+        self.require_here()
         if self.mesh.coords["dp_replicate"] > 0:
             return
         for p in self.trained:
-            address = self._address(p)
+            address = shard_address(p, self.mesh)
             if address.numel and owns(p, self.mesh.coords["tp"]):
                 state = self.optimizer.state.get(p) or initial_state(p, 0)
                 yield Fragment(address, {"weight": _flat(p), **{key: _flat(state[key]) for key in state_keys(p)}})
@@ -153,16 +186,18 @@ class FsdpEngine:
     @torch.no_grad()
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         """See Engine."""
+        self.require_here()
         for p in self.trained:
             self.optimizer.state[p] = initial_state(p, step)
             held = {"weight": p, **self.optimizer.state[p]}
-            for key, value in read(self._address(p)).items():
+            for key, value in read(shard_address(p, self.mesh)).items():
                 _flat(held[key]).copy_(value)
         load_buffers(self.parts, read)
         self.step = step
 
     def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
         """See Engine."""
+        self.require_here()
         for p in self.parameters:
             yield "dp_replicate", p.canonical, _flat(p)
             if p.tp_dim is None:
@@ -175,6 +210,12 @@ class FsdpEngine:
     def load_extra_state(self, state: dict[str, float]) -> None:
         """See Engine."""
         self.scaler.load(state)
+
+    def held(self) -> Iterator[Tensor]:
+        """See Movable."""
+        yield from self.parameters
+        for p in self.parameters:
+            yield from (tensor for tensor in self.optimizer.state.get(p, {}).values() if tensor.dim())
 
     def _backward(self, microbatches: Sequence[Batch], loss: LossFn, tally: Tally) -> None:
         """Gradients in `grad` of the sharded parameters, summed over microbatches and ranks."""
@@ -194,18 +235,6 @@ class FsdpEngine:
         if self.pipeline is None:
             self.parts[0].set_requires_gradient_sync(last)
             self.parts[0].set_reshard_after_backward(last or self.config.reshard)
-
-    def _address(self, p: nn.Parameter) -> Address:
-        """FSDP2 gives every rank as many rows as the first one, until there are none left."""
-        group, rows = self.mesh.groups["expert_shard" if p.expert else "shard"], p.size(0)
-        first = min(rows, dist.get_rank(group) * -(-rows // dist.get_world_size(group)))
-        start, numel = first * (p.numel() // rows), p.to_local().numel()
-        return Address(p.canonical, p.global_shape, p.tp_dim, *p.cut, start, numel)
-
-    @torch.no_grad()
-    def _fill(self, p: nn.Parameter, source: WeightSource) -> None:
-        address, whole = self._address(p), slice_of(p, source).flatten()
-        _flat(p).copy_(whole[address.start : address.start + address.numel])
 
     def _gather(self, p: nn.Parameter) -> Tensor:
         return p.detach().to(self.mesh.device, compute_dtype(self.config.precision)).full_tensor()

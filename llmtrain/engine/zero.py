@@ -27,6 +27,7 @@ from deepspeed.runtime import engine as runtime_engine
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.schema import EngineConfig, OptimConfig, ParallelConfig
@@ -35,13 +36,14 @@ from llmtrain.engine.auxiliary import buffer_fragments, finish_auxiliary, load_b
 from llmtrain.engine.base import Admit, FragmentReader, LossFn
 from llmtrain.engine.clip import clip_gradients, owns
 from llmtrain.engine.memory import keep_freed_memory
+from llmtrain.engine.movable import Movable
 from llmtrain.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from llmtrain.engine.precision import LossScaler, compute_dtype
 from llmtrain.engine.step import admitted, backward, full_weights, sum_tied_gradients
 from llmtrain.engine.tally import Tally, stop_if_not_finite
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.experts import Experts
-from llmtrain.parallel.mesh import Mesh, Mpu
+from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.parallel.plan import (
     WeightSource,
@@ -82,7 +84,51 @@ def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
     }
 
 
-class ZeroEngine:
+class Mpu:
+    """Tells DeepSpeed its groups.
+
+    Its rank methods answer 1 everywhere, so that DeepSpeed counts a parameter in the gradient norm exactly when
+    `param.tensor_model_parallel` is set: `ZeroEngine` sets that on one owner of each piece (DeepSpeed's own rule
+    miscounts under pipeline parallelism).
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self.mesh.groups["model"]
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.sizes["pp"] * self.mesh.sizes["tp"]
+
+    def get_model_parallel_rank(self) -> int:
+        return 1
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.mesh.sizes["tp"]
+
+    def get_tensor_model_parallel_group(self) -> ProcessGroup:
+        return self.mesh.groups["tp"]
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.mesh.sizes["pp"]
+
+    def get_pipeline_model_parallel_group(self) -> ProcessGroup:
+        return self.mesh.groups["pp"]
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self.mesh.groups["grad"]
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.grad_size
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.mesh.groups["grad"])
+
+
+class ZeroEngine(Movable):
     """See engine.base.Engine. `parts` are this rank's stages, from parallel.plan.parallelize."""
 
     def __init__(
@@ -96,6 +142,7 @@ class ZeroEngine:
         total_steps: int,
     ) -> None:
         self.parts, self.mesh, self.config, self.optim, self.total_steps = parts, mesh, config, optim, total_steps
+        self.device = mesh.device
         self.plan, self.step = plan_stages(parts[0].config, parallel), 0
         self.admit: Admit = stop_if_not_finite
         self.scaler = LossScaler(config)
@@ -124,7 +171,9 @@ class ZeroEngine:
         self.pipeline = Pipeline(parts, self.plan, mesh) if mesh.sizes["pp"] > 1 else None
 
     def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
-        """See Engine."""
+        """See Engine. Raises ValueError at stage 0 when an engine was built on another mesh since."""
+        self.require_here()
+        self._require_own_mesh()
         lr = learning_rate(self.step, self.optim, self.total_steps)
         set_learning_rate(self.engine.optimizer.param_groups, lr)
         tally = Tally(float(denominator))
@@ -155,19 +204,23 @@ class ZeroEngine:
 
     def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
         """See Engine."""
+        self.require_here()
         return score(self.parts, self.pipeline, self.mesh, microbatches)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine. Every rank must exhaust it."""
+        self.require_here()
         return full_weights(self.parts, self.plan, self.mesh, compute_dtype(self.config.precision), self._gather)
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine."""
+        self.require_here()
         yield from zero_state.fragments(self.engine, self.mesh)
         yield from buffer_fragments(self.parts, self.mesh)
 
     def load_fragments(self, read: FragmentReader, step: int) -> None:
         """See Engine."""
+        self.require_here()
         zero_state.load(self.engine, self.mesh, read, step)
         load_buffers(self.parts, read)
         self.step = step
@@ -182,6 +235,7 @@ class ZeroEngine:
 
     def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
         """See Engine. The pieces of stage 3 have no copies over the data-parallel ranks."""
+        self.require_here()
         for p in parameters_of(self.parts):
             held = p.ds_tensor if self.config.zero_stage == 3 else p.detach()
             if self.config.zero_stage < 3:
@@ -189,12 +243,30 @@ class ZeroEngine:
             if p.tp_dim is None:
                 yield "tp", p.canonical, held
 
+    def held(self) -> Iterator[Tensor]:
+        """See Movable."""
+        yield from parameters_of(self.parts)
+        yield from zero_state.held(self.engine)
+
+    def scratch(self) -> list[Tensor]:
+        """See Movable."""
+        return zero_state.scratch(self.engine)
+
+    def _require_own_mesh(self) -> None:
+        """At stage 0 DeepSpeed asks for its groups at every step, and what it asks is the object of the engine that was
+        built last: gradients would be summed over other ranks, without a word."""
+        if self.config.zero_stage == 0 and groups.mpu.mesh is not self.mesh:
+            raise ValueError(
+                "engine.zero_stage=0: engines on different meshes of one job need a stage of 1 to 3, or "
+                "engine.backend=fsdp; use one of these, or one mesh"
+            )
+
     def _take_in(self, source: WeightSource) -> dict[nn.Parameter, Tensor]:
         """Weights into the modules; at stage 3 each is divided among the ranks before the next one is read. Returns
         the fp32 values of what is trained, at stage 3 this rank's pieces of them, where DeepSpeed gets rounded ones."""
         originals, dtype = {}, compute_dtype(self.config.precision)
         for p in materialize_each(self.parts, self.mesh, source):
-            p.tensor_model_parallel = owns(p, self.mesh.coords["tp"])  # who counts it in the norm, see mesh.Mpu
+            p.tensor_model_parallel = owns(p, self.mesh.coords["tp"])  # who counts it in the norm, see Mpu
             if p.expert:  # reduced over the ranks that have it; the second pair is read at stage 3
                 p.allreduce, p.group_name = False, EXPERTS
                 p.ds_zero_placement_family, p.ds_zero_partition_group_name = "autoep_expert", EXPERTS

@@ -20,6 +20,11 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.plan import trained_of
 from llmtrain.types import Address, Fragment
 
+FLAT_BUFFERS = (  # of weights and masters; stages 1 and 2, stage 3
+    *("bit16_groups_flat", "single_partition_of_fp32_groups"),
+    *("fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat"),
+)
+
 
 def gradients_finite(engine: object) -> bool:
     """Of this rank's reduced gradients, before the update."""
@@ -138,6 +143,25 @@ def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
             _write(engine, p, value.to(mesh.device), key)
     _refresh_working_weights(engine.optimizer)
     engine.global_steps = step
+
+
+def held(engine: object) -> Iterator[Tensor]:
+    """Yields what an engine holds between two steps beside its modules' parameters: shards and flat buffers of weights,
+    masters, optimizer state, and stage 3's buffer of gradients."""
+    optimizer = engine.optimizer
+    yield from (p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor"))
+    for name in FLAT_BUFFERS:
+        yield from getattr(optimizer, name, ())
+    inner = getattr(optimizer, "optimizer", optimizer)
+    yield from (tensor for state in inner.state.values() for tensor in state.values() if tensor.dim())
+    if hasattr(optimizer, "grad_partitions_flat_buffer"):
+        yield optimizer.grad_partitions_flat_buffer
+
+
+def scratch(engine: object) -> list[Tensor]:
+    """Returns the buckets in which stage 3 reduces gradients, empty between two steps. (Stages 1 and 2 free theirs.)"""
+    buckets = getattr(engine.optimizer, "ipg_buckets", {})
+    return [bucket.buffer for bucket in buckets.values() if isinstance(bucket.buffer, Tensor)]
 
 
 def _make_state(engine: object, step: int) -> list[dict[str, Tensor]]:

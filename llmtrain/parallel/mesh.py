@@ -217,50 +217,6 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-class Mpu:
-    """The object DeepSpeed asks for its groups.
-
-    Its rank methods answer 1 everywhere, so that DeepSpeed counts a parameter in the gradient norm exactly when
-    `param.tensor_model_parallel` is set: `engine.zero` sets that on one owner of each piece (DeepSpeed's own
-    rule miscounts under pipeline parallelism).
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-
-    def get_model_parallel_group(self) -> ProcessGroup:
-        return self.mesh.groups["model"]
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.mesh.sizes["pp"] * self.mesh.sizes["tp"]
-
-    def get_model_parallel_rank(self) -> int:
-        return 1
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.mesh.sizes["tp"]
-
-    def get_tensor_model_parallel_group(self) -> ProcessGroup:
-        return self.mesh.groups["tp"]
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return self.mesh.sizes["pp"]
-
-    def get_pipeline_model_parallel_group(self) -> ProcessGroup:
-        return self.mesh.groups["pp"]
-
-    def get_data_parallel_group(self) -> ProcessGroup:
-        return self.mesh.groups["grad"]
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.mesh.grad_size
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.mesh.groups["grad"])
-
-
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -72,6 +72,11 @@ class Pipeline:
         last = {"target": torch.arange(len(batches)), "losses": []} if self.mesh.has_head else {}
         self._schedule(batches).step(*args, **kwargs, **last, return_outputs=False)
 
+    def release(self) -> None:
+        """Frees the schedule with its buffers for hidden states, and what the last step's loss refers to; on all ranks
+        alike. The next step makes a new one."""
+        self.schedule = self.loss = None
+
     def _schedule(self, batches: Sequence[Batch]) -> Schedule:
         """Returns a schedule for this number and shape of microbatches, which fix its buffers; the last one is
         cached."""

@@ -25,6 +25,8 @@ from llmtrain.parallel.tensor import shard, tensor_parallel
 WeightSource = Callable[[str], Tensor]
 """Canonical name -> whole fp32 tensor."""
 
+GRAPHS_A_MODEL = 8  # torch's own limit for one: training and scoring, each with fixed and with varying lengths
+
 
 def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> list[Decoder]:
     """This rank's pipeline stages (without a pipeline: the one decoder), on the meta device: without memory.
@@ -138,7 +140,14 @@ def trained_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 def compile_blocks(parts: Sequence[Decoder]) -> None:
-    """torch.compile each block for itself, and the scoring of the head: one graph, compiled once, in place."""
+    """torch.compile each block for itself, and the scoring of the head: one graph, compiled once, in place.
+
+    Models share the code of their blocks, and torch counts the graphs of a piece of code: beyond its limit it compiles
+    nothing, without a word. So every model brings its own.
+    """
+    from torch._dynamo import config  # takes 2 s
+
+    config.recompile_limit += GRAPHS_A_MODEL
     for part in parts:
         for block in part.blocks():
             compile_block(block)

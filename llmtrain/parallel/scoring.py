@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.arch.pipeline import StagePlan
 from llmtrain.parallel.context import local_batches, whole_rows
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Output, Pipeline, inputs_of
@@ -45,15 +44,3 @@ def _from_head(output: Output | None, batch: Batch, mesh: Mesh) -> Output:
     pair = torch.zeros(2, *batch.labels.shape, device=mesh.device) if output is None else torch.stack(output)
     dist.broadcast(pair, group=mesh.groups["pp"], group_src=mesh.head_pp)
     return pair[0], pair[1]
-
-
-class FrozenModel:
-    """A model that is only scored with: the reference of a KL penalty or a preference loss."""
-
-    def __init__(self, parts: Sequence[nn.Module], plan: StagePlan, mesh: Mesh, dtype: torch.dtype) -> None:
-        self.parts, self.mesh = [part.to(dtype).eval().requires_grad_(False) for part in parts], mesh
-        self.pipeline = Pipeline(self.parts, plan, mesh) if mesh.sizes["pp"] > 1 else None
-
-    def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
-        """Returns the scores of each microbatch: see `score`."""
-        return score(self.parts, self.pipeline, self.mesh, microbatches)

@@ -8,16 +8,14 @@ from itertools import chain
 
 import torch
 
-from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.recipes.grpo import RECIPE, GrpoConfig
 from llmtrain.config.schema import Config
+from llmtrain.engine.base import Scorer
+from llmtrain.engine.build import Role, build_frozen
 from llmtrain.engine.optim import learning_rate
-from llmtrain.engine.precision import compute_dtype
 from llmtrain.losses.advantage import group_advantages
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.parallel.plan import materialize, parallelize
-from llmtrain.parallel.scoring import FrozenModel
 from llmtrain.trainer.batches import group_microbatches, split_groups
 from llmtrain.trainer.gate import Gate
 from llmtrain.trainer.job import Job, join
@@ -83,7 +81,7 @@ def learnable(groups: Sequence[Group]) -> list[Group]:
 
 
 def update(
-    job: Job, groups: Sequence[Group], number: int, reference: FrozenModel | None, replay: Replay, gate: Gate
+    job: Job, groups: Sequence[Group], number: int, reference: Scorer | None, replay: Replay, gate: Gate
 ) -> dict[str, float]:
     """Makes `grpo.minibatches` optimizer steps on one set of rollouts. Returns the means of their metrics.
 
@@ -121,17 +119,15 @@ def policy_loss(scores: Scores, batch: Batch, settings: GrpoConfig, weight: floa
     return loss, {name: value if name.endswith("_max") else value * weight for name, value in metrics.items()}
 
 
-def build_reference(job: Job) -> FrozenModel | None:
+def build_reference(job: Job) -> Scorer | None:
     """The policy at the start, when a KL penalty asks for it."""
     config = job.config
     if config.grpo.kl_coef == 0:
         return None
-    parts = parallelize(job.model, job.mesh, config.parallel, config.engine)
-    materialize(parts, job.mesh, start_source(job))
-    return FrozenModel(parts, plan_stages(job.model, config.parallel), job.mesh, compute_dtype(config.engine.precision))
+    return build_frozen(Role("reference", job.model, config.parallel, config.engine, start_source(job)), job.mesh)
 
 
-def add_reference(batches: list[Batch], reference: FrozenModel | None) -> None:
+def add_reference(batches: list[Batch], reference: Scorer | None) -> None:
     """extra["ref_logprobs"], in place."""
     if reference is not None:
         for batch, scores in zip(batches, reference.score(batches), strict=True):

@@ -9,10 +9,10 @@ from llmtrain.arch.adapters import adapter_shapes
 from llmtrain.arch.resolve import fields_from_directory
 from llmtrain.checkpoint.source import fingerprint, locate, source_at
 from llmtrain.data.tokenizer import read_backend
-from llmtrain.engine.base import make_engine
+from llmtrain.engine.build import Role, build_trained
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.vocab import resize_embedding
-from llmtrain.parallel.plan import WeightSource, parallelize
+from llmtrain.parallel.plan import WeightSource
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.resume import resume
 
@@ -20,10 +20,8 @@ from llmtrain.trainer.resume import resume
 def build_engine(job: Job, total_steps: int) -> None:
     """The model on the mesh, in its engine, at the newest checkpoint of this run if there is one."""
     config = job.config
-    parts = parallelize(job.model, job.mesh, config.parallel, config.engine)
-    job.engine = make_engine(
-        parts, start_source(job), job.mesh, config.parallel, config.engine, config.optim, total_steps
-    )
+    role = Role("policy", job.model, config.parallel, config.engine, start_source(job), config.optim, total_steps)
+    job.engine = build_trained(role, job.mesh)
     resume(job)
 
 

@@ -25,7 +25,7 @@ from llmtrain.checkpoint.save import save_checkpoint
 from llmtrain.checkpoint.source import weight_source
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine import zero
-from llmtrain.engine.base import make_engine
+from llmtrain.engine.build import Role, build_trained
 from llmtrain.engine.clip import owns
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown, trainer_mesh
@@ -66,13 +66,14 @@ class Taken(Exception):
 def sharded(path: str, config: ModelConfig, mesh: Mesh, backend: str) -> object:
     """An engine on 2 shards of the weights of `path`."""
     parallel, settings = ParallelConfig(dp_shard=2), EngineConfig(backend=backend, zero_stage=3, precision="fp32")
-    parts = parallelize(config, mesh, parallel, settings)
-    try:
-        with mock.patch.object(zero.deepspeed, "initialize", side_effect=Taken):
-            return make_engine(parts, weight_source(path, config, mesh), mesh, parallel, settings, OptimConfig(), 1)
-    except Taken:
-        assert all(p.numel() == 0 for p in parts[0].parameters())  # what there is lies in `ds_tensor`
-        return parts
+    role = Role("policy", config, parallel, settings, weight_source(path, config, mesh), OptimConfig(), 1)
+    with mock.patch.object(zero.deepspeed, "initialize", side_effect=Taken) as initialize:
+        try:
+            return build_trained(role, mesh)
+        except Taken:
+            model = initialize.call_args.kwargs["model"]
+    assert all(p.numel() == 0 for p in model.parameters())  # what there is lies in `ds_tensor`
+    return model
 
 
 def main(directory: str, config_json: str) -> None:

@@ -20,14 +20,15 @@ from llmtrain.arch.adapters import without_adapters
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine.auxiliary import routers_of, start_auxiliary
-from llmtrain.engine.base import Engine, make_engine
+from llmtrain.engine.base import Engine
+from llmtrain.engine.build import Role, build_trained
 from llmtrain.engine.optim import build_optimizer, learning_rate
 from llmtrain.losses.token import token_loss
 from llmtrain.model.balance import update_bias
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
 from llmtrain.model.lora import merged
 from llmtrain.parallel.mesh import Mesh, init_mesh
-from llmtrain.parallel.plan import parallelize, parameters_of, slice_of, trained_of
+from llmtrain.parallel.plan import parameters_of, slice_of, trained_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch
 from tests.json_output import print_json
@@ -67,7 +68,8 @@ def initial(name: str, shape: tuple[int, ...], config: ModelConfig) -> torch.Ten
 def optim_config(layout: dict) -> OptimConfig:
     clip = layout.get("grad_clip", 0.5)
     name = layout.get("optimizer", "adamw")
-    return OptimConfig(name=name, lr=2e-3, min_lr=1e-3, eps=1e-6, warmup_steps=2, weight_decay=0.1, grad_clip=clip)
+    lr = layout.get("lr", 2e-3)
+    return OptimConfig(name=name, lr=lr, min_lr=lr / 2, eps=1e-6, warmup_steps=2, weight_decay=0.1, grad_clip=clip)
 
 
 def global_rows(step: int, rows: int) -> Batch:
@@ -193,9 +195,11 @@ def build(layout: dict, mesh: Mesh, factor: float = 1.0) -> Engine:
     parallel, settings = settings_of(layout)
     config = model_config(layout)
     shapes = parameter_shapes(config)
-    parts = parallelize(config, mesh, parallel, settings)
-    optim = optim_config(layout)
-    return make_engine(parts, lambda n: initial(n, shapes[n], config) * factor, mesh, parallel, settings, optim, STEPS)
+
+    def source(name: str) -> torch.Tensor:
+        return initial(name, shapes[name], config) * factor
+
+    return build_trained(Role("policy", config, parallel, settings, source, optim_config(layout), STEPS), mesh)
 
 
 def clips_first(engine: Engine) -> bool:

@@ -19,13 +19,13 @@ from layouts_worker import global_rows, model_config, optim_config, rows_of, set
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.engine import zero
 from llmtrain.engine.auxiliary import routers_of
-from llmtrain.engine.base import Engine, make_engine
+from llmtrain.engine.base import Engine
+from llmtrain.engine.build import Role, build_trained
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.parallel import expert
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, init_mesh
-from llmtrain.parallel.plan import parallelize
 from llmtrain.scaling import communication as scaling
 from llmtrain.scaling.communication import Case, Step, communication
 from llmtrain.types import IGNORE, Batch
@@ -57,10 +57,12 @@ def shorten_reuse(elements: int) -> None:
 def build(layout: dict, model: ModelConfig, mesh: Mesh) -> Engine:
     parallel, engine = settings_of(layout)
     shapes = parameter_shapes(model)
-    parts = parallelize(model, mesh, parallel, engine)
-    return make_engine(
-        parts, lambda n: init_tensor(n, shapes[n], model, 0), mesh, parallel, engine, optim_config(layout), 10
-    )
+    source = partial(initial, shapes, model)
+    return build_trained(Role("policy", model, parallel, engine, source, optim_config(layout), 10), mesh)
+
+
+def initial(shapes: dict[str, tuple[int, ...]], model: ModelConfig, name: str) -> torch.Tensor:
+    return init_tensor(name, shapes[name], model, 0)
 
 
 def batches_of(layout: dict, mesh: Mesh) -> tuple[list[Batch], torch.Tensor]:
