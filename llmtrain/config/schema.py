@@ -113,7 +113,8 @@ class ModelConfig(Section):
     sliding_window: PositiveInt | None = None  # tokens that a sliding layer sees, itself among them
     layer_types: list[Literal["full", "sliding"]] | None = None  # a pattern, repeated over the layers; None = all full
     rope_theta_sliding: PositiveFloat | None = None  # of sliding layers, without scaling; None = as the others
-    tie_embeddings: bool = True  # the head uses the embedding's weights
+    head: Literal["lm", "scalar"] = "lm"  # scalar: a number a position in place of logits (reward model, critic)
+    tie_embeddings: bool = True  # the head uses the embedding's weights; never with head: scalar
     mla: MlaConfig | None = None  # with attention: mla
     moe: MoeConfig | None = None  # None = all layers dense
     mtp_layers: int = Field(0, ge=0)  # multi-token prediction: modules for the tokens after the next (arXiv 2412.19437)

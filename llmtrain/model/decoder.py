@@ -17,7 +17,7 @@ from llmtrain.arch.parameters import has_experts, layer_type
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention, LayerCache, View, attention_mask
 from llmtrain.model.feedforward import FeedForward
-from llmtrain.model.heads import LMHead
+from llmtrain.model.heads import LMHead, ScalarHead
 from llmtrain.model.lora import add_adapters, initial_adapter
 from llmtrain.model.mla import LatentAttention
 from llmtrain.model.moe import MoE
@@ -75,6 +75,13 @@ def make_feedforward(config: ModelConfig, layer: int) -> nn.Module:
     return MoE(config) if has_experts(config, layer) else FeedForward(config)
 
 
+def make_head(config: ModelConfig) -> LMHead | ScalarHead:
+    """Returns the head that `model.head` names. Softcap and muP's factor are those of logits."""
+    if config.head == "scalar":
+        return ScalarHead(config.hidden_size)
+    return LMHead(config.hidden_size, config.vocab_size, config.logit_softcap, logit_factor(config))
+
+
 def _embedding(rows: int, hidden_size: int) -> nn.Embedding:
     """Uninitialised. torch's own way would draw numbers; on the meta device it would import the compiler for that."""
     return nn.Embedding.from_pretrained(torch.empty(rows, hidden_size), freeze=False)
@@ -91,7 +98,7 @@ class Decoder(nn.Module):
         self.position_embed = _embedding(config.max_positions, config.hidden_size) if learned else None
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_layers)})
         self.norm = hidden_norm(config)
-        self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap, logit_factor(config))
+        self.head = make_head(config)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         further = [Block(config, config.num_layers + depth) for depth in range(config.mtp_layers)]
@@ -110,7 +117,8 @@ class Decoder(nn.Module):
         masks: Mapping[str, Tensor] | None = None,
         caches: Mapping[str, LayerCache] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Token ids [B, T] (or, without `embed`, hidden states) to logits, (log-probs, entropies) or hidden states.
+        """Token ids [B, T] (or, without `embed`, hidden states) to logits, (log-probs, entropies), values of a scalar
+        head, or hidden states.
 
         `positions` [B, T]; `segment_ids`, `branch_ids` as in `types.Batch`; `masks`, one for each kind of layer,
         override both. `caches` maps layer names to key/value caches (generation). `labels`, `temperature`: see
@@ -215,6 +223,10 @@ def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: in
 def init_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
     """Standard deviation of a matrix, by the family or as usual; with `config.mup` that of the base width, times muP's
     factor."""
+    if name == "head.weight" and config.head == "scalar":
+        # As in OpenRLHF. Values start near 0, with a deviation of about hidden_size^-0.5, so that a critic's first
+        # errors are the returns; and unlike with zeros the body has a gradient in the first step.
+        return 1 / (config.hidden_size + 1)
     own = family_of(config.family).init
     std = own(name, *base_of(name, shape, config)) if own else None
     if std is None:

@@ -11,6 +11,9 @@ from llmtrain.arch.resolve import fields_from_directory
 from llmtrain.config.schema import ModelConfig
 from llmtrain.rules.case import TRAIN, TUNE, Case, Rules
 
+LANGUAGE = (*TRAIN, "eval")
+"""Commands that score or sample tokens."""
+
 
 def _heads(case: Case) -> Iterator[str]:
     m = case.model
@@ -123,6 +126,31 @@ def _further_tokens(case: Case) -> Iterator[str]:
         yield f"{refused}model.family={m.family} on disk, which has no names for them; set model.mtp_layers=0"
 
 
+def _scalar_head(case: Case) -> Iterator[str]:
+    """Refuses what a scalar head is not shown with, and what needs a language model."""
+    m, tp = case.model, case.config.parallel.tp
+    if m is None or m.head != "scalar":
+        return
+    if case.command in LANGUAGE:
+        yield (
+            f"model.head=scalar: {case.command} needs log-probs of tokens, this head gives one number a position; set "
+            "model.head=lm, or model.init_from to a language model"
+        )
+    unfit = {
+        f"model.mtp_layers={m.mtp_layers}": (m.mtp_layers > 0, "its modules predict tokens; set mtp_layers=0"),
+        "model.lora": (m.lora is not None, "adapters would leave a new head untrained; remove model.lora"),
+        "model.mup": (m.mup is not None, "has no rule for it; export the model, and start from the exported one"),
+    }
+    for name, (found, remedy) in unfit.items():
+        if found:
+            yield f"{name}: not with model.head=scalar, {remedy}"
+    if m.hidden_size % tp:
+        yield (
+            f"model.hidden_size={m.hidden_size}: must be a multiple of parallel.tp={tp} with model.head=scalar, which "
+            "is divided along it; lower tp"
+        )
+
+
 def _growth(case: Case) -> Iterator[str]:
     """A vocabulary larger than that of the weights it starts from."""
     m = case.model
@@ -176,6 +204,7 @@ def _mup(case: Case) -> Iterator[str]:
 
 
 MODEL_RULES: Rules = (
+    ((*TRAIN, "plan", "eval", "export"), _scalar_head),
     ((*TRAIN, "plan", "eval", "export"), _heads),
     ((*TRAIN, "plan", "eval", "export"), _latent),
     ((*TRAIN, "plan", "eval", "export"), _fields),
