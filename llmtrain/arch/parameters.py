@@ -57,6 +57,8 @@ def tp_dim(parameter: str, model: ModelConfig, tp: int) -> int | None:
         return None  # fewer K/V heads than ranks: each rank has them all
     if adapter:  # the product of b [out, rank] and a [rank, in] is cut as the weight is
         return {("column", "b"): 0, ("row", "a"): 1}.get((kind, leaf))
+    if parameter == "head.weight" and model.head == "scalar":
+        return 1  # its only row has no parts: a rank multiplies its columns with its part of the hidden state
     return None if kind == "row" and leaf == "bias" else TP_DIM.get(kind)
 
 
@@ -96,8 +98,13 @@ def outer_shapes(model: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]
         front["position_embed.weight"] = (m.max_positions, m.hidden_size)
     behind = {f"norm.{name}": shape for name, shape in _norm(m).items()}
     if not m.tie_embeddings:
-        behind["head.weight"] = (m.vocab_size, m.hidden_size)
+        behind["head.weight"] = (head_rows(m), m.hidden_size)
     return front, behind
+
+
+def head_rows(model: ModelConfig) -> int:
+    """Returns how many numbers the head gives at a position: a logit for each token of the vocabulary, or one value."""
+    return 1 if model.head == "scalar" else model.vocab_size
 
 
 def mtp_shapes(model: ModelConfig) -> dict[str, Shape]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llmtrain.arch.parameters import layer_shapes
+from llmtrain.arch.parameters import head_rows, layer_shapes
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 
 
@@ -82,7 +82,7 @@ def _balanced(model: ModelConfig, num_stages: int) -> list[int]:
         )
     if num_stages == 1:
         return [model.num_layers]
-    head = model.vocab_size * model.hidden_size * model.num_layers / _multiplied(model)
+    head = head_rows(model) * model.hidden_size * model.num_layers / _multiplied(model)
 
     def slowest(last: int) -> tuple[float, int]:
         return max(-(-(model.num_layers - last) // (num_stages - 1)), last + head), -last

@@ -17,6 +17,7 @@ from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import EngineConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, Section
 
 SHAPE = tuple(name for name in ModelConfig.model_fields if name not in ("preset", "init_from"))
+RESOLVED = set(SHAPE) - {"head"}  # written by every run; those from before `head` was there have language models
 # Fields that may differ from those of the weights: they concern training, padding, or which weights are used.
 FREE = ("lora", "vocab_multiple", "mtp_coef", "mtp_layers")
 FREE_MOE = ("balance", "bias_rate", "aux_coef", "z_coef")
@@ -29,7 +30,12 @@ def resolve_model(model: ModelConfig, earlier: Mapping[str, ModelConfig | None] 
     (weights that exist). `earlier` maps run directories that do not exist yet (the earlier stages of this run) to their
     models. Raises ValueError for an unknown preset or family, unreadable weights or a contradiction.
     """
-    if set(SHAPE) <= model.model_fields_set and model.head_dim:
+    if model.head == "scalar" and model.tie_embeddings and "tie_embeddings" in model.model_fields_set:
+        raise ValueError(
+            "model.tie_embeddings=true: not with model.head=scalar, whose weights [1, hidden_size] cannot be the "
+            "embedding's; remove it, or set model.head=lm"
+        )
+    if model.model_fields_set >= RESOLVED and model.head_dim:
         return model  # resolved before: its sources need not exist any more
     if model.preset and model.init_from:
         raise ValueError(f"model.preset={model.preset}: model.init_from already gives the shape; remove model.preset")
@@ -56,6 +62,8 @@ def _completed(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields with those filled in that follow from others."""
     if fields["attention"] == "mla" and fields["mla"] is None:
         fields["mla"] = MlaConfig()
+    if fields["head"] == "scalar":
+        fields["tie_embeddings"] = False
     mla, types = fields["mla"], fields["layer_types"]
     if fields["attention"] == "mla" and mla is not None:
         fields["head_dim"] = mla.nope_head_dim + mla.rope_head_dim
@@ -78,6 +86,8 @@ def _preset(name: str, written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_agreement(source: str, found: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    if written.get("head") == "scalar":  # new where the weights are a language model's
+        found = {**found, "head": "scalar", "tie_embeddings": False}
     wrong = [
         f"model.{name}={value}: the weights in {source} have {there}; remove the line"
         for name, value, there in contradictions(found, written)

@@ -114,7 +114,8 @@ class ModelConfig(Section):
     sliding_window: PositiveInt | None = None  # tokens that a token in a sliding layer attends to, itself included
     layer_types: list[Literal["full", "sliding"]] | None = None  # a pattern, repeated over the layers; None = all full
     rope_theta_sliding: PositiveFloat | None = None  # base of RoPE in sliding layers, never scaled; None = rope_theta
-    tie_embeddings: bool = True  # the head uses the embedding's weights
+    head: Literal["lm", "scalar"] = "lm"  # scalar: a number a position in place of logits (reward model, critic)
+    tie_embeddings: bool = True  # the head uses the embedding's weights; never with head: scalar
     mla: MlaConfig | None = None  # read with attention: mla
     moe: MoeConfig | None = None  # None = all layers dense
     mtp_layers: int = Field(0, ge=0)  # number of multi-token prediction modules (arXiv 2412.19437)

@@ -15,11 +15,18 @@ from llmtrain.arch.mup import base_of, logit_factor, std_factor
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import LayerCache, View, attention_mask
 from llmtrain.model.blocks import Block
-from llmtrain.model.heads import LMHead
+from llmtrain.model.heads import LMHead, ScalarHead
 from llmtrain.model.lora import add_adapters, initial_adapter
 from llmtrain.model.mtp import MultiToken, Rows
 from llmtrain.model.norm import hidden_norm
 from llmtrain.model.rope import rope_angles, rope_frequencies, rope_magnitude
+
+
+def make_head(config: ModelConfig) -> LMHead | ScalarHead:
+    """Returns the head that `model.head` names. Softcap and muP's factor are those of logits."""
+    if config.head == "scalar":
+        return ScalarHead(config.hidden_size)
+    return LMHead(config.hidden_size, config.vocab_size, config.logit_softcap, logit_factor(config))
 
 
 def _embedding(rows: int, hidden_size: int) -> nn.Embedding:
@@ -42,7 +49,7 @@ class Decoder(nn.Module):
         self.position_embed = _embedding(config.max_positions, config.hidden_size) if learned else None
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_layers)})
         self.norm = hidden_norm(config)
-        self.head = LMHead(config.hidden_size, config.vocab_size, config.logit_softcap, logit_factor(config))
+        self.head = make_head(config)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         mtp_blocks = [Block(config, config.num_layers + depth) for depth in range(config.mtp_layers)]
@@ -61,7 +68,7 @@ class Decoder(nn.Module):
         masks: Mapping[str, Tensor] | None = None,
         caches: Mapping[str, LayerCache] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns what the head gives for x, see `LMHead`; without a head, hidden states [B, T, hidden].
+        """Returns what the head gives for x (see `model.heads`); without a head, hidden states [B, T, hidden].
 
         x holds token ids [B, T], or, without `embed`, hidden states; `positions` is [B, T]. `segment_ids` and
         `branch_ids` are those of `types.Batch`; `masks`, one for each kind of layer, override both. `caches` maps layer
@@ -166,6 +173,10 @@ def init_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: in
 def init_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
     """Returns the standard deviation of a matrix: the family's, else 0.02, divided by sqrt(2 layers) for `RESIDUAL`
     matrices (GPT-2). With `config.mup` it is that of the base width, times muP's factor."""
+    if name == "head.weight" and config.head == "scalar":
+        # As in OpenRLHF. Values start near 0, with a deviation of about hidden_size^-0.5, so that a critic's first
+        # errors are the returns; and unlike with zeros the body has a gradient in the first step.
+        return 1 / (config.hidden_size + 1)
     own = family_of(config.family).init
     std = own(name, *base_of(name, shape, config)) if own else None
     if std is None:

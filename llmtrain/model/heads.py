@@ -1,4 +1,4 @@
-"""Defines the language-model head, which turns the decoder's hidden states into logits over the vocabulary."""
+"""Defines the heads, which turn the last hidden states into what is trained: logits of a language model, or values."""
 
 from __future__ import annotations
 
@@ -44,3 +44,21 @@ class LMHead(nn.Module):
     def scaled(self, hidden: Tensor) -> Tensor:
         """Returns the hidden states times `factor`: their products with the weights are the logits."""
         return hidden if self.factor == 1.0 else hidden * self.factor
+
+
+class ScalarHead(nn.Module):
+    """Gives one fp32 number a position: the value of a critic, or the score of a reward model."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None) -> Tensor:
+        """Returns values [B, T] of hidden states [B, T, hidden], at every position: a last token, of which a reward
+        model's score is, has no label. `labels` and `temperature` are those of a language model, and not used."""
+        return self.product(hidden)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """Returns hidden @ weight, [B, T], in fp32: differences of values are trained, for which bf16's 8 bits are too
+        few."""
+        return F.linear(hidden.float(), self.weight.float())[..., 0]

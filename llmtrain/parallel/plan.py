@@ -12,6 +12,7 @@ from llmtrain.arch.pipeline import plan_stages
 from llmtrain.arch.resolve import chunk_tokens
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.model.decoder import Decoder, parameter_shapes
+from llmtrain.model.heads import LMHead
 from llmtrain.model.kernels.backends import use_backend
 from llmtrain.parallel.context import context_parallel
 from llmtrain.parallel.expert import expert_parallel
@@ -77,8 +78,8 @@ def copy_marks(source: nn.Parameter, target: nn.Parameter) -> None:
 
 
 def scoring_head(model: nn.Module, mesh: Mesh, engine: EngineConfig) -> None:
-    """Let the head compute log-probs in chunks, in place."""
-    if model.head is None:
+    """Lets the head of a language model compute log-probs in chunks, in place."""
+    if not isinstance(model.head, LMHead):
         return
     rows = model.config.vocab_size // mesh.sizes["tp"]
     model.head.__class__ = ScoringHead
@@ -151,5 +152,5 @@ def compile_blocks(parts: Sequence[Decoder]) -> None:
     for part in parts:
         for block in part.blocks():
             compile_block(block)
-        if part.head is not None:
+        if isinstance(part.head, ScoringHead):
             part.head.compiled = True

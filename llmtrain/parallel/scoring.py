@@ -36,11 +36,16 @@ def score(
         outputs = [parts[0](b.input_ids, **inputs_of(b, True)) for b in batches]
     else:
         at_head = pipeline.score(batches)
-        outputs = [_from_head(None if at_head is None else at_head[i], b, mesh) for i, b in enumerate(batches)]
+        scalar = parts[0].config.head == "scalar"
+        outputs = [_from_head(None if at_head is None else at_head[i], b, mesh, scalar) for i, b in enumerate(batches)]
     return [scores_of(output, mesh) for output in outputs]
 
 
-def _from_head(output: Output | None, batch: Batch, mesh: Mesh) -> Output:
-    pair = torch.zeros(2, *batch.labels.shape, device=mesh.device) if output is None else torch.stack(output)
-    dist.broadcast(pair, group=mesh.groups["pp"], group_src=mesh.head_pp)
-    return pair[0], pair[1]
+def _from_head(output: Output | None, batch: Batch, mesh: Mesh, scalar: bool) -> Output:
+    """Returns on every pipeline rank what the head gives on its own: values of a scalar head, else a pair."""
+    if output is None:
+        held = torch.zeros(1 if scalar else 2, *batch.labels.shape, device=mesh.device)
+    else:
+        held = torch.stack([output] if isinstance(output, Tensor) else output)
+    dist.broadcast(held, group=mesh.groups["pp"], group_src=mesh.head_pp)
+    return held[0] if scalar else (held[0], held[1])

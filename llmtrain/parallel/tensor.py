@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from llmtrain.arch.parameters import kind_of, tp_dim
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention
+from llmtrain.model.heads import ScalarHead
 from llmtrain.model.linear import Linear
 from llmtrain.model.lora import Adapter
 from llmtrain.model.mtp import Joint
@@ -115,6 +116,20 @@ class JointRow(RowLinear):
         return super().forward(torch.cat(parts, -1).chunk(self.group.size(), -1)[self.rank])
 
 
+class SharedScalarHead(ScalarHead):
+    """A scalar head whose columns are divided over the group, on whole hidden states: a rank multiplies its part of
+    them. The gradient of that part is completed by the norm in front, as for every sharded matrix; a head that is whole
+    on each rank would have it added up `tp` times."""
+
+    group: ProcessGroup
+    sequence: bool
+    rank: int
+
+    def product(self, hidden: Tensor) -> Tensor:
+        own = hidden.chunk(self.group.size(), -1)[self.rank]
+        return reduce_from(super().product(own), self.group)
+
+
 class VocabEmbedding(nn.Embedding):
     """Embeds with a sharded vocabulary: a rank contributes zeros for tokens it does not hold."""
 
@@ -153,6 +168,7 @@ CLASSES: dict[tuple[str | None, type[nn.Module]], type[nn.Module]] = {
     ("replica", Linear): ReplicaLinear,
     ("row", Linear): RowLinear,
     ("row", Joint): JointRow,
+    ("column", ScalarHead): SharedScalarHead,
 }
 """Each (kind in the plan, plain class) has its parallel form. Column-parallel projections need none: their input is
 whole and their output is the rank's own part."""

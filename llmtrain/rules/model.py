@@ -123,6 +123,34 @@ def _further_tokens(case: Case) -> Iterator[str]:
         yield f"{refused}model.family={m.family} on disk, which has no names for them; set model.mtp_layers=0"
 
 
+def _scalar_head(case: Case) -> Iterator[str]:
+    """Refuses what a scalar head is not shown with, and what needs a language model."""
+    m, tp = case.model, case.config.parallel.tp
+    wanted = case.recipe.head if case.recipe is not None else None
+    if wanted == "scalar" and m is not None and m.head != "scalar":
+        yield f"model.head={m.head}: {case.command} trains a model with one number a position; set model.head=scalar"
+    if m is None or m.head != "scalar":
+        return
+    if case.command == "eval" or wanted == "lm":
+        yield (
+            f"model.head=scalar: {case.command} needs log-probs of tokens, this head gives one number a position; set "
+            "model.head=lm, or model.init_from to a language model"
+        )
+    unfit = {
+        f"model.mtp_layers={m.mtp_layers}": (m.mtp_layers > 0, "its modules predict tokens; set mtp_layers=0"),
+        "model.lora": (m.lora is not None, "adapters would leave a new head untrained; remove model.lora"),
+        "model.mup": (m.mup is not None, "has no rule for it; export the model, and start from the exported one"),
+    }
+    for name, (found, remedy) in unfit.items():
+        if found:
+            yield f"{name}: not with model.head=scalar, {remedy}"
+    if m.hidden_size % tp:
+        yield (
+            f"model.hidden_size={m.hidden_size}: must be a multiple of parallel.tp={tp} with model.head=scalar, which "
+            "is divided along it; lower tp"
+        )
+
+
 def _growth(case: Case) -> Iterator[str]:
     """A vocabulary larger than that of the weights it starts from."""
     m = case.model
@@ -176,6 +204,7 @@ def _mup(case: Case) -> Iterator[str]:
 
 
 MODEL_RULES: Rules = (
+    (either(plans, command("eval", "export")), _scalar_head),
     (either(plans, command("eval", "export")), _heads),
     (either(plans, command("eval", "export")), _latent),
     (either(plans, command("eval", "export")), _fields),

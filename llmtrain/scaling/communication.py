@@ -335,7 +335,10 @@ def _tensor(case: Case) -> Iterator[Item]:
         yield Item("tp", "all_reduce", "activations backward", back_enter * size)
     adapters = case.step.microbatches * _whole_adapters(case) * case.value_bytes
     yield Item("tp", "all_reduce", "gradients of adapters", adapters)
-    if case.has_head:  # the largest logit and three sums of each trained token
+    if case.has_head and case.model.head == "scalar":
+        positions = case.step.rows * case.step.tokens // case.parallel.cp
+        yield Item("tp", "all_reduce", "values", case.step.microbatches * positions * 4)
+    elif case.has_head:  # the largest logit and three sums of each trained token
         yield Item("tp", "all_reduce", "log-probs", case.step.trained_tokens * 4 * 4)
 
 

@@ -204,6 +204,8 @@ def copies(model: ModelConfig) -> float:
 def logits_bytes(config: Config, model: ModelConfig, mesh: dict[str, int]) -> int:
     """Returns the bytes of one chunk of logits and its gradient on the last pipeline stage, on a GPU: fp32 if not
     compiled."""
+    if model.head == "scalar":
+        return 0
     rows, tokens = model.vocab_size // mesh["tp"], config.train.micro_batch_seqs * longest_row(config.train)
     value = 2 if config.engine.compile and config.engine.precision != "fp32" else 4
     return 2 * value * min(tokens // mesh["cp"], chunk_tokens(config.engine, rows, gpu=True)) * rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llmtrain.arch.adapters import adapter_shapes
 from llmtrain.arch.resolve import fields_from_directory
+from llmtrain.arch.start import new_parameters, stored_model
 from llmtrain.checkpoint.source import fingerprint, locate, source_at
 from llmtrain.data.tokenizer import read_backend
 from llmtrain.engine.build import Role, build_trained
@@ -26,16 +26,17 @@ def build_engine(job: Job, total_steps: int) -> None:
 
 
 def start_source(job: Job) -> WeightSource:
-    """Weights before the first step: of `model.init_from`, else random ones; adapters are new. A collective."""
+    """Weights before the first step: of `model.init_from`, else random ones; adapters are new, and a scalar head on a
+    language model. A collective."""
     shapes, stored = parameter_shapes(job.model), None
+    new = set(shapes)
     if job.config.model.init_from:
         place = locate(job.config.model.init_from, job.mesh)
-        rows = fields_from_directory(job.config.model.init_from, {})["vocab_size"]
-        stored = source_at(place, job.model.model_copy(update={"vocab_size": rows}), job.mesh)
+        there = stored_model(job.model, fields_from_directory(job.config.model.init_from, {}))
+        stored, new, rows = source_at(place, there, job.mesh), new_parameters(job.model, there), there.vocab_size
         if rows != job.model.vocab_size:
             stored = grown_vocabulary(stored, job.model.vocab_size, used_rows(job.config.model.init_from, rows))
         job.base = fingerprint(place) if job.model.lora else None
-    new = shapes.keys() if stored is None else adapter_shapes(job.model).keys()
     return lambda name: init_tensor(name, shapes[name], job.model, job.config.seed) if name in new else stored(name)
 
 

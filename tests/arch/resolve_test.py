@@ -242,6 +242,36 @@ def test_a_run_directory_gives_the_shape_through_its_own_source(tmp_path: Path) 
     assert resolve_model(ModelConfig(init_from=str(second))).num_layers == 3
 
 
+def test_a_scalar_head_is_new_on_a_language_model_and_unties_it(tmp_path: Path) -> None:
+    with open(tmp_path / "config.json", "w") as file:
+        json.dump(hf_config(ModelConfig(hidden_size=64, tie_embeddings=True)), file)
+    start = str(tmp_path)
+    scalar = resolve_model(ModelConfig(init_from=start, head="scalar"))
+    assert (scalar.head, scalar.tie_embeddings, scalar.hidden_size) == ("scalar", False, 64)
+    assert resolve_model(scalar) == resolve_model(ModelConfig(init_from=start, head="scalar", tie_embeddings=False))
+    language = resolve_model(ModelConfig(init_from=start))
+    assert (language.head, language.tie_embeddings) == ("lm", True)
+    with pytest.raises(ValueError, match=r"^model.tie_embeddings=true: not with model.head=scalar, .*; remove it"):
+        resolve_model(ModelConfig(init_from=start, head="scalar", tie_embeddings=True))
+    with pytest.raises(ValueError, match=r"^model.tie_embeddings=False: the weights in .* have True; remove the line$"):
+        resolve_model(ModelConfig(init_from=start, tie_embeddings=False))
+
+
+def test_a_scalar_head_that_is_there_is_taken_and_not_contradicted() -> None:
+    earlier = {"runs/reward": resolve_model(ModelConfig(head="scalar", num_layers=2))}
+    for more in ({}, {"head": "scalar"}):
+        found = resolve_model(ModelConfig(init_from="runs/reward", **more), earlier)
+        assert (found.head, found.tie_embeddings, found.num_layers) == ("scalar", False, 2)
+    with pytest.raises(ValueError, match=r"^model.head=lm: the weights in runs/reward have scalar; remove the line$"):
+        resolve_model(ModelConfig(init_from="runs/reward", head="lm"), earlier)
+
+
+def test_a_run_from_before_heads_were_chosen_needs_no_sources() -> None:
+    fields = resolve_model(ModelConfig()).model_dump() | {"init_from": "runs/gone"}
+    fields.pop("head")
+    assert resolve_model(ModelConfig.model_validate(fields)).head == "lm"
+
+
 def test_unusable_weights_are_named(tmp_path: Path) -> None:
     def fault() -> str:
         with pytest.raises(ValueError) as caught:

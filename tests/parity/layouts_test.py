@@ -14,7 +14,7 @@ from tests.parity.matrix import around_each, at_least, covering, layout_of, rank
 WORKER = Path(__file__).with_name("layouts_worker.py")
 # fp32 rounding: sums over tokens, ranks and vocabulary run in another order than in one process. Seen: 7e-6.
 TOLERANCE = 1e-5
-EXACT = dict.fromkeys(("loss", "norm", "grad", "weight", "score"), TOLERANCE)
+EXACT = dict.fromkeys(("loss", "metric", "norm", "grad", "weight", "score"), TOLERANCE)
 
 ZBV = {"schedule": "zbv", "virtual_stages": 2}
 # Cases that went wrong once or hide what others show; the rest is drawn, see matrix.py.
@@ -90,9 +90,16 @@ def short(layouts: Iterable[dict]) -> list[dict]:
     return [layout if "pp" in layout else {"num_layers": 2, **layout} for layout in layouts]
 
 
-def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float, tolerances: dict = EXACT) -> None:
+def check(
+    run: Callable,
+    ranks: int,
+    layouts: list[dict],
+    timeout_s: float,
+    tolerances: dict = EXACT,
+    worker: Path = WORKER,
+) -> None:
     layouts = [layout for layout in layouts if runs_here(layout)]
-    result = run(ranks, WORKER, json.dumps(layouts), timeout_s=timeout_s)
+    result = run(ranks, worker, json.dumps(layouts), timeout_s=timeout_s)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
     failed = [line for line in lines if "error" in line]
     assert not failed, failed
@@ -104,10 +111,10 @@ def check(run: Callable, ranks: int, layouts: list[dict], timeout_s: float, tole
             assert line[measure] <= tolerance, line
 
 
-def check_all(run: Callable, layouts: Iterable[dict], timeout_s: float) -> None:
+def check_all(run: Callable, layouts: Iterable[dict], timeout_s: float, worker: Path = WORKER) -> None:
     """`check` on as many ranks as each takes; the time is that of one start."""
     for size, alike in starts(list(layouts)):
-        check(run, size, alike, timeout_s)
+        check(run, size, alike, timeout_s, worker=worker)
 
 
 def test_every_feature(forked: Callable) -> None:

@@ -1,14 +1,16 @@
 """Run on several ranks with a JSON list of layouts: trains 5 steps on each and compares everything with one process.
 
-Prints one JSON line a layout: the worst relative error of loss, gradient (by parameter), norm and weights.
+Prints one JSON line a layout: the worst relative error of loss, metrics, gradient (by parameter), norm and weights.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from llmtrain.arch.adapters import without_adapters
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine.auxiliary import routers_of, start_auxiliary
-from llmtrain.engine.base import Engine
+from llmtrain.engine.base import Engine, LossFn
 from llmtrain.engine.build import Role, build_trained
 from llmtrain.engine.optim import build_optimizer, learning_rate
 from llmtrain.losses.token import token_loss
@@ -28,9 +30,10 @@ from llmtrain.model.balance import update_bias
 from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
 from llmtrain.model.lora import merged
 from llmtrain.parallel.mesh import Mesh, init_mesh
+from llmtrain.parallel.pipeline import inputs_of
 from llmtrain.parallel.plan import parameters_of, slice_of, trained_of
 from llmtrain.parallel.tensor import shard
-from llmtrain.types import IGNORE, Batch
+from llmtrain.types import IGNORE, Batch, Scores
 from tests.json_output import print_json
 from tests.parity.meshes import mesh_of
 
@@ -91,8 +94,35 @@ def global_rows(step: int, rows: int) -> Batch:
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
-    names = ("input_ids", "labels", "loss_mask", "positions", "segment_ids")
-    return Batch(**{name: getattr(batch, name)[rows] for name in names})
+    """Returns some rows, of every field."""
+    found = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    cut = {name: value[rows] for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **cut, extra={name: value[rows] for name, value in batch.extra.items()})
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: `batch(step, rows)` gives all rows of a step, `rows` of which make a microbatch, and the sum of
+    `loss` over all of them is divided by `denominator`."""
+
+    loss: LossFn
+    denominator: Callable[[Batch], torch.Tensor]
+    batch: Callable[[int, int], Batch] = global_rows
+    rows: int = ROWS
+
+
+TASKS = {"tokens": Task(token_loss, lambda batch: batch.loss_mask.sum())}
+"""Named by `layout["task"]`; tokens where there is none."""
+
+
+def task_of(layout: dict) -> Task:
+    return TASKS[layout.get("task", "tokens")]
+
+
+def scores_of(model: Decoder, batch: Batch) -> Scores:
+    """Returns the scores of a plain decoder."""
+    output = model(batch.input_ids, **inputs_of(batch, True))
+    return Scores(values=output) if isinstance(output, torch.Tensor) else Scores(*output)
 
 
 def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -117,18 +147,19 @@ def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer
 
 
 def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """One plain torch process: losses, norms, gradients by name, final weights with their adapters merged."""
-    config, optim = model_config(layout), optim_config(layout)
+    """One plain torch process: losses, metrics, norms, gradients by name, final weights with their adapters merged."""
+    config, optim, task = model_config(layout), optim_config(layout), task_of(layout)
     model = Decoder(config)
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         p.data.copy_(initial(name, tuple(p.shape), config))
     opt = plain_optimizer(model, optim)
     history = []
     for step in range(STEPS):
-        b = global_rows(step, rows)
-        start_auxiliary([model], 1 / float(b.loss_mask.sum()))
-        logp, _ = model(b.input_ids, b.positions, b.segment_ids, labels=b.labels)
-        loss = -logp.sum() / b.loss_mask.sum()
+        b = task.batch(step, rows)
+        denominator = task.denominator(b)
+        start_auxiliary([model], 1 / float(denominator))
+        total, metrics = task.loss(scores_of(model, b), b)
+        loss = total / denominator
         model.zero_grad()
         loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -139,7 +170,8 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
         for router in routers_of([model]).values():
             if "bias" in router.config.balance:
                 router.bias.copy_(update_bias(router.bias, router.tally.load, router.config.bias_rate))
-        history.append({"loss": loss.item(), "norm": norm.item(), "grads": grads})
+        found = {name: float(x if name.endswith("_max") else x / denominator) for name, x in metrics.items()}
+        history.append({"loss": loss.item(), "norm": norm.item(), "grads": grads, "metrics": found})
     final = {name: p.detach() for name, p in [*model.named_parameters(), *model.named_buffers()]}
     return history, {name: merged(name, config, final.__getitem__) for name in final if ".lora." not in name}
 
@@ -216,6 +248,7 @@ def told_by_rank_0(layout: dict, rows: int, mesh: Mesh) -> tuple[list[dict], dic
         for step, seen in enumerate(history):
             tensors |= {f"{step}/{name}": torch.tensor(seen[name], dtype=torch.float64) for name in ("loss", "norm")}
             tensors |= {f"{step}/grads/{name}": grad for name, grad in seen["grads"].items()}
+            tensors |= {f"{step}/metrics/{name}": torch.tensor(x).double() for name, x in seen["metrics"].items()}
         data = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
     tensors = load(mesh.all_gather_bytes(data)[0].numpy().tobytes())
 
@@ -223,7 +256,10 @@ def told_by_rank_0(layout: dict, rows: int, mesh: Mesh) -> tuple[list[dict], dic
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     numbers = [{name: tensors[f"{step}/{name}"].item() for name in ("loss", "norm")} for step in range(STEPS)]
-    return [{**each, "grads": under(f"{step}/grads/")} for step, each in enumerate(numbers)], under("weight/")
+    for step, each in enumerate(numbers):
+        metrics = {name: x.item() for name, x in under(f"{step}/metrics/").items()}
+        each |= {"grads": under(f"{step}/grads/"), "metrics": metrics}
+    return numbers, under("weight/")
 
 
 def run(layout: dict, device: torch.device) -> dict:
@@ -234,13 +270,13 @@ def run(layout: dict, device: torch.device) -> dict:
 
 def compare(layout: dict, mesh: Mesh) -> dict:
     """The worst error of all ranks, measure by measure."""
-    parallel, sizes = settings_of(layout)[0], mesh.sizes
+    parallel, sizes, task = settings_of(layout)[0], mesh.sizes, task_of(layout)
     accumulation = max(ACCUMULATION, sizes["pp"] * parallel.virtual_stages)
-    rows = ROWS * accumulation * mesh.dp_size
+    rows = task.rows * accumulation * mesh.dp_size
     history, weights = told_by_rank_0(layout, rows, mesh)
     config, optim = model_config(layout), optim_config(layout)
     engine = build(layout, mesh)
-    errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "dropped": 0.0, "worst": ""}
+    errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "metric": 0.0, "dropped": 0.0, "worst": ""}
 
     def look() -> None:
         want = history[engine.step]
@@ -251,12 +287,12 @@ def compare(layout: dict, mesh: Mesh) -> dict:
     watch_updates(engine, look)
     for step in range(STEPS):
         want = history[step]
-        batch = global_rows(step, rows)
-        mine = [
-            rows_of(batch, slice(r := (a * mesh.dp_size + mesh.dp_rank) * ROWS, r + ROWS)) for a in range(accumulation)
-        ]
-        stats = engine.train_step(mine, token_loss, batch.loss_mask.sum())
-        errors["loss"] = max(errors["loss"], abs(stats.loss - want["loss"]) / want["loss"])
+        batch = task.batch(step, rows)
+        starts = [(a * mesh.dp_size + mesh.dp_rank) * task.rows for a in range(accumulation)]
+        mine = [rows_of(batch, slice(start, start + task.rows)) for start in starts]
+        stats = engine.train_step(mine, task.loss, task.denominator(batch))
+        errors["loss"] = max(errors["loss"], abs(stats.loss - want["loss"]) / abs(want["loss"]))
+        errors["metric"] = max([errors["metric"], *metric_errors(stats.metrics, want["metrics"])])
         errors["norm"] = max(errors["norm"], abs(stats.grad_norm - want["norm"]) / want["norm"])
         dropped = (abs(v) for name, v in stats.metrics.items() if name.startswith("load_dropped."))
         errors["dropped"] = max([errors["dropped"], *dropped])
@@ -267,6 +303,11 @@ def compare(layout: dict, mesh: Mesh) -> dict:
     worst = {k: max(e[k] for e in everyone) for k in errors if k != "worst"}
     worst["worst"] = max(everyone, key=lambda e: e["grad"])["worst"]
     return worst
+
+
+def metric_errors(found: dict[str, float], expected: dict[str, float]) -> list[float]:
+    """Returns the error of each, relative to it or, where it is small, to 1: each is of the order of log-probs."""
+    return [abs(found.get(name, math.inf) - value) / max(1.0, abs(value)) for name, value in expected.items()]
 
 
 def check_frozen(engine: Engine, config: ModelConfig) -> None:
@@ -280,15 +321,18 @@ def check_frozen(engine: Engine, config: ModelConfig) -> None:
 
 
 def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:
-    """The largest difference of a log-prob to that of a plain decoder with the reference's weights."""
-    scored = engine.score(mine)
+    """The largest difference of a score to that of a plain decoder with the reference's weights."""
     plain = Decoder(without_adapters(config))
     tied = {"head.weight": weights["embed.weight"]} if config.tie_embeddings else {}
     plain.load_state_dict({**weights, **tied})
     with torch.no_grad():
-        expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in mine]
-    pairs = zip(scored, expect, strict=True)
-    return max((a.logprobs.cpu() - b).abs().nan_to_num(float("inf")).max().item() for a, b in pairs)
+        expected = [scores_of(plain, batch) for batch in mine]
+    errors = []
+    for found, want in zip(engine.score(mine), expected, strict=True):
+        pairs = [(getattr(found, f.name), getattr(want, f.name)) for f in fields(Scores)]
+        assert all((a is None) == (b is None) for a, b in pairs), "the same scores"
+        errors += [(a.cpu() - b).abs().nan_to_num(math.inf).max().item() for a, b in pairs if b is not None]
+    return max(errors)
 
 
 def main() -> None:

@@ -1,17 +1,18 @@
-"""Rules of experts: broken once, each says value, rule and remedy; kept, they are silent."""
+"""Rules of experts and scalar heads: broken once, each says value, rule and remedy; kept, they are silent."""
 
 from __future__ import annotations
 
 import pytest
 
-from llmtrain.config.schema import Config, ModelConfig, MoeConfig
+from llmtrain.config.recipes import config_class
+from llmtrain.config.schema import ModelConfig, MoeConfig
 from llmtrain.rules.check import violations
 
 GOOD = {"num_experts": 8, "top_k": 2, "num_groups": 4, "top_groups": 2}
 
 
 def found(model: dict, moe: dict) -> list[str]:
-    config = Config(model=ModelConfig(**model, moe=MoeConfig(**{**GOOD, **moe})), parallel={"dp_shard": 1})
+    config = config_class()(model=ModelConfig(**model, moe=MoeConfig(**{**GOOD, **moe})), parallel={"dp_shard": 1})
     return [line for line in violations(config, 1, "pretrain") if "model." in line]
 
 
@@ -55,3 +56,32 @@ def test_the_largest_and_the_smallest_that_a_rule_allows(moe: dict) -> None:
 def test_good_experts_pass() -> None:
     for moe in ({}, {"gate": "sigmoid", "selection_bias": True, "balance": "bias"}, {"balance": "aux", "z_coef": 0.1}):
         assert not found({}, moe)
+
+
+def of_scalar(command: str, tp: int = 1, **model: object) -> list[str]:
+    shape = {"head": "scalar", "num_heads": 4, "num_kv_heads": 4, **model}
+    config = config_class()(model=ModelConfig.model_validate(shape), parallel={"dp_shard": 1, "tp": tp})
+    return [line for line in violations(config, tp, command) if line.startswith("model.") and "init_from:" not in line]
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "expected"),
+    [
+        *(
+            (command, {}, f"model.head=scalar: {command} needs log-probs of tokens")
+            for command in ("pretrain", "sft", "grpo", "eval")
+        ),
+        ("export", {"tie_embeddings": True}, "model.tie_embeddings=true: not with model.head=scalar"),
+        ("plan", {"mtp_layers": 1}, "model.mtp_layers=1: not with model.head=scalar"),
+        ("plan", {"lora": {}}, "model.lora: not with model.head=scalar"),
+        ("plan", {"mup": {"base_hidden": 64}}, "model.mup: not with model.head=scalar"),
+        ("plan", {"hidden_size": 130, "head_dim": 32}, "model.hidden_size=130: must be a multiple of parallel.tp=4"),
+    ],
+)
+def test_a_scalar_head_is_refused_where_it_is_not_shown(command: str, model: dict, expected: str) -> None:
+    lines = of_scalar(command, tp=4 if "hidden_size" in model else 1, **model)
+    assert len(lines) == 1 and expected in lines[0] and "; " in lines[0], lines
+
+
+def test_a_scalar_head_passes_alone() -> None:
+    assert not of_scalar("plan") and not of_scalar("export") and not of_scalar("plan", tp=2, tie_embeddings=False)

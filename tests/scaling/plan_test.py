@@ -78,6 +78,7 @@ def test_logits_of_one_chunk() -> None:
     ):
         train = TrainConfig(seq_len=tokens, micro_batch_seqs=1, global_batch_seqs=1)
         assert plan(Config(model=model, engine=EngineConfig(compile=compiled), train=train), 1).logits_bytes == expected
+    assert plan(Config(model=ModelConfig(head="scalar")), 1).logits_bytes == 0
 
 
 def test_offloaded_optimizer_state_is_not_on_the_device() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from llmtrain.config.schema import Config, Section
 
@@ -56,6 +56,7 @@ class Recipe:
     packs_text: bool = False  # trains on the text of data.sources, with ramps and objectives; else on data.train
     starts_trained: bool = False  # model.init_from must be set
     samples: bool = False  # has a generator: the sections rollout and rewards, rollout workers
+    head: Literal["lm", "scalar"] = "lm"  # of the model that it trains (model.head)
     branches: bool = False  # rows hold several samples of a prompt (Batch.branch_ids)
     plots: Mapping[str, tuple[Panel, ...]] = field(default_factory=dict, hash=False)  # of the report, by file suffix
     moved: Mapping[str, Callable[[Any], tuple[str, Any]]] = field(default_factory=dict, hash=False)

@@ -1,0 +1,106 @@
+"""Run as tests/parity/layouts_worker.py, with losses over groups, pairs and values: `layout["task"]` names one."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmtrain.losses.policy import grpo_loss
+from llmtrain.losses.reduce import masked_sum
+from llmtrain.losses.sequence import sequence_sums
+from llmtrain.types import IGNORE, Batch, Metrics, Scores
+from tests.parity.layouts_worker import TASKS, WIDTH, Task, main
+
+BETA = 0.2  # of the margin of a pair, which is about 10 nats
+
+
+def laid_out(lengths: list[list[int]]) -> list[tuple[int, int, int, bool]]:
+    """Returns (segment, branch, position, trained) of each token of groups in a row; of each group the lengths of its
+    trunk, which is not trained, and of its branches."""
+    row = []
+    for segment, (trunk, *branches) in enumerate(lengths):
+        row += [(segment, 0, at, False) for at in range(trunk)]
+        for branch, length in enumerate(branches, 1):
+            row += [(segment, branch, trunk + at, True) for at in range(length)]
+    return row + [(-1, 0, 0, False)] * (WIDTH - len(row))
+
+
+def group_batch(step: int, rows: int) -> Batch:
+    """Two groups a row, each of two samples of 2 or 3 tokens behind a shared prompt of at most 2."""
+    rng, g = random.Random(step), torch.Generator().manual_seed(200 + step)
+    lengths = [[[rng.randint(0, 2), rng.randint(2, 3), rng.randint(2, 3)] for _ in range(2)] for _ in range(rows)]
+    columns = torch.tensor([laid_out(row) for row in lengths])
+    segments, branches, positions, mask = columns.unbind(-1)
+    ids, labels = torch.randint(0, 64, (2, rows, WIDTH), generator=g)
+    mask = mask.bool()
+    near = -4.2 + 0.3 * torch.randn(2, rows, WIDTH, generator=g)  # the model's log-probs are about -log 64
+    advantages = 1 + torch.randn(rows, WIDTH, generator=g)  # mean 0 would leave a loss near 0, and all its rounding
+    extra = {"advantages": advantages, "old_logprobs": near[0], "ref_logprobs": near[1]}
+    return Batch(ids, torch.where(mask, labels, IGNORE), mask, positions, segments, branches, extra)
+
+
+def pair_batch(step: int, rows: int) -> Batch:
+    """Two rows a pair, behind prompts of equal length."""
+    g = torch.Generator().manual_seed(300 + step)
+    ids, labels = torch.randint(0, 64, (2, rows, WIDTH), generator=g)
+    at = torch.arange(WIDTH).expand(rows, WIDTH)
+    start = torch.randint(2, 6, (rows // 2, 1), generator=g).repeat_interleave(2, 0)
+    end = torch.randint(8, WIDTH + 1, (rows, 1), generator=g)
+    mask = (at >= start) & (at < end)
+    return Batch(ids, torch.where(mask, labels, IGNORE), mask, at.clone(), torch.where(at < end, 0, -1))
+
+
+def value_batch(step: int, rows: int) -> Batch:
+    """Returns at positions of which half are trained; none has a label."""
+    g = torch.Generator().manual_seed(400 + step)
+    ids = torch.randint(0, 64, (rows, WIDTH), generator=g)
+    at = torch.arange(WIDTH).expand(rows, WIDTH)
+    cut = torch.randint(1, WIDTH, (rows, 1), generator=g)
+    mask = torch.arange(rows * WIDTH).view(rows, WIDTH) % 2 == 1
+    extra = {"returns": torch.randn(rows, WIDTH, generator=g)}
+    positions = torch.where(at < cut, at, at - cut)
+    return Batch(ids, torch.full_like(ids, IGNORE), mask, positions, (at >= cut).long(), extra=extra)
+
+
+def group_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    """The policy loss; `counted` is 1 when every trained token is counted once."""
+    loss, metrics = grpo_loss(scores, batch, clip_low=0.2, clip_high=0.28, kl_coef=0.1)
+    return loss, {**metrics, "counted": batch.loss_mask.float().sum()}
+
+
+def pair_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    """-log sigmoid(beta (chosen - rejected)) of sums of log-probs, summed over pairs."""
+    assert scores.logprobs is not None
+    sums, _ = sequence_sums(scores.logprobs, batch.loss_mask, batch)
+    chosen, rejected = sums.view(-1, 2).unbind(-1)
+    margin = chosen - rejected
+    counted = torch.ones_like(margin).sum()
+    metrics = {"right": (margin > 0).float().sum(), "margin_max": margin.abs().max(), "counted": counted}
+    return -F.logsigmoid(BETA * margin).sum(), {name: value.detach() for name, value in metrics.items()}
+
+
+def value_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    """Squared errors."""
+    assert scores.values is not None and scores.logprobs is None
+    error = scores.values - batch.extra["returns"]
+    metrics = {"value": masked_sum(scores.values, batch.loss_mask), "counted": batch.loss_mask.float().sum()}
+    metrics["error_max"] = torch.where(batch.loss_mask, error, 0.0).abs().max()
+    return masked_sum(error**2, batch.loss_mask), {name: value.detach() for name, value in metrics.items()}
+
+
+def trained_tokens(batch: Batch) -> Tensor:
+    return batch.loss_mask.sum()
+
+
+TASKS |= {
+    "groups": Task(group_loss, trained_tokens, group_batch),
+    "branch pairs": Task(pair_loss, lambda batch: torch.tensor(2.0 * len(batch.input_ids)), group_batch),
+    "row pairs": Task(pair_loss, lambda batch: torch.tensor(len(batch.input_ids) / 2), pair_batch, rows=4),
+    "values": Task(value_loss, trained_tokens, value_batch),
+}
+
+if __name__ == "__main__":
+    main()
