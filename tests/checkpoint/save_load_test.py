@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,8 +22,7 @@ from llmtrain.checkpoint import save as save_module
 from llmtrain.checkpoint.group import LocalGroup
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import list_checkpoints, newest_intact, verify
-from llmtrain.checkpoint.rng import random_state
-from llmtrain.checkpoint.save import save_checkpoint, take, write_checkpoint
+from llmtrain.checkpoint.save import save_checkpoint
 from llmtrain.types import Address, Fragment
 
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (1, 1, 3), (1, 2, 2), (2, 1, 2), (1, 4, 1)]
@@ -79,38 +77,6 @@ def test_missing_and_misshapen_parameters_are_named(tmp_path: Path, fake: Simple
         reader.read(replace(whole, shape=(32, 16)))
     with pytest.raises(ValueError, match="no momentum, only weight, exp_avg, exp_avg_sq"):
         reader.full("embed.weight", "momentum")
-
-
-def test_random_state_goes_on_where_it_was(tmp_path: Path, fake: SimpleNamespace) -> None:
-    def draws() -> list:
-        return [random.random(), random.gauss(0, 1), np.random.randn(), float(torch.randn(()))]
-
-    draws()  # leaves a cached Gaussian in numpy and python
-    path = fake.save(tmp_path, fake.tensors(), fake.Layout(), 1)[0]
-    expected = [draws() for _ in range(3)]
-    reader = CheckpointReader(path)
-    assert reader.restore_rng(0)
-    assert [draws() for _ in range(3)] == expected
-    assert not reader.restore_rng(1)
-
-
-def test_each_rank_goes_on_with_its_own_random_state(tmp_path: Path, fake: SimpleNamespace) -> None:
-    tensors, layout, states, expected = fake.tensors(), fake.Layout(dp=2), [], []
-    for rank in range(2):
-        torch.manual_seed(rank)
-        np.random.seed(rank)
-        random.seed(rank)
-        states.append(random_state())
-        expected.append((random.random(), np.random.randn(), torch.randn(()).item()))
-
-    def action(group: object) -> str:
-        snapshot = replace(take(fake.FakeEngine(layout, group.rank, tensors), group.rank), random=states[group.rank])
-        return write_checkpoint(str(tmp_path), lambda: snapshot, {"step": 1}, group, 1, fake.shapes(tensors))
-
-    reader = CheckpointReader(fake.run_ranks(2, action)[0])
-    for rank in (1, 0):
-        assert reader.restore_rng(rank)
-        assert (random.random(), np.random.randn(), torch.randn(()).item()) == expected[rank]
 
 
 class Broken:
