@@ -55,13 +55,13 @@ class Plan:
 
 
 def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier: Earlier | None = None) -> Plan:
-    """Returns the plan of a recipe on `world_size` ranks (None: see `planned_recipe`). `earlier`: see
+    """Returns the plan of a recipe on `world_size` ranks (None: the first of `planned_recipes`). `earlier`: see
     `rules.check.planned_stages`.
 
     Raises ValueError if the mesh does not fit the ranks or the model is not known yet.
     """
     model = resolve_model(config.model, earlier)
-    recipe = recipe or planned_recipe(config)
+    recipe = recipe or planned_recipes(config)[0]
     workers, size = rollout_workers(config, recipe), recipe.step_size(config)
     mesh = mesh_sizes(config.parallel, world_size - workers)
     parallel = config.parallel.model_copy(update=mesh)
@@ -246,17 +246,17 @@ def _stages(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
             if (recipe := recipe_of(stage.command)) is not None:
                 yield recipe, staged, stage.ranks, earlier
     else:
-        recipe = planned_recipe(config)
-        yield recipe, config, int(os.environ.get("WORLD_SIZE", least_ranks(config, recipe))), {}
+        for recipe in planned_recipes(config):
+            yield recipe, config, int(os.environ.get("WORLD_SIZE", least_ranks(config, recipe))), {}
 
 
-def planned_recipe(config: Config) -> Recipe:
-    """Returns the recipe that a document of one stage is for, guessed from the sections that it writes: one with a
-    section of its own, else one that samples if there is a `rollout` section, else the first that there is."""
+def planned_recipes(config: Config) -> list[Recipe]:
+    """Returns the recipes that a document of one stage may be for, by the sections that it writes: those with a section
+    of their own, else the first that samples if there is a `rollout` section, else the first that there is."""
     written, recipes = config.model_fields_set, RECIPES.values()
     own = [r for r in recipes if r.section is not None and r.name in written]
     sampling = [r for r in recipes if r.samples and "rollout" in written]
-    return [*own, *sampling, *recipes][0]
+    return own or [*sampling, *recipes][:1]
 
 
 def least_ranks(config: Config, recipe: Recipe) -> int:

@@ -1,0 +1,75 @@
+"""What SFT hands to the engine, in absolute values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from llmtrain.data.packing import Demonstrations, TextRows
+from llmtrain.recipes import sft
+from llmtrain.trainer.job import Job
+from tests.recipes.conftest import run_steps
+from tests.recipes.stubs import LR, NORM, shifted
+
+
+@pytest.fixture
+def run(stub_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Job, list]]:
+    """run(*overrides, rewinds=[]) -> (job, what each step returned)."""
+
+    def go(*overrides: str, rewinds: list[list[int]] | None = None) -> tuple[Job, list]:
+        job, steps = stub_job("sft", "train.steps=3", *overrides), []
+        job.guard.rewinds = rewinds or []
+        job.engine.scores = shifted(-2.0)
+        for name, stub in {"join": lambda config, recipe: job, "train": run_steps(steps)}.items():
+            monkeypatch.setattr(sft, name, stub)
+        monkeypatch.setattr(sft, "build_engine", lambda job, total_updates: steps.append(total_updates))
+        monkeypatch.setattr(sft, "shutdown", lambda: None)
+        sft.main(job.config)
+        return job, steps
+
+    return go
+
+
+def rows_taken(job: Job, step: int) -> list[list[int]]:
+    """The ids of all rows of a step, in order."""
+    return [row for batch in job.engine.updates[step][0] for row in batch.input_ids.tolist()]
+
+
+def expected_rows(job: Job, step: int) -> list[list[int]]:
+    """Eight rows a step (train.global_batch_seqs), in the order of the seed (1)."""
+    rows = Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1)
+    return rows.batch(range(8 * step, 8 * step + 8)).input_ids.tolist()
+
+
+def test_a_step_takes_the_next_rows_and_divides_by_their_trained_tokens(run: Callable) -> None:
+    job, (total_updates, *steps) = run()
+    assert total_updates == 3
+    for step, (metrics, tokens) in enumerate(steps):
+        batches, denominator, _ = job.engine.updates[step]
+        assert [batch.input_ids.shape for batch in batches] == [(2, 64)] * 4
+        assert rows_taken(job, step) == expected_rows(job, step)
+        assert denominator == sum(int(batch.loss_mask.sum()) for batch in batches) > 0
+        assert tokens == 8 * 64
+        assert metrics == {"loss": pytest.approx(2.0), "grad_norm": NORM, "lr": LR}
+
+
+def test_rows_that_a_rewind_skipped_are_not_taken_again(run: Callable) -> None:
+    job, _ = run(rewinds=[[1, 2, 1024]])  # from step 1 on, two steps are skipped
+    assert [rows_taken(job, step) for step in range(3)] == [expected_rows(job, step) for step in (0, 3, 4)]
+
+
+def test_replay_brings_text_by_its_weight(run: Callable) -> None:
+    """All log-probs are -2: the mean loss is 2, and 0.25 x 2 for the text."""
+    job, (_, *steps) = run("data.replay_seqs=4", "data.replay_weight=0.25", "train.steps=2")
+    text = TextRows(job.config.data.path, "train", 64, 1, True)
+    for step, (metrics, tokens) in enumerate(steps):
+        batches, denominator, _ = job.engine.updates[step]
+        own, replayed = batches[:4], batches[4:]
+        assert denominator == sum(int(batch.loss_mask.sum()) for batch in own)
+        assert [row for b in replayed for row in b.input_ids.tolist()] == text.batch(
+            range(4 * step, 4 * step + 4)
+        ).input_ids.tolist()
+        assert metrics["loss"] == pytest.approx(2.0 + 0.25 * 2.0, rel=1e-5)
+        assert metrics["replay_loss"] == pytest.approx(2.0, rel=1e-5)
+        assert tokens == (8 + 4) * 64
