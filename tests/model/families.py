@@ -223,9 +223,9 @@ def check_generation(model: type[PreTrainedModel], config: HfConfig, new_tokens:
         generator = NativeGenerator(p.ours, max_batch_seqs=3, device="cpu")
         lengths = (5, 1, 30, 12)
         prompts = [Prompt(random_ids(p.vocab_size, 1, n, seed=n)[0].tolist()) for n in lengths]
-        rollouts = generator.generate(prompts, Sampling(new_tokens, temperature=0, stop_ids=(EOS,)))
-        for prompt, rollout in zip(prompts, rollouts, strict=True):
+        groups = generator.generate(prompts, Sampling(new_tokens, temperature=0, stop_ids=(EOS,)))
+        for prompt, (sample,) in zip(prompts, groups, strict=True):
             ids = torch.tensor([prompt.ids])
             settings = {"max_new_tokens": new_tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
             expected = p.theirs.generate(ids, eos_token_id=EOS, pad_token_id=0, **settings)
-            assert prompt.ids + rollout.completion_ids == expected[0].tolist()
+            assert prompt.ids + sample.ids == expected[0].tolist()

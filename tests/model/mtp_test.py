@@ -20,6 +20,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from llmtrain.arch.families import family_of, presets
 from llmtrain.arch.parameters import kind_of, mtp_shapes, numel
 from llmtrain.arch.resolve import hf_config, parameter_count, resolve_model
+from llmtrain.config.recipes import config_class
 from llmtrain.config.schema import Config, MlaConfig, ModelConfig, MoeConfig
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.model.hf_write import save_hf
@@ -282,7 +283,7 @@ def test_other_families_have_no_names_for_them(tmp_path: Path) -> None:
     ],
 )
 def test_refused(command: str, model: dict, parallel: dict, expected: str) -> None:
-    config = Config(model=ModelConfig(mtp_layers=1, **model), parallel={"dp_shard": -1, **parallel})
+    config = config_class()(model=ModelConfig(mtp_layers=1, **model), parallel={"dp_shard": -1, **parallel})
     lines = [line for line in violations(config, 2, command) if "mtp_layers" in line]
     assert len(lines) == 1 and lines[0].startswith("model.mtp_layers=1: ") and expected in lines[0], lines
     assert not [line for line in violations(Config(model=ModelConfig(mtp_layers=1)), 1, "pretrain") if "mtp" in line]

@@ -117,10 +117,10 @@ def test_the_generator_has_the_factors_too() -> None:
     weights = {name: 8 * init_tensor(name, shape, config, 0) for name, shape in shapes.items()}
     generator.load_weights(weights.items(), version=1)
     model.load_state_dict(weights | {"head.weight": weights["embed.weight"]})
-    (rollout,) = generator.generate([Prompt([1, 2, 3], seed=0)], Sampling(10, temperature=1.0))
-    ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+    ((sample,),) = generator.generate([Prompt([1, 2, 3], seed=0)], Sampling(10, temperature=1.0))
+    ids = torch.tensor([sample.prompt_ids + sample.ids])
     logp, _ = model(ids[:, :-1], torch.arange(ids.size(1) - 1)[None], labels=ids[:, 1:])
-    assert torch.allclose(logp[0, 2:], torch.tensor(rollout.logprobs), atol=1e-5)
+    assert torch.allclose(logp[0, 2:], torch.tensor(sample.logprobs), atol=1e-5)
 
 
 @pytest.mark.parametrize(

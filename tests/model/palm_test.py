@@ -130,12 +130,12 @@ def test_gradients() -> None:
 def test_generation() -> None:
     model, palm = random_pair(resolve_model(ONE))
     prompts = [Prompt(random_ids(96, 1, n, seed=n)[0].tolist()) for n in (5, 1, 30)]
-    rollouts = NativeGenerator(model, 2, "cpu").generate(prompts, Sampling(20, temperature=0))
-    for prompt, rollout in zip(prompts, rollouts, strict=True):
+    groups = NativeGenerator(model, 2, "cpu").generate(prompts, Sampling(20, temperature=0))
+    for prompt, (sample,) in zip(prompts, groups, strict=True):
         ids = torch.tensor(prompt.ids)
         for _ in range(20):
             ids = torch.cat([ids, palm.logits(ids)[-1].argmax()[None]])
-        assert prompt.ids + rollout.completion_ids == ids.tolist()
+        assert prompt.ids + sample.ids == ids.tolist()
 
 
 def test_no_form_on_disk() -> None:

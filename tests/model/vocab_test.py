@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 from llmtrain.arch.parameters import padded_vocab_size
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import weight_source
-from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.config.recipes import config_class
+from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.model.vocab import resize_embedding
@@ -109,7 +110,7 @@ def test_only_training_of_all_weights_grows_a_vocabulary(tmp_path: Path) -> None
     small = resolve_model(ModelConfig(num_layers=1, hidden_size=16, ffn_size=16, vocab_size=50))
     weights = ((name, torch.randn(shape)) for name, shape in parameter_shapes(small).items())
     save_hf(str(tmp_path / "hf"), small, weights, torch.float32, None, None)
-    config = Config(model=ModelConfig(init_from=str(tmp_path / "hf"), vocab_multiple=16))
+    config = config_class()(model=ModelConfig(init_from=str(tmp_path / "hf"), vocab_multiple=16))
     for command, refused in (("sft", False), ("grpo", True), ("export", True)):
         lines = [
             line for line in violations(config, 1, command) if line.startswith("model.vocab_size=64: must be the 50")
