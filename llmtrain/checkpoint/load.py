@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from copy import copy
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -20,12 +22,13 @@ from llmtrain.types import Address
 class CheckpointReader:
     """Reads the parameters of one checkpoint directory, whatever layout wrote them.
 
-    It does not verify checksums: take the path from `newest_intact`, or call `verify` first. It is not a collective.
+    Of a checkpoint that holds several models (see checkpoint.roles) it reads one, at first the main one. It does not
+    verify checksums: take the path from `newest_intact`, or call `verify` first. It is not a collective.
     """
 
     def __init__(self, path: str) -> None:
         """Reads the index only. Raises ValueError when the pieces do not make whole parameters."""
-        self.path = path
+        self.path, self.prefix = path, ""  # the names of this model's parameters begin with it
         with open(os.path.join(path, STATE), encoding="utf-8") as f:
             self.state: dict = json.load(f)
         # Counted in the manifest, not in the directory: only the manifest's files have been verified.
@@ -34,9 +37,17 @@ class CheckpointReader:
         self._cached_name, self._cached = "", dict[str, Tensor]()
         self._file = lru_cache(maxsize=None)(lambda rank: FlatFile(tensor_file(path, rank)))
 
+    def part(self, prefix: str, state: dict) -> CheckpointReader:
+        """Returns a reader of the model whose names begin with `prefix`; its `state` covers that of the whole."""
+        other = copy(self)
+        other.prefix, other.state = prefix, {**self.state, **state}
+        other._cached_name, other._cached = "", {}
+        return other
+
     def names(self) -> list[str]:
-        """Returns the canonical names of all parameters."""
-        return list(self._parameters)
+        """Returns the canonical names of all parameters of the model."""
+        own = (name for name in self._parameters if name[: name.rfind("/") + 1] == self.prefix)
+        return [name.removeprefix(self.prefix) for name in own]
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless the checkpoint holds this parameter with this global shape."""
@@ -71,7 +82,7 @@ class CheckpointReader:
         check_inside(address)
         stored = self._pieces(address.name)[0]
         if slicing(stored.address) == slicing(address):  # same slices: read only the requested bytes
-            return {key: self._span(address, key) for key in stored.keys}
+            return {key: self._span(replace(address, name=self.prefix + address.name), key) for key in stored.keys}
         return {key: piece(self.full(address.name, key), address) for key in stored.keys}
 
     def restore_rng(self, rank: int) -> bool:
@@ -82,10 +93,9 @@ class CheckpointReader:
         return True
 
     def _pieces(self, name: str) -> list[Stored]:
-        if name not in self._parameters:
-            held = ", ".join(self._parameters)
-            raise ValueError(f"{self.path}: no parameter {name}; it holds {held}")
-        return self._parameters[name]
+        if self.prefix + name not in self._parameters:
+            raise ValueError(f"{self.path}: no parameter {self.prefix}{name}; it holds {', '.join(self._parameters)}")
+        return self._parameters[self.prefix + name]
 
     def _assemble(self, saved: Address, key: str) -> Tensor:
         cut, numel = slicing(saved), slice_numel(saved)

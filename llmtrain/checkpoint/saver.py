@@ -67,7 +67,8 @@ def copy_all(pairs: Sequence[tuple[np.ndarray, np.ndarray]], threads: int) -> No
 
 
 class Saver:
-    """Saves one engine into one directory; all methods but `failed` are collectives over the ranks of `group`.
+    """Saves one engine, or several as one (checkpoint.roles), into one directory; all methods but `failed` are
+    collectives over the ranks of `group`.
 
     With `background` a save only copies the state (`HostBuffer`); a thread writes it while training continues, and
     communicates through `group`, which training must then not use. At most one save is in flight: the next waits for

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llmtrain.config.schema import OptimConfig
 from llmtrain.model.decoder import Decoder
 from llmtrain.types import Address, Batch, Fragment, Metrics, Scores, StepStats
 
@@ -44,6 +45,7 @@ class Scorer(Protocol):
 class Engine(Scorer, Protocol):
     """Takes the whole step: accumulation, averaging, clipping over all axes, precision, pipeline schedule."""
 
+    optim: OptimConfig
     step: int  # updates made
     admit: Admit  # by default tally.stop_if_not_finite
 

@@ -7,20 +7,22 @@ checkpoints: a run that was killed decides again as it did. events.jsonl tells w
 from __future__ import annotations
 
 import os
+from functools import partial
 from statistics import fmean, pstdev
 
+from llmtrain.checkpoint.roles import MAIN
 from llmtrain.engine.tally import stop_if_not_finite
 from llmtrain.observe.log import log
 from llmtrain.observe.metrics import Events
 from llmtrain.parallel.replicas import differing
 from llmtrain.trainer.job import Job
-from llmtrain.trainer.resume import load_newest
+from llmtrain.trainer.resume import load_newest, named
 
 SHOWN = 8  # parameters named in a message
 
 
 class Guard:
-    """The `Engine.admit` of a run. `job.guard` is its memory."""
+    """Decides about the updates of all models of a run (`Engine.admit`). `job.guard` is its memory."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.settings = job, job.config.guard
@@ -28,18 +30,19 @@ class Guard:
         self.spiked = False  # the step under way asks for a rewind
         self.events = Events(os.path.join(job.config.directory, "events.jsonl")) if job.mesh.rank == 0 else None
         self._recall()
-        job.engine.admit = self.admit
+        for role, engine in job.engines.items():
+            engine.admit = partial(self.admit, role)
 
-    def admit(self, loss: float, broken: list[int]) -> bool:
+    def admit(self, role: str, loss: float, broken: list[int]) -> bool:
         """See engine.base.Admit. Raises FloatingPointError (on all ranks) by the policy `stop`, and after
         `guard.max_skips` in a row; RuntimeError when copies of the weights differ."""
-        settings, memory, step = self.settings, self.job.guard, self.job.step + 1
+        settings, memory, step = self.settings, self.job.guard.of(role), self.job.step + 1
         if settings.replica_check_steps and step % settings.replica_check_steps == 0:
-            self._check_replicas(step)
+            self._check_replicas(role, step)
         if broken:
-            return self._not_finite(loss, broken)
+            return self._not_finite(role, loss, broken)
         if settings.spike != "off" and is_spike(loss, memory.losses, settings.spike_window, settings.spike_sigma):
-            return self._spike(loss)
+            return self._spike(role, loss)
         memory.skips = 0
         if settings.spike != "off":
             memory.losses = [*memory.losses, loss][-settings.spike_window :]
@@ -72,38 +75,38 @@ class Guard:
                 "lower optim.lr, or take up an older checkpoint"
             )
 
-    def _check_replicas(self, step: int) -> None:
-        if found := differing(self.job.engine.replicas(), self.job.mesh):
+    def _check_replicas(self, role: str, step: int) -> None:
+        if found := differing(self.job.engines[role].replicas(), self.job.mesh):
             raise RuntimeError(
-                f"step {step}: {'; '.join(found[:SHOWN])} ({len(found)} in all). Memory or a device there is not to be "
-                "trusted: start again without that host; the run goes on from its last checkpoint"
+                f"step {step}: {named(role)}{'; '.join(found[:SHOWN])} ({len(found)} in all). Memory or a device "
+                "there is not to be trusted: start again without that host; the run goes on from its last checkpoint"
             )
 
-    def _not_finite(self, loss: float, broken: list[int]) -> bool:
+    def _not_finite(self, role: str, loss: float, broken: list[int]) -> bool:
         step, ranks = self.job.step + 1, ", ".join(map(str, broken))
         if self.settings.nonfinite == "skip":
-            return self._skip(f"loss or gradient is not finite on rank(s) {ranks}", loss)
+            return self._skip(role, f"loss or gradient is not finite on rank(s) {ranks}", loss)
         try:
             return stop_if_not_finite(loss, broken)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}") from None
+            raise FloatingPointError(f"step {step}: {named(role)}{error}") from None
 
-    def _spike(self, loss: float) -> bool:
+    def _spike(self, role: str, loss: float) -> bool:
         if self.settings.spike == "skip":
-            return self._skip(f"the loss, {loss:.4g}, spiked", loss)
+            return self._skip(role, f"the loss, {loss:.4g}, spiked", loss)
         self.spiked = True
         return False
 
-    def _skip(self, reason: str, loss: float) -> bool:
-        memory, step = self.job.guard, self.job.step + 1
+    def _skip(self, role: str, reason: str, loss: float) -> bool:
+        memory, step = self.job.guard.of(role), self.job.step + 1
         memory.skips += 1
         self.skipped += 1
-        self._note("skip", step, reason=reason, loss=loss)
-        log(f"step {step}: {reason}; the update is left out")
+        self._note("skip", step, reason=reason, loss=loss, **({} if role == MAIN else {"role": role}))
+        log(f"step {step}: {named(role)}{reason}; the update is left out")
         if memory.skips > self.settings.max_skips:
             raise FloatingPointError(
-                f"step {step}: {reason}, and guard.max_skips={self.settings.max_skips} updates before it were left out "
-                "in a row; lower optim.lr, or inspect the data"
+                f"step {step}: {named(role)}{reason}, and guard.max_skips={self.settings.max_skips} updates before it "
+                "were left out in a row; lower optim.lr, or inspect the data"
             )
         return False
 

@@ -12,6 +12,7 @@ import torch
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.group import together
+from llmtrain.checkpoint.roles import MAIN
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config.load import dump
 from llmtrain.config.recipes import Recipe
@@ -25,12 +26,29 @@ from llmtrain.parallel.watch import Watch
 
 
 @dataclass
-class GuardState:
-    """What trainer.guard decides by; a part of every checkpoint."""
+class Updates:
+    """Holds what trainer.guard remembers of one model."""
 
     losses: list[float] = field(default_factory=list)  # of the last updates, for spikes
     skips: int = 0  # updates left out in a row
+
+
+@dataclass
+class GuardState:
+    """Holds what trainer.guard decides by; a part of every checkpoint."""
+
+    updates: dict[str, Updates] = field(default_factory=dict)  # by role
     rewinds: list[list[int]] = field(default_factory=list)  # [back to step, steps, tokens skipped there] each
+
+    @classmethod
+    def of_checkpoint(cls, saved: dict) -> GuardState:
+        """Returns what a checkpoint holds; earlier versions saved that of one model, without a role."""
+        held = saved["updates"] if "updates" in saved else {MAIN: {key: saved[key] for key in ("losses", "skips")}}
+        return cls({role: Updates(**each) for role, each in held.items()}, saved["rewinds"])
+
+    def of(self, role: str) -> Updates:
+        """Returns what is remembered of a role's updates."""
+        return self.updates.setdefault(role, Updates())
 
     def skipped_steps(self, step: int) -> int:
         """How far `step`, counted from 0, is ahead in the data because of rewinds."""
@@ -51,12 +69,21 @@ class Job:
     mesh: Mesh
     tokenizer: Tokenizer
     watch: Watch
-    engine: Engine | None = None  # None on rollout workers
+    engines: dict[str, Engine] = field(default_factory=dict)  # trained models by role; none on rollout workers
     step: int = 0  # finished steps of the stage
     tokens: int = 0  # seen in them
     guard: GuardState = field(default_factory=GuardState)
     base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop
+
+    @property
+    def engine(self) -> Engine:
+        """Returns the main model: the only one of most recipes, and the one that is exported."""
+        return self.engines[MAIN]
+
+    def model_of(self, role: str) -> ModelConfig:
+        """Returns the resolved model section of a trained role."""
+        return self.model if role == MAIN else self.engines[role].parts[0].config
 
 
 def join(config: Config, recipe: Recipe) -> Job:

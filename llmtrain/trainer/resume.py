@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import asdict
 from functools import reduce
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from llmtrain import __version__
 from llmtrain.arch.resolve import contradictions
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
+from llmtrain.checkpoint.roles import MAIN, Roles, held_roles, joined_shapes, joined_states, read_role
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import trained_shapes
@@ -23,29 +23,54 @@ SAME = ("seed", "train.seq_len", "train.global_batch_seqs", "train.batch_ramp", 
 
 
 def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
-    """Raises ValueError when the checkpoint is of another model or optimizer, or of a run that takes its samples
+    """Raises ValueError when the checkpoint is of other models or optimizers, or of a run that takes its samples
     otherwise."""
-    if set(reader.names()) != set(trained_shapes(job.model)):
-        raise ValueError(f"{path}: holds other parameters than the model section describes; use the section it had")
+    if set(held_roles(reader)) != set(job.engines):
+        held, trained = (", ".join(sorted(roles)) for roles in (held_roles(reader), job.engines))
+        raise ValueError(f"{path}: holds the models {held}, and this run trains {trained}; give it another name")
+    for role in job.engines:
+        check_same_state(job, role, read_role(reader, role), path)
     check_same_base(job, reader, path)
     saved, now = reader.state["config"], job.config.model_dump(mode="json")
-    if (was := saved["optim"]["name"]) != (is_now := now["optim"]["name"]):
+    for key in (*SAME, *job.recipe.same):
+        is_now, was = (reduce(lambda part, name: part[name], key.split("."), config) for config in (now, saved))
+        check_stayed(key, is_now, was, path)
+    for role in job.engines:
+        for key, is_now, was in other_function(job, role, read_role(reader, role)):
+            check_stayed(named(role) + key, is_now, was, path)
+
+
+def named(role: str) -> str:
+    """Returns how a message about a model begins; the main one needs no name."""
+    return "" if role == MAIN else f"{role}: "
+
+
+def check_same_state(job: Job, role: str, reader: CheckpointReader, path: str) -> None:
+    """Raises ValueError when a role, whose part of the checkpoint `reader` reads, has other parameters or another
+    optimizer."""
+    if set(reader.names()) != set(trained_shapes(job.model_of(role))):
         raise ValueError(
-            f"optim.name={is_now}: must stay {was}, whose state {path} holds; to go on from its weights alone, set "
-            f"model.init_from={path} and give the run another name"
+            f"{named(role)}{path}: holds other parameters than the model section describes; use the section it had"
         )
-    keys = (*SAME, *job.recipe.same)
-    samples = ((key, *(reduce(lambda part, name: part[name], key.split("."), c) for c in (now, saved))) for key in keys)
-    for key, is_now, was in itertools.chain(samples, other_function(job, reader)):
-        if was != is_now:
-            raise ValueError(
-                f"{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name"
-            )
+    was, is_now = reader.state.get("optim") or reader.state["config"]["optim"]["name"], job.engines[role].optim.name
+    if was != is_now:
+        raise ValueError(
+            f"{named(role)}optim.name={is_now}: must stay {was}, whose state {path} holds; to go on from its weights "
+            f"alone, set model.init_from={path} and give the run another name"
+        )
 
 
-def other_function(job: Job, reader: CheckpointReader) -> list[tuple[str, Any, Any]]:
-    """(key, now, as saved) where the same weights would mean something else: other factors, norms, positions."""
-    saved, now = (ModelConfig.model_validate(m) for m in (reader.state["model"], job.model.model_dump(mode="json")))
+def check_stayed(key: str, is_now: Any, was: Any, path: str) -> None:
+    """Raises ValueError when a value is not the one that the checkpoint was made with."""
+    if was != is_now:
+        raise ValueError(f"{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name")
+
+
+def other_function(job: Job, role: str, reader: CheckpointReader) -> list[tuple[str, Any, Any]]:
+    """Returns (key, now, as saved) where the same weights would mean something else: other factors, norms,
+    positions."""
+    sections = (reader.state["model"], job.model_of(role).model_dump(mode="json"))
+    saved, now = (ModelConfig.model_validate(section) for section in sections)
     ramped = ("rope_theta", "rope_scaling") if job.config.train.seq_ramp else ()
     asked = {name: value for name, value in now if name not in ("preset", "init_from", *ramped)}
     return [(f"model.{name}", is_now, was) for name, is_now, was in contradictions(dict(saved), asked)]
@@ -67,27 +92,45 @@ def check_same_base(job: Job, reader: CheckpointReader, path: str) -> None:
 
 
 def make_saver(job: Job) -> Saver:
-    """A collective."""
+    """Returns what saves all trained models of the job (a collective)."""
     settings, mesh = job.config.checkpoint, job.mesh
     group = mesh.side_group(job.config.engine.timeout_s) if settings.background else mesh
-    return Saver(checkpoint_dir(job.config), job.engine, trained_shapes(job.model), settings, group)
+    shapes = joined_shapes({role: trained_shapes(job.model_of(role)) for role in job.engines})
+    bring_back(job)
+    return Saver(checkpoint_dir(job.config), Roles(job.engines), shapes, settings, group)
 
 
 def save(job: Job) -> None:
-    """A checkpoint of this step (a collective); see `Saver.save`."""
+    """Saves a checkpoint of this step (a collective); see `Saver.save`."""
     state = {
         "step": job.step,
-        "optimizer_step": job.engine.step,
         "tokens": job.tokens,
-        "engine": job.engine.extra_state(),
         "guard": asdict(job.guard),
         "mesh": job.mesh.sizes,
         "config": job.config.model_dump(mode="json"),
-        "model": job.model.model_dump(mode="json"),
-        "base": job.base,
         "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
+        **joined_states({role: state_of(job, role) for role in job.engines}),
     }
+    bring_back(job)
     job.saver.save(state)
+
+
+def state_of(job: Job, role: str) -> dict[str, Any]:
+    """Returns what a checkpoint says of a trained model beside its tensors."""
+    engine = job.engines[role]
+    return {
+        "optimizer_step": engine.step,
+        "engine": engine.extra_state(),
+        "model": job.model_of(role).model_dump(mode="json"),
+        "optim": engine.optim.name,
+        "base": job.base if role == MAIN else None,
+    }
+
+
+def bring_back(job: Job) -> None:
+    """Moves all trained models to the device: on the host they can be neither saved nor loaded."""
+    for engine in job.engines.values():
+        engine.to_device()
 
 
 def resume(job: Job) -> None:
@@ -112,10 +155,13 @@ def load_newest(job: Job) -> str | None:
         return None
     reader = CheckpointReader(path)
     check_same_run(job, reader, path)
-    job.engine.load_fragments(reader.read, reader.state["optimizer_step"])
-    job.engine.load_extra_state(reader.state["engine"])
+    bring_back(job)
+    for role, engine in job.engines.items():
+        own = read_role(reader, role)
+        engine.load_fragments(own.read, own.state["optimizer_step"])
+        engine.load_extra_state(own.state["engine"])
     job.step, job.tokens = reader.state["step"], reader.state["tokens"]
-    job.guard = GuardState(**reader.state["guard"])
+    job.guard = GuardState.of_checkpoint(reader.state["guard"])
     reader.restore_rng(job.mesh.rank)
     log(f"resumed {path}")
     return path

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmtrain.arch.resolve import fields_from_directory
 from llmtrain.arch.start import new_parameters, stored_model
+from llmtrain.checkpoint.roles import MAIN
 from llmtrain.checkpoint.source import fingerprint, locate, source_at
 from llmtrain.data.tokenizer import read_backend
 from llmtrain.engine.build import Role, build_trained
@@ -18,10 +20,22 @@ from llmtrain.trainer.resume import resume
 
 
 def build_engine(job: Job, total_steps: int) -> None:
-    """The model on the mesh, in its engine, at the newest checkpoint of this run if there is one."""
+    """Builds the model of a recipe that trains one: see `build_engines`."""
     config = job.config
-    role = Role("policy", job.model, config.parallel, config.engine, start_source(job), config.optim, total_steps)
-    job.engine = build_trained(role, job.mesh)
+    source = start_source(job)
+    build_engines(job, [Role(MAIN, job.model, config.parallel, config.engine, source, config.optim, total_steps)])
+
+
+def build_engines(job: Job, roles: Sequence[Role]) -> None:
+    """Builds the trained models of a job, the main one among them, and goes on from the newest checkpoint of the run if
+    there is one (a collective).
+
+    Raises ValueError when another one than the main has adapters: a checkpoint knows the base of that one alone.
+    """
+    for role in roles:
+        if role.model.lora is not None and role.name != MAIN:
+            raise ValueError(f"{role.name}: lora is for the {MAIN} alone; train this model whole")
+        job.engines[role.name] = build_trained(role, job.mesh)
     resume(job)
 
 

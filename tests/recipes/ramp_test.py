@@ -16,11 +16,12 @@ from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.source import weight_source
 from llmtrain.config.load import load
 from llmtrain.config.ramp import phase_at, total_tokens
-from llmtrain.config.recipes import RECIPES
+from llmtrain.config.recipes.pretrain import RECIPE
 from llmtrain.config.schema import BatchRamp, ModelConfig, RopeScaling, SeqRamp, TrainConfig
 from llmtrain.data.packing import TextRows
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.recipes.pretrain import phase_batches, set_rope
+from llmtrain.trainer.job import Job
 from llmtrain.trainer.resume import check_same_run
 from tests.forked import run_alone
 from tests.recipes.pretrain_test import FAULTS, assert_same_weights, losses, metrics
@@ -101,8 +102,8 @@ def test_killed_in_a_phase_goes_on_bit_for_bit(small: Path, tmp_path: Path) -> N
     reader = CheckpointReader(str(killed / "checkpoints/step-00000009"))
     other = load(str(small), [*RAMPS[:1], *RAMPS[2:]])
     with pytest.raises(ValueError, match=r"train.seq_ramp=\[\]: must stay \[.*50000"):
-        job = SimpleNamespace(config=other, model=resolve_model(other.model), recipe=RECIPES["pretrain"])
-        check_same_run(job, reader, "x")
+        engines = {"policy": SimpleNamespace(optim=other.optim)}
+        check_same_run(Job(other, RECIPE, resolve_model(other.model), None, None, None, engines), reader, "x")
     with pytest.raises(ValueError, match=r"model.rope_theta=10000.0: .* was trained with 50000.0"):
         weight_source(str(killed), resolve_model(other.model))
 

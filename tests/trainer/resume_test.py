@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from llmtrain.arch.resolve import resolve_model
+from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.config.recipes import RECIPES
-from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.config.schema import Config, ModelConfig, OptimConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.trainer import resume
-from llmtrain.trainer.job import GuardState
+from llmtrain.trainer.job import GuardState, Job
 from llmtrain.trainer.resume import check_same_run
 
 MOE = {"num_experts": 4, "expert_ffn_size": 16}
@@ -23,8 +24,54 @@ def go_on(before: dict, after: dict, without: str = "") -> None:
     saved = resolve_model(was.model)
     state = {"model": saved.model_dump(mode="json", exclude={without}), "config": was.model_dump(mode="json")}
     reader = SimpleNamespace(names=lambda: list(parameter_shapes(saved)), state=state)
-    job = SimpleNamespace(config=now, model=resolve_model(now.model), recipe=RECIPES["pretrain"])
-    check_same_run(job, reader, "x")
+    check_same_run(job_of(now), reader, "x")
+
+
+def job_of(config: Config, **others: SimpleNamespace) -> Job:
+    """A job of a policy and other models, without ranks."""
+    engines = {"policy": SimpleNamespace(optim=config.optim), **others}
+    return Job(config, RECIPES["pretrain"], resolve_model(config.model), None, None, None, engines)
+
+
+def critic(optimizer: str = "adamw", **model: object) -> SimpleNamespace:
+    """A second trained model, as far as going on asks about it."""
+    section = resolve_model(ModelConfig.model_validate({"num_layers": 1, "hidden_size": 32, **model}))
+    return SimpleNamespace(optim=OptimConfig(name=optimizer), parts=[SimpleNamespace(config=section)])
+
+
+def saved_with(config: Config, *critics: SimpleNamespace) -> CheckpointReader:
+    """What a run of a policy, and of a critic if there is one, has saved; no files."""
+    reader = CheckpointReader.__new__(CheckpointReader)
+    states = [{"model": each.parts[0].config.model_dump(mode="json"), "optim": each.optim.name} for each in critics]
+    policy = resolve_model(config.model)
+    reader.prefix, roles = "", dict(zip(("critic",), states, strict=False))
+    reader.state = {"model": policy.model_dump(mode="json"), "config": config.model_dump(mode="json"), "roles": roles}
+    reader._parameters = dict.fromkeys(parameter_shapes(policy))
+    for each in critics:
+        reader._parameters |= dict.fromkeys(f"critic/{name}" for name in parameter_shapes(each.parts[0].config))
+    return reader
+
+
+def test_every_model_of_a_job_goes_on_with_what_it_was() -> None:
+    config = Config(model=ModelConfig(num_layers=1))
+    check_same_run(job_of(config, critic=critic()), saved_with(config, critic()), "x")
+    check_same_run(job_of(config), saved_with(config), "x")
+    other = [
+        (critic(norm_eps=1e-6), "critic: model.norm_eps=1e-06: must stay 1e-05"),
+        (critic(num_layers=2), "critic: x: holds other parameters than the model section describes"),
+        (critic("muon"), "critic: optim.name=muon: must stay adamw"),
+    ]
+    for changed, message in other:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_same_run(job_of(config, critic=changed), saved_with(config, critic()), "x")
+
+
+def test_a_run_goes_on_with_the_same_models() -> None:
+    config = Config(model=ModelConfig(num_layers=1))
+    with pytest.raises(ValueError, match="x: holds the models policy, and this run trains critic, policy"):
+        check_same_run(job_of(config, critic=critic()), saved_with(config), "x")
+    with pytest.raises(ValueError, match="x: holds the models critic, policy, and this run trains policy"):
+        check_same_run(job_of(config), saved_with(config, critic()), "x")
 
 
 @pytest.mark.parametrize(
@@ -56,11 +103,15 @@ def test_a_run_goes_on_with_its_counters_and_the_random_state_of_each_rank(monke
     guard = {"losses": [2.0], "skips": 1, "rewinds": [[2, 1, 64]]}
     state = {"optimizer_step": 6, "step": 7, "tokens": 80, "engine": {"loss_scale": 2.0}, "guard": guard}
     reader = SimpleNamespace(state=state, read="read", restore_rng=lambda rank: told.append(("random state", rank)))
-    engine = SimpleNamespace(load_fragments=lambda *given: told.append(given), load_extra_state=told.append)
+    engine = SimpleNamespace(
+        to_device=lambda: told.append("here"),
+        load_fragments=lambda *given: told.append(given),
+        load_extra_state=told.append,
+    )
     monkeypatch.setattr(resume, "newest_intact", lambda directory, mesh: f"{directory}/newest")
     monkeypatch.setattr(resume, "CheckpointReader", lambda path: reader)
     monkeypatch.setattr(resume, "check_same_run", lambda *_: None)
-    job = SimpleNamespace(config=Config(), mesh=SimpleNamespace(rank=3), engine=engine)
+    job = SimpleNamespace(config=Config(), mesh=SimpleNamespace(rank=3), engines={"policy": engine})
     assert resume.load_newest(job) == f"{resume.checkpoint_dir(job.config)}/newest"
-    assert told == [("read", 6), {"loss_scale": 2.0}, ("random state", 3)]
-    assert (job.step, job.tokens, job.guard) == (7, 80, GuardState(**guard))
+    assert told == ["here", ("read", 6), {"loss_scale": 2.0}, ("random state", 3)]
+    assert (job.step, job.tokens, job.guard) == (7, 80, GuardState.of_checkpoint(guard))
