@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmtrain.arch.families import FAMILIES, family_of, presets
+from llmtrain.arch.families.base import classifier_hf, head_of
 from llmtrain.arch.parameters import has_experts, layer_shapes, layer_type, numel, outer_shapes, padded_vocab_size
 from llmtrain.config.load import load
 from llmtrain.config.ramp import trained_model
@@ -178,10 +179,11 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     if kind not in known:
         raise ValueError(f"model_type={kind}: is not known; use a model of one of {', '.join(sorted(known))}")
     family = known[kind]
+    head = head_of(config, family)
     config = config["text_config"] if kind in family.wrappers else config
     assert family.from_hf is not None
     defaults = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if name in SHAPE}
-    return _completed({**defaults, "family": family.name, **family.fields, **family.from_hf(config)})
+    return _completed({**defaults, "family": family.name, **family.fields, **family.from_hf(config), "head": head})
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
@@ -197,7 +199,12 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         raise ValueError(
             f"model.mtp_layers={m.mtp_layers}: family {m.family} has no names for them on disk; set model.mtp_layers=0"
         )
+    if m.head == "scalar" and family.classifier is None:
+        raise ValueError(
+            f"model.head=scalar: transformers has no classifier of family {m.family}; keep the run directory instead"
+        )
     written = {**family.to_hf(m), "model_type": family.model_type}
+    written |= classifier_hf(family) if m.head == "scalar" else {}
     unused = ("ffn_size",) if all(has_experts(m, layer) for layer in range(m.num_layers)) else ()
     for name, value in fields_from_hf(written).items():
         ours = getattr(m, name)

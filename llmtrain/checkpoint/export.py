@@ -18,6 +18,7 @@ def export(
     tokenizer_dir: str | None,
     eos_id: int | list[int] | None,
     dtype: torch.dtype,
+    pad_id: int | None = None,
 ) -> None:
     """Writes the weights of `source` (see `weight_source`) to `directory` as transformers reads them, one at a time.
 
@@ -25,6 +26,5 @@ def export(
     """
     config = without_adapters(config)
     weight = weight_source(source, config)
-    save_hf(
-        directory, config, ((name, weight(name)) for name in parameter_shapes(config)), dtype, tokenizer_dir, eos_id
-    )
+    weights = ((name, weight(name)) for name in parameter_shapes(config))
+    save_hf(directory, config, weights, dtype, tokenizer_dir, eos_id, pad_id=pad_id)

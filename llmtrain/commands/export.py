@@ -32,5 +32,5 @@ def main(config: Config) -> None:
     model = resolve_model(config.model)
     if not config.model.init_from:  # the run's own checkpoint, whatever phase of a ramp it is of
         model = trained_model(model, config.train, newest_step(source))
-    export(source, target, model, tokenizer_dir(config), tokenizer.eos_id, dtype)
+    export(source, target, model, tokenizer_dir(config), tokenizer.eos_id, dtype, tokenizer.pad_id)
     log(f"Hugging Face model in {target}")

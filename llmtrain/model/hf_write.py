@@ -69,8 +69,11 @@ def save_hf(
     tokenizer_dir: str | None,
     eos_id: int | list[int] | None,
     max_shard_bytes: float = 5e9,
+    pad_id: int | None = None,
 ) -> None:
-    """Writes what `AutoModelForCausalLM.from_pretrained` loads. `weights`: (canonical name, whole tensor), each once.
+    """Writes what `AutoModelForCausalLM.from_pretrained` loads, with a scalar head what
+    `AutoModelForSequenceClassification.from_pretrained` does, which gives the value at the last token that is not
+    `pad_id`. `weights`: (canonical name, whole tensor), each once.
 
     muP's factors go into the weights. Tensors are cast to `dtype` and written one at a time; `tokenizer_dir` gives the
     tokenizer and, where it is that of a model, how to generate. An existing directory is replaced only when the new one
@@ -81,6 +84,8 @@ def save_hf(
     described, generation = hf_config(config), _generation(tokenizer_dir, eos_id)
     # transformers fills in values of its own for those that are not written
     tokens = {name: generation[name] for name in TOKENS if generation.get(name) is not None}
+    if config.head == "scalar":  # a text may end in what pads, if that ends texts: then only single rows can be scored
+        tokens["pad_token_id"] = None if pad_id in _as_list(generation.get("eos_token_id")) else pad_id
     with replacing(Path(directory)) as target:
         _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
         _write_json(target / "config.json", {**described, **tokens, "dtype": str(dtype).removeprefix("torch.")})

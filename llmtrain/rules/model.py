@@ -144,6 +144,11 @@ def _scalar_head(case: Case) -> Iterator[str]:
     for name, (found, remedy) in unfit.items():
         if found:
             yield f"{name}: not with model.head=scalar, {remedy}"
+    if case.command == "export" and family_of(m.family).classifier is None:
+        yield (
+            f"model.head=scalar: not with model.family={m.family} on disk, of which transformers has no classifier; "
+            "keep the run directory instead"
+        )
     if m.hidden_size % tp:
         yield (
             f"model.hidden_size={m.hidden_size}: must be a multiple of parallel.tp={tp} with model.head=scalar, which "

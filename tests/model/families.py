@@ -72,7 +72,8 @@ def random_reference(model: type[PreTrainedModel], config: HfConfig, seed: int =
                 tensor.add_(torch.rand(tensor.shape) - 0.5)  # around 1, or 0 where the factor is 1 + weight
             else:
                 tensor.normal_(0, 0.2)
-    reference.generation_config.eos_token_id = EOS
+    if reference.can_generate():
+        reference.generation_config.eos_token_id = EOS
     return reference
 
 
@@ -179,9 +180,9 @@ def check_round_trip(model: type[PreTrainedModel], config: HfConfig) -> None:
     with pair(model, config, shard="20KB") as p:
         written = p.directory.parent / "ours"
         weights = p.ours.state_dict().items()
-        save_hf(str(written), p.config, weights, torch.float32, str(_tokenizer()), EOS, max_shard_bytes=20e3)
+        save_hf(str(written), p.config, weights, torch.float32, str(tiny_tokenizer()), EOS, max_shard_bytes=20e3)
         assert (written / INDEX).exists() and len(list(written.glob("*.safetensors"))) > 1
-        same_bytes(_tensors(p.directory), _tensors(written))
+        same_bytes(tensors_of(p.directory), tensors_of(written))
         again = AutoModelForCausalLM.from_pretrained(written, attn_implementation="eager")
         same_config(p, again)
         ids = random_ids(p.vocab_size, 2, 20)
@@ -190,7 +191,7 @@ def check_round_trip(model: type[PreTrainedModel], config: HfConfig) -> None:
         assert AutoTokenizer.from_pretrained(written)("a b").input_ids == [0, 1]
 
 
-def _tensors(directory: Path) -> dict[str, Tensor]:
+def tensors_of(directory: Path) -> dict[str, Tensor]:
     return {name: x for file in directory.glob("*.safetensors") for name, x in load_file(file).items()}
 
 
@@ -209,7 +210,7 @@ def same_config(p: Pair, again: PreTrainedModel) -> None:
 
 
 @cache
-def _tokenizer() -> Path:
+def tiny_tokenizer() -> Path:
     directory = Path(tempfile.mkdtemp(prefix="llmtrain-tokenizer-"))
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -72,6 +72,7 @@ def of_scalar(command: str, tp: int = 1, **model: object) -> list[str]:
             for command in ("pretrain", "sft", "grpo", "eval")
         ),
         ("export", {"tie_embeddings": True}, "model.tie_embeddings=true: not with model.head=scalar"),
+        ("export", {"family": "palm"}, "model.head=scalar: not with model.family=palm on disk"),
         ("plan", {"mtp_layers": 1}, "model.mtp_layers=1: not with model.head=scalar"),
         ("plan", {"lora": {}}, "model.lora: not with model.head=scalar"),
         ("plan", {"mup": {"base_hidden": 64}}, "model.mup: not with model.head=scalar"),

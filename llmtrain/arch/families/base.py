@@ -50,6 +50,7 @@ class Family:
     from_hf: Callable[[HfConfig], dict[str, Any]] | None = None  # ModelConfig fields; raises ValueError
     to_hf: Callable[[ModelConfig], HfConfig] | None = None  # the content of config.json
     modules: Mapping[str, str] = field(default_factory=dict)
+    classifier: str | None = None  # transformers' class with `score.weight`, for head: scalar; None = it has none
     disk: Callable[[Family, str, ModelConfig], Disk] | None = None  # None = `plain_disk`
     wrappers: tuple[str, ...] = ()  # model types whose `text_config` is a config of this family
     renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of tensor names in other or older files
@@ -61,6 +62,8 @@ class Family:
 
     def where(self, name: str, model: ModelConfig) -> Disk:
         """Returns where a canonical parameter lies in a Hugging Face directory."""
+        if name == "head.weight" and model.head == "scalar":
+            return Disk(("score.weight",))
         return (self.disk or plain_disk)(self, name, model)
 
 
@@ -163,6 +166,22 @@ def number(config: HfConfig, *names: str, default: int | None = None) -> int:
     return value
 
 
+def head_of(config: HfConfig, family: Family) -> str:
+    """Returns the `model.head` that a config.json asks for: scalar for the family's classifier with one label.
+
+    Raises ValueError for any other classifier."""
+    names = config.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return "lm"
+    if names != [family.classifier]:
+        known = f"only {family.classifier} is supported" if family.classifier else "none of this family is supported"
+        raise ValueError(f"architectures={names}: {known}; use a language model")
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)  # as transformers
+    if labels != 1:
+        raise ValueError(f"id2label: has {labels} labels, only 1 is supported (a score); use a model without it")
+    return "scalar"
+
+
 def common_fields(config: HfConfig, max_positions: int = 2048, norm_eps: float = 1e-6) -> dict[str, Any]:
     """Returns the fields that most families write under the same names; defaults are those of the family's config
     class."""
@@ -261,3 +280,8 @@ def rope_hf(model: ModelConfig) -> HfConfig:
     names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow")}.get(s.type, ())
     written |= {name: getattr(s, name) for name in names}
     return written | {name: getattr(s, name) for name in ("mscale", "mscale_all_dim") if getattr(s, name)}
+
+
+def classifier_hf(family: Family) -> HfConfig:
+    """Returns the keys of a config.json with which transformers builds the family's model with one score for a row."""
+    return {"architectures": [family.classifier], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

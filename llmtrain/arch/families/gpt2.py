@@ -130,6 +130,7 @@ FAMILY = Family(
     fields=FIELDS,
     presets=PRESETS,
     model_type="gpt2",
+    classifier="GPT2ForSequenceClassification",
     from_hf=from_hf,
     to_hf=to_hf,
     modules=MODULES,

@@ -70,6 +70,7 @@ FAMILY = Family(
     fields=FIELDS,
     presets=PRESETS,
     model_type="llama",
+    classifier="LlamaForSequenceClassification",
     from_hf=from_hf,
     to_hf=to_hf,
     modules=LLAMA_MODULES,

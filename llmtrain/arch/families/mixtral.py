@@ -56,6 +56,7 @@ FAMILY = Family(
         "mixtral-8x22b": _mixtral(56, 6144, 16384, 48, 65536),
     },
     model_type="mixtral",
+    classifier="MixtralForSequenceClassification",
     from_hf=from_hf,
     to_hf=to_hf,
     modules=MODULES,

@@ -70,6 +70,7 @@ FAMILY = Family(
         "qwen3-235b-a22b": _qwen3(94, 4096, 12288, 64, 1536),
     },
     model_type="qwen3_moe",
+    classifier="Qwen3MoeForSequenceClassification",
     from_hf=from_hf,
     to_hf=to_hf,
     modules=MODULES,
