@@ -71,7 +71,7 @@ def version() -> str:
 setup(
     name="llmtrain",
     version=version(),
-    description="From raw pages to a reasoning model, on one laptop or a thousand GPUs",
+    description="From raw text to a small reasoning model: one plain decoder, parallel by configuration",
     python_requires=">=3.11",
     packages=find_packages(include=["llmtrain", "llmtrain.*"]),
     install_requires=CORE,
