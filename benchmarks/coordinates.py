@@ -27,6 +27,7 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig, MupConfig, OptimConfig
 from llmtrain.engine.optim import build_optimizer, set_learning_rate
 from llmtrain.model.decoder import Decoder, initialize
+from llmtrain.parallel.placement import Placement
 
 VOCAB, ROWS, TOKENS = 256, 4, 32
 FLAT, GROWN = 0.25, 0.4  # exponents of the width: at most FLAT with muP, at least GROWN without (for logits, the worst)
@@ -44,8 +45,7 @@ def decoder_of(config: ModelConfig, seed: int) -> Decoder:
     model = Decoder(config)
     initialize(model, config, seed)
     for name, p in model.named_parameters():
-        p.canonical, p.global_shape, p.tp_dim = name, tuple(p.shape), None
-        p.lr_factor = lr_factor(name, p.shape, config)
+        p.placement = Placement(name, tuple(p.shape), lr_factor=lr_factor(name, p.shape, config))
     return model
 
 

@@ -16,7 +16,7 @@ from llmtrain.parallel.mesh import Mesh
 
 def owns(parameter: nn.Parameter, tp_rank: int) -> bool:
     """Whether this rank counts the parameter in sums over the pipeline and tensor axes: each piece exactly once."""
-    return (parameter.tp_dim is not None or tp_rank == 0) and not parameter.is_copy
+    return (parameter.placement.tp_dim is not None or tp_rank == 0) and not parameter.placement.is_copy
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def clip_gradients(
     """
     parameters = [p for p in parameters if p.grad is not None]
     counted = [p for p in parameters if owns(p, mesh.coords["tp"])]
-    kinds = [[local(p.grad) for p in counted if p.expert == expert] for expert in (False, True)]
+    kinds = [[local(p.grad) for p in counted if p.placement.expert == expert] for expert in (False, True)]
     own = torch.stack([get_total_norm(grads).to(mesh.device) for grads in kinds])
     totals = own.square()
     if experts_apart and mesh.ep > 1:

@@ -30,10 +30,10 @@ from llmtrain.model.decoder import Decoder
 from llmtrain.model.experts import Experts
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
+from llmtrain.parallel.placement import copy_placement
 from llmtrain.parallel.plan import (
     WeightSource,
     compile_blocks,
-    copy_marks,
     fill_buffers,
     parameters_of,
     slice_of,
@@ -66,7 +66,7 @@ def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
         module.set_force_sum_reduction_for_comms(True)  # else that factor becomes an operation that gloo lacks
     part.to_empty(device="cpu" if config.offload == "params" else mesh.device)
     for name, p in part.named_parameters():
-        copy_marks(plain[name], p)
+        copy_placement(plain[name], p)
 
 
 def fsdp_modules(part: nn.Module) -> Iterator[FSDPModule]:
@@ -83,7 +83,7 @@ def mark_copies(parts: Sequence[Decoder], mesh: Mesh) -> None:
     """Marks the head of a tied model as a copy where one rank has first and last stage: each stage shards for itself
     what they had in common."""
     if len(parts) > 1 and parts[0].config.tie_embeddings and mesh.has_embedding and mesh.has_head:
-        parts[-1].head.weight.is_copy = True
+        parts[-1].head.weight.placement.is_copy = True
 
 
 @torch.no_grad()
@@ -97,10 +97,10 @@ def fill_shards(parts: Sequence[Decoder], mesh: Mesh, source: WeightSource) -> N
 def shard_address(p: nn.Parameter, mesh: Mesh) -> Address:
     """Returns where this rank's shard lies. FSDP2 gives every rank as many rows as the first one, until there are none
     left."""
-    group, rows = mesh.groups["expert_shard" if p.expert else "shard"], p.size(0)
+    group, rows = mesh.groups["expert_shard" if p.placement.expert else "shard"], p.size(0)
     first = min(rows, dist.get_rank(group) * -(-rows // dist.get_world_size(group)))
     start, numel = first * (p.numel() // rows), p.to_local().numel()
-    return Address(p.canonical, p.global_shape, p.tp_dim, *p.cut, start, numel)
+    return p.placement.address(start, numel)
 
 
 def reshard(parts: Sequence[Decoder]) -> None:
@@ -199,9 +199,9 @@ class FsdpEngine(Movable):
         """See Engine."""
         self.require_here()
         for p in self.parameters:
-            yield "dp_replicate", p.canonical, _flat(p)
-            if p.tp_dim is None:
-                yield "tp", p.canonical, _flat(p)
+            yield "dp_replicate", p.placement.name, _flat(p)
+            if p.placement.tp_dim is None:
+                yield "tp", p.placement.name, _flat(p)
 
     def extra_state(self) -> dict[str, float]:
         """See Engine."""

@@ -80,7 +80,7 @@ class Muon(Optimizer):
         """Matrices cut alike, as many as keep every rank busy without holding more than a few of them whole."""
         alike = defaultdict(list)
         for p in parameters:
-            alike[p.global_shape, p.tp_dim].append(p)
+            alike[p.placement.global_shape, p.placement.tp_dim].append(p)
         for (shape, _), members in alike.items():
             ranks = math.prod(dist.get_world_size(group) for group, _ in _axes(members[0], self.mesh))
             size = ranks * max(1, STACK_NUMEL // math.prod(shape))
@@ -141,12 +141,12 @@ def _axes(p: nn.Parameter, mesh: Mesh | None) -> list[Axis]:
         data = [(group, placement.dim if placement.is_shard() else None) for group, placement in placed]
     else:
         data = [(mesh.groups["grad"], None)]
-    return [axis for axis in (*data, (mesh.groups["tp"], p.tp_dim)) if dist.get_world_size(axis[0]) > 1]
+    return [axis for axis in (*data, (mesh.groups["tp"], p.placement.tp_dim)) if dist.get_world_size(axis[0]) > 1]
 
 
 def _scale(p: nn.Parameter) -> float:
     """Gives an update the RMS that AdamW's usually has, see `Muon`."""
-    return 0.2 * math.sqrt(max(p.global_shape))
+    return 0.2 * math.sqrt(max(p.placement.global_shape))
 
 
 def _padded(piece: Tensor, p: nn.Parameter) -> Tensor:

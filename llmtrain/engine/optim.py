@@ -41,15 +41,15 @@ def build_optimizer(
     blocks and AdamW for the rest. Weight decay on matrices, embeddings among them, not on norms and biases.
 
     Call it when the parameters have the form in which they are updated, plain tensors or FSDP2's DTensors, and the
-    attributes of `parallel.plan.mark`. A mesh of None: one process. Engines call `set_learning_rate` on its
-    `param_groups` before a step. `experts`: a name that DeepSpeed finds in groups of parameters that not all
+    `placement` that `parallel.placement.place` sets. A mesh of None: one process. Engines call `set_learning_rate` on
+    its `param_groups` before a step. `experts`: a name that DeepSpeed finds in groups of parameters that not all
     data-parallel ranks have.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]  # whose shape says nothing: ZeRO-3 empties them
     for p in parameters:
-        p.muon = config.name == "muon" and len(p.global_shape) == 2 and in_block(p.canonical)
-    matrices = [p for p in parameters if len(p.global_shape) > 1 and not p.muon]
-    vectors = [p for p in parameters if len(p.global_shape) <= 1]
+        p.muon = config.name == "muon" and len(p.placement.global_shape) == 2 and in_block(p.placement.name)
+    matrices = [p for p in parameters if len(p.placement.global_shape) > 1 and not p.muon]
+    vectors = [p for p in parameters if len(p.placement.global_shape) <= 1]
     groups = [
         group
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
@@ -65,7 +65,7 @@ def _by_factor(parameters: list[nn.Parameter], decay: float) -> list[dict]:
     divided by the factor."""
     alike: dict[float, list[nn.Parameter]] = {}
     for p in parameters:
-        alike.setdefault(getattr(p, "lr_factor", 1.0), []).append(p)
+        alike.setdefault(p.placement.lr_factor, []).append(p)
     return [
         {"params": params, "weight_decay": decay / factor} | ({} if factor == 1.0 else {"lr_factor": factor})
         for factor, params in alike.items()
@@ -80,10 +80,10 @@ def set_learning_rate(groups: Iterable[dict], lr: float) -> None:
 
 def _experts_apart(group: dict, name: str | None) -> list[dict]:
     """The group as it is, or in two: with and without parameters that lie on some data-parallel ranks only."""
-    apart = [p for p in group["params"] if name and getattr(p, "expert", False)]
+    apart = [p for p in group["params"] if name and p.placement.expert]
     if not apart:
         return [group]
-    rest = [p for p in group["params"] if not p.expert]
+    rest = [p for p in group["params"] if not p.placement.expert]
     return [{**group, "params": rest}] * bool(rest) + [{**group, "params": apart, "moe": True, "name": name}]
 
 

@@ -72,7 +72,7 @@ def full_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """(canonical name, whole tensor) on every rank, adapters merged; `gather` joins a parameter over the data-parallel
     ranks."""
-    mine = {p.canonical: p for p in parameters_of(parts) if not p.is_copy}
+    mine = {p.placement.name: p for p in parameters_of(parts) if not p.placement.is_copy}
     held, model = buffers_of(parts), parts[0].config
 
     def whole(name: str) -> Tensor:
@@ -90,9 +90,9 @@ def full_weights(
 
 
 def _join_shards(piece: Tensor, p: nn.Parameter, mesh: Mesh) -> Tensor:
-    if mesh.tp_group is not None and p.tp_dim is not None:
-        piece = all_gather(piece, p.tp_dim, mesh.tp_group)
-    return all_gather(piece, 0, mesh.groups["ep"]) if p.expert else piece
+    if mesh.tp_group is not None and p.placement.tp_dim is not None:
+        piece = all_gather(piece, p.placement.tp_dim, mesh.tp_group)
+    return all_gather(piece, 0, mesh.groups["ep"]) if p.placement.expert else piece
 
 
 def admitted(scaler: LossScaler, tally: Tally, broken: list[int], admit: Admit) -> bool:

@@ -239,9 +239,9 @@ class ZeroEngine(Movable):
         for p in parameters_of(self.parts):
             held = p.ds_tensor if self.config.zero_stage == 3 else p.detach()
             if self.config.zero_stage < 3:
-                yield "expert_grad" if p.expert else "grad", p.canonical, held
-            if p.tp_dim is None:
-                yield "tp", p.canonical, held
+                yield "expert_grad" if p.placement.expert else "grad", p.placement.name, held
+            if p.placement.tp_dim is None:
+                yield "tp", p.placement.name, held
 
     def held(self) -> Iterator[Tensor]:
         """See Movable."""
@@ -267,7 +267,7 @@ class ZeroEngine(Movable):
         originals, dtype = {}, compute_dtype(self.config.precision)
         for p in materialize_each(self.parts, self.mesh, source):
             p.tensor_model_parallel = owns(p, self.mesh.coords["tp"])  # who counts it in the norm, see Mpu
-            if p.expert:  # reduced over the ranks that have it; the second pair is read at stage 3
+            if p.placement.expert:  # reduced over the ranks that have it; the second pair is read at stage 3
                 p.allreduce, p.group_name = False, EXPERTS
                 p.ds_zero_placement_family, p.ds_zero_partition_group_name = "autoep_expert", EXPERTS
             original = p.detach()
@@ -284,7 +284,7 @@ class ZeroEngine(Movable):
         """As `deepspeed.initialize` does with all parameters at once."""
         deepspeed.zero.Init(
             module=nn.ParameterList([p]),
-            data_parallel_group=self.mesh.groups["expert_grad" if p.expert else "grad"],
+            data_parallel_group=self.mesh.groups["expert_grad" if p.placement.expert else "grad"],
             config_dict_or_path=deepspeed_config(self.config, self.optim.grad_clip),
             mpu=Mpu(self.mesh),
         )

@@ -126,7 +126,7 @@ def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
     _make_state(engine, 0)
     _link(engine)
     for p, address in _pieces(engine, mesh):
-        copies = mesh.groups["expert_grad" if p.expert else "grad"]
+        copies = mesh.groups["expert_grad" if p.placement.expert else "grad"]
         if owns(p, mesh.coords["tp"]) and (engine.zero_optimization_stage() or dist.get_rank(copies) == 0):
             yield Fragment(address, {key: _read(engine, p, address, key) for key in ("weight", *state_keys(p))})
 
@@ -209,7 +209,7 @@ def _pieces(engine: object, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Address]
     for p in trained_of([engine.module]):
         start, numel = _range(p)
         if numel > 0:
-            yield p, Address(p.canonical, p.global_shape, p.tp_dim, *p.cut, start, numel)
+            yield p, p.placement.address(start, numel)
 
 
 def _range(p: nn.Parameter) -> tuple[int, int]:

@@ -12,6 +12,7 @@ without the counts. Evenly loaded, n = N k (ep - 1) / (ep tp) (N tokens, e bytes
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -99,7 +100,7 @@ def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
             module.router.group = mesh.tp_group
         for p in module.experts.parameters():
             index, count = module.pieces.cut
-            p.tp_dim, p.cut, p.expert = 0, (index, count), mesh.ep > 1
+            p.placement = replace(p.placement, tp_dim=0, cut=(index, count), expert=mesh.ep > 1)
             p.data = p.data.chunk(count, 0)[index].contiguous()
 
 

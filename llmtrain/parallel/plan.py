@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from llmtrain.arch.mup import lr_factor
 from llmtrain.arch.pipeline import plan_stages
 from llmtrain.arch.resolve import chunk_tokens
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
@@ -20,6 +19,7 @@ from llmtrain.parallel.float8 import float8_blocks
 from llmtrain.parallel.logprob import ScoringHead
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import keep_stage
+from llmtrain.parallel.placement import copy_placement, place
 from llmtrain.parallel.remat import compile_block, remat_blocks
 from llmtrain.parallel.tensor import shard, tensor_parallel
 
@@ -44,6 +44,7 @@ def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engin
         with torch.device("meta"):
             part = Decoder(config)
         keep_stage(part, plan, stage)
+        place(part, shapes)
         tensor_parallel(part, mesh.tp_group, parallel.sequence_parallel)
         expert_parallel(part, mesh, parallel.sequence_parallel)
         if mesh.sizes["cp"] > 1:
@@ -55,26 +56,10 @@ def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engin
         scoring_head(part, mesh, engine)
         if engine.remat != "none":
             remat_blocks(part, engine.remat)
-        mark(part, shapes)
         parts.append(part.train())
     if config.tie_embeddings and mesh.has_embedding and mesh.has_head:
         parts[-1].head.weight = parts[0].embed.weight
     return parts
-
-
-def mark(part: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Tell every parameter, beside its `tp_dim`, its `global_shape`, `canonical` (its name in a whole model),
-    `is_copy` (the second copy of a tied embedding, on the last stage) and `lr_factor` (muP's)."""
-    for name, p in part.named_parameters():
-        p.canonical = name if name in shapes else "embed.weight"
-        p.global_shape, p.is_copy = shapes[p.canonical], p.canonical != name
-        p.lr_factor = lr_factor(p.canonical, p.global_shape, part.config)
-
-
-def copy_marks(source: nn.Parameter, target: nn.Parameter) -> None:
-    """What `mark` told, to the parameter that takes its place."""
-    for name in ("tp_dim", "cut", "expert", "global_shape", "canonical", "is_copy", "lr_factor"):
-        setattr(target, name, getattr(source, name))
 
 
 def scoring_head(model: nn.Module, mesh: Mesh, engine: EngineConfig) -> None:
@@ -104,7 +89,7 @@ def materialize_each(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSourc
         empty = torch.empty_like(meta, dtype=torch.float32, device=mesh.device)
         parameter = nn.Parameter(empty, requires_grad=meta.requires_grad)
         parameter.data.copy_(slice_of(meta, source))
-        copy_marks(meta, parameter)
+        copy_placement(meta, parameter)
         for module, leaf in places.pop(meta):
             setattr(module, leaf, parameter)
         yield parameter
@@ -127,7 +112,7 @@ def fill_buffers(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -
 def slice_of(parameter: nn.Parameter, source: WeightSource) -> Tensor:
     """Of its global tensor what the rank holds under tensor or expert parallelism; perhaps a view, do not write into
     it."""
-    return shard(source(parameter.canonical), parameter.tp_dim, *parameter.cut)
+    return shard(source(parameter.placement.name), parameter.placement.tp_dim, *parameter.placement.cut)
 
 
 def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:

@@ -177,16 +177,15 @@ whole and their output is the rank's own part."""
 def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool) -> None:
     """Shards every parameter along its `tp_dim` and gives the planned modules their parallel forward, in place.
 
-    Each parameter gets three attributes: `tp_dim`; `cut`, (number of this rank's piece, number of pieces); and
-    `expert`. Experts are left to `parallel.expert`. Meant for parameters on the meta device: `parallel.plan` fills what
-    is left.
+    What is divided stands in `Parameter.placement`. Experts are left to `parallel.expert`. Meant for parameters on the
+    meta device: `parallel.plan` fills what is left.
     """
     rank, size = (0, 1) if group is None else (torch.distributed.get_rank(group), group.size())
     for name, parameter in model.named_parameters():
         whole = group is None or kind_of(name.rpartition(".")[0]) == "expert"
-        parameter.tp_dim = None if whole else tp_dim(name, model.config, size)
-        parameter.cut, parameter.expert = (rank, size), False
-        parameter.data = shard(parameter.data, parameter.tp_dim, *parameter.cut)
+        parameter.placement.tp_dim = None if whole else tp_dim(name, model.config, size)
+        parameter.placement.cut = (rank, size)
+        parameter.data = shard(parameter.data, parameter.placement.tp_dim, rank, size)
     if group is None:
         return
     for name, module in list(model.named_modules()):
@@ -196,7 +195,7 @@ def tensor_parallel(model: nn.Module, group: ProcessGroup | None, sequence: bool
             module.group, module.sequence, module.rank = group, sequence, rank
         if isinstance(module, Adapter):
             module.__class__, module.group = SharedAdapter, group
-            module.whole = module.a.tp_dim is None, module.b.tp_dim is None
+            module.whole = module.a.placement.tp_dim is None, module.b.placement.tp_dim is None
         if isinstance(module, Attention) and model.config.num_kv_heads % size:
             share_kv_heads(module, model.config, group, rank)
 

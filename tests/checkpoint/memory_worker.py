@@ -30,7 +30,7 @@ from llmtrain.engine.clip import owns
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown, trainer_mesh
 from llmtrain.parallel.plan import materialize, parallelize
-from llmtrain.types import Address, Fragment
+from llmtrain.types import Fragment
 from tests.json_output import print_json
 
 
@@ -43,7 +43,7 @@ class Weights:
     def fragments(self) -> Iterator[Fragment]:
         for p in self.model.parameters():
             if owns(p, self.rank):
-                address = Address(p.canonical, p.global_shape, p.tp_dim, self.rank, 2, 0, p.numel())
+                address = p.placement.address(0, p.numel())
                 yield Fragment(address, {"weight": p.detach().flatten()})
 
 

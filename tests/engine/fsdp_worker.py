@@ -48,7 +48,7 @@ def step(engine: Engine, number: int) -> StepStats:
 
 def weights(engine: Engine) -> dict[str, Tensor]:
     """This rank's pieces, with the optimizer's state."""
-    return {f"{p.canonical} {key}": t for p in engine.parameters for key, t in held(engine, p)}
+    return {f"{p.placement.name} {key}": t for p in engine.parameters for key, t in held(engine, p)}
 
 
 def held(engine: Engine, p: torch.nn.Parameter) -> Iterator[tuple[str, Tensor]]:

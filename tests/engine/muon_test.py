@@ -18,6 +18,7 @@ from llmtrain.engine.zero import ZeroEngine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown
+from llmtrain.parallel.placement import Placement
 from llmtrain.parallel.plan import parallelize
 from llmtrain.types import Batch
 
@@ -29,7 +30,7 @@ def matrices() -> torch.nn.ParameterDict:
     model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()})
     model["norm"] = torch.nn.Parameter(torch.ones(24))
     for name, p in model.items():
-        p.canonical, p.tp_dim, p.global_shape = f"layers.0.{name}", None, tuple(p.shape)
+        p.placement = Placement(f"layers.0.{name}", tuple(p.shape))
     return model
 
 

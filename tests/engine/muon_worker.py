@@ -18,6 +18,7 @@ from llmtrain.config.schema import OptimConfig, ParallelConfig
 from llmtrain.engine.optim import build_optimizer, state_keys
 from llmtrain.parallel.collectives import all_gather
 from llmtrain.parallel.mesh import AXES, Mesh, init_mesh, trainer_mesh
+from llmtrain.parallel.placement import Placement
 from llmtrain.parallel.tensor import shard
 from tests.json_output import print_json
 
@@ -59,7 +60,11 @@ def placed(full: Tensor, name: str, mesh: Mesh, data: DeviceMesh | None) -> Tens
 
 def whole(p: nn.Parameter, mesh: Mesh) -> Tensor:
     local = p.full_tensor() if isinstance(p, DTensor) else p
-    return local if p.tp_dim is None or mesh.tp_group is None else all_gather(local, p.tp_dim, mesh.tp_group)
+    return (
+        local
+        if p.placement.tp_dim is None or mesh.tp_group is None
+        else all_gather(local, p.placement.tp_dim, mesh.tp_group)
+    )
 
 
 def train(mesh: Mesh | None, data: DeviceMesh | None, one: Mesh) -> nn.ParameterDict:
@@ -68,12 +73,12 @@ def train(mesh: Mesh | None, data: DeviceMesh | None, one: Mesh) -> nn.Parameter
     model = nn.ParameterDict()
     for name, (shape, tp_dim) in MATRICES.items():
         p = nn.Parameter(placed(value(name, 0), name, at, data))
-        p.canonical, p.tp_dim, p.global_shape = name, tp_dim, shape
+        p.placement = Placement(name, shape, tp_dim)
         model[name.replace(".", "/")] = p
     optimizer = build_optimizer(model, CONFIG, mesh)
     for step in range(1, 5):
         for p in model.values():
-            p.grad = placed(value(p.canonical, step), p.canonical, at, data)
+            p.grad = placed(value(p.placement.name, step), p.placement.name, at, data)
         optimizer.step()
     for p in model.values():
         assert all(optimizer.state[p][key].shape == p.shape for key in state_keys(p))
@@ -90,11 +95,11 @@ def run(axes: dict[str, int], form: str, one: Mesh) -> float:
         cube = torch.arange(mesh.size).view(sizes["dp_replicate"], sizes["dp_shard"] * sizes["cp"], sizes["tp"])
         cubes = [DeviceMesh("cpu", cube[..., tp], mesh_dim_names=("replicate", "shard")) for tp in range(sizes["tp"])]
         data = cubes[mesh.coords["tp"]]
-    found = {p.canonical: whole(p, mesh) for p in train(mesh, data, one).values()}
+    found = {p.placement.name: whole(p, mesh) for p in train(mesh, data, one).values()}
     error = 0.0
     for p in train(None, None, one).values():
-        moved = (p - value(p.canonical, 0)).norm()
-        error = max(error, float((found[p.canonical] - p).norm() / moved))
+        moved = (p - value(p.placement.name, 0)).norm()
+        error = max(error, float((found[p.placement.name] - p).norm() / moved))
     return error
 
 

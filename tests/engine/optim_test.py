@@ -11,6 +11,7 @@ from llmtrain.config.schema import ModelConfig, OptimConfig
 from llmtrain.engine.muon import Muon
 from llmtrain.engine.optim import build_optimizer, initial_state, learning_rate, state_keys
 from llmtrain.model.decoder import Decoder
+from llmtrain.parallel.placement import Placement
 
 
 def rates(total_steps: int, **settings: object) -> list[float]:
@@ -63,7 +64,7 @@ def test_the_last_update_has_exactly_min_lr(schedule: str, total_steps: int, war
 
 
 def decoder(tied: bool = True) -> Decoder:
-    """With the attributes that `parallel.plan.mark` sets."""
+    """With the placements that `parallel.placement.place` sets."""
     model = Decoder(
         ModelConfig(
             num_layers=1, hidden_size=8, ffn_size=16, vocab_size=32, num_heads=2, num_kv_heads=1, tie_embeddings=tied
@@ -71,7 +72,7 @@ def decoder(tied: bool = True) -> Decoder:
     )
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p)
-        p.canonical, p.tp_dim, p.global_shape = name, None, tuple(p.shape)
+        p.placement = Placement(name, tuple(p.shape))
     return model
 
 
@@ -84,7 +85,7 @@ def decays(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, float]
 def test_weight_decay_on_matrices_and_embeddings_only(name: str) -> None:
     model = decoder(tied=False)
     model.norm.bias = torch.nn.Parameter(torch.zeros(8))
-    model.norm.bias.canonical, model.norm.bias.global_shape = "norm.bias", (8,)
+    model.norm.bias.placement = Placement("norm.bias", (8,))
     found = decays(model, build_optimizer(model, OptimConfig(name=name, weight_decay=0.3)))
     assert len(found) == 13
     for parameter, decay in found.items():
@@ -95,16 +96,16 @@ def test_muon_takes_the_matrices_of_blocks() -> None:
     model = decoder()
     optimizer = build_optimizer(model, OptimConfig(name="muon"))
     assert isinstance(optimizer, Muon)
-    muon = {p.canonical for p in optimizer.param_groups[0]["params"]}
+    muon = {p.placement.name for p in optimizer.param_groups[0]["params"]}
     blocks = [*(f"attention.{x}" for x in "qkvo"), *(f"feedforward.{x}" for x in ("gate", "up", "down"))]
     assert muon == {f"layers.0.{block}.weight" for block in blocks}
     for p in model.parameters():
-        keys = ("momentum",) if p.canonical in muon else ("exp_avg", "exp_avg_sq")
+        keys = ("momentum",) if p.placement.name in muon else ("exp_avg", "exp_avg_sq")
         assert state_keys(p) == keys
         state = initial_state(p, 7)
         assert tuple(key for key in state if key != "step") == keys
         assert all(v.shape == p.shape and not v.any() for k, v in state.items() if k != "step")
-        assert ("step" in state) == (p.canonical not in muon)
+        assert ("step" in state) == (p.placement.name not in muon)
     assert float(initial_state(torch.zeros(3), 7)["step"]) == 7  # a flat piece
 
 

@@ -16,6 +16,7 @@ from llmtrain.config.schema import Config, ModelConfig, MoeConfig, MupConfig, Op
 from llmtrain.engine.optim import build_optimizer, set_learning_rate
 from llmtrain.model.decoder import Decoder, init_std, init_tensor, initialize, parameter_shapes
 from llmtrain.model.hf_write import save_hf
+from llmtrain.parallel.placement import Placement
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rules.check import violations
 from llmtrain.types import Prompt, Sampling
@@ -71,11 +72,10 @@ def test_groups_of_the_optimizer() -> None:
     config = model_of(8)
     model = Decoder(config)
     for name, p in model.named_parameters():
-        p.canonical, p.global_shape, p.tp_dim = name, tuple(p.shape), None
-        p.lr_factor = lr_factor(name, p.shape, config)
+        p.placement = Placement(name, tuple(p.shape), lr_factor=lr_factor(name, p.shape, config))
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1))
     set_learning_rate(optimizer.param_groups, 0.4)
-    found = {p.canonical: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found = {p.placement.name: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert found["embed.weight"] == (0.4, 0.1) and found["norm.weight"] == (0.4, 0.0)
     assert found["layers.1.feedforward.up.weight"] == pytest.approx((0.1, 0.4))  # their product stays
     assert len(optimizer.param_groups) == 3

@@ -31,6 +31,7 @@ from llmtrain.model.decoder import Decoder, init_tensor, parameter_shapes
 from llmtrain.model.lora import merged
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.pipeline import inputs_of
+from llmtrain.parallel.placement import Placement
 from llmtrain.parallel.plan import parameters_of, slice_of, trained_of
 from llmtrain.parallel.tensor import shard
 from llmtrain.types import IGNORE, Batch, Scores
@@ -131,7 +132,7 @@ def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
     if optim.name == "muon":
         for name, p in model.named_parameters():
-            p.canonical, p.global_shape, p.tp_dim = name, tuple(p.shape), None
+            p.placement = Placement(name, tuple(p.shape))
         return build_optimizer(model, optim, None)
     mup = model.config.mup
     m = 1 if mup is None else model.config.hidden_size / mup.base_hidden
@@ -194,11 +195,11 @@ def grads_seen(engine: Engine, expected: dict[str, torch.Tensor], norm: float, s
     """Compare this rank's reduced gradients, parameter by parameter, before the update."""
     for p in trained_of(engine.parts):
         grad = gradient(engine, p)
-        want = shard(expected[p.canonical], p.tp_dim, *p.cut)
+        want = shard(expected[p.placement.name], p.placement.tp_dim, *p.placement.cut)
         nothing = ROUNDING * norm * scale
         error = relative(grad, want * scale, nothing) if grad is not None else float("inf")
         if error > errors["grad"]:
-            errors["grad"], errors["worst"] = error, p.canonical
+            errors["grad"], errors["worst"] = error, p.placement.name
 
 
 def watch_updates(engine: Engine, look: Callable[[], None]) -> None:
@@ -317,7 +318,7 @@ def check_frozen(engine: Engine, config: ModelConfig) -> None:
         if not p.requires_grad:
             start = slice_of(p, lambda name: initial(name, shapes[name], config))
             held = engine._gather(p)
-            assert torch.equal(held.cpu(), start.to(held.dtype)), p.canonical
+            assert torch.equal(held.cpu(), start.to(held.dtype)), p.placement.name
 
 
 def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:

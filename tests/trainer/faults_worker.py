@@ -41,7 +41,7 @@ def happen(accident: dict, *args: object) -> None:
 
 
 def flip(engine: ZeroEngine) -> None:
-    p = next(p for p in parameters_of(engine.parts) if p.canonical == "layers.1.attention_norm.weight")
+    p = next(p for p in parameters_of(engine.parts) if p.placement.name == "layers.1.attention_norm.weight")
     p.data.view(torch.int32)[3] ^= 1
 
 

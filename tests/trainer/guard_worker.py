@@ -84,7 +84,7 @@ def leave_out(layout: dict, mesh: Mesh, directory: str) -> dict:
 def flip(engine: Engine, mesh: Mesh) -> list[str]:
     """What the replica check says with whole weights, and with the lowest bit of one number changed on rank 1."""
     said = []
-    p = next(p for p in parameters_of(engine.parts) if p.canonical == "layers.1.attention_norm.weight")
+    p = next(p for p in parameters_of(engine.parts) if p.placement.name == "layers.1.attention_norm.weight")
     held = getattr(p, "ds_tensor", p.data)
     held = held.to_local() if hasattr(held, "to_local") else held
     for bit in (0, 1 if mesh.rank == 1 else 0):
