@@ -72,8 +72,8 @@ def initial(name: str, shape: tuple[int, ...], config: ModelConfig) -> torch.Ten
 def optim_config(layout: dict) -> OptimConfig:
     clip = layout.get("grad_clip", 0.5)
     name = layout.get("optimizer", "adamw")
-    lr = layout.get("lr", 2e-3)
-    return OptimConfig(name=name, lr=lr, min_lr=lr / 2, eps=1e-6, warmup_steps=2, weight_decay=0.1, grad_clip=clip)
+    lr, eps = layout.get("lr", 2e-3), layout.get("eps", 1e-6)
+    return OptimConfig(name=name, lr=lr, min_lr=lr / 2, eps=eps, warmup_steps=2, weight_decay=0.1, grad_clip=clip)
 
 
 def global_rows(step: int, rows: int) -> Batch:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.data.packing import TextRows
 from llmtrain.recipes import grpo
 from llmtrain.trainer import rollouts
 from llmtrain.trainer.batches import split_groups
@@ -147,13 +148,14 @@ def test_what_a_step_reports(start: Callable[..., Run]) -> None:
 
 def test_replay_is_mixed_in_by_its_weight(start: Callable[..., Run]) -> None:
     """log-probs of the text are -3: its mean loss is 3, weighted by 0.5 and on top of the policy's, which is 0."""
-    run = start("data.replay_seqs=4", "data.replay_weight=0.5", "train.steps=1")
+    run = start("data.replay_seqs=4", "data.replay_weight=0.5")
+    rows = TextRows(run.job.config.data.path, "train", 64, 1, True)  # the document's seed
     policy = shifted(0.0)
-    text = lambda batch: policy(batch) if "old_logprobs" in batch.extra else shifted(-3.0)(batch)  # noqa: E731
-    run.engine.scores = text
+    run.engine.scores = lambda b: policy(b) if "old_logprobs" in b.extra else shifted(-3.0)(b)
     run.go()
-    for batches, denominator, stats in run.engine.updates:
-        assert sum(batch.input_ids.size(0) for batch in batches if "old_logprobs" not in batch.extra) == 4
+    for turn, (batches, denominator, stats) in enumerate(run.engine.updates):
+        text = [row for b in batches if "old_logprobs" not in b.extra for row in b.input_ids.tolist()]
+        assert text == rows.batch(range(4 * turn, 4 * turn + 4)).input_ids.tolist()  # the next rows at each update
         assert {batch.input_ids.size(1) for batch in batches} == {64}  # train.seq_len: all of one width
         advantages = sum(float(batch.extra["advantages"].sum()) for batch in batches if "advantages" in batch.extra)
         assert stats.loss == pytest.approx(-advantages / denominator + 0.5 * 3, rel=1e-5)
