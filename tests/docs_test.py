@@ -74,6 +74,14 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_the_example_of_a_recipe_is_the_one_that_is_tested() -> None:
+    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+    assert [name for name, _ in blocks] == ["tests/recipes/toy_recipe.py", "tests/recipes/toy_loop.py"]
+    for name, code in blocks:
+        tested = (ROOT / name).read_text().splitlines()
+        assert [line for line in code.splitlines() if line not in tested] == []
+
+
 def test_examples_of_tests_run(forked: Callable, tmp_path: Path) -> None:
     """Writes each block of tests/README.md to the file that its first line names, and calls the tests in them."""
     blocks = re.findall(r"```python\n# tests/(\S+)\n(.*?)```", (ROOT / "tests" / "README.md").read_text(), re.S)
