@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.arch.resolve import resolve_model
+from llmtrain.checkpoint.roles import MAIN
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import ParallelConfig
@@ -33,7 +34,7 @@ def stub_job(small: Path, small_data: Path, tmp_path: Path, one_rank: Mesh) -> C
         (tmp_path / "run").mkdir(exist_ok=True)
         tokenizer = load_tokenizer(str(small_data / "tokenizer"))
         job = Job(config, RECIPES[recipe], resolve_model(config.model), one_rank, tokenizer, watch=None)
-        job.engine = StubEngine(shifted(0.0))
+        job.engines[MAIN] = StubEngine(shifted(0.0))
         return job
 
     return make
