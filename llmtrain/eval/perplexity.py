@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from llmtrain.losses.token import text_measures
 from llmtrain.types import Batch
 
 
@@ -31,9 +31,4 @@ def perplexity(
         tokens += int(b.loss_mask.sum())
     if tokens == 0:
         raise ValueError("no token to predict: perplexity needs held-out text; raise data.sources[].held_out")
-    loss = nats / tokens
-    return {
-        "loss": loss,
-        "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-    }
+    return text_measures(nats / tokens, bytes_per_token)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from llmtrain.losses.reduce import masked_sum
@@ -16,3 +19,13 @@ def token_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
     """
     assert scores.logprobs is not None
     return -masked_sum(scores.logprobs, batch.loss_mask), {}
+
+
+def text_measures(loss: float, bytes_per_token: float) -> dict[str, float]:
+    """Returns what a mean loss (nats a token) says of a text: `loss`, `perplexity` = exp(loss), and `bits_per_byte` =
+    loss / (ln 2 * bytes_per_token), which does not depend on the tokenizer."""
+    return {
+        "loss": loss,
+        "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,7 @@ from llmtrain.data.packing import TextRows
 from llmtrain.data.shards import check_tokenizer
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.base import Engine
+from llmtrain.losses.token import text_measures
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.trainer.job import Job, data_dir
 from llmtrain.types import IGNORE, Batch, Group
@@ -72,11 +72,7 @@ def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int
     total = torch.tensor([float(total)], device=mesh.device)
     dist.all_reduce(total, group=mesh.groups["dp"])
     loss = -float(total) / float(count_trained(batches, mesh))
-    return {
-        "loss": loss,
-        "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
-        "bits_per_byte": loss / math.log(2) / rows.bytes_per_token,
-    }
+    return text_measures(loss, rows.bytes_per_token)
 
 
 def _held_out(rows: TextRows, samples: range, num_rows: int) -> Batch:
