@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from llmtrain.config.ramp import ramp_faults
+from llmtrain.config.recipes import names_of
 from llmtrain.config.schema import TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
 from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, samples, trains, tunes
@@ -69,7 +70,8 @@ def _ramps(case: Case) -> Iterator[str]:
     train = case.config.train
     for name in ("batch_ramp", "seq_ramp"):
         if tunes(case) and getattr(train, name):
-            yield f"train.{name}: must be empty, only pretrain has ramps; remove it from {case.command}"
+            have = names_of(lambda recipe: recipe.packs_text)
+            yield f"train.{name}: must be empty, only {have} has ramps; remove it from {case.command}"
     yield from ramp_faults(train)
 
 

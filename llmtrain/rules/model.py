@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from llmtrain.arch.families import family_of
 from llmtrain.arch.parameters import layer_type
 from llmtrain.arch.resolve import fields_from_directory
+from llmtrain.config.recipes import names_of
 from llmtrain.config.schema import ModelConfig
 from llmtrain.rules.case import Case, Rules, command, either, plans, samples, trains, tunes
 
@@ -110,7 +111,8 @@ def _further_tokens(case: Case) -> Iterator[str]:
         return
     refused, without = f"model.mtp_layers={m.mtp_layers}: not with ", "; set model.mtp_layers=0, or "
     if tunes(case):
-        yield f"{refused}{case.command}, only pretrain trains them; set model.mtp_layers=0, which leaves them out"
+        trained_by = names_of(lambda recipe: recipe.packs_text)
+        yield f"{refused}{case.command}, only {trained_by} trains them; set model.mtp_layers=0, which leaves them out"
     if p.pp > 1:
         yield f"{refused}parallel.pp={p.pp}, its modules need embedding and head on one stage{without}parallel.pp=1"
     if p.cp > 1:
@@ -164,9 +166,10 @@ def _growth(case: Case) -> Iterator[str]:
     rows = fields_from_directory(m.init_from, case.earlier)["vocab_size"]
     if m.vocab_size > rows and (not trains(case) or samples(case) or m.lora is not None):
         which = "with model.lora" if m.lora is not None else f"in {case.command}"
+        trained_by = names_of(lambda recipe: not recipe.samples)
         yield (
             f"model.vocab_size={m.vocab_size}: must be the {rows} of {m.init_from} {which}, new rows are trained by "
-            "pretrain or sft with all weights; remove it (and vocab_multiple), or do that first"
+            f"{trained_by} with all weights; remove it (and vocab_multiple), or do that first"
         )
 
 

@@ -32,7 +32,8 @@ def main(config: Config) -> None:
     build_engine(job, settings.steps)
 
     def step(number: int) -> tuple[dict[str, float], int]:
-        samples = rank_samples(number, settings.global_batch_seqs, settings.micro_batch_seqs, job.mesh)
+        turn = number + job.guard.skipped_steps(number)  # further after a rewind
+        samples = rank_samples(turn, settings.global_batch_seqs, settings.micro_batch_seqs, job.mesh)
         batches = [rows.batch(s) for s in samples]
         trained = count_trained(batches, job.mesh)
         stats = job.engine.train_step(batches, lambda s, b: focal_loss(s, b, config.focal.gamma), trained)

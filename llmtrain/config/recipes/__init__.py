@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ __all__ = [
     "StepSize",
     "config_class",
     "fixed_rows",
+    "names_of",
     "recipe_of",
     "register",
     "run_config_class",
@@ -46,6 +48,11 @@ def register(recipe: Recipe) -> None:
 def recipe_of(command: str) -> Recipe | None:
     """Returns the recipe behind a command, None if it is not one that trains."""
     return RECIPES.get(command)
+
+
+def names_of(holds: Callable[[Recipe], bool]) -> str:
+    """Returns the names of the recipes for which a condition holds, for a message."""
+    return " or ".join(name for name, recipe in RECIPES.items() if holds(recipe))
 
 
 def stage_commands() -> tuple[str, ...]:
