@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -61,17 +62,20 @@ def bytes_of(model: Scorer) -> int:
 
 
 def equal(one: list[Scores], two: list[Scores]) -> bool:
-    return all(a.logprobs.equal(b.logprobs) and a.entropies.equal(b.entropies) for a, b in zip(one, two, strict=True))
+    pairs = ((getattr(a, f.name), getattr(b, f.name)) for a, b in zip(one, two, strict=True) for f in fields(Scores))
+    return all(a is b if b is None else a.equal(b) for a, b in pairs)
 
 
 def plain_error(role: Role, batches: list[Batch], scores: list[Scores]) -> float:
-    """The largest difference of a log-prob to that of a decoder in one process, in fp32."""
+    """The largest difference of a log-prob or value to that of a decoder in one process, in fp32."""
     plain = Decoder(role.model)
     for name, held in [*plain.named_parameters(), *plain.named_buffers()]:
         held.data.copy_(role.source(name))
     with torch.no_grad():
-        expect = [plain(b.input_ids, b.positions, b.segment_ids, labels=b.labels)[0] for b in batches]
-    return max((s.logprobs - e).abs().max().item() for s, e in zip(scores, expect, strict=True))
+        expected = [parity.scores_of(plain, batch) for batch in batches]
+    name = "values" if role.model.head == "scalar" else "logprobs"
+    pairs = ((getattr(a, name), getattr(b, name)) for a, b in zip(scores, expected, strict=True))
+    return max((a - b).abs().max().item() for a, b in pairs)
 
 
 def refuses(model: Scorer, batches: list[Batch]) -> bool:
