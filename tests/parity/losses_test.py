@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmtrain.types import Batch, Scores
-from tests.parity.layouts_test import ROUNDING, check, check_all, short
+from tests.parity.layouts_test import check, check_all, short
 from tests.parity.losses_worker import TASKS, pair_loss, value_loss
 
 WORKER = Path(__file__).with_name("losses_worker.py")
@@ -94,6 +94,9 @@ SIXTEEN_BITS = [
     {"pp": 2, "dp_shard": 2, "zero_stage": 2, "precision": "bf16"},
     {"cp": 2, "tp": 2, "zero_stage": 3, "precision": "bf16"},
 ]
+# Against fp32, where a value has an error of 3e-2. Seen, on one rank as on four: loss and metrics 8e-3, norm 2e-2,
+# gradient 5e-2, weight 6e-3.
+ROUNDING = {"loss": 2e-2, "metric": 2e-2, "norm": 4e-2, "grad": 0.1, "weight": 1.5e-2, "score": 5e-2}
 MANY = [*CONTEXT, *SCHEDULES, *DATA, *TENSOR, *LARGER]
 
 

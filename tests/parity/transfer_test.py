@@ -117,3 +117,12 @@ def test_muon(forked: Callable, tmp_path: Path) -> None:
     layouts = [{"optimizer": "muon", **layout} for layout in MUON]
     pairs = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), *((i, i) for i in range(len(layouts)))]
     check(forked, tmp_path, pairs, timeout_s=300, layouts=layouts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_scalar_head(forked: Callable, tmp_path: Path) -> None:
+    """Its one row is cut along the columns under tp, and in pieces of which some are empty by FSDP2."""
+    scalar = {"task": "values", "tied": False, "model": {"head": "scalar"}, "num_layers": 2}
+    pairs = [(3, 6), (6, 4), (4, 2), (2, 3), (5, 1), (1, 5), *((i, i) for i in (2, 3, 4, 5, 6))]
+    check(forked, tmp_path, pairs, timeout_s=200, layouts=[{**layout, **scalar} for layout in LAYOUTS[:7]])
