@@ -31,9 +31,8 @@ from llmtrain.engine.build import Role, build_trained
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.mesh import init_mesh, shutdown
-from llmtrain.parallel.plan import WeightSource
 from llmtrain.trainer.batches import count_trained
-from llmtrain.types import Batch
+from llmtrain.types import Batch, WeightSource
 
 ONE_RANK = ParallelConfig()
 SMALL = {"preset": "qwen3-0.6b"}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.common import Turns
 from benchmarks.task import OPTIM, Task
 from llmtrain.config.schema import ModelConfig
-from llmtrain.parallel.plan import WeightSource
+from llmtrain.types import WeightSource
 
 PACKAGES = ("litgpt", "lightning")
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig, OptimConfig
 from llmtrain.model.decoder import init_tensor, parameter_shapes
-from llmtrain.parallel.plan import WeightSource
-from llmtrain.types import Batch
+from llmtrain.types import Batch, WeightSource
 
 OPTIM = OptimConfig(schedule="constant", warmup_steps=0)
 WARMUP_STEPS = 2

@@ -62,6 +62,9 @@ class Scores:
     values: Tensor | None = None  # of a scalar head, at every position
 
 
+WeightSource = Callable[[str], Tensor]
+"""Maps a canonical name to its global fp32 tensor, wherever the weights come from."""
+
 Metrics = dict[str, Tensor]
 """Detached scalars by name: sums over the microbatch, or maxima if named `*_max`."""
 

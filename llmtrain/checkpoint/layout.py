@@ -22,7 +22,7 @@ STATE = "state.json"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFragment:
     """Describes one fragment in a checkpoint: the `number`-th of `rank`."""
 
     address: Address
@@ -45,19 +45,21 @@ def index_file(path: str, rank: int) -> str:
     return os.path.join(path, f"rank-{rank:05d}.json")
 
 
-def read_index(path: str, rank: int) -> tuple[list[Stored], dict]:
+def read_index(path: str, rank: int) -> tuple[list[StoredFragment], dict]:
     """Returns the fragments of one rank and its random state."""
     with open(index_file(path, rank), encoding="utf-8") as f:
         content = json.load(f)
-    return [_stored(entry, rank, number) for number, entry in enumerate(content["fragments"])], content["random"]
+    return [_stored_fragment(entry, rank, number) for number, entry in enumerate(content["fragments"])], content[
+        "random"
+    ]
 
 
-def by_name(fragments: Iterable[Stored]) -> dict[str, list[Stored]]:
+def by_name(fragments: Iterable[StoredFragment]) -> dict[str, list[StoredFragment]]:
     """Returns the pieces of every parameter, in the order of their appearance.
 
     Raises ValueError unless they cover it exactly once and hold the same keys.
     """
-    parameters: dict[str, list[Stored]] = defaultdict(list)
+    parameters: dict[str, list[StoredFragment]] = defaultdict(list)
     for stored in fragments:
         parameters[stored.address.name].append(stored)
     for name, pieces in parameters.items():
@@ -67,7 +69,7 @@ def by_name(fragments: Iterable[Stored]) -> dict[str, list[Stored]]:
     return dict(parameters)
 
 
-def check_complete(parameters: Mapping[str, list[Stored]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_complete(parameters: Mapping[str, list[StoredFragment]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless the parameters are those of the model, with their global shapes."""
     held = {name: pieces[0].address.shape for name, pieces in parameters.items()}
     for name in sorted(held.keys() | shapes.keys()):
@@ -77,6 +79,6 @@ def check_complete(parameters: Mapping[str, list[Stored]], shapes: Mapping[str, 
             raise ValueError(f"{name}: {found} and {wanted} the model; a checkpoint holds exactly the model")
 
 
-def _stored(entry: dict, rank: int, number: int) -> Stored:
+def _stored_fragment(entry: dict, rank: int, number: int) -> StoredFragment:
     address = Address(**{**entry["address"], "shape": tuple(entry["address"]["shape"])})
-    return Stored(address, tuple(entry["keys"]), rank, number)
+    return StoredFragment(address, tuple(entry["keys"]), rank, number)

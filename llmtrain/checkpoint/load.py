@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.files import FlatFile
-from llmtrain.checkpoint.layout import STATE, Stored, by_name, read_index, tensor_file
+from llmtrain.checkpoint.layout import STATE, StoredFragment, by_name, read_index, tensor_file
 from llmtrain.checkpoint.manifest import read_manifest
 from llmtrain.checkpoint.reshard import assemble, check_inside, overlap, piece, slice_index, slice_numel, slicing
 from llmtrain.checkpoint.rng import set_random_state
@@ -92,7 +92,7 @@ class CheckpointReader:
         set_random_state(read_index(self.path, rank)[1])
         return True
 
-    def _pieces(self, name: str) -> list[Stored]:
+    def _pieces(self, name: str) -> list[StoredFragment]:
         if self.prefix + name not in self._parameters:
             raise ValueError(f"{self.path}: no parameter {self.prefix}{name}; it holds {', '.join(self._parameters)}")
         return self._parameters[self.prefix + name]

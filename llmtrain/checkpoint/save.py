@@ -15,7 +15,15 @@ from torch import Tensor
 
 from llmtrain.checkpoint.files import FileEntry, safetensors_chunks, sync_directory, write_durably, write_json
 from llmtrain.checkpoint.group import CheckpointGroup, together
-from llmtrain.checkpoint.layout import STATE, Stored, by_name, check_complete, index_file, read_index, tensor_file
+from llmtrain.checkpoint.layout import (
+    STATE,
+    StoredFragment,
+    by_name,
+    check_complete,
+    index_file,
+    read_index,
+    tensor_file,
+)
 from llmtrain.checkpoint.manifest import list_checkpoints, write_manifest
 from llmtrain.checkpoint.rng import random_state
 from llmtrain.engine.base import Engine
@@ -30,10 +38,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass
 class Snapshot:
-    """Holds what one rank writes: its fragments, their flat fp32 tensors by `Stored.tensor_name`, and its random
-    state."""
+    """Holds what one rank writes: its fragments, their flat fp32 tensors by `StoredFragment.tensor_name`, and its
+    random state."""
 
-    fragments: list[Stored]
+    fragments: list[StoredFragment]
     tensors: dict[str, Tensor]
     random: dict
 
@@ -49,7 +57,7 @@ def take(engine: Engine, rank: int) -> Snapshot:
     """
     fragments, tensors = [], {}
     for number, fragment in enumerate(engine.fragments()):
-        stored = Stored(fragment.address, tuple(fragment.tensors), rank, number)
+        stored = StoredFragment(fragment.address, tuple(fragment.tensors), rank, number)
         fragments.append(stored)
         for key, tensor in fragment.tensors.items():
             name, numel = stored.tensor_name(key), fragment.address.numel

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from llmtrain.arch.adapters import without_adapters
 from llmtrain.arch.resolve import resolve_model
@@ -18,14 +16,12 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import Decoder, trained_shapes
 from llmtrain.model.hf import hf_weight_source
 from llmtrain.model.lora import merged
-
-Source = Callable[[str], Tensor]
-"""A source maps a canonical name to its global fp32 tensor."""
+from llmtrain.types import WeightSource
 
 SAMPLES, SAMPLE_BYTES = 64, 4096  # read from each file that no manifest holds a checksum of
 
 
-def weight_source(path: str, config: ModelConfig, group: CheckpointGroup | None = None) -> Source:
+def weight_source(path: str, config: ModelConfig, group: CheckpointGroup | None = None) -> WeightSource:
     """Returns a source of the weights that `locate` finds at the path.
 
     Adapters that a run has trained are merged; adapters of `config` are ignored. A tied model has no `head.weight` of
@@ -58,7 +54,7 @@ def locate(path: str, group: CheckpointGroup | None = None) -> str:
     )
 
 
-def source_at(place: str, config: ModelConfig, group: CheckpointGroup | None = None) -> Source:
+def source_at(place: str, config: ModelConfig, group: CheckpointGroup | None = None) -> WeightSource:
     """Returns the source of a place that `locate` found, see `weight_source`. A collective only where adapters are
     merged."""
     config = without_adapters(config)
@@ -124,7 +120,7 @@ def _check_checkpoint(reader: CheckpointReader, trained: ModelConfig, config: Mo
 
 def _merging(
     reader: CheckpointReader, trained: ModelConfig, config: ModelConfig, group: CheckpointGroup | None
-) -> Source:
+) -> WeightSource:
     """Returns a source of the base weights with the run's adapters merged into them."""
     base = trained.init_from
     if base is None or not os.path.isdir(base):

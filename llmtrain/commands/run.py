@@ -33,7 +33,7 @@ MEASURE = re.compile(r"(pass|maj)@\d+|perplexity")  # of eval.json, shown at the
 
 
 @dataclass(frozen=True)
-class Job:
+class StageRun:
     """One stage, ready to start."""
 
     stage: StageConfig
@@ -62,16 +62,16 @@ def main(config: RunConfig) -> int:
 
     Raises ValueError if the document has no stages or another run is at work in its directory.
     """
-    jobs = plan_jobs(config)
+    stage_runs = planned_runs(config)
     os.makedirs(config.directory, exist_ok=True)
     with lock(config.directory) as held:
-        _write_json(os.path.join(config.directory, "stages.json"), [job.stage.name for job in jobs])
-        for number, job in enumerate(jobs, 1):
-            title = f"[{number}/{len(jobs)}] {job.stage.name}"
-            _say(f"{title}: was done before" if is_done(job) else title)
-            if not is_done(job) and (status := run_job(job, title, held)):
+        _write_json(os.path.join(config.directory, "stages.json"), [r.stage.name for r in stage_runs])
+        for number, stage_run in enumerate(stage_runs, 1):
+            title = f"[{number}/{len(stage_runs)}] {stage_run.stage.name}"
+            _say(f"{title}: was done before" if is_done(stage_run) else title)
+            if not is_done(stage_run) and (status := run_stage(stage_run, title, held)):
                 return status
-    summarize(config.directory, jobs)
+    summarize(config.directory, stage_runs)
     return 0
 
 
@@ -92,61 +92,61 @@ def lock(directory: str, patience_s: float = GRACE_S + 10) -> Iterator[int]:
         yield file.fileno()
 
 
-def plan_jobs(config: RunConfig) -> list[Job]:
-    """The jobs of a run. What is only logged does not enter the hashes."""
+def planned_runs(config: RunConfig) -> list[StageRun]:
+    """The stages of a run, ready to start. What is only logged does not enter the hashes."""
     if not isinstance(config, RunConfig):
         raise ValueError(f"{config.name}: has no `stages:`; add them, or name the command of a single stage")
-    jobs: list[Job] = []
+    stage_runs: list[StageRun] = []
     for stage in config.stages:
         staged = stage_config(config, stage.name)
-        before = jobs[-1].hash if jobs else ""
+        before = stage_runs[-1].hash if stage_runs else ""
         content = [stage.command, stage.ranks, before, dump(staged.model_copy(update={"log": LogConfig()}))]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        jobs.append(Job(stage, staged.directory, dump(staged), digest))
-    return jobs
+        stage_runs.append(StageRun(stage, staged.directory, dump(staged), digest))
+    return stage_runs
 
 
-def is_done(job: Job) -> bool:
-    """Has this very job finished before?"""
-    return os.path.exists(job.done) and _read_json(job.done)["hash"] == job.hash
+def is_done(stage_run: StageRun) -> bool:
+    """Has this very stage, with these settings, finished before?"""
+    return os.path.exists(stage_run.done) and _read_json(stage_run.done)["hash"] == stage_run.hash
 
 
-def run_job(job: Job, title: str, held: int) -> int:
+def run_stage(stage_run: StageRun, title: str, held: int) -> int:
     """Start one stage, wait for it, and note that it is done; returns its exit status."""
-    set_aside_other(job)
-    os.makedirs(job.directory, exist_ok=True)
-    with open(job.yaml, "w", encoding="utf-8") as file:
-        file.write(job.head + job.config)
-    start, command = time.monotonic(), stage_command(job)
-    status = run_child(command, child_environment(job.stage.ranks), held)
+    set_aside_other(stage_run)
+    os.makedirs(stage_run.directory, exist_ok=True)
+    with open(stage_run.yaml, "w", encoding="utf-8") as file:
+        file.write(stage_run.head + stage_run.config)
+    start, command = time.monotonic(), stage_command(stage_run)
+    status = run_child(command, child_environment(stage_run.stage.ranks), held)
     seconds = round(time.monotonic() - start, 1)
     if status:
-        _say(f"{title}: ended with status {status} after {seconds} s; its files are in {job.directory}")
+        _say(f"{title}: ended with status {status} after {seconds} s; its files are in {stage_run.directory}")
         _say("the same command goes on from there")
         return status
-    _write_json(job.done, {"hash": job.hash, "seconds": seconds, "command": shlex.join(command)})
+    _write_json(stage_run.done, {"hash": stage_run.hash, "seconds": seconds, "command": shlex.join(command)})
     _say(f"{title}: done in {seconds} s")
     return 0
 
 
-def set_aside_other(job: Job) -> None:
-    """Move away what a job with other settings left there: resuming from it would mix the two, silently."""
-    if not os.path.exists(job.yaml):
+def set_aside_other(stage_run: StageRun) -> None:
+    """Move away what a stage with other settings left there: resuming from it would mix the two, silently."""
+    if not os.path.exists(stage_run.yaml):
         return
-    with open(job.yaml, encoding="utf-8") as file:
-        if file.readline() == job.head:
+    with open(stage_run.yaml, encoding="utf-8") as file:
+        if file.readline() == stage_run.head:
             return
-    aside = next(p for n in itertools.count(1) if not os.path.exists(p := f"{job.directory}.old{n}"))
-    os.rename(job.directory, aside)
-    _say(f"{job.directory} was made with other settings: kept as {aside}, starting anew")
+    aside = next(p for n in itertools.count(1) if not os.path.exists(p := f"{stage_run.directory}.old{n}"))
+    os.rename(stage_run.directory, aside)
+    _say(f"{stage_run.directory} was made with other settings: kept as {aside}, starting anew")
 
 
-def stage_command(job: Job) -> list[str]:
+def stage_command(stage_run: StageRun) -> list[str]:
     """The command line of a stage: a plain process for one rank, torchrun for more."""
-    module = ["-m", "llmtrain", job.stage.command, job.yaml]
-    if job.stage.ranks == 1:
+    module = ["-m", "llmtrain", stage_run.stage.command, stage_run.yaml]
+    if stage_run.stage.ranks == 1:
         return [sys.executable, *module]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.stage.ranks}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage_run.stage.ranks}"]
     return [sys.executable, *launcher, *module]
 
 
@@ -216,9 +216,9 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def summarize(directory: str, jobs: list[Job]) -> None:
+def summarize(directory: str, stage_runs: list[StageRun]) -> None:
     """The last lines: what every evaluation measured, and where the report is."""
-    measured = [os.path.join(job.directory, "eval.json") for job in jobs if job.stage.command == "eval"]
+    measured = [os.path.join(r.directory, "eval.json") for r in stage_runs if r.stage.command == "eval"]
     rows = [_read_json(path) for path in measured if os.path.exists(path)]
     shown = list(dict.fromkeys(name for row in rows for name in row if MEASURE.fullmatch(name)))
     if rows:

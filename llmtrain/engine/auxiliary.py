@@ -27,8 +27,8 @@ def routers_of(parts: Sequence[nn.Module]) -> dict[str, Router]:
 def start_auxiliary(parts: Sequence[nn.Module], factor: float) -> None:
     """Before a step: auxiliary losses count like the token loss, whose sum is differentiated times `factor`."""
     for router in routers_of(parts).values():
-        router.tally.reset()
-        router.tally.loss_factor = factor
+        router.counts.reset()
+        router.counts.loss_factor = factor
     for modules in (part.mtp for part in parts if part.mtp is not None):
         modules.reset()
         modules.loss_factor = factor
@@ -61,7 +61,7 @@ def _mean_further(modules: MultiToken, mesh: Mesh) -> float:
 
 
 class Sums(NamedTuple):
-    """Of a router's tally over the data- and context-parallel ranks."""
+    """Of a router's counts over the data- and context-parallel ranks."""
 
     load: Tensor  # int64 [E]
     tokens: Tensor  # int64
@@ -70,14 +70,14 @@ class Sums(NamedTuple):
 
 
 def _summed(router: Router, mesh: Mesh) -> Sums:
-    tally = router.tally
+    own = router.counts
 
     def held(value: Tensor | None, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=mesh.device) if value is None else value
 
-    load, tokens = held(tally.load, router.weight.size(0)), held(tally.tokens)
-    computed = held(tally.computed) if tally.travels else load.sum()
-    losses = held(tally.losses, 2, dtype=torch.float32)
+    load, tokens = held(own.load, router.weight.size(0)), held(own.tokens)
+    computed = held(own.computed) if own.travels else load.sum()
+    losses = held(own.losses, 2, dtype=torch.float32)
     counts = torch.cat([load, tokens[None], computed[None]])
     dist.all_reduce(counts, group=mesh.groups["grad"])
     dist.all_reduce(losses, group=mesh.groups["grad"])

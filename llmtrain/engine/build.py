@@ -9,7 +9,8 @@ from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, Paral
 from llmtrain.engine.base import Engine, Scorer
 from llmtrain.engine.precision import check_device
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.plan import WeightSource, parallelize
+from llmtrain.parallel.plan import parallelize
+from llmtrain.types import WeightSource
 
 
 @dataclass(frozen=True)

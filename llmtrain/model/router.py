@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.balance import Tally, counted
+from llmtrain.model.balance import RouterCounts, counted
 
 
 class Router(nn.Module):
@@ -24,7 +24,7 @@ class Router(nn.Module):
         self.config = config.moe
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
         self.register_buffer("bias", torch.zeros(config.moe.num_experts) if config.moe.selection_bias else None)
-        self.tally = Tally(config.moe)
+        self.counts = RouterCounts(config.moe)
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the experts of each token of x [B, T, hidden], int64 [B T, k], and their weights, fp32 [B T, k].
@@ -43,7 +43,7 @@ class Router(nn.Module):
             indices = indices.masked_fill(nowhere, self.config.num_experts)
             weights = weights.masked_fill(nowhere, 0.0)
         if torch.is_grad_enabled():
-            weights = counted(weights, logits, indices, x.size(0), self.tally)
+            weights = counted(weights, logits, indices, x.size(0), self.counts)
         return indices, weights
 
     def logits(self, x: Tensor) -> Tensor:

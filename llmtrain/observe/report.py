@@ -19,10 +19,10 @@ SHOWN = 3  # samples from the start of a stage, and as many from its end
 
 
 @dataclass
-class Stage:
+class StageRecord:
     """Holds what one stage wrote: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, config.yaml.
 
-    Example: Stage("sft", [{"step": 1, "loss": 2.0}], [{"step": 0, "loss": 2.1}], [], None, "seed: 0")
+    Example: StageRecord("sft", [{"step": 1, "loss": 2.0}], [{"step": 0, "loss": 2.1}], [], None, "seed: 0")
     """
 
     name: str
@@ -65,7 +65,7 @@ def write_report(run_dir: str) -> str:
     return path
 
 
-def read_stages(run_dir: str) -> list[Stage]:
+def read_stages(run_dir: str) -> list[StageRecord]:
     """Returns the stages of a run directory that recorded something, in order. Raises ValueError if there is none."""
     if _recorded(run_dir):
         return [_read_stage(os.path.basename(os.path.abspath(run_dir)), run_dir)]
@@ -83,12 +83,12 @@ def _recorded(path: str) -> bool:
     return any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "eval.json"))
 
 
-def _read_stage(name: str, path: str) -> Stage:
+def _read_stage(name: str, path: str) -> StageRecord:
     def find(file: str, read: Callable[[str], Any], missing: Any) -> Any:
         found = os.path.join(path, file)
         return read(found) if os.path.exists(found) else missing
 
-    return Stage(
+    return StageRecord(
         name,
         metrics=find("metrics.jsonl", read_metrics, []),
         held_out=find("evaluations.jsonl", read_metrics, []),
@@ -103,7 +103,7 @@ def _read(path: str) -> str:
         return file.read()
 
 
-def _by_label(stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
+def _by_label(stages: Iterable[StageRecord]) -> dict[str, dict[str, Any]]:
     """Returns the evaluations by their label, or by the name of the stage where the label is taken."""
     evaluated: dict[str, dict[str, Any]] = {}
     for stage in stages:
@@ -148,7 +148,7 @@ def _evaluation_image(out: str, evaluated: Mapping[str, dict[str, Any]]) -> dict
     return {"file": "evaluation.png", "alt": ", ".join(title for title, *_ in panels)}
 
 
-def _curves(out: str, stage: Stage) -> list[dict[str, str]]:
+def _curves(out: str, stage: StageRecord) -> list[dict[str, str]]:
     records = stage.metrics + [{"step": e["step"], "held_out_loss": e["loss"]} for e in stage.held_out]
     plots: list[tuple[str, tuple[Panel, ...], list[dict[str, Any]]]] = [(f"{stage.name}.png", TRAINING, records)]
     own = {suffix: panels for recipe in RECIPES.values() for suffix, panels in recipe.plots.items()}
@@ -161,7 +161,7 @@ def _curves(out: str, stage: Stage) -> list[dict[str, str]]:
     ]
 
 
-def _training_row(stage: Stage) -> dict[str, str]:
+def _training_row(stage: StageRecord) -> dict[str, str]:
     def values(key: str) -> list[float]:
         return [record[key] for record in stage.metrics if record.get(key) is not None]
 

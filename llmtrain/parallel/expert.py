@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from llmtrain.model.balance import Tally
+from llmtrain.model.balance import RouterCounts
 from llmtrain.model.experts import Experts
 from llmtrain.model.kernels.permute import Collect, Spread, sort_by_expert
 from llmtrain.model.moe import MoE
@@ -51,7 +51,7 @@ class ParallelMoE(MoE):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         shared = None if self.shared is None else self.shared(x)
         indices, weights = self.router(x, padding)
-        y = exchanged(x.flatten(0, 1), indices, weights, self.experts, self.pieces, self.router.tally).view_as(x)
+        y = exchanged(x.flatten(0, 1), indices, weights, self.experts, self.pieces, self.router.counts).view_as(x)
         y = (scatter_sequence if self.sequence else reduce_from)(y, self.group)
         return y if shared is None else y + shared
 
@@ -86,11 +86,11 @@ def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
     for parameters on the meta device.
     """
     for module in [m for m in model.modules() if isinstance(m, MoE)]:
-        tally = module.router.tally
-        tally.tp_ranks, tally.travels = mesh.sizes["tp"], mesh.ep * mesh.sizes["tp"] > 1
+        router_counts = module.router.counts
+        router_counts.tp_ranks, router_counts.travels = mesh.sizes["tp"], mesh.ep * mesh.sizes["tp"] > 1
         if mesh.sizes["cp"] > 1:
-            tally.row_sum = partial(all_reduce, group=mesh.groups["cp"])
-        if not tally.travels:
+            router_counts.row_sum = partial(all_reduce, group=mesh.groups["cp"])
+        if not router_counts.travels:
             continue
         module.__class__ = ParallelMoE
         module.pieces = ExpertPieces(module.experts.gate.size(0), mesh)
@@ -106,7 +106,7 @@ def expert_parallel(model: nn.Module, mesh: Mesh, sequence: bool) -> None:
 
 @torch._disable_dynamo  # reads sizes from tensors and communicates
 def exchanged(
-    x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, pieces: ExpertPieces, tally: Tally
+    x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, pieces: ExpertPieces, router_counts: RouterCounts
 ) -> Tensor:
     """Computes `model.moe.dispatch` over the ranks: x [N, hidden] -> [N, hidden], this tp rank's part of the sum."""
     order, places, counts = sort_by_expert(pieces.renumbered(indices), pieces.reachable)
@@ -116,7 +116,7 @@ def exchanged(
     else:
         y, computed = _through_ranks(rows, scales, counts, experts, pieces)
     y = Collect.apply(y, order, places)
-    tally.watch(y, computed.sum())
+    router_counts.watch(y, computed.sum())
     return y
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,7 @@ from llmtrain.parallel.pipeline import keep_stage
 from llmtrain.parallel.placement import copy_placement, place
 from llmtrain.parallel.remat import compile_block, remat_blocks
 from llmtrain.parallel.tensor import shard, tensor_parallel
-
-WeightSource = Callable[[str], Tensor]
-"""Canonical name -> whole fp32 tensor."""
+from llmtrain.types import WeightSource
 
 GRAPHS_A_MODEL = 8  # torch's own limit for one: training and scoring, each with fixed and with varying lengths
 

@@ -28,7 +28,7 @@ SCHEDULES = {
 }
 
 
-class Stage(PipelineStage):
+class PipelinePart(PipelineStage):
     """Wraps a pipeline stage of torch and discards routing counts of the shape inference.
 
     Before the first step torch infers shapes from a forward and backward on made-up values, in which routers count
@@ -39,7 +39,7 @@ class Stage(PipelineStage):
         super()._post_metadata_inference_cleanup()
         for module in self.submod.modules():
             if isinstance(module, Router):
-                module.tally.reset()
+                module.counts.reset()
 
 
 def make_schedule(
@@ -54,7 +54,8 @@ def make_schedule(
     `loss` is called with (output of the head, number of the microbatch).
     """
     stages = [
-        Stage(part, stage, len(plan.layers), mesh.device, group=mesh.groups["pp"]) for stage, part in parts.items()
+        PipelinePart(part, stage, len(plan.layers), mesh.device, group=mesh.groups["pp"])
+        for stage, part in parts.items()
     ]
     stage_or_stages = stages[0] if plan.schedule == "1f1b" else stages
     return SCHEDULES[plan.schedule](stage_or_stages, microbatches, loss_fn=loss, scale_grads=False)

@@ -84,8 +84,8 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Case:
-    """Describes one rank's place. `model` is resolved and `parallel.dp_shard` is not -1."""
+class RankStep:
+    """Describes one rank's place and work in a step. `model` is resolved and `parallel.dp_shard` is not -1."""
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -135,12 +135,12 @@ class Case:
         return sum(has_experts(self.model, layer) for layer in (*layers, *further))
 
 
-def communication(case: Case) -> list[Item]:
+def communication(rank: RankStep) -> list[Item]:
     """Returns all messages of this rank in one step (after the first few); receives count at their senders."""
-    engine = _fsdp(case) if case.engine.backend == "fsdp" else _zero(case)
-    shared = [*_tied(case), *_pipeline(case), *_context(case), *_tensor(case), *_experts(case), *_control(case)]
+    engine = _fsdp(rank) if rank.engine.backend == "fsdp" else _zero(rank)
+    shared = [*_tied(rank), *_pipeline(rank), *_context(rank), *_tensor(rank), *_experts(rank), *_control(rank)]
     items = [*engine, *shared]
-    return [item for item in items if item.size_bytes and case.ranks(item.axis) > 1]
+    return [item for item in items if item.size_bytes and rank.ranks(item.axis) > 1]
 
 
 def moved_bytes(items: Iterable[Item]) -> int:
@@ -148,39 +148,39 @@ def moved_bytes(items: Iterable[Item]) -> int:
     return sum(item.size_bytes * (2 if item.kind == "all_reduce" else 1) for item in items)
 
 
-def _zero(case: Case) -> Iterator[Item]:
-    shapes, ranks = rank_shapes(case.model, case.parallel, case.pp_rank), case.ranks("grad")
-    adapters = rank_adapters(case.model, case.parallel, case.pp_rank)
-    trained = shapes if case.model.lora is None else adapters
-    if case.engine.zero_stage == 3:
-        yield from _zero3(case, [*shapes, *adapters], trained)
+def _zero(rank: RankStep) -> Iterator[Item]:
+    shapes, ranks = rank_shapes(rank.model, rank.parallel, rank.pp_rank), rank.ranks("grad")
+    adapters = rank_adapters(rank.model, rank.parallel, rank.pp_rank)
+    trained = shapes if rank.model.lora is None else adapters
+    if rank.engine.zero_stage == 3:
+        yield from _zero3(rank, [*shapes, *adapters], trained)
     else:
-        apart = by_ranks(trained, ranks, case.parallel.ep)
+        apart = by_ranks(trained, ranks, rank.parallel.ep)
         for axis, (some, over) in zip(("grad", "expert_grad"), apart, strict=False):
-            yield from _zero12(case, some, axis, over)
+            yield from _zero12(rank, some, axis, over)
     groups = optimizer_groups(trained)
-    if case.engine.zero_stage == 0:
+    if rank.engine.zero_stage == 0:
         yield Item("model", "all_reduce", "norm", 8)
         yield Item("ep", "all_reduce", "norm", 4)
-    elif case.parallel.ep > 1 and case.engine.zero_stage < 3:
+    elif rank.parallel.ep > 1 and rank.engine.zero_stage < 3:
         yield Item("world", "all_reduce", "norm", 4)
     else:
-        in_fp64 = case.engine.zero_stage == 3 and case.engine.offload == "none"
+        in_fp64 = rank.engine.zero_stage == 3 and rank.engine.offload == "none"
         for axis in ("grad", "model"):
             yield Item(axis, "all_reduce", "norm", len(groups) * (8 if in_fp64 else 4))
 
 
-def _zero12(case: Case, shapes: Sequence[Shape], axis: str, ranks: int) -> Iterator[Item]:
-    value = case.value_bytes
+def _zero12(rank: RankStep, shapes: Sequence[Shape], axis: str, ranks: int) -> Iterator[Item]:
+    value = rank.value_bytes
     yield Item(axis, "all_reduce", "gradients", numel(shapes) * value)
-    if case.engine.zero_stage:
+    if rank.engine.zero_stage:
         padded = sum(_up(numel(group), 2 * ranks) for group in optimizer_groups(shapes))
         yield Item(axis, "all_gather", "weights", numel(shapes) * value)
         yield Item(axis, "all_gather", "padding", (padded - numel(shapes)) * value)
 
 
-def _zero3(case: Case, shapes: Sequence[Shape], trained: Sequence[Shape]) -> Iterator[Item]:
-    ranks, value, microbatches = case.ranks("grad"), case.value_bytes, case.step.microbatches
+def _zero3(rank: RankStep, shapes: Sequence[Shape], trained: Sequence[Shape]) -> Iterator[Item]:
+    ranks, value, microbatches = rank.ranks("grad"), rank.value_bytes, rank.step.microbatches
     padding = sum(-math.prod(shape) % ranks for shape in trained)
     yield Item("grad", "reduce_scatter", "gradients", numel(trained) * value)
     yield Item("grad", "reduce_scatter", "padding", padding * value)
@@ -190,11 +190,11 @@ def _zero3(case: Case, shapes: Sequence[Shape], trained: Sequence[Shape]) -> Ite
         what = "weights after the update" if kept else "weights forward"
         yield Item("grad", "all_gather", what, numel(some) * times * value)
         yield Item("grad", "all_gather", "padding", sum(-math.prod(shape) % ranks for shape in some) * times * value)
-    again = _gathered_again(case, shapes)
+    again = _gathered_again(rank, shapes)
     yield Item("grad", "all_gather", "weights backward", again * microbatches * value)
 
 
-def _gathered_again(case: Case, shapes: Sequence[Shape]) -> int:
+def _gathered_again(rank: RankStep, shapes: Sequence[Shape]) -> int:
     """Returns the elements that are freed between two uses, because REUSE others come between, without their padding.
 
     The backward of an embedding does not read its weight; a tied one is used again by the head.
@@ -203,36 +203,38 @@ def _gathered_again(case: Case, shapes: Sequence[Shape]) -> int:
     for i, shape in enumerate(shapes):
         after -= math.prod(shape)
         between = 2 * after
-        if i == 0 and case.has_embedding:
-            between = after if case.model.tie_embeddings and case.has_head else 0
+        if i == 0 and rank.has_embedding:
+            between = after if rank.model.tie_embeddings and rank.has_head else 0
         if math.prod(shape) > PERSISTENT and between >= REUSE:
             total += math.prod(shape)
     return total
 
 
-def _fsdp(case: Case) -> Iterator[Item]:
-    for stage in case.plan.stages_of(case.pp_rank):
-        *blocks, rest = stage_units(case.model, case.parallel, stage)
-        each, adapters = [s for block in blocks for s in block], stage_adapters(case.model, case.parallel, stage)
-        trains_all = case.model.lora is None
-        apart = by_ranks(each, case.ranks("shard"), case.parallel.ep)
+def _fsdp(rank: RankStep) -> Iterator[Item]:
+    for stage in rank.plan.stages_of(rank.pp_rank):
+        *blocks, rest = stage_units(rank.model, rank.parallel, stage)
+        each, adapters = [s for block in blocks for s in block], stage_adapters(rank.model, rank.parallel, stage)
+        trains_all = rank.model.lora is None
+        apart = by_ranks(each, rank.ranks("shard"), rank.parallel.ep)
         for axis, (some, _) in zip(("shard", "expert_shard"), apart, strict=False):
-            yield from _fsdp_unit(case, some, _block_gathers(case), axis, trains_all)
-        yield from _fsdp_unit(case, adapters, _block_gathers(case), "shard")
-        apart = by_ranks(rest, case.ranks("shard"), case.parallel.ep)
-        gathers = (_root_gathers(case), _block_gathers(case))  # experts of multi-token modules are sharded like others
+            yield from _fsdp_unit(rank, some, _block_gathers(rank), axis, trains_all)
+        yield from _fsdp_unit(rank, adapters, _block_gathers(rank), "shard")
+        apart = by_ranks(rest, rank.ranks("shard"), rank.parallel.ep)
+        gathers = (_root_gathers(rank), _block_gathers(rank))  # experts of multi-token modules are sharded like others
         for axis, (some, _), times in zip(("shard", "expert_shard"), apart, gathers, strict=False):
-            yield from _fsdp_unit(case, some, times, axis, trains_all)
+            yield from _fsdp_unit(rank, some, times, axis, trains_all)
     yield Item("replica", "all_reduce", "norm", 8)
 
 
-def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int, axis: str, trained: bool = True) -> Iterator[Item]:
+def _fsdp_unit(
+    rank: RankStep, shapes: Sequence[Shape], gathers: int, axis: str, trained: bool = True
+) -> Iterator[Item]:
     """Yields the messages of one FSDP unit, its dim 0 padded to a multiple of the ranks: weights in the compute
     precision, gradients in fp32."""
-    ranks = case.ranks(axis)
+    ranks = rank.ranks(axis)
     padding = numel((-shape[0] % ranks, *shape[1:]) for shape in shapes)
     for what, elements in (("weights", numel(shapes)), ("padding", padding)):
-        yield Item(axis, "all_gather", what, elements * gathers * case.value_bytes)
+        yield Item(axis, "all_gather", what, elements * gathers * rank.value_bytes)
     if not trained:
         return
     for what, elements in (("gradients", numel(shapes)), ("padding", padding)):
@@ -240,70 +242,70 @@ def _fsdp_unit(case: Case, shapes: Sequence[Shape], gathers: int, axis: str, tra
     yield Item("dp_replicate", "all_reduce", "gradients", (numel(shapes) + padding) // ranks * 4)
 
 
-def _block_gathers(case: Case) -> int:
+def _block_gathers(rank: RankStep) -> int:
     """Returns how often a step gathers a block. In a pipeline only forwards free it: one gather precedes all, one
     follows each."""
-    if not case.engine.reshard:
+    if not rank.engine.reshard:
         return 1
-    return 2 * case.step.microbatches if case.parallel.pp == 1 else case.step.microbatches + 1
+    return 2 * rank.step.microbatches if rank.parallel.pp == 1 else rank.step.microbatches + 1
 
 
-def _root_gathers(case: Case) -> int:
-    return case.step.microbatches if case.engine.reshard and case.parallel.pp == 1 else 1
+def _root_gathers(rank: RankStep) -> int:
+    return rank.step.microbatches if rank.engine.reshard and rank.parallel.pp == 1 else 1
 
 
-def _tied(case: Case) -> Iterator[Item]:
+def _tied(rank: RankStep) -> Iterator[Item]:
     """Yields the all-reduce of the gradients of a tied embedding's two copies."""
-    if not case.model.tie_embeddings or case.has_embedding == case.has_head or case.model.lora is not None:
+    if not rank.model.tie_embeddings or rank.has_embedding == rank.has_head or rank.model.lora is not None:
         return
-    rows, value = case.model.vocab_size // case.parallel.tp, case.value_bytes
-    if case.engine.backend == "fsdp":
-        width = -(-rows // case.ranks("shard"))
-        rows, value = max(0, min(width, rows - case.shard_rank * width)), 4
-    yield Item("ends", "all_reduce", "tied gradient", rows * case.model.hidden_size * value)
+    rows, value = rank.model.vocab_size // rank.parallel.tp, rank.value_bytes
+    if rank.engine.backend == "fsdp":
+        width = -(-rows // rank.ranks("shard"))
+        rows, value = max(0, min(width, rows - rank.shard_rank * width)), 4
+    yield Item("ends", "all_reduce", "tied gradient", rows * rank.model.hidden_size * value)
 
 
-def _pipeline(case: Case) -> Iterator[Item]:
-    p, plan = case.parallel, case.plan
-    hidden = case.hidden_bytes // (p.tp if p.sequence_parallel else 1)
+def _pipeline(rank: RankStep) -> Iterator[Item]:
+    p, plan = rank.parallel, rank.plan
+    hidden = rank.hidden_bytes // (p.tp if p.sequence_parallel else 1)
     for what, step in (("activations forward", 1), ("activations backward", -1)):
-        targets = [stage + step for stage in plan.stages_of(case.pp_rank) if 0 <= stage + step < len(plan.layers)]
-        sends = sum(plan.rank_of(target) != case.pp_rank for target in targets)
-        yield Item("pp", "send", what, sends * case.step.microbatches * hidden)
+        targets = [stage + step for stage in plan.stages_of(rank.pp_rank) if 0 <= stage + step < len(plan.layers)]
+        sends = sum(plan.rank_of(target) != rank.pp_rank for target in targets)
+        yield Item("pp", "send", what, sends * rank.step.microbatches * hidden)
 
 
-def _context(case: Case) -> Iterator[Item]:
-    p, step = case.parallel, case.step
-    parts = len(case.plan.stages_of(case.pp_rank))
+def _context(rank: RankStep) -> Iterator[Item]:
+    p, step = rank.parallel, rank.step
+    parts = len(rank.plan.stages_of(rank.pp_rank))
     yield Item("cp", "all_gather", "document ids", step.ids * parts * step.microbatches * step.rows * step.tokens * 8)
-    m = case.model
+    m = rank.model
     width = step.rows * step.tokens // p.cp * (m.head_dim + (m.mla.v_head_dim if m.mla else m.head_dim))
     q, kv = width * (m.num_heads // p.tp), width * max(1, m.num_kv_heads // p.tp)  # Q and output; K and V
-    times = case.num_layers * step.microbatches
-    forwards = times * (1 if case.engine.remat == "none" else 2)
-    yield from ATTENTION[p.context](q, kv, case, forwards, times)
+    times = rank.num_layers * step.microbatches
+    forwards = times * (1 if rank.engine.remat == "none" else 2)
+    yield from ATTENTION[p.context](q, kv, rank, forwards, times)
 
 
-def _ring(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
+def _ring(q: int, kv: int, rank: RankStep, forwards: int, backwards: int) -> Iterator[Item]:
     """Yields the sends of ring attention: K and V go to all others; in the backward also their fp32 gradients, back
     home."""
-    cp = case.parallel.cp
-    keys = (cp - 1) * kv * case.value_bytes
+    cp = rank.parallel.cp
+    keys = (cp - 1) * kv * rank.value_bytes
     yield Item("cp", "send", "attention forward", forwards * keys)
     yield Item("cp", "send", "attention backward", backwards * (keys + cp * kv * 4))
 
 
-def _alltoall(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
+def _alltoall(q: int, kv: int, rank: RankStep, forwards: int, backwards: int) -> Iterator[Item]:
     """Yields the all-to-alls of Q, K, V and the output between rows and heads; K and V are repeated to a multiple of cp
     heads."""
-    heads = max(1, case.model.num_kv_heads // case.parallel.tp)
-    each = (q + kv * math.lcm(heads, case.parallel.cp) // heads) * case.value_bytes
+    heads = max(1, rank.model.num_kv_heads // rank.parallel.tp)
+    each = (q + kv * math.lcm(heads, rank.parallel.cp) // heads) * rank.value_bytes
     yield Item("cp", "all_to_all", "attention forward", forwards * each)
     yield Item("cp", "all_to_all", "attention backward", backwards * each)
 
 
-def _allgather(q: int, kv: int, case: Case, forwards: int, backwards: int) -> Iterator[Item]:
-    whole = case.parallel.cp * kv * case.value_bytes
+def _allgather(q: int, kv: int, rank: RankStep, forwards: int, backwards: int) -> Iterator[Item]:
+    whole = rank.parallel.cp * kv * rank.value_bytes
     yield Item("cp", "all_gather", "attention forward", forwards * whole)
     yield Item("cp", "reduce_scatter", "attention backward", backwards * whole)
 
@@ -311,86 +313,86 @@ def _allgather(q: int, kv: int, case: Case, forwards: int, backwards: int) -> It
 ATTENTION = {"ring": _ring, "alltoall": _alltoall, "allgather": _allgather}
 
 
-def _tensor(case: Case) -> Iterator[Item]:
+def _tensor(rank: RankStep) -> Iterator[Item]:
     """Yields the messages around attention and around the feed-forward layer of each block.
 
     They are Megatron's f and g (arXiv 1909.08053), or with sequence parallelism g and g-bar (arXiv 2205.05198); the
     embedding has only the second of a pair, the final norm only the first.
     """
-    halves = 2 * case.num_layers
-    enter, leave = halves + case.has_head, halves + case.has_embedding
-    again_enter = halves if case.engine.remat != "none" else 0
-    again_leave = case.num_layers if case.engine.remat == "full" else 0  # outputs that only the residual reads are not
-    size = case.step.microbatches * case.hidden_bytes
-    back_enter, back_leave = enter - _spared(case), leave - _spared(case)
-    if case.parallel.sequence_parallel:
+    halves = 2 * rank.num_layers
+    enter, leave = halves + rank.has_head, halves + rank.has_embedding
+    again_enter = halves if rank.engine.remat != "none" else 0
+    again_leave = rank.num_layers if rank.engine.remat == "full" else 0  # outputs that only the residual reads are not
+    size = rank.step.microbatches * rank.hidden_bytes
+    back_enter, back_leave = enter - _spared(rank), leave - _spared(rank)
+    if rank.parallel.sequence_parallel:
         yield Item("tp", "all_gather", "activations forward", (enter + again_enter) * size)
         yield Item("tp", "reduce_scatter", "activations forward", (leave + again_leave) * size)
         yield Item("tp", "all_gather", "activations backward", back_leave * size)
         yield Item("tp", "reduce_scatter", "activations backward", back_enter * size)
-        norms = enter * case.step.microbatches * case.model.hidden_size * case.value_bytes
-        yield Item("tp", "all_reduce", "gradients of norms", 0 if case.model.lora else norms)
+        norms = enter * rank.step.microbatches * rank.model.hidden_size * rank.value_bytes
+        yield Item("tp", "all_reduce", "gradients of norms", 0 if rank.model.lora else norms)
     else:
         yield Item("tp", "all_reduce", "activations forward", (leave + again_leave) * size)
         yield Item("tp", "all_reduce", "activations backward", back_enter * size)
-    adapters = case.step.microbatches * _whole_adapters(case) * case.value_bytes
+    adapters = rank.step.microbatches * _whole_adapters(rank) * rank.value_bytes
     yield Item("tp", "all_reduce", "gradients of adapters", adapters)
-    if case.has_head and case.model.head == "scalar":
-        positions = case.step.rows * case.step.tokens // case.parallel.cp
-        yield Item("tp", "all_reduce", "values", case.step.microbatches * positions * 4)
-    elif case.has_head:  # the largest logit and three sums of each trained token
-        yield Item("tp", "all_reduce", "log-probs", case.step.trained_tokens * 4 * 4)
+    if rank.has_head and rank.model.head == "scalar":
+        positions = rank.step.rows * rank.step.tokens // rank.parallel.cp
+        yield Item("tp", "all_reduce", "values", rank.step.microbatches * positions * 4)
+    elif rank.has_head:  # the largest logit and three sums of each trained token
+        yield Item("tp", "all_reduce", "log-probs", rank.step.trained_tokens * 4 * 4)
 
 
-def _spared(case: Case) -> int:
+def _spared(rank: RankStep) -> int:
     """Returns how many halves of blocks, the embedding counted as one, the backward of adapters does not reach."""
-    lora = case.model.lora
-    if lora is None or not case.has_embedding:
+    lora = rank.model.lora
+    if lora is None or not rank.has_embedding:
         return 0
-    return 1 if any(".attention." in name for name in adapter_shapes(case.model)) else 2
+    return 1 if any(".attention." in name for name in adapter_shapes(rank.model)) else 2
 
 
-def _whole_adapters(case: Case) -> int:
+def _whole_adapters(rank: RankStep) -> int:
     """Returns the elements of this rank's adapters that every tp rank holds whole, so that their gradients are
     summed."""
-    m, tp = case.model, case.parallel.tp
-    here = {layer for stage in case.plan.stages_of(case.pp_rank) for layer in case.plan.layers[stage]}
+    m, tp = rank.model, rank.parallel.tp
+    here = {layer for stage in rank.plan.stages_of(rank.pp_rank) for layer in rank.plan.layers[stage]}
     names = {n: shape for n, shape in adapter_shapes(m).items() if int(n.split(".")[1]) in here}
     return numel(shape for n, shape in names.items() if tp_dim(n, m, tp) is None)
 
 
-def _experts(case: Case) -> Iterator[Item]:
+def _experts(rank: RankStep) -> Iterator[Item]:
     """Yields the messages of expert parallelism (parallel.expert): counts, then rows with their weights, and the rows
     back."""
-    e, p, step = case.model.moe, case.parallel, case.step
+    e, p, step = rank.model.moe, rank.parallel, rank.step
     if e is None:
         return
-    again = 2 if case.engine.remat != "none" else 1
-    passes = case.moe_layers * step.microbatches
-    rows, weights = 2 * step.pairs * case.model.hidden_size * case.value_bytes, step.pairs * 4
+    again = 2 if rank.engine.remat != "none" else 1
+    passes = rank.moe_layers * step.microbatches
+    rows, weights = 2 * step.pairs * rank.model.hidden_size * rank.value_bytes, step.pairs * 4
     yield Item("ep", "all_to_all", "numbers of rows", again * passes * (e.num_experts // p.tp) * 8)
     yield Item("ep", "all_to_all", "rows forward", again * (rows + weights))
     yield Item("ep", "all_to_all", "rows backward", rows + weights)
-    yield Item("grad", "all_reduce", "loads of experts", case.moe_layers * ((e.num_experts + 2) * 8 + 8))
-    yield Item("tp", "all_reduce", "rows computed", case.moe_layers * 8)
+    yield Item("grad", "all_reduce", "loads of experts", rank.moe_layers * ((e.num_experts + 2) * 8 + 8))
+    yield Item("tp", "all_reduce", "rows computed", rank.moe_layers * 8)
     yield Item("cp", "all_reduce", "loads of rows", passes * step.rows * (e.num_experts + 1) * 8)
-    yield Item("world", "all_gather", "loads of experts", case.ranks("world") * (8 + step.balance_bytes))
+    yield Item("world", "all_gather", "loads of experts", rank.ranks("world") * (8 + step.balance_bytes))
 
 
-def evenly_loaded(case: Case) -> Case:
-    """Returns the case with as many pairs of tokens and experts as there are when all experts get equally many."""
-    e, step = case.model.moe, case.step
+def evenly_loaded(rank: RankStep) -> RankStep:
+    """Returns the same with as many pairs of tokens and experts as there are when all experts get equally many."""
+    e, step = rank.model.moe, rank.step
     if e is None:
-        return case
-    tokens = step.rows * step.tokens // case.parallel.cp
-    pairs = case.moe_layers * step.microbatches * tokens * e.top_k // case.parallel.tp
-    return replace(case, step=step._replace(pairs=pairs))
+        return rank
+    tokens = step.rows * step.tokens // rank.parallel.cp
+    pairs = rank.moe_layers * step.microbatches * tokens * e.top_k // rank.parallel.tp
+    return replace(rank, step=step._replace(pairs=pairs))
 
 
-def _control(case: Case) -> Iterator[Item]:
-    ranks = case.ranks("world")
-    yield Item("world", "all_gather", "report", ranks * (8 + case.step.report_bytes))
-    yield Item("grad", "all_reduce", "loss of further tokens", 16 if case.model.mtp_layers else 0)
+def _control(rank: RankStep) -> Iterator[Item]:
+    ranks = rank.ranks("world")
+    yield Item("world", "all_gather", "report", ranks * (8 + rank.step.report_bytes))
+    yield Item("grad", "all_reduce", "loss of further tokens", 16 if rank.model.mtp_layers else 0)
 
 
 def _up(value: int, multiple: int) -> int:

@@ -15,7 +15,16 @@ from llmtrain.config.recipes import RECIPES, Recipe, StepSize, recipe_of
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
 from llmtrain.rules.check import planned_stages
-from llmtrain.scaling.communication import CONTROL, GROUPS, Case, Item, Step, communication, evenly_loaded, moved_bytes
+from llmtrain.scaling.communication import (
+    CONTROL,
+    GROUPS,
+    Item,
+    RankStep,
+    Step,
+    communication,
+    evenly_loaded,
+    moved_bytes,
+)
 from llmtrain.scaling.parts import rank_shapes
 from llmtrain.scaling.states import States, state_bytes
 
@@ -115,8 +124,8 @@ def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, mic
     train = config.train
     tokens = microbatches * train.micro_batch_seqs * train.seq_len // parallel.cp
     step = Step(microbatches, train.micro_batch_seqs, train.seq_len, tokens, int(config.data.mask_documents))
-    cases = (Case(model, parallel, config.engine, step, rank) for rank in range(parallel.pp))
-    items = max((communication(evenly_loaded(case)) for case in cases), key=moved_bytes)
+    rank_steps = (RankStep(model, parallel, config.engine, step, rank) for rank in range(parallel.pp))
+    items = max((communication(evenly_loaded(rank_step)) for rank_step in rank_steps), key=moved_bytes)
     by_axes: dict[str, list[Item]] = {}
     for item in items:
         if item.what in CONTROL:

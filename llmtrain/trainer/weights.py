@@ -14,9 +14,9 @@ from llmtrain.data.tokenizer import read_backend
 from llmtrain.engine.build import Role, build_trained
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.vocab import resize_embedding
-from llmtrain.parallel.plan import WeightSource
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.resume import resume
+from llmtrain.types import WeightSource
 
 
 def build_engine(job: Job, total_steps: int) -> None:

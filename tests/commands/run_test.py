@@ -41,8 +41,8 @@ def bodies(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Python for each stage, in the place of `llmtrain COMMAND`."""
     scripts: dict[str, str] = {}
 
-    def command(job: run.Job) -> list[str]:
-        return [sys.executable, "-c", STAGE + scripts.get(job.stage.name, ""), job.directory]
+    def command(stage_run: run.StageRun) -> list[str]:
+        return [sys.executable, "-c", STAGE + scripts.get(stage_run.stage.name, ""), stage_run.directory]
 
     monkeypatch.setattr(run, "stage_command", command)
     return scripts
@@ -97,14 +97,14 @@ def test_other_settings_start_anew_and_so_does_all_that_follows(
 
 
 def test_hashes_follow_command_ranks_settings_and_predecessors(tmp_path: Path) -> None:
-    base = [job.hash for job in run.plan_jobs(document(tmp_path))]
+    base = [r.hash for r in run.planned_runs(document(tmp_path))]
     for override, first in (("stages.data.command=tokenizer", 0), ("stages.pretrain.ranks=4", 1), ("seed=1", 0)):
-        hashes = [job.hash for job in run.plan_jobs(document(tmp_path, override))]
+        hashes = [r.hash for r in run.planned_runs(document(tmp_path, override))]
         assert [a == b for a, b in zip(base, hashes, strict=True)] == [i < first for i in range(3)]
 
 
 def test_command_and_threads_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, pretrain, _ = run.plan_jobs(document(tmp_path))
+    data, pretrain, _ = run.planned_runs(document(tmp_path))
     assert run.stage_command(data) == [sys.executable, "-m", "llmtrain", "data", f"{tmp_path}/q/data/stage.yaml"]
     command = run.stage_command(pretrain)
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -139,7 +139,7 @@ inner = '''import os, pathlib, signal, sys, time
 if {deaf}: signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path(sys.argv[1], "pid").write_text(str(os.getpid()))
 time.sleep(60)'''
-run.stage_command = lambda job: [sys.executable, "-c", inner, job.directory]
+run.stage_command = lambda stage_run: [sys.executable, "-c", inner, stage_run.directory]
 sys.exit(run.main(load({path!r}, [])))
 """
 

@@ -45,7 +45,7 @@ def random_rows(rows: int = 3, tokens: int = 10, seed: int = 1) -> Tensor:
 def trained(model: MoE, x: Tensor, padding: Tensor | None = None, factor: float = 0.0) -> dict[str, Tensor]:
     """Gradients by name, of x too, of a sum over the outputs (0 of padding)."""
     model.zero_grad()
-    model.router.tally.loss_factor = factor
+    model.router.counts.loss_factor = factor
     x = x.clone().requires_grad_()
     y = model(x, padding)
     (y if padding is None else y * ~padding[..., None]).sin().sum().backward()
@@ -97,7 +97,7 @@ def test_gradient_is_that_of_theformula(name: str, ranks: int) -> None:
     model, x, padding = moe(CONFIGS[name]), random_rows(), torch.zeros(3, 10, dtype=torch.bool)
     padding[1, 7:] = padding[2, :2] = True
     without = trained(model, x, padding)
-    model.router.tally.tp_ranks = ranks
+    model.router.counts.tp_ranks = ranks
     added = {n: g - without[n] for n, g in trained(model, x, padding, factor=0.25).items()}
     plain = objective_gradients(model, x.clone().requires_grad_(), CONFIGS[name], padding)
     for other in added.keys() - plain.keys():
@@ -128,31 +128,31 @@ def formula(x: Tensor, weight: Tensor, config: MoeConfig, padding: Tensor) -> Te
 
 
 def test_rows_are_independent_of_their_batch() -> None:
-    """A whole batch and its rows one by one give the same sum of gradients and the same tally."""
+    """A whole batch and its rows one by one give the same sum of gradients and the same counts."""
     model, x = moe(), random_rows()
     whole = trained(model, x, factor=0.5)
-    tally = model.router.tally
-    load, sums = tally.load, tally.losses
-    tally.reset()
+    counts = model.router.counts
+    load, sums = counts.load, counts.losses
+    counts.reset()
     parts = [trained(model, row[None], factor=0.5) for row in x]
     torch.testing.assert_close(sum(p["router.weight"] for p in parts), whole["router.weight"], atol=1e-5, rtol=1e-4)
-    assert torch.equal(tally.load, load) and tally.tokens == 30
-    torch.testing.assert_close(tally.losses, sums)
+    assert torch.equal(counts.load, load) and counts.tokens == 30
+    torch.testing.assert_close(counts.losses, sums)
 
 
 def test_a_row_in_parts_over_ranks() -> None:
     """Each part of a row, given the row's counts, gives its part of the gradient and of the losses."""
     model, x = moe(), random_rows(rows=1)
     whole = trained(model, x, factor=0.5)
-    tally = model.router.tally
-    sums, logits = tally.losses, model.router.logits(x[0]).view(1, 10, E)
+    counts = model.router.counts
+    sums, logits = counts.losses, model.router.logits(x[0]).view(1, 10, E)
     of_row = {(1, E): routing(logits).counts, (1,): torch.tensor([10])}
-    tally.row_sum = lambda part: of_row[tuple(part.shape)]
-    tally.reset()
+    counts.row_sum = lambda part: of_row[tuple(part.shape)]
+    counts.reset()
     parts = [trained(model, part, factor=0.5)["router.weight"] for part in (x[:, :4], x[:, 4:])]
     torch.testing.assert_close(sum(parts), whole["router.weight"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(tally.losses, sums)
-    assert tally.load.sum() == 10 * K and tally.tokens == 10  # its own
+    torch.testing.assert_close(counts.losses, sums)
+    assert counts.load.sum() == 10 * K and counts.tokens == 10  # its own
 
 
 # What is counted
@@ -167,7 +167,7 @@ def test_padding_is_neither_counted_nor_computed() -> None:
     gradients = trained(model, x, padding, factor=1.0)
     assert gradients["x"][padding].abs().max() == 0
     assert all(g.isfinite().all() for g in gradients.values())
-    assert model.router.tally.load.sum() == 15 * K and model.router.tally.tokens == 15
+    assert model.router.counts.load.sum() == 15 * K and model.router.counts.tokens == 15
 
 
 def test_scoring_is_not_counted() -> None:
@@ -175,7 +175,7 @@ def test_scoring_is_not_counted() -> None:
     with torch.no_grad():
         model(random_rows())
     model(random_rows())  # no backward
-    assert model.router.tally.load is None
+    assert model.router.counts.load is None
 
 
 def test_the_shared_expert_takes_every_token() -> None:
@@ -212,19 +212,19 @@ def test_both_ways_even_the_load(balance: str) -> None:
     model = moe(config)
     model.router.weight.data *= 0.2
     x = random_rows(rows=8, tokens=64) * 0.5 + model.router.weight[0].detach() * 5
-    optimizer, tally = (
+    optimizer, counts = (
         torch.optim.SGD(model.router.parameters(), lr=1.0 if balance == "aux" else 0.0),
-        model.router.tally,
+        model.router.counts,
     )
-    tally.loss_factor = 1 / x[..., 0].numel()
+    counts.loss_factor = 1 / x[..., 0].numel()
     for _ in range(60):
-        tally.reset()
+        counts.reset()
         optimizer.zero_grad()
         (model(x) * 0).sum().backward()
         optimizer.step()
         if balance == "bias":
-            model.router.bias.copy_(update_bias(model.router.bias, tally.load, 0.01))
-    largest = tally.load.max() / tally.load.double().mean()
+            model.router.bias.copy_(update_bias(model.router.bias, counts.load, 0.01))
+    largest = counts.load.max() / counts.load.double().mean()
     assert largest > 1.7 if balance == "none" else largest < 1.25, largest
 
 
@@ -232,6 +232,6 @@ def test_a_copy_counts_for_itself() -> None:
     model = moe()
     trained(model, random_rows(), factor=0.5)
     copied = deepcopy(model)
-    assert copied.router.tally.load is None and copied.router.tally.loss_factor == 0.5
+    assert copied.router.counts.load is None and copied.router.counts.loss_factor == 0.5
     trained(copied, random_rows(rows=1))
-    assert copied.router.tally.tokens == 10 and model.router.tally.tokens == 30
+    assert copied.router.counts.tokens == 10 and model.router.counts.tokens == 30

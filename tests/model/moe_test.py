@@ -31,13 +31,13 @@ def decoder(dtype: torch.dtype = torch.float32) -> Decoder:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5 if p.dim() > 1 else 1)
-    for tally in tallies(model):
-        tally.loss_factor = 0.1
+    for counts in all_counts(model):
+        counts.loss_factor = 0.1
     return model.to(dtype).train()
 
 
-def tallies(model: nn.Module) -> list:
-    return [m.router.tally for m in model.modules() if hasattr(m, "router")]
+def all_counts(model: nn.Module) -> list:
+    return [m.router.counts for m in model.modules() if hasattr(m, "router")]
 
 
 def step(model: Decoder) -> dict[str, Tensor]:
@@ -55,11 +55,11 @@ def test_rematerialised_gradients_are_equal_and_counted_once(kind: str) -> None:
     expected = step(plain)
     for name, gradient in step(remat).items():
         assert torch.equal(gradient, expected[name]), name
-    for one, other in zip(tallies(plain), tallies(remat), strict=True):
+    for one, other in zip(all_counts(plain), all_counts(remat), strict=True):
         assert one.tokens == 44 and one.load.sum() == 88
         assert torch.equal(one.load, other.load) and torch.equal(one.losses, other.losses)
     step(remat)
-    assert all(tally.tokens == 88 for tally in tallies(remat))
+    assert all(counts.tokens == 88 for counts in all_counts(remat))
 
 
 def test_selective_keeps_the_products_but_the_last_on_a_gpu() -> None:
@@ -120,13 +120,13 @@ def test_compiled_gradients_are_equal(kind: str) -> None:
         remat_blocks(compiled, kind)
     compile_blocks([compiled])
     for factor in (0.1, 0.7):
-        for tally in (*tallies(plain), *tallies(compiled)):
-            tally.loss_factor = factor
-            tally.reset()
+        for counts in (*all_counts(plain), *all_counts(compiled)):
+            counts.loss_factor = factor
+            counts.reset()
         expected = step(plain)
         for name, gradient in step(compiled).items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
-        for one, other in zip(tallies(plain), tallies(compiled), strict=True):
+        for one, other in zip(all_counts(plain), all_counts(compiled), strict=True):
             assert torch.equal(one.load, other.load) and one.tokens == other.tokens == 44
     found = torch._dynamo.utils.counters
     assert not found["graph_break"] and found["stats"]["unique_graphs"] <= 2  # of the dense block, and the others

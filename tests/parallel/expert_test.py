@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig, MoeConfig
-from llmtrain.model.balance import Tally
+from llmtrain.model.balance import RouterCounts
 from llmtrain.model.experts import Experts
 from llmtrain.parallel import expert
 from llmtrain.parallel.expert import ExpertPieces, exchanged
@@ -25,18 +25,18 @@ def half(tp_rank: int) -> ExpertPieces:
     return ExpertPieces(MOE.num_experts, mesh)
 
 
-def passed(indices: Tensor, tp_rank: int, tally: Tally) -> Tensor:
+def passed(indices: Tensor, tp_rank: int, router_counts: RouterCounts) -> Tensor:
     """What the half's experts give, of random weights."""
     experts = Experts(ModelConfig(hidden_size=16, moe=MOE))
     for p in experts.parameters():
         p.data = torch.nn.init.normal_(p.data[: MOE.num_experts // 2].clone())
     x = torch.randn(TOKENS, 16, requires_grad=True)
-    return exchanged(x, indices, torch.rand(indices.shape), experts, half(tp_rank), tally)
+    return exchanged(x, indices, torch.rand(indices.shape), experts, half(tp_rank), router_counts)
 
 
-def computed(indices: Tensor, tp_rank: int, tally: Tally) -> int:
-    passed(indices, tp_rank, tally).sum().backward()
-    return int(tally.computed)
+def computed(indices: Tensor, tp_rank: int, router_counts: RouterCounts) -> int:
+    passed(indices, tp_rank, router_counts).sum().backward()
+    return int(router_counts.computed)
 
 
 @pytest.fixture
@@ -48,17 +48,17 @@ def choices() -> Tensor:
 
 
 def test_the_halves_compute_all_choices(choices: Tensor) -> None:
-    found = [computed(choices, tp_rank, Tally(MOE)) for tp_rank in (0, 1)]
+    found = [computed(choices, tp_rank, RouterCounts(MOE)) for tp_rank in (0, 1)]
     assert found == [int((choices < 4).sum()), int(((choices >= 4) & (choices < 8)).sum())]
     assert sum(found) == (TOKENS - 3) * MOE.top_k
 
 
 def test_microbatches_add_up_until_the_reset(choices: Tensor) -> None:
-    tally = Tally(MOE)
-    once = computed(choices, 0, tally)
-    assert computed(choices, 0, tally) == 2 * once
-    tally.reset()
-    assert tally.computed is None
+    router_counts = RouterCounts(MOE)
+    once = computed(choices, 0, router_counts)
+    assert computed(choices, 0, router_counts) == 2 * once
+    router_counts.reset()
+    assert router_counts.computed is None
 
 
 def test_a_lost_row_shows(choices: Tensor) -> None:
@@ -70,13 +70,13 @@ def test_a_lost_row_shows(choices: Tensor) -> None:
         counts[-1] -= 1  # the last row of the last expert is taken for none's
         return order, places, counts
 
-    whole = computed(choices, 0, Tally(MOE))
+    whole = computed(choices, 0, RouterCounts(MOE))
     with patch.object(expert, "sort_by_expert", losing):
-        assert computed(choices, 0, Tally(MOE)) == whole - 1
+        assert computed(choices, 0, RouterCounts(MOE)) == whole - 1
 
 
 def test_scoring_counts_nothing(choices: Tensor) -> None:
-    tally = Tally(MOE)
+    router_counts = RouterCounts(MOE)
     with torch.no_grad():
-        passed(choices, 0, tally)
-    assert tally.computed is None
+        passed(choices, 0, router_counts)
+    assert router_counts.computed is None

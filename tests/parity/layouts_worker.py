@@ -170,7 +170,7 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
         opt.step()
         for router in routers_of([model]).values():
             if "bias" in router.config.balance:
-                router.bias.copy_(update_bias(router.bias, router.tally.load, router.config.bias_rate))
+                router.bias.copy_(update_bias(router.bias, router.counts.load, router.config.bias_rate))
         found = {name: float(x if name.endswith("_max") else x / denominator) for name, x in metrics.items()}
         history.append({"loss": loss.item(), "norm": norm.item(), "grads": grads, "metrics": found})
     final = {name: p.detach() for name, p in [*model.named_parameters(), *model.named_buffers()]}

@@ -27,7 +27,7 @@ from llmtrain.parallel import expert
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.scaling import communication as scaling
-from llmtrain.scaling.communication import Case, Step, communication
+from llmtrain.scaling.communication import RankStep, Step, communication
 from llmtrain.types import IGNORE, Batch
 from tests.json_output import print_json
 from tests.parallel.traffic import Traffic
@@ -100,9 +100,9 @@ def watch_pairs() -> list[list[int]]:
 
 def watch_row_sums(engine: Engine, traffic: Traffic) -> None:
     """Routers sum over `cp` inside an operation of their own, where the dispatcher's modes do not look."""
-    for tally in (router.tally for router in routers_of(engine.parts).values()):
-        if tally.row_sum is not None:
-            tally.row_sum = partial(_counted_sum, tally.row_sum, traffic)
+    for counts in (router.counts for router in routers_of(engine.parts).values()):
+        if counts.row_sum is not None:
+            counts.row_sum = partial(_counted_sum, counts.row_sum, traffic)
 
 
 def _counted_sum(row_sum: Callable[[torch.Tensor], torch.Tensor], traffic: Traffic, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ def count(layout: dict, mesh: Mesh) -> tuple[dict, dict, list]:
     rows //= 1 if settings.remat == "none" else 2  # a pass that is computed again was seen twice
     step = Step(len(microbatches), ROWS, microbatches[0].input_ids.size(1), trained, 1, reports[0], rows, balance)
     shard_rank = dist.get_rank(mesh.groups["shard"])
-    items = communication(Case(model, parallel, settings, step, mesh.coords["pp"], shard_rank))
+    items = communication(RankStep(model, parallel, settings, step, mesh.coords["pp"], shard_rank))
     expected: dict[str, int] = defaultdict(int)
     for axis, kind, _, size in items:
         group = mesh.groups.get(axis)

@@ -6,7 +6,7 @@ import pytest
 
 from llmtrain.arch.resolve import parameter_count, resolve_model
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from llmtrain.scaling.communication import CONTROL, Case, Item, Step, communication, moved_bytes
+from llmtrain.scaling.communication import CONTROL, Item, RankStep, Step, communication, moved_bytes
 from llmtrain.scaling.parts import PERSISTENT
 
 BIG = resolve_model(ModelConfig(preset="llama3-8b"))
@@ -14,8 +14,8 @@ STEP = Step(microbatches=1, rows=1, tokens=8192, trained_tokens=8192)
 
 
 def items(model: ModelConfig, parallel: ParallelConfig, step: Step = STEP, **engine: object) -> list[Item]:
-    case = Case(model, parallel, EngineConfig(**engine), step)
-    return [item for item in communication(case) if item.what not in CONTROL]
+    rank = RankStep(model, parallel, EngineConfig(**engine), step)
+    return [item for item in communication(rank) if item.what not in CONTROL]
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_tensor_parallel_is_that_of_megatron() -> None:
 
 def test_one_rank_sends_nothing() -> None:
     assert items(BIG, ParallelConfig(dp_shard=1)) == []
-    assert communication(Case(BIG, ParallelConfig(dp_shard=1), EngineConfig(), STEP)) == []
+    assert communication(RankStep(BIG, ParallelConfig(dp_shard=1), EngineConfig(), STEP)) == []
