@@ -34,6 +34,11 @@ def job(mesh: dict, one: str, two: str, **policy: object) -> dict[str, dict]:
     return {"a": {**POLICY, **mesh, **KINDS[one], **policy}, "b": {**CRITIC, **mesh, **KINDS[two]}}
 
 
+def deep(job: dict[str, dict]) -> dict[str, dict]:
+    """The same with a layer for each of four stages."""
+    return {name: {**layout, "num_layers": 4} for name, layout in job.items()}
+
+
 TWO_RANKS = [
     job({"dp_shard": 2}, "z1", "z3"),
     job({"dp_replicate": 2}, "z0", "z0"),
@@ -62,7 +67,7 @@ FOUR_RANKS = [
     job({"cp": 2, "dp_shard": 2, "context": "ring"}, "fsdp", "z2"),
     job({"dp_replicate": 2, "dp_shard": 2}, "fsdp", "fsdp"),
     job({"dp_replicate": 2, "tp": 2}, "z0", "z0"),
-    job({"pp": 2, "dp_shard": 2, "schedule": "zbv", "virtual_stages": 2}, "z1", "fsdp", num_layers=4),
+    deep(job({"pp": 2, "dp_shard": 2, "schedule": "zbv", "virtual_stages": 2, "reshard": False}, "z1", "fsdp")),
 ]
 
 

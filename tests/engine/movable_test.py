@@ -22,7 +22,7 @@ MORE = [
     {"dp_shard": 2, "backend": "fsdp"},
     {"dp_replicate": 2, "zero_stage": 0},
     {"pp": 2, "zero_stage": 3, "precision": "bf16"},
-    {"pp": 2, "backend": "fsdp", "schedule": "zbv", "virtual_stages": 2, "num_layers": 4},
+    {"pp": 2, "backend": "fsdp", "schedule": "zbv", "virtual_stages": 2, "reshard": False, "num_layers": 4},
     {"tp": 2, "zero_stage": 2},
     {"dp_shard": 2, "ep": 2, "zero_stage": 2, **MOE},
     {"dp_shard": 2, "zero_stage": 1, "optimizer": "muon"},

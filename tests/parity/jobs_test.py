@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("jobs_worker.py")
 TOLERANCE = 1e-5  # fp32 rounding: sums run in another order than in one process
 Z0, Z1, Z2, Z3 = ({"zero_stage": stage} for stage in range(4))
 FSDP = {"backend": "fsdp"}
-ZBV = {"schedule": "zbv", "virtual_stages": 2}
+FOUR_STAGES = {"virtual_stages": 2, "num_layers": 4}
 RING = {"cp": 2, "context": "ring"}
 
 
@@ -42,7 +42,8 @@ MORE_ON_FOUR = [
     case({"dp_replicate": 2, "tp": 2}, Z0, Z0),
     case({"dp_shard": 2, **RING}, Z2, FSDP),
     case({"pp": 2, **RING}, FSDP, Z1),
-    case({"pp": 2, "dp_shard": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, Z1, FSDP),
+    case({"pp": 2, "dp_shard": 2, "schedule": "interleaved_1f1b", **FOUR_STAGES}, Z1, FSDP),
+    case({"pp": 2, "tp": 2, "schedule": "zbv", "reshard": False, **FOUR_STAGES}, FSDP, Z2),
     case({"cp": 2, "tp": 2, "context": "alltoall"}, Z1, Z3),
     case({"cp": 2, "dp_shard": 2, "context": "allgather"}, Z3, Z3),
     case({"tp": 4}, Z1, FSDP),
