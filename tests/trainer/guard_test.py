@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from llmtrain.checkpoint.load import CheckpointReader
+from llmtrain.config.schema import Config, GuardConfig
 from llmtrain.observe.metrics import Events, MetricsFile, read_lines
 from llmtrain.parallel.replicas import checksum, odd_ones
-from llmtrain.trainer.guard import is_spike
+from llmtrain.trainer.guard import Guard, is_spike
+from llmtrain.trainer.job import GuardState, Job, Updates
 from llmtrain.trainer.record import Record
 from tests.forked import run_alone
 
@@ -88,6 +91,27 @@ def test_spike_needs_a_full_window() -> None:
     window = [2.0, 2.2, 1.8, 2.0]  # deviation 0.141
     assert is_spike(2.5, window, 4, 3.0) and not is_spike(2.4, window, 4, 3.0)
     assert not is_spike(99.0, window, 5, 3.0)
+
+
+def test_each_model_has_a_window_and_skips_of_its_own(tmp_path: Path) -> None:
+    config = Config(
+        run_dir=str(tmp_path), guard=GuardConfig(nonfinite="skip", spike="skip", spike_window=2, max_skips=1)
+    )
+    policy, critic = SimpleNamespace(), SimpleNamespace()
+    mesh = SimpleNamespace(rank=0, all_gather_json=lambda value: [value])
+    job = Job(config, None, None, mesh, None, None, {"policy": policy, "critic": critic})
+    guard = Guard(job)
+    for loss in (1.0, 1.1):
+        assert policy.admit(loss, []) and critic.admit(100 * loss, [])
+    assert not policy.admit(100.0, [])  # a spike of the policy, and usual for the critic
+    assert critic.admit(100.0, []) and not critic.admit(float("nan"), [0])
+    assert job.guard.updates == {"policy": Updates([1.0, 1.1], 1), "critic": Updates([pytest.approx(110.0), 100.0], 1)}
+    assert guard.report() == {"skipped": 2} and guard.report() == {}
+    with pytest.raises(FloatingPointError, match=r"step 1: critic: loss or gradient .* guard.max_skips=1 updates"):
+        critic.admit(float("nan"), [0])
+    events = read_lines(str(tmp_path / "events.jsonl"))
+    assert [event.get("role") for event in events] == [None, "critic", "critic"]
+    assert GuardState.of_checkpoint(asdict(job.guard)) == job.guard
 
 
 def test_events_forget_what_comes_again(tmp_path: Path) -> None:
