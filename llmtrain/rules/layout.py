@@ -1,4 +1,4 @@
-"""Rules of the mesh, the pipeline and the engine. Each says value, rule and remedy."""
+"""Checks the mesh, the pipeline and the engine. Each rule yields lines with value, rule and remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the model's shape and of what its parts go with. Each says value, rule and remedy."""
+"""Checks the model's shape and what its parts go with. Each rule yields lines with value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _experts(case: Case) -> Iterator[str]:
 
 
 def _further_tokens(case: Case) -> Iterator[str]:
-    """Multi-token prediction."""
+    """Refuses what multi-token prediction does not go with."""
     m, p = case.model, case.config.parallel
     if m is None or not m.mtp_layers:
         return
@@ -159,7 +159,7 @@ def _scalar_head(case: Case) -> Iterator[str]:
 
 
 def _growth(case: Case) -> Iterator[str]:
-    """A vocabulary larger than that of the weights it starts from."""
+    """Refuses a vocabulary larger than that of the weights it starts from, where the new rows would not be trained."""
     m = case.model
     if m is None or m.init_from is None or not os.path.isdir(m.init_from):
         return
@@ -174,7 +174,7 @@ def _growth(case: Case) -> Iterator[str]:
 
 
 def sliding_layers(model: ModelConfig) -> bool:
-    """Whether any layer sees only a window."""
+    """Tells whether any layer sees only a window."""
     return any(layer_type(model, layer) == "sliding" for layer in range(model.num_layers))
 
 
