@@ -33,7 +33,7 @@ KINDS = {  # names of the dispatcher's operations; receives count at their sende
     "send": "send",
 }
 Key = tuple[str, str]
-"""(axis, kind); the axis is a name of `Mesh.groups`, the first of those with the same ranks, or `world`."""
+"""A key is (axis, kind); the axis is a name of `Mesh.groups`, the first of those with the same ranks, or `world`."""
 
 
 class Traffic(TorchDispatchMode):

@@ -115,7 +115,7 @@ class Task:
 
 
 TASKS = {"tokens": Task(token_loss, lambda batch: batch.loss_mask.sum())}
-"""Named by `layout["task"]`; tokens where there is none."""
+"""Maps the names that `layout["task"]` may have; it is tokens where there is none."""
 
 
 def task_of(layout: dict) -> Task:
