@@ -114,7 +114,8 @@ def _further_tokens(case: Case) -> Iterator[str]:
         trained_by = names_of(lambda recipe: recipe.packs_text)
         yield f"{refused}{case.command}, only {trained_by} trains them; set model.mtp_layers=0, which leaves them out"
     if p.pp > 1:
-        yield f"{refused}parallel.pp={p.pp}, its modules need embedding and head on one stage{without}parallel.pp=1"
+        reason = "its modules need embedding and head on one pipeline stage"
+        yield f"{refused}parallel.pp={p.pp}, {reason}{without}parallel.pp=1"
     if p.cp > 1:
         yield f"{refused}parallel.cp={p.cp}, the next tokens may lie on another rank{without}parallel.cp=1"
     if m.positions == "learned":
