@@ -1,4 +1,4 @@
-"""`python -m llmtrain`, the form that torchrun starts."""
+"""Runs the command line as `python -m llmtrain`, the form that torchrun starts."""
 
 from llmtrain.cli import entry
 

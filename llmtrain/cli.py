@@ -1,4 +1,4 @@
-"""The command line: checks the configuration before anything heavy is imported or started."""
+"""Runs the command line: checks the configuration before anything heavy is imported or started."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 after a failure, 2 for wrong input, 130 when interrupted."""
+    """Runs one command; returns the exit status: 0, 1 after a failure, 2 for wrong input, 130 when interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if not arguments or {"-h", "--help"} & set(arguments):
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The console script and `python -m llmtrain`: `main`, then the end of the process.
+    """Runs `main` and ends the process; the console script and `python -m llmtrain` call it.
 
     A failed stage still has its process groups. Their native threads run on while the interpreter is torn down, which
     now and then ends in SIGABRT instead of our status; so such a process leaves without the teardown.
@@ -76,7 +76,7 @@ def entry() -> NoReturn:
 
 
 def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
-    """The checked call that the arguments ask for. Raises ConfigError."""
+    """Returns the checked call that the arguments ask for. Raises ConfigError."""
     if command not in commands() and rest and os.path.isfile(rest[0]):
         load_plugins(rest)
     if command not in commands():
@@ -95,8 +95,8 @@ def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
 
 
 def _function(command: str) -> Callable[..., int | None]:
-    """Imported without the garbage collector, and kept from it: its looks at hundreds of thousands of objects that all
-    stay take about a fifth of the import."""
+    """Imports and returns the function of a command. The garbage collector is off meanwhile and never looks at what was
+    imported: its passes over hundreds of thousands of objects that all stay take about a fifth of the import."""
     module, name = commands()[command][0].split(":")
     gc.disable()
     try:
@@ -107,6 +107,8 @@ def _function(command: str) -> Callable[..., int | None]:
 
 
 def _guarded(action: Callable[[], int | None]) -> int:
+    """Runs the action and returns its exit status. What llmtrain raises to tell the user something is printed as one
+    line, any other error with its traceback."""
     try:
         return action() or 0
     except KeyboardInterrupt:
@@ -123,7 +125,7 @@ def _guarded(action: Callable[[], int | None]) -> int:
 
 
 def _ours(error: Exception) -> bool:
-    """Was it raised by llmtrain, to tell the user something? A library's error keeps its traceback."""
+    """Tells whether llmtrain raised the error, to tell the user something; a library's error keeps its traceback."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

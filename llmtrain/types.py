@@ -1,4 +1,4 @@
-"""The few records that travel between packages. Tensors are batch-first; `T` is the row length in tokens."""
+"""Defines the few records that travel between packages. Tensors are batch-first; `T` is the row length in tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IGNORE = -100  # a label that is not trained and whose log-prob is not computed
 
 @dataclass
 class Batch:
-    """One microbatch of token rows.
+    """Holds one microbatch of token rows.
 
     Example: the document `a b c <eos>`, trained on everything, in a row of 4:
         input_ids = [a, b, c, pad]      labels = [b, c, <eos>, IGNORE]     loss_mask = [T, T, T, F]
@@ -36,13 +36,13 @@ class Batch:
     temperature: float = 1.0  # log-probs are those of logits / temperature
 
     def to(self, device: torch.device) -> Batch:
-        """A copy on `device`."""
+        """Returns a copy on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
         return replace(self, **{**moved, "extra": {k: v.to(device) for k, v in self.extra.items()}})
 
     def rows(self, chosen: slice) -> Batch:
-        """Returns some of the rows."""
+        """Returns a batch of the `chosen` rows."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         own = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **own, extra={name: value[chosen] for name, value in self.extra.items()})
@@ -50,8 +50,8 @@ class Batch:
 
 @dataclass
 class Scores:
-    """What a model says of a batch: fp32 [B, T] each, whole rows on every rank, 0 where nothing was asked; None = the
-    model has no such head.
+    """Holds what a model says of a batch: fp32 [B, T] each, whole rows on every rank, 0 where nothing was asked; None =
+    the model has no such head.
 
     Example: a language model on the labels [b, IGNORE], p(b) = 1/2:
         Scores(logprobs=[-0.69, 0], entropies=[1.1, 0])
@@ -66,12 +66,12 @@ WeightSource = Callable[[str], Tensor]
 """Maps a canonical name to its global fp32 tensor, wherever the weights come from."""
 
 Metrics = dict[str, Tensor]
-"""Detached scalars by name: sums over the microbatch, or maxima if named `*_max`."""
+"""Maps names to detached scalars: sums over the microbatch, or maxima if named `*_max`."""
 
 
 @dataclass
 class Prompt:
-    """Token ids to continue, and the seed of its random stream (sample i of the group uses stream (seed, i)).
+    """Holds token ids to continue, and the seed of their random stream (sample i of the group uses stream (seed, i)).
 
     Example: Prompt([5, 7, 9], seed=42)
     """
@@ -82,7 +82,10 @@ class Prompt:
 
 @dataclass
 class Sampling:
-    """How to sample. `temperature=0` is greedy. Example: Sampling(max_new_tokens=64, num_samples=8, stop_ids=(1,))"""
+    """Says how to sample. `temperature=0` is greedy.
+
+    Example: Sampling(max_new_tokens=64, num_samples=8, stop_ids=(1,))
+    """
 
     max_new_tokens: int
     num_samples: int = 1
@@ -94,7 +97,7 @@ class Sampling:
 
 @dataclass
 class Sample:
-    """One sequence, whoever wrote its parts. `ids` follow the prompt; the lists beside them have a value a token.
+    """Holds one sequence, whoever wrote its parts. `ids` follow the prompt; the lists beside them have a value a token.
 
     Example: the policy (weights of version 3) answers `9 1`, where 1 is the stop token, and gets full marks:
         Sample([5, 7], ids=[9, 1], trained=[True, True], logprobs=[-0.1, -0.3], versions=[3, 3], finished=True,
@@ -102,14 +105,14 @@ class Sample:
     """
 
     prompt_ids: list[int]
-    ids: list[int]  # the stop token among them
+    ids: list[int]  # including the stop token
     trained: list[bool]  # True = the policy wrote the token; False = a tool, an environment or a user did
     logprobs: list[float]  # under the sampling temperature, before top-p and top-k; 0 where the policy did not write
-    versions: list[int]  # of the weights that wrote the token
+    versions: list[int]  # version of the weights that wrote each token
     finished: bool  # a stop token was sampled (else: cut at a limit)
     reward: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)  # rewards by name, before their weights
-    columns: dict[str, list[float]] = field(default_factory=dict)  # -> Batch.extra (advantages, returns, ...)
+    parts: dict[str, float] = field(default_factory=dict)  # rewards by name, not yet multiplied by their weights
+    columns: dict[str, list[float]] = field(default_factory=dict)  # for Batch.extra (advantages, returns, ...)
     example: dict[str, Any] = field(default_factory=dict)  # the line of the problem file that it answers
 
     def __post_init__(self) -> None:
@@ -118,7 +121,7 @@ class Sample:
 
 
 Group = list[Sample]
-"""The samples of one prompt. A preference pair is a group of two, the chosen one first."""
+"""Holds the samples of one prompt. A preference pair is a group of two, the chosen one first."""
 
 Reward = Callable[[Sequence[Group]], None]
 """Fills in `reward` and `parts` of every sample."""
@@ -126,7 +129,7 @@ Reward = Callable[[Sequence[Group]], None]
 
 @dataclass
 class StepStats:
-    """What one optimizer step reports, equal on all ranks.
+    """Holds what one optimizer step reports, equal on all ranks.
 
     Example: StepStats(loss=2.31, grad_norm=0.8, lr=3e-4, metrics={"clip_fraction": 0.1})
     `loss` is sum / denominator; `metrics` are global sums / denominator, or global maxima if named `*_max`.
@@ -138,13 +141,13 @@ class StepStats:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
-        """Returns everything by its name in metrics.jsonl."""
+        """Returns all values by their names in metrics.jsonl."""
         return {"loss": self.loss, "grad_norm": self.grad_norm, "lr": self.lr, **self.metrics}
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a rank's piece of a parameter lies.
+    """Says where a rank's piece of a parameter lies.
 
     The local parameter is the `tp_rank`-th of `tp_size` equal slices of the global tensor along `tp_dim` (the whole
     tensor if `tp_dim` is None); the piece is `[start, start + numel)` of the flattened local parameter.
@@ -163,7 +166,7 @@ class Address:
 
 @dataclass
 class Fragment:
-    """An address with its flat fp32 values: keys `weight` and the optimizer's (`exp_avg`, `exp_avg_sq`).
+    """Holds an address with its flat fp32 values: keys `weight` and the optimizer's (`exp_avg`, `exp_avg_sq`).
 
     Example: Fragment(address, {"weight": ..., "exp_avg": ..., "exp_avg_sq": ...})
     """

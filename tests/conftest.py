@@ -1,5 +1,5 @@
-"""What every test shares: a quiet, offline, single-threaded environment, `torchrun` and `forked` for tests on several
-ranks, and `disk_calls` for tests of what survives a power cut."""
+"""Provides what every test shares: a quiet, offline, single-threaded environment, `torchrun` and `forked` for tests on
+several ranks, and `disk_calls` for tests of what survives a power cut."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def pytest_unconfigure() -> None:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """SIGTERM to the process group, then SIGKILL to what is left. The workers of torchrun lead sessions of their own,
-    so the group alone does not reach them: they are listed first, by id."""
+    """Sends SIGTERM to the process group, then SIGKILL to what is left. The workers of torchrun lead sessions of their
+    own, so the group alone does not reach them: they are listed first, by id."""
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     os.killpg(process.pid, signal.SIGTERM)
     for survivor in psutil.wait_procs(tree, timeout=TERM_GRACE_S)[1]:
@@ -51,10 +51,10 @@ def stop(process: subprocess.Popen[str]) -> None:
 def run_torchrun(
     ranks: int, target: str | Path, *args: str | Path, timeout_s: float = 120, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`torchrun --standalone` of `target`, a module name or a path that ends in .py, on `ranks` local processes.
+    """Runs `torchrun --standalone` of `target`, a module name or a path that ends in .py, on `ranks` local processes.
 
-    Returns the exit code, and stdout and stderr together in `stdout`. `env` is added to the environment.
-    Fails the test with the output so far when it takes longer than `timeout_s` seconds; no process is left behind.
+    Returns the exit code, and stdout and stderr together in `stdout`. `env` is added to the environment. Fails the test
+    with the output so far when it takes longer than `timeout_s` seconds; no process is left behind.
     """
     name = [str(target)] if str(target).endswith(".py") else ["-m", str(target)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -84,13 +84,13 @@ def run_torchrun(
 
 @pytest.fixture
 def torchrun() -> Torchrun:
-    """`torchrun(ranks, module_or_script, *args, timeout_s=120, env=None)`: see `run_torchrun`."""
+    """Provides `torchrun(ranks, module_or_script, *args, timeout_s=120, env=None)`: see `run_torchrun`."""
     return run_torchrun
 
 
 @pytest.fixture
 def forked() -> Torchrun:
-    """`forked(ranks, module_or_script, *args, timeout_s=120)`: see `run_forked`."""
+    """Provides `forked(ranks, module_or_script, *args, timeout_s=120)`: see `run_forked`."""
     return run_forked
 
 

@@ -1,4 +1,4 @@
-"""Ranks for tests, forked from one process that has imported torch, DeepSpeed and llmtrain: that takes longer than most
+"""Forks ranks for tests from one process that has imported torch, DeepSpeed and llmtrain: that takes longer than most
 tests. Restarts, signals and the product's commands are tested with torchrun."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(
 def run_forked(
     ranks: int, target: str | Path, *args: str | Path, timeout_s: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """`target`, a module name or a path that ends in .py, on `ranks` local processes, with the environment and the
+    """Runs `target`, a module name or a path that ends in .py, on `ranks` local processes, with the environment and the
     arguments that torchrun would give it.
 
     Returns 0, or 1 as soon as one rank fails, and stdout and stderr of all together in `stdout`. Fails the test with
@@ -43,15 +43,15 @@ def run_forked(
 def run_alone(
     target: str | Path, *args: str | Path, timeout_s: float = 240, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """As `run_forked`, one process that no launcher started: returns its own exit code. `env` is added to the
-    environment."""
+    """Runs one process that no launcher started, like `run_forked`, and returns its own exit code. `env` is added to
+    the environment."""
     return _run([{**os.environ, **(env or {})}], target, args, timeout_s)
 
 
 def _run(
     environments: Sequence[Mapping[str, str]], target: str | Path, args: Sequence[str | Path], timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """A process for each environment. Returns the exit code of one that failed, else 0."""
+    """Starts a process for each environment. Returns the exit code of one that failed, else 0."""
     argv = [str(target), *map(str, args)]
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
         processes = [CONTEXT.Process(target=_rank, args=(argv, each, output.name)) for each in environments]
@@ -89,7 +89,7 @@ def _rank(argv: list[str], environment: Mapping[str, str], output: str) -> None:
 
 
 def _await(processes: Sequence[ForkServerProcess], deadline: float) -> bool:
-    """Until all have ended well or one has failed: True; False when it is too late."""
+    """Waits until all have ended well or one has failed: True; False when it is too late."""
     while running := [p for p in processes if p.exitcode is None]:
         if any(p.exitcode for p in processes):
             return True

@@ -1,5 +1,6 @@
-"""Run on several ranks with a JSON list of lists of arguments: `llmtrain` with each, one after the other, by the same
-ranks. Starting them costs more than a small run takes; put one that fails last. Rank 0 prints the exit codes."""
+"""Runs `llmtrain` several times, one after the other, by the same ranks: starting them costs more than a small run
+takes. Runs on several ranks with a JSON list of lists of arguments; put one that fails last. Rank 0 prints the exit
+codes."""
 
 from __future__ import annotations
 

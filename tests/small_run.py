@@ -1,4 +1,4 @@
-"""A run that takes seconds: its text, its tokenizer and shards (made once), and its configuration."""
+"""Provides a run that takes seconds: its text, its tokenizer and shards (made once), and its configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log: {{wandb: "off"}}
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory with `tokenizer`, `shards` and the task `sums`."""
+    """Returns the directory with `tokenizer`, `shards` and the task `sums`."""
     base = tmp_path_factory.mktemp("small")
     data = DataConfig(
         sources=[SourceConfig(name="topics", type="topics", max_bytes=120_000)],
@@ -40,7 +40,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(small_data: Path, tmp_path: Path) -> Path:
-    """The configuration file."""
+    """Returns the path of the configuration file."""
     path = tmp_path / "small.yaml"
     path.write_text(DOCUMENT.format(data=small_data))
     return path

@@ -1,4 +1,4 @@
-"""What a model takes from the weights that it starts from, and what is new in it. No torch here."""
+"""Tells what a model takes from the weights that it starts from, and what is new in it. It imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several trained models of a job in one checkpoint, under one manifest.
+"""Stores several trained models of a job in one checkpoint, under one manifest.
 
 Parameters of the main one keep their canonical names, and what state.json says of it stands at its top: whoever reads a
 checkpoint finds that model, however many there are. Names of another one begin with its role and a slash, and what

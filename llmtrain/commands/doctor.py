@@ -1,4 +1,5 @@
-"""Looks at the machine: versions, devices, memory, disk, and what to do about what is missing."""
+"""Implements `llmtrain doctor`: looks at versions, devices, memory and disk, and says what to do about what is
+missing."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ GIB = 2**30
 
 
 def main() -> int:
-    """Print what was found and every problem with its remedy; returns 1 if there is one."""
+    """Prints what was found and every problem with its remedy; returns 1 if there is one."""
     facts = {**versions(), **devices(), **resources()}
     table = Table(show_header=False)
     for name, value in facts.items():
@@ -32,7 +33,7 @@ def main() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that matter; '' = not installed."""
+    """Returns the versions of Python and the packages that matter; '' = not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
@@ -44,7 +45,7 @@ def _version(package: str) -> str:
 
 
 def devices() -> dict[str, str]:
-    """What torch can compute and communicate on."""
+    """Returns what torch can compute and communicate on."""
     try:
         import torch
     except ImportError:
@@ -56,7 +57,8 @@ def devices() -> dict[str, str]:
 
 
 def resources() -> dict[str, str]:
-    """Cores, memory, disk, the host's address, the key for Weights & Biases (whether, never which)."""
+    """Returns cores, memory, disk, the host's address, and whether (never which) there is a key for Weights &
+    Biases."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cores": str(len(os.sched_getaffinity(0))),
@@ -75,7 +77,7 @@ def _address() -> str:
 
 
 def problems(facts: dict[str, str]) -> list[str]:
-    """`value: what it means; remedy` for everything that will not work."""
+    """Returns `value: what it means; remedy` for everything that will not work."""
     found = []
     for name in REQUIRED:
         if not facts[name]:

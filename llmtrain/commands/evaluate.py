@@ -1,4 +1,4 @@
-"""`llmtrain eval`: perplexity on held-out text, pass@k on held-out problems. One process."""
+"""Implements `llmtrain eval`: perplexity on held-out text, pass@k on held-out problems, in one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
 
 
 def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, float]:
-    """Loss, perplexity and bits a byte on the held-out shards."""
+    """Returns loss, perplexity and bits a byte on the held-out shards."""
     rows = text_rows(config, "held_out", tokenizer)
     numbers = range(min(config.eval.text_seqs, len(rows)))
     batches = (rows.batch(numbers[i : i + ROWS_A_BATCH]) for i in range(0, len(numbers), ROWS_A_BATCH))
@@ -64,7 +64,8 @@ def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[st
 def problem_scores(
     config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[dict[str, float], list[dict]]:
-    """pass@k, majority and greedy on the first `eval.problems` held-out problems."""
+    """Returns pass@k, majority vote and greedy accuracy on the first `eval.problems` held-out problems, and all
+    completions."""
     r, reward = config.rollout, reward_fn(config.rewards[0].name)
     problems = PromptSet(config.data.held_out, tokenizer, config.train.seq_len - r.max_new_tokens)
     count = min(config.eval.problems, len(problems))
@@ -82,7 +83,7 @@ def problem_scores(
 
 
 def write_samples(config: Config, samples: list[dict]) -> None:
-    """All completions, in the form of an RL stage's samples."""
+    """Writes all completions, in the form of an RL stage's samples."""
     with open(os.path.join(config.directory, "samples.jsonl"), "w", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps({"step": 0, "label": config.eval.label, **sample}, ensure_ascii=False) + "\n")

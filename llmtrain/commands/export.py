@@ -1,4 +1,5 @@
-"""`llmtrain export`: a run's newest checkpoint as a Hugging Face directory, or its adapters for peft."""
+"""Implements `llmtrain export`: writes a run's newest checkpoint as a Hugging Face directory, or its adapters for
+peft."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(config: Config) -> None:
-    """See ExportConfig."""
+    """Runs the command as ExportConfig says."""
     source = config.model.init_from or config.directory
     if config.export.adapter:
         target = config.export.path or os.path.join(source, "adapter")

@@ -1,4 +1,4 @@
-"""`llmtrain data` and `llmtrain tokenizer`."""
+"""Implements `llmtrain data` and `llmtrain tokenizer`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from llmtrain.trainer.job import data_dir, tokenizer_dir
 
 
 def data(config: Config) -> None:
-    """Problem sets, tokenizer and token shards, as the data section says."""
+    """Makes problem sets, tokenizer and token shards, as the data section says."""
     make_run_dir(config.directory)
     prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
     log(f"data in {data_dir(config)}, tokenizer in {tokenizer_dir(config)}")
 
 
 def tokenizer(config: Config) -> None:
-    """The tokenizer alone, from the data section's sources."""
+    """Makes the tokenizer alone, from the data section's sources."""
     make_run_dir(config.directory)
     sources = config.data.model_copy(update={"tasks": []})
     with progress_bar() as bar:

@@ -1,4 +1,4 @@
-"""`llmtrain report`: plots and one HTML page."""
+"""Implements `llmtrain report`: plots and one HTML page."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from llmtrain.observe.report import write_report
 
 
 def main(config: Config) -> None:
-    """Of `report.path`, else of the run directory."""
+    """Writes the report of `report.path`, or else of the run directory."""
     log(f"report: {write_report(config.report.path or config.directory)}")

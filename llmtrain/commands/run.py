@@ -1,4 +1,4 @@
-"""A whole path: the stages of a run document, each in processes of its own, going on where it was."""
+"""Implements `llmtrain run`: runs the stages of a document, each in processes of its own, and goes on where it was."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEASURE = re.compile(r"(pass|maj)@\d+|perplexity")  # of eval.json, shown at the
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage, ready to start."""
+    """Describes one stage, ready to start."""
 
     stage: StageConfig
     directory: str
@@ -43,22 +43,23 @@ class StageRun:
 
     @property
     def yaml(self) -> str:
-        """Where the stage's configuration is written."""
+        """Returns the path at which the stage's configuration is written."""
         return os.path.join(self.directory, "stage.yaml")
 
     @property
     def done(self) -> str:
-        """The file that says that the stage has finished."""
+        """Returns the path of the file that says that the stage has finished."""
         return os.path.join(self.directory, "done.json")
 
     @property
     def head(self) -> str:
-        """First line of stage.yaml: whose work the directory holds."""
+        """Returns the first line of stage.yaml, which says whose work the directory holds."""
         return f"# llmtrain run: {self.stage.command}, ranks {self.stage.ranks}, job {self.hash}\n"
 
 
 def main(config: RunConfig) -> int:
-    """Run the stages in order, skipping finished ones; returns 0 or the exit status of the stage that did not end well.
+    """Runs the stages in order, skipping finished ones; returns 0, or the exit status of the stage that did not end
+    well.
 
     Raises ValueError if the document has no stages or another run is at work in its directory.
     """
@@ -77,7 +78,7 @@ def main(config: RunConfig) -> int:
 
 @contextlib.contextmanager
 def lock(directory: str, patience_s: float = GRACE_S + 10) -> Iterator[int]:
-    """Hold the run directory; yields the file descriptor, which stages inherit: when we are killed, the next run waits
+    """Holds the run directory; yields the file descriptor, which stages inherit: when we are killed, the next run waits
     until the stage of this one has ended. Raises ValueError if it has not after `patience_s` seconds."""
     with open(os.path.join(directory, "lock"), "w", encoding="utf-8") as file:
         give_up = time.monotonic() + patience_s
@@ -93,7 +94,7 @@ def lock(directory: str, patience_s: float = GRACE_S + 10) -> Iterator[int]:
 
 
 def planned_runs(config: RunConfig) -> list[StageRun]:
-    """The stages of a run, ready to start. What is only logged does not enter the hashes."""
+    """Returns the stages of a document, ready to start. What is only logged does not enter the hashes."""
     if not isinstance(config, RunConfig):
         raise ValueError(f"{config.name}: has no `stages:`; add them, or name the command of a single stage")
     stage_runs: list[StageRun] = []
@@ -107,12 +108,12 @@ def planned_runs(config: RunConfig) -> list[StageRun]:
 
 
 def is_done(stage_run: StageRun) -> bool:
-    """Has this very stage, with these settings, finished before?"""
+    """Tells whether this stage, with these settings, has finished before."""
     return os.path.exists(stage_run.done) and _read_json(stage_run.done)["hash"] == stage_run.hash
 
 
 def run_stage(stage_run: StageRun, title: str, held: int) -> int:
-    """Start one stage, wait for it, and note that it is done; returns its exit status."""
+    """Starts one stage, waits for it, and notes that it is done; returns its exit status."""
     set_aside_other(stage_run)
     os.makedirs(stage_run.directory, exist_ok=True)
     with open(stage_run.yaml, "w", encoding="utf-8") as file:
@@ -130,7 +131,7 @@ def run_stage(stage_run: StageRun, title: str, held: int) -> int:
 
 
 def set_aside_other(stage_run: StageRun) -> None:
-    """Move away what a stage with other settings left there: resuming from it would mix the two, silently."""
+    """Moves away what a stage with other settings left there: resuming from it would mix the two, silently."""
     if not os.path.exists(stage_run.yaml):
         return
     with open(stage_run.yaml, encoding="utf-8") as file:
@@ -142,7 +143,7 @@ def set_aside_other(stage_run: StageRun) -> None:
 
 
 def stage_command(stage_run: StageRun) -> list[str]:
-    """The command line of a stage: a plain process for one rank, torchrun for more."""
+    """Returns the command line of a stage: a plain process for one rank, torchrun for more."""
     module = ["-m", "llmtrain", stage_run.stage.command, stage_run.yaml]
     if stage_run.stage.ranks == 1:
         return [sys.executable, *module]
@@ -151,17 +152,18 @@ def stage_command(stage_run: StageRun) -> list[str]:
 
 
 def child_environment(ranks: int) -> dict[str, str]:
-    """Ours, with the cores shared out to the ranks and `KEEP_FREED`, unless the user decided that."""
+    """Returns our environment, with the cores shared out to the ranks and `KEEP_FREED`, unless the user decided
+    that."""
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     return {"OMP_NUM_THREADS": str(threads), **KEEP_FREED, **os.environ}
 
 
 def run_child(command: list[str], environment: dict[str, str], held: int) -> int:
-    """Run a command on our terminal, in a process group of its own, with the lock `held`.
+    """Runs a command on our terminal, in a process group of its own, which inherits the lock `held`.
 
-    Returns its exit status, 128 + the signal if one ended it.
-    SIGINT and SIGTERM end it: SIGTERM to its group, SIGKILL after GRACE_S, when torchrun has ended its workers, who
-    live in sessions of their own. If we are killed ourselves, it gets SIGTERM.
+    Returns its exit status, 128 + the signal if one ended it. SIGINT and SIGTERM end it: SIGTERM to its group, SIGKILL
+    after GRACE_S, when torchrun has ended its workers, who live in sessions of their own. If we are killed ourselves,
+    it gets SIGTERM.
     """
     parent = os.getpid()
     child = subprocess.Popen(
@@ -186,6 +188,7 @@ def run_child(command: list[str], environment: dict[str, str], held: int) -> int
 
 
 def _wait(child: subprocess.Popen, asked: list[tuple[float, int]]) -> int:
+    """Returns the exit status of the child, whose group is killed GRACE_S seconds after it was asked to stop."""
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(timeout=1.0)
@@ -210,14 +213,15 @@ def _handlers(handler: Any) -> Iterator[None]:
 
 
 def _die_with(parent: int) -> None:
-    """In the child: SIGTERM when the parent dies, else two trainers would write one directory after a restart."""
+    """Lets the child, in which this runs, get SIGTERM when its parent dies: else two trainers would write one directory
+    after a restart."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def summarize(directory: str, stage_runs: list[StageRun]) -> None:
-    """The last lines: what every evaluation measured, and where the report is."""
+    """Prints the last lines: what every evaluation measured, and where the report is."""
     measured = [os.path.join(r.directory, "eval.json") for r in stage_runs if r.stage.command == "eval"]
     rows = [_read_json(path) for path in measured if os.path.exists(path)]
     shown = list(dict.fromkeys(name for row in rows for name in row if MEASURE.fullmatch(name)))

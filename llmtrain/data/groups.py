@@ -11,12 +11,13 @@ OWN = ("input_ids", "labels", "positions", "segment_ids", "branch_ids", "old_log
 
 
 def group_length(samples: Sequence[Sample]) -> int:
-    """Returns the tokens of a group in a row: the prompt but its last token, and what follows it in each sample."""
+    """Returns the tokens of a group in a row: the prompt without its last token, and what follows it in each sample."""
     return len(samples[0].prompt_ids) - 1 + sum(len(s.ids) for s in samples)
 
 
 def row_width(groups: Sequence[Group], multiple: int) -> int:
-    """Returns the width in which the longest group fits in one row, rounded up to a multiple; without groups that."""
+    """Returns the width in which the longest group fits in one row, rounded up to a multiple of `multiple`; without
+    groups, `multiple`."""
     return -(-max(map(group_length, groups), default=1) // multiple) * multiple
 
 
@@ -39,7 +40,7 @@ def pieces(samples: Group, width_tokens: int) -> Iterator[Group]:
 def lay_out(samples: Group, segment: int, columns: Sequence[str]) -> Row:
     """Returns the columns of one group (or piece of it).
 
-    The trunk is the prompt but its last token; every branch starts with that token. A token that the policy did not
+    The trunk is the prompt without its last token; every branch starts with that token. A token that the policy did not
     write is an input, but no label.
     """
     *trunk, last = samples[0].prompt_ids

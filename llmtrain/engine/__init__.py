@@ -1,4 +1,4 @@
-"""Training backends."""
+"""Implements the training backends."""
 
 import os
 

@@ -1,5 +1,6 @@
-"""What modules do beside the token loss: auxiliary losses whose gradient their own backward adds, and routers that are
-balanced between updates. What they count and the biases they keep is the same on all ranks of a pipeline stage."""
+"""Handles what modules do beside the token loss: auxiliary losses whose gradient their own backward adds, and routers
+that are balanced between updates. What they count and the biases they keep is the same on all ranks of a pipeline
+stage."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ from llmtrain.types import Address, Fragment
 
 
 def routers_of(parts: Sequence[nn.Module]) -> dict[str, Router]:
-    """Of this rank's layers, by canonical module name."""
+    """Returns the routers of this rank's layers, by canonical module name."""
     return {name: m for part in parts for name, m in part.named_modules() if isinstance(m, Router)}
 
 
 def start_auxiliary(parts: Sequence[nn.Module], factor: float) -> None:
-    """Before a step: auxiliary losses count like the token loss, whose sum is differentiated times `factor`."""
+    """Resets the counts before a step. Auxiliary losses count like the token loss, whose sum is differentiated times
+    `factor`."""
     for router in routers_of(parts).values():
         router.counts.reset()
         router.counts.loss_factor = factor
@@ -36,8 +38,8 @@ def start_auxiliary(parts: Sequence[nn.Module], factor: float) -> None:
 
 @torch.no_grad()
 def finish_auxiliary(parts: Sequence[nn.Module], mesh: Mesh, denominator: float, taken: bool) -> dict[str, float]:
-    """After a step: sums over all ranks; if the update was `taken`, biases move (a collective). Returns metrics, the
-    same on all ranks; empty where no router and no module for further tokens is."""
+    """Sums the counts over all ranks after a step and, if the update was `taken`, moves the routers' biases (a
+    collective). Returns metrics, the same on all ranks; empty without routers and multi-token prediction modules."""
     further = {} if parts[0].config.mtp_layers == 0 else {"mtp_loss": _mean_further(parts[0].mtp, mesh)}
     if parts[0].config.moe is None:
         return further
@@ -52,7 +54,7 @@ def finish_auxiliary(parts: Sequence[nn.Module], mesh: Mesh, denominator: float,
 
 
 def _mean_further(modules: MultiToken, mesh: Mesh) -> float:
-    """-log p of a further token, over depths and data-parallel ranks."""
+    """Returns the mean of -log p of a further token, over depths and data-parallel ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     if modules.sum is not None and modules.tokens is not None:
         sums += torch.stack([modules.sum.double(), modules.tokens.double()])
@@ -61,7 +63,7 @@ def _mean_further(modules: MultiToken, mesh: Mesh) -> float:
 
 
 class Sums(NamedTuple):
-    """Of a router's counts over the data- and context-parallel ranks."""
+    """Holds a router's counts, summed over the data- and context-parallel ranks."""
 
     load: Tensor  # int64 [E]
     tokens: Tensor  # int64
@@ -85,7 +87,8 @@ def _summed(router: Router, mesh: Mesh) -> Sums:
 
 
 def _computed(sums: dict[str, Sums], mesh: Mesh) -> dict[str, Tensor]:
-    """Over tp, too, whose ranks have some experts each."""
+    """Returns the rows that the experts of each layer computed, summed over tp too, whose ranks have some experts
+    each."""
     if mesh.tp_group is None or not sums:
         return {name: s.computed for name, s in sums.items()}
     rows = torch.stack([s.computed for s in sums.values()])
@@ -102,18 +105,20 @@ def _metrics(sums: dict[str, Sums], computed: dict[str, Tensor], top_k: int, den
 
 
 def _joined(gathered: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of layers from whichever stage has them; losses summed over stages, each of which many ranks report."""
+    """Joins the metrics of all ranks: those of a layer come from whichever pipeline stage has it; losses are summed
+    over the pipeline stages, each of which many ranks report."""
     joined: dict[str, float] = {}
     for report in gathered:
         joined |= report
-    stages = {tuple(sorted(report)): report for report in gathered if report}  # stages differ in their layers
+    stages = {tuple(sorted(report)): report for report in gathered if report}  # pipeline stages differ in their layers
     for name in ("aux_loss", "z_loss"):
         joined[name] = sum(report[name] for report in stages.values())
     return joined
 
 
 def buffer_fragments(parts: Sequence[nn.Module], mesh: Mesh) -> Iterator[Fragment]:
-    """What a checkpoint holds beside parameters, from one of the ranks that have it; under adapters nothing moves."""
+    """Yields what a checkpoint holds beside parameters, from one of the ranks that have it; nothing under adapters,
+    where no buffer moves."""
     if mesh.coords["tp"] or dist.get_rank(mesh.groups["grad"]) or parts[0].config.lora is not None:
         return
     for name, value in buffers_of(parts).items():
@@ -122,7 +127,7 @@ def buffer_fragments(parts: Sequence[nn.Module], mesh: Mesh) -> Iterator[Fragmen
 
 @torch.no_grad()
 def load_buffers(parts: Sequence[nn.Module], read: FragmentReader) -> None:
-    """The inverse, on every rank."""
+    """Fills the buffers on every rank with what `buffer_fragments` gave."""
     if parts[0].config.lora is not None:
         return
     for name, value in buffers_of(parts).items():

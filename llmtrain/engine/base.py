@@ -1,4 +1,4 @@
-"""The contracts between trainers and training backends."""
+"""Defines the contracts between trainers and training backends."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LossFn = Callable[[Scores, Batch], tuple[Tensor, Metrics]]
 each of those ranks computes the same loss, and the engine keeps the gradient of the rank's own part."""
 
 Admit = Callable[[float, list[int]], bool]
-"""(loss, ranks whose loss or gradient is not finite) -> whether to make the update. Called before every update, on all
-ranks with the same values; it must answer the same on all."""
+"""Maps (loss, ranks whose loss or gradient is not finite) to whether the update is made. It is called before every
+update, on all ranks with the same values, and must answer the same on all."""
 
 FragmentReader = Callable[[Address], dict[str, Tensor]]
-"""-> flat fp32 tensors of that piece: `weight` and the optimizer's keys."""
+"""Maps an address to the flat fp32 tensors of that piece: `weight` and the optimizer's keys."""
 
 
 class Scorer(Protocol):
@@ -43,38 +43,39 @@ class Scorer(Protocol):
 
 
 class Engine(Scorer, Protocol):
-    """Takes the whole step: accumulation, averaging, clipping over all axes, precision, pipeline schedule."""
+    """Trains a model, a whole step at a time: accumulation, averaging, clipping over all axes, precision, pipeline
+    schedule."""
 
     optim: OptimConfig
     step: int  # updates made
     admit: Admit  # by default tally.stop_if_not_finite
 
     def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
-        """One optimizer step on this data-parallel rank's microbatches (equal number and shape on all ranks).
+        """Takes one optimizer step on this data-parallel rank's microbatches (equal number and shape on all ranks).
 
-        The gradient is that of sum over all ranks of `loss` / `denominator` (already global).
-        Without `admit`'s leave weights and optimizer state stay as they are, the gradient is dropped, and the norm in
-        StepStats is NaN.
+        The gradient is that of sum over all ranks of `loss` / `denominator` (already global). Without `admit`'s leave
+        weights and optimizer state stay as they are, the gradient is dropped, and the norm in StepStats is NaN.
         """
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(canonical name, whole tensor) one at a time, in a fixed order, on every rank (a collective)."""
+        """Yields (canonical name, whole tensor) one at a time, in a fixed order, on every rank (a collective)."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank owns; over all ranks every element exactly once. No communication.
+        """Yields what this rank owns; over all ranks every element exactly once. No communication.
 
         The tensors may be views of the live state: they hold until the next step.
         """
 
     def load_fragments(self, read: FragmentReader, step: int) -> None:
-        """Fill weights and optimizer state from `read` and go on at `step`."""
+        """Fills weights and optimizer state from `read` and goes on at `step`."""
 
     def extra_state(self) -> dict[str, float]:
-        """What a checkpoint must hold beside the fragments, the same on all ranks (the fp16 loss scale); else empty."""
+        """Returns what a checkpoint must hold beside the fragments, the same on all ranks (the fp16 loss scale); else
+        empty."""
 
     def load_extra_state(self, state: dict[str, float]) -> None:
-        """Go on with what `extra_state` of any engine gave."""
+        """Goes on with what `extra_state` of any engine gave."""
 
     def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(group of `Mesh.groups`, canonical name, tensor): weights of which every rank of that group holds the same
-        bits, as long as all is well; in the same order on all of them. No communication."""
+        """Yields (group of `Mesh.groups`, canonical name, tensor): weights of which every rank of that group holds the
+        same bits, as long as all is well; in the same order on all of them. No communication."""

@@ -1,4 +1,4 @@
-"""Gradient norm and clipping over all axes, where the backend has none of its own."""
+"""Computes the gradient norm and clips over all axes, where the backend has no clipping of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from llmtrain.parallel.mesh import Mesh
 
 
 def owns(parameter: nn.Parameter, tp_rank: int) -> bool:
-    """Whether this rank counts the parameter in sums over the pipeline and tensor axes: each piece exactly once."""
+    """Tells whether this rank counts the parameter in sums over the pipeline and tensor axes: each piece exactly
+    once."""
     return (parameter.placement.tp_dim is not None or tp_rank == 0) and not parameter.placement.is_copy
 
 
@@ -23,8 +24,8 @@ def owns(parameter: nn.Parameter, tp_rank: int) -> bool:
 def clip_gradients(
     parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, group: ProcessGroup, experts_apart: bool = False
 ) -> tuple[float, bool]:
-    """Scale the gradients so that their norm over `group`, the ranks that hold one copy of all of them together, is at
-    most `max_norm` (0: leave them). Returns the norm before, and whether this rank's part of it is finite.
+    """Scales the gradients so that their norm over `group`, the ranks that hold one copy of all of them together, is at
+    most `max_norm` (0: leaves them). Returns the norm before, and whether this rank's part of it is finite.
 
     `experts_apart`: the group holds one copy of all but the experts, which lie on the ranks of `ep`.
     """
@@ -43,5 +44,5 @@ def clip_gradients(
 
 
 def local(x: Tensor) -> Tensor:
-    """What lies on this rank, sharing memory."""
+    """Returns what lies on this rank, sharing memory."""
     return x.to_local() if isinstance(x, DTensor) else x

@@ -1,4 +1,4 @@
-"""A model that is only scored with: a reference, a reward model, a teacher."""
+"""Implements a model that is only scored with: a reference, a reward model, a teacher."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from llmtrain.types import Batch, Scores, WeightSource
 
 
 class FrozenModel(Movable):
-    """See engine.base.Scorer. `parts` are this rank's stages, from parallel.plan.parallelize.
+    """Implements engine.base.Scorer. `parts` are this rank's pipeline stages, from parallel.plan.parallelize.
 
-    FSDP2 without an optimizer, also beside DeepSpeed's engines: shards lie in the compute precision, a block's weights
-    are whole while it computes, and nothing is compiled.
+    It is FSDP2 without an optimizer, also beside DeepSpeed's engines: shards lie in the compute precision, a block's
+    weights are whole while it computes, and nothing is compiled.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""PyTorch FSDP2 (`fully_shard`; arXiv 2304.11277), also as HSDP: sharded over `shard`, copied over `dp_replicate`.
+"""Implements the engine on PyTorch FSDP2 (`fully_shard`; arXiv 2304.11277), also as HSDP: sharded over `shard`, copied
+over `dp_replicate`.
 
 FSDP2 holds fp32 shards, gathers whole weights in the compute precision block by block, and sums gradients in fp32.
 Tensor-parallel shards are plain tensors to it: it never sees the tp axis. The microbatch loop, the pipeline schedule,
@@ -43,8 +44,8 @@ from llmtrain.types import Address, Batch, Fragment, Scores, StepStats, WeightSo
 
 
 def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
-    """Shard every block and, as the root, what is left (embedding, norm, head), in place. The meta parameters become
-    fp32 DTensors, still to be filled, with the marks of the plain ones."""
+    """Shards every block and, as the root, what is left (embedding, norm, head), in place. The meta parameters become
+    fp32 DTensors, still to be filled, with the placements of the plain ones."""
     plain = dict(part.named_parameters())
     dtype = None if config.precision == "fp32" else compute_dtype(config.precision)
     settings = {
@@ -53,13 +54,13 @@ def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
         "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": offload_policy(config, mesh.device),
     }
-    if mesh.ep > 1:  # only ranks with the same experts share them, also those of the modules for further tokens
+    if mesh.ep > 1:  # only ranks with the same experts share them, multi-token modules' among them
         own = settings | {"mesh": mesh.fsdp_mesh(experts=True)}
         for experts in [m for m in part.modules() if isinstance(m, Experts)]:
             fully_shard(experts, reshard_after_forward=config.reshard, **own)
     for block in part.layers.values():
         fully_shard(block, reshard_after_forward=config.reshard, **settings)
-    fully_shard(part, **settings)  # the root's are used at both ends of a forward: kept until its backward
+    fully_shard(part, **settings)  # the root's weights serve both ends of a forward: kept for its backward
     for module in fsdp_modules(part):
         module.set_gradient_divide_factor(1.0)  # the loss has the global denominator
         module.set_force_sum_reduction_for_comms(True)  # else that factor becomes an operation that gloo lacks
@@ -69,18 +70,18 @@ def shard_part(part: Decoder, mesh: Mesh, config: EngineConfig) -> None:
 
 
 def fsdp_modules(part: nn.Module) -> Iterator[FSDPModule]:
-    """The root and the blocks; most of FSDP2's settings hold for one of them."""
+    """Returns the root and the blocks; most of FSDP2's settings hold for one of them."""
     return (module for module in part.modules() if isinstance(module, FSDPModule))
 
 
 def offload_policy(config: EngineConfig, device: torch.device) -> OffloadPolicy:
-    """Shards, their gradients and optimizer state on the CPU, or all on the device."""
+    """Returns where shards, their gradients and optimizer state lie: on the CPU, or all on the device."""
     return CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.offload == "params" else OffloadPolicy()
 
 
 def mark_copies(parts: Sequence[Decoder], mesh: Mesh) -> None:
-    """Marks the head of a tied model as a copy where one rank has first and last stage: each stage shards for itself
-    what they had in common."""
+    """Marks the head of a tied model as a copy where one rank has the first and the last pipeline stage: each shards
+    for itself what they had in common."""
     if len(parts) > 1 and parts[0].config.tie_embeddings and mesh.has_embedding and mesh.has_head:
         parts[-1].head.weight.placement.is_copy = True
 
@@ -109,7 +110,7 @@ def reshard(parts: Sequence[Decoder]) -> None:
 
 
 class FsdpEngine(Movable):
-    """See engine.base.Engine. `parts` are this rank's stages, from parallel.plan.parallelize."""
+    """Implements engine.base.Engine. `parts` are this rank's pipeline stages, from parallel.plan.parallelize."""
 
     def __init__(
         self,
@@ -217,7 +218,7 @@ class FsdpEngine(Movable):
             yield from (tensor for tensor in self.optimizer.state.get(p, {}).values() if tensor.dim())
 
     def _backward(self, microbatches: Sequence[Batch], loss: LossFn, tally: Tally) -> None:
-        """Gradients in `grad` of the sharded parameters, summed over microbatches and ranks."""
+        """Leaves the gradients in `grad` of the sharded parameters, summed over microbatches and ranks."""
         factor = self.scaler.scale / tally.denominator
 
         def scaled(scores: Scores, batch: Batch, i: int) -> Tensor:
@@ -230,7 +231,8 @@ class FsdpEngine(Movable):
             torch._foreach_mul_([local(p.grad) for p in self.trained], 1 / self.scaler.scale)
 
     def _reduce_gradients(self, last: bool) -> None:
-        """Whether the coming backward ends in the reduction over ranks. A pipeline schedule sees to that by itself."""
+        """Sets whether the coming backward ends in the reduction over ranks. A pipeline schedule sees to that by
+        itself."""
         if self.pipeline is None:
             self.parts[0].set_requires_gradient_sync(last)
             self.parts[0].set_reshard_after_backward(last or self.config.reshard)

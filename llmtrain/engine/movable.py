@@ -17,14 +17,14 @@ from llmtrain.parallel.pipeline import Pipeline
 
 
 class Movable:
-    """Base of engines and frozen models. Subclasses say in `held` what there is to move, and call `require_here` at the
-    head of whatever reads or writes it."""
+    """Moves an engine or frozen model, whose base class it is. Subclasses say in `held` what there is to move, and call
+    `require_here` at the head of whatever reads or writes it."""
 
     pipeline: Pipeline | None
     device: torch.device  # where the model computes; what offloading keeps elsewhere is not moved
     host: Tensor | None = None  # the bytes of all storages, one after the other; kept for the next time
     away: list[tuple[UntypedStorage, int]] | None = None  # while it is on the host: every storage and its bytes
-    emptied: Sequence[tuple[UntypedStorage, int]] = ()  # and of `scratch`
+    emptied: Sequence[tuple[UntypedStorage, int]] = ()  # while it is on the host: the same of `scratch`
 
     def held(self) -> Iterable[Tensor]:
         """Returns the tensors that live between two calls; several may share a storage."""
@@ -88,6 +88,6 @@ def _bytes(storage: UntypedStorage) -> Tensor:
 
 
 def _wait(device: torch.device) -> None:
-    """Copies from and to pinned memory go on behind the program."""
+    """Waits for copies from and to pinned memory, which go on behind the program."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

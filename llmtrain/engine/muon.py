@@ -1,5 +1,5 @@
-"""Muon: a matrix moves by its averaged gradient, orthogonalised (kellerjordan.github.io/posts/muon), at AdamW's scale
-(arXiv 2502.16982)."""
+"""Implements Muon: a matrix moves by its averaged gradient, orthogonalised (kellerjordan.github.io/posts/muon), at
+AdamW's scale (arXiv 2502.16982)."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ ITERATIONS = 5
 STACK_NUMEL = 2**24  # matrices smaller than this are orthogonalised together, up to so many elements a rank
 
 Axis = tuple[ProcessGroup, int | None]
-"""Ranks that share a matrix, and the dim along which it is cut over them; None: each holds what the others hold."""
+"""Holds the ranks that share a matrix, and the dim along which it is cut over them; None: each holds what the others
+hold."""
 
 
 class Muon(Optimizer):
-    """Muon for `matrices`, `adamw` for what it was given; `param_groups` and `state` hold both.
+    """Updates `matrices` with Muon and what `adamw` was given with AdamW; `param_groups` and `state` hold both.
 
     Momentum is Nesterov's, weight decay decoupled. The factor 0.2 sqrt(max(rows, cols)) gives an update the RMS that
-    AdamW's usually has, so that one lr and one weight decay serve both. State of a matrix: `momentum`, of its form.
+    AdamW's usually has, so that one lr and one weight decay serve both. The state of a matrix is `momentum`, of its
+    shape.
     """
 
     def __init__(self, matrices: list[nn.Parameter], adamw: AdamW, config: OptimConfig, mesh: Mesh | None) -> None:
-        """`matrices` carry `global_shape` and `tp_dim`, and are plain tensors, equal over data-parallel ranks, or
-        DTensors sharded over them on dim 0; or DeepSpeed puts flat tensors into the groups later, see
-        `_update_packed`. A mesh of None: one process."""
+        """Takes `matrices` with a `placement`, which are plain tensors, equal over data-parallel ranks, or DTensors
+        sharded over them on dim 0; or DeepSpeed puts flat tensors into the groups later, see `_update_packed`. A mesh
+        of None: one process."""
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
         super().__init__([{"params": matrices}], defaults)
         self.adamw, self.mesh, self.matrices = adamw, mesh, matrices
@@ -47,7 +49,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of all parameters; a collective over the ranks that share them."""
+        """Makes one update of all parameters; a collective over the ranks that share them."""
         self.adamw.step()
         for group in self.param_groups:
             if "momentum" in group:
@@ -63,8 +65,9 @@ class Muon(Optimizer):
                 weight.sub_(update[: len(weight)], alpha=_scale(p) * group["lr"])
 
     def _update_packed(self, group: dict) -> None:
-        """ZeRO-1 and 2: DeepSpeed has put this rank's piece of all matrices, one after the other, in place of them. The
-        pieces of the ranks are gathered, and while the update lasts every rank holds what the others hold."""
+        """Updates at ZeRO stages 1 and 2, where DeepSpeed has put this rank's piece of all matrices, one after the
+        other, in place of them. The pieces of the ranks are gathered, and while the update lasts every rank holds what
+        the others hold."""
         (flat,), ranks = group["params"], self.mesh.groups["grad"]
         directions = all_gather(self._direction(flat, group["momentum"]), 0, ranks)
         starts = itertools.accumulate((p.numel() for p in self.matrices), initial=0)
@@ -77,7 +80,8 @@ class Muon(Optimizer):
         flat.sub_(directions.chunk(dist.get_world_size(ranks))[dist.get_rank(ranks)], alpha=group["lr"])
 
     def _batches(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-        """Matrices cut alike, as many as keep every rank busy without holding more than a few of them whole."""
+        """Yields matrices that are cut alike, as many as keep every rank busy without holding more than a few of them
+        whole."""
         alike = defaultdict(list)
         for p in parameters:
             alike[p.placement.global_shape, p.placement.tp_dim].append(p)
@@ -87,7 +91,7 @@ class Muon(Optimizer):
             yield from (members[i : i + size] for i in range(0, len(members), size))
 
     def _direction(self, p: Tensor, momentum: float) -> Tensor:
-        """This rank's piece of the averaged gradient."""
+        """Returns this rank's piece of the averaged gradient."""
         if "momentum" not in self.state[p]:
             self.state[p]["momentum"] = torch.zeros_like(p)
         grad, average = _local(p.grad), _local(self.state[p]["momentum"])
@@ -96,7 +100,7 @@ class Muon(Optimizer):
 
 
 def orthogonalize(stack: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """[k, a, b], this rank's pieces of k matrices, to its pieces of the orthogonalised ones.
+    """Maps [k, a, b], this rank's pieces of k matrices, to its pieces of the orthogonalised ones.
 
     Every axis gives each of its ranks a share of the matrices, whole along one more dim, so that each matrix is
     orthogonalised once; then everything goes back.
@@ -114,8 +118,8 @@ def orthogonalize(stack: Tensor, axes: Sequence[Axis]) -> Tensor:
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Each matrix of [k, rows, cols] towards the nearest orthogonal one: U V^T of its singular value decomposition, up
-    to singular values of 0.7 to 1.2, by a quintic Newton-Schulz iteration."""
+    """Moves each matrix of [k, rows, cols] towards the nearest orthogonal one: U V^T of its singular value
+    decomposition, up to singular values of 0.7 to 1.2, by a quintic Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
     wide = x.size(1) <= x.size(2)
     x = x if wide else x.mT
@@ -127,13 +131,14 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, which multiplies it many times faster and whose rounding the iteration tolerates; a CPU gains
-    little, and fp32 lets the tests compare layouts there."""
+    """Returns bf16 on a GPU, which multiplies it many times faster and whose rounding the iteration tolerates; a CPU
+    gains little, and fp32 lets the tests compare layouts there."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _axes(p: nn.Parameter, mesh: Mesh | None) -> list[Axis]:
-    """Who shares a matrix, in any order: permuted rows orthogonalise to permuted rows, and go back where they were."""
+    """Returns who shares a matrix, in any order: permuted rows orthogonalise to permuted rows, and go back where they
+    were."""
     if mesh is None:
         return []
     if isinstance(p, DTensor):
@@ -145,17 +150,17 @@ def _axes(p: nn.Parameter, mesh: Mesh | None) -> list[Axis]:
 
 
 def _scale(p: nn.Parameter) -> float:
-    """Gives an update the RMS that AdamW's usually has, see `Muon`."""
+    """Returns the factor that gives an update the RMS that AdamW's usually has, see `Muon`."""
     return 0.2 * math.sqrt(max(p.placement.global_shape))
 
 
 def _padded(piece: Tensor, p: nn.Parameter) -> Tensor:
-    """With zero rows up to the largest piece: they stay zero."""
+    """Returns the piece with zero rows up to the largest piece: they stay zero."""
     return F.pad(piece, (0, 0, 0, _largest_piece(p) - len(piece)))
 
 
 def _largest_piece(p: nn.Parameter) -> int:
-    """Rows of the first piece of a DTensor, which no other exceeds; of a plain tensor its own."""
+    """Returns the rows of the first piece of a DTensor, which no other exceeds; of a plain tensor its own."""
     if not isinstance(p, DTensor):
         return len(p)
     ranks = math.prod(p.device_mesh.size(i) for i, placement in enumerate(p.placements) if placement.is_shard())
@@ -163,7 +168,7 @@ def _largest_piece(p: nn.Parameter) -> int:
 
 
 def _exchange(x: Tensor, cut: int, join: int, group: ProcessGroup) -> Tensor:
-    """All-to-all: rank r gets the r-th part along `cut` of every rank's tensor, joined along `join`."""
+    """Exchanges all-to-all: rank r gets the r-th part along `cut` of every rank's tensor, joined along `join`."""
     sent = torch.stack(x.chunk(dist.get_world_size(group), cut))
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)

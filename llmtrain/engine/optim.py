@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules."""
+"""Builds optimizers and computes learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmtrain.parallel.mesh import Mesh
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
-    """Of the update that follows `step` finished ones, `total_steps` in all.
+    """Returns the learning rate of the update that follows `step` finished ones, `total_steps` in all.
 
     The first `warmup_steps` updates rise linearly from lr / warmup_steps to lr. Of those that follow, the first has
     exactly lr and the last exactly min_lr (a single one: lr); `constant` stays at lr. `wsd` (warmup, stable, decay;
@@ -37,8 +37,8 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, mesh: Mesh | None = None, experts: str | None = None
 ) -> Optimizer:
-    """AdamW (arXiv 1711.05101), fused, over what is trained of `model`; with `name: muon` Muon for the matrices of
-    blocks and AdamW for the rest. Weight decay on matrices, embeddings among them, not on norms and biases.
+    """Returns AdamW (arXiv 1711.05101), fused, over what is trained of `model`; with `name: muon` Muon for the matrices
+    of blocks and AdamW for the rest. Weight decay is on matrices, embeddings among them, not on norms and biases.
 
     Call it when the parameters have the form in which they are updated, plain tensors or FSDP2's DTensors, and the
     `placement` that `parallel.placement.place` sets. A mesh of None: one process. Engines call `set_learning_rate` on
@@ -61,7 +61,7 @@ def build_optimizer(
 
 
 def _by_factor(parameters: list[nn.Parameter], decay: float) -> list[dict]:
-    """A group for each factor of the learning rate (muP). Weight decay, which AdamW multiplies by it, is
+    """Returns a group for each factor of the learning rate (muP). Weight decay, which AdamW multiplies by it, is
     divided by the factor."""
     alike: dict[float, list[nn.Parameter]] = {}
     for p in parameters:
@@ -73,13 +73,13 @@ def _by_factor(parameters: list[nn.Parameter], decay: float) -> list[dict]:
 
 
 def set_learning_rate(groups: Iterable[dict], lr: float) -> None:
-    """Of all groups of an optimizer, in place, before a step."""
+    """Sets the learning rate of all groups of an optimizer, in place, before a step."""
     for group in groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def _experts_apart(group: dict, name: str | None) -> list[dict]:
-    """The group as it is, or in two: with and without parameters that lie on some data-parallel ranks only."""
+    """Returns the group as it is, or in two: with and without parameters that lie on some data-parallel ranks only."""
     apart = [p for p in group["params"] if name and p.placement.expert]
     if not apart:
         return [group]
@@ -88,14 +88,15 @@ def _experts_apart(group: dict, name: str | None) -> list[dict]:
 
 
 def state_keys(parameter: Tensor) -> tuple[str, ...]:
-    """What the optimizer keeps of a parameter, as tensors of its form: the keys of its fragments beside `weight`.
-    A flat tensor into which an engine has packed parameters is marked as they are, or counts as AdamW's."""
+    """Returns the names of what the optimizer keeps of a parameter, as tensors of its shape: the keys of its fragments
+    beside `weight`. A flat tensor into which an engine has packed parameters is marked as they are, or counts as
+    AdamW's."""
     return ("momentum",) if getattr(parameter, "muon", False) else ("exp_avg", "exp_avg_sq")
 
 
 def initial_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
-    """The optimizer's state of a parameter before its first update, counting `step` updates: to be filled from a
-    checkpoint, or written to one."""
+    """Returns the optimizer's state of a parameter before its first update, counting `step` updates: to be filled from
+    a checkpoint, or written to one."""
     zeros = {key: torch.zeros_like(parameter) for key in state_keys(parameter)}
     count = {} if "momentum" in zeros else {"step": torch.tensor(float(step), device=parameter.device)}
     return {**count, **zeros}

@@ -1,4 +1,4 @@
-"""Number formats of the compute, and the loss scale that fp16 needs."""
+"""Defines the number formats of the compute, and the loss scale that fp16 needs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """Of the weights and activations that `engine.precision` names; masters and optimizer state are always fp32. (fp8
-    is that of the products within blocks, see parallel.float8.)"""
+    """Returns the dtype of weights and activations that `engine.precision` names; masters and optimizer state are
+    always fp32. (fp8 is the format of the products within blocks, see parallel.float8.)"""
     return DTYPES[precision]
 
 
 def check_device(precision: str, device: torch.device) -> None:
-    """Raises ValueError when the device cannot multiply in this precision; says so when it is slow in it."""
+    """Raises ValueError when the device cannot multiply in this precision; logs it when the device is slow in it."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision == "fp8" and capability < FP8_CAPABILITY:
         found = f"a GPU of {capability[0]}.{capability[1]}" if device.type == "cuda" else f"a {device.type}"
@@ -48,8 +48,8 @@ class LossScaler:
         self.window, self.clean_steps = config.loss_scale_window, 0
 
     def explains(self, overflow: bool) -> bool:
-        """Told of every step, with the same answer on all ranks. True: the scale was too large; it is smaller now, and
-        this update is left out."""
+        """Takes note of a step, with the same answer on all ranks. True: the scale was too large; it is smaller now,
+        and this update is left out."""
         if not self.dynamic or (overflow and self.scale <= MIN_SCALE):
             return False
         self.clean_steps = 0 if overflow else self.clean_steps + 1
@@ -60,10 +60,10 @@ class LossScaler:
         return overflow
 
     def state(self) -> dict[str, float]:
-        """For a checkpoint; empty where nothing moves."""
+        """Returns what a checkpoint holds of the scale; empty where nothing moves."""
         return {"loss_scale": self.scale, "clean_steps": self.clean_steps} if self.dynamic else {}
 
     def load(self, state: dict[str, float]) -> None:
-        """Go on as it was; a checkpoint of another precision says nothing."""
+        """Goes on with a state from a checkpoint; that of another precision says nothing."""
         if self.dynamic and state:
             self.scale, self.clean_steps = float(state["loss_scale"]), int(state["clean_steps"])

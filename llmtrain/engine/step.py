@@ -1,4 +1,4 @@
-"""What both engines do alike in a step and when their weights are read."""
+"""Implements what both engines do alike in a step and when their weights are read."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def backward(
 
 
 def sum_tied_gradients(parts: Sequence[nn.Module], mesh: Mesh, gradient: Callable[[nn.Parameter], Tensor]) -> None:
-    """A tied embedding in two copies, on two ranks or in two stages of one: each has half of the gradient; afterwards
-    both have the sum."""
+    """Sums the gradient of a tied embedding that is there twice, on two ranks or in two pipeline stages of one: each
+    copy has half of the gradient; afterwards both have the sum."""
     if not parts[0].config.tie_embeddings or parts[0].config.lora is not None:
         return
     held = ([parts[0].embed.weight] if mesh.has_embedding else []) + ([parts[-1].head.weight] if mesh.has_head else [])
@@ -70,8 +70,8 @@ def full_weights(
     dtype: torch.dtype,
     gather: Callable[[nn.Parameter], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, whole tensor) on every rank, adapters merged; `gather` joins a parameter over the data-parallel
-    ranks."""
+    """Yields (canonical name, whole tensor) on every rank, adapters merged; `gather` joins a parameter over the
+    data-parallel ranks."""
     mine = {p.placement.name: p for p in parameters_of(parts) if not p.placement.is_copy}
     held, model = buffers_of(parts), parts[0].config
 
@@ -96,8 +96,8 @@ def _join_shards(piece: Tensor, p: nn.Parameter, mesh: Mesh) -> Tensor:
 
 
 def admitted(scaler: LossScaler, tally: Tally, broken: list[int], admit: Admit) -> bool:
-    """Whether the update is made. An overflow that a smaller loss scale can avoid never reaches `admit`; a loss that is
-    not finite does. `broken`: ranks whose gradient or loss is not finite."""
+    """Tells whether the update is made. An overflow that a smaller loss scale can avoid never reaches `admit`; a loss
+    that is not finite does. `broken`: ranks whose gradient or loss is not finite."""
     overflow = bool(broken) and math.isfinite(tally.loss)
     scale, explained = scaler.scale, scaler.explains(overflow)
     if scaler.dynamic:

@@ -11,7 +11,8 @@ from llmtrain.parallel.mesh import Mesh
 
 
 def stop_if_not_finite(loss: float, broken: list[int]) -> bool:
-    """The plain `Admit`. Raises FloatingPointError, on every rank, naming the ranks."""
+    """Admits the update if all is finite: the plain `Admit`. Raises FloatingPointError otherwise, on every rank, naming
+    the ranks."""
     if broken:
         raise FloatingPointError(
             f"loss or gradient is not finite on rank(s) {', '.join(map(str, broken))}; the update was not made. Lower "
@@ -21,7 +22,7 @@ def stop_if_not_finite(loss: float, broken: list[int]) -> bool:
 
 
 class Tally:
-    """Fed by the last pipeline stage; `reduce` makes `loss` and `metrics` equal on all ranks."""
+    """Sums what the last pipeline stage adds; `reduce` makes `loss` and `metrics` equal on all ranks."""
 
     def __init__(self, denominator: float) -> None:
         if denominator <= 0:
@@ -32,13 +33,14 @@ class Tally:
         self.metrics: dict[str, float] = {}
 
     def add(self, index: int, loss_sum: Tensor, metrics: dict[str, Tensor]) -> Tensor:
-        """Microbatch `index`; returns the loss sum, to be differentiated. A later call replaces an earlier one:
+        """Adds microbatch `index`; returns its loss sum, to be differentiated. A later call replaces an earlier one:
         torch's pipeline calls the loss once more, on made-up values, to learn the shapes."""
         self.parts[index] = (loss_sum.detach(), metrics)
         return loss_sum
 
     def reduce(self, mesh: Mesh, gradient_finite: bool) -> list[int]:
-        """Collective. Returns the ranks whose loss or (reduced) gradient is not finite."""
+        """Sums over microbatches and ranks (a collective). Returns the ranks whose loss or (reduced) gradient is not
+        finite."""
         mine = self._local() if mesh.has_head else None
         bad = not gradient_finite or (mine is not None and not math.isfinite(mine["loss"]))
         # Tensor- and context-parallel ranks hold the same values: count them once.

@@ -1,8 +1,9 @@
-"""DeepSpeed ZeRO stages 0-3 (arXiv 1910.02054). The only file that imports deepspeed; written for 0.19.8.
+"""Implements the engine on DeepSpeed: ZeRO stages 0-3 (arXiv 1910.02054). The only file that imports deepspeed; written
+for 0.19.8.
 
 DeepSpeed holds the parameters, the optimizer state and the data-parallel reduction. The microbatch loop, the pipeline
-schedule, the denominators and, at stage 0, clipping are ours. `docs/architecture.md` says why each odd-looking line is
-here; tests/parity holds them.
+schedule, the denominators and, at ZeRO stage 0, clipping are ours. `docs/architecture.md` says why each odd-looking
+line is here; tests/parity holds them.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ EXPERTS = "experts"  # DeepSpeed's name for the ranks with the same experts
 
 
 def deepspeed_config(engine: EngineConfig, grad_clip: float) -> dict:
-    """What DeepSpeed is told. Its own accumulation is 1: one `train_step` is one step."""
+    """Returns what DeepSpeed is told. Its own accumulation is 1: one `train_step` is one step."""
     zero: dict = {"stage": engine.zero_stage}
     if engine.offload == "nvme":
         zero["offload_optimizer"] = {"device": "nvme", "nvme_path": engine.offload_path}
@@ -128,7 +129,7 @@ class Mpu:
 
 
 class ZeroEngine(Movable):
-    """See engine.base.Engine. `parts` are this rank's stages, from parallel.plan.parallelize."""
+    """Implements engine.base.Engine. `parts` are this rank's pipeline stages, from parallel.plan.parallelize."""
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class ZeroEngine(Movable):
         self.pipeline = Pipeline(parts, self.plan, mesh) if mesh.sizes["pp"] > 1 else None
 
     def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
-        """See Engine. Raises ValueError at stage 0 when an engine was built on another mesh since."""
+        """See Engine. Raises ValueError at ZeRO stage 0 when an engine was built on another mesh since."""
         self.require_here()
         self._require_own_mesh()
         lr = learning_rate(self.step, self.optim, self.total_steps)
@@ -233,7 +234,7 @@ class ZeroEngine(Movable):
         self.scaler.load(state)
 
     def replicas(self) -> Iterator[tuple[str, str, Tensor]]:
-        """See Engine. The pieces of stage 3 have no copies over the data-parallel ranks."""
+        """See Engine. The pieces of ZeRO stage 3 have no copies over the data-parallel ranks."""
         self.require_here()
         for p in parameters_of(self.parts):
             held = p.ds_tensor if self.config.zero_stage == 3 else p.detach()
@@ -252,8 +253,9 @@ class ZeroEngine(Movable):
         return zero_state.scratch(self.engine)
 
     def _require_own_mesh(self) -> None:
-        """At stage 0 DeepSpeed asks for its groups at every step, and what it asks is the object of the engine that was
-        built last: gradients would be summed over other ranks, without a word."""
+        """Raises ValueError at ZeRO stage 0 when an engine was built on another mesh since. There DeepSpeed asks for
+        its groups at every step, and what it asks is the object of the engine that was built last: gradients would be
+        summed over other ranks, without a word."""
         if self.config.zero_stage == 0 and groups.mpu.mesh is not self.mesh:
             raise ValueError(
                 "engine.zero_stage=0: engines on different meshes of one job need a stage of 1 to 3, or "
@@ -261,12 +263,13 @@ class ZeroEngine(Movable):
             )
 
     def _take_in(self, source: WeightSource) -> dict[nn.Parameter, Tensor]:
-        """Weights into the modules; at stage 3 each is divided among the ranks before the next one is read. Returns
-        the fp32 values of what is trained, at stage 3 this rank's pieces of them, where DeepSpeed gets rounded ones."""
+        """Reads the weights into the modules; at ZeRO stage 3 each is divided among the ranks before the next one is
+        read. Returns the fp32 values of what is trained, at ZeRO stage 3 this rank's pieces of them, where DeepSpeed
+        gets rounded ones."""
         originals, dtype = {}, compute_dtype(self.config.precision)
         for p in materialize_each(self.parts, self.mesh, source):
             p.tensor_model_parallel = owns(p, self.mesh.coords["tp"])  # who counts it in the norm, see Mpu
-            if p.placement.expert:  # reduced over the ranks that have it; the second pair is read at stage 3
+            if p.placement.expert:  # reduced over the ranks that have it; the second pair is read at ZeRO stage 3
                 p.allreduce, p.group_name = False, EXPERTS
                 p.ds_zero_placement_family, p.ds_zero_partition_group_name = "autoep_expert", EXPERTS
             original = p.detach()
@@ -280,7 +283,7 @@ class ZeroEngine(Movable):
         return originals
 
     def _divide(self, p: nn.Parameter) -> None:
-        """As `deepspeed.initialize` does with all parameters at once."""
+        """Divides a parameter among the ranks, as `deepspeed.initialize` does with all parameters at once."""
         deepspeed.zero.Init(
             module=nn.ParameterList([p]),
             data_parallel_group=self.mesh.groups["expert_grad" if p.placement.expert else "grad"],
@@ -289,11 +292,13 @@ class ZeroEngine(Movable):
         )
 
     def _accumulate(self) -> contextlib.AbstractContextManager:
-        """Gradients stay on this rank until the block ends, then are reduced once. (Stage 0 has no such block.)"""
+        """Returns a context in which gradients stay on this rank; at its end they are reduced once. (ZeRO stage 0 has
+        no such context.)"""
         return self.engine.coalesce_grad_reduction() if self.config.zero_stage else contextlib.nullcontext()
 
     def _reduce_gradients_stage0(self) -> float | None:
-        """At stage 0 DeepSpeed neither averages by itself nor reports a norm: -> the norm before clipping."""
+        """Averages and clips at ZeRO stage 0, where DeepSpeed neither averages by itself nor reports a norm. Returns
+        the norm before clipping, None at other ZeRO stages."""
         if self.config.zero_stage:
             return None
         self.engine.allreduce_gradients()
@@ -301,7 +306,7 @@ class ZeroEngine(Movable):
         return clip_gradients(everything, self.optim.grad_clip, self.mesh, model, experts_apart=True)[0]
 
     def _gather(self, p: nn.Parameter) -> Tensor:
-        """From ZeRO-3 partitions, else as it is."""
+        """Returns a parameter joined from its ZeRO-3 partitions, or else a copy of it as it is."""
         context = deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext()
         with context:
             return p.detach().clone()
@@ -322,19 +327,20 @@ def check_machine(config: EngineConfig, mesh: Mesh) -> None:
 
 
 def _import_muon() -> None:
-    """DeepSpeed's own Muon: to ask whether our optimizer is that one it imports it, and with it all that compiles."""
+    """Imports DeepSpeed's own Muon with compilation switched off: to ask whether our optimizer is that one DeepSpeed
+    imports it, and with it all that compiles."""
     with patch.object(compiler, "compile", lambda: lambda function: function):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 def _prepare_deepspeed(mesh: Mesh, zero_stage: int, trains_experts: bool) -> None:
-    """Process-wide settings that `initialize` reads."""
+    """Makes the process-wide settings that `initialize` reads."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # its calls, which torch 2.13 warns of every time
         warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
     _import_muon()
     groups.mpu = None  # an earlier engine of this process
-    # The class by which DeepSpeed knows that there are groups of experts; stage 3 needs no telling, and refuses it.
+    # The class by which DeepSpeed knows that there are groups of experts; ZeRO stage 3 refuses it, and needs it not.
     runtime_engine.MoE = Experts if mesh.ep > 1 and zero_stage < 3 and trains_experts else type(None)
     groups._EXPERT_PARALLEL_GROUP = {EXPERTS: mesh.groups["ep"]} if mesh.ep > 1 else {}
     groups._EXPERT_DATA_PARALLEL_GROUP = {EXPERTS: mesh.groups["expert_grad"]} if mesh.ep > 1 else {}
@@ -345,5 +351,5 @@ def _prepare_deepspeed(mesh: Mesh, zero_stage: int, trains_experts: bool) -> Non
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     if mesh.sizes["pp"] > 1:
-        # A debug check over all ranks; stages prefetch different parameters and would wait for each other for ever.
+        # A debug check over all ranks: pipeline stages, which prefetch different parameters, would wait for ever.
         partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda *args, **kwargs: None

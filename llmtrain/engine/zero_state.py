@@ -1,6 +1,6 @@
-"""What a rank owns under DeepSpeed 0.19.8, without gathering: read it, fill it.
+"""Reads and fills what a rank owns under DeepSpeed 0.19.8, without gathering.
 
-DeepSpeed offers no public way to this for stages 1 and 2, so private names are used here and nowhere else;
+DeepSpeed offers no public way to this for ZeRO stages 1 and 2, so private names are used here and nowhere else;
 tests/recipes/pretrain_test.py (resume, bit for bit) is their guard.
 """
 
@@ -20,14 +20,14 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.plan import trained_of
 from llmtrain.types import Address, Fragment
 
-FLAT_BUFFERS = (  # of weights and masters; stages 1 and 2, stage 3
+FLAT_BUFFERS = (  # of weights and masters; ZeRO stages 1 and 2, ZeRO stage 3
     *("bit16_groups_flat", "single_partition_of_fp32_groups"),
     *("fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat"),
 )
 
 
 def gradients_finite(engine: object) -> bool:
-    """Of this rank's reduced gradients, before the update."""
+    """Tells whether this rank's reduced gradients are finite, before the update."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
         grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -40,10 +40,10 @@ def gradients_finite(engine: object) -> bool:
 
 
 def count_experts(engine: object, mesh: Mesh) -> None:
-    """The norm of gradients where experts lie on different data-parallel ranks. DeepSpeed sums it over the model group,
-    at stages 1 and 2 once for each group of parameters, which stages of a pipeline need not have in common (the first
-    ones may have no experts); at stage 3 it leaves that group out for experts. All ranks together hold every piece
-    once, so one sum over them is right."""
+    """Makes DeepSpeed's norm of gradients right where experts lie on different data-parallel ranks. DeepSpeed sums it
+    over the model group, at ZeRO stages 1 and 2 once for each group of parameters, which pipeline stages need not have
+    in common (the first ones may have no experts); at ZeRO stage 3 it leaves that group out for experts. All ranks
+    together hold every piece once, so one sum over them is right."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         optimizer._grad_norm_counts_every_rank = lambda *args: False
@@ -52,7 +52,8 @@ def count_experts(engine: object, mesh: Mesh) -> None:
 
 
 def _norm_over_all(optimizer: object, mesh: Mesh) -> Tensor:
-    """-1 where it is not finite, as DeepSpeed has it. Offloading keeps norms of parameters, not gradients."""
+    """Returns the norm over all ranks, -1 where it is not finite, as DeepSpeed has it. Offloading keeps norms of
+    parameters, not gradients."""
     total = torch.zeros((), device=mesh.device)
     for group, params in enumerate(optimizer.params_in_partition):
         if optimizer.cpu_offload:
@@ -73,12 +74,13 @@ def _counts(p: nn.Parameter) -> bool:
 
 
 def take_gradients_as_they_are(engine: object) -> None:
-    """With one data-parallel rank there is nothing to sum: skip the two copies through DeepSpeed's buckets."""
+    """Skips the two copies through DeepSpeed's buckets: with one data-parallel rank there is nothing to sum."""
     engine.optimizer.reduce_ready_partitions_and_remove_grads = lambda param, group: None
 
 
 def masters_are_weights(engine: object) -> None:
-    """In fp32 the masters of stages 1 and 2 are a second copy of this rank's part of the weights: one will do."""
+    """Lets the masters of ZeRO stages 1 and 2 share memory with the weights: in fp32 they are a second copy of this
+    rank's part of them, and one will do."""
     optimizer = engine.optimizer
     partitions, groups = optimizer.parallel_partitioned_bit16_groups, optimizer.real_dp_process_group
     for master, parts, group in zip(optimizer.single_partition_of_fp32_groups, partitions, groups, strict=True):
@@ -87,11 +89,11 @@ def masters_are_weights(engine: object) -> None:
 
 
 def drop_gradients(engine: object) -> None:
-    """Forget the reduced gradients as if the backward had not been: what DeepSpeed does when fp16 overflows."""
+    """Forgets the reduced gradients as if the backward had not been: what DeepSpeed does when fp16 overflows."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
         engine.zero_grad()
-    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO stage 3
         optimizer._pre_step()
         optimizer._partition_all_parameters()
         optimizer._overflow_clean_up(optimizer.loss_scale)
@@ -106,8 +108,8 @@ def drop_gradients(engine: object) -> None:
 
 @torch.no_grad()
 def set_masters(engine: object, originals: dict[nn.Parameter, Tensor]) -> None:
-    """Give the fp32 masters their unrounded start: DeepSpeed makes them from the bf16 weights. `originals`: whole
-    parameters, at stage 3 this rank's pieces."""
+    """Gives the fp32 masters their unrounded start: DeepSpeed makes them from the bf16 weights. `originals`: whole
+    parameters, at ZeRO stage 3 this rank's pieces."""
     for p, original in originals.items():
         piece = original if hasattr(p, "ds_id") else own_piece(p, original)
         if piece.numel():
@@ -115,14 +117,14 @@ def set_masters(engine: object, originals: dict[nn.Parameter, Tensor]) -> None:
 
 
 def own_piece(p: nn.Parameter, whole: Tensor) -> Tensor:
-    """A flat copy of what this rank owns of the local parameter."""
+    """Returns a flat copy of what this rank owns of the local parameter."""
     start, numel = _range(p)
     return whole.flatten()[start : start + numel].clone()
 
 
 @torch.no_grad()
 def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
-    """Pieces this rank writes to a checkpoint: over all ranks every element once."""
+    """Yields the pieces that this rank writes to a checkpoint: over all ranks every element once."""
     _make_state(engine, 0)
     _link(engine)
     for p, address in _pieces(engine, mesh):
@@ -133,7 +135,7 @@ def fragments(engine: object, mesh: Mesh) -> Iterator[Fragment]:
 
 @torch.no_grad()
 def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
-    """Fill master weights and optimizer state, then the working weights from them."""
+    """Fills master weights and optimizer state, then the working weights from them."""
     for state in _make_state(engine, step):
         if "step" in state:  # Muon counts none
             state["step"].fill_(step)  # an engine that has stepped already
@@ -147,7 +149,7 @@ def load(engine: object, mesh: Mesh, read: FragmentReader, step: int) -> None:
 
 def held(engine: object) -> Iterator[Tensor]:
     """Yields what an engine holds between two steps beside its modules' parameters: shards and flat buffers of weights,
-    masters, optimizer state, and stage 3's buffer of gradients."""
+    masters, optimizer state, and the buffer of gradients of ZeRO stage 3."""
     optimizer = engine.optimizer
     yield from (p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor"))
     for name in FLAT_BUFFERS:
@@ -159,13 +161,15 @@ def held(engine: object) -> Iterator[Tensor]:
 
 
 def scratch(engine: object) -> list[Tensor]:
-    """Returns the buckets in which stage 3 reduces gradients, empty between two steps. (Stages 1 and 2 free theirs.)"""
+    """Returns the buckets in which ZeRO stage 3 reduces gradients, empty between two steps. (Stages 1 and 2 free
+    theirs.)"""
     buckets = getattr(engine.optimizer, "ipg_buckets", {})
     return [bucket.buffer for bucket in buckets.values() if isinstance(bucket.buffer, Tensor)]
 
 
 def _make_state(engine: object, step: int) -> list[dict[str, Tensor]]:
-    """An optimizer makes its state at the first update; before that it is made here, as after `step` updates."""
+    """Returns the state of each tensor that the optimizer updates. An optimizer makes its state at the first update;
+    before that it is made here, as after `step` updates."""
     if engine.zero_optimization_stage():
         inner, tensors = engine.optimizer.optimizer, _flats(engine.optimizer)
         state = inner.state
@@ -181,9 +185,9 @@ def _make_state(engine: object, step: int) -> list[dict[str, Tensor]]:
 
 
 def _refresh_working_weights(optimizer: object) -> None:
-    if hasattr(optimizer, "update_lp_params"):  # stages 1, 2
+    if hasattr(optimizer, "update_lp_params"):  # ZeRO stages 1, 2
         optimizer.update_lp_params()
-    elif hasattr(optimizer, "persistent_parameters"):  # stage 3
+    elif hasattr(optimizer, "persistent_parameters"):  # ZeRO stage 3
         for i in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         if kept := optimizer.persistent_parameters:
@@ -192,20 +196,21 @@ def _refresh_working_weights(optimizer: object) -> None:
 
 
 def _link(engine: object) -> None:
-    """Stages 1 and 2 link only the first parameter group's optimizer state by themselves."""
+    """Links the optimizer state of all parameter groups: ZeRO stages 1 and 2 link only the first group's by
+    themselves."""
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _flats(optimizer: object) -> list[Tensor]:
-    """The flat fp32 tensors that the inner optimizer updates: stage 3, stages 1 and 2."""
+    """Returns the flat fp32 tensors that the inner optimizer updates: those of ZeRO stage 3, or of stages 1 and 2."""
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
     return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
 
 
 def _pieces(engine: object, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Address]]:
-    """Every non-empty piece of a trained parameter whose state lies on this rank."""
+    """Yields every non-empty piece of a trained parameter whose state lies on this rank."""
     for p in trained_of([engine.module]):
         start, numel = _range(p)
         if numel > 0:
@@ -213,7 +218,7 @@ def _pieces(engine: object, mesh: Mesh) -> Iterator[tuple[nn.Parameter, Address]
 
 
 def _range(p: nn.Parameter) -> tuple[int, int]:
-    """[start, start + numel) of the flattened local parameter."""
+    """Returns (start, numel) of what this rank owns in the flattened local parameter."""
     if hasattr(p, "ds_id"):
         width = p.ds_tensor.ds_numel
         start = dist.get_rank(p.ds_process_group) * width

@@ -1,4 +1,4 @@
-"""Credit from rewards."""
+"""Turns rewards into advantages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ MIN_SPREAD = 1e-6  # rewards closer than this are equal: dividing by rounding no
 
 
 def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
-    """Advantage of each sample over its group: [prompts, samples] -> the same shape.
+    """Returns the advantage of each sample over its group: [prompts, samples] -> the same shape.
 
-    GRPO (arXiv 2402.03300, section 4.1.2): (r - mean) / std, with the sample standard deviation (n - 1).
-    Dr. GRPO (arXiv 2503.20783), `normalize_std=False`: r - mean, so that easy and hard prompts are not weighted up.
-    A group without spread carries no signal: zeros. [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]].
+    GRPO (arXiv 2402.03300, section 4.1.2): (r - mean) / std, with the sample standard deviation (n - 1). Dr. GRPO
+    (arXiv 2503.20783), `normalize_std=False`: r - mean, so that easy and hard prompts are not weighted up. A group
+    without spread carries no signal: zeros. [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]].
     """
     spread = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True)
     centered = rewards - rewards.mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Losses that push a policy along its advantages."""
+"""Defines the losses that push a policy along its advantages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llmtrain.types import Batch, Metrics, Scores
 def grpo_loss(
     scores: Scores, batch: Batch, clip_low: float, clip_high: float, kl_coef: float
 ) -> tuple[Tensor, Metrics]:
-    """GRPO (arXiv 2402.03300, equation 3), summed over the trained tokens.
+    """Returns the loss of GRPO (arXiv 2402.03300, equation 3), summed over the trained tokens, and its metrics.
 
     -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coef k3, with ratio = exp(log p - log p_old).
-    `batch.extra` holds, [B, T] each, `advantages`, `old_logprobs`
-    and, when a KL to a reference is wanted, `ref_logprobs`.
-    Metrics, summed over the trained tokens: `clip_fraction` (clipping binds: no gradient), `entropy`, `kl_old` (from
-    the old policy to this one), `kl` (from this one to the reference, if there is one); `logprob_gap_max` is the
-    largest |log p - log p_old|.
+
+    `batch.extra` holds, [B, T] each, `advantages`, `old_logprobs` and, when a KL to a reference is wanted,
+    `ref_logprobs`. Metrics, summed over the trained tokens: `clip_fraction` (clipping binds: no gradient), `entropy`,
+    `kl_old` (from the old policy to this one), `kl` (from this one to the reference, if there is one);
+    `logprob_gap_max` is the largest |log p - log p_old|.
     """
     logprobs, entropies = scores.logprobs, scores.entropies
     assert logprobs is not None and entropies is not None
@@ -43,12 +43,12 @@ def grpo_loss(
 
 
 def _log_ratio(logprobs: Tensor, others: Tensor, mask: Tensor) -> Tensor:
-    """log p - log q, 0 where masked: before any exponential, whose gradient at infinity would be 0 * inf."""
+    """Returns log p - log q, 0 where masked: before any exponential, whose gradient at infinity would be 0 * inf."""
     return torch.where(mask, logprobs - others, 0.0)
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    """Estimate of KL(q || p) from samples of q, given log p - log q: (ratio - 1) - log ratio, never negative.
+    """Estimates KL(q || p) from samples of q, given log p - log q: (ratio - 1) - log ratio, never negative.
 
     Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
     """

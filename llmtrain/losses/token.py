@@ -1,4 +1,4 @@
-"""The loss of pretraining and supervised fine-tuning."""
+"""Defines the loss of pretraining and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from llmtrain.types import Batch, Metrics, Scores
 
 
 def token_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Negative log-likelihood, -sum log p(label), over `batch.loss_mask`: (sum in nats, no metrics).
+    """Returns the negative log-likelihood, -sum log p(label), over `batch.loss_mask`: (sum in nats, no metrics).
 
-    Divided by the number of trained tokens this is the
-    cross-entropy; its exponential the perplexity.
+    Divided by the number of trained tokens this is the cross-entropy; its exponential the perplexity.
     """
     assert scores.logprobs is not None
     return -masked_sum(scores.logprobs, batch.loss_mask), {}

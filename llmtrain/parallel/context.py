@@ -1,4 +1,4 @@
-"""Context parallelism: each rank of `cp` has a part of every row, and attention looks at the whole row.
+"""Implements context parallelism: each rank of `cp` has a part of every row, and attention looks at the whole row.
 
 How a row is cut: `parallel.zigzag`. Ring and allgather need that order to have the same work everywhere; for alltoall,
 where a rank sees whole rows, any would do, and one order for all leaves a single way to cut a batch.
@@ -10,8 +10,8 @@ kv = B (T/cp) (kv heads / tp) head_dim e bytes, a Q shard q = B (T/cp) (heads / 
                                                                        lcm(kv heads / tp, cp) / (kv heads / tp)
     ring        2 (cp - 1) kv  +  2 (cp - 1) kv + 2 cp kv 4 / e        K and V; their gradients travel in fp32
 Rematerialisation adds one more forward. Beside that a row with documents has its segment (and branch) ids gathered
-once a microbatch and stage: (cp - 1) B (T/cp) 8 bytes each. The mask made of them has B T T entries for alltoall,
-B (T/cp) T for allgather, and exists tile by tile for ring.
+once a microbatch and pipeline stage: (cp - 1) B (T/cp) 8 bytes each. The mask made of them has B T T entries for
+alltoall, B (T/cp) T for allgather, and exists tile by tile for ring.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from llmtrain.types import Batch
 
 
 def local_batches(microbatches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
-    """On `mesh.device`, every [B, T] field cut to this rank's [B, T / cp]. All cp ranks give the same rows.
+    """Returns the batches on `mesh.device`, every [B, T] field cut to this rank's [B, T / cp]. All cp ranks give the
+    same rows.
 
     Raises ValueError when T is not a multiple of 2 cp.
     """
@@ -83,7 +84,7 @@ def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def context_parallel(model: nn.Module, group: ProcessGroup, method: str) -> None:
-    """Let the attention of a decoder look over the group's parts of the rows, in place."""
+    """Lets the attention of a decoder look over the group's parts of the rows, in place."""
     attend, visibility = METHODS[method]
     model.visibility = partial(visibility, group=group)
     for block in model.layers.values():
@@ -94,7 +95,7 @@ def context_parallel(model: nn.Module, group: ProcessGroup, method: str) -> None
 def attend_allgather(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup, softcap: float | None = None
 ) -> Tensor:
-    """Attention of this rank's queries to the gathered keys and values; `mask` [B, 1, T / cp, T]."""
+    """Returns the attention of this rank's queries to the gathered keys and values; `mask` [B, 1, T / cp, T]."""
     cp, rank, n = group.size(), group.rank(), q.size(2) // 2
     gathered = gather_sequence(torch.cat([k, v], -1).transpose(1, 2), group)
     k, v = from_shards(gathered, 1, cp).transpose(1, 2).split([k.size(-1), v.size(-1)], -1)
@@ -121,7 +122,7 @@ def _visibility_allgather(
 def attend_alltoall(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup, softcap: float | None = None
 ) -> Tensor:
-    """Attention to whole rows, of heads / cp heads (Ulysses, arXiv 2309.14509); `mask` [B, 1, T, T].
+    """Returns the attention over whole rows of heads / cp heads (Ulysses, arXiv 2309.14509); `mask` [B, 1, T, T].
 
     K/V heads are repeated where they do not divide by cp; query heads must.
     """
@@ -143,7 +144,7 @@ def _visibility_alltoall(
 def _whole_ids(
     segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Segments, branches and, for a window, positions of whole rows."""
+    """Returns segments, branches and, for a window, positions of whole rows."""
     segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
     wanted = (segments, branch_ids, None if window is None else positions)
     segments, branches, whole = (None if ids is None else _gathered(ids, group) for ids in wanted)
@@ -152,19 +153,20 @@ def _whole_ids(
 
 
 def _heads_to_rows(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[B, heads, T / cp, D] -> [B, heads / cp, T, D]."""
+    """Exchanges [B, heads, T / cp, D] for [B, heads / cp, T, D]."""
     parts = _Exchange.apply(x.unflatten(1, (group.size(), -1)).movedim(1, 0), group)
     return from_shards(parts.movedim(0, 2).flatten(2, 3), 2, group.size())
 
 
 def _rows_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[B, heads / cp, T, D] -> [B, heads, T / cp, D]."""
+    """Exchanges [B, heads / cp, T, D] for [B, heads, T / cp, D]."""
     parts = to_shards(x, 2, group.size()).unflatten(2, (group.size(), -1))
     return _Exchange.apply(parts.movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
 
 class _Exchange(torch.autograd.Function):
-    """[cp, ...]: part i goes to rank i, and what rank i sent becomes part i. It is its own inverse and gradient."""
+    """Exchanges the parts of [cp, ...]: part i goes to rank i, and what rank i sent becomes part i. It is its own
+    inverse and gradient."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -183,7 +185,7 @@ def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
 def _visibility_ring(
     segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
 ) -> Tensor | None:
-    """The ids themselves, [1 or 2, B, T]."""
+    """Returns the ids themselves, [1 or 2, B, T]."""
     assert window is None, "a rule of the configuration"
     if segment_ids is None:
         return None

@@ -1,4 +1,4 @@
-"""Which rank does what. The only file that creates process groups."""
+"""Assigns every rank its role and its place on the mesh. The only file that creates process groups."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ START_TIMEOUT = timedelta(minutes=30)  # until the trainers have their model
 
 
 class Link:
-    """Collectives over all ranks of the job, trainers and rollout workers, beside every role's own default group.
+    """Provides collectives over all ranks of the job, trainers and rollout workers, beside every role's own default
+    group.
 
-    A raw process group: an engine whose barriers use the default group never sees the other role.
+    It is a raw process group: an engine whose barriers use the default group never sees the other role.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> None:
@@ -38,14 +39,14 @@ class Link:
             self.group = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     def broadcast(self, tensor: Tensor, root: int) -> Tensor:
-        """`tensor` of rank `root`, in place."""
+        """Broadcasts `tensor` of rank `root`, in place."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         self.group.broadcast([tensor], options).wait()
         return tensor
 
     def broadcast_json(self, value: object, root: int) -> object:
-        """Any JSON value of rank `root`."""
+        """Returns the JSON value of rank `root`, on every rank."""
         data = _encode(value).to(self.device) if self.rank == root else None
         size = self.broadcast(torch.tensor([0 if data is None else data.numel()], device=self.device), root)
         if data is None:
@@ -53,11 +54,11 @@ class Link:
         return _decode(self.broadcast(data, root))
 
     def all_gather_bytes(self, data: Tensor) -> list[Tensor]:
-        """A uint8 tensor of any length of every rank."""
+        """Returns the uint8 tensors, of any length, of all ranks."""
         return _all_gather_bytes(data, self.size, self.device, lambda out, x: self.group.allgather([out], [x]).wait())
 
     def await_trainers(self, event: str, role: str) -> None:
-        """Workers wait here for an event of the trainers, up to START_TIMEOUT: the timeout of a collective, which is
+        """Lets workers wait for an event of the trainers, up to START_TIMEOUT: the timeout of a collective, which is
         shorter, runs from its first caller."""
         if role == "trainer":
             self.store.set(event, "1")
@@ -67,23 +68,23 @@ class Link:
 
 @dataclass
 class SideGroup:
-    """JSON between the ranks of the own role from another thread than the training's: collectives of two threads in one
-    group would meet the wrong partners. Over gloo, on GPUs too."""
+    """Exchanges JSON between the ranks of the own role from another thread than the training's: collectives of two
+    threads in one group would meet the wrong partners. Over gloo, on GPUs too."""
 
     rank: int
     size: int
     group: ProcessGroup
 
     def all_gather_json(self, value: object) -> list:
-        """As `Mesh.all_gather_json`."""
+        """Returns the value of every rank, as `Mesh.all_gather_json` does."""
         gather = partial(dist.all_gather, group=self.group)
         return [_decode(part) for part in _all_gather_bytes(_encode(value), self.size, torch.device("cpu"), gather)]
 
 
 @dataclass
 class Mesh:
-    """This rank's place. `rank` and `size` count the ranks of the own role. `groups` holds a group for each axis, and
-    `dp` (dp_replicate x dp_shard: who has other rows), `grad` (dp x cp: over whom gradients are summed), `shard`
+    """Holds this rank's place. `rank` and `size` count the ranks of the own role. `groups` holds a group for each axis,
+    and `dp` (dp_replicate x dp_shard: who has other rows), `grad` (dp x cp: over whom gradients are summed), `shard`
     (dp_shard x cp: over whom states are sharded), `ep` (a part of `shard`), `expert_grad` and `expert_shard` (the ranks
     of `grad` and `shard` that have the same experts), `model` (pp x tp), `replica` (all but dp_replicate: who has one
     copy of the whole state together), `ends` (the ranks with the embedding and the head of the own pipeline; None on
@@ -127,12 +128,12 @@ class Mesh:
 
     @property
     def tp_group(self) -> ProcessGroup | None:
-        """None when there is nothing to share."""
+        """Returns the group of tensor parallelism, None when there is nothing to share."""
         return self.groups["tp"] if self.sizes["tp"] > 1 else None
 
     def fsdp_mesh(self, experts: bool = False) -> DeviceMesh:
-        """The `shard` group as torch's FSDP2 takes it; with copies `dp_replicate` x `shard`. That of `experts`: the
-        part that has the same ones."""
+        """Returns the `shard` group as torch's FSDP2 takes it; with copies `dp_replicate` x `shard`. For `experts` it
+        is the part that has the same ones."""
         prefix = "expert_" if experts else ""
         shard, device = self.groups[f"{prefix}shard"], self.device.type
         if self.sizes["dp_replicate"] == 1:
@@ -143,23 +144,23 @@ class Mesh:
         return DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("dp_replicate", "shard"))
 
     def barrier(self) -> None:
-        """Of the own role."""
+        """Waits for all ranks of the own role."""
         dist.barrier()
 
     def all_gather_bytes(self, data: Tensor) -> list[Tensor]:
-        """A uint8 tensor of any length of every rank of the own role."""
+        """Returns the uint8 tensors, of any length, of all ranks of the own role."""
         return _all_gather_bytes(data, self.size, self.device, dist.all_gather)
 
     def all_gather_json(self, value: object) -> list:
-        """Any JSON value of every rank of the own role. Floats survive exactly."""
+        """Returns the JSON values of all ranks of the own role. Floats survive exactly."""
         return [_decode(part) for part in self.all_gather_bytes(_encode(value))]
 
     def side_group(self, timeout_s: int) -> SideGroup:
-        """A new group of all ranks of the own role (a collective)."""
+        """Returns a new group of all ranks of the own role (a collective)."""
         return SideGroup(self.rank, self.size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
     def table(self) -> str:
-        """One line a rank, for the log at start."""
+        """Returns one line a rank, for the log at start."""
         rows = [f"{'rank':>5} {'role':8} " + " ".join(f"{axis:>12}" for axis in AXES)]
         for rank in range(self.num_trainers):
             coords = _coords(rank, self.sizes)
@@ -170,7 +171,7 @@ class Mesh:
 
 
 def init_mesh(parallel: ParallelConfig, rollout: RolloutConfig | None, timeout_s: int) -> Mesh:
-    """Join the job: roles, default group, axes. `rollout` only for stages that generate.
+    """Joins the job: roles, default group, axes. `rollout` is given only for recipes that sample.
 
     Raises ValueError when the ranks do not fit the mesh.
     """
@@ -204,7 +205,7 @@ def trainer_mesh(
     schedule: str = "1f1b",
     ep: int = 1,
 ) -> Mesh:
-    """The axes over the default group's ranks (a collective)."""
+    """Returns the mesh over the default group's ranks (a collective)."""
     rank, size = dist.get_rank(), dist.get_world_size()
     head_pp = 0 if schedule == "zbv" else sizes["pp"] - 1
     groups = _axis_groups(sizes, rank, size, head_pp, ep, timeout)
@@ -212,7 +213,7 @@ def trainer_mesh(
 
 
 def shutdown() -> None:
-    """Leave the job in order."""
+    """Leaves the job in order."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -232,7 +233,7 @@ def _device() -> torch.device:
 
 
 def _rendezvous(timeout: timedelta) -> tuple[Store, int, int]:
-    """Store, rank and size: the launcher's, or a job of one process that opens no socket."""
+    """Returns store, rank and size: the launcher's, or those of a job of one process that opens no socket."""
     if "RANK" not in os.environ:
         return HashStore(), 0, 1
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -252,8 +253,8 @@ def _coords(rank: int, sizes: dict[str, int]) -> dict[str, int]:
 def _axis_groups(
     sizes: dict[str, int], rank: int, num_trainers: int, head_pp: int, ep: int, timeout: timedelta
 ) -> dict[str, ProcessGroup | None]:
-    """The groups of this rank. Each is created by its members alone, so a start costs the same on any number of ranks;
-    axes with the same ranks share one."""
+    """Returns the groups of this rank. Each is created by its members alone, so a start costs the same on any number of
+    ranks; axes with the same ranks share one."""
     varying = {axis: (axis,) for axis in AXES}
     varying |= {"dp": ("dp_replicate", "dp_shard"), "grad": ("dp_replicate", "dp_shard", "cp")}
     varying |= {"shard": ("dp_shard", "cp"), "model": ("pp", "tp"), "replica": ("pp", "dp_shard", "cp", "tp")}
@@ -274,14 +275,14 @@ def _axis_groups(
 
 
 def expert_ranks(shard: list[int], rank: int, ep: int) -> list[int]:
-    """The `ep` neighbours in the shard group among which a layer's experts are divided."""
+    """Returns the `ep` neighbours in the shard group among which a layer's experts are divided."""
     assert len(shard) % ep == 0, f"ep={ep} over {len(shard)} ranks"
     first = shard.index(rank) // ep * ep
     return shard[first : first + ep]
 
 
 def _neighbours(sizes: dict[str, int], rank: int, num_trainers: int, axes: tuple[str, ...]) -> list[int]:
-    """The ranks that differ from `rank` only in `axes`, itself among them."""
+    """Returns the ranks that differ from `rank` only in `axes`, itself among them."""
     here = _coords(rank, sizes)
     fixed = [axis for axis in AXES if axis not in axes]
     everyone = ((r, _coords(r, sizes)) for r in range(num_trainers))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmtrain.parallel.schedules import Schedule
 
 Output = Tensor | tuple[Tensor, Tensor]
-"""What a head gives: a tensor of values, or (log-probs, entropies), [B, T] each."""
+"""A head gives a tensor of values, or (log-probs, entropies), [B, T] each."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of hidden states, by their number in a header
 

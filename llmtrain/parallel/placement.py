@@ -1,4 +1,4 @@
-"""Which part of which global tensor a parameter of this rank is."""
+"""Records which part of which global tensor a parameter of this rank is."""
 
 from __future__ import annotations
 

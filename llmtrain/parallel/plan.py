@@ -1,4 +1,5 @@
-"""The one order in which a plain decoder becomes this rank's part of a parallel one."""
+"""Turns a plain decoder into this rank's part of a parallel one: every change, in the one order in which they go
+together."""
 
 from __future__ import annotations
 
@@ -28,11 +29,11 @@ GRAPHS_A_MODEL = 8  # torch's own limit for one: training and scoring, each with
 
 
 def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> list[Decoder]:
-    """This rank's pipeline stages (without a pipeline: the one decoder), on the meta device: without memory.
+    """Returns this rank's pipeline stages (without a pipeline: the one decoder), on the meta device: without memory.
 
-    cut stages -> tensor parallel -> experts -> context parallel or attention's kernel -> fp8 -> scoring head -> remat.
-    Weights follow: an engine shards them as it takes them in; who keeps this rank's whole part calls `materialize`.
-    Compilation comes last (`compile_blocks`).
+    The order: cut pipeline stages -> tensor parallel -> experts -> context parallel or attention's kernel -> fp8 ->
+    scoring head -> remat. Weights follow: an engine shards them as it takes them in; who keeps this rank's whole part
+    calls `materialize`. Compilation comes last (`compile_blocks`).
 
     Raises ValueError when this device cannot compute `engine.attention`.
     """
@@ -71,14 +72,15 @@ def scoring_head(model: nn.Module, mesh: Mesh, engine: EngineConfig) -> None:
 
 
 def materialize(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -> None:
-    """Replace the meta parameters by this rank's slices, fp32 on `mesh.device`, one global tensor at a time."""
+    """Replaces the meta parameters by this rank's slices, fp32 on `mesh.device`, one global tensor at a time."""
     for _ in materialize_each(parts, mesh, source):
         pass
     fill_buffers(parts, mesh, source)
 
 
 def materialize_each(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -> Iterator[nn.Parameter]:
-    """The same, yielding each when it is in its place: who keeps less of it cuts it before the next one is read."""
+    """Replaces the parameters as `materialize` does and yields each when it is in its place: who keeps less of it cuts
+    it before the next one is read."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in (module for part in parts for module in part.modules()):
         for leaf, meta in module.named_parameters(recurse=False):
@@ -94,12 +96,13 @@ def materialize_each(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSourc
 
 
 def buffers_of(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """What a model holds beside parameters (biases of routers), by canonical name: whole on every rank of its stage."""
+    """Returns what a model holds beside parameters (biases of routers), by canonical name: whole on every rank of its
+    pipeline stage."""
     return {name: buffer for part in parts for name, buffer in part.named_buffers()}
 
 
 def fill_buffers(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -> None:
-    """Give them memory, fp32 on `mesh.device`, and their values."""
+    """Gives the buffers memory, fp32 on `mesh.device`, and their values."""
     for part in parts:
         for name, module in part.named_modules():
             for leaf, _ in list(module.named_buffers(recurse=False)):
@@ -108,23 +111,23 @@ def fill_buffers(parts: Sequence[nn.Module], mesh: Mesh, source: WeightSource) -
 
 
 def slice_of(parameter: nn.Parameter, source: WeightSource) -> Tensor:
-    """Of its global tensor what the rank holds under tensor or expert parallelism; perhaps a view, do not write into
-    it."""
+    """Returns what the rank holds of a parameter's global tensor under tensor or expert parallelism; perhaps a view, do
+    not write into it."""
     return shard(source(parameter.placement.name), parameter.placement.tp_dim, *parameter.placement.cut)
 
 
 def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Each once, in a fixed order."""
+    """Returns all parameters, each once, in a fixed order."""
     return list(dict.fromkeys(p for part in parts for p in part.parameters()))
 
 
 def trained_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Those of `parameters_of` that have a gradient: all, or only adapters."""
+    """Returns those of `parameters_of` that have a gradient: all, or only adapters."""
     return [p for p in parameters_of(parts) if p.requires_grad]
 
 
 def compile_blocks(parts: Sequence[Decoder]) -> None:
-    """torch.compile each block for itself, and the scoring of the head: one graph, compiled once, in place.
+    """Compiles each block for itself (torch.compile), and the scoring of the head: one graph, compiled once, in place.
 
     Models share the code of their blocks, and torch counts the graphs of a piece of code: beyond its limit it compiles
     nothing, without a word. So every model brings its own.

@@ -1,4 +1,4 @@
-"""What a parallel model says of a batch: from what its head gives on one rank to `Scores` of whole rows."""
+"""Turns what a head gives for this rank's part of a batch into `Scores` of whole rows."""
 
 from __future__ import annotations
 

@@ -117,9 +117,9 @@ class JointRow(RowLinear):
 
 
 class SharedScalarHead(ScalarHead):
-    """A scalar head whose columns are divided over the group, on whole hidden states: a rank multiplies its part of
-    them. The gradient of that part is completed by the norm in front, as for every sharded matrix; a head that is whole
-    on each rank would have it added up `tp` times."""
+    """Maps whole hidden states to scalars, with its columns divided over the group: a rank multiplies its part of them.
+    The gradient of that part is completed by the norm in front, as for every sharded matrix; a head that is whole on
+    each rank would have it added up `tp` times."""
 
     group: ProcessGroup
     sequence: bool

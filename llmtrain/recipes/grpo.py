@@ -1,4 +1,5 @@
-"""GRPO (arXiv 2402.03300): rollouts -> rewards -> advantages -> policy loss -> step -> new weights to the generator."""
+"""Implements GRPO (arXiv 2402.03300): rollouts -> rewards -> advantages -> policy loss -> step -> new weights to the
+generator."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def main(config: Config) -> None:
 
 
 def run(job: Job) -> None:
-    """Trains: the trainers' side."""
+    """Trains, on a rank that is a trainer."""
     config, settings = job.config, job.config.grpo
     prompts = read_prompts(job)
     replay = Replay(job)
@@ -76,7 +77,7 @@ def credit(groups: Sequence[Group], normalize_std: bool) -> None:
 
 
 def learnable(groups: Sequence[Group]) -> list[Group]:
-    """Returns the groups in which some sample has an advantage."""
+    """Returns the groups in which some sample has an advantage other than 0."""
     return [group for group in groups if any(any(s.columns["advantages"]) for s in group)]
 
 
@@ -120,7 +121,7 @@ def policy_loss(scores: Scores, batch: Batch, settings: GrpoConfig, weight: floa
 
 
 def build_reference(job: Job) -> Scorer | None:
-    """The policy at the start, when a KL penalty asks for it."""
+    """Returns the policy at the start, frozen, when a KL penalty asks for it, else None."""
     config = job.config
     if config.grpo.kl_coef == 0:
         return None
@@ -128,14 +129,14 @@ def build_reference(job: Job) -> Scorer | None:
 
 
 def add_reference(batches: list[Batch], reference: Scorer | None) -> None:
-    """extra["ref_logprobs"], in place."""
+    """Adds `extra["ref_logprobs"]` to the batches, in place, if there is a reference."""
     if reference is not None:
         for batch, scores in zip(batches, reference.score(batches), strict=True):
             batch.extra["ref_logprobs"] = scores.logprobs.cpu()
 
 
 def summary(groups: Sequence[Group]) -> dict[str, float]:
-    """Returns what the rollouts alone tell."""
+    """Returns the metrics that the rollouts alone give."""
     samples = list(chain.from_iterable(groups))
     return {
         "reward_mean": sum(s.reward for s in samples) / len(samples),

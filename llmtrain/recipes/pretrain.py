@@ -1,4 +1,4 @@
-"""Pretraining: next-token loss on packed text, some of it rearranged (`data.objectives`)."""
+"""Implements pretraining: next-token loss on packed text, some of it rearranged (`data.objectives`)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main(config: Config) -> None:
 
 
 def set_rope(job: Job, model: ModelConfig) -> None:
-    """Rotate as `model` says from the next forward on, in all parts of this rank, and in what checkpoints say of it.
+    """Sets the RoPE of `model` from the next forward on, in all parts of this rank, and in what checkpoints say of it.
 
     Decoders read their configuration at every forward and compute the angles outside their compiled blocks.
     """
@@ -60,14 +60,14 @@ def set_rope(job: Job, model: ModelConfig) -> None:
 def phase_batches(
     rows: TextRows, phase: Phase, step: int, skipped_tokens: int, micro_seqs: int, mesh: Mesh
 ) -> list[Batch]:
-    """This rank's microbatches of a step of the phase. Shorter rows are pieces of the longest ones, in their order, so
-    over the steps every token of the data order comes once, but for those that rewinds skipped before."""
+    """Returns this rank's microbatches of a step of the phase. Shorter rows are pieces of the longest ones, in their
+    order, so over the steps every token of the data order comes once, but for those that rewinds skipped before."""
     first = (phase.token_at(step) + skipped_tokens) // phase.seq_len
     samples = samples_from(first, phase.global_batch_seqs, micro_seqs, mesh)
     return [rows.batch(s, phase.seq_len) for s in samples]
 
 
 def announce(phase: Phase, step: int, train: TrainConfig) -> None:
-    """A line where a phase begins."""
+    """Logs a line where a phase begins."""
     if step == phase.first_step and (train.batch_ramp or train.seq_ramp):
         log(f"from step {step}, token {phase.first_token:,}: {phase.global_batch_seqs} x {phase.seq_len} tokens a step")

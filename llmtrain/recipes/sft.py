@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss is on the answers only."""
+"""Implements supervised fine-tuning: the loss is on the answers only."""
 
 from __future__ import annotations
 

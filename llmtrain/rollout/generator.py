@@ -1,4 +1,4 @@
-"""The contracts of rollouts: what samples completions, and where a recipe takes its groups from."""
+"""Defines the contracts of rollouts: what samples completions, and where a recipe takes its groups from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from llmtrain.types import Group, Prompt, Sampling
 
 Weights = Iterable[tuple[str, Tensor]]
-"""Canonical names and whole tensors, as an engine's `full_weights` gives them."""
+"""Yields canonical names and whole tensors, as an engine's `full_weights` does."""
 
 
 class Generator(Protocol):

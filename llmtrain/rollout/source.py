@@ -1,4 +1,4 @@
-"""Rollouts in step with training: groups are sampled when a step asks for them, with the newest weights."""
+"""Samples rollouts in step with training: groups are made when a step asks for them, with the newest weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmtrain.types import Group, Prompt, Reward, Sampling
 
 
 class InStep:
-    """A `RolloutSource` without staleness: `take` samples with the weights that were published last."""
+    """Implements a `RolloutSource` without staleness: `take` samples with the weights that were published last."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmtrain.types import Group, Sample
 
 DTYPES = {"ids": torch.int32, "trained": torch.uint8, "logprobs": torch.float32, "versions": torch.int32}
-"""The lists of a sample that are sent, one value a token."""
+"""Maps the lists of a sample that are sent, one value a token, to their dtypes."""
 
 
 def pack(groups: Mapping[int, Group]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Generators that span ranks: each rank answers its share of the prompts, every trainer gets all rollouts."""
+"""Implements generators that span ranks: each rank answers its share of the prompts, every trainer gets all
+rollouts."""
 
 from __future__ import annotations
 
@@ -13,17 +14,19 @@ from llmtrain.rollout.generator import Generator, Weights
 from llmtrain.rollout.wire import pack, unpack
 from llmtrain.types import Group, Prompt, Sampling
 
-ROOT = 0  # the trainer that speaks
+ROOT = 0  # the trainer whose requests and weights are broadcast
 
 
 class ColocatedGenerator:
-    """The trainers take turns: every rank holds a whole generator beside its part of the trained model."""
+    """Generates on the trainers, which take turns at it: every rank holds a whole generator beside its part of the
+    trained model."""
 
     def __init__(self, local: Generator, mesh: Mesh) -> None:
         self.local, self.mesh = local, mesh
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """A collective over the trainers; all pass the same prompts. The cache is freed while they train."""
+        """Returns all groups, on every trainer (a collective; all pass the same prompts). The cache is freed while they
+        train."""
         rank, size = self.mesh.rank, self.mesh.size
         self.local.wake()
         mine = self.local.generate(prompts[rank::size], sampling)
@@ -31,7 +34,7 @@ class ColocatedGenerator:
         return _merge(self.mesh.all_gather_bytes(_packed(mine, rank, size)), prompts)
 
     def load_weights(self, weights: Weights, version: int) -> None:
-        """`weights` is the engine's collective iterator, whole on every rank."""
+        """Loads `weights`, the engine's collective iterator, whole on every rank."""
         self.local.load_weights(weights, version)
 
     def sleep(self) -> None:
@@ -45,20 +48,21 @@ class ColocatedGenerator:
 
 
 class RemoteGenerator:
-    """Rollout workers in the same job, behind the link. Every call is a collective over trainers and workers."""
+    """Generates on rollout workers in the same job, behind the link. Every call is a collective over trainers and
+    workers."""
 
     def __init__(self, link: Link, num_trainers: int) -> None:
         self.link, self.num_trainers = link, num_trainers
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Trainers pass the same prompts."""
+        """Returns all groups, on every trainer; all pass the same prompts."""
         request = {"prompts": [asdict(p) for p in prompts], "sampling": asdict(sampling)}
         self.link.broadcast_json({"command": "generate", **request}, ROOT)
         parts = self.link.all_gather_bytes(pack({}))
         return _merge(parts[self.num_trainers :], prompts)
 
     def load_weights(self, weights: Weights, version: int) -> None:
-        """Broadcast tensor by tensor: no rank holds the model twice."""
+        """Broadcasts the weights tensor by tensor: no rank holds the model twice."""
         self.link.broadcast_json({"command": "load_weights", "version": version}, ROOT)
         for name, tensor in weights:
             head = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -73,12 +77,12 @@ class RemoteGenerator:
         self.link.broadcast_json({"command": "wake"}, ROOT)
 
     def close(self) -> None:
-        """Let the workers leave."""
+        """Lets the workers leave."""
         self.link.broadcast_json({"command": "close"}, ROOT)
 
 
 def serve(link: Link, generator: Generator, worker: int, num_workers: int) -> None:
-    """A rollout worker's life: obey the trainers until they close."""
+    """Runs a rollout worker, which obeys the trainers until they close."""
     while True:
         request = link.broadcast_json(None, ROOT)
         match request["command"]:

@@ -1,4 +1,4 @@
-"""Rules of attention backends. Each says value, rule and remedy."""
+"""Checks attention backends. Each rule yields lines with value, rule and remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rule over several keys may look at, and the arithmetic of the mesh."""
+"""Defines what a rule over several keys may look at, and for which commands and recipes a rule holds."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from llmtrain.config.recipes import Recipe, recipe_of
 from llmtrain.config.schema import Config, ModelConfig
 
 Earlier = Mapping[str, ModelConfig | None]
-"""Directories of the stages before this one, with their models where these are known."""
+"""Maps the directories of the stages before this one to their models, None where these are not known."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a rule may look at. `model` is resolved, or None when its weights do not exist yet."""
+    """Holds what a rule may look at. `model` is resolved, or None when its weights do not exist yet."""
 
     config: Config
     model: ModelConfig | None
     world_size: int
     command: str
-    run_dir: str | None  # of the whole run: what lies below it may be made by a stage before
+    run_dir: str | None  # that of the whole run: what lies below it may be made by a stage before
     earlier: Earlier
 
     @property
     def recipe(self) -> Recipe | None:
-        """The algorithm, of a command that trains."""
+        """Returns the algorithm of a command that trains, None for another."""
         return recipe_of(self.command)
 
     @property
     def trainers(self) -> int:
-        """Ranks that train."""
+        """Returns the number of ranks that train."""
         rollout = self.config.rollout
         separate = self.recipe is not None and self.recipe.samples and rollout.placement == "separate"
         return self.world_size - (rollout.workers if separate else 0)
 
     @property
     def sizes(self) -> dict[str, int] | None:
-        """Ranks on each axis of the mesh; None if the ranks do not fit, which a rule of its own reports."""
+        """Returns the ranks on each axis of the mesh; None if the ranks do not fit, which a rule of its own reports."""
         try:
             return mesh_sizes(self.config.parallel, self.trainers)
         except ValueError:
@@ -52,14 +52,14 @@ class Case:
         return self.recipe is not None and bool(self.config.data.sources or self.config.data.tasks)
 
     def missing(self, path: str) -> bool:
-        """Is there nothing at `path`, and neither this stage nor one before could make it?"""
+        """Tells whether there is nothing at `path`, and neither this stage nor one before could make it."""
         data_dir = self.config.data.path or os.path.join(self.config.directory, "data")
         made = self.run_dir is not None and inside(path, self.run_dir)
         made = made or (self.makes_data and inside(path, data_dir))
         return not made and not glob.glob(path, recursive=True)
 
     def missing_model(self, path: str) -> bool:
-        """The same for weights, which only lie in the directory of a stage."""
+        """Tells whether there are no weights at `path` and none can come: they only lie in the directory of a stage."""
         return not os.path.exists(path) and not any(inside(path, stage) for stage in self.earlier)
 
 
@@ -108,6 +108,6 @@ def either(*conditions: Where) -> Where:
 
 
 def inside(path: str, directory: str) -> bool:
-    """Does the path lie in the directory?"""
+    """Tells whether the path lies in the directory."""
     path, directory = os.path.abspath(path), os.path.abspath(directory)
     return os.path.commonpath([path, directory]) == directory

@@ -1,4 +1,4 @@
-"""Rules that span several keys, checked before any process group exists. Each says value, rule and remedy."""
+"""Checks the rules that span several keys, before any process group exists. Each says value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmtrain.rules.model import MODEL_RULES
 
 
 def check(config: Config, world_size: int, command: str) -> None:
-    """Refuse a configuration that cannot work. A run document is checked stage by stage, each with its own ranks.
+    """Refuses a configuration that cannot work. A run document is checked stage by stage, each with its own ranks.
 
     Raises ConfigError with one line for each violation: `key=value: rule; remedy`.
     """
@@ -38,7 +38,7 @@ def violations(
     run_dir: str | None = None,
     earlier: Earlier | None = None,
 ) -> list[str]:
-    """All broken rules of one stage; `run_dir` and `earlier` only where it is a stage of a run."""
+    """Returns all broken rules of one stage; `run_dir` and `earlier` are given only where it is a stage of a run."""
     found: list[str] = []
     model = None
     absent = config.model.init_from is not None and not os.path.exists(config.model.init_from)
@@ -74,7 +74,7 @@ def _run_violations(run: RunConfig, world_size: int, command: str) -> list[str]:
 
 
 def planned_stages(run: RunConfig) -> Iterator[tuple[StageConfig, Config, Earlier]]:
-    """Each stage with its configuration and the stages before it."""
+    """Yields each stage with its configuration and the stages before it."""
     earlier: dict[str, ModelConfig | None] = {}
     for stage in run.stages:
         config = stage_config(run, stage.name)

@@ -1,4 +1,4 @@
-"""Rules of the model, the run and its files. Each says value, rule and remedy."""
+"""Checks the run, its tokenizer, its data and its files. Each rule yields lines with value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _one_process(case: Case) -> Iterator[str]:
 
 
 def _makes_tokenizer(case: Case) -> bool:
-    """Is there no tokenizer yet?"""
+    """Tells whether there is no tokenizer yet, so that the stage makes one."""
     return not os.path.exists(case.config.tokenizer.path or os.path.join(case.config.directory, "tokenizer"))
 
 
@@ -132,7 +132,7 @@ def _wandb(case: Case) -> Iterator[str]:
 
 
 def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Iterator[str]:
-    """A path that is read must be there; None is refused with the reason `needed`."""
+    """Yields a line if a path that is read is not there; None is refused with the reason `needed`."""
     if path is None and needed:
         yield f"{key}: must be set, {needed}; give a path"
     if path is not None and case.missing(path):

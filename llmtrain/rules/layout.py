@@ -1,4 +1,4 @@
-"""Rules of the mesh, the pipeline and the engine. Each says value, rule and remedy."""
+"""Checks the mesh, the pipeline and the engine. Each rule yields lines with value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def _expert_ranks(case: Case) -> Iterator[str]:
         )
     if e.backend == "deepspeed" and e.zero_stage == 3 and p.pp > 1:
         yield (
-            f"parallel.ep={p.ep}: not with engine.zero_stage=3 and parallel.pp={p.pp}, whose stages gather experts at "
-            "different times and would wait for each other; use engine.backend=fsdp, or zero_stage 1 or 2"
+            f"parallel.ep={p.ep}: not with engine.zero_stage=3 and parallel.pp={p.pp}, whose pipeline stages "
+            "gather experts at different times and would wait for each other; use engine.backend=fsdp, or "
+            "zero_stage 1 or 2"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rules of adapters (`model.lora`). Each says value, rule and remedy."""
+"""Checks adapters (`model.lora`). Each rule yields lines with value, rule and remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the model's shape and of what its parts go with. Each says value, rule and remedy."""
+"""Checks the model's shape and what its parts go with. Each rule yields lines with value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _experts(case: Case) -> Iterator[str]:
 
 
 def _further_tokens(case: Case) -> Iterator[str]:
-    """Multi-token prediction."""
+    """Refuses what multi-token prediction does not go with."""
     m, p = case.model, case.config.parallel
     if m is None or not m.mtp_layers:
         return
@@ -114,7 +114,8 @@ def _further_tokens(case: Case) -> Iterator[str]:
         trained_by = names_of(lambda recipe: recipe.packs_text)
         yield f"{refused}{case.command}, only {trained_by} trains them; set model.mtp_layers=0, which leaves them out"
     if p.pp > 1:
-        yield f"{refused}parallel.pp={p.pp}, its modules need embedding and head on one stage{without}parallel.pp=1"
+        reason = "its modules need embedding and head on one pipeline stage"
+        yield f"{refused}parallel.pp={p.pp}, {reason}{without}parallel.pp=1"
     if p.cp > 1:
         yield f"{refused}parallel.cp={p.cp}, the next tokens may lie on another rank{without}parallel.cp=1"
     if m.positions == "learned":
@@ -159,7 +160,7 @@ def _scalar_head(case: Case) -> Iterator[str]:
 
 
 def _growth(case: Case) -> Iterator[str]:
-    """A vocabulary larger than that of the weights it starts from."""
+    """Refuses a vocabulary larger than that of the weights it starts from, where the new rows would not be trained."""
     m = case.model
     if m is None or m.init_from is None or not os.path.isdir(m.init_from):
         return
@@ -174,7 +175,7 @@ def _growth(case: Case) -> Iterator[str]:
 
 
 def sliding_layers(model: ModelConfig) -> bool:
-    """Whether any layer sees only a window."""
+    """Tells whether any layer sees only a window."""
     return any(layer_type(model, layer) == "sliding" for layer in range(model.num_layers))
 
 

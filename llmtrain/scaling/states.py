@@ -37,7 +37,7 @@ class States(NamedTuple):
     unreduced: int  # additional bytes of gradients before their reduction
 
 
-def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple[int, int, int]:
+def zero_bytes(parameters: int, zero_stage: int, ranks: int, precision: str) -> tuple[int, int, int]:
     """Returns (weights, gradients, optimizer state) of one rank under ZeRO, arXiv 1910.02054, section 3 and figure 1.
 
     Mixed precision holds 2 + 2 + 12 bytes a parameter (the 12: fp32 master and AdamW's two moments); fp32 4 + 4 + 8,
@@ -45,9 +45,9 @@ def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> tuple
     data-parallel `ranks`, 2 gradients too, 3 weights too.
     """
     value = 4 if precision == "fp32" else 2
-    sizes = (value, value, 8 if precision == "fp32" and stage < 3 else 12)
+    sizes = (value, value, 8 if precision == "fp32" and zero_stage < 3 else 12)
     return tuple(
-        math.ceil(parameters * size / (ranks if stage >= least else 1))
+        math.ceil(parameters * size / (ranks if zero_stage >= least else 1))
         for size, least in zip(sizes, (3, 2, 1), strict=True)
     )
 

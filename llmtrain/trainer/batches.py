@@ -1,4 +1,4 @@
-"""Which samples a rank takes in a step, and the text rows that more than one stage uses."""
+"""Chooses the samples that a rank takes in a step, and reads the text rows that several recipes use."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.trainer.job import Job, data_dir
 from llmtrain.types import IGNORE, Batch, Group
 
-WIDTH_MULTIPLE = 16  # of rows of groups, so that few different shapes occur
+WIDTH_MULTIPLE = 16  # of the width of rows of groups, so that few different shapes occur
 
 
 def rank_samples(step: int, global_seqs: int, micro_seqs: int, mesh: Mesh) -> list[range]:
-    """Global sample numbers of this rank's microbatches. A step takes the same samples on any mesh."""
+    """Returns the global sample numbers of this rank's microbatches. A step takes the same samples on any mesh."""
     return samples_from(step * global_seqs, global_seqs, micro_seqs, mesh)
 
 
 def samples_from(first: int, global_seqs: int, micro_seqs: int, mesh: Mesh) -> list[range]:
-    """`rank_samples` of a step that begins with sample `first`."""
+    """Returns `rank_samples` of a step that begins with sample `first`."""
     block = micro_seqs * mesh.dp_size
     starts = range(first + mesh.dp_rank * micro_seqs, first + global_seqs, block)
     return [range(start, start + micro_seqs) for start in starts]
 
 
 def count_trained(microbatches: Sequence[Batch], mesh: Mesh) -> Tensor:
-    """Trained tokens over all data-parallel ranks: the denominator of a mean."""
+    """Returns the number of trained tokens over all data-parallel ranks: the denominator of a mean (a collective)."""
     count = torch.tensor([float(sum(b.loss_mask.sum() for b in microbatches))], device=mesh.device)
     dist.all_reduce(count, group=mesh.groups["dp"])
     return count
 
 
 def text_rows(config: Config, split: str, tokenizer: Tokenizer) -> TextRows:
-    """Rows of the shards, mixed by the weights of `data.sources` where they are given.
+    """Returns the rows of the shards, mixed by the weights of `data.sources` where they are given.
 
     For training they are as long as the longest row of the run, with the objectives of the data section; held-out rows
-    are always `train.seq_len` tokens of plain text, so their scores compare over a run.
-    Raises ValueError when the shards were made with another tokenizer, or it lacks a sentinel.
+    are always `train.seq_len` tokens of plain text, so their scores compare over a run. Raises ValueError when the
+    shards were made with another tokenizer, or it lacks a sentinel.
     """
     check_tokenizer(data_dir(config), tokenizer)
     weights = {source.name: source.weight for source in config.data.sources} or None
@@ -60,7 +60,7 @@ def text_rows(config: Config, split: str, tokenizer: Tokenizer) -> TextRows:
 
 
 def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
-    """Mean loss (nats a token), perplexity and bits a byte over the first held-out rows; a collective."""
+    """Returns the mean loss (nats a token), perplexity and bits a byte over the first held-out rows (a collective)."""
     num_rows = min(num_rows, len(rows))
     # Equal numbers of microbatches everywhere, at least one a pipeline stage; rows past the end count nothing.
     turns = max(mesh.sizes["pp"], -(-num_rows // (micro_seqs * mesh.dp_size)))
@@ -76,6 +76,7 @@ def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int
 
 
 def _held_out(rows: TextRows, samples: range, num_rows: int) -> Batch:
+    """Returns the rows of these samples, of which those past the end have no labels."""
     batch = rows.batch([min(s, num_rows - 1) for s in samples])
     past = torch.tensor([s >= num_rows for s in samples])[:, None]
     batch.labels, batch.loss_mask = batch.labels.masked_fill(past, IGNORE), batch.loss_mask & ~past

@@ -11,7 +11,7 @@ from llmtrain.types import Batch
 
 
 class Disagreement(RuntimeError):
-    """Generator and trainer differ; raised on every trainer."""
+    """Says that generator and trainer differ; raised on every trainer."""
 
 
 class Gate:
@@ -26,7 +26,7 @@ class Gate:
         self.mesh, self.passed = mesh, False
 
     def before_update(self, engine: Engine, batches: Sequence[Batch], number: int) -> None:
-        """The first step's comparison (a collective)."""
+        """Compares at the first step, before its update (a collective)."""
         if self.passed:
             return
         gaps = [0.0]

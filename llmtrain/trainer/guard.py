@@ -1,4 +1,5 @@
-"""What happens when a step goes wrong: numbers that are not finite, a loss spike, copies of weights that differ.
+"""Decides what happens when a step goes wrong: numbers that are not finite, a loss spike, copies of weights that
+differ.
 
 Every decision is taken before the update, from values that are equal on all ranks, and what it depends on is in the
 checkpoints: a run that was killed decides again as it did. events.jsonl tells what was decided.
@@ -34,8 +35,8 @@ class Guard:
             engine.admit = partial(self.admit, role)
 
     def admit(self, role: str, loss: float, broken: list[int]) -> bool:
-        """See engine.base.Admit. Raises FloatingPointError (on all ranks) by the policy `stop`, and after
-        `guard.max_skips` in a row; RuntimeError when copies of the weights differ."""
+        """Decides about an update, as engine.base.Admit asks. Raises FloatingPointError (on all ranks) by the policy
+        `stop`, and after `guard.max_skips` in a row; RuntimeError when copies of the weights differ."""
         settings, memory, step = self.settings, self.job.guard.of(role), self.job.step + 1
         if settings.replica_check_steps and step % settings.replica_check_steps == 0:
             self._check_replicas(role, step)
@@ -49,12 +50,12 @@ class Guard:
         return True
 
     def report(self) -> dict[str, float]:
-        """What metrics.jsonl says of the step that ends: `skipped`, the updates left out, if there were any."""
+        """Returns what metrics.jsonl says of the step that ends: `skipped`, the updates left out, if there were any."""
         skipped, self.skipped = self.skipped, 0
         return {"skipped": skipped} if skipped else {}
 
     def rewind(self, step_tokens: int) -> None:
-        """Back to the newest checkpoint, never to see the data of the steps since again (PaLM's recipe, arXiv
+        """Goes back to the newest checkpoint, never to see the data of the steps since again (PaLM's recipe, arXiv
         2204.02311, section 5.1); a collective. `step_tokens` are those of the step that spiked.
 
         Raises RuntimeError without a checkpoint, FloatingPointError after `guard.max_skips` rewinds to the same one.
@@ -115,7 +116,7 @@ class Guard:
             self.events.write({"step": step, "event": event, **details})
 
     def _recall(self) -> None:
-        """A rewind that a kill followed is known from events.jsonl alone, before a checkpoint holds it."""
+        """Takes up rewinds from events.jsonl: one that was followed by a kill is in no checkpoint yet."""
         job, noted = self.job, None
         if self.events is not None:
             noted = self.events.go_on_after(job.step)
@@ -125,5 +126,6 @@ class Guard:
 
 
 def is_spike(loss: float, window: list[float], size: int, sigma: float) -> bool:
-    """Is the loss more than `sigma` standard deviations above the mean of the `size` ones before (not yet: False)?"""
+    """Tells whether the loss is more than `sigma` standard deviations above the mean of the `size` ones before; False
+    while there are fewer."""
     return len(window) == size and loss > fmean(window) + sigma * pstdev(window)

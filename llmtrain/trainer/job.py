@@ -1,4 +1,4 @@
-"""A training job on one rank: what its stage's recipe and the loop share, and how the ranks come together."""
+"""Defines a training job on one rank: what a recipe and the loop share, and how the ranks come together."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from llmtrain.parallel.watch import Watch
 class Updates:
     """Holds what trainer.guard remembers of one model."""
 
-    losses: list[float] = field(default_factory=list)  # of the last updates, for spikes
+    losses: list[float] = field(default_factory=list)  # those of the last updates, for spikes
     skips: int = 0  # updates left out in a row
 
 
 @dataclass
 class GuardState:
-    """Holds what trainer.guard decides by; a part of every checkpoint."""
+    """Holds what trainer.guard decides by; it is a part of every checkpoint."""
 
     updates: dict[str, Updates] = field(default_factory=dict)  # by role
     rewinds: list[list[int]] = field(default_factory=list)  # [back to step, steps, tokens skipped there] each
 
     @classmethod
     def of_checkpoint(cls, saved: dict) -> GuardState:
-        """Returns what a checkpoint holds; earlier versions saved that of one model, without a role."""
+        """Returns the state that a checkpoint holds; earlier versions saved that of one model, without a role."""
         held = saved["updates"] if "updates" in saved else {MAIN: {key: saved[key] for key in ("losses", "skips")}}
         return cls({role: Updates(**each) for role, each in held.items()}, saved["rewinds"])
 
@@ -51,17 +51,17 @@ class GuardState:
         return self.updates.setdefault(role, Updates())
 
     def skipped_steps(self, step: int) -> int:
-        """How far `step`, counted from 0, is ahead in the data because of rewinds."""
+        """Returns how many steps `step`, counted from 0, is ahead in the data because of rewinds."""
         return sum(steps for to_step, steps, _ in self.rewinds if to_step <= step)
 
     def skipped_tokens(self, step: int) -> int:
-        """The same in tokens."""
+        """Returns how many tokens `step` is ahead in the data because of rewinds."""
         return sum(tokens for to_step, _, tokens in self.rewinds if to_step <= step)
 
 
 @dataclass
 class Job:
-    """One stage on one rank."""
+    """Holds what one rank knows of a training job: a stage of a run, or a command started by itself."""
 
     config: Config
     recipe: Recipe
@@ -71,14 +71,14 @@ class Job:
     watch: Watch
     engines: dict[str, Engine] = field(default_factory=dict)  # trained models by role; none on rollout workers
     step: int = 0  # finished steps of the stage
-    tokens: int = 0  # seen in them
+    tokens: int = 0  # seen in these steps
     guard: GuardState = field(default_factory=GuardState)
     base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop
 
     @property
     def engine(self) -> Engine:
-        """Returns the main model: the only one of most recipes, and the one that is exported."""
+        """Returns the engine of the main model: the only one of most recipes, and the one that is exported."""
         return self.engines[MAIN]
 
     def model_of(self, role: str) -> ModelConfig:
@@ -110,14 +110,14 @@ def join(config: Config, recipe: Recipe) -> Job:
 
 
 def seed_everything(seed: int) -> None:
-    """Python, numpy and torch, the same on every rank."""
+    """Seeds Python, numpy and torch, the same on every rank."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def start_directory(config: Config) -> None:
-    """Run directory with the resolved configuration, and the data if this stage describes how to make it."""
+    """Makes the run directory with the resolved configuration, and the data if this stage describes how to make it."""
     make_run_dir(config.directory)
     with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
         file.write(dump(resolved(config)))
@@ -126,12 +126,12 @@ def start_directory(config: Config) -> None:
 
 
 def resolved(config: Config) -> Config:
-    """With the shape of the model written out."""
+    """Returns the configuration with the shape of the model written out."""
     return config.model_copy(update={"model": resolve_model(config.model)})
 
 
 def data_dir(config: Config) -> str:
-    """Of the token shards."""
+    """Returns the directory of the token shards."""
     return config.data.path or os.path.join(config.directory, "data")
 
 

@@ -1,4 +1,4 @@
-"""The loop of every training stage: step, log, save, and stop in good order when told to."""
+"""Runs the loop of every recipe: step, log, save, and stop in good order when told to."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ StepFn = Callable[[int], tuple[dict[str, float], int]]
 
 
 def train(job: Job, step_fn: StepFn) -> None:
-    """Steps `job.step` .. `train.steps`. Raises SystemExit(75) after a checkpoint on SIGTERM or SIGUSR1, OSError on all
-    ranks when the last save fails (or any, with `checkpoint.on_error: stop`)."""
+    """Takes the steps `job.step` .. `train.steps`. Raises SystemExit(75) after a checkpoint on SIGTERM or SIGUSR1,
+    OSError on all ranks when the last save fails (or any, with `checkpoint.on_error: stop`)."""
     steps, name = job.config.train.steps, job.config.name
     guard, stop = Guard(job), StopSignal(job.mesh)
     job.saver = make_saver(job)
@@ -46,7 +46,7 @@ def train(job: Job, step_fn: StepFn) -> None:
 
 
 def save_or_stop(job: Job, stop: StopSignal) -> None:
-    """After a step: save where that is due, and leave if a signal came, or a save failed and must not."""
+    """Saves after a step where that is due, and leaves if a signal came, or a save failed and must not."""
     config = job.config
     stopping, failing = stop.poll(job.saver.failed)
     if failing:
@@ -60,7 +60,7 @@ def save_or_stop(job: Job, stop: StopSignal) -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 on any trainer stops all of them after the step they are in."""
+    """Lets SIGTERM or SIGUSR1 on any trainer stop all of them after the step they are in."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.device, self.told = mesh.device, False
@@ -68,12 +68,12 @@ class StopSignal:
             signal.signal(number, self.tell)
 
     def tell(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
+        """Handles the signal: the loop asks for it at the end of the step."""
         self.told = True
 
     def poll(self, failing: bool) -> tuple[bool, bool]:
-        """Whether any rank was told to stop, and whether any is `failing`. A collective: the same answer everywhere,
-        also when a signal comes while it runs."""
+        """Returns whether any rank was told to stop, and whether any is `failing`. A collective: the same answer
+        everywhere, also when a signal comes while it runs."""
         flags = torch.tensor([float(self.told), float(failing)], device=self.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         stopping, failed = flags.tolist()

@@ -1,4 +1,4 @@
-"""What a run leaves while it trains: metrics.jsonl, W&B, the progress bar, evaluations.jsonl, samples.jsonl."""
+"""Writes what a run leaves while it trains: metrics.jsonl, W&B, the progress bar, evaluations.jsonl, samples.jsonl."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def is_due(step: int, every_steps: int) -> bool:
 
 
 class Record:
-    """Where the numbers of a run go, on rank 0: metrics.jsonl, W&B, the progress bar. A context: closed, and W&B told
-    of a failure, however the run ends."""
+    """Sends the numbers of a run, on rank 0, to metrics.jsonl, W&B and the progress bar. It is a context manager: files
+    are closed, and W&B told of a failure, however the run ends."""
 
     def __init__(self, job: Job) -> None:
         self.every_steps, self.main = job.config.log.every_steps, job.mesh.rank == 0
@@ -55,7 +55,8 @@ class Record:
         bar(job.step, {name: line[name] for name in SHOWN if name in line})
 
     def go_on_after(self, step: int) -> None:
-        """The run went back: later lines are written again. (W&B keeps the first value of a step.)"""
+        """Lets later lines be written again, after the run went back to `step`. (W&B keeps the first value of a
+        step.)"""
         if self.main:
             self.file.close()
             self.file = MetricsFile(self.path, step, self.patient)
@@ -70,15 +71,16 @@ class Record:
 
 
 def peak_bytes() -> int:
-    """Of this rank so far: device memory where there is a GPU, else resident memory."""
+    """Returns the most memory that this rank has used so far: device memory where there is a GPU, else resident
+    memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def note_evaluation(job: Job, scores: dict[str, float]) -> None:
-    """One line in evaluations.jsonl, on rank 0; where the disk does not take it, and the run is to go on all the same,
-    in the log alone."""
+    """Writes one line to evaluations.jsonl and the log, on rank 0. Where the disk does not take it, and the run is to
+    go on all the same (`checkpoint.on_error: warn`), it stands in the log alone."""
     if job.mesh.rank != 0:
         return
     shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())

@@ -1,4 +1,4 @@
-"""Pretraining text mixed into a later stage, so that the language is not forgotten."""
+"""Mixes pretraining text into a later stage, so that the language is not forgotten."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARK = "replay"  # key in Batch.extra
 
 
 class Replay:
-    """`data.replay_seqs` rows of text a step; their mean loss is added with weight `data.replay_weight`."""
+    """Adds `data.replay_seqs` rows of text to a step, and their mean loss with weight `data.replay_weight`."""
 
     def __init__(self, job: Job) -> None:
         config, self.mesh = job.config, job.mesh
@@ -29,7 +29,7 @@ class Replay:
     def mix(
         self, step: int, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor
     ) -> tuple[list[Batch], LossFn]:
-        """Microbatches with the text rows behind them, and a loss that tells them apart.
+        """Returns the microbatches with the text rows behind them, and a loss that tells them apart.
 
         `denominator` is that of `loss`; the text's own mean is scaled to it.
         """
@@ -49,7 +49,7 @@ class Replay:
 
 
 def like(text: Batch, other: Batch) -> Batch:
-    """The text rows with the fields of another batch: a pipeline wants all microbatches of one form."""
+    """Returns the text rows with the fields of another batch: a pipeline wants all microbatches of one form."""
     filler = torch.zeros_like(text.input_ids)
     return replace(
         text,

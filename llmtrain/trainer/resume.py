@@ -1,4 +1,5 @@
-"""Checkpoints of a run: what they say beside the weights, who may go on from one, and going on."""
+"""Saves a run with what a checkpoint says beside the weights, checks which checkpoints it may go on from, and goes
+on."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from llmtrain.observe.log import log
 from llmtrain.trainer.job import GuardState, Job, checkpoint_dir
 
 SAME = ("seed", "train.seq_len", "train.global_batch_seqs", "train.batch_ramp", "train.seq_ramp")
-"""Keys that say which sample a step takes, beside `Recipe.same`: another value would repeat some and skip others."""
+"""Lists the keys that say which sample a step takes, beside `Recipe.same`: another value would repeat some and skip
+others."""
 
 
 def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
@@ -92,7 +94,7 @@ def check_same_base(job: Job, reader: CheckpointReader, path: str) -> None:
 
 
 def make_saver(job: Job) -> Saver:
-    """Returns what saves all trained models of the job (a collective)."""
+    """Returns the saver of all trained models of the job (a collective)."""
     settings, mesh = job.config.checkpoint, job.mesh
     group = mesh.side_group(job.config.engine.timeout_s) if settings.background else mesh
     shapes = joined_shapes({role: trained_shapes(job.model_of(role)) for role in job.engines})
@@ -134,9 +136,10 @@ def bring_back(job: Job) -> None:
 
 
 def resume(job: Job) -> None:
-    """Go on from the newest checkpoint, if there is one.
+    """Goes on from the newest checkpoint, if there is one.
 
-    Raises ValueError when there is and `checkpoint.resume` is never: the new run's would mix with the old one's.
+    Raises ValueError when there is one and `checkpoint.resume` is never: the new run's checkpoints would mix with the
+    old one's.
     """
     path = load_newest(job)
     if path is not None and job.config.checkpoint.resume == "never":
@@ -146,7 +149,8 @@ def resume(job: Job) -> None:
 
 
 def load_newest(job: Job) -> str | None:
-    """Weights, optimizer, counters and random state of the newest intact checkpoint, if there is one: -> its path.
+    """Loads weights, optimizer, counters and random state of the newest intact checkpoint; returns its path, None if
+    there is none.
 
     Raises ValueError when it is not of this run.
     """

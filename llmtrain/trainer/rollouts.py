@@ -1,4 +1,4 @@
-"""Who samples: the generator and the source of rollouts that the `rollout` section describes."""
+"""Builds the generator and the source of rollouts that the `rollout` section describes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmtrain.types import Sampling
 
 
 def local_generator(job: Job) -> NativeGenerator:
-    """A whole model on this rank; its weights come with the first sync."""
+    """Returns a generator with a whole model on this rank; its weights come with the first sync."""
     with torch.device("meta"):
         model = Decoder(without_adapters(job.model))
     model = model.to(compute_dtype(job.config.engine.precision)).to_empty(device=job.mesh.device)
@@ -33,7 +33,7 @@ def local_generator(job: Job) -> NativeGenerator:
 
 
 def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:
-    """By `rollout.placement`."""
+    """Returns the trainers' generator, local or behind the link, as `rollout.placement` says."""
     if job.config.rollout.placement == "separate":
         job.mesh.link.await_trainers("model", job.mesh.role)
         return RemoteGenerator(job.mesh.link, job.mesh.num_trainers)
@@ -41,21 +41,21 @@ def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:
 
 
 def serve_rollouts(job: Job) -> None:
-    """The whole life of a rollout rank."""
+    """Runs a rollout rank from its start to its end."""
     generator = local_generator(job)
     job.mesh.link.await_trainers("model", job.mesh.role)
     serve(job.mesh.link, generator, job.mesh.rank, job.mesh.size)
 
 
 def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
-    """Returns where a recipe takes its groups from, as the sections `rollout` and `rewards` say."""
+    """Returns the source that a recipe takes its groups from, as the sections `rollout` and `rewards` say."""
     config = job.config
     reward = shared_reward(build_reward(config.rewards, job.tokenizer.decode), job.mesh)
     return InStep(build_generator(job), prompts, prompts_per_step, sampling_of(job), reward, config.seed)
 
 
 def sampling_of(job: Job) -> Sampling:
-    """Returns what the rollout section asks for."""
+    """Returns how to sample, as the rollout section says."""
     r = job.config.rollout
     return Sampling(r.max_new_tokens, r.group_size, r.temperature, r.top_p, r.top_k, stop_ids=(job.tokenizer.eos_id,))
 

@@ -1,4 +1,4 @@
-"""Where a model starts from: random values, a directory, a run; and the engine around it."""
+"""Builds the trained models of a job, whose weights start from random values, a directory or a run."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def build_engines(job: Job, roles: Sequence[Role]) -> None:
 
 
 def start_source(job: Job) -> WeightSource:
-    """Weights before the first step: of `model.init_from`, else random ones; adapters are new, and a scalar head on a
-    language model. A collective."""
+    """Returns the weights before the first step: those of `model.init_from`, else random ones. Adapters are new, and so
+    is a scalar head on a language model. A collective."""
     shapes, stored = parameter_shapes(job.model), None
     new = set(shapes)
     if job.config.model.init_from:
@@ -55,13 +55,15 @@ def start_source(job: Job) -> WeightSource:
 
 
 def used_rows(directory: str, rows: int) -> int:
-    """Of the `rows` of an embedding, those that a token of the tokenizer beside it has; without one, all."""
-    places = (directory, os.path.join(directory, "tokenizer"))  # of a Hugging Face directory, of a run
+    """Returns how many of the `rows` of an embedding tokens of the tokenizer beside it use; without a tokenizer,
+    all."""
+    places = (directory, os.path.join(directory, "tokenizer"))  # in a Hugging Face directory, in a run
     found = next((place for place in places if os.path.isfile(os.path.join(place, "tokenizer.json"))), None)
     return rows if found is None else min(rows, 1 + max(read_backend(Path(found)).get_vocab().values()))
 
 
 def grown_vocabulary(source: WeightSource, rows: int, used: int | None = None) -> WeightSource:
-    """With `rows` rows of embedding and head, of which the first `used` (None: all there were) are kept."""
+    """Returns the weights with `rows` rows of embedding and head, of which the first `used` (None: all there were) are
+    kept."""
     grows = ("embed.weight", "head.weight")
     return lambda name: resize_embedding(source(name), rows, used) if name in grows else source(name)

@@ -1,4 +1,4 @@
-"""A stand-in engine over a plain decoder, cut by synthetic layouts, and ranks that are threads."""
+"""Provides a stand-in engine over a plain decoder, cut by synthetic layouts, and ranks that are threads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Layout:
 
 @dataclass
 class FakeEngine:
-    """Rank `rank` of `layout`; `tensors[name][key]` are the global values that it cuts its fragments from."""
+    """Owns what `rank` of `layout` would; its fragments are cut from the global values `tensors[name][key]`."""
 
     layout: Layout
     rank: int
@@ -74,7 +74,7 @@ class FakeEngine:
 
 
 class ThreadGroup:
-    """One rank of an in-process group."""
+    """Stands for one rank of an in-process group."""
 
     def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier) -> None:
         self.rank, self.size, self.board, self.barrier = rank, size, board, barrier
@@ -88,7 +88,7 @@ class ThreadGroup:
 
 
 def run_ranks(size: int, action: Callable[[ThreadGroup], object]) -> list:
-    """`action` on `size` ranks at once; results, or the exception of each rank."""
+    """Runs `action` on `size` ranks at once; returns the result, or the exception, of each."""
     board, barrier = [None] * size, threading.Barrier(size)
 
     def one(rank: int) -> object:
@@ -102,7 +102,7 @@ def run_ranks(size: int, action: Callable[[ThreadGroup], object]) -> list:
 
 
 def make_tensors(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, dict[str, Tensor]]:
-    """Weights and optimizer state of a plain decoder; every element different from every other."""
+    """Returns weights and optimizer state of a plain decoder; every element is different from every other."""
     shapes = {name: tuple(p.shape) for name, p in Decoder(config).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -116,12 +116,12 @@ def make_tensors(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, dict[
 
 
 def shapes_of(tensors: dict[str, dict[str, Tensor]]) -> dict[str, tuple[int, ...]]:
-    """What the model should hold."""
+    """Returns the shapes that the model should hold."""
     return {name: tuple(keys["weight"].shape) for name, keys in tensors.items()}
 
 
 def save(directory: object, tensors: dict, layout: Layout, step: int, keep: int = 3) -> list:
-    """Save on all ranks of a layout; the result, or the exception, of each."""
+    """Saves on all ranks of a layout; returns the result, or the exception, of each."""
 
     def action(group: ThreadGroup) -> str:
         engine = FakeEngine(layout, group.rank, tensors)
@@ -132,7 +132,7 @@ def save(directory: object, tensors: dict, layout: Layout, step: int, keep: int 
 
 @pytest.fixture
 def fake() -> SimpleNamespace:
-    """The helpers above: tests in importlib mode cannot import this file."""
+    """Returns the helpers above: tests in importlib mode cannot import this file."""
     return SimpleNamespace(
         CONFIG=CONFIG,
         KEYS=KEYS,

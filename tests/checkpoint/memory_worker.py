@@ -1,5 +1,6 @@
-"""Under torchrun on 2 ranks: a Hugging Face directory onto tp=2, a checkpoint of it, and its export; then the directory
-and the checkpoint into states that are sharded over the ranks. JSON on stdout.
+"""Measures the memory of reading and writing weights, under torchrun on 2 ranks: a Hugging Face directory onto tp=2, a
+checkpoint of it, and its export; then the directory and the checkpoint into states that are sharded over the ranks.
+Prints JSON.
 
 What each takes is the peak of resident memory less what was resident before, over the bytes of the whole fp32 model.
 """
@@ -35,7 +36,7 @@ from tests.json_output import print_json
 
 
 class Weights:
-    """As much of an engine as a save needs."""
+    """Provides as much of an engine as a save needs."""
 
     def __init__(self, model: Decoder, rank: int) -> None:
         self.model, self.rank = model, rank
@@ -52,7 +53,7 @@ def resident(field: str) -> int:
 
 
 def growth(action: Callable[[], object]) -> tuple[object, int]:
-    """Result, and bytes."""
+    """Returns the result of an action, and the bytes by which the peak of memory grew."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
@@ -60,11 +61,11 @@ def growth(action: Callable[[], object]) -> tuple[object, int]:
 
 
 class Taken(Exception):
-    """The weights are in; DeepSpeed would add masters and moments."""
+    """Says that the weights are in, and ends there: DeepSpeed would add masters and moments."""
 
 
 def sharded(path: str, config: ModelConfig, mesh: Mesh, backend: str) -> object:
-    """An engine on 2 shards of the weights of `path`."""
+    """Builds an engine on 2 shards of the weights of `path`."""
     parallel, settings = ParallelConfig(dp_shard=2), EngineConfig(backend=backend, zero_stage=3, precision="fp32")
     role = Role("policy", config, parallel, settings, weight_source(path, config, mesh), OptimConfig(), 1)
     with mock.patch.object(zero.deepspeed, "initialize", side_effect=Taken) as initialize:

@@ -1,5 +1,5 @@
-"""Run on several ranks with a JSON list of cases and a run directory: trains a policy and a critic on each layout, from
-the newest checkpoint if there is one, and saves where the case says. Prints one JSON line a case."""
+"""Trains a policy and a critic on each layout, from the newest checkpoint if there is one, and saves where the case
+says. Runs on several ranks with a JSON list of cases and a run directory; prints one JSON line a case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.json_output import print_json
 from tests.parity import layouts_worker as parity
 from tests.parity.meshes import mesh_of
 
-ROWS, TURNS = 16, 4  # of all ranks; microbatches of each
+ROWS, TURNS = 16, 4  # rows of all ranks; microbatches of each
 ROLES = {
     "policy": {"tied": True, "num_layers": 3},
     "critic": {"tied": False, "num_layers": 2, "lr": 3e-3, "model": {"hidden_size": 48, "ffn_size": 64}},
@@ -34,7 +34,7 @@ def job_of(case: dict, mesh: Mesh, directory: str) -> Job:
 
 
 def train(job: Job, step: int) -> list[float]:
-    """One step of each; the critic leaves step 1 out, so that the two count different updates."""
+    """Takes one step of each; the critic leaves step 1 out, so that the two count different updates."""
     mesh, seen = job.mesh, []
     for number, (role, engine) in enumerate(job.engines.items()):
         if role == "critic" and step == 1:

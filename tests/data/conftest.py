@@ -1,4 +1,4 @@
-"""A tiny tokenizer for the tests of this folder."""
+"""Provides a tiny tokenizer for the tests of this folder."""
 
 from __future__ import annotations
 

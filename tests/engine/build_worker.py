@@ -1,5 +1,5 @@
-"""Run on several ranks with a JSON list of jobs and the names of the engines that are to live: trains them in turns.
-Prints, one line a job, a digest of all that every rank saw of each engine."""
+"""Trains several engines in turns. Runs on several ranks with a JSON list of jobs and the names of the engines that are
+to live; prints, one line a job, a digest of all that every rank saw of each engine."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ LOSSES = {"token": token_loss, "squared": squared}
 
 
 def axes(layout: dict) -> str:
-    """Engines of the same axes share a mesh."""
+    """Returns the mesh axes of a layout: engines of the same axes share a mesh."""
     return parity.settings_of(layout)[0].model_dump_json()
 
 
 def run(job: dict[str, dict], living: list[str]) -> dict[str, str]:
     with ExitStack() as stack:
         meshes = {}
-        for layout in job.values():  # also of those that do not live: groups come in the same order in every run
+        for layout in job.values():  # those of engines that do not live, too: groups come in one order in every run
             if axes(layout) not in meshes:
                 made = mesh_of(parity.settings_of(layout)[0], EngineConfig(backend="fsdp"))
                 meshes[axes(layout)] = stack.enter_context(made)

@@ -1,5 +1,5 @@
-"""Run on several ranks with a JSON list of layouts: builds a frozen model on each, some beside a trained one, and
-compares it with the unsharded model. Prints one JSON line a layout with what every rank saw."""
+"""Builds a frozen model on each layout, some beside a trained one, and compares it with the unsharded model. Runs on
+several ranks with a JSON list of layouts; prints one JSON line a layout with what every rank saw."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def role_of(layout: dict) -> Role:
 
 
 def my_rows(mesh: Mesh, step: int) -> tuple[list[Batch], torch.Tensor]:
-    """This rank's microbatches, and how many tokens are trained in all of them."""
+    """Returns this rank's microbatches, and how many tokens are trained in all of them."""
     turns = max(2, mesh.sizes["pp"] * 2)
     whole = parity.global_rows(step, 2 * turns * mesh.dp_size)
     firsts = [2 * (turn * mesh.dp_size + mesh.dp_rank) for turn in range(turns)]
@@ -43,7 +43,7 @@ def my_rows(mesh: Mesh, step: int) -> tuple[list[Batch], torch.Tensor]:
 
 
 class Unsharded:
-    """Holds every weight of this rank's stages whole."""
+    """Holds every weight of this rank's pipeline stages whole."""
 
     def __init__(self, role: Role, mesh: Mesh) -> None:
         self.parts, self.mesh = parallelize(role.model, mesh, role.parallel, role.engine), mesh
@@ -67,7 +67,7 @@ def equal(one: list[Scores], two: list[Scores]) -> bool:
 
 
 def plain_error(role: Role, batches: list[Batch], scores: list[Scores]) -> float:
-    """The largest difference of a log-prob or value to that of a decoder in one process, in fp32."""
+    """Returns the largest difference of a log-prob or value to that of a decoder in one process, in fp32."""
     plain = Decoder(role.model)
     for name, held in [*plain.named_parameters(), *plain.named_buffers()]:
         held.data.copy_(role.source(name))

@@ -1,4 +1,4 @@
-"""Run on several ranks on 4 ranks: what FSDP2 does beside the parity layouts. Prints one JSON line a case."""
+"""Checks what FSDP2 does beside the parity layouts. Runs on 4 ranks; prints one JSON line a case."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start(**layout: object) -> Engine:
 
 
 def step(engine: Engine, number: int) -> StepStats:
-    """One step on this rank's share of the rows of that step."""
+    """Takes one step on this rank's share of the rows of that step."""
     mesh: Mesh = engine.mesh
     whole = parity.global_rows(number, 2 * ACCUMULATION * mesh.dp_size)
     firsts = [2 * (i * mesh.dp_size + mesh.dp_rank) for i in range(ACCUMULATION)]
@@ -47,7 +47,7 @@ def step(engine: Engine, number: int) -> StepStats:
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    """This rank's pieces, with the optimizer's state."""
+    """Returns this rank's pieces, with the optimizer's state."""
     return {f"{p.placement.name} {key}": t for p in engine.parameters for key, t in held(engine, p)}
 
 
@@ -61,7 +61,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def reductions(**layout: object) -> dict:
-    """Reductions over ranks in one step, and how many one backward needs: a block each, and one for the rest."""
+    """Counts the reductions over ranks in one step, and how many one backward needs: a block each, and one for the
+    rest."""
     engine = start(**layout)
     step(engine, 0)
     with mock.patch.object(_fsdp_param_group, "foreach_reduce", side_effect=_fsdp_param_group.foreach_reduce) as reduce:
@@ -70,7 +71,7 @@ def reductions(**layout: object) -> dict:
 
 
 def left_out() -> dict:
-    """A step that is not admitted changes nothing, and neither does scoring."""
+    """Checks that a step that is not admitted changes nothing, and neither does scoring."""
     one, two = start(dp_shard=2, tp=2, reshard=False), start(dp_shard=2, tp=2, reshard=False)
     losses = [[step(engine, 0).loss] for engine in (one, two)]
     before = weights(two)
@@ -85,7 +86,7 @@ def left_out() -> dict:
 
 
 def resumed(directory: str, **layout: object) -> dict:
-    """Three steps, a checkpoint, two more; and those two again in another engine that loads it."""
+    """Takes three steps, a checkpoint, two more; and those two again in another engine that loads it."""
     one = start(**layout)
     for number in range(3):
         step(one, number)
@@ -104,7 +105,8 @@ def resumed(directory: str, **layout: object) -> dict:
 
 
 def mixed(precision: str) -> dict:
-    """Against fp32: the largest relative difference of a loss; and the dtypes of weights and hidden states."""
+    """Compares with fp32: returns the largest relative difference of a loss; and the dtypes of weights and hidden
+    states."""
     seen, layout = set(), {"pp": 2, "dp_shard": 2, "sequence_parallel": False}
     exact, rounded = start(**layout), start(**layout, precision=precision, loss_scale_window=2)
     rounded.parts[0].register_forward_hook(lambda part, args, out: seen.add(str(out.dtype)) if part.embed else None)
@@ -120,7 +122,7 @@ def mixed(precision: str) -> dict:
 
 
 def overflow() -> dict:
-    """An absurd loss scale: updates are left out until it fits, nothing is broken on the way."""
+    """Starts from an absurd loss scale: updates are left out until it fits, nothing is broken on the way."""
     engine = start(dp_replicate=2, dp_shard=2, precision="fp16", loss_scale_window=100)
     step(engine, 0)
     before, engine.scaler.scale = weights(engine), 2.0**24

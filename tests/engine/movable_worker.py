@@ -1,5 +1,5 @@
-"""Run on several ranks with a JSON list of layouts: trains two equal engines on each, one of which waits on the host
-between its steps. Prints one JSON line a layout with what every rank saw."""
+"""Trains two equal engines on each layout, one of which waits on the host between its steps. Runs on several ranks with
+a JSON list of layouts; prints one JSON line a layout with what every rank saw."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 3
 
 
 def living_bytes() -> int:
-    """Of all tensors of this process that Python knows."""
+    """Returns the bytes of all tensors of this process that Python knows."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
     return sum(size for _, size in storages(tensors, torch.device("cpu")))

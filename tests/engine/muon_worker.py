@@ -1,4 +1,5 @@
-"""Run on several ranks with the number of ranks: Muon on matrices cut over the ranks against Muon in one process.
+"""Compares Muon on matrices cut over the ranks with Muon in one process. Runs on several ranks with their number as
+argument.
 
 Rank 0 prints one JSON line a layout: for each rank the worst error of a weight relative to how far it moved.
 """
@@ -51,7 +52,7 @@ def value(name: str, step: int) -> Tensor:
 
 
 def placed(full: Tensor, name: str, mesh: Mesh, data: DeviceMesh | None) -> Tensor:
-    """This rank's piece, as an engine holds it."""
+    """Returns this rank's piece, as an engine holds it."""
     local = shard(full, MATRICES[name][1], mesh.coords["tp"], mesh.sizes["tp"])
     if data is None:
         return local
@@ -68,7 +69,7 @@ def whole(p: nn.Parameter, mesh: Mesh) -> Tensor:
 
 
 def train(mesh: Mesh | None, data: DeviceMesh | None, one: Mesh) -> nn.ParameterDict:
-    """Four updates with given gradients; `one` holds all of everything."""
+    """Makes four updates with given gradients; `one` holds all of everything."""
     at = mesh or one
     model = nn.ParameterDict()
     for name, (shape, tp_dim) in MATRICES.items():

@@ -1,5 +1,5 @@
-"""Run on 2 ranks: with both engines, what `full_weights` gives of two pipeline stages in bf16. Each rank prints a JSON
-line for each engine: the dtype of every weight, and the names of those that are not what the model was filled with."""
+"""Reads `full_weights` of two pipeline stages in bf16, with both engines. Runs on 2 ranks; each prints a JSON line for
+each engine: the dtype of every weight, and the names of those that are not what the model was filled with."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ class Pair:
 
 
 def random_reference(model: type[PreTrainedModel], config: HfConfig, seed: int = 0) -> PreTrainedModel:
-    """Weights of a size that lets logits spread, and norms, biases and buffers that show when they are mistaken."""
+    """Returns a model with weights of a size that lets logits spread, and norms, biases and buffers that show when they
+    are mistaken."""
     torch.manual_seed(seed)
     config._attn_implementation = "eager"  # the formula; it alone has soft caps
     reference = model(config).eval()
@@ -137,7 +138,7 @@ def _check_packed(p: Pair, ids: Tensor) -> None:
 
 
 def _check_padded(p: Pair, ids: Tensor, left: bool) -> None:
-    """Rows of two lengths, as transformers pads them, and the longer one alone."""
+    """Compares rows of two lengths, as transformers pads them, and the longer one alone."""
     places, lengths = torch.arange(ids.size(1)), torch.tensor([[ids.size(1)], [ids.size(1) - 7]])
     real = places >= ids.size(1) - lengths if left else places < lengths
     positions = (real.cumsum(1) - 1).clamp(min=0)

@@ -27,7 +27,7 @@ SMALL = ModelConfig(
 
 
 def random_llama(config: ModelConfig, seed: int) -> LlamaForCausalLM:
-    """Weights large enough that logits spread and a wrong rotation or norm shows."""
+    """Returns a model with weights large enough that logits spread and a wrong rotation or norm shows."""
     torch.manual_seed(seed)
     llama = LlamaForCausalLM(LlamaConfig(**{**hf_config(config), "initializer_range": 0.2})).eval()
     with torch.no_grad():

@@ -1,8 +1,9 @@
-"""Run on several ranks with a JSON list of [schedule, virtual stages, share]: prints the bubble of sleeping stages.
+"""Measures the bubble of sleeping pipeline stages. Runs on several ranks with a JSON list of [schedule, virtual stages,
+share].
 
-A stage sleeps UNIT_S in its forward, in the gradient of its input and in that of its weight, so the processor is idle.
-One JSON line a schedule, the smallest share of the steps: a busy machine can only add to a bubble. No more steps are
-made once one has a share that is not above that asked for.
+A pipeline stage sleeps UNIT_S in its forward, in the gradient of its input and in that of its weight, so the processor
+is idle. Prints one JSON line a schedule, the smallest share of the steps: a busy machine can only add to a bubble. No
+more steps are made once one has a share that is not above that asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ UNIT_S, MICROBATCHES, MOST_STEPS = 0.1, 8, 8
 
 
 class Clock:
-    """How long this rank slept: a busy machine wakes it late, which is no bubble."""
+    """Measures how long this rank slept: a busy machine wakes it late, which is no bubble."""
 
     busy_s = 0.0
 
@@ -54,7 +55,7 @@ class _SlowGradient(torch.autograd.Function):
 
 
 class SleepingStage(nn.Module):
-    """The sum of an input and a weight, so that each has a gradient of its own. Called as a Decoder is."""
+    """Computes the sum of an input and a weight, so that each has a gradient of its own. Called as a Decoder is."""
 
     def __init__(self, first: bool, last: bool) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class SleepingStage(nn.Module):
 
 
 def smallest_share(schedule: str, virtual_stages: int, enough: float, pp: int) -> float:
-    """Idle over busy time of a step."""
+    """Returns the smallest share of idle over busy time of a step."""
     parallel = ParallelConfig(pp=pp, schedule=schedule, virtual_stages=virtual_stages)
     sizes = {axis: pp if axis == "pp" else 1 for axis in AXES}
     mesh = trainer_mesh(sizes, torch.device("cpu"), timedelta(seconds=60), schedule=schedule)
@@ -85,7 +86,7 @@ def smallest_share(schedule: str, virtual_stages: int, enough: float, pp: int) -
 
 
 def step_share(pipeline: Pipeline, mesh: Mesh) -> float:
-    """The same on all ranks."""
+    """Returns the share of one step, the same on all ranks."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
     batches = [Batch(ids, ids, ids.bool(), ids) for _ in range(MICROBATCHES)]
     mesh.barrier()

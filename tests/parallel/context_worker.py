@@ -1,4 +1,4 @@
-"""Run on several ranks: each method of context parallelism against plain attention on whole rows.
+"""Compares each method of context parallelism with plain attention on whole rows. Runs on several ranks.
 
 Prints one JSON line a case: the worst relative error of the output and of the gradients of q, k and v.
 """
@@ -22,7 +22,8 @@ B, T, HEADS, HEAD_DIM = 2, 32, 4, 8
 
 
 def row_ids(kind: str) -> tuple[Tensor | None, Tensor | None]:
-    """Segment and branch ids: none, unequal documents with padding, or a trunk with branches in each document."""
+    """Returns segment and branch ids: none, unequal documents with padding, or a trunk with branches in each
+    document."""
     if kind in ("causal", "window"):
         return None, None
     at = torch.arange(T).expand(B, T)

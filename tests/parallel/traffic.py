@@ -33,11 +33,11 @@ KINDS = {  # names of the dispatcher's operations; receives count at their sende
     "send": "send",
 }
 Key = tuple[str, str]
-"""(axis, kind); the axis is a name of `Mesh.groups`, the first of those with the same ranks, or `world`."""
+"""A key is (axis, kind); the axis is a name of `Mesh.groups`, the first of those with the same ranks, or `world`."""
 
 
 class Traffic(TorchDispatchMode):
-    """`with Traffic(mesh) as traffic: engine.train_step(...)`, then `traffic.bytes["tp", "all_reduce"]`.
+    """Counts in `with Traffic(mesh) as traffic: engine.train_step(...)`; then `traffic.bytes["tp", "all_reduce"]`.
 
     Bytes are those of the whole message: what an all-gather returns, what a reduce-scatter, an all-to-all, an
     all-reduce, a broadcast or a send takes. (A ring moves an all-reduce twice, the others once, less 1/ranks.)
@@ -56,7 +56,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operation; note it if it is a collective."""
+        """Runs the operation; notes it if it is a collective."""
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func.name().partition("::")
         kind = KINDS.get(name.partition(".")[0]) if namespace in ("c10d", "_c10d_functional") else None
@@ -67,7 +67,8 @@ class Traffic(TorchDispatchMode):
         return out
 
     def _axis(self, args: tuple) -> str:
-        """Of the group among the arguments: an object, or (functional collectives) its name, which comes last."""
+        """Returns the axis of the group among the arguments: an object, or (functional collectives) its name, which
+        comes last."""
         boxed = next((a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())), None)
         name = args[-1] if boxed is None else ProcessGroup.unbox(boxed).group_name
         return self.axes.get(name, "world")

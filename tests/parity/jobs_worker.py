@@ -1,5 +1,6 @@
-"""Run on several ranks with a JSON list of cases: a job of three models on one mesh, a policy and a critic that are
-trained and a frozen reference, against the same job in one plain process. Prints one JSON line a case: worst errors.
+"""Trains a job of three models on one mesh, a policy and a critic that are trained and a frozen reference, and compares
+it with the same job in one plain process. Runs on several ranks with a JSON list of cases; prints one JSON line a case:
+worst errors.
 
 Each model's scores go into another one's loss, as in PPO: what one gets wrong, the others do.
 """
@@ -41,11 +42,11 @@ FACTORS = {
     "policy": 1.0,
     "critic": 1.0,
     "reference": 0.9,
-}  # of the weights at the start: the reference differs
+}  # factor of the weights at the start: the reference differs
 
 
 def policy_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Advantages, and a squared distance to the reference."""
+    """Returns a loss of advantages and a squared distance to the reference."""
     distance = (scores.logprobs - batch.extra["reference"]) ** 2
     return masked_sum(0.1 * distance - batch.extra["advantages"] * scores.logprobs, batch.loss_mask), {}
 
@@ -64,7 +65,7 @@ def step_rows(step: int, rows: int) -> Batch:
 
 
 def one_step(models: Mapping[str, Scorer], batches: Sequence[Batch], denominator: Tensor) -> dict[str, StepStats]:
-    """One step of the job, in one process as on many."""
+    """Takes one step of the job, in one process as on many."""
     scores = {name: model.score(batches) for name, model in models.items()}
     for batch, policy, critic, reference in zip(batches, *scores.values(), strict=True):
         batch.extra["reference"] = reference.logprobs.cpu()
@@ -74,7 +75,7 @@ def one_step(models: Mapping[str, Scorer], batches: Sequence[Batch], denominator
 
 
 class Plain:
-    """A model in one process: torch's own AdamW and clipping."""
+    """Trains a model in one process with torch's own AdamW and clipping."""
 
     def __init__(self, layout: dict, factor: float) -> None:
         config, self.optim = parity.model_config(layout), parity.optim_config(layout)

@@ -1,4 +1,5 @@
-"""Run on several ranks with a JSON list of layouts: trains 5 steps on each and compares everything with one process.
+"""Trains 5 steps on each layout and compares everything with one process. Runs on several ranks with a JSON list of
+layouts.
 
 Prints one JSON line a layout: the worst relative error of loss, metrics, gradient (by parameter), norm and weights.
 """
@@ -43,7 +44,7 @@ STEPS, ROWS, WIDTH, ACCUMULATION, SEED = 5, 2, 16, 2, 3
 
 
 def model_config(layout: dict) -> ModelConfig:
-    """`layout["model"]` changes single fields."""
+    """Returns the model section, of which `layout["model"]` changes single fields."""
     usual = {
         "num_layers": layout.get("num_layers", 4),
         "hidden_size": 32,
@@ -59,7 +60,8 @@ def model_config(layout: dict) -> ModelConfig:
 
 
 def initial(name: str, shape: tuple[int, ...], config: ModelConfig) -> torch.Tensor:
-    """Larger than the usual start: with std 0.02 on so small a model, gradients are near the rounding noise."""
+    """Returns initial values, larger than the usual ones: with std 0.02 on so small a model, gradients are near the
+    rounding noise."""
     value = init_tensor(name, shape, config, SEED)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     if name.endswith((".lora.a", ".lora.b")):  # b not 0, or a has no gradient in the first step
@@ -77,7 +79,7 @@ def optim_config(layout: dict) -> OptimConfig:
 
 
 def global_rows(step: int, rows: int) -> Batch:
-    """Rows with unequal numbers of trained tokens (row 0 has none) and two documents each."""
+    """Returns rows with unequal numbers of trained tokens (row 0 has none) and two documents each."""
     g = torch.Generator().manual_seed(100 + step)
     ids = torch.randint(0, 64, (rows, WIDTH + 1), generator=g)
     trained = torch.randint(0, WIDTH + 1, (rows,), generator=g)
@@ -103,8 +105,8 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: `batch(step, rows)` gives all rows of a step, `rows` of which make a microbatch, and the sum of
-    `loss` over all of them is divided by `denominator`."""
+    """Says what is trained: `batch(step, rows)` gives all rows of a step, `rows` of which make a microbatch, and the
+    sum of `loss` over all of them is divided by `denominator`."""
 
     loss: LossFn
     denominator: Callable[[Batch], torch.Tensor]
@@ -113,7 +115,7 @@ class Task:
 
 
 TASKS = {"tokens": Task(token_loss, lambda batch: batch.loss_mask.sum())}
-"""Named by `layout["task"]`; tokens where there is none."""
+"""Maps the names that `layout["task"]` may have; it is tokens where there is none."""
 
 
 def task_of(layout: dict) -> Task:
@@ -127,8 +129,8 @@ def scores_of(model: Decoder, batch: Batch) -> Scores:
 
 
 def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Torch's AdamW with decay on matrices, whose lr muP divides within blocks. Muon is our own in one process: torch's
-    rounds to bf16 (tests/engine)."""
+    """Returns torch's AdamW with decay on matrices, whose lr muP divides within blocks. Muon is our own in one process:
+    torch's rounds to bf16 (tests/engine)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if optim.name == "muon":
         for name, p in model.named_parameters():
@@ -148,7 +150,8 @@ def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer
 
 
 def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """One plain torch process: losses, metrics, norms, gradients by name, final weights with their adapters merged."""
+    """Trains in one plain torch process: returns losses, metrics, norms, gradients by name, final weights with their
+    adapters merged."""
     config, optim, task = model_config(layout), optim_config(layout), task_of(layout)
     model = Decoder(config)
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
@@ -178,21 +181,21 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
 
 
 def relative(a: torch.Tensor, b: torch.Tensor, nothing: float = 0.0) -> float:
-    """Of a to b; a b smaller than `nothing` is rounding noise, and a must be no more."""
+    """Returns the relative error of a to b; a b smaller than `nothing` is rounding noise, and a must be no more."""
     size = b.float().norm()
     error = (a.cpu().float() - b.float()).norm() / (size + 1e-12 if size > nothing else nothing / ROUNDING)
     return error.nan_to_num(float("inf")).item()  # max() would lose a NaN
 
 
 def gradient(engine: Engine, p: torch.nn.Parameter) -> torch.Tensor:
-    """The reduced gradient of the tensor-parallel shard, before the update (a collective over its shards)."""
+    """Returns the reduced gradient of the tensor-parallel shard, before the update (a collective over its shards)."""
     if isinstance(p, DTensor):
         return p.grad.full_tensor()
     return p.grad if engine.config.zero_stage == 0 else safe_get_full_grad(p) / engine.scaler.scale
 
 
 def grads_seen(engine: Engine, expected: dict[str, torch.Tensor], norm: float, scale: float, errors: dict) -> None:
-    """Compare this rank's reduced gradients, parameter by parameter, before the update."""
+    """Compares this rank's reduced gradients, parameter by parameter, before the update."""
     for p in trained_of(engine.parts):
         grad = gradient(engine, p)
         want = shard(expected[p.placement.name], p.placement.tp_dim, *p.placement.cut)
@@ -203,7 +206,7 @@ def grads_seen(engine: Engine, expected: dict[str, torch.Tensor], norm: float, s
 
 
 def watch_updates(engine: Engine, look: Callable[[], None]) -> None:
-    """Call `look` before every update."""
+    """Calls `look` before every update."""
     holder = engine.optimizer if hasattr(engine, "optimizer") else engine.engine
     take = holder.step
 
@@ -215,7 +218,7 @@ def watch_updates(engine: Engine, look: Callable[[], None]) -> None:
 
 
 def settings_of(layout: dict) -> tuple[ParallelConfig, EngineConfig]:
-    """What a layout says; the rest are the defaults of fp32 on small rows."""
+    """Returns the sections that a layout sets; the rest are the defaults of fp32 on small rows."""
     parallel = {k: layout[k] for k in ParallelConfig.model_fields if k in layout}
     engine = {k: layout[k] for k in EngineConfig.model_fields if k in layout}
     return ParallelConfig(**{"dp_shard": 1, **parallel}), EngineConfig(
@@ -224,7 +227,7 @@ def settings_of(layout: dict) -> tuple[ParallelConfig, EngineConfig]:
 
 
 def build(layout: dict, mesh: Mesh, factor: float = 1.0) -> Engine:
-    """Starting from the reference's values times `factor`."""
+    """Builds an engine that starts from the reference's values times `factor`."""
     parallel, settings = settings_of(layout)
     config = model_config(layout)
     shapes = parameter_shapes(config)
@@ -236,12 +239,12 @@ def build(layout: dict, mesh: Mesh, factor: float = 1.0) -> Engine:
 
 
 def clips_first(engine: Engine) -> bool:
-    """Is the gradient already clipped when the optimizer is called?"""
+    """Tells whether the gradient is already clipped when the optimizer is called."""
     return engine.config.backend == "fsdp" or engine.config.zero_stage == 0
 
 
 def told_by_rank_0(layout: dict, rows: int, mesh: Mesh) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """The reference, computed once for all ranks."""
+    """Returns the reference, computed once for all ranks."""
     data = torch.empty(0, dtype=torch.uint8)
     if mesh.rank == 0:
         history, weights = reference(layout, rows)
@@ -264,13 +267,13 @@ def told_by_rank_0(layout: dict, rows: int, mesh: Mesh) -> tuple[list[dict], dic
 
 
 def run(layout: dict, device: torch.device) -> dict:
-    """On a GPU too; the reference is computed on the CPU."""
+    """Trains on a layout, on a GPU too; the reference is computed on the CPU."""
     with mesh_of(*settings_of(layout), device) as mesh:
         return compare(layout, mesh)
 
 
 def compare(layout: dict, mesh: Mesh) -> dict:
-    """The worst error of all ranks, measure by measure."""
+    """Returns the worst error of all ranks, measure by measure."""
     parallel, sizes, task = settings_of(layout)[0], mesh.sizes, task_of(layout)
     accumulation = max(ACCUMULATION, sizes["pp"] * parallel.virtual_stages)
     rows = task.rows * accumulation * mesh.dp_size
@@ -312,7 +315,7 @@ def metric_errors(found: dict[str, float], expected: dict[str, float]) -> list[f
 
 
 def check_frozen(engine: Engine, config: ModelConfig) -> None:
-    """What is not trained has the bits it had at the start."""
+    """Checks that what is not trained has the bits it had at the start."""
     shapes = parameter_shapes(config)
     for p in parameters_of(engine.parts):
         if not p.requires_grad:
@@ -322,7 +325,7 @@ def check_frozen(engine: Engine, config: ModelConfig) -> None:
 
 
 def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:
-    """The largest difference of a score to that of a plain decoder with the reference's weights."""
+    """Returns the largest difference of a score to that of a plain decoder with the reference's weights."""
     plain = Decoder(without_adapters(config))
     tied = {"head.weight": weights["embed.weight"]} if config.tie_embeddings else {}
     plain.load_state_dict({**weights, **tied})

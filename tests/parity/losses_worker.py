@@ -1,4 +1,4 @@
-"""Run as tests/parity/layouts_worker.py, with losses over groups, pairs and values: `layout["task"]` names one."""
+"""Runs tests/parity/layouts_worker.py with losses over groups, pairs and values: `layout["task"]` names one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llmtrain.losses.sequence import sequence_sums
 from llmtrain.types import IGNORE, Batch, Metrics, Scores
 from tests.parity.layouts_worker import TASKS, WIDTH, Task, main
 
-BETA = 0.2  # of the margin of a pair, which is about 10 nats
+BETA = 0.2  # multiplies the margin of a pair, which is about 10 nats
 
 
 def laid_out(lengths: list[list[int]]) -> list[tuple[int, int, int, bool]]:
-    """Returns (segment, branch, position, trained) of each token of groups in a row; of each group the lengths of its
+    """Returns (segment, branch, position, trained) of each token of groups in a row, given the lengths of each group's
     trunk, which is not trained, and of its branches."""
     row = []
     for segment, (trunk, *branches) in enumerate(lengths):
@@ -29,7 +29,7 @@ def laid_out(lengths: list[list[int]]) -> list[tuple[int, int, int, bool]]:
 
 
 def group_batch(step: int, rows: int) -> Batch:
-    """Two groups a row, each of two samples of 2 or 3 tokens behind a shared prompt of at most 2."""
+    """Returns two groups a row, each of two samples of 2 or 3 tokens behind a shared prompt of at most 2."""
     rng, g = random.Random(step), torch.Generator().manual_seed(200 + step)
     lengths = [[[rng.randint(0, 2), rng.randint(2, 3), rng.randint(2, 3)] for _ in range(2)] for _ in range(rows)]
     columns = torch.tensor([laid_out(row) for row in lengths])
@@ -43,7 +43,7 @@ def group_batch(step: int, rows: int) -> Batch:
 
 
 def pair_batch(step: int, rows: int) -> Batch:
-    """Two rows a pair, behind prompts of equal length."""
+    """Returns two rows a pair, behind prompts of equal length."""
     g = torch.Generator().manual_seed(300 + step)
     ids, labels = torch.randint(0, 64, (2, rows, WIDTH), generator=g)
     at = torch.arange(WIDTH).expand(rows, WIDTH)
@@ -66,13 +66,13 @@ def value_batch(step: int, rows: int) -> Batch:
 
 
 def group_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-    """The policy loss; `counted` is 1 when every trained token is counted once."""
+    """Returns the policy loss; the metric `counted` is 1 when every trained token is counted once."""
     loss, metrics = grpo_loss(scores, batch, clip_low=0.2, clip_high=0.28, kl_coef=0.1)
     return loss, {**metrics, "counted": batch.loss_mask.float().sum()}
 
 
 def pair_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-    """-log sigmoid(beta (chosen - rejected)) of sums of log-probs, summed over pairs."""
+    """Returns -log sigmoid(beta (chosen - rejected)) of sums of log-probs, summed over pairs."""
     assert scores.logprobs is not None
     sums, _ = sequence_sums(scores.logprobs, batch.loss_mask, batch)
     chosen, rejected = sums.view(-1, 2).unbind(-1)
@@ -83,7 +83,7 @@ def pair_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
 
 
 def value_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Squared errors."""
+    """Returns the sum of squared errors."""
     assert scores.values is not None and scores.logprobs is None
     error = scores.values - batch.extra["returns"]
     metrics = {"value": masked_sum(scores.values, batch.loss_mask), "counted": batch.loss_mask.float().sum()}

@@ -33,7 +33,7 @@ def _load() -> ModuleType:
 
 
 def runs_here(layout: dict) -> bool:
-    """Not a schedule that only a later torch can compute."""
+    """Tells whether the features have no schedule that only a later torch can compute."""
     return torch_version() >= ZERO_BUBBLE_TORCH or layout.get("schedule") not in ("interleaved_zero_bubble", "zbv")
 
 
@@ -46,32 +46,33 @@ FEATURES = {
 
 
 def keys(names: frozenset[str]) -> dict | None:
-    """The features' configuration keys on the shape that the worker trains; None where two exclude each other."""
+    """Returns the features' configuration keys on the shape that the worker trains; None where two exclude each
+    other."""
     both = parallelism.merged(SHAPE, *(FEATURES[name] for name in sorted(names)))
     return None if both is None or "engine.backend" not in both else both
 
 
 def ranks(layout: dict) -> int:
-    """Processes that a layout needs."""
+    """Returns the number of processes that a layout needs."""
     return math.prod(layout.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"))
 
 
 def layout_of(names: frozenset[str]) -> dict:
-    """What tests/parity/layouts_worker.py is told."""
+    """Returns what tests/parity/layouts_worker.py is told."""
     renamed = {"model.tie_embeddings": "tied", "optim.name": "optimizer"}
     chosen = {key: value for key, value in keys(names).items() if key not in SHAPE}
     return {renamed.get(key, key.partition(".")[2]): value for key, value in chosen.items()}
 
 
 def allowed(names: frozenset[str], max_ranks: int) -> bool:
-    """Does it mean something, need 2 to `max_ranks` processes and pass the rules?"""
+    """Tells whether a set means something, needs 2 to `max_ranks` processes and passes the rules."""
     both = keys(names)
     most = min(max_ranks, 4) if "compile" in names else max_ranks  # every rank compiles: 8 take minutes a layout
     return both is not None and 2 <= ranks(layout_of(names)) <= most and not parallelism.refusals(both)
 
 
 def completions(pair: frozenset[str], rng: random.Random, max_ranks: int) -> Iterator[frozenset[str]]:
-    """Allowed sets of features around a pair, as large as they get in a random order, on few ranks or many."""
+    """Yields allowed sets of features around a pair, as large as they get in a random order, on few ranks or many."""
     engines = [name for name in sorted(FEATURES) if "engine.backend" in FEATURES[name]]
     for _ in range(TRIES):
         limit = rng.choice([n for n in (4, 8) if n <= max_ranks])
@@ -89,7 +90,7 @@ def _engine(names: frozenset[str]) -> bool:
 
 
 def generate(seed: int) -> list[frozenset[str]]:
-    """Sets of features that together hold every pair that goes together at all."""
+    """Returns sets of features that together hold every pair that goes together at all."""
     rng = random.Random(seed)
     missing = {frozenset(pair) for pair in combinations(FEATURES, 2)}
     chosen: list[frozenset[str]] = []
@@ -105,13 +106,13 @@ def generate(seed: int) -> list[frozenset[str]]:
 
 
 def around_each(max_ranks: int, seed: int = 0) -> list[frozenset[str]]:
-    """Sets of features around every single one: quicker to draw than those around every pair."""
+    """Returns sets of features around every single one: quicker to draw than those around every pair."""
     rng = random.Random(seed)
     return [names for feature in sorted(FEATURES) for names in completions(frozenset({feature}), rng, max_ranks)]
 
 
 def at_least(count: int) -> list[frozenset[str]]:
-    """As many layouts, or more: several covers of all pairs, each drawn anew."""
+    """Returns as many layouts, or more: several covers of all pairs, each drawn anew."""
     chosen: dict[frozenset[str], None] = {}
     for seed in range(count):
         chosen |= dict.fromkeys(generate(seed))
@@ -125,7 +126,7 @@ def _pairs(names: frozenset[str]) -> set[frozenset[str]]:
 
 
 def covering(chosen: list[frozenset[str]], without: frozenset[str]) -> list[frozenset[str]]:
-    """Few of them that together show every feature but those `without`, the cheap ones first."""
+    """Returns few of them that together show every feature but those `without`, the cheap ones first."""
     missing, kept = set(FEATURES) - without, []
     candidates = [names for names in chosen if not names & without]
     while gain := max((len(missing & names) for names in candidates), default=0):

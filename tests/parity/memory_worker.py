@@ -1,4 +1,5 @@
-"""Run on several ranks with a JSON list of layouts: bytes of the model states that a rank holds, beside the formula's.
+"""Measures the bytes of the model states that a rank holds, beside the formula's. Runs on several ranks with a JSON
+list of layouts.
 
 Prints one JSON line a layout, of the largest rank of each pipeline rank: weights and optimizer state between steps,
 gradients before the update and (where the loss is) while they accumulate, in bytes, measured and by formula.
@@ -31,7 +32,8 @@ from tests.parity.meshes import mesh_of
 
 
 def held_bytes(tensors: Iterable[Tensor | None], counted: set[int]) -> int:
-    """Of the storages behind them, each once; those in `counted` belong to another class and are left out."""
+    """Returns the bytes of the storages behind tensors, each once; those in `counted` belong to another class and are
+    left out."""
     total = 0
     for tensor in tensors:
         if tensor is None:
@@ -44,7 +46,7 @@ def held_bytes(tensors: Iterable[Tensor | None], counted: set[int]) -> int:
 
 
 def states(engine: Engine) -> dict[str, int]:
-    """Bytes by class, each storage in one."""
+    """Returns the bytes by class, each storage in one."""
     counted: set[int] = set()
     return {
         "weights": held_bytes(weights(engine), counted),
@@ -54,7 +56,7 @@ def states(engine: Engine) -> dict[str, int]:
 
 
 def unreduced_bytes(engine: Engine) -> int:
-    """Of the gradients that a rank accumulates."""
+    """Returns the bytes of the gradients that a rank accumulates."""
     if engine.config.backend == "deepspeed":
         return held_bytes((p.grad for p in parameters_of(engine.parts)), set())
     units = (m for part in engine.parts for m in part.modules() if isinstance(m, FSDPModule))
@@ -64,13 +66,13 @@ def unreduced_bytes(engine: Engine) -> int:
 
 
 def param_groups(unit: FSDPModule) -> list:
-    """torch before 2.13 has one, or None."""
+    """Returns the groups of FSDP2's state, of which torch before 2.13 has one, or None."""
     state = unit._get_fsdp_state()
     return getattr(state, "_fsdp_param_groups", None) or [g for g in [getattr(state, "_fsdp_param_group", None)] if g]
 
 
 def weights(engine: Engine) -> list[Tensor]:
-    """As they are computed with: under FSDP2 the shards they are gathered from."""
+    """Returns the weights as they are computed with: under FSDP2 the shards they are gathered from."""
     own = engine.parameters if engine.config.backend == "fsdp" else parameters_of(engine.parts)
     return [*own, *(p.ds_tensor for p in own if hasattr(p, "ds_tensor"))]
 
@@ -83,7 +85,7 @@ def gradients(engine: Engine) -> list[Tensor | None]:
 
 
 def optimizer_state(engine: Engine) -> list[Tensor]:
-    """What the inner optimizer updates (masters, if they are not the weights) and what it keeps of it."""
+    """Returns what the inner optimizer updates (masters, if they are not the weights) and what it keeps of it."""
     outer = engine.optimizer if engine.config.backend == "fsdp" else engine.engine.optimizer
     inner = getattr(outer, "optimizer", outer)
     flats = [

@@ -1,4 +1,4 @@
-"""Many meshes in one process, one after the other."""
+"""Makes many meshes in one process, one after the other."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _made: Counter[tuple[int, ...]] = Counter()
 
 
 def _name(ranks: list[int]) -> str:
-    """No two groups of the same ranks have one name, also after the first has ended: torch counts those there are, and
-    the second would find the addresses of the first in the store."""
+    """Returns a name that no two groups of the same ranks share, also after the first has ended: torch counts those
+    there are, and the second would find the addresses of the first in the store."""
     _made[tuple(ranks)] += 1
     return f"{'_'.join(map(str, ranks))}/{_made[tuple(ranks)]}"
 
@@ -33,11 +33,11 @@ distributed_c10d._hash_ranks_to_str = _name
 
 @contextmanager
 def mesh_of(parallel: ParallelConfig, engine: EngineConfig, device: torch.device = CPU) -> Iterator[Mesh]:
-    """The mesh of one layout. Behind it its groups end, whose threads would go on looking for messages, a hundred times
-    a second each. Not those of FSDP2, nor of what is compiled: torch remembers what it did on a mesh, and takes the
-    groups of the first for one that is equal."""
+    """Yields the mesh of one layout. Afterwards its groups end, whose threads would go on looking for messages, a
+    hundred times a second each. Not those of FSDP2, nor of what is compiled: torch remembers what it did on a mesh, and
+    takes the groups of the first for one that is equal."""
     sizes = {axis: getattr(parallel, axis) for axis in AXES}
-    # the stages of a compiled pipeline wait for each other's compilation
+    # the pipeline stages of a compiled model wait for each other's compilation
     timeout = timedelta(minutes=5 if engine.compile else 1)
     mesh = trainer_mesh(sizes, device, timeout, schedule=parallel.schedule, ep=parallel.ep)
     try:

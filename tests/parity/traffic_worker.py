@@ -1,4 +1,5 @@
-"""Run on several ranks with a JSON list of layouts: counts what a step sends on each, beside what the formula says.
+"""Counts what a step sends on each layout, beside what the formula says. Runs on several ranks with a JSON list of
+layouts.
 
 Prints one JSON line a layout and rank where the two differ, and one a layout with rank 0's items.
 """
@@ -38,12 +39,13 @@ ROWS = 2
 
 
 def shape_of(layout: dict) -> ModelConfig:
-    """A small model, with the fields of `layout["model"]`."""
+    """Returns a small model, with the fields of `layout["model"]`."""
     return model_config(layout)
 
 
 def shorten_reuse(elements: int) -> None:
-    """Let DeepSpeed's stage 3 free what a small model uses again, as it does with one of more than 10^9 elements."""
+    """Lets DeepSpeed's ZeRO stage 3 free what a small model uses again, as it does with one of more than 10^9
+    elements."""
     original = zero.deepspeed_config
 
     def shortened(*args: object) -> dict:
@@ -73,7 +75,7 @@ def batches_of(layout: dict, mesh: Mesh) -> tuple[list[Batch], torch.Tensor]:
 
 
 def watch_reports(mesh: Mesh) -> list[int]:
-    """Bytes of the longest report of each step."""
+    """Records the bytes of the longest report of each step."""
     gather, seen = mesh.all_gather_json, []
 
     def watched(value: object) -> list:
@@ -86,7 +88,7 @@ def watch_reports(mesh: Mesh) -> list[int]:
 
 
 def watch_pairs() -> list[list[int]]:
-    """How many rows go to each of the experts that this rank reaches, pass by pass."""
+    """Records how many rows go to each of the experts that this rank reaches, pass by pass."""
     sort, seen = expert.sort_by_expert, []
 
     def watched(indices: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
@@ -99,7 +101,8 @@ def watch_pairs() -> list[list[int]]:
 
 
 def watch_row_sums(engine: Engine, traffic: Traffic) -> None:
-    """Routers sum over `cp` inside an operation of their own, where the dispatcher's modes do not look."""
+    """Counts the sums over `cp` that routers make inside an operation of their own, where the dispatcher's modes do not
+    look."""
     for counts in (router.counts for router in routers_of(engine.parts).values()):
         if counts.row_sum is not None:
             counts.row_sum = partial(_counted_sum, counts.row_sum, traffic)
@@ -111,7 +114,8 @@ def _counted_sum(row_sum: Callable[[torch.Tensor], torch.Tensor], traffic: Traff
 
 
 def larger_halves(seen: list[list[int]], mesh: Mesh) -> int:
-    """Over the passes, of the rows that leave this rank and those that come to it, itself counted, the larger."""
+    """Returns, summed over the passes, the larger of the rows that leave this rank and those that come to it, itself
+    counted."""
     everyone = dict(zip(range(mesh.size), mesh.all_gather_json(seen), strict=True))
     peers, total = dist.get_process_group_ranks(mesh.groups["ep"]), 0
     for number, counts in enumerate(seen):
@@ -122,7 +126,7 @@ def larger_halves(seen: list[list[int]], mesh: Mesh) -> int:
 
 
 def count(layout: dict, mesh: Mesh) -> tuple[dict, dict, list]:
-    """(counted, by formula, items) of this rank; the first two by axis and kind."""
+    """Returns (counted, by formula, items) of this rank; the first two by axis and kind."""
     parallel, settings = settings_of(layout)
     model = shape_of(layout)
     if "reuse" in layout:

@@ -1,8 +1,10 @@
-"""Run on several ranks: `save DIRECTORY LAYOUTS` or `load DIRECTORY PAIRS` (JSON), the layouts all of this many ranks.
+"""Saves checkpoints on some layouts and loads them on others. Runs on several ranks: `save DIRECTORY LAYOUTS` or `load
+DIRECTORY PAIRS` (JSON), the layouts all of this many ranks.
 
 save: each layout (a number and its keys) trains, saves a checkpoint, goes on and notes its losses.
+
 load: of each pair (saved number, own number and keys) the own layout starts elsewhere, loads the other's checkpoint and
-goes on with the same global samples; one JSON line a pair with the largest relative difference of loss and norm.
+goes on with the same global samples; prints one JSON line a pair with the largest relative difference of loss and norm.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ GLOBAL_SEQS = 48  # divides among 1, 2, 3, 4, 6 and 8 data-parallel ranks
 
 
 def steps(engine: Engine, mesh: Mesh, task: Task, first: int, count: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the steps; the samples are those of the step, whatever the mesh."""
+    """Takes the steps; returns (loss, gradient norm) of each. The samples are those of the step, whatever the mesh."""
     micro_seqs = GLOBAL_SEQS // (mesh.dp_size * max(2, mesh.sizes["pp"]))
     history = []
     for step in range(first, first + count):

@@ -1,4 +1,4 @@
-"""A job of one process, whose engine and loop are stubs."""
+"""Provides a job of one process, whose engine and loop are stubs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.recipes.stubs import StubEngine, shifted
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[Mesh]:
-    """The mesh of a job of one process, this one."""
+    """Returns the mesh of a job of one process, this one."""
     yield init_mesh(ParallelConfig(), None, 60)
     shutdown()
 
 
 @pytest.fixture
 def stub_job(small: Path, small_data: Path, tmp_path: Path, one_rank: Mesh) -> Callable[..., Job]:
-    """stub_job(recipe, *overrides) -> a job with a StubEngine, in the directory tmp_path/run."""
+    """Provides stub_job(recipe, *overrides) -> a job with a StubEngine, in the directory tmp_path/run."""
 
     def make(recipe: str, *overrides: str) -> Job:
         config = load(str(small), [f"run_dir={tmp_path / 'run'}", *overrides])

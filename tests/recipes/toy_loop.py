@@ -1,4 +1,4 @@
-"""The loop and the loss of tests/recipes/toy_recipe.py."""
+"""Implements the loop and the loss of tests/recipes/toy_recipe.py."""
 
 from __future__ import annotations
 

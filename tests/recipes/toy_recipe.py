@@ -11,7 +11,7 @@ from llmtrain.config.schema import Config, Section
 
 
 class FocalConfig(Section):
-    """SFT in which tokens that the model knows already weigh less."""
+    """Configures SFT in which tokens that the model knows already weigh less."""
 
     gamma: float = Field(2.0, ge=0.0)  # a token weighs (1 - p)^gamma
 

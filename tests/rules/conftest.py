@@ -1,4 +1,4 @@
-"""Rules are tested as the newest torch that they know meets them."""
+"""Lets the tests of rules meet the newest torch that the rules know."""
 
 from __future__ import annotations
 

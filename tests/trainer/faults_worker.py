@@ -1,4 +1,4 @@
-"""`llmtrain` as it is, with accidents: run under torchrun, or alone, with the arguments of `llmtrain`.
+"""Runs `llmtrain` as it is, with accidents: under torchrun, or alone, with the arguments of `llmtrain`.
 
 ACCIDENTS is a JSON list of {"attempt", "rank", "at", "count"}: the count-th time this rank is at that point, in that
 attempt of torchrun, it is killed, or gets "signal", or sleeps "sleep" seconds, or has a bit of its weights flipped
@@ -46,7 +46,7 @@ def flip(engine: ZeroEngine) -> None:
 
 
 def at(point: str, action: Callable) -> Callable:
-    """`action` behind a look at whether this visit is an accident's."""
+    """Returns `action` behind a look at whether this visit is an accident's."""
 
     def visited(*args: object, **kwargs: object) -> object:
         visits[point] += 1

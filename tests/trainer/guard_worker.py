@@ -1,6 +1,7 @@
-"""On each layout: a step that is left out changes nothing, the next one is right; a flipped bit is named.
+"""Checks on each layout that a step that is left out changes nothing, that the next one is right, and that a flipped
+bit is named.
 
-Run on several ranks with a JSON list of layouts and an empty directory; prints one JSON line a layout, from rank 0.
+Runs on several ranks with a JSON list of layouts and an empty directory; prints one JSON line a layout, from rank 0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NAN = float("nan")
 
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """Copies of all that this rank owns, and of its working weights."""
+    """Returns copies of all that this rank owns, and of its working weights."""
     owned = {f"{f.address.name} {key}": t.clone() for f in engine.fragments() for key, t in f.tensors.items()}
     return owned | {name: full.clone() for name, full in engine.full_weights()}
 
@@ -51,7 +52,8 @@ def one_step(engine: Engine, mesh: Mesh, step: int, scale: float = 1.0) -> float
 
 
 def leave_out(layout: dict, mesh: Mesh, directory: str) -> dict:
-    """Steps 0, (1: spike, 2: NaN: left out), 3, then back behind step 0 and 3 again, against steps 0, 3."""
+    """Compares the steps 0, (1: spike, 2: NaN: left out), 3, then back behind step 0 and 3 again, with the steps 0,
+    3."""
     engine, asked = build(layout, mesh), []
 
     def admit(loss: float, broken: list[int]) -> bool:
@@ -82,7 +84,8 @@ def leave_out(layout: dict, mesh: Mesh, directory: str) -> dict:
 
 
 def flip(engine: Engine, mesh: Mesh) -> list[str]:
-    """What the replica check says with whole weights, and with the lowest bit of one number changed on rank 1."""
+    """Returns what the replica check says with whole weights, and with the lowest bit of one number changed on rank
+    1."""
     said = []
     p = next(p for p in parameters_of(engine.parts) if p.placement.name == "layers.1.attention_norm.weight")
     held = getattr(p, "ds_tensor", p.data)

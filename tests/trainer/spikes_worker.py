@@ -1,4 +1,4 @@
-"""Runs of pretraining in one process, on data of which some steps' worth is poisoned.
+"""Pretrains several times in one process, on data of which some steps' worth is poisoned.
 
 Arguments: the configuration and a JSON list of runs, each {"dir", "set": [overrides], "poison": {data step: factor},
 "jump": [step, data steps] (data that the order leaves out from a step on), "die": [step, visit] (an exception at the

@@ -134,7 +134,7 @@ LLAMA_MODULES = {
     "layers.*.feedforward.up": "model.layers.*.mlp.up_proj",
     "layers.*.feedforward.down": "model.layers.*.mlp.down_proj",
 }
-"""The names that most families use: our module -> theirs."""
+"""Maps our modules to the names that most families use."""
 
 
 # Reading config.json

@@ -1,4 +1,4 @@
-"""The recipes that there are: those of the package, and those that plugins register."""
+"""Registers the recipes: those of the package, and those that plugins add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rest of the package must know of an algorithm, without torch: one `Recipe` describes it.
+"""Describes an algorithm to the rest of the package, without torch: one `Recipe` for each.
 
 The command line, the stages of a run, the rules, the planner, resuming, the report and the docs read these
 descriptions; none of them names an algorithm. docs/recipes.md tells how to add one.
@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 from llmtrain.config.schema import Config, Section
 
 Panel = tuple[str, Mapping[str, str]]
-"""(title of a plot, {key of metrics.jsonl: name of its line})"""
+"""Holds (title of a plot, {key of metrics.jsonl: name of its line})."""
 
 
 class StepSize(NamedTuple):
-    """How much a step takes, for the planner and the rules."""
+    """Says how much a step takes, for the planner and the rules."""
 
     tokens: int  # at the start of a run; the most there can be if it samples
     seqs: int | None  # rows; None = follows the lengths of what is sampled
@@ -60,7 +60,7 @@ class Recipe:
     branches: bool = False  # rows hold several samples of a prompt (Batch.branch_ids)
     plots: Mapping[str, tuple[Panel, ...]] = field(default_factory=dict, hash=False)  # of the report, by file suffix
     moved: Mapping[str, Callable[[Any], tuple[str, Any]]] = field(default_factory=dict, hash=False)
-    """Keys that this section had in earlier versions: each with a function from the value to (key, value) today."""
+    """Maps keys that this section had in earlier versions to functions from their value to (key, value) today."""
 
     @property
     def fixed_batch(self) -> bool:
@@ -76,4 +76,4 @@ SAMPLING_PLOTS: Mapping[str, tuple[Panel, ...]] = {
         ("Response length, tokens", {"response_tokens_mean": "mean"}),
     )
 }
-"""Plots of a recipe that samples from the policy that it trains."""
+"""Holds the plots of a recipe that samples from the policy that it trains."""

@@ -12,7 +12,8 @@ from llmtrain.config.schema import Config, Section
 
 
 class GrpoConfig(Section):
-    """GRPO (arXiv 2402.03300). `grpo.reward: NAME` of earlier versions is read as `rewards: [{name: NAME}]`."""
+    """Configures GRPO (arXiv 2402.03300). `grpo.reward: NAME` of earlier versions is read as `rewards: [{name:
+    NAME}]`."""
 
     prompts_per_step: PositiveInt = 32  # groups sampled a step
     minibatches: PositiveInt = 1  # updates on one set of rollouts

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BLOCK = 128  # tokens; the size that the kernels are tuned for
 
 Pair = tuple[Tensor, Tensor]
-"""Two masks of blocks, bool [B, query blocks, key blocks]: some of the block may be seen; all of it is seen."""
+"""Holds two masks of blocks, bool [B, query blocks, key blocks]: some of the block may be seen; all of it is seen."""
 
 
 def block_mask(
