@@ -61,4 +61,4 @@ class ScalarHead(nn.Module):
     def product(self, hidden: Tensor) -> Tensor:
         """Returns hidden @ weight, [B, T], in fp32: differences of values are trained, for which bf16's 8 bits are too
         few."""
-        return F.linear(hidden.float(), self.weight.float())[..., 0]
+        return hidden.float() @ self.weight[0].float()

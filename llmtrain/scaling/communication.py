@@ -1,6 +1,6 @@
 """Computes what one training step sends, itemised, on every mesh axis. Starts nothing.
 
-Bytes are those of whole messages, as `parallel.traffic` counts them: what an all-gather returns, what a reduce-scatter,
+Bytes are those of whole messages, as tests/parallel/traffic.py counts them: what an all-gather returns, what a reduce-scatter,
 an all-to-all, an all-reduce or a send takes. A ring moves an all-reduce twice and the others once, less 1 / ranks. The
 ZeRO stages weigh 2, 2, 2 and 3 (arXiv 1910.02054, section 7); in messages, with one microbatch a step, they are
     ZeRO stage 0     all-reduce of gradients
@@ -11,15 +11,11 @@ owner in turn. At ZeRO stage 3 it keeps parameters of at most PERSISTENT element
 the others once a microbatch rather than twice if they are used again within REUSE elements: all of them in a model of
 up to REUSE / 2. FSDP2 gathers a block for every forward and backward (`reshard`), or all of them once a step.
 
-Not exact are
-- tensor-parallel biases, norms of heads and latents, and routers, whose gradients are summed over tp;
-- multi-token prediction modules over tp, which are left out;
-- K/V heads and latents that every tp rank computes;
-- ZeRO-3 with experts on several ranks;
-- ZeRO-3 on any pipeline stage but the last: DeepSpeed expects forward and backward to alternate, and where they do not
-  it gathers up to twice a microbatch more;
-- ZeRO-3 with more than REUSE / 2 elements, by an embedding or two blocks a step;
-- FSDP2 with `reshard` and more than three pipeline stages a rank.
+Not exact are tensor-parallel biases, norms of heads and latents, and routers, whose gradients are summed over tp;
+multi-token prediction modules over tp, which are left out; K/V heads and latents that every tp rank computes; ZeRO-3
+with experts on several ranks; ZeRO-3 on any pipeline stage but the last (DeepSpeed expects forward and backward to
+alternate, and where they do not it gathers up to twice a microbatch more); ZeRO-3 with more than REUSE / 2 elements, by
+an embedding or two blocks a step; FSDP2 with `reshard` and more than three pipeline stages a rank.
 Left out are Muon's exchange of matrices, and a byte by which DeepSpeed's fp16 agrees on overflows.
 """
 
@@ -278,6 +274,9 @@ def _context(rank: RankStep) -> Iterator[Item]:
     p, step = rank.parallel, rank.step
     parts = len(rank.plan.stages_of(rank.pp_rank))
     yield Item("cp", "all_gather", "document ids", step.ids * parts * step.microbatches * step.rows * step.tokens * 8)
+    if rank.has_head:  # what a loss is given: log-prob and entropy, or a value, fp32
+        numbers = 1 if rank.model.head == "scalar" else 2
+        yield Item("cp", "all_gather", "scores", numbers * 4 * step.microbatches * step.rows * step.tokens)
     m = rank.model
     width = step.rows * step.tokens // p.cp * (m.head_dim + (m.mla.v_head_dim if m.mla else m.head_dim))
     q, kv = width * (m.num_heads // p.tp), width * max(1, m.num_kv_heads // p.tp)  # Q and output; K and V

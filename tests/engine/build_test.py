@@ -105,9 +105,13 @@ def test_stage_0_refuses_a_second_mesh(forked: Callable) -> None:
 
 def test_many_compiled_models_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced alone (`eager`); torch says nothing when it gives up, unless it is told to."""
-    monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)  # is put back afterwards
-    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    # torch's own way to put settings back: pytest's would delete what the module computes
+    with dynamo.patch(recompile_limit=dynamo.recompile_limit, fail_on_recompile_limit_hit=True):
+        compile_five_models()
+
+
+def compile_five_models() -> None:
     for width in range(16, 96, 16):
         shape = {
             "num_layers": 1,
