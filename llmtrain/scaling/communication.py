@@ -2,7 +2,8 @@
 
 Bytes are those of whole messages, as tests/parallel/traffic.py counts them: what an all-gather returns, what a
 reduce-scatter, an all-to-all, an all-reduce or a send takes. A ring moves an all-reduce twice and the others once, less
-1 / ranks. The ZeRO stages weigh 2, 2, 2 and 3 (arXiv 1910.02054, section 7); in messages, with one microbatch a step, they are
+1 / ranks. The ZeRO stages weigh 2, 2, 2 and 3 (arXiv 1910.02054, section 7); in messages, with one microbatch a step,
+they are
     ZeRO stage 0     all-reduce of gradients
     ZeRO stage 1, 2  all-reduce of gradients (the paper: reduce-scatter), all-gather of weights
     ZeRO stage 3     reduce-scatter of gradients, all-gather of weights for the forward, and again for the backward
