@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 from llmtrain.config.machine import fast_precision
+
+Count = Annotated[int, Field(gt=0, le=10_000)]
+"""A number of things that are looked at one by one; a slip of the keyboard must not fill the memory."""
 
 
 class Section(BaseModel):
@@ -43,7 +46,7 @@ class MlaConfig(Section):
 class MoeConfig(Section):
     """Configures a mixture of experts in place of the feed-forward layer (arXiv 2101.03961, 2401.06066)."""
 
-    num_experts: PositiveInt = 8  # number of routed experts
+    num_experts: Count = 8  # number of routed experts
     top_k: PositiveInt = 2  # experts chosen for each token
     expert_ffn_size: PositiveInt = 128  # inner width of a routed expert
     shared_ffn_size: int = Field(0, ge=0)  # inner width of the expert that every token takes; 0 = none
@@ -83,7 +86,7 @@ class ModelConfig(Section):
     init_from: str | None = None  # a Hugging Face directory or a run directory
     family: str = "llama"  # sets defaults for the fields below, and names the form on disk; see docs/models.md
     attention: Literal["gqa", "mla"] = "gqa"  # grouped-query (multi-head: num_kv_heads = num_heads); latent
-    num_layers: PositiveInt = 4  # blocks
+    num_layers: Count = 4  # blocks
     hidden_size: PositiveInt = 128  # width of the residual stream
     ffn_size: PositiveInt = 384  # inner width of the feed-forward layer
     num_heads: PositiveInt = 4  # query heads
@@ -118,7 +121,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = True  # the head uses the embedding's weights; never with head: scalar
     mla: MlaConfig | None = None  # read with attention: mla
     moe: MoeConfig | None = None  # None = all layers dense
-    mtp_layers: int = Field(0, ge=0)  # number of multi-token prediction modules (arXiv 2412.19437)
+    mtp_layers: int = Field(0, ge=0, le=100)  # number of multi-token prediction modules (arXiv 2412.19437)
     mtp_coef: float = Field(0.3, ge=0.0)  # weight of the mean loss of the multi-token prediction modules
     lora: LoraConfig | None = None  # None = full fine-tuning
     mup: MupConfig | None = None  # factors that depend on the width, for initial values, lr, logits and scores
@@ -183,7 +186,7 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """Sets the mesh axes, outermost first: pp, dp_replicate, dp_shard, cp, tp. `dp_shard: -1` takes all ranks left."""
 
-    pp: PositiveInt = 1  # pipeline ranks
+    pp: Count = 1  # pipeline ranks
     dp_replicate: PositiveInt = 1  # data-parallel copies that shard nothing; with fsdp (HSDP) or zero_stage 0
     dp_shard: int = -1  # data-parallel ranks that ZeRO or FSDP2 shards over (together with cp)
     cp: PositiveInt = 1  # context-parallel ranks: each holds a part of every row
@@ -192,7 +195,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = True  # with tp > 1: norms and residual stream are computed on a slice of the row
     context: Literal["ring", "alltoall", "allgather"] = "ring"  # attention over cp (arXiv 2310.01889, 2309.14509)
     schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"  # the pipeline schedule
-    virtual_stages: PositiveInt = 1  # pipeline stages on each rank; 1f1b: 1, zbv: 2, interleaved: 2 or more
+    virtual_stages: Count = 1  # pipeline stages on each rank; 1f1b: 1, zbv: 2, interleaved: 2 or more
     stage_layers: list[int] | None = None  # layers of each pipeline stage; None = balanced, the head counted
 
 
