@@ -172,6 +172,24 @@ def test_without_any_spread_nothing_is_updated(start: Callable[..., Run]) -> Non
     ] * 2
 
 
+def test_the_schedule_follows_the_steps_when_groups_drop_out(start: Callable[..., Run]) -> None:
+    """Three steps of two updates each; in the first no group has a spread, in the second one has: one update there."""
+    run = start("train.steps=3", "optim.warmup_steps=0", "optim.schedule=linear", "optim.lr=1.0", "optim.min_lr=0.0")
+    spread, usual = [0, 1, 8], run.answers
+    eos = run.job.tokenizer.eos_id
+
+    def answers(prompt: Prompt) -> list[list[int]]:
+        step = len(run.generator.asked) - 1
+        spread[step] -= 1
+        right, _ = usual(prompt)
+        return [right, [eos]] if spread[step] >= 0 else [[eos], [eos]]
+
+    run.generator.answers = answers
+    run.go()
+    assert run.engine.positions == [2, 4, 5] and run.engine.step == 3
+    assert run.steps[0][0]["lr"] == 1.0  # what the first update of that step would have had
+
+
 def test_a_gap_at_the_first_step_stops_before_the_first_update(start: Callable[..., Run]) -> None:
     run = start()
     run.engine.scores = shifted(0.01)  # fp32: at most 1e-3
