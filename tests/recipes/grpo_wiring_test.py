@@ -81,11 +81,18 @@ def test_what_is_asked_of_the_generator(start: Callable[..., Run]) -> None:
     for _, sampling in run.generator.asked:
         assert (sampling.max_new_tokens, sampling.num_samples) == (7, 2)
         assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.9, 0)
-        assert sampling.stop_ids == (run.job.tokenizer.eos_id,)
+        assert sampling.stop_ids == (run.job.tokenizer.eos_id,) and sampling.stop_strings == ()
     asked = [prompt for prompts, _ in run.generator.asked for prompt in prompts]
     assert len(asked) == 8 and len({prompt.seed for prompt in asked}) == 8  # a stream of its own for each of both steps
     assert len({tuple(prompt.ids) for prompt in asked}) == 8  # of 12 problems: none twice in an epoch
     assert run.generator.loaded == [(0, 0), (1, 2), (2, 4)] and run.generator.closed  # versions, after 2 updates each
+
+
+def test_stop_strings_and_special_tokens_by_key(start: Callable[..., Run]) -> None:
+    run = start('rollout.stop=["Q:", "99"]', "rollout.skip_special_tokens=false", "log.samples=2").go()
+    assert {sampling.stop_strings for _, sampling in run.generator.asked} == {("Q:", "99")}
+    lines = (Path(run.job.config.directory) / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["completion"].endswith("<eos>") for line in lines} == {True, False}
 
 
 def test_the_denominator_counts_all_that_was_sampled(start: Callable[..., Run]) -> None:
