@@ -93,6 +93,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
     stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()  # each ends a sequence as soon as its text, special tokens too, holds it
 
 
 @dataclass
@@ -105,11 +106,11 @@ class Sample:
     """
 
     prompt_ids: list[int]
-    ids: list[int]  # including the stop token
+    ids: list[int]  # including the stop token, or the tokens of the stop string
     trained: list[bool]  # True = the policy wrote the token; False = a tool, an environment or a user did
     logprobs: list[float]  # under the sampling temperature, before top-p and top-k; 0 where the policy did not write
     versions: list[int]  # version of the weights that wrote each token
-    finished: bool  # a stop token was sampled (else: cut at a limit)
+    finished: bool  # a stop token or string was sampled (else: cut at a limit)
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)  # rewards by name, not yet multiplied by their weights
     columns: dict[str, list[float]] = field(default_factory=dict)  # for Batch.extra (advantages, returns, ...)

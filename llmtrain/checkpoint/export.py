@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from llmtrain.arch.adapters import without_adapters
@@ -19,6 +22,7 @@ def export(
     eos_id: int | list[int] | None,
     dtype: torch.dtype,
     pad_id: int | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the weights of `source` (see `weight_source`) to `directory` as transformers reads them, one at a time.
 
@@ -27,4 +31,4 @@ def export(
     config = without_adapters(config)
     weight = weight_source(source, config)
     weights = ((name, weight(name)) for name in parameter_shapes(config))
-    save_hf(directory, config, weights, dtype, tokenizer_dir, eos_id, pad_id=pad_id)
+    save_hf(directory, config, weights, dtype, tokenizer_dir, eos_id, pad_id=pad_id, generation=generation)

@@ -22,8 +22,9 @@ from llmtrain.observe.log import log, make_run_dir
 from llmtrain.rewards import extract_answer, reward_fn
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.batches import text_rows
+from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
 from llmtrain.trainer.job import resolved, tokenizer_dir
-from llmtrain.types import Prompt, Sampling
+from llmtrain.types import Prompt
 
 ROWS_A_BATCH = 16
 
@@ -71,14 +72,14 @@ def problem_scores(
     count = min(config.eval.problems, len(problems))
     prompts = [Prompt(problems.prompt_ids(i), derive(config.seed, f"eval/{i}")) for i in range(count)]
     return evaluate_problems(
-        NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len),
+        NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len, stop_text(tokenizer)),
         prompts,
-        tokenizer.decode,
+        completion_text(config, tokenizer),
         lambda i, text: reward(text, problems.examples[i]),
         lambda text: extract_answer(config.rewards[0].name, text),
         lambda i: str(problems.examples[i]["answer"]),
         config.eval.samples,
-        Sampling(r.max_new_tokens, 1, r.temperature, r.top_p, r.top_k, (tokenizer.eos_id,)),
+        sampling_of(config, tokenizer),
     )
 
 

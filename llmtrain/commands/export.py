@@ -12,6 +12,7 @@ from llmtrain.checkpoint.adapters import export_adapters
 from llmtrain.checkpoint.export import export
 from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import Config
+from llmtrain.data.ends import generation_settings
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.observe.log import log
 from llmtrain.trainer.job import tokenizer_dir
@@ -33,5 +34,7 @@ def main(config: Config) -> None:
     model = resolve_model(config.model)
     if not config.model.init_from:  # the run's own checkpoint, whatever phase of a ramp it is of
         model = trained_model(model, config.train, newest_step(source))
-    export(source, target, model, tokenizer_dir(config), tokenizer.eos_id, dtype, tokenizer.pad_id)
+    generation = generation_settings(tokenizer, (source, tokenizer_dir(config)))
+    eos_id = generation["eos_token_id"]
+    export(source, target, model, tokenizer_dir(config), eos_id, dtype, tokenizer.pad_id, generation)
     log(f"Hugging Face model in {target}")

@@ -290,6 +290,8 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = 1.0  # for sampling, and for the log-probs in the loss
     top_p: float = Field(1.0, gt=0.0, le=1.0)  # share of probability kept; 1 = all
     top_k: int = Field(0, ge=0)  # most likely tokens kept; 0 = all
+    stop: list[Annotated[str, Field(min_length=1)]] = []  # texts that end a completion, beside the model's end tokens
+    skip_special_tokens: bool = True  # rewards, samples and evaluations read completions without special tokens
     max_batch_seqs: PositiveInt = 256  # sequences decoded together on one rank
     max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
 

@@ -36,7 +36,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, directory: str, eos_id: int, pad_id: int) -> None:
         self.backend, self.directory = backend, directory
         self.eos_id, self.pad_id = eos_id, pad_id
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())  # ids may have gaps
 
     def encode(self, text: str, parse_special: bool = True) -> list[int]:
         """Returns token ids. With `parse_special=False` the text `<eos>` is five characters and not the end of a
@@ -48,9 +48,9 @@ class Tokenizer:
         self.backend.encode_special_tokens = not parse_special
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Returns the text, without special tokens unless told otherwise."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def special_ids(self, names: Sequence[str]) -> list[int]:
         """Returns the ids of special tokens. Raises ValueError naming those that are missing."""

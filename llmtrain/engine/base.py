@@ -50,11 +50,14 @@ class Engine(Scorer, Protocol):
     step: int  # updates made
     admit: Admit  # by default tally.stop_if_not_finite
 
-    def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
+    def train_step(
+        self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor, position: int | None = None
+    ) -> StepStats:
         """Takes one optimizer step on this data-parallel rank's microbatches (equal number and shape on all ranks).
 
-        The gradient is that of sum over all ranks of `loss` / `denominator` (already global). Without `admit`'s leave
-        weights and optimizer state stay as they are, the gradient is dropped, and the norm in StepStats is NaN.
+        The gradient is that of sum over all ranks of `loss` / `denominator` (already global). The learning rate is that
+        of update number `position` of the schedule, counted from 0; None: of as many as were made. Without `admit`'s
+        leave weights and optimizer state stay as they are, the gradient is dropped, and the norm in StepStats is NaN.
         """
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -141,10 +141,12 @@ class FsdpEngine(Movable):
             compile_blocks(parts)
         self.pipeline = Pipeline(parts, self.plan, mesh) if mesh.sizes["pp"] > 1 else None
 
-    def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
+    def train_step(
+        self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor, position: int | None = None
+    ) -> StepStats:
         """See Engine."""
         self.require_here()
-        lr = learning_rate(self.step, self.optim, self.total_steps)
+        lr = learning_rate(self.step if position is None else position, self.optim, self.total_steps)
         set_learning_rate(self.optimizer.param_groups, lr)
         tally = Tally(float(denominator))
         start_auxiliary(self.parts, self.scaler.scale / tally.denominator)

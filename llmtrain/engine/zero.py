@@ -170,11 +170,13 @@ class ZeroEngine(Movable):
             compile_blocks(parts)
         self.pipeline = Pipeline(parts, self.plan, mesh) if mesh.sizes["pp"] > 1 else None
 
-    def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
+    def train_step(
+        self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor, position: int | None = None
+    ) -> StepStats:
         """See Engine. Raises ValueError at ZeRO stage 0 when an engine was built on another mesh since."""
         self.require_here()
         self._require_own_mesh()
-        lr = learning_rate(self.step, self.optim, self.total_steps)
+        lr = learning_rate(self.step if position is None else position, self.optim, self.total_steps)
         set_learning_rate(self.engine.optimizer.param_groups, lr)
         tally = Tally(float(denominator))
         # DeepSpeed averages over these ranks, and divides by the loss scale; this undoes both

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.arch.families import Disk, family_of
+from llmtrain.arch.generation import GENERATION, TOKENS, as_list, read_generation
 from llmtrain.arch.mup import without_mup
 from llmtrain.arch.resolve import hf_config
 from llmtrain.config.schema import ModelConfig
@@ -31,11 +32,12 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
 )
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 _BITS = {4: np.int32, 2: np.int16}  # numpy has no bf16
 
@@ -70,26 +72,28 @@ def save_hf(
     eos_id: int | list[int] | None,
     max_shard_bytes: float = 5e9,
     pad_id: int | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes what `AutoModelForCausalLM.from_pretrained` loads, with a scalar head what
     `AutoModelForSequenceClassification.from_pretrained` does, which gives the value at the last token that is not
     `pad_id`. `weights`: (canonical name, whole tensor), each once.
 
-    muP's factors go into the weights. Tensors are cast to `dtype` and written one at a time; `tokenizer_dir` gives the
-    tokenizer and, where it is that of a model, how to generate. An existing directory is replaced only when the new one
-    is whole. Raises ValueError when a weight is missing, unknown or of another shape.
+    muP's factors go into the weights. Tensors are cast to `dtype` and written one at a time. `tokenizer_dir` gives the
+    tokenizer; `generation` says how to generate, None: what lies beside the tokenizer does. An existing directory is
+    replaced only when the new one is whole. Raises ValueError when a weight is missing, unknown or of another shape.
     """
     if config.mup is not None:
         weights, config = _folded(weights, config), without_mup(config)
-    described, generation = hf_config(config), _generation(tokenizer_dir, eos_id)
+    found = read_generation(tokenizer_dir) if generation is None and tokenizer_dir else generation
+    described, generation = hf_config(config), _stopping(found or {}, eos_id)
     # transformers fills in values of its own for those that are not written
     tokens = {name: generation[name] for name in TOKENS if generation.get(name) is not None}
     if config.head == "scalar":  # a text may end in what pads, if that ends texts: then only single rows can be scored
-        tokens["pad_token_id"] = None if pad_id in _as_list(generation.get("eos_token_id")) else pad_id
+        tokens["pad_token_id"] = None if pad_id in as_list(generation.get("eos_token_id")) else pad_id
     with replacing(Path(directory)) as target:
         _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
         _write_json(target / "config.json", {**described, **tokens, "dtype": str(dtype).removeprefix("torch.")})
-        _write_json(target / "generation_config.json", generation)
+        _write_json(target / GENERATION, generation)
         if tokenizer_dir is not None:
             _copy_tokenizer(Path(tokenizer_dir), target)
 
@@ -208,36 +212,17 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _generation(source: str | None, eos_id: int | list[int] | None) -> dict:
-    """Returns the content of generation_config.json: the one beside the tokenizer, made to stop at `eos_id`."""
-    path = Path(source or "") / "generation_config.json"
-    found = _read_generation(path) if source and path.exists() else {}
-    known, wanted = (_as_list(ids) for ids in (found.get("eos_token_id"), eos_id))
-    return found if set(wanted) <= set(known) else {**found, "eos_token_id": eos_id}
-
-
-def _read_generation(path: Path) -> dict:
-    """Returns the settings in a file; raises ValueError when it is broken, or a token in it has no number."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be an object of settings, is {json.dumps(found)[:50]}; copy the file again")
-    for name in TOKENS:
-        if not all(type(token) is int for token in _as_list(found.get(name))):
-            rule = "must be a token's number, in brackets where there are several; correct it"
-            raise ValueError(f"{path}: {name}={json.dumps(found[name])}: {rule}")
-    return found
-
-
-def _as_list(ids: Any) -> list:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+def _stopping(found: Mapping[str, Any], eos_id: int | list[int] | None) -> dict[str, Any]:
+    """Returns generation settings that stop at `eos_id`, unless those found do."""
+    known, wanted = (as_list(ids) for ids in (found.get("eos_token_id"), eos_id))
+    return dict(found) if set(wanted) <= set(known) else {**found, "eos_token_id": eos_id}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
     if not (source / "tokenizer.json").exists():
         raise ValueError(f"{source}: no tokenizer.json; give a tokenizer directory")
     for name in _TOKENIZER_FILES:
-        if (source / name).exists():
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        elif (source / name).exists():
             shutil.copyfile(source / name, target / name)

@@ -87,7 +87,8 @@ def update(
     """Makes `grpo.minibatches` optimizer steps on one set of rollouts. Returns the means of their metrics.
 
     Groups whose rewards are all equal have no advantage and are left out, but their tokens count in the denominator:
-    the gradient is the mean over all that was sampled.
+    the gradient is the mean over all that was sampled. Where that leaves fewer updates, the learning rate follows the
+    steps all the same.
     """
     settings = job.config.grpo
     denominator = torch.tensor([policy_tokens(groups) / settings.minibatches], device=job.mesh.device)
@@ -100,9 +101,10 @@ def update(
         loss = partial(policy_loss, settings=settings, weight=float(denominator) / policy_tokens(part))
         turn = number * settings.minibatches + i
         mixed, loss = replay.mix(turn, batches, loss, denominator)
-        steps.append(job.engine.train_step(mixed, loss, denominator).numbers())
+        steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
     if not steps:
-        lr = learning_rate(job.engine.step, job.config.optim, job.config.train.steps * settings.minibatches)
+        total = job.config.train.steps * settings.minibatches
+        lr = learning_rate(number * settings.minibatches, job.config.optim, total)
         return {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
     gate.after_update(steps[0]["logprob_gap_max"], number)
     means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}

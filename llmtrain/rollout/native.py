@@ -14,6 +14,7 @@ from torch import Tensor
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.cache import KVCache, Recorder, round_up
 from llmtrain.rollout.sampling import check_sampling, sample
+from llmtrain.rollout.stop import Decode, Stop
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
 _PREFILL_TOKENS = 8192  # prompt tokens in one forward, padding included (bounds the activations)
@@ -23,17 +24,24 @@ class NativeGenerator:
     """Samples from a whole Decoder, in its dtype. `rollout/generator.py` defines the contract of each method.
 
     At most `max_batch_seqs` sequences are decoded together; a finished one makes room for the next. A sequence ends at
-    `max_seq_tokens` (prompt and completion; None = the model's max_positions) unless a stop token ends it earlier. The
-    tokens drawn depend only on the weights, the prompt, its seed and the sample's number, not on the rest of the batch.
+    `max_seq_tokens` (prompt and completion; None = the model's max_positions) unless a stop token ends it earlier, or a
+    stop string in what `decode` makes of the completion. The tokens drawn depend only on the weights, the prompt, its
+    seed and the sample's number, not on the rest of the batch.
     """
 
     def __init__(
-        self, model: Decoder, max_batch_seqs: int, device: torch.device | str, max_seq_tokens: int | None = None
+        self,
+        model: Decoder,
+        max_batch_seqs: int,
+        device: torch.device | str,
+        max_seq_tokens: int | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.model = model.to(device).eval()
         self.device = torch.device(device)
         self.max_batch_seqs = max_batch_seqs
         self.max_seq_tokens = min(max_seq_tokens or model.config.max_positions, model.config.max_positions)
+        self.decode = decode
         self.version = 0
         self.asleep = False
         self.cache: KVCache | None = None
@@ -96,6 +104,7 @@ class NativeGenerator:
         if self.asleep:
             raise RuntimeError("the generator sleeps; call wake() before generate()")
         check_sampling(sampling)
+        assert self.decode or not sampling.stop_strings, "stop strings need a decoder"
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt.ids) < self.max_seq_tokens:
                 raise ValueError(
@@ -106,7 +115,8 @@ class NativeGenerator:
     def _sequences(self, group: int, prompt: Prompt, sampling: Sampling) -> list[_Sequence]:
         tokens = min(len(prompt.ids) + sampling.max_new_tokens, self.max_seq_tokens)
         streams = (random.Random(f"{prompt.seed}/{i}") for i in range(sampling.num_samples))
-        return [_Sequence(prompt.ids, group, tokens, sampling.stop_ids, stream) for stream in streams]
+        stop = Stop(sampling.stop_ids, sampling.stop_strings, self.decode)
+        return [_Sequence(prompt.ids, group, tokens, stop, stream) for stream in streams]
 
     def _reserve(self, slots: int, tokens: int) -> KVCache:
         """Returns the cache, allocated anew when the last one is too small."""
@@ -124,7 +134,7 @@ class _Sequence:
     prompt_ids: list[int]
     group: int
     max_tokens: int  # prompt and completion together
-    stop_ids: tuple[int, ...]
+    stop: Stop
     stream: random.Random
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -135,7 +145,7 @@ class _Sequence:
 
     @property
     def stopped(self) -> bool:
-        return self.tokens[-1] in self.stop_ids
+        return self.stop(self.tokens)
 
     @property
     def done(self) -> bool:

@@ -88,7 +88,9 @@ def serve(link: Link, generator: Generator, worker: int, num_workers: int) -> No
         match request["command"]:
             case "generate":
                 prompts = [Prompt(**p) for p in request["prompts"]]
-                sampling = Sampling(**{**request["sampling"], "stop_ids": tuple(request["sampling"]["stop_ids"])})
+                asked = request["sampling"]
+                stops = {name: tuple(asked[name]) for name in ("stop_ids", "stop_strings")}
+                sampling = Sampling(**{**asked, **stops})
                 mine = generator.generate(prompts[worker::num_workers], sampling)
                 link.all_gather_bytes(_packed(mine, worker, num_workers))
             case "load_weights":

@@ -16,6 +16,7 @@ from llmtrain.rules.files import FILE_RULES
 from llmtrain.rules.layout import LAYOUT_RULES
 from llmtrain.rules.lora import LORA_RULES
 from llmtrain.rules.model import MODEL_RULES
+from llmtrain.rules.vocabulary import VOCABULARY_RULES
 
 
 def check(config: Config, world_size: int, command: str) -> None:
@@ -56,7 +57,7 @@ def violations(
 
 
 def _broken(case: Case) -> Iterator[str]:
-    for holds, rule in (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES, *FILE_RULES):
+    for holds, rule in (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES, *VOCABULARY_RULES, *FILE_RULES):
         if holds(case):
             yield from rule(case)
 

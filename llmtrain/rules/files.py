@@ -10,25 +10,12 @@ from llmtrain.config.recipes import names_of
 from llmtrain.config.schema import TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
 from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, samples, trains, tunes
+from llmtrain.rules.vocabulary import makes_tokenizer
 
 
 def _one_process(case: Case) -> Iterator[str]:
     if case.world_size > 1:
         yield f"ranks={case.world_size}: {case.command} runs in one process; start it without torchrun (ranks: 1)"
-
-
-def _makes_tokenizer(case: Case) -> bool:
-    """Tells whether there is no tokenizer yet, so that the stage makes one."""
-    return not os.path.exists(case.config.tokenizer.path or os.path.join(case.config.directory, "tokenizer"))
-
-
-def _vocabulary(case: Case) -> Iterator[str]:
-    t = case.config.tokenizer
-    if case.model and _makes_tokenizer(case) and not t.base and case.model.vocab_size < t.vocab_size:
-        yield (
-            f"model.vocab_size={case.model.vocab_size}: must be at least "
-            f"tokenizer.vocab_size={t.vocab_size}; raise it or lower the tokenizer's"
-        )
 
 
 def _new_tokenizer(case: Case) -> Iterator[str]:
@@ -37,7 +24,7 @@ def _new_tokenizer(case: Case) -> Iterator[str]:
     if twice := sorted({name for name in specials if not name or specials.count(name) > 1}):
         yield f"tokenizer.special_tokens: {twice[0]!r} must not be empty or named twice; remove it"
     smallest = NUM_BYTES + len(specials)
-    if not t.base and _makes_tokenizer(case) and t.vocab_size < smallest:
+    if not t.base and makes_tokenizer(case) and t.vocab_size < smallest:
         yield (
             f"tokenizer.vocab_size={t.vocab_size}: must be at least {smallest}, {NUM_BYTES} bytes and {len(specials)} "
             "special tokens; raise it"
@@ -179,7 +166,6 @@ def _evaluation_files(case: Case) -> Iterator[str]:
 
 FILE_RULES: Rules = (
     (command("data", "tokenizer", "eval", "export", "report"), _one_process),
-    (pretrains, _vocabulary),
     (plans, _positions),
     (plans, _ramps),
     (trains, _objectives),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from llmtrain.arch.generation import GENERATION, read_generation
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.roles import MAIN
@@ -17,6 +20,7 @@ from llmtrain.checkpoint.saver import Saver
 from llmtrain.config.load import dump
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.data.ends import generation_settings
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine
@@ -103,8 +107,8 @@ def join(config: Config, recipe: Recipe) -> Job:
     model = resolve_model(config.model)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"model.vocab_size={model.vocab_size}: must hold the tokenizer's {tokenizer.vocab_size} tokens "
-            f"({tokenizer_dir(config)}); raise it or use the tokenizer the model was trained with"
+            f"model.vocab_size={model.vocab_size}: must be above {tokenizer.vocab_size - 1}, the largest token id of "
+            f"{tokenizer_dir(config)}; raise it, or use the tokenizer that the model was trained with"
         )
     return Job(config, recipe, model, mesh, tokenizer, watch)
 
@@ -123,6 +127,15 @@ def start_directory(config: Config) -> None:
         file.write(dump(resolved(config)))
     if config.data.sources or config.data.tasks:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
+    keep_generation(config)
+
+
+def keep_generation(config: Config) -> None:
+    """Writes how the model generates that the run starts from into the run directory, for what is made of the run."""
+    start = config.model.init_from
+    if start and read_generation(start):
+        settings = generation_settings(load_tokenizer(tokenizer_dir(config)), (start,))
+        Path(config.directory, GENERATION).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def resolved(config: Config) -> Config:

@@ -15,6 +15,7 @@ import torch
 from llmtrain.observe import wandb
 from llmtrain.observe.log import log
 from llmtrain.observe.metrics import MetricsFile, Samples, StepLines
+from llmtrain.trainer.completions import completion_text
 from llmtrain.trainer.job import Job
 from llmtrain.types import Group
 
@@ -100,7 +101,7 @@ class SampleLog:
     """Writes the first `log.samples` completions of each logged step, on rank 0."""
 
     def __init__(self, job: Job) -> None:
-        self.decode, self.settings = job.tokenizer.decode, job.config.log
+        self.decode, self.settings = completion_text(job.config, job.tokenizer), job.config.log
         self.file: Samples | None = None
         if job.mesh.rank == 0 and self.settings.samples:
             path = os.path.join(job.config.directory, "samples.jsonl")

@@ -16,9 +16,9 @@ from llmtrain.rollout.generator import RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
+from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
-from llmtrain.types import Sampling
 
 
 def local_generator(job: Job) -> NativeGenerator:
@@ -29,7 +29,8 @@ def local_generator(job: Job) -> NativeGenerator:
     if job.model.tie_embeddings:
         model.head.weight = model.embed.weight
     r = job.config.rollout
-    return NativeGenerator(model, r.max_batch_seqs, job.mesh.device, job.config.train.seq_len)
+    decode = stop_text(job.tokenizer)
+    return NativeGenerator(model, r.max_batch_seqs, job.mesh.device, job.config.train.seq_len, decode)
 
 
 def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:
@@ -50,14 +51,10 @@ def serve_rollouts(job: Job) -> None:
 def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
     """Returns the source that a recipe takes its groups from, as the sections `rollout` and `rewards` say."""
     config = job.config
-    reward = shared_reward(build_reward(config.rewards, job.tokenizer.decode), job.mesh)
-    return InStep(build_generator(job), prompts, prompts_per_step, sampling_of(job), reward, config.seed)
-
-
-def sampling_of(job: Job) -> Sampling:
-    """Returns how to sample, as the rollout section says."""
-    r = job.config.rollout
-    return Sampling(r.max_new_tokens, r.group_size, r.temperature, r.top_p, r.top_k, stop_ids=(job.tokenizer.eos_id,))
+    reward = shared_reward(build_reward(config.rewards, completion_text(config, job.tokenizer)), job.mesh)
+    return InStep(
+        build_generator(job), prompts, prompts_per_step, sampling_of(config, job.tokenizer), reward, config.seed
+    )
 
 
 def read_prompts(job: Job) -> PromptSet:

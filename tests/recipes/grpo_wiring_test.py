@@ -81,11 +81,18 @@ def test_what_is_asked_of_the_generator(start: Callable[..., Run]) -> None:
     for _, sampling in run.generator.asked:
         assert (sampling.max_new_tokens, sampling.num_samples) == (7, 2)
         assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.9, 0)
-        assert sampling.stop_ids == (run.job.tokenizer.eos_id,)
+        assert sampling.stop_ids == (run.job.tokenizer.eos_id,) and sampling.stop_strings == ()
     asked = [prompt for prompts, _ in run.generator.asked for prompt in prompts]
     assert len(asked) == 8 and len({prompt.seed for prompt in asked}) == 8  # a stream of its own for each of both steps
     assert len({tuple(prompt.ids) for prompt in asked}) == 8  # of 12 problems: none twice in an epoch
     assert run.generator.loaded == [(0, 0), (1, 2), (2, 4)] and run.generator.closed  # versions, after 2 updates each
+
+
+def test_stop_strings_and_special_tokens_by_key(start: Callable[..., Run]) -> None:
+    run = start('rollout.stop=["Q:", "99"]', "rollout.skip_special_tokens=false", "log.samples=2").go()
+    assert {sampling.stop_strings for _, sampling in run.generator.asked} == {("Q:", "99")}
+    lines = (Path(run.job.config.directory) / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["completion"].endswith("<eos>") for line in lines} == {True, False}
 
 
 def test_the_denominator_counts_all_that_was_sampled(start: Callable[..., Run]) -> None:
@@ -170,6 +177,24 @@ def test_without_any_spread_nothing_is_updated(start: Callable[..., Run]) -> Non
     assert [(m["loss"], m["grad_norm"], m["lr"], m["kept_fraction"]) for m, _ in run.steps] == [
         (0.0, 0.0, 2e-3, 0.0)
     ] * 2
+
+
+def test_the_schedule_follows_the_steps_when_groups_drop_out(start: Callable[..., Run]) -> None:
+    """Three steps of two updates each; in the first no group has a spread, in the second one has: one update there."""
+    run = start("train.steps=3", "optim.warmup_steps=0", "optim.schedule=linear", "optim.lr=1.0", "optim.min_lr=0.0")
+    spread, usual = [0, 1, 8], run.answers
+    eos = run.job.tokenizer.eos_id
+
+    def answers(prompt: Prompt) -> list[list[int]]:
+        step = len(run.generator.asked) - 1
+        spread[step] -= 1
+        right, _ = usual(prompt)
+        return [right, [eos]] if spread[step] >= 0 else [[eos], [eos]]
+
+    run.generator.answers = answers
+    run.go()
+    assert run.engine.positions == [2, 4, 5] and run.engine.step == 3
+    assert run.steps[0][0]["lr"] == 1.0  # what the first update of that step would have had
 
 
 def test_a_gap_at_the_first_step_stops_before_the_first_update(start: Callable[..., Run]) -> None:

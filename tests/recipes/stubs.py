@@ -43,8 +43,11 @@ class StubEngine(StubScorer):
 
     updates: list[tuple[Sequence[Batch], float, StepStats]] = field(default_factory=list)
     step: int = 0
+    positions: list[int | None] = field(default_factory=list)  # in the schedule
 
-    def train_step(self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor) -> StepStats:
+    def train_step(
+        self, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor, position: int | None = None
+    ) -> StepStats:
         total, sums, maxima = 0.0, {}, {}
         for batch in microbatches:
             value, metrics = loss(self.scores(batch), batch)
@@ -56,6 +59,7 @@ class StubEngine(StubScorer):
                     sums[name] = sums.get(name, 0.0) + float(each) / float(denominator)
         stats = StepStats(total / float(denominator), NORM, LR, {**sums, **maxima})
         self.updates.append((microbatches, float(denominator), stats))
+        self.positions.append(position)
         self.step += 1
         return stats
 
