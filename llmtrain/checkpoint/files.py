@@ -57,7 +57,13 @@ def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | np.nda
     header += b" " * (-len(header) % 8)
     yield struct.pack("<Q", len(header)) + header
     for tensor in tensors.values():
-        yield tensor.cpu().contiguous().numpy()
+        yield as_array(tensor.cpu().contiguous())
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Returns the tensor's memory as an array. (`Tensor.numpy` forbids the storage to be resized for good, and so the
+    tensor to be moved to the host.)"""
+    return np.from_dlpack(tensor.detach())
 
 
 class FlatFile:

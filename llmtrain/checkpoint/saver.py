@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from llmtrain.checkpoint.files import as_array
 from llmtrain.checkpoint.group import CheckpointGroup
 from llmtrain.checkpoint.save import Shapes, Snapshot, take, write_checkpoint
 from llmtrain.config.schema import CheckpointConfig
@@ -41,7 +42,7 @@ class HostBuffer:
                 held[name].copy_(tensor, non_blocking=True)
             torch.cuda.synchronize()
         else:
-            pairs = [(held[name].numpy(), tensor.numpy()) for name, tensor in live.tensors.items()]
+            pairs = [(held[name].numpy(), as_array(tensor)) for name, tensor in live.tensors.items()]
             copy_all(pairs, torch.get_num_threads())
         return replace(live, tensors=held)
 

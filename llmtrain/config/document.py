@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -60,9 +60,23 @@ def merge(base: Any, over: Any) -> Any:
     return {**base, **{k: merge(base[k], v) if k in base else v for k, v in over.items()}}
 
 
-def read_document(path: str, included_by: tuple[str, ...]) -> Document:
+Translate = Callable[[Document], None]
+"""Rewrites what one file says, in place, before other files are merged with it."""
+
+Rename = Callable[[Keys, Any], Iterable[tuple[Keys, Any]]]
+"""Returns what an override of these keys stands for."""
+
+
+def as_it_is(keys: Keys, value: Any) -> Iterable[tuple[Keys, Any]]:
+    """Returns an override unchanged."""
+    return [(keys, value)]
+
+
+def read_document(path: str, included_by: tuple[str, ...], translate: Translate | None = None) -> Document:
     """Reads one YAML file with its includes merged under it."""
     own = _parse(path)
+    if translate is not None:
+        translate(own)
     includes = own.data.pop("include", [])
     document = Document()
     for name in [includes] if isinstance(includes, str) else _texts(includes, own):
@@ -73,7 +87,7 @@ def read_document(path: str, included_by: tuple[str, ...]) -> Document:
             raise ConfigError(
                 f"{own.place(('include',))}: include: '{target}' is not a file; paths are relative to {path}"
             )
-        _lay_over(document, read_document(target, (*included_by, path)))
+        _lay_over(document, read_document(target, (*included_by, path), translate))
     _lay_over(document, own)
     return document
 
@@ -154,7 +168,7 @@ def _scalar(node: yaml.ScalarNode, source: str) -> Any:
     return int(value) if re.search(r"\d[eE]", text) and value.is_integer() else value  # 1e6 may be a count
 
 
-def override(document: Document, text: str) -> None:
+def override(document: Document, text: str, rename: Rename = as_it_is) -> None:
     """Applies `a.b=c`. It also overrides a stage's `set`: the command line has the last word."""
     source = f"override '{text}'"
     dotted_keys, equals, value_text = text.partition("=")
@@ -167,10 +181,11 @@ def override(document: Document, text: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"{source}: the value is broken YAML; quote it") from None
     value = None if node is None else _plain(node, (), source, where)
-    _note(document, _assign(document.data, keys, value, source), where, source)
-    for i, chosen in enumerate(_stage_sets(document.data)):
-        if keys[0] != "stages" and _has(chosen, keys):
-            _note(document, ("stages", i, "set", *_assign(chosen, keys, value, source)), where, source)
+    for own, new in rename(keys, value):
+        _note(document, _assign(document.data, own, new, source), where, source)
+        for i, chosen in enumerate(stage_sets(document.data)):
+            if own[0] != "stages" and _has(chosen, own):
+                _note(document, ("stages", i, "set", *_assign(chosen, own, new, source)), where, source)
 
 
 def _note(document: Document, keys: Keys, inner: dict[Keys, str], source: str) -> None:
@@ -180,7 +195,8 @@ def _note(document: Document, keys: Keys, inner: dict[Keys, str], source: str) -
     document.where.update({keys: source, **{(*keys, *k): at for k, at in inner.items()}})
 
 
-def _stage_sets(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def stage_sets(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the `set` of each stage of a `run` document, an empty one where there is none."""
     stages = data.get("stages")
     for stage in stages if isinstance(stages, list) else []:
         chosen = stage.get("set") if isinstance(stage, dict) else None

@@ -7,13 +7,22 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from llmtrain.config.document import ConfigError, Document, Dumper, Keys, merge, override, read_document
+from llmtrain.config.document import (
+    ConfigError,
+    Document,
+    Dumper,
+    Keys,
+    merge,
+    override,
+    read_document,
+    stage_sets,
+)
 from llmtrain.config.explain import explain
 from llmtrain.config.recipes import RECIPES, config_class, run_config_class
 from llmtrain.config.schema import Config, RunConfig
@@ -28,13 +37,12 @@ def load(path: str, overrides: list[str]) -> Config:
     A document with `stages:` gives a RunConfig, and each of its stages is validated too. Raises ConfigError, one line
     for each fault.
     """
-    document = load_plugins([path, *overrides])
-    _move_keys(document, document.data, ())
+    load_plugins([path, *overrides])
+    document = read_document(path, (), _move_keys)  # once more: now the keys of plugins are known too
+    for text in overrides:
+        override(document, text, _moved)
     if "stages" not in document.data:
         return _validate(config_class(), document)
-    for i, stage in enumerate(document.data["stages"] if isinstance(document.data["stages"], list) else ()):
-        if isinstance(stage, dict) and isinstance(stage.get("set"), dict):
-            _move_keys(document, stage["set"], ("stages", i, "set"))
     config = _validate(run_config_class(), document)
     _validate_stages(config, document)
     return config
@@ -51,10 +59,12 @@ def load_plugins(arguments: Sequence[str]) -> Document:
 
 def _import_plugins(document: Document) -> None:
     """Imports the modules of `plugins`, found on Python's path or below the working directory."""
-    names = document.data.get("plugins")
+    names = document.data.get("plugins", [])
+    if not isinstance(names, list):
+        raise ConfigError(f"{document.place(('plugins',))}: plugins: value {names!r}: must be a list of modules")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    for name in names if isinstance(names, list) else []:
+    for name in names:
         try:
             importlib.import_module(str(name))
         except Exception as error:
@@ -62,16 +72,36 @@ def _import_plugins(document: Document) -> None:
             raise ConfigError(f"{document.place(('plugins',))}: plugins: {name} cannot be imported: {reason}") from None
 
 
-def _move_keys(document: Document, data: dict[str, Any], prefix: Keys) -> None:
-    """Reads keys that a recipe's section had in earlier versions as what they are now (`Recipe.moved`)."""
-    for recipe in RECIPES.values():
-        section = data.get(recipe.name)
-        for old in recipe.moved.keys() & (section.keys() if isinstance(section, dict) else ()):
-            key, value = recipe.moved[old](section.pop(old))
-            place = document.place((*prefix, recipe.name, old))
-            if key in data:
-                raise ConfigError(f"{place}: {recipe.name}.{old}: is now `{key}`, which is written too; remove one")
-            data[key], document.where[(*prefix, key)] = value, place
+def _move_keys(document: Document) -> None:
+    """Reads keys that recipes' sections had in earlier versions as what they are now, in one file."""
+    for prefix, data in [((), document.data), *_numbered(stage_sets(document.data))]:
+        for recipe in RECIPES.values():
+            section = data.get(recipe.name)
+            for old in recipe.moved.keys() & (section.keys() if isinstance(section, dict) else ()):
+                key, value = recipe.moved[old](section.pop(old))
+                place = document.place((*prefix, recipe.name, old))
+                if key in data:
+                    raise ConfigError(f"{place}: {recipe.name}.{old}: is now `{key}`, which is written too; remove one")
+                data[key], document.where[(*prefix, key)] = value, place
+
+
+def _numbered(sets: Iterable[dict[str, Any]]) -> Iterator[tuple[Keys, dict[str, Any]]]:
+    yield from ((("stages", i, "set"), chosen) for i, chosen in enumerate(sets))
+
+
+def _moved(keys: Keys, value: Any) -> Iterator[tuple[Keys, Any]]:
+    """Yields what an override stands for, where it names keys that a recipe's section had in earlier versions."""
+    *before, section, key = ("", *keys)
+    moved = RECIPES[section].moved if section in RECIPES else {}
+    if key in moved:
+        new, value = moved[key](value)
+        yield (*before[1:], new), value
+        return
+    moved = RECIPES[key].moved if key in RECIPES and isinstance(value, dict) else {}
+    yield keys, {name: each for name, each in value.items() if name not in moved} if moved else value
+    for old in moved.keys() & value.keys() if moved else ():
+        new, each = moved[old](value[old])
+        yield (*keys[:-1], new), each
 
 
 def dump(config: Config) -> str:

@@ -21,8 +21,14 @@ def row_width(groups: Sequence[Group], multiple: int) -> int:
     return -(-max(map(group_length, groups), default=1) // multiple) * multiple
 
 
-def pieces(samples: Group, width_tokens: int) -> Iterator[Group]:
-    """Yields the group, cut where it would outgrow a row. Raises ValueError when one sample alone does."""
+def pieces(samples: Group, width_tokens: int, whole: bool) -> Iterator[Group]:
+    """Yields the group, cut where it would outgrow a row. Raises ValueError when one sample alone does, or any group
+    that must stay `whole`."""
+    if whole and group_length(samples) > width_tokens:
+        raise ValueError(
+            f"a group of {group_length(samples)} tokens does not fit in a row of {width_tokens}, and its loss compares "
+            "its samples; widen the rows, or drop the group"
+        )
     piece: Group = []
     for sample in samples:
         if group_length([sample]) > width_tokens:
@@ -37,12 +43,23 @@ def pieces(samples: Group, width_tokens: int) -> Iterator[Group]:
     yield piece
 
 
+def check_group(samples: Group, columns: Sequence[str]) -> None:
+    """Asserts what `lay_out` takes for granted: else what follows in the row would be out of place, silently."""
+    assert not set(columns) & {*OWN, "loss_mask"}, f"{columns}: a column of a sample has a name of its own"
+    for s in samples:
+        assert s.prompt_ids and s.ids, "a sample has a prompt and at least one token after it"
+        assert s.prompt_ids == samples[0].prompt_ids, "the samples of a group share their prompt"
+        for name in columns:
+            assert len(s.columns[name]) == len(s.ids), f"{name}: one value for each of `ids`"
+
+
 def lay_out(samples: Group, segment: int, columns: Sequence[str]) -> Row:
     """Returns the columns of one group (or piece of it).
 
     The trunk is the prompt without its last token; every branch starts with that token. A token that the policy did not
     write is an input, but no label.
     """
+    check_group(samples, columns)
     *trunk, last = samples[0].prompt_ids
     n = len(trunk)
     zeros = [0.0] * n
@@ -55,27 +72,35 @@ def lay_out(samples: Group, segment: int, columns: Sequence[str]) -> Row:
     return concatenate([dict(zip((*OWN, *columns), map(list, part), strict=True)) for part in parts])
 
 
-def group_rows(groups: Sequence[Group], width_tokens: int, columns: Sequence[str] = ()) -> list[Row]:
+def group_rows(
+    groups: Sequence[Group], width_tokens: int, columns: Sequence[str] = (), whole: bool = False
+) -> list[Row]:
     """Lays out groups in as few rows of at most `width_tokens` as best fit finds.
 
     Longest first; groups in one row are told apart by their segment; a group longer than a row is cut into several,
-    the prompt repeated. Raises ValueError when a sample alone is longer. The rows have the columns of `Batch`, and as
+    the prompt repeated (with `whole`, for losses of pairs: refused). Raises ValueError when a sample alone is longer.
+    The rows have the columns of `Batch`, and as
     its extra ones `old_logprobs` (when sampled) and the `columns` of the samples that are named.
     """
-    parts = [piece for group in groups for piece in pieces(group, width_tokens)]
+    parts = [piece for group in groups for piece in pieces(group, width_tokens, whole)]
     parts.sort(key=group_length, reverse=True)
     plan = best_fit([group_length(part) for part in parts], width_tokens)
     return [concatenate([lay_out(parts[i], k, columns) for k, i in enumerate(row)]) for row in plan]
 
 
 def group_batch(
-    groups: Sequence[Group], width_tokens: int, rows: int, pad_id: int, columns: Sequence[str] = ()
+    groups: Sequence[Group],
+    width_tokens: int,
+    rows: int,
+    pad_id: int,
+    columns: Sequence[str] = (),
+    whole: bool = False,
 ) -> Batch:
     """Returns the groups in exactly `rows` rows, [rows, width_tokens], the last ones empty if fewer are needed.
 
     `len(group_rows(groups, width_tokens))` says how many are. Raises ValueError when `rows` is less.
     """
-    filled = group_rows(groups, width_tokens, columns)
+    filled = group_rows(groups, width_tokens, columns, whole)
     if len(filled) > rows:
         raise ValueError(f"the groups need {len(filled)} rows of {width_tokens} tokens, but only {rows} were asked for")
     empty: Row = {name: [] for name in (*OWN, *columns)}

@@ -14,7 +14,8 @@ def sequence_sums(x: Tensor, mask: Tensor, batch: Batch) -> tuple[Tensor, Tensor
 
     x and mask (bool) are [B, T]. A sequence is one branch of a group, or a segment without branches; padding, and a
     trunk that branches share, belong to none. They are numbered row by row, within a row by segment and then by branch,
-    so that the two of a pair (branches of one group, or rows of one document each) are neighbours: `sums.view(-1, 2)`.
+    so that the two of a pair (branches of one group, or rows of one document each) are neighbours: `sums.view(-1, 2)`,
+    where no group was cut over rows (`data.groups`: `whole=True`).
     A sequence without a position in the mask has the sum 0. What is masked adds nothing to value or gradient, even if
     it is infinite or NaN.
 

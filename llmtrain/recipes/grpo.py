@@ -25,7 +25,7 @@ from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.rollouts import build_source, closing, read_prompts, serve_rollouts
 from llmtrain.trainer.weights import build_engine, start_source
-from llmtrain.types import Batch, Group, Metrics, Scores
+from llmtrain.types import Batch, Group, Metrics, Sample, Scores
 
 
 def main(config: Config) -> None:
@@ -77,8 +77,12 @@ def credit(groups: Sequence[Group], normalize_std: bool) -> None:
 
 
 def learnable(groups: Sequence[Group]) -> list[Group]:
-    """Returns the groups in which some sample has an advantage other than 0."""
-    return [group for group in groups if any(any(s.columns["advantages"]) for s in group)]
+    """Returns the groups in which some token that the policy wrote has an advantage."""
+
+    def learns(sample: Sample) -> bool:
+        return any(a and trained for a, trained in zip(sample.columns["advantages"], sample.trained, strict=True))
+
+    return [group for group in groups if any(map(learns, group))]
 
 
 def update(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from llmtrain.config.ramp import ramp_faults
-from llmtrain.config.recipes import names_of
+from llmtrain.config.recipes import names_of, planned_recipes
 from llmtrain.config.schema import TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
 from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, samples, trains, tunes
@@ -95,9 +95,9 @@ def _rewards(case: Case) -> Iterator[str]:
 
 def _own_rules(case: Case) -> Iterator[str]:
     """Yields what the recipe itself asks for."""
-    assert case.recipe is not None
-    for rule in case.recipe.rules:
-        yield from rule(case.config)
+    for recipe in planned_recipes(case.config) if case.recipe is None else [case.recipe]:
+        for rule in recipe.rules:
+            yield from rule(case.config)
 
 
 def _spikes(case: Case) -> Iterator[str]:
@@ -170,7 +170,7 @@ FILE_RULES: Rules = (
     (plans, _ramps),
     (trains, _objectives),
     (trains, _learning_rate),
-    (trains, _own_rules),
+    (plans, _own_rules),
     (samples, _completions),
     (either(samples, command("eval")), _rewards),
     (trains, _spikes),

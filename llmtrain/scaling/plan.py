@@ -11,7 +11,7 @@ from llmtrain.arch.mesh import mesh_sizes
 from llmtrain.arch.parameters import has_experts, numel
 from llmtrain.arch.resolve import chunk_tokens, parameter_count, resolve_model
 from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
-from llmtrain.config.recipes import RECIPES, Recipe, StepSize, recipe_of
+from llmtrain.config.recipes import Recipe, StepSize, planned_recipes, recipe_of
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
 from llmtrain.rules.check import planned_stages
@@ -259,15 +259,6 @@ def _stages(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
             yield recipe, config, int(os.environ.get("WORLD_SIZE", least_ranks(config, recipe))), {}
 
 
-def planned_recipes(config: Config) -> list[Recipe]:
-    """Returns the recipes that a document of one stage may be for, by the sections that it writes: those with a section
-    of their own, else the first that samples if there is a `rollout` section, else the first that there is."""
-    written, recipes = config.model_fields_set, RECIPES.values()
-    own = [r for r in recipes if r.section is not None and r.name in written]
-    sampling = [r for r in recipes if r.samples and "rollout" in written]
-    return own or [*sampling, *recipes][:1]
-
-
 def least_ranks(config: Config, recipe: Recipe) -> int:
     """Returns the smallest number of ranks that the mesh fits."""
     p = config.parallel
@@ -278,6 +269,8 @@ def describe(config: Config, p: Plan, recipe: Recipe) -> list[str]:
     """Returns the lines of a plan as text."""
     engine, most = config.engine, "" if recipe.fixed_batch else " at most"
     axes = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
+    others = recipe.other_models(config)
+    alone = f"; of the policy alone, beside it {' and '.join(others)}" if others else ""
     backend = f"ZeRO {engine.zero_stage}" if engine.backend == "deepspeed" else "FSDP2"
     return [
         f"ranks        {p.ranks}: {axes}" + (f", and {p.rollout_ranks} for rollouts" if p.rollout_ranks else ""),
@@ -286,7 +279,7 @@ def describe(config: Config, p: Plan, recipe: Recipe) -> list[str]:
         *_phase_lines(config.train),
         f"total        {config.train.steps:,} steps, {p.total_tokens:,} tokens{most}",
         f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
-        f"             ({engine.precision}, {backend}, offload {engine.offload}, remat {engine.remat})",
+        f"             ({engine.precision}, {backend}, offload {engine.offload}, remat {engine.remat}{alone})",
         *_sent_lines(p),
         *([] if p.bubble is None else [f"bubble       {p.bubble:.1%} of the ideal time"]),
     ]

@@ -233,3 +233,16 @@ def test_keys_of_earlier_versions_are_read_as_what_they_are_now(tmp_path: Path) 
     assert fault(path) == f"{path}:3: grpo.reward: is now `rewards`, which is written too; remove one"
     path = write(tmp_path, "grpo:\n  reward: maths\n")
     assert fault(path).startswith(f"{path}:2: rewards.0.name: value 'maths': must be one of 'reasoning_gym'")
+
+
+def test_a_later_layer_wins_over_keys_that_moved(tmp_path: Path) -> None:
+    """Today's configurations with commands of earlier versions, and the other way round."""
+    shipped = Path(__file__).parents[2] / "configs"
+    for path in (shipped / "grpo/largest.yaml", shipped / "quickstart.yaml"):
+        assert [r.name for r in load(str(path), ["grpo.reward=math"]).rewards] == ["math"]
+        assert [r.name for r in load(str(path), ["grpo={reward: math, minibatches: 4}"]).rewards] == ["math"]
+    old = write(tmp_path, f"include: {shipped}/grpo/largest.yaml\ngrpo: {{reward: math}}\n", "old.yaml")
+    assert [r.name for r in load(old, []).rewards] == ["math"]
+    assert [r.name for r in load(old, ["rewards=[{name: reasoning_gym}]"]).rewards] == ["reasoning_gym"]
+    with pytest.raises(ConfigError, match=r"plugins: value 'mine': must be a list of modules"):
+        load(old, ["plugins=mine"])

@@ -124,3 +124,23 @@ def test_what_a_tool_wrote_is_seen_but_not_trained() -> None:
     assert batch.labels.tolist() == [[IGNORE, x, IGNORE, y]]
     assert batch.loss_mask.tolist() == [[False, True, False, True]]
     assert torch.allclose(batch.extra["values"], torch.tensor([[0, 0.1, 0.2, 0.3]])) and "advantages" not in batch.extra
+
+
+def test_a_group_that_must_stay_whole_is_not_cut() -> None:
+    pair = [sample([1, 2], [3, 4, 5]), sample([1, 2], [6, 7, 8])]
+    assert len(group_rows([pair], 6)) == 2 and len(group_rows([pair], 7, whole=True)) == 1
+    with pytest.raises(ValueError, match="a group of 7 tokens does not fit in a row of 6, and its loss compares"):
+        group_batch([pair], 6, 2, PAD, whole=True)
+
+
+def test_what_would_put_the_rest_of_a_row_out_of_place_is_caught() -> None:
+    short, long = sample([1, 2], [3, 4]), sample([1, 2], [5])
+    long.columns["advantages"] = [1.0, 1.0]
+    with pytest.raises(AssertionError, match="advantages: one value for each"):
+        group_rows([[short, long]], 9, ("advantages",))
+    with pytest.raises(AssertionError, match="at least one token after it"):
+        group_rows([[sample([1, 2], [])]], 9)
+    with pytest.raises(AssertionError, match="share their prompt"):
+        group_rows([[short, sample([1, 9], [3])]], 9)
+    with pytest.raises(AssertionError, match="a name of its own"):
+        group_rows([[short]], 9, ("labels",))

@@ -10,6 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from llmtrain.checkpoint.files import safetensors_chunks
 from llmtrain.config.schema import EngineConfig, ParallelConfig
 from llmtrain.engine.base import Engine
 from llmtrain.engine.movable import storages
@@ -50,6 +51,8 @@ def case(layout: dict, mesh: Mesh) -> dict:
     history, sizes = [], {}
     for step in range(STEPS):
         history.append(one_step(moved, mesh, step))
+        for fragment in moved.fragments():  # as a save does, after which the storages must still be movable
+            assert b"".join(map(bytes, safetensors_chunks(fragment.tensors)))
         if step == 0:
             here = living_bytes() - before
             moved.to_host()

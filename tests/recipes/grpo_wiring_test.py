@@ -33,12 +33,12 @@ class Run:
     short); every fourth twice rightly."""
 
     def __init__(self, job: Job, monkeypatch: pytest.MonkeyPatch, reference: StubScorer | None = None) -> None:
-        self.job, self.steps, self.reference = job, [], reference
+        self.job, self.steps, self.totals, self.reference = job, [], [], reference
         encode = job.tokenizer.encode
         self.numbers = {tuple(encode(f"say {i}:", parse_special=False)): i for i in range(12)}
         self.generator = StubGenerator(self.answers, job.tokenizer.eos_id)
         self.engine: StubEngine = job.engine
-        monkeypatch.setattr(grpo, "build_engine", lambda job, total_updates: None)
+        monkeypatch.setattr(grpo, "build_engine", lambda job, total_updates: self.totals.append(total_updates))
         monkeypatch.setattr(grpo, "build_reference", lambda job: reference)
         monkeypatch.setattr(grpo, "train", run_steps(self.steps))
         monkeypatch.setattr(rollouts, "build_generator", lambda job: self.generator)
@@ -86,6 +86,22 @@ def test_what_is_asked_of_the_generator(start: Callable[..., Run]) -> None:
     assert len(asked) == 8 and len({prompt.seed for prompt in asked}) == 8  # a stream of its own for each of both steps
     assert len({tuple(prompt.ids) for prompt in asked}) == 8  # of 12 problems: none twice in an epoch
     assert run.generator.loaded == [(0, 0), (1, 2), (2, 4)] and run.generator.closed  # versions, after 2 updates each
+    assert run.totals == [2 * 2]  # updates that the learning rate is laid out for
+
+
+def test_a_resumed_run_goes_on_with_its_version_and_prompts(start: Callable[..., Run]) -> None:
+    whole, resumed = start("train.steps=3").go(), start("train.steps=3")
+    resumed.job.step = 2
+    resumed.go()
+    assert [version for version, _ in resumed.generator.loaded] == [2, 3]
+    assert resumed.generator.asked == whole.generator.asked[2:]
+
+
+def test_a_prompt_leaves_room_for_a_completion(start: Callable[..., Run]) -> None:
+    longest = max(map(len, start().numbers))
+    start(f"train.seq_len={longest + 7}").go()
+    with pytest.raises(ValueError, match=f"has {longest} tokens, more than"):
+        start(f"train.seq_len={longest + 6}").go()
 
 
 def test_stop_strings_and_special_tokens_by_key(start: Callable[..., Run]) -> None:
@@ -142,6 +158,30 @@ def test_the_loss_by_hand(start: Callable[..., Run]) -> None:
     assert sum(map(len, reference.scored)) == sum(len(update[0]) for update in run.engine.updates)
 
 
+def test_what_a_tool_wrote_counts_nowhere(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start("train.steps=1")
+    sample = run.generator._sample
+
+    def with_a_tool(prompt: Prompt, ids: list[int]) -> Any:
+        made = sample(prompt, ids)
+        made.trained[1] = False
+        return made
+
+    monkeypatch.setattr(run.generator, "_sample", with_a_tool)
+    run.go()
+    answers = [ids for prompt in run.generator.asked[0][0] for ids in run.answers(prompt)]
+    assert {denominator for _, denominator, _ in run.engine.updates} == {(sampled_tokens(run, 0) - len(answers)) / 2}
+    assert run.steps[0][1] == sampled_tokens(run, 0)  # tokens of the step: all of them
+
+
+def test_advantages_without_the_deviation(start: Callable[..., Run]) -> None:
+    run = start("grpo.normalize_std=false").go()
+    found = {
+        x for update in run.engine.updates for batch in update[0] for x in batch.extra["advantages"].unique().tolist()
+    }
+    assert found == {-0.5, 0.0, 0.5}
+
+
 def test_what_a_step_reports(start: Callable[..., Run]) -> None:
     run = start().go()
     for step, (metrics, tokens) in enumerate(run.steps):
@@ -170,31 +210,13 @@ def test_replay_is_mixed_in_by_its_weight(start: Callable[..., Run]) -> None:
 
 
 def test_without_any_spread_nothing_is_updated(start: Callable[..., Run]) -> None:
-    run = start("optim.warmup_steps=0", "optim.schedule=constant", "optim.min_lr=1e-5", "optim.lr=2e-3")
+    """The rate falls all the same: from 2e-3 at the first of 2 x 2 updates to 0 at the last; a step tells its first."""
+    run = start("optim.warmup_steps=0", "optim.schedule=linear", "optim.min_lr=0.0", "optim.lr=2e-3")
     run.generator.answers = lambda prompt: [[run.job.tokenizer.eos_id]] * 2
     run.go()
     assert run.engine.updates == [] and run.engine.scored == []
-    assert [(m["loss"], m["grad_norm"], m["lr"], m["kept_fraction"]) for m, _ in run.steps] == [
-        (0.0, 0.0, 2e-3, 0.0)
-    ] * 2
-
-
-def test_the_schedule_follows_the_steps_when_groups_drop_out(start: Callable[..., Run]) -> None:
-    """Three steps of two updates each; in the first no group has a spread, in the second one has: one update there."""
-    run = start("train.steps=3", "optim.warmup_steps=0", "optim.schedule=linear", "optim.lr=1.0", "optim.min_lr=0.0")
-    spread, usual = [0, 1, 8], run.answers
-    eos = run.job.tokenizer.eos_id
-
-    def answers(prompt: Prompt) -> list[list[int]]:
-        step = len(run.generator.asked) - 1
-        spread[step] -= 1
-        right, _ = usual(prompt)
-        return [right, [eos]] if spread[step] >= 0 else [[eos], [eos]]
-
-    run.generator.answers = answers
-    run.go()
-    assert run.engine.positions == [2, 4, 5] and run.engine.step == 3
-    assert run.steps[0][0]["lr"] == 1.0  # what the first update of that step would have had
+    assert [(m["loss"], m["grad_norm"], m["kept_fraction"]) for m, _ in run.steps] == [(0.0, 0.0, 0.0)] * 2
+    assert [m["lr"] for m, _ in run.steps] == pytest.approx([2e-3, 2e-3 / 3])
 
 
 def test_a_gap_at_the_first_step_stops_before_the_first_update(start: Callable[..., Run]) -> None:
@@ -203,6 +225,11 @@ def test_a_gap_at_the_first_step_stops_before_the_first_update(start: Callable[.
     with pytest.raises(Disagreement, match=r"step 1: generator and trainer differ by 0\.01 .*max_logprob_gap=0\.001"):
         run.go()
     assert run.engine.updates == [] and len(run.engine.scored) == 1 and run.generator.closed
+    run = start()
+    run.engine.scores = shifted(math.nan)  # NaN is the largest gap of all
+    with pytest.raises(Disagreement, match="differ by inf"):
+        run.go()
+    assert run.engine.updates == []
 
 
 def test_weights_that_are_spoiled_later_stop_at_the_next_step(start: Callable[..., Run]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import create_model
 from safetensors.torch import load_file
 
 from llmtrain import cli
 from llmtrain.config.load import ConfigError, load, stage_config
 from llmtrain.config.recipes import RECIPES, Recipe, register
+from llmtrain.config.schema import Section
 from llmtrain.rules.check import check
 from llmtrain.types import Batch, Scores
 from tests.conftest import ROOT
@@ -85,6 +88,11 @@ def test_it_is_listed_planned_and_a_stage(document: Path, capsys: pytest.Capture
     assert "\n  focal      fine-tune with the focal loss\n" in capsys.readouterr().out
     assert cli.main(["plan", str(document)]) == 0
     assert "small (focal)\n" in (planned := capsys.readouterr().out) and "8 x 64 tokens = 512 a step" in planned
+    without = document.read_text().replace("focal: {gamma: 1.0}\n", "").replace("grpo: {prompts_per_step: 4}\n", "")
+    (document.parent / "without.yaml").write_text(without)
+    assert cli.main(["plan", str(document.parent / "without.yaml")]) == 0  # its plugin says what it is for
+    assert "small (focal)\n" in capsys.readouterr().out
+    assert cli.main(["plan", str(document), "focal.gamma=9"]) == 2 and "at most 5" in capsys.readouterr().err
     document.write_text(document.read_text() + "stages:\n  - {name: tune, command: focal, set: {focal: {gamma: 3}}}\n")
     assert stage_config(load(str(document), []), "tune").focal.gamma == 3
     assert cli.main(["plan", str(document)]) == 0 and "tune (focal)\n" in capsys.readouterr().out
@@ -92,10 +100,14 @@ def test_it_is_listed_planned_and_a_stage(document: Path, capsys: pytest.Capture
     assert "focale: unknown command, did you mean focal?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["model", "export", "train"])
+@pytest.mark.parametrize("name", ["model", "export", "train", "plan", "stages", "include", "copy", "", "a.b"])
 def test_a_name_that_is_taken_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"recipe {name}: the name of a section or command"):
+    with pytest.raises(ValueError, match=rf"recipe .{re.escape(name)}.: the name of a section or command"):
         register(Recipe(name, "", "nowhere:main"))
-    with pytest.raises(ValueError, match="recipe sft: there is one with this name already"):
+    with pytest.raises(ValueError, match=r"recipe .sft.: there is one with this name already"):
         register(Recipe("sft", "another", "nowhere:main"))
-    assert RECIPES["sft"].main == "llmtrain.recipes.sft:main"
+    with pytest.raises(ValueError, match="gamma has no default"):
+        register(Recipe("other", "", "nowhere:main", section=create_model("X", __base__=Section, gamma=(float, ...))))
+    with pytest.raises(ValueError, match=r"main='nowhere': must have the form module:function"):
+        register(Recipe("other", "", "nowhere"))
+    assert RECIPES["sft"].main == "llmtrain.recipes.sft:main" and "other" not in RECIPES

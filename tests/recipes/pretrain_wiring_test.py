@@ -23,15 +23,17 @@ RAMPS = (
 def run(stub_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Job, list, list]]:
     """run(*overrides, rewinds=[]) -> (job, what each step returned, evaluations as (step, loss))."""
 
-    def go(*overrides: str, rewinds: list[list[int]] | None = None) -> tuple[Job, list, list]:
+    def go(*overrides: str, rewinds: list[list[int]] | None = None, step: int = 0) -> tuple[Job, list, list]:
         job, steps, noted = stub_job("pretrain", "train.steps=3", *overrides), [], []
-        job.guard.rewinds = rewinds or []
+        job.guard.rewinds, job.step = rewinds or [], step
         job.engine.scores = shifted(-2.0)
         job.engine.parts = [SimpleNamespace(config=job.model)]
         monkeypatch.setattr(pretrain, "join", lambda config, recipe: job)
         monkeypatch.setattr(pretrain, "train", run_steps(steps))
         monkeypatch.setattr(pretrain, "build_engine", lambda job, total_updates: steps.append(total_updates))
         monkeypatch.setattr(pretrain, "note_evaluation", lambda job, scores: noted.append((job.step, scores["loss"])))
+        score, job.scored_with = job.engine.score, []
+        job.engine.score = lambda b: job.scored_with.append(job.engine.parts[0].config.rope_theta) or score(b)
         monkeypatch.setattr(pretrain, "shutdown", lambda: None)
         train_step, job.thetas = job.engine.train_step, []
         job.engine.train_step = lambda *args: (
@@ -82,3 +84,8 @@ def test_ramps_change_batch_rows_and_rope_together(run: Callable) -> None:
     assert rows_taken(job, 1) == text(job, range(8, 16), 64, 128)
     assert rows_taken(job, 2) == text(job, range(8, 24), 128, 128)
     assert [m["seq_len"] for m, _ in steps] == [64, 64, 128] and steps[2][0]["global_batch_seqs"] == 16
+
+
+def test_a_resumed_run_evaluates_with_the_rope_of_its_weights(run: Callable) -> None:
+    job, _, noted = run(*RAMPS, "train.steps=4", "train.eval_every_steps=3", step=3)  # step 2 was the first of 50000
+    assert [step for step, _ in noted] == [3, 4] and set(job.scored_with) == {50000.0}

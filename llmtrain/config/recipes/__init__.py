@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
@@ -9,18 +10,20 @@ from typing import Any, Literal
 from pydantic import create_model
 
 from llmtrain.config.recipes import grpo, pretrain, sft
-from llmtrain.config.recipes.base import Panel, Recipe, StepSize, fixed_rows, sampled
+from llmtrain.config.recipes.base import SAMPLING_PLOTS, Panel, Recipe, StepSize, fixed_rows, sampled
 from llmtrain.config.schema import Config, RunConfig, StageConfig
 
 __all__ = [
     "OTHER_STAGES",
     "RECIPES",
+    "SAMPLING_PLOTS",
     "Panel",
     "Recipe",
     "StepSize",
     "config_class",
     "fixed_rows",
     "names_of",
+    "planned_recipes",
     "recipe_of",
     "register",
     "run_config_class",
@@ -30,24 +33,48 @@ __all__ = [
 
 RECIPES: dict[str, Recipe] = {each.RECIPE.name: each.RECIPE for each in (pretrain, sft, grpo)}
 OTHER_STAGES = (("data", "tokenizer"), ("eval", "export", "report"))  # commands of a run before and behind the recipes
+COMMANDS = ("chat", "doctor", "index", "plan", "run", "scaling", "serve")  # commands that are no stages, or will be
 
 
 def register(recipe: Recipe) -> None:
     """Makes a recipe known, from a module that the document names under `plugins`.
 
-    Raises ValueError when the name is taken by another recipe, a command or a section.
+    Raises ValueError when it cannot be a command and a section: a name that is taken or no word, keys without defaults,
+    a `main` that is no place.
     """
-    known = RECIPES.get(recipe.name)
-    if known is None and (recipe.name in Config.model_fields or recipe.name in stage_commands()):
-        raise ValueError(f"recipe {recipe.name}: the name of a section or command; choose another")
-    if known is not None and known != recipe:
-        raise ValueError(f"recipe {recipe.name}: there is one with this name already; choose another")
+    taken = {*stage_commands(), *COMMANDS, *RunConfig.model_fields, "include"} - RECIPES.keys()
+    if recipe.name in taken or not re.fullmatch(r"[a-z][a-z0-9_]*", recipe.name) or hasattr(Config, recipe.name):
+        raise ValueError(
+            f"recipe {recipe.name!r}: the name of a section or command, or no name for one; choose another"
+        )
+    if RECIPES.get(recipe.name, recipe) != recipe:
+        raise ValueError(f"recipe {recipe.name!r}: there is one with this name already; choose another")
+    if recipe.section is not None and (
+        needed := [n for n, f in recipe.section.model_fields.items() if f.is_required()]
+    ):
+        raise ValueError(f"recipe {recipe.name!r}: {needed[0]} has no default; every key of its section needs one")
+    if not re.fullmatch(r"[\w.]+:\w+", recipe.main):
+        raise ValueError(
+            f"recipe {recipe.name!r}: main={recipe.main!r}: must have the form module:function; correct it"
+        )
     RECIPES[recipe.name] = recipe
 
 
 def recipe_of(command: str) -> Recipe | None:
     """Returns the recipe behind a command, None if it is not one that trains."""
     return RECIPES.get(command)
+
+
+def planned_recipes(config: Config) -> list[Recipe]:
+    """Returns the recipes that a document of one stage may be for, by what it writes: those with a section of their own;
+    else those of its plugins; else the first that samples if there is a `rollout` section; else the first that there is.
+    Of these only recipes for the model's head, if there are any."""
+    written, recipes = config.model_fields_set, RECIPES.values()
+    own = [r for r in recipes if r.section is not None and r.name in written]
+    outside = [r for r in recipes if config.plugins and not r.main.startswith("llmtrain.")]
+    sampling = [r for r in recipes if r.samples and "rollout" in written]
+    found = own or outside or [*sampling, *recipes][:1]
+    return [r for r in found if r.head == config.model.head] or found
 
 
 def names_of(holds: Callable[[Recipe], bool]) -> str:

@@ -58,6 +58,7 @@ class Recipe:
     samples: bool = False  # has a generator: the sections rollout and rewards, rollout workers
     head: Literal["lm", "scalar"] = "lm"  # of the model that it trains (model.head)
     branches: bool = False  # rows hold several samples of a prompt (Batch.branch_ids)
+    other_models: Callable[[Config], tuple[str, ...]] = lambda config: ()  # models beside the policy, for the planner
     plots: Mapping[str, tuple[Panel, ...]] = field(default_factory=dict, hash=False)  # of the report, by file suffix
     moved: Mapping[str, Callable[[Any], tuple[str, Any]]] = field(default_factory=dict, hash=False)
     """Maps keys that this section had in earlier versions to functions from their value to (key, value) today."""

@@ -28,6 +28,11 @@ def step_size(config: Config) -> StepSize:
     return sampled(config, config.grpo.prompts_per_step, config.grpo.minibatches)
 
 
+def other_models(config: Config) -> tuple[str, ...]:
+    """Returns the models that a job holds beside the policy."""
+    return ("a frozen reference",) if config.grpo.kl_coef else ()
+
+
 def whole_minibatches(config: Config) -> Iterator[str]:
     """Yields a line if the prompts of a step do not divide into minibatches."""
     g = config.grpo
@@ -65,6 +70,7 @@ RECIPE = Recipe(
     section=GrpoConfig,
     rules=(whole_minibatches, groups_compare, no_spikes),
     step_size=step_size,
+    other_models=other_models,
     same=("grpo.prompts_per_step", "grpo.minibatches"),
     starts_trained=True,
     samples=True,
