@@ -66,9 +66,11 @@ def recipe_of(command: str) -> Recipe | None:
 
 
 def planned_recipes(config: Config) -> list[Recipe]:
-    """Returns the recipes that a document of one stage may be for, by what it writes: those with a section of their own;
-    else those of its plugins; else the first that samples if there is a `rollout` section; else the first that there is.
-    Of these only recipes for the model's head, if there are any."""
+    """Returns the recipes that a document of one stage may be for, by what it writes.
+
+    They are those with a section of their own; else those of its plugins; else the first that samples if there is a
+    `rollout` section; else the first that there is. Of these only recipes for the model's head, if there are any.
+    """
     written, recipes = config.model_fields_set, RECIPES.values()
     own = [r for r in recipes if r.section is not None and r.name in written]
     outside = [r for r in recipes if config.plugins and not r.main.startswith("llmtrain.")]
