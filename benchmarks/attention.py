@@ -1,7 +1,7 @@
 """Compares attention backends: forward and backward of a few layers that share a mask, rebuilt each time.
 
-On a GPU it runs every backend that is valid there; on a CPU, where only sdpa can train, its two implementations:
-torch's fused kernel and the plain formula. It prints for each kind of row which is the fastest, and whether
+It runs every backend that is valid on the machine; on a CPU also the two implementations of sdpa: torch's fused kernel
+and the plain formula. It prints for each kind of row which is the fastest, and whether
 `engine.attention: auto` chooses it.
 
     python -m benchmarks.attention [--lengths 512,2048] [--out benchmarks/results/attention.json]
@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from benchmarks.standings import check_same_work, ratio, summary
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.kernels.backends import attend, fastest, flex_kernel, usable, visibility
+from llmtrain.model.kernels.backends import Kernels, attend, fastest, flex_kernel, usable, visibility
 from llmtrain.model.kernels.sdpa import plain_attention
 
 HEADS, KV_HEADS, WIDTH, LAYERS = 16, 4, 64, 4
@@ -71,16 +71,18 @@ def _restarting(places: Tensor, ends: Tensor) -> Tensor:
     return places - F.pad(ends, (1, 0)).gather(1, document)
 
 
-def layer(name: str, device: torch.device, mask: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def layer(name: str, kernels: Kernels, mask: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Computes one layer with one contestant. q, k, v [rows, heads, tokens, WIDTH]."""
     if name == "sdpa, plain":
         return plain_attention(q, k, v, mask, None)
     if name == "sdpa, fused":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return attend(q, k, v, mask, None, compiled_flex(device) if name == "flex" else None)
+    return attend(q, k, v, mask, kernels)
 
 
-compiled_flex = cache(partial(flex_kernel, softcap=None))
+def kernels_of(name: str, device: torch.device) -> Kernels:
+    backend = name.partition(",")[0]
+    return Kernels((backend,), flex=flex_kernel(device, None) if backend == "flex" else None)
 
 
 def contestant(turns: Turns, case: Case, device: str, name: str) -> None:
@@ -92,10 +94,11 @@ def contestant(turns: Turns, case: Case, device: str, name: str) -> None:
     generator = _generator()
     inputs = [torch.randn(shape, generator=generator).to(where, dtype).requires_grad_() for shape in shapes]
     grad = torch.randn(shapes[0], generator=generator).to(where, dtype)
+    kernels = kernels_of(name, where)
     turns.count_memory()
     while turns.wait():
-        mask = visibility(*ids, case.window, (name.partition(",")[0],), False)
-        out = sum(layer(name, where, mask, *inputs) for _ in range(LAYERS))
+        mask = visibility(*ids, case.window, kernels)
+        out = sum(layer(name, kernels, mask, *inputs) for _ in range(LAYERS))
         found = [out, *torch.autograd.grad(out, inputs, grad)]
         turns.done(sum(x.detach().float().norm().item() for x in found))
 

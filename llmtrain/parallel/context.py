@@ -10,8 +10,11 @@ kv = B (T/cp) (kv heads / tp) head_dim e bytes, a Q shard q = B (T/cp) (heads / 
                                                                        lcm(kv heads / tp, cp) / (kv heads / tp)
     ring        2 (cp - 1) kv  +  2 (cp - 1) kv + 2 cp kv 4 / e        K and V; their gradients travel in fp32
 Rematerialisation adds one more forward. Beside that a row with documents has its segment (and branch) ids gathered
-once a microbatch and pipeline stage: (cp - 1) B (T/cp) 8 bytes each. The mask made of them has B T T entries for
-alltoall, B (T/cp) T for allgather, and exists tile by tile for ring.
+once a microbatch and pipeline stage: (cp - 1) B (T/cp) 8 bytes each.
+
+After the exchange allgather and alltoall compute what one rank would, by the kernels of `engine.attention`; ring
+computes tiles. Only sdpa, on a GPU and for short rows, has a mask of B T T entries for alltoall, B (T/cp) T for
+allgather.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed._functional_collectives as functional
@@ -27,13 +31,17 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 
-from llmtrain.model.attention import attention_mask
-from llmtrain.model.kernels.sdpa import attention
+from llmtrain.model.kernels.backends import Kernels, Mask, attend, visibility
+from llmtrain.model.kernels.tile_plan import Tiles, plan_tiles
+from llmtrain.model.kernels.tiles import tile_side
 from llmtrain.parallel.collectives import all_gather, gather_sequence
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.ring import attend_ring
-from llmtrain.parallel.zigzag import from_shards, places, shard, to_shards
+from llmtrain.parallel.zigzag import from_shards, shard, spans, to_shards
 from llmtrain.types import Batch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def local_batches(microbatches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
@@ -83,73 +91,86 @@ def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
     return from_shards(all_gather(x, 1, group), 1, group.size())
 
 
-def context_parallel(model: nn.Module, group: ProcessGroup, method: str) -> None:
+def context_parallel(model: nn.Module, group: ProcessGroup, method: str, kernels: Kernels) -> None:
     """Lets the attention of a decoder look over the group's parts of the rows, in place."""
     attend, visibility = METHODS[method]
-    model.visibility = partial(visibility, group=group)
+    model.visibility = partial(visibility, group=group, kernels=kernels)
     for block in model.layers.values():
-        softcap = {} if block.attention.softcap is None else {"softcap": block.attention.softcap}
-        block.attention.attend = partial(attend, group=group, **softcap)
+        block.attention.attend = partial(attend, group=group, kernels=kernels)
 
 
 def attend_allgather(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, group: ProcessGroup, kernels: Kernels
 ) -> Tensor:
-    """Returns the attention of this rank's queries to the gathered keys and values; `mask` [B, 1, T / cp, T]."""
-    cp, rank, n = group.size(), group.rank(), q.size(2) // 2
+    """Returns the attention of this rank's queries to the gathered keys and values."""
     gathered = gather_sequence(torch.cat([k, v], -1).transpose(1, 2), group)
-    k, v = from_shards(gathered, 1, cp).transpose(1, 2).split([k.size(-1), v.size(-1)], -1)
+    k, v = from_shards(gathered, 1, group.size()).transpose(1, 2).split([k.size(-1), v.size(-1)], -1)
+    if mask is None or isinstance(mask, Tensor):
+        return _attend_halves(q, k, v, mask, group, kernels)
+    return attend(q, k, v, mask, kernels)
+
+
+def _attend_halves(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup, kernels: Kernels
+) -> Tensor:
+    """Returns the attention of this rank's two chunks to the keys that are not later; `mask` [B, 1, T / cp, T]."""
+    cp, rank, n = group.size(), group.rank(), q.size(2) // 2
     outputs = []
-    for rows, end in ((slice(0, n), (rank + 1) * n), (slice(n, 2 * n), (2 * cp - rank) * n)):  # later keys are hidden
+    for rows, end in ((slice(0, n), (rank + 1) * n), (slice(n, 2 * n), (2 * cp - rank) * n)):
         if mask is None:
             seen = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(end - n)
         else:
             seen = mask[:, :, rows, :end]
-        outputs.append(attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], seen, softcap))
+        outputs.append(attend(q[:, :, rows], k[:, :, :end], v[:, :, :end], seen, kernels))
     return torch.cat(outputs, 2)
 
 
 def _visibility_allgather(
-    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
-) -> Tensor | None:
-    if segment_ids is None and window is None:
-        return None
-    segments, branches, places_in_text = _whole_ids(segment_ids, branch_ids, positions, window, group)
-    own = places(group.rank(), group.size(), positions.size(1), positions.device)
-    return attention_mask(segments, branches, own, positions=places_in_text, window=window)
+    segment_ids: Tensor | None,
+    branch_ids: Tensor | None,
+    positions: Tensor,
+    window: int | None,
+    group: ProcessGroup,
+    kernels: Kernels,
+) -> Mask | BlockMask | None:
+    own = spans(group.rank(), group.size(), positions.size(1))
+    ids = _whole_ids(segment_ids, branch_ids, positions, window, group)
+    return visibility(*ids, window, kernels, own)
 
 
 def attend_alltoall(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: ProcessGroup, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | BlockMask | None, group: ProcessGroup, kernels: Kernels
 ) -> Tensor:
-    """Returns the attention over whole rows of heads / cp heads (Ulysses, arXiv 2309.14509); `mask` [B, 1, T, T].
+    """Returns the attention over whole rows of heads / cp heads (Ulysses, arXiv 2309.14509).
 
     K/V heads are repeated where they do not divide by cp; query heads must.
     """
     copies = math.lcm(k.size(1), group.size()) // k.size(1)
     if copies > 1:
         k, v = (x.repeat_interleave(copies, 1) for x in (k, v))
-    return _rows_to_heads(attention(*(_heads_to_rows(x, group) for x in (q, k, v)), mask, softcap), group)
+    return _rows_to_heads(attend(*(_heads_to_rows(x, group) for x in (q, k, v)), mask, kernels), group)
 
 
 def _visibility_alltoall(
-    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
-) -> Tensor | None:
-    if segment_ids is None and window is None:
-        return None
-    segments, branches, places_in_text = _whole_ids(segment_ids, branch_ids, positions, window, group)
-    return attention_mask(segments, branches, positions=places_in_text, window=window)
+    segment_ids: Tensor | None,
+    branch_ids: Tensor | None,
+    positions: Tensor,
+    window: int | None,
+    group: ProcessGroup,
+    kernels: Kernels,
+) -> Mask | BlockMask | None:
+    return visibility(*_whole_ids(segment_ids, branch_ids, positions, window, group), window, kernels)
 
 
 def _whole_ids(
     segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns segments, branches and, for a window, positions of whole rows."""
-    segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
-    wanted = (segments, branch_ids, None if window is None else positions)
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Returns segments, branches and positions of whole rows. Positions are asked for with a window only; else they
+    are the places."""
+    B, T = positions.size(0), positions.size(1) * group.size()
+    wanted = (segment_ids, branch_ids, None if window is None else positions)
     segments, branches, whole = (None if ids is None else _gathered(ids, group) for ids in wanted)
-    assert segments is not None
-    return segments, branches, whole
+    return segments, branches, torch.arange(T, device=positions.device).expand(B, T) if whole is None else whole
 
 
 def _heads_to_rows(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -183,13 +204,19 @@ def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _visibility_ring(
-    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
-) -> Tensor | None:
-    """Returns the ids themselves, [1 or 2, B, T]."""
-    assert window is None, "a rule of the configuration"
-    if segment_ids is None:
-        return None
-    return torch.stack([ids for ids in _whole_ids(segment_ids, branch_ids, positions, None, group) if ids is not None])
+    segment_ids: Tensor | None,
+    branch_ids: Tensor | None,
+    positions: Tensor,
+    window: int | None,
+    group: ProcessGroup,
+    kernels: Kernels,
+) -> list[Tiles]:
+    """Returns the tiles of this rank's queries and the keys of each rank."""
+    assert window is None and kernels.softcap is None, "a rule of the configuration"
+    ids = _whole_ids(segment_ids, branch_ids, positions, None, group)
+    own, *sources = (spans(rank, group.size(), positions.size(1)) for rank in (group.rank(), *range(group.size())))
+    side = tile_side(positions.device, None)
+    return [plan_tiles(*ids, None, own, keys, side) for keys in sources]
 
 
 METHODS = {

@@ -13,7 +13,7 @@ from llmtrain.arch.resolve import chunk_tokens
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.model.heads import LMHead
-from llmtrain.model.kernels.backends import use_backend
+from llmtrain.model.kernels.backends import kernels_of, set_kernels
 from llmtrain.parallel.context import context_parallel
 from llmtrain.parallel.expert import expert_parallel
 from llmtrain.parallel.float8 import float8_blocks
@@ -46,10 +46,11 @@ def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engin
         place(part, shapes)
         tensor_parallel(part, mesh.tp_group, parallel.sequence_parallel)
         expert_parallel(part, mesh, parallel.sequence_parallel)
+        kernels = kernels_of(config, engine.attention, mesh.device, engine.precision)
         if mesh.sizes["cp"] > 1:
-            context_parallel(part, mesh.groups["cp"], parallel.context)
+            context_parallel(part, mesh.groups["cp"], parallel.context, kernels)
         else:
-            use_backend(part, engine.attention, mesh.device, engine.precision)
+            set_kernels(part, kernels)
         if engine.precision == "fp8":
             float8_blocks(part)
         scoring_head(part, mesh, engine)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmtrain.model.kernels.tile_plan import Span
+
 
 def to_shards(x: Tensor, dim: int, cp: int) -> Tensor:
     """Reorders a row along `dim` so that the ranks' parts follow each other.
@@ -34,3 +36,10 @@ def shard(x: Tensor, dim: int, rank: int, cp: int) -> Tensor:
 def places(rank: int, cp: int, shard_tokens: int, device: torch.device) -> Tensor:
     """Returns the positions in the row of the tokens of `rank`, [shard_tokens]."""
     return shard(torch.arange(cp * shard_tokens, device=device), 0, rank, cp)
+
+
+def spans(rank: int, cp: int, shard_tokens: int) -> list[Span]:
+    """Returns the two chunks of `rank`, as they lie in its tensors."""
+    n = shard_tokens // 2
+    chunks = enumerate((rank, 2 * cp - 1 - rank))
+    return [Span(chunk * n, (chunk + 1) * n, number * n) for number, chunk in chunks]

@@ -9,12 +9,13 @@ from llmtrain.rules.case import Case, Rules, plans, trains
 
 
 def _backend(case: Case) -> Iterator[str]:
-    backend, precision, cp = case.config.engine.attention, case.config.engine.precision, case.config.parallel.cp
+    backend, precision, p = case.config.engine.attention, case.config.engine.precision, case.config.parallel
     if backend not in ("flex", "flash"):
         return
     key = f"engine.attention={backend}"
-    if cp > 1:
-        yield f"{key}: not with parallel.cp={cp}, whose methods bring their own attention; set sdpa or auto"
+    if p.cp > 1 and p.context == "ring":
+        rule = "not with parallel.context=ring, which computes tiles by itself"
+        yield f"{key}: {rule}; set sdpa or auto, or context to alltoall or allgather"
     if case.model:
         faults = flex_faults(case.model) if backend == "flex" else flash_faults(case.model, precision)
         yield from (f"{key}: {fault}" for fault in faults)

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.model.attention import attention_mask
+from llmtrain.model.kernels import tile_plan, tiles
+from llmtrain.model.kernels.backends import Kernels
 from llmtrain.model.kernels.sdpa import attention
-from llmtrain.parallel import ring
 from llmtrain.parallel.context import METHODS
 from llmtrain.parallel.zigzag import shard
 from tests.json_output import print_json
@@ -38,44 +39,55 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).nan_to_num(torch.inf).item()
 
 
-def errors(method: str, kind: str, kv_heads: int, dtype: torch.dtype) -> dict[str, float]:
+def errors(
+    method: str, backend: str, kind: str, kv_heads: int, dtype: torch.dtype, softcap: float | None
+) -> dict[str, float]:
     group, g = dist.group.WORLD, torch.Generator().manual_seed(1)
     rank, cp = group.rank(), group.size()
     heads = (HEADS, kv_heads, kv_heads, HEADS)
     q, k, v, weights = (torch.randn(B, n, T, HEAD_DIM, generator=g).to(dtype) for n in heads)
     segments, branches = row_ids(kind)
+    real = torch.ones(B, 1, T, 1) if segments is None else (segments >= 0)[:, None, :, None].float()
+    weights = weights * real.to(dtype)  # of padding nothing is promised
     whole = [x.float().clone().requires_grad_() for x in (q, k, v)]
     positions, window = torch.arange(T).expand(B, T), 7 if kind.startswith("window") else None
     everywhere = torch.zeros_like(positions) if segments is None else segments
     plain = None if kind == "causal" else attention_mask(everywhere, branches, positions=positions, window=window)
-    expected = attention(*whole, plain)
+    expected = attention(*whole, plain, softcap)
     (expected * weights.float()).sum().backward()
-    want = {"out": expected.detach(), **{name: x.grad for name, x in zip("qkv", whole, strict=True)}}
+    want = {"out": expected.detach() * real, **{name: x.grad for name, x in zip("qkv", whole, strict=True)}}
 
     attend, visibility = METHODS[method]
+    kernels = Kernels((backend,), softcap, softcap is not None)
     mine = [shard(x, 2, rank, cp).requires_grad_() for x in (q, k, v)]
     ids = [None if x is None else shard(x, 1, rank, cp) for x in (segments, branches, positions)]
-    out = attend(*mine, visibility(*ids, window, group), group)
+    out = attend(*mine, visibility(*ids, window, group, kernels), group, kernels)
     (out * shard(weights, 2, rank, cp)).sum().backward()
     got = {"out": out.detach(), **{name: x.grad for name, x in zip("qkv", mine, strict=True)}}
     assert all(x.dtype == dtype for x in got.values())
+    got["out"] = got["out"] * shard(real, 2, rank, cp)
     return {name: relative(got[name], shard(want[name], 2, rank, cp)) for name in got}
+
+
+def cases() -> list[tuple]:
+    """Returns what `errors` is asked: every method, by whole masks and by tiles (ring: tiles)."""
+    ways = [("ring", "tiles"), *product(("allgather", "alltoall"), ("sdpa", "tiles"))]
+    kinds = ("causal", "documents", "branches")
+    found = [(*way, kind, kv, torch.float32, None) for way, kind, kv in product(ways, kinds, (4, 2, 1))]
+    found += [(*way, "documents", 2, torch.bfloat16, None) for way in ways]
+    others = ((kind, cap) for kind, cap in (("window", None), ("window, documents", None), ("documents", 2.0)))
+    return found + [(*way, kind, 2, torch.float32, cap) for way, (kind, cap) in product(ways[1:], others)]
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    ring.TILE_TOKENS = 3  # tiles of unequal size
-    kinds = ("causal", "documents", "branches")
-    cases = [(m, kind, kv, torch.float32) for m, kind, kv in product(METHODS, kinds, (4, 2, 1))]
-    cases += [(m, "documents", 2, torch.bfloat16) for m in METHODS]
-    cases += [(m, f"window{more}", 2, torch.float32) for m in METHODS if m != "ring" for more in ("", ", documents")]
-    for method, kind, kv_heads, dtype in cases:
-        found = torch.tensor(list(errors(method, kind, kv_heads, dtype).values()))
+    tiles.SIDE_TOKENS = tile_plan.WINDOW_TOKENS = 3  # tiles of unequal size
+    for case in cases():
+        found = torch.tensor(list(errors(*case).values()))
         dist.all_reduce(found, dist.ReduceOp.MAX)
         if dist.get_rank() == 0:
-            case = {"case": [method, kind, kv_heads, str(dtype)], "error": float(found.max())}
-            print_json(case)
+            print_json({"case": list(map(str, case)), "error": float(found.max())})
     dist.destroy_process_group()
 
 

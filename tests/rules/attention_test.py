@@ -37,8 +37,8 @@ BROKEN = [
     ({"attention": "flash", "model": {"head_dim": 264}}, "has no kernel for heads of 264, only up to 256; set flex"),
     ({"attention": "flash", "model": {"attention": "mla", "mla": LATENT}}, "mla has 16 and 24; set flex"),
     ({"attention": "flash", "command": "grpo"}, "its masks cannot say that samples share their prompt; set flex"),
-    ({"attention": "flash", "parallel": {"cp": 2}}, "not with parallel.cp=2, whose methods bring their own attention"),
-    ({"attention": "flex", "parallel": {"cp": 2}}, "not with parallel.cp=2, whose methods bring their own attention"),
+    ({"attention": "flash", "parallel": {"cp": 2}}, "not with parallel.context=ring, which computes tiles by itself"),
+    ({"attention": "flex", "parallel": {"cp": 2}}, "not with parallel.context=ring, which computes tiles by itself"),
     ({"attention": "flex", "model": {"head_dim": 8}}, "needs heads of at least 16, the model has 8; set sdpa or auto"),
 ]
 
@@ -56,6 +56,8 @@ def test_kept_they_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
         {"attention": "flex", "command": "grpo"},
         {"attention": "flex", "model": {"attention": "mla", "mla": LATENT}},
     ]
+    cut = {"cp": 2, "context": "alltoall"}
+    good += [{"attention": backend, "parallel": cut} for backend in ("flex", "flash")]
     good += [{"attention": "flash", "command": "plan", "installed": False}]  # a plan is for another machine
     assert [found(monkeypatch, **case) for case in good] == [[]] * len(good)
 

@@ -14,58 +14,82 @@ if TYPE_CHECKING:
 BLOCK = 128  # tokens; the size that the kernels are tuned for
 
 Pair = tuple[Tensor, Tensor]
-"""Holds two masks of blocks, bool [B, query blocks, key blocks]: some of the block may be seen; all of it is seen."""
+"""Holds two tensors of blocks. Masks, bool [B, query blocks, key blocks]: some of the block may be seen; all of it is."""
 
 
 def block_mask(
-    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
+    segment_ids: Tensor | None,
+    branch_ids: Tensor | None,
+    positions: Tensor,
+    window: int | None,
+    queries: Tensor | None = None,
 ) -> BlockMask:
-    """Returns the visibility of `model.attention.attention_mask` for whole rows, as the mask of flex attention.
+    """Returns the visibility of `model.attention.attention_mask` as the mask of flex attention.
 
-    The ids are [B, T]; `segment_ids` None = one segment a row.
+    The ids are [B, T]; `segment_ids` None = one segment a row. `queries` [Q]: ascending places in the row, None = all.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     T = positions.size(1)
-    some, every = seen_blocks(segment_ids, branch_ids, positions, window)
+    some, every = seen_blocks(segment_ids, branch_ids, positions, window, queries)
+    rule = _rule(segment_ids, branch_ids, positions, window)
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~every),
         *_ordered(every),
         BLOCK_SIZE=BLOCK,
-        mask_mod=_rule(segment_ids, branch_ids, positions, window),
-        seq_lengths=(T, T),
+        mask_mod=rule if queries is None else _at(queries, rule),
+        seq_lengths=(T if queries is None else len(queries), T),
     )
 
 
-def seen_blocks(segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None) -> Pair:
+def seen_blocks(
+    segment_ids: Tensor | None,
+    branch_ids: Tensor | None,
+    positions: Tensor,
+    window: int | None,
+    queries: Tensor | None = None,
+) -> Pair:
     """Returns which blocks may be seen at all and which as a whole, judged by the least and greatest id of each block.
 
     The judgement is safe: no block with something seen is left out, none with something hidden is called whole.
     """
-    T = positions.size(1)
-    number = torch.arange(-(-T // BLOCK), device=positions.device)
-    whole = (number + 1) * BLOCK <= T  # False for a block that the row does not fill
-    pairs = [((number[:, None] >= number)[None], ((number[:, None] > number) & whole[:, None])[None])]
+    T, device = positions.size(1), positions.device
+    of_query, of_key = _both_ranges(torch.arange(T, device=device)[None], queries)
+    filled = _filled(T if queries is None else len(queries), device)[:, None] & _filled(T, device)
+    pairs = [(of_query[1] >= of_key[0], (of_query[0] >= of_key[1]) & filled)]
     if segment_ids is not None:  # padding sorts last, or the block where it begins would span all segments
-        pairs.append(_equal(segment_ids.where(segment_ids >= 0, torch.iinfo(segment_ids.dtype).max)))
+        ids = segment_ids.where(segment_ids >= 0, torch.iinfo(segment_ids.dtype).max)
+        pairs.append(_equal(*_both_ranges(ids, queries)))
     if branch_ids is not None:
-        low, high = _ranges(branch_ids)
-        some, every = _equal(branch_ids)
-        pairs.append((some | (low == 0)[:, None], every | (high == 0)[:, None]))
+        of_query, of_key = _both_ranges(branch_ids, queries)
+        some, every = _equal(of_query, of_key)
+        pairs.append((some | (of_key[0] == 0), every | (of_key[1] == 0)))
     if window is not None:
-        low, high = _ranges(positions)
-        pairs.append((low[:, :, None] - high[:, None] < window, high[:, :, None] - low[:, None] < window))
+        of_query, of_key = _both_ranges(positions, queries)
+        pairs.append((of_query[0] - of_key[1] < window, of_query[1] - of_key[0] < window))
     some, every = pairs[0]
     for more, most in pairs[1:]:
         some, every = some & more, every & most
     return some, every
 
 
-def _equal(ids: Tensor) -> Pair:
+def _both_ranges(ids: Tensor, queries: Tensor | None) -> tuple[Pair, Pair]:
+    """Returns the least and the greatest ids of the blocks of queries, [B, query blocks, 1] each, and of keys, [B, 1,
+    key blocks]."""
+    of_key = _ranges(ids)
+    of_query = of_key if queries is None else _ranges(ids[:, queries])
+    return (of_query[0][:, :, None], of_query[1][:, :, None]), (of_key[0][:, None], of_key[1][:, None])
+
+
+def _filled(tokens: int, device: torch.device) -> Tensor:
+    """Returns which blocks have BLOCK tokens, [blocks]."""
+    return (torch.arange(-(-tokens // BLOCK), device=device) + 1) * BLOCK <= tokens
+
+
+def _equal(of_query: Pair, of_key: Pair) -> Pair:
     """Returns which pairs of blocks may hold ids in common, and which hold one and the same id only."""
-    low, high = _ranges(ids)
-    some = (low[:, None] <= high[:, :, None]) & (low[:, :, None] <= high[:, None])
-    return some, (low[:, None] == high[:, :, None]) & (low[:, :, None] == high[:, None])
+    (low, high), (key_low, key_high) = of_query, of_key
+    return (key_low <= high) & (low <= key_high), (key_low == high) & (low == key_high)
 
 
 def _ranges(x: Tensor) -> Pair:
@@ -97,5 +121,14 @@ def _rule(
         if window is not None:
             mask = mask & (positions[batch, query] - positions[batch, key] < window)
         return mask
+
+    return seen
+
+
+def _at(queries: Tensor, rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns the rule of a query that is counted among `queries`."""
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(batch, head, queries[query], key)
 
     return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -19,21 +20,27 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig
 from llmtrain.model.attention import attention_mask
 from llmtrain.model.decoder import Decoder, initialize
+from llmtrain.model.kernels import backends
 from llmtrain.model.kernels.backends import (
     FLEX_TOKENS,
+    TILE_TOKENS,
     Documents,
+    Kernels,
     attend,
     check_backend,
     documents,
     fastest,
     flex_kernel,
-    set_backend,
+    kernels_of,
+    make_kernels,
+    set_kernels,
     usable,
-    use_backend,
     visibility,
 )
 from llmtrain.model.kernels.flex_masks import BLOCK, block_mask, seen_blocks
 from llmtrain.model.kernels.sdpa import attention
+from llmtrain.model.kernels.tile_plan import Tiles
+from llmtrain.parallel.zigzag import places, spans
 
 CPU = torch.device("cpu")
 T = 150  # two blocks, the second one not full
@@ -78,6 +85,11 @@ BRANCHED = branched(40, [30, 60, 10], T)
 CAUSAL = (None, None, torch.arange(T).repeat(2, 1))
 
 
+def only(backend: str, softcap: float | None = None, device: torch.device = CPU) -> Kernels:
+    flex = flex_kernel(device, softcap) if backend == "flex" else None
+    return Kernels((backend,), softcap, softcap is not None, flex)
+
+
 def heads(rows: int, width: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
     """Returns q of 4 heads, k and v of 2."""
     generator = torch.Generator().manual_seed(0)
@@ -97,10 +109,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, ids: Ids, window: int | None, sof
 def test_flex_is_sdpa(ids: Ids, window: int | None, softcap: float | None) -> None:
     q, k, v = heads(ids[2].size(0), 16)
     v = v[..., :12]  # values may be narrower than keys
-    mask = visibility(*ids, window, ("flex",), softcap is not None)
-    out = attend(q, k, v, mask, softcap, flex_kernel(CPU, softcap))
+    kernels = only("flex", softcap)
+    out = attend(q, k, v, visibility(*ids, window, kernels), kernels)
+    expected = reference(q, k, v, ids, window, softcap)
     assert out.shape == (*q.shape[:3], 12)
-    assert (out - reference(q, k, v, ids, window, softcap)).abs().max() <= SAME
+    assert (out - expected).abs().max() <= SAME
+    mask = visibility(*ids, window, kernels, spans(0, 2, T // 2 - 1))  # of some of the queries
+    asked = places(0, 2, T // 2 - 1, CPU)
+    assert (attend(q[:, :, asked], k, v, mask, kernels) - expected[:, :, asked]).abs().max() <= SAME
 
 
 @st.composite
@@ -114,14 +130,16 @@ def rows(draw: st.DrawFn) -> tuple[Ids, int | None]:
 
 
 @settings(max_examples=40, deadline=None, database=None)
-@given(rows())
-def test_no_block_is_forgotten_and_whole_ones_are_whole(drawn: tuple[Ids, int | None]) -> None:
+@given(rows(), st.booleans())
+def test_no_block_is_forgotten_and_whole_ones_are_whole(drawn: tuple[Ids, int | None], part: bool) -> None:
     """The kernels look at nothing else (on a CPU flex ignores blocks, so that `test_flex_is_sdpa` would not notice)."""
     (segments, branches, positions), window = drawn
     width = positions.size(1)
-    some, every = seen_blocks(segments, branches, positions, window)
-    padded = torch.zeros(1, some.size(1) * BLOCK, some.size(1) * BLOCK, dtype=torch.bool)
-    padded[:, :width, :width] = attention_mask(segments, branches, positions=positions, window=window)[:, 0]
+    queries = torch.arange(width)[width // 3 :: 2] if part else None
+    some, every = seen_blocks(segments, branches, positions, window, queries)
+    mask = attention_mask(segments, branches, queries, positions=positions, window=window)[:, 0]
+    padded = torch.zeros(1, some.size(1) * BLOCK, some.size(2) * BLOCK, dtype=torch.bool)
+    padded[:, : mask.size(1), :width] = mask
     tiles = padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
     assert not (tiles.any(4).any(2) & ~some).any() and not (every & ~tiles.all(4).all(2)).any()
     assert not (every & ~some).any()
@@ -141,14 +159,14 @@ def test_empty_blocks_are_left_out() -> None:
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *rest: object, **options: object) -> Tensor:
     """Computes flash_attn_varlen_func as it is documented, one sequence at a time. [tokens, heads, head_dim]"""
-    (other, longest, longest_k), (left, right) = rest, options["window_size"]
-    assert starts.dtype == torch.int32 and other is starts and options["causal"] and right <= 0
-    assert longest == longest_k == int(starts.diff().max())
-    parts = []
-    for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
-        own = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
-        i = torch.arange(b - a)
-        seen = (i[:, None] >= i) & ((left == -1) | (i[:, None] - i <= left))
+    (key_starts, longest, longest_k), (left, right) = rest, options["window_size"]
+    assert starts.dtype == key_starts.dtype == torch.int32 and options["causal"] and right <= 0
+    assert (longest, longest_k) == (int(starts.diff().max()), int(key_starts.diff().max()))
+    parts, bounds = [], (starts.tolist(), key_starts.tolist())
+    for (a, c), (b, d) in itertools.pairwise(zip(*bounds, strict=True)):
+        own = [x[start:stop].transpose(0, 1)[None] for x, start, stop in ((q, a, b), (k, c, d), (v, c, d))]
+        i, j = torch.arange(d - c - (b - a), d - c), torch.arange(d - c)  # the last query sees the last key
+        seen = (i[:, None] >= j) & ((left == -1) | (i[:, None] - j <= left))
         parts.append(attention(*own, seen[None, None], options["softcap"] or None)[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -161,9 +179,13 @@ def test_flash_is_called_as_documented(
     """Documents, window and softcap reach the package's function so that it computes what sdpa does."""
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
     q, k, v = heads(2, 16)
-    mask = visibility(*ids, window, ("flash",), softcap is not None)
+    kernels = only("flash", softcap)
+    mask, expected = visibility(*ids, window, kernels), reference(q, k, v, ids, window, softcap)
     assert isinstance(mask, Documents)
-    assert (attend(q, k, v, mask, softcap) - reference(q, k, v, ids, window, softcap)).abs().max() <= SAME
+    assert (attend(q, k, v, mask, kernels) - expected).abs().max() <= SAME
+    for rank in range(3):  # some of the queries
+        mask, asked = visibility(*ids, window, kernels, spans(rank, 3, T // 3)), places(rank, 3, T // 3, CPU)
+        assert (attend(q[:, :, asked], k, v, mask, kernels) - expected[:, :, asked]).abs().max() <= SAME
 
 
 def test_documents_of_rows() -> None:
@@ -197,7 +219,7 @@ def test_a_decoder_scores_alike(fields: dict) -> None:
     ids = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids, positions, segments)
-        set_backend(model, ("flex",), CPU)
+        set_kernels(model, make_kernels(model.config, ("flex",), CPU))
         found = model(ids, positions, segments)
     assert expected.abs().max() > 0.5 and (found - expected).abs().max() <= SAME
 
@@ -209,7 +231,7 @@ def test_new_masks_need_no_new_graph() -> None:
     ids = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(1))
     rows = [PACKED, packed([[10, 100, 20], [50, 90]], T)]
     expected = [model(ids, positions, segments) for segments, _, positions in rows]
-    set_backend(model, ("flex",), CPU)
+    set_kernels(model, make_kernels(model.config, ("flex",), CPU))
     for block in model.layers.values():
         block.compile(backend=counter, fullgraph=True)
     found = [model(ids, positions, segments) for segments, _, positions in rows]
@@ -217,11 +239,49 @@ def test_new_masks_need_no_new_graph() -> None:
     assert all((a - b).abs().max() <= SAME for a, b in zip(found, expected, strict=True))
 
 
-def test_auto_on_a_cpu_is_sdpa_as_it_was() -> None:
-    model = decoder({})
-    use_backend(model, "auto", CPU, "bf16")
-    assert "visibility" not in vars(model) and "attend" not in vars(model.layers["0"].attention)
-    assert usable(model.config, CPU, "bf16") == ("sdpa",)
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize("fields", [{}, SLIDING, MLA], ids=["plain", "sliding", "latent"])
+def test_short_rows_on_a_cpu_are_computed_as_a_decoder_does(backend: str, fields: dict) -> None:
+    model = decoder(fields)
+    ids = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(1))
+    expected = [model(ids, given[2], given[0]) for given in (PACKED, CAUSAL)]
+    set_kernels(model, kernels_of(model.config, backend, CPU, "bf16"))
+    found = [model(ids, given[2], given[0]) for given in (PACKED, CAUSAL)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("fields", [{}, SLIDING, MLA], ids=["plain", "sliding", "latent"])
+def test_long_rows_on_a_cpu_are_computed_by_tiles(fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter's gradient; tokens of padding have other states, which nobody reads."""
+    model = decoder(fields)
+    ids = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(1))
+    real = torch.tensor([140, 130])[:, None] > torch.arange(T)
+    segments, _, positions = packed([[70, 50, 20], [130]], T)
+    results = []
+    for least in (T + 1, T):
+        monkeypatch.setattr(backends, "TILE_TOKENS", least)
+        set_kernels(model, kernels_of(model.config, "auto", CPU, "fp32"))
+        masks = [view.mask for view in model.views(torch.float32, positions, segments, None, None).values()]
+        assert all(isinstance(mask, Tiles) == (least == T) for mask in masks)
+        out = model(ids, positions, segments)[real]
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= SAME * expected.norm()
+
+
+def test_rows_of_tiles_need_no_new_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "TILE_TOKENS", T)
+    model, counter = decoder({}), CompileCounter()
+    set_kernels(model, kernels_of(model.config, "auto", CPU, "fp32"))
+    block = model.layers["0"]
+    block.compile(backend=counter)
+    ids = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(1))
+    graphs = []
+    for lengths in ([[70, 50, 20], [130]], [[10, 100, 20], [50, 90]], [[1] * 90, [7, 8]]):
+        segments, _, positions = packed(lengths, T)
+        model(ids, positions, segments).sum().backward()
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] == graphs[2]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +293,7 @@ def test_auto_on_a_cpu_is_sdpa_as_it_was() -> None:
 )
 def test_refused_on_a_cpu(backend: str, told: str) -> None:
     with pytest.raises(ValueError, match=f"^{told}$"):
-        use_backend(decoder({}), backend, CPU, "bf16")
+        kernels_of(decoder({}).config, backend, CPU, "bf16")
     check_backend("sdpa", CPU)
 
 
@@ -247,13 +307,13 @@ def test_flash_is_refused_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 def test_flex_has_no_backward_on_a_cpu() -> None:
     """The missing backward is why flex is refused on a CPU. When this fails, torch has one, and the rule can go."""
     q, k, v = (x.requires_grad_() for x in heads(2, 16))
-    mask = visibility(*PACKED, None, ("flex",), False)
+    kernels = only("flex")
     with pytest.raises(NotImplementedError, match="backward on CPU"):
-        attend(q, k, v, mask, None, flex_kernel(CPU, None))
+        attend(q, k, v, visibility(*PACKED, None, kernels), kernels)
 
 
 @pytest.mark.parametrize(
-    ("backends", "masked", "branches", "capped", "tokens", "expected"),
+    ("names", "masked", "branches", "unfused", "tokens", "expected"),
     [
         (("sdpa", "flex", "flash"), False, False, False, 4096, "sdpa"),
         (("sdpa", "flex", "flash"), True, False, False, 64, "flash"),
@@ -262,13 +322,17 @@ def test_flex_has_no_backward_on_a_cpu() -> None:
         (("sdpa", "flex", "flash"), True, True, False, FLEX_TOKENS - 1, "sdpa"),
         (("sdpa", "flex"), True, False, False, FLEX_TOKENS, "flex"),
         (("sdpa",), True, False, True, 4096, "sdpa"),
+        (("sdpa", "tiles"), True, False, False, TILE_TOKENS - 1, "sdpa"),
+        (("sdpa", "tiles"), True, True, False, TILE_TOKENS, "tiles"),
+        (("sdpa", "tiles"), False, False, False, TILE_TOKENS, "sdpa"),
+        (("sdpa", "tiles"), False, False, True, TILE_TOKENS, "tiles"),
         (("flex",), False, False, False, 64, "flex"),
     ],
 )
 def test_the_choice_of_auto(
-    backends: tuple[str, ...], masked: bool, branches: bool, capped: bool, tokens: int, expected: str
+    names: tuple[str, ...], masked: bool, branches: bool, unfused: bool, tokens: int, expected: str
 ) -> None:
-    assert fastest(backends, masked, branches, capped, tokens) == expected
+    assert fastest(names, masked, branches, unfused, tokens) == expected
 
 
 def gpu_cases() -> Iterator[tuple[str, torch.dtype, float]]:
@@ -291,8 +355,8 @@ def test_forward_and_backward_on_a_gpu(
     device = torch.device("cuda")
     ids = tuple(None if x is None else x.to(device) for x in ids)
     inputs = [x.requires_grad_() for x in heads(ids[2].size(0), 64, dtype, "cuda")]
-    mask = visibility(*ids, window, (backend,), softcap is not None)
-    found = attend(*inputs, mask, softcap, flex_kernel(device, softcap) if backend == "flex" else None)
+    kernels = only(backend, softcap, device)
+    found = attend(*inputs, visibility(*ids, window, kernels), kernels)
     # against fp32: sdpa in bf16 has errors of its own
     exact = [x.detach().float().requires_grad_() for x in inputs]
     expected = reference(*exact, ids, window, softcap)
