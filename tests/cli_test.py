@@ -39,6 +39,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in cli.commands()) and cli.EXAMPLE in out
+    assert cli.main(["chat", "--help"]) == 0
+    assert capsys.readouterr().out == out
     assert cli.main([]) == 2
 
 
@@ -59,6 +61,12 @@ def test_the_command_gets_the_configuration(tiny: str, pretrain: types.ModuleTyp
         (["pretrain"], "pretrain: needs a configuration file, as in: llmtrain pretrain configs/"),
         (["pretrain", "train.steps=3"], "pretrain: needs a configuration file"),
         (["doctor", "x"], "doctor: takes no arguments, got x"),
+        (["chat"], "chat: the following arguments are required: RUN|DIRECTORY; llmtrain chat RUN|DIRECTORY"),
+        (["chat", "no/where/x"], "no/where/x: no such directory; give that of a run or of a Hugging Face model"),
+        (
+            ["chat", "no/where"],
+            "no/where: does not exist, and the Hugging Face hub cannot be asked from here (no network",
+        ),
         (["pretrain", "no.yaml"], "no.yaml: cannot be read: No such file or directory"),
         (
             ["pretrain", "{tiny}", "parallel.tensor=2"],

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-
-import torch
 
 from llmtrain.arch.resolve import newest_step, resolve_model
 from llmtrain.checkpoint.source import load_decoder
@@ -22,6 +21,7 @@ from llmtrain.data.stream import text_of
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.observe.log import log
+from llmtrain.parallel.device import rank_device
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.job import tokenizer_dir
 from llmtrain.types import Prompt, Sampling
@@ -52,7 +52,8 @@ def main(options: ChatOptions) -> int:
 def converse(talk: Talk) -> int:
     """Answers line by line until the input ends (0) or Ctrl-C comes twice with no line between (130). A line that
     cannot be answered is forgotten."""
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal := sys.stdin.isatty() and sys.stdout.isatty():
+        importlib.import_module("readline")  # lets `input` edit its line
     interrupted = False
     while True:
         try:
@@ -143,9 +144,8 @@ def load_generator(path: str) -> NativeGenerator:
     model = resolve_model(ModelConfig(init_from=path))
     if model.head != "lm":
         raise ValueError(f"{path}: its head gives numbers instead of words (model.head={model.head}); give another")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = load_decoder(path, model, compute_dtype(fast_precision()))
-    return NativeGenerator(decoder, 1, device)
+    return NativeGenerator(decoder, 1, rank_device())
 
 
 def tokenizer_of(path: str) -> str:
