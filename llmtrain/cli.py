@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         action = _prepare(*arguments)
     except ValueError as error:
         if int(os.environ.get("RANK", "0")) == 0:  # every rank finds the same
-            print(error, file=sys.stderr)
+            _tell(str(error))
         return 2
     return _guarded(action)
 
@@ -139,11 +139,17 @@ def _guarded(action: Callable[[], int | None]) -> int:
         return int(told.code or 0)
     except Exception as error:
         if not isinstance(error, TOLD) or not _ours(error):
-            traceback.print_exc()
+            _tell(traceback.format_exc().rstrip())
             return 1
         rank = os.environ.get("RANK", "0")
-        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        _tell(str(error) if rank == "0" else f"rank {rank}: {error}")
         return 2 if isinstance(error, ValueError) else 1
+
+
+def _tell(message: str) -> None:
+    """Writes the message and its end in one piece: what other ranks write there comes before or after it."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
 
 
 def _ours(error: Exception) -> bool:

@@ -122,6 +122,19 @@ def test_what_happens_later_sets_the_status(
     assert cli.main(["pretrain", tiny]) == 130
 
 
+def test_a_message_is_written_in_one_piece(
+    tiny: str, pretrain: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else those of two ranks run into one line."""
+    pieces: list[str] = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=pieces.append, flush=lambda: None))
+    for body in ("raise FloatingPointError('step 3: loss is nan')", "raise KeyError('bug')"):
+        exec(f"def main(config):\n    {body}", pretrain.__dict__)
+        assert cli.main(["pretrain", tiny]) == 1
+    assert cli.main(["pretrain", tiny, "no.key=1"]) == 2
+    assert len(pieces) == 3 and all(piece.endswith("\n") for piece in pieces)
+
+
 def test_as_a_module_with_nothing_heavy_loaded(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("\n\nparallel:\n  tensor: 2\n")

@@ -51,8 +51,9 @@ def save_or_stop(job: Job, stop: StopSignal) -> None:
     stopping, failing = stop.poll(job.saver.failed)
     if failing:
         job.saver.wait()  # raises on all ranks at the same step
-    if stopping or is_due(job.step, config.checkpoint.every_steps) or job.step == config.train.steps:
-        save(job)
+    last = stopping or job.step == config.train.steps
+    if last or is_due(job.step, config.checkpoint.every_steps):
+        save(job, last)
     if stopping and job.step < config.train.steps:
         job.saver.close()
         log(f"stopped by a signal after step {job.step}; the same command goes on from here")
