@@ -15,6 +15,7 @@ from llmtrain.config.chat import ChatOptions
 from llmtrain.config.load import load
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import ModelConfig
+from llmtrain.data.ends import end_ids, has_template
 from llmtrain.data.prompts import encode_prompt
 from llmtrain.data.sampler import derive
 from llmtrain.data.stream import text_of
@@ -84,8 +85,8 @@ class Talk:
     asked: int = 0
 
     def __post_init__(self) -> None:
-        self.ends = (self.tokenizer.eos_id,)
-        self.has_template = bool(self.tokenizer.hugging_face.chat_template)
+        self.ends = end_ids(self.tokenizer, (self.options.path, self.tokenizer.directory))
+        self.has_template = has_template(self.tokenizer.directory)
         if self.options.system and not self.has_template:
             raise ValueError(f"--system: {self.tokenizer.directory} has no chat template, which would show it; drop it")
 

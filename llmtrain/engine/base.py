@@ -48,6 +48,7 @@ class Engine(Scorer, Protocol):
 
     optim: OptimConfig
     step: int  # updates made
+    total_steps: int  # updates that the schedule is laid out for
     admit: Admit  # by default tally.stop_if_not_finite
 
     def train_step(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -97,10 +97,9 @@ def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) 
     monkeypatch.setattr("builtins.input", read)
 
 
-def talk_to(directory: Path, options: ChatOptions, template: str | None = None) -> Talk:
+def talk_to(directory: Path, options: ChatOptions) -> Talk:
     tokenizer = load_tokenizer(str(directory))
-    tokenizer.hugging_face.chat_template = template
-    return Talk(options, Echo(tokenizer), tokenizer)
+    return Talk(replace(options, path=str(directory)), Echo(tokenizer), tokenizer)
 
 
 def test_without_a_template_the_text_goes_on(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -112,8 +111,12 @@ def test_without_a_template_the_text_goes_on(directory: Path, monkeypatch: pytes
     assert talk.tokenizer.eos_id not in talk.tokenizer.encode("<eos>and so?", parse_special=False)
 
 
-def test_a_template_shows_the_whole_conversation(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = talk_to(directory, ChatOptions("", system="Be brief."), TEMPLATE)
+def test_a_template_shows_the_whole_conversation(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    talk = talk_to(tmp_path, ChatOptions("", system="Be brief."))
     type_in(monkeypatch, "A?", "B?", EOFError)
     assert converse(talk) == 0
     first = "system: Be brief.\nuser: A?\nassistant: "
