@@ -13,7 +13,8 @@ CORE = [
     "torch>=2.11,<2.14",
     "deepspeed==0.19.8",  # the engine reads private names of this version
     "transformers>=5.16,<5.20",  # vLLM 0.32 asks for the same range
-    "accelerate>=1.10",
+    "accelerate>=1.10",  # nothing imports it: jobs start under `accelerate launch` too
+    "huggingface_hub>=1",  # models and tokenizers by their names
     "tokenizers>=0.22",
     "safetensors>=0.6",
     "numpy>=2",

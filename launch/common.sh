@@ -46,6 +46,13 @@ check_job() {
   [[ -f $2 ]] || die "$2: no such file"
 }
 
+# check_port NUMBER: ends the script when another program listens there.
+check_port() {
+  if (exec 3<>"/dev/tcp/localhost/$1") 2>/dev/null; then
+    die "port $1: is taken on this machine; give a free one with --master-port, on all nodes"
+  fi
+}
+
 # Becomes the command; in a dry run, prints it so that a shell can read it back.
 run() {
   if $dry_run; then

@@ -31,6 +31,7 @@ while [[ ${1:-} == -* ]]; do
 done
 check_job "$@"
 [[ $node_rank =~ ^[0-9]+$ && $node_rank -lt $nnodes ]] || die "node rank $node_rank: must be in 0 .. $((nnodes - 1))"
+$dry_run || [[ $node_rank -ne 0 ]] || check_port "$port"
 
 run "$(python_of_project)" -m torch.distributed.run \
   --nnodes "$nnodes" --node-rank "$node_rank" --nproc-per-node "$ranks" --max-restarts "$max_restarts" \

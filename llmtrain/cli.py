@@ -8,11 +8,14 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from llmtrain.config.chat import CHAT_USAGE, chat_options
+from llmtrain.config.hub import located
 from llmtrain.config.load import ConfigError, load, load_plugins
 from llmtrain.config.recipes import RECIPES
+from llmtrain.config.schema import RunConfig
 from llmtrain.rules.check import check
 
 BEFORE: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does)
@@ -22,13 +25,27 @@ BEFORE: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does
 BEHIND: dict[str, tuple[str, str]] = {
     "eval": ("llmtrain.commands.evaluate:main", "perplexity, pass@k and majority vote"),
     "export": ("llmtrain.commands.export:main", "write a Hugging Face directory"),
+    "chat": ("llmtrain.commands.chat:main", "talk to a run or a Hugging Face directory"),
     "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
     "plan": ("llmtrain.scaling.plan:main", "print ranks, batch and memory without starting anything"),
     "run": ("llmtrain.commands.run:main", "run a list of stages, going on where it was"),
     "doctor": ("llmtrain.commands.doctor:main", "look at this machine (takes no configuration)"),
 }
+HELP = ("-h", "--help")
 TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, or a run that must not go on
 EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"
+
+
+def _no_arguments(rest: Sequence[str]) -> tuple[()]:
+    if rest:
+        raise ConfigError(f"doctor: takes no arguments, got {' '.join(rest)}")
+    return ()
+
+
+OWN_ARGUMENTS: dict[str, Callable[[Sequence[str]], tuple]] = {  # in place of a configuration: what reads them
+    "chat": lambda rest: (chat_options(rest),),
+    "doctor": _no_arguments,
+}
 
 
 def commands() -> dict[str, tuple[str, str]]:
@@ -39,7 +56,7 @@ def commands() -> dict[str, tuple[str, str]]:
 def usage() -> str:
     """Returns the help text."""
     lines = [f"  {name:<10} {summary}" for name, (_, summary) in commands().items()]
-    head = "usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]"
+    head = f"usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]\n       {CHAT_USAGE}\n       llmtrain doctor"
     more = "`llmtrain --help CONFIG.yaml` lists the recipes of the document's plugins too."
     return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}", "", more])
 
@@ -48,14 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 after a failure, 2 for wrong input, 130 when interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        if not arguments or {"-h", "--help"} & set(arguments):
-            load_plugins([a for a in arguments if a not in ("-h", "--help") and a not in commands()])
+        if not arguments or set(HELP) & set(arguments):
+            load_plugins([a for a in arguments if a not in (*HELP, *commands())] if _reads_document(arguments) else [])
             print(usage())
             return 0 if arguments else 2
         action = _prepare(*arguments)
     except ValueError as error:
         if int(os.environ.get("RANK", "0")) == 0:  # every rank finds the same
-            print(error, file=sys.stderr)
+            _tell(str(error))
         return 2
     return _guarded(action)
 
@@ -75,6 +92,10 @@ def entry() -> NoReturn:
     sys.exit(status)
 
 
+def _reads_document(arguments: Sequence[str]) -> bool:
+    return not set(arguments) & OWN_ARGUMENTS.keys()
+
+
 def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
     """Returns the checked call that the arguments ask for. Raises ConfigError."""
     if command not in commands() and rest and os.path.isfile(rest[0]):
@@ -83,13 +104,14 @@ def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
         near = difflib.get_close_matches(command, commands(), 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands())}"
         raise ConfigError(f"{command}: unknown command, {hint}")
-    if command == "doctor":
-        if rest:
-            raise ConfigError(f"doctor: takes no arguments, got {' '.join(rest)}")
-        return lambda: _function(command)()
+    if command in OWN_ARGUMENTS:
+        options = OWN_ARGUMENTS[command](rest)
+        return lambda: _function(command)(*options)
     if not rest or "=" in rest[0]:
         raise ConfigError(f"{command}: needs a configuration file, as in: {EXAMPLE}")
     config = load(rest[0], list(rest[1:]))
+    if not isinstance(config, RunConfig):
+        config = located(config, command)
     check(config, int(os.environ.get("WORLD_SIZE", "1")), command)
     return lambda: _function(command)(config)
 
@@ -117,11 +139,17 @@ def _guarded(action: Callable[[], int | None]) -> int:
         return int(told.code or 0)
     except Exception as error:
         if not isinstance(error, TOLD) or not _ours(error):
-            traceback.print_exc()
+            _tell(traceback.format_exc().rstrip())
             return 1
         rank = os.environ.get("RANK", "0")
-        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        _tell(str(error) if rank == "0" else f"rank {rank}: {error}")
         return 2 if isinstance(error, ValueError) else 1
+
+
+def _tell(message: str) -> None:
+    """Writes the message and its end in one piece: what other ranks write there comes before or after it."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
 
 
 def _ours(error: Exception) -> bool:

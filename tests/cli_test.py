@@ -39,6 +39,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in cli.commands()) and cli.EXAMPLE in out
+    assert cli.main(["chat", "--help"]) == 0
+    assert capsys.readouterr().out == out
     assert cli.main([]) == 2
 
 
@@ -59,6 +61,12 @@ def test_the_command_gets_the_configuration(tiny: str, pretrain: types.ModuleTyp
         (["pretrain"], "pretrain: needs a configuration file, as in: llmtrain pretrain configs/"),
         (["pretrain", "train.steps=3"], "pretrain: needs a configuration file"),
         (["doctor", "x"], "doctor: takes no arguments, got x"),
+        (["chat"], "chat: the following arguments are required: RUN|DIRECTORY; llmtrain chat RUN|DIRECTORY"),
+        (["chat", "no/where/x"], "no/where/x: no such directory; give that of a run or of a Hugging Face model"),
+        (
+            ["chat", "no/where"],
+            "no/where: does not exist, and the Hugging Face hub cannot be asked from here (no network",
+        ),
         (["pretrain", "no.yaml"], "no.yaml: cannot be read: No such file or directory"),
         (
             ["pretrain", "{tiny}", "parallel.tensor=2"],
@@ -112,6 +120,19 @@ def test_what_happens_later_sets_the_status(
     assert "Traceback" in capsys.readouterr().err
     define("raise KeyboardInterrupt")
     assert cli.main(["pretrain", tiny]) == 130
+
+
+def test_a_message_is_written_in_one_piece(
+    tiny: str, pretrain: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else those of two ranks run into one line."""
+    pieces: list[str] = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=pieces.append, flush=lambda: None))
+    for body in ("raise FloatingPointError('step 3: loss is nan')", "raise KeyError('bug')"):
+        exec(f"def main(config):\n    {body}", pretrain.__dict__)
+        assert cli.main(["pretrain", tiny]) == 1
+    assert cli.main(["pretrain", tiny, "no.key=1"]) == 2
+    assert len(pieces) == 3 and all(piece.endswith("\n") for piece in pieces)
 
 
 def test_as_a_module_with_nothing_heavy_loaded(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from llmtrain.engine.base import Engine
 
 GRACE_S = 10  # how long a run that fails for another reason waits for the save in flight
 
+GOES_ON = "untouched and the run goes on (checkpoint.on_error=stop would end it)"
+AT_END = "untouched, and the run ends here; the same command goes on from them"
+
 logger = logging.getLogger(__name__)
 
 
@@ -84,11 +87,13 @@ class Saver:
         self.buffer = HostBuffer(engine) if settings.background else None
         self.in_flight: threading.Thread | None = None
         self.error: Exception | None = None  # error of the last save
+        self.last = False
 
-    def save(self, state: dict) -> None:
+    def save(self, state: dict, last: bool = False) -> None:
         """Saves the state as it is now. Raises as `wait` does, in the foreground for this save, else for the one
-        before."""
+        before. The `last` save of a run must not be lost: its error is raised whatever `on_error` says."""
         self.wait()
+        self.last = last
         if self.buffer is None:
             self._write(lambda: take(self.engine, self.group.rank), state)
             self.wait()
@@ -97,7 +102,7 @@ class Saver:
         self.in_flight.start()
 
     def wait(self) -> None:
-        """Waits until no save is in flight. Raises its error unless `on_error` says that the run goes on."""
+        """Waits until no save is in flight. Raises its error unless the run goes on (`on_error`; not at its end)."""
         if self.in_flight is not None:
             self.in_flight.join()
             self.in_flight = None
@@ -105,7 +110,7 @@ class Saver:
             raise self.error
 
     def close(self) -> None:
-        """Waits for the last save of a run, which must not be lost: raises its error whatever `on_error` says."""
+        """Waits for the last save of a run. Raises its error."""
         self.wait()
         if self.error is not None:
             raise self.error
@@ -125,7 +130,7 @@ class Saver:
 
     def _tolerated(self, error: Exception) -> bool:
         """Returns whether the run goes on after this error: a disk may recover, any other error would occur again."""
-        return isinstance(error, OSError) and self.settings.on_error == "warn"
+        return isinstance(error, OSError) and self.settings.on_error == "warn" and not self.last
 
     def _copied(self) -> Callable[[], Snapshot]:
         """Returns a function that returns the copy, or raises the error of copying within the save, where all ranks see
@@ -143,8 +148,6 @@ class Saver:
             write_checkpoint(self.directory, snapshot, state, self.group, self.settings.keep, self.shapes)
         except Exception as error:
             self.error = error
-            if self._tolerated(error) and self.group.rank == 0:
-                logger.warning(
-                    "step %d was not saved: %s; the checkpoints before it are untouched and the run goes on "
-                    "(checkpoint.on_error=stop would end it)", state["step"], error,
-                )  # fmt: skip
+            if self.group.rank == 0 and (self.last or self._tolerated(error)):
+                end = AT_END if self.last else GOES_ON
+                logger.warning("step %d was not saved: %s; the checkpoints before it are %s", state["step"], error, end)

@@ -12,6 +12,8 @@ import socket
 from rich.console import Console
 from rich.table import Table
 
+from llmtrain.config.machine import has_wandb_key
+
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pydantic", "wandb", "vllm")
 REQUIRED = PACKAGES[:-1]
 TESTED = {"torch": "2.13.", "deepspeed": "0.19.8"}  # deepspeed: private names are used, see engine/zero.py
@@ -65,7 +67,7 @@ def resources() -> dict[str, str]:
         "memory": f"{memory / GIB:.1f} GiB",
         "free disk": f"{shutil.disk_usage('.').free / GIB:.1f} GiB",
         "host": f"{socket.gethostname()} {_address()}",
-        "W&B key": "yes" if os.environ.get("WANDB_API_KEY") else "no",
+        "W&B key": "yes" if has_wandb_key() else "no",
     }
 
 

@@ -19,6 +19,7 @@ from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
 from llmtrain.model.decoder import Decoder
 from llmtrain.observe.log import log, make_run_dir
+from llmtrain.parallel.device import rank_device
 from llmtrain.rewards import extract_answer, reward_fn
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.batches import text_rows
@@ -34,7 +35,7 @@ def main(config: Config) -> None:
     make_run_dir(config.directory)
     with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
         file.write(dump(resolved(config)))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rank_device()
     dtype = compute_dtype(config.engine.precision)
     model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
     tokenizer = load_tokenizer(tokenizer_dir(config))

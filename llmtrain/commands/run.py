@@ -24,6 +24,7 @@ from rich.table import Table
 
 from llmtrain.config.load import dump, stage_config
 from llmtrain.config.schema import LogConfig, RunConfig, StageConfig
+from llmtrain.observe.log import make_run_dir
 
 GRACE_S = 40  # between asking a stage to stop and killing it; torchrun gives its workers 30
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -61,10 +62,10 @@ def main(config: RunConfig) -> int:
     """Runs the stages in order, skipping finished ones; returns 0, or the exit status of the stage that did not end
     well.
 
-    Raises ValueError if the document has no stages or another run is at work in its directory.
+    Raises ValueError if the document has no stages, or its directory cannot be written or another run is at work there.
     """
     stage_runs = planned_runs(config)
-    os.makedirs(config.directory, exist_ok=True)
+    make_run_dir(config.directory)
     with lock(config.directory) as held:
         _write_json(os.path.join(config.directory, "stages.json"), [r.stage.name for r in stage_runs])
         for number, stage_run in enumerate(stage_runs, 1):

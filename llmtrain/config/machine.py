@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 import re
 from importlib.metadata import version
+from urllib.parse import urlsplit
 
 # x86: what oneDNN, torch's library for matrix products on a CPU, requires; without it bf16 runs in a plain loop
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -42,3 +44,15 @@ def cpu_flags(path: str = "/proc/cpuinfo") -> set[str]:
     with open(path, encoding="utf-8") as file:
         found = re.search(r"^(?:flags|Features)\s*:(.*)$", file.read(), re.M)
     return set(found[1].split()) if found else set()
+
+
+def has_wandb_key() -> bool:
+    """Returns whether there is a key for Weights & Biases: WANDB_API_KEY, or what `wandb login` wrote into ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        found = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return bool(found and found[2])

@@ -83,7 +83,7 @@ class ModelConfig(Section):
     there."""
 
     preset: str | None = None  # a published shape; see the presets at the end of docs/configuration.md
-    init_from: str | None = None  # a Hugging Face directory or a run directory
+    init_from: str | None = None  # a Hugging Face directory or its name on the hub, org/name; or a run directory
     family: str = "llama"  # sets defaults for the fields below, and names the form on disk; see docs/models.md
     attention: Literal["gqa", "mla"] = "gqa"  # grouped-query (multi-head: num_kv_heads = num_heads); latent
     num_layers: Count = 4  # blocks
@@ -131,8 +131,8 @@ class TokenizerConfig(Section):
     """Names a Hugging Face tokenizer directory; if it does not exist, it is trained from the data, or made from
     `base`."""
 
-    path: str | None = None  # None = <run directory>/tokenizer
-    base: str | None = None  # a SentencePiece .model file or tokenizer directory to start from instead of training
+    path: str | None = None  # None = <run directory>/tokenizer; where it is not made here, a name on the hub too
+    base: str | None = None  # a SentencePiece .model file, tokenizer directory or hub name, instead of training
     algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"  # when trained; all work on bytes, so no text is unknown
     vocab_size: PositiveInt = 1024  # when trained: 256 bytes, special tokens and learned tokens together
     train_bytes: PositiveInt = 4_000_000  # at most this much text is read to train it
@@ -342,7 +342,7 @@ class LogConfig(Section):
     """Sets what is recorded while a stage runs."""
 
     every_steps: PositiveInt = 1  # steps between lines of metrics.jsonl
-    wandb: Literal["offline", "online", "off"] = "offline"  # offline sends nothing; online needs WANDB_API_KEY
+    wandb: Literal["offline", "online", "off", "disabled"] = "offline"  # offline sends nothing; disabled means off
     project: str = "llmtrain"  # project of W&B
     samples: int = Field(4, ge=0)  # completions written to samples.jsonl at a logged RL step or an evaluation
 

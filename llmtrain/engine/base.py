@@ -16,8 +16,8 @@ LossFn = Callable[[Scores, Batch], tuple[Tensor, Metrics]]
 each of those ranks computes the same loss, and the engine keeps the gradient of the rank's own part."""
 
 Admit = Callable[[float, list[int]], bool]
-"""Maps (loss, ranks whose loss or gradient is not finite) to whether the update is made. It is called before every
-update, on all ranks with the same values, and must answer the same on all."""
+"""Maps (loss, ranks whose loss is not finite, or else those that see such a gradient) to whether the update is made. It
+is called before every update, on all ranks with the same values, and must answer the same on all."""
 
 FragmentReader = Callable[[Address], dict[str, Tensor]]
 """Maps an address to the flat fp32 tensors of that piece: `weight` and the optimizer's keys."""
@@ -48,6 +48,7 @@ class Engine(Scorer, Protocol):
 
     optim: OptimConfig
     step: int  # updates made
+    total_steps: int  # updates that the schedule is laid out for
     admit: Admit  # by default tally.stop_if_not_finite
 
     def train_step(

@@ -15,10 +15,17 @@ def stop_if_not_finite(loss: float, broken: list[int]) -> bool:
     the ranks."""
     if broken:
         raise FloatingPointError(
-            f"loss or gradient is not finite on rank(s) {', '.join(map(str, broken))}; the update was not made. Lower "
-            "optim.lr, or inspect the batch; the last checkpoint is intact"
+            f"{not_finite(loss, broken)}; the update was not made. Lower optim.lr, or inspect the batch; the last "
+            "checkpoint is intact"
         )
     return True
+
+
+def not_finite(loss: float, broken: list[int]) -> str:
+    """Returns what is not finite, given the loss over all ranks and what `Tally.reduce` returned."""
+    if math.isfinite(loss):
+        return "the gradient is not finite, a sum over ranks, though the loss of each is"
+    return f"the loss is not finite on rank(s) {', '.join(map(str, broken))}"
 
 
 class Tally:
@@ -39,15 +46,16 @@ class Tally:
         return loss_sum
 
     def reduce(self, mesh: Mesh, gradient_finite: bool) -> list[int]:
-        """Sums over microbatches and ranks (a collective). Returns the ranks whose loss or (reduced) gradient is not
-        finite."""
+        """Sums over microbatches and ranks (a collective). Returns the ranks whose loss is not finite. If there are
+        none, those that see a gradient that is not: it is reduced over ranks and need not come from them."""
         mine = self._local() if mesh.has_head else None
-        bad = not gradient_finite or (mine is not None and not math.isfinite(mine["loss"]))
+        bad = {"loss": mine is not None and not math.isfinite(mine["loss"]), "gradient": not gradient_finite}
         # Tensor- and context-parallel ranks hold the same values: count them once.
         report = mine if mesh.coords["tp"] == mesh.coords["cp"] == 0 else None
-        gathered = mesh.all_gather_json({"bad": bad, "report": report})
+        gathered = mesh.all_gather_json({**bad, "report": report})
         self._merge([each["report"] for each in gathered if each["report"] is not None])
-        return [rank for rank, each in enumerate(gathered) if each["bad"]]
+        found = {name: [rank for rank, each in enumerate(gathered) if each[name]] for name in bad}
+        return found["loss"] or found["gradient"]
 
     def _local(self) -> dict:
         sums: dict[str, float] = defaultdict(float)

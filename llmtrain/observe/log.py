@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,9 +32,12 @@ def log(message: str) -> None:
 
 
 def make_run_dir(path: str) -> str:
-    """Creates the run directory where it is missing and returns its path. Raises ValueError if it cannot be created."""
+    """Creates the run directory where it is missing and returns its path. Raises ValueError if it cannot be created, or
+    not written to."""
     try:
         os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise ValueError(
             f"run directory {path}: {error.strerror}; set run_dir to a place that can be written"

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.arch.mesh import AXES, mesh_sizes
 from llmtrain.config.schema import ParallelConfig, RolloutConfig
+from llmtrain.parallel.device import rank_device
 
 START_TIMEOUT = timedelta(minutes=30)  # until the trainers have their model
 
@@ -176,7 +177,7 @@ def init_mesh(parallel: ParallelConfig, rollout: RolloutConfig | None, timeout_s
     Raises ValueError when the ranks do not fit the mesh.
     """
     timeout = timedelta(seconds=timeout_s)
-    device = _device()
+    device = rank_device()
     store, rank, size = _rendezvous(timeout)
     workers = rollout.workers if rollout is not None and rollout.placement == "separate" else 0
     num_trainers = size - workers
@@ -218,29 +219,27 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise ValueError(
-            f"LOCAL_RANK={local_rank}: this machine has {gpus} GPU(s), and each rank needs one; start fewer ranks, or "
-            "set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 def _rendezvous(timeout: timedelta) -> tuple[Store, int, int]:
     """Returns store, rank and size: the launcher's, or those of a job of one process that opens no socket."""
     if "RANK" not in os.environ:
         return HashStore(), 0, 1
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nothing listens on a public interface
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, size = _launcher_store(timeout)
     # The agent's store keeps the keys of the attempt before a restart.
     return PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, size
+
+
+def _launcher_store(timeout: timedelta) -> tuple[Store, int, int]:
+    """Raises ValueError when another program listens where rank 0 must, RuntimeError when nobody answers there."""
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        words = " ".join(str(error).split())
+        if "EADDRINUSE" in words:
+            raise ValueError(f"{place}: the port is taken on this machine; set a free one, on all ranks") from None
+        raise RuntimeError(f"{place}: rank 0 does not answer there: {words[:200]}") from None
 
 
 def _coords(rank: int, sizes: dict[str, int]) -> dict[str, int]:

@@ -52,7 +52,10 @@ class Watch:
                     f"rank {self.rank}: the store of this job has not answered for {self.quiet_s:.0f} s; "
                     "the launcher of node 0, or without one rank 0, is stopped or cannot be reached"
                 )
-        if os.getppid() != self.parent and not self.done.is_set():
+        # A dying process closes its sockets before its children get another parent, and the store may end without it.
+        while os.getppid() == self.parent and not self.done.wait(BEAT_S):
+            pass
+        if not self.done.is_set():
             _say(f"rank {self.rank}: the launcher is gone; saving and stopping, as it cannot be told to any more")
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -127,4 +130,5 @@ def _store(timeout_s: float) -> Store:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{message}\n")  # in one piece: other ranks write there too
+    sys.stderr.flush()

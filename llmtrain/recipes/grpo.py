@@ -24,6 +24,7 @@ from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.rollouts import build_source, closing, read_prompts, serve_rollouts
+from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine, start_source
 from llmtrain.types import Batch, Group, Metrics, Sample, Scores
 
@@ -105,6 +106,7 @@ def update(
         loss = partial(policy_loss, settings=settings, weight=float(denominator) / policy_tokens(part))
         turn = number * settings.minibatches + i
         mixed, loss = replay.mix(turn, batches, loss, denominator)
+        note_padding(job, mixed)
         steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
     if not steps:
         total = job.config.train.steps * settings.minibatches

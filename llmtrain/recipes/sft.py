@@ -11,6 +11,7 @@ from llmtrain.trainer.batches import count_trained, rank_samples
 from llmtrain.trainer.job import join
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.replay import Replay
+from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
 
 
@@ -28,6 +29,7 @@ def main(config: Config) -> None:
         microbatches = [rows.batch(s) for s in samples]
         trained = count_trained(microbatches, mesh)
         microbatches, loss = replay.mix(turn, microbatches, token_loss, trained)
+        note_padding(job, microbatches)
         stats = job.engine.train_step(microbatches, loss, trained)
         tokens = (settings.global_batch_seqs + replay.seqs) * settings.seq_len
         return stats.numbers(), tokens

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -59,12 +60,24 @@ class NativeGenerator:
         sequences = [s for group, prompt in enumerate(prompts) for s in self._sequences(group, prompt, sampling)]
         slots = min(self.max_batch_seqs, len(sequences))
         cache = self._reserve(slots, max(s.max_tokens for s in sequences))
-        _Decoding(self.model, cache, sampling, slots).run(sequences)
-        if not all(torch.tensor(s.logprobs).isfinite().all() for s in sequences):
-            self.cache = None  # it may hold NaN
-            raise FloatingPointError("the logits are not finite; the weights have diverged")
+        for _ in _Decoding(self.model, cache, sampling, slots).rounds(sequences):
+            pass
+        self._check_finite(logprob for s in sequences for logprob in s.logprobs)
         samples = [s.sample(self.version) for s in sequences]
         return [samples[i : i + sampling.num_samples] for i in range(0, len(samples), sampling.num_samples)]
+
+    @torch.inference_mode()
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
+        """Yields the tokens of one completion as they are sampled: those of the first sample that `generate` returns.
+
+        It may be left before the end. Raises as `generate` does.
+        """
+        self._check([prompt], sampling)
+        (sequence,) = self._sequences(0, prompt, replace(sampling, num_samples=1))
+        cache = self._reserve(1, sequence.max_tokens)
+        for _ in _Decoding(self.model, cache, sampling, 1).rounds([sequence]):
+            self._check_finite(sequence.logprobs[-1:])
+            yield sequence.tokens[-1]
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -111,6 +124,11 @@ class NativeGenerator:
                     f"prompt {i} has {len(prompt.ids)} tokens: must be 1 to {self.max_seq_tokens - 1}, as a sequence "
                     f"may have {self.max_seq_tokens}; shorten it or raise model.max_positions"
                 )
+
+    def _check_finite(self, logprobs: Iterable[float]) -> None:
+        if not all(map(math.isfinite, logprobs)):
+            self.cache = None  # it may hold NaN
+            raise FloatingPointError("the logits are not finite; the weights have diverged")
 
     def _sequences(self, group: int, prompt: Prompt, sampling: Sampling) -> list[_Sequence]:
         tokens = min(len(prompt.ids) + sampling.max_new_tokens, self.max_seq_tokens)
@@ -180,8 +198,9 @@ class _Decoding:
         self.active: list[_Sequence] = []
         self.prefills: dict[int, _Prefill] = {}  # by group, until its last sample has started
 
-    def run(self, sequences: list[_Sequence]) -> None:
-        """Completes all sequences. Longest prompts start first: least padding, and least idle rows at the end."""
+    def rounds(self, sequences: list[_Sequence]) -> Iterator[None]:
+        """Completes all sequences, and yields whenever some have got their next token. Longest prompts start first:
+        least padding, and least idle rows at the end."""
         waiting = deque(sorted(sequences, key=lambda s: -len(s.prompt_ids)))
         while waiting or self.active:
             while waiting and len(self.active) < self.slots:
@@ -189,9 +208,11 @@ class _Decoding:
                 groups = {waiting[0].group} if waiting else set()
                 self.prefills = {group: p for group, p in self.prefills.items() if group in groups}
                 self._retire()
+                yield
             if self.active:
                 self._decode()
                 self._retire()
+                yield
 
     def _start(self, new: list[_Sequence]) -> None:
         """Gives each new sequence a cache row filled with its prompt, and its first token."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llmtrain.arch.resolve import resolve_model
+from llmtrain.config.hub import located
 from llmtrain.config.load import ConfigError, stage_config
 from llmtrain.config.ramp import phases, trained_model, with_phase
 from llmtrain.config.schema import Config, ModelConfig, RunConfig, StageConfig
@@ -68,17 +69,18 @@ def _run_violations(run: RunConfig, world_size: int, command: str) -> list[str]:
     if command == "run" and world_size > 1:
         return [f"WORLD_SIZE={world_size}: run starts the processes of its stages itself; call it without torchrun"]
     found: list[str] = []
-    for stage, config, earlier in planned_stages(run):
+    for stage, config, earlier in planned_stages(run, weights=command == "run"):
         lines = violations(config, stage.ranks, stage.command, run.directory, earlier)
         found += [f"stages.{stage.name}: {line}" for line in lines]
     return found
 
 
-def planned_stages(run: RunConfig) -> Iterator[tuple[StageConfig, Config, Earlier]]:
-    """Yields each stage with its configuration and the stages before it."""
+def planned_stages(run: RunConfig, weights: bool = False) -> Iterator[tuple[StageConfig, Config, Earlier]]:
+    """Yields each stage with its configuration and the stages before it. What stages name on the hub is fetched
+    (`config.hub`): the shapes of models, and their weights too if asked for."""
     earlier: dict[str, ModelConfig | None] = {}
     for stage in run.stages:
-        config = stage_config(run, stage.name)
+        config = located(stage_config(run, stage.name), stage.command, run.directory, weights)
         yield stage, config, dict(earlier)
         try:
             model = resolve_model(config.model, earlier)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from llmtrain.config.machine import has_wandb_key
 from llmtrain.config.ramp import ramp_faults
 from llmtrain.config.recipes import names_of, planned_recipes
 from llmtrain.config.schema import TokenizerConfig
@@ -114,8 +115,8 @@ def _spikes(case: Case) -> Iterator[str]:
 
 
 def _wandb(case: Case) -> Iterator[str]:
-    if case.config.log.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
-        yield "log.wandb=online: needs the environment variable WANDB_API_KEY; set it or use log.wandb=offline"
+    if case.config.log.wandb == "online" and not has_wandb_key():
+        yield "log.wandb=online: needs a key; run `wandb login`, set WANDB_API_KEY, or use log.wandb=offline"
 
 
 def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Iterator[str]:

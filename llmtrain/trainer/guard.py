@@ -12,7 +12,7 @@ from functools import partial
 from statistics import fmean, pstdev
 
 from llmtrain.checkpoint.roles import MAIN
-from llmtrain.engine.tally import stop_if_not_finite
+from llmtrain.engine.tally import not_finite, stop_if_not_finite
 from llmtrain.observe.log import log
 from llmtrain.observe.metrics import Events
 from llmtrain.parallel.replicas import differing
@@ -84,13 +84,12 @@ class Guard:
             )
 
     def _not_finite(self, role: str, loss: float, broken: list[int]) -> bool:
-        step, ranks = self.job.step + 1, ", ".join(map(str, broken))
         if self.settings.nonfinite == "skip":
-            return self._skip(role, f"loss or gradient is not finite on rank(s) {ranks}", loss)
+            return self._skip(role, not_finite(loss, broken), loss)
         try:
             return stop_if_not_finite(loss, broken)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {named(role)}{error}") from None
+            raise FloatingPointError(f"step {self.job.step + 1}: {named(role)}{error}") from None
 
     def _spike(self, role: str, loss: float) -> bool:
         if self.settings.spike == "skip":

@@ -79,6 +79,7 @@ class Job:
     guard: GuardState = field(default_factory=GuardState)
     base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop
+    padding: float = 0.0  # share of the tokens in this rank's last microbatches, see trainer.waste
 
     @property
     def engine(self) -> Engine:

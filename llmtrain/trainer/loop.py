@@ -17,6 +17,7 @@ from llmtrain.trainer.guard import Guard
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import Record, is_due
 from llmtrain.trainer.resume import make_saver, save
+from llmtrain.trainer.waste import Waste
 
 INTERRUPTED = 75  # exit code (EX_TEMPFAIL): start the same command again and it goes on
 
@@ -29,7 +30,7 @@ def train(job: Job, step_fn: StepFn) -> None:
     OSError on all ranks when the last save fails (or any, with `checkpoint.on_error: stop`)."""
     steps, name = job.config.train.steps, job.config.name
     guard, stop = Guard(job), StopSignal(job.mesh)
-    job.saver = make_saver(job)
+    job.saver, waste = make_saver(job), Waste(job)
     with Record(job) as record, job.saver, progress(steps, job.step, name) as bar:
         while job.step < steps:
             began, job.watch.step = time.perf_counter(), job.step + 1
@@ -40,6 +41,7 @@ def train(job: Job, step_fn: StepFn) -> None:
                 record.go_on_after(job.step)
                 continue
             job.step += 1
+            waste.look(metrics)
             record.write(job, metrics | guard.report(), tokens, time.perf_counter() - began, bar)
             save_or_stop(job, stop)
         job.saver.close()
@@ -51,8 +53,9 @@ def save_or_stop(job: Job, stop: StopSignal) -> None:
     stopping, failing = stop.poll(job.saver.failed)
     if failing:
         job.saver.wait()  # raises on all ranks at the same step
-    if stopping or is_due(job.step, config.checkpoint.every_steps) or job.step == config.train.steps:
-        save(job)
+    last = stopping or job.step == config.train.steps
+    if last or is_due(job.step, config.checkpoint.every_steps):
+        save(job, last)
     if stopping and job.step < config.train.steps:
         job.saver.close()
         log(f"stopped by a signal after step {job.step}; the same command goes on from here")

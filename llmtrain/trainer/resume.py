@@ -102,8 +102,8 @@ def make_saver(job: Job) -> Saver:
     return Saver(checkpoint_dir(job.config), Roles(job.engines), shapes, settings, group)
 
 
-def save(job: Job) -> None:
-    """Saves a checkpoint of this step (a collective); see `Saver.save`."""
+def save(job: Job, last: bool = False) -> None:
+    """Saves a checkpoint of this step (a collective), the last one of the run; see `Saver.save`."""
     state = {
         "step": job.step,
         "tokens": job.tokens,
@@ -114,7 +114,7 @@ def save(job: Job) -> None:
         **joined_states({role: state_of(job, role) for role in job.engines}),
     }
     bring_back(job)
-    job.saver.save(state)
+    job.saver.save(state, last)
 
 
 def state_of(job: Job, role: str) -> dict[str, Any]:

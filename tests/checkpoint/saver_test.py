@@ -137,8 +137,11 @@ def test_a_full_disk_then_room(disk: Path, background: bool, caplog: pytest.LogC
     assert "step 2 was not saved: rank 0: " in caplog.text and "No space left on device" in caplog.text
     assert os.listdir(disk / "c") == ["step-00000001"]
     verify(str(disk / "c/step-00000001"))
-    with pytest.raises(OSError, match="No space left"):  # were it the end of the run
+    with pytest.raises(OSError, match="No space left"):  # the end of the run
+        saver.save({"step": 2}, last=True)
         saver.close()
+    assert caplog.text.count("the run goes on") == caplog.text.count("the run ends here") == 1
+    saver = saver_of(engine, disk / "c", background)
     (disk / "other").unlink()
     saver.save({"step": 3})
     saver.close()

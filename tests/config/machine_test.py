@@ -51,3 +51,23 @@ def test_auto_is_resolved_at_once(fast: bool, tmp_path: Path, monkeypatch: pytes
     assert [stage_config(run, name).engine.precision for name in "ab"] == [expected, expected]
     for config in (stage_config(run, "b"), Config(engine=run.engine)):
         assert f"precision: {expected}" in dump(config) and "precision: auto" not in dump(config)
+
+
+def test_a_wandb_key_is_that_of_the_environment_or_of_wandb_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not machine.has_wandb_key()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    assert machine.has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.here")
+    assert not machine.has_wandb_key()
+    (tmp_path / "other").write_text("machine wandb.here login user password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "other"))
+    assert machine.has_wandb_key()
+    (tmp_path / "other").write_text("broken {")
+    assert not machine.has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert machine.has_wandb_key()

@@ -120,6 +120,14 @@ def test_torchrun_understands_the_command(
     assert parsed.training_script_args == ["pretrain", "job.yaml", "data.sources=[{name: a b}]"]
 
 
+def test_a_taken_port_is_one_line(launch: Launch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = launch("torchrun.sh", "--master-port", port, "pretrain", "job.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"torchrun.sh: port {port}: is taken on this machine; give a free one with")
+
+
 def test_torchrun_reads_the_cluster_from_the_environment(launch: Launch) -> None:
     env = {"NNODES": "4", "NODE_RANK": "0", "MASTER_ADDR": "head", "MASTER_PORT": "4321", "SLURM_GPUS_ON_NODE": "8"}
     command = " ".join(dry(launch, "torchrun.sh", "pretrain", "job.yaml", **env))

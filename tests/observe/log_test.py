@@ -60,3 +60,9 @@ def test_run_dir(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="set run_dir"):
         make_run_dir(str(tmp_path / "file" / "a"))
+
+
+def test_a_run_dir_that_cannot_be_written_is_one_line() -> None:
+    """The folder is there, also for the superuser, and nothing can be made in it."""
+    with pytest.raises(ValueError, match=r"run directory /proc/self/fdinfo: .*; set run_dir to a place that can be"):
+        make_run_dir("/proc/self/fdinfo")

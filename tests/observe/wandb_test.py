@@ -93,18 +93,60 @@ def test_service_ends_with_a_killed_process(tmp_path: Path) -> None:
     assert not any(_alive(service) for service in services)
 
 
-def test_off_touches_nothing(tmp_path: Path) -> None:
-    sink = start("off", "p", "n", str(tmp_path), {}, resume=False)
+@pytest.mark.parametrize("mode", ["off", "disabled"])
+def test_off_touches_nothing(mode: str, tmp_path: Path) -> None:
+    sink = start(mode, "p", "n", str(tmp_path), {}, resume=False)
     sink.log(1, {"loss": 1.0})
     sink.finish()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_online_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(AssertionError, match="WANDB_API_KEY"):
-        start("online", "p", "n", str(tmp_path / "run"), {}, resume=False)
-    assert list(tmp_path.iterdir()) == []
+class Broken:
+    """A W&B run whose service is gone, and a library that opens none."""
+
+    def __init__(self, *modes: str) -> None:
+        self.modes, self.asked = modes, []
+
+    def __call__(self, *_: object, **keys: object) -> Broken:
+        self.asked.append(keys.get("mode"))
+        if keys.get("mode") in self.modes:
+            raise ConnectionError("no\nroute")
+        return self
+
+    Settings = dict
+    init = __call__
+
+    def log(self, metrics: dict, step: int) -> None:
+        raise BrokenPipeError(f"step {step}")
+
+    def finish(self, exit_code: int) -> None:
+        raise TimeoutError("late")
+
+
+def test_an_outage_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Broken("online")
+    monkeypatch.setitem(sys.modules, "wandb", broken)
+    sink = start("online", "p", "n", str(tmp_path), {}, resume=False)
+    assert broken.asked == ["online", "offline"]
+    for step in (1, 2):
+        sink.log(step, {"loss": 1.0})
+    sink.finish()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Weights & Biases: ConnectionError: no route; the run goes on, offline",
+        "Weights & Biases: BrokenPipeError: step 1; the metrics from here on are in metrics.jsonl alone",
+    ]
+    caplog.clear()
+    start("offline", "p", "n", str(tmp_path), {}, resume=False).finish()
+    assert caplog.messages == ["Weights & Biases: TimeoutError: late; its last metrics may be in metrics.jsonl alone"]
+    caplog.clear()
+    broken.modes = ("online", "offline")
+    start("online", "p", "n", str(tmp_path), {}, resume=False).finish()
+    assert [message.partition("; ")[2] for message in caplog.messages] == [
+        "the run goes on, offline",
+        "the run goes on",
+    ]
 
 
 def test_online_with_a_key_goes_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_flipped_byte_falls_back(straight: Path, again: tuple[Path, str]) -> Non
 @pytest.mark.timeout(500)
 def test_other_layouts_go_on_equally_and_nan_stops_before_the_update(straight: Path, tmp_path: Path) -> None:
     """From the checkpoint at step 3, written by pp=2 x tp=2 ZeRO-1: the next losses are the same but for rounding. Then
-    an absurd learning rate: the loss overflows, the run names step and rank, no checkpoint holds the damage."""
+    an absurd learning rate: the gradient overflows, the run names the step, no checkpoint holds the damage."""
     config, nan = straight.parent / "small.yaml", tmp_path / "nan"
     names = ("one", "three", "tensor")
     for name in names:
@@ -127,7 +127,7 @@ def test_other_layouts_go_on_equally_and_nan_stops_before_the_update(straight: P
     for name in names:
         found = losses(tmp_path / name)
         assert found == pytest.approx(losses(straight)[3:], rel=1e-5), name  # fp32, other order of sums
-    assert "step 2: " in result.stdout and "is not finite on rank(s) 0, 1" in result.stdout, result.stdout[-2000:]
+    assert "step 2: the gradient is not finite, a sum over ranks, though" in result.stdout, result.stdout[-700:]
     assert not (nan / "checkpoints").exists() and len(metrics(nan)) == 1
 
 

@@ -126,6 +126,19 @@ def test_a_prompt_gives_the_same_alone_and_on_a_used_cache() -> None:
     assert fewer == [c[:5] for c in together[::2]]
 
 
+def test_a_stream_gives_the_tokens_of_the_first_sample() -> None:
+    generator, prompt = NativeGenerator(random_decoder(), 4, "cpu"), random_prompts((9,))[0]
+    sampling = Sampling(12, num_samples=2, temperature=1.2, stop_ids=tuple(range(5)))
+    (first, _) = generator.generate([prompt], sampling)[0]
+    assert list(generator.stream(prompt, sampling)) == first.ids
+    left = generator.stream(prompt, sampling)
+    assert next(left) == first.ids[0]
+    left.close()
+    assert generator.generate([prompt], sampling)[0][0].ids == first.ids
+    with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
+        next(generator.stream(Prompt([]), sampling))
+
+
 def test_seeds_decide() -> None:
     generator = NativeGenerator(random_decoder(), 64, "cpu")
     ids = [3, 1, 4]

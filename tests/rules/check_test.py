@@ -247,7 +247,7 @@ def config(*overrides: str, folder: Path) -> Config:
         ),
         ("sft", 4, ["guard.spike=skip", "guard.spike_window=1"], "guard.spike_window=1: must be at least 2"),
         ("sft", 4, ["guard.replica_check_steps=9"], "guard.replica_check_steps=9: needs data-parallel copies"),
-        ("pretrain", 4, ["log.wandb=online"], "log.wandb=online: needs the environment variable WANDB_API_KEY"),
+        ("pretrain", 4, ["log.wandb=online"], "log.wandb=online: needs a key; run `wandb login`"),
         ("pretrain", 4, ["data.sources=[{name: a, type: text}]"], "data.sources.a.path: must be set"),
         ("data", 1, ["data.sources=[{name: a, type: text, path: no/x}]"], "data.sources.a.path=no/x: does not exist"),
         ("sft", 4, ["data.train=no.jsonl"], "data.train=no.jsonl: does not exist; give an existing path"),

@@ -42,6 +42,7 @@ def test_a_failing_disk_is_warned_of_and_the_last_save_not_forgiven(
     result = forked(2, limited(tmp_path), "pretrain", small, f"run_dir={run_dir}", *options)
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
     assert result.stdout.count("step 3 was not saved: rank 1: ") == 1, result.stdout[-3000:]
+    assert result.stdout.count("the run goes on") == 1  # not at step 6, the last
     assert "File too large" in result.stdout and "rank-00001.safetensors" in result.stdout
     assert result.returncode != 0 and 'Traceback (most recent call last):\n  File "/' not in result.stdout
     assert os.listdir(run_dir / "checkpoints") == []
@@ -55,9 +56,9 @@ def filled(tmp_path: Path) -> Path:
         "from llmtrain.cli import entry\n"
         "from llmtrain.trainer import loop\n"
         "most, save = getrlimit(RLIMIT_FSIZE)[1], loop.save\n"
-        "def with_room(job):\n"
+        "def with_room(job, last):\n"
         "    setrlimit(RLIMIT_FSIZE, (most if job.step == 40 else 6000, most))\n"
-        "    save(job)\n"
+        "    save(job, last)\n"
         "loop.save = with_room\n"
         "entry()\n"
     )

@@ -1,0 +1,147 @@
+"""Talking to a run and to a Hugging Face directory, with and without a chat template."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from llmtrain import cli
+from llmtrain.commands.chat import Talk, converse, load_generator
+from llmtrain.config.chat import ChatOptions
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.types import Prompt, Sampling
+from tests.forked import run_alone
+from tests.model.llama import SMALL, random_llama
+from tests.small_run import DOCUMENT
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+GREEDY = ("--temperature", "0", "--max-new-tokens", "12")
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def directory(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in the form of Hugging Face, without a chat template."""
+    path = tmp_path_factory.mktemp("chat") / "hf"
+    shutil.copytree(small_data / "tokenizer", path)
+    random_llama(SMALL.model_copy(update={"vocab_size": 512}), seed=1).save_pretrained(path)
+    return path
+
+
+def greedy(directory: Path, tokenizer: Tokenizer, text: str) -> str:
+    sampling = Sampling(12, temperature=0, stop_ids=(tokenizer.eos_id,))
+    ids = tokenizer.encode(text, parse_special=False)
+    return tokenizer.decode(load_generator(str(directory)).generate([Prompt(ids)], sampling)[0][0].ids)
+
+
+def test_a_prompt_prints_the_answer_alone(directory: Path, capsys: Capture) -> None:
+    expected = greedy(directory, load_tokenizer(str(directory)), "The sum <eos>")
+    assert cli.main(["chat", str(directory), "--prompt", "The sum <eos>", *GREEDY]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert cli.main(["chat", str(directory), "--prompt", "The sum", "--system", "x"]) == 2
+    assert capsys.readouterr() == ("", f"--system: {directory} has no chat template, which would show it; drop it\n")
+    assert cli.main(["chat", str(directory), "--prompt", "The sum " * 500]) == 2
+    assert capsys.readouterr().err.startswith("prompt 0 has ")
+
+
+def test_a_run_answers_with_its_newest_checkpoint(small_data: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "small.yaml").write_text(DOCUMENT.format(data=small_data))
+    run = tmp_path / "all/run"
+    options = (f"run_dir={run}", "train.steps=2", "train.eval_seqs=1")
+    done = run_alone("llmtrain", "pretrain", tmp_path / "small.yaml", *options)
+    assert done.returncode == 0, done.stdout[-2000:]
+    expected = greedy(run, load_tokenizer(str(small_data / "tokenizer")), "1 + 1")
+    assert cli.main(["chat", str(run), "--prompt", "1 + 1", *GREEDY]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert cli.main(["chat", str(run.parent)]) == 2
+    assert capsys.readouterr().err.endswith(" (a run); give a stage of it: run\n")
+    assert cli.main(["chat", str(small_data)]) == 2
+    assert capsys.readouterr().err.endswith(" (a run); give a run or a Hugging Face directory\n")
+
+
+@dataclass
+class Echo:
+    """Answers with the tokens of ` yes` and the end of the text, whatever it is asked; or is interrupted by Ctrl-C."""
+
+    tokenizer: Tokenizer
+    max_seq_tokens: int = 200
+    interrupted: bool = False
+    asked: list[str] = field(default_factory=list)
+    seeds: set[int] = field(default_factory=set)
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
+        if len(prompt.ids) >= self.max_seq_tokens:
+            raise ValueError("prompt 0 is too long")
+        self.asked.append(self.tokenizer.backend.decode(prompt.ids, skip_special_tokens=False))
+        self.seeds.add(prompt.seed)
+        yield from self.tokenizer.encode(" yes")
+        if self.interrupted:
+            raise KeyboardInterrupt
+        yield self.tokenizer.eos_id
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """What a user types: a line, or what a key raises."""
+    coming = iter(lines)
+
+    def read(_: str) -> str:
+        line = next(coming)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def talk_to(directory: Path, options: ChatOptions) -> Talk:
+    tokenizer = load_tokenizer(str(directory))
+    return Talk(replace(options, path=str(directory)), Echo(tokenizer), tokenizer)
+
+
+def test_without_a_template_the_text_goes_on(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    talk = talk_to(directory, ChatOptions(""))
+    type_in(monkeypatch, "Is it", "  ", "<eos>and so?", EOFError)
+    assert converse(talk) == 0
+    assert capsys.readouterr().out == " yes\n yes\n"
+    assert talk.generator.asked == ["Is it", "Is it yes\n<eos>and so?"] and len(talk.generator.seeds) == 2
+    assert talk.tokenizer.eos_id not in talk.tokenizer.encode("<eos>and so?", parse_special=False)
+
+
+def test_a_template_shows_the_whole_conversation(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    talk = talk_to(tmp_path, ChatOptions("", system="Be brief."))
+    type_in(monkeypatch, "A?", "B?", EOFError)
+    assert converse(talk) == 0
+    first = "system: Be brief.\nuser: A?\nassistant: "
+    assert talk.generator.asked == [first, f"{first} yes\nuser: B?\nassistant: "]
+
+
+def test_ctrl_c_ends_an_answer_and_twice_the_program(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    talk = talk_to(directory, ChatOptions(""))
+    talk.generator.interrupted = True
+    type_in(monkeypatch, KeyboardInterrupt, "A", "B", KeyboardInterrupt)
+    assert converse(talk) == 130
+    assert talk.generator.asked == ["A", "A yes\nB"]
+    assert capsys.readouterr().out == "\n yes\n yes\n\n"
+
+
+def test_the_oldest_turns_make_room_and_a_line_too_long_is_forgotten(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    talk = talk_to(directory, ChatOptions("", max_new_tokens=8))
+    talk.generator.max_seq_tokens = 16 + len(talk.tokenizer.encode("one two\nthree"))
+    type_in(monkeypatch, "one two", "three", "four five six", "zz" * 99, "end", EOFError)
+    assert converse(talk) == 0
+    assert talk.generator.asked[:3] == ["one two", "one two yes\nthree", "three yes\nfour five six"]
+    err = capsys.readouterr().err
+    assert "its oldest turns are forgotten" in err and "prompt 0 is too long" in err
+    assert talk.generator.asked[3] == "four five six yes\nend"
