@@ -120,6 +120,8 @@ def _wandb(case: Case) -> Iterator[str]:
 
 def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Iterator[str]:
     """Yields a line if a path that is read is not there; None is refused with the reason `needed`."""
+    if case.own_run:
+        return  # the document of a run that has trained means that run's weights
     if path is None and needed:
         yield f"{key}: must be set, {needed}; give a path"
     if path is not None and case.missing(path):
@@ -161,7 +163,9 @@ def _evaluation_files(case: Case) -> Iterator[str]:
     if evaluation.problems:
         yield from _existing(case, "data.held_out", data.held_out, "eval.problems are read there")
     if evaluation.text:
-        yield from _existing(case, "data.path", data.path, "eval.text measures on the held-out shards there")
+        own = os.path.join(case.config.directory, "data")
+        place = data.path or (own if os.path.isdir(own) else None)
+        yield from _existing(case, "data.path", place, "eval.text measures on the held-out shards there")
 
 
 FILE_RULES: Rules = (
