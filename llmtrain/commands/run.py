@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llmtrain.commands.stage_files import contents, made_by
+from llmtrain.commands.stage_files import contents, made_by, made_tokenizer
 from llmtrain.config.load import dump, stage_config
 from llmtrain.config.schema import LogConfig, RunConfig, StageConfig
 from llmtrain.observe.contents import CACHE, Checksums
@@ -43,6 +43,7 @@ class StageRun:
     stage: StageConfig
     directory: str
     config: str  # YAML
+    tokenizer: str | None  # that it is the first to make, in the run directory
     hash: str  # of command, ranks, configuration, contents of data files, and the hash of the stage before
 
     @property
@@ -90,12 +91,13 @@ def planned_runs(config: RunConfig) -> list[StageRun]:
     checksums = Checksums(os.path.join(config.directory, CACHE))
     for stage in config.stages:
         staged = stage_config(config, stage.name)
+        tokenizer = made_tokenizer(stage.command, staged, config.directory, made)
         made += made_by(stage.command, staged)
         before = stage_runs[-1].hash if stage_runs else ""
         content = [stage.command, stage.ranks, before, dump(staged.model_copy(update={"log": LogConfig()}))]
         read = contents(stage.command, staged, made, checksums)
         digest = hashlib.sha256(json.dumps([*content, read] if read else content).encode()).hexdigest()
-        stage_runs.append(StageRun(stage, staged.directory, dump(staged), digest))
+        stage_runs.append(StageRun(stage, staged.directory, dump(staged), tokenizer, digest))
     checksums.save()
     return stage_runs
 
@@ -147,12 +149,20 @@ def set_aside_other(stage_run: StageRun) -> None:
         return
     if not head.startswith(HEAD):
         raise ValueError(f"{stage_run.yaml}: `llmtrain run` did not write this file; give the run another name")
-    place = os.path.realpath(stage_run.directory)
-    aside = next(p for n in itertools.count(1) if not os.path.lexists(p := f"{place}.old{n}"))
-    with locked(place):
-        os.rename(place, aside)
-    os.mkdir(place)  # also behind a link
+    with locked(stage_run.directory):
+        aside = _set_aside(stage_run.directory)
+    os.mkdir(os.path.realpath(stage_run.directory))  # also behind a link
     _say(f"{stage_run.directory} was made with other settings or data: kept as {aside}, starting anew")
+    if stage_run.tokenizer is not None and os.path.exists(stage_run.tokenizer):
+        _say(f"{stage_run.tokenizer} too: kept as {_set_aside(stage_run.tokenizer)}")
+
+
+def _set_aside(directory: str) -> str:
+    """Renames the directory behind all links; returns its new path."""
+    place = os.path.realpath(directory)
+    aside = next(p for n in itertools.count(1) if not os.path.lexists(p := f"{place}.old{n}"))
+    os.rename(place, aside)
+    return aside
 
 
 def stage_command(stage_run: StageRun) -> list[str]:

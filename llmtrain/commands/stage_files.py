@@ -51,6 +51,15 @@ def made_by(command: str, config: Config) -> Iterator[str]:
         yield config.export.path
 
 
+def made_tokenizer(command: str, config: Config, run: str, made: list[str]) -> str | None:
+    """Returns the tokenizer directory of a stage that makes data, if it lies in the run directory outside all that
+    stages before have `made`."""
+    path = config.tokenizer.path
+    if path is None or not makes_data(command, config) or not inside(path, run):
+        return None
+    return None if any(inside(path, directory) for directory in made) else path
+
+
 def makes_data(command: str, config: Config) -> bool:
     """Says whether a stage makes data or a tokenizer where they are missing."""
     described = bool(config.data.sources or config.data.tasks)

@@ -25,7 +25,7 @@ from llmtrain.data.tokenizer_base import tokenizer_from_base
 from llmtrain.data.tokenizer_train import train_tokenizer
 from llmtrain.observe.contents import CACHE, Checksums, files_at
 from llmtrain.observe.files import write_whole
-from llmtrain.observe.locks import PREPARING, locked, making
+from llmtrain.observe.locks import making
 from llmtrain.observe.owned import filling
 
 MARKER = "prepared.json"  # written last: all else is there
@@ -42,7 +42,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokeniz
     settings = relevant(data, tokenizer, seed)
     if is_prepared(data_dir, tokenizer_dir, settings, data, tokenizer):
         return
-    with locked(data_dir, PREPARING):
+    with making(os.path.join(data_dir, MARKER)):
         if not is_prepared(data_dir, tokenizer_dir, settings, data, tokenizer):
             _prepare(data, tokenizer, data_dir, tokenizer_dir, seed, settings)
 

@@ -12,13 +12,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 from llmtrain.observe.log import log
 
 RUN_LOCK = ".llmtrain.lock"  # of a run directory
-PREPARING = ".llmtrain-preparing.lock"  # of a data directory, while data is prepared in it
 RESTART_S = 10.0  # how long a restarted rank waits for the end of the one before it
 
 _held: dict[str, IO[str]] = {}  # directories that this process has locked until it ends
@@ -33,25 +32,26 @@ def hold(directory: str) -> None:
 
 
 @contextmanager
-def locked(directory: str, name: str = RUN_LOCK, patience_s: float = 0.0) -> Iterator[int]:
-    """Holds the lock file `name` of a directory, which is created where it is missing; yields the file descriptor.
+def locked(directory: str, patience_s: float = 0.0) -> Iterator[int]:
+    """Holds the lock of a run directory, which is created where it is missing; yields the file descriptor.
 
     Raises ValueError, naming host and process of the job that holds it, if that has not ended after `patience_s`.
     """
-    with _taken(directory, name, patience_s) as file:
+    with _taken(directory, RUN_LOCK, patience_s) as file:
         yield file.fileno()
 
 
 @contextmanager
-def making(directory: str) -> Iterator[None]:
-    """Holds a lock beside a directory that does not exist yet, and removes it afterwards. Raises ValueError as `locked`
-    does."""
-    parent, name = os.path.split(os.path.realpath(directory))
+def making(path: str) -> Iterator[None]:
+    """Holds a lock beside a file or directory that is to be made, and removes it afterwards. Raises ValueError as
+    `locked` does."""
+    parent, name = os.path.split(os.path.realpath(path))
     with _taken(parent, f".{name}.llmtrain.lock", 0.0) as file:
         try:
             yield
         finally:
-            os.unlink(file.name)
+            with suppress(FileNotFoundError):
+                os.unlink(file.name)
 
 
 def _taken(directory: str, name: str, patience_s: float) -> IO[str]:

@@ -120,8 +120,6 @@ def _wandb(case: Case) -> Iterator[str]:
 
 def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Iterator[str]:
     """Yields a line if a path that is read is not there; None is refused with the reason `needed`."""
-    if case.own_run:
-        return  # the document of a run that has trained means that run's weights
     if path is None and needed:
         yield f"{key}: must be set, {needed}; give a path"
     if path is not None and case.missing(path):
@@ -131,6 +129,8 @@ def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Ite
 def _init_from(case: Case) -> Iterator[str]:
     path = case.config.model.init_from
     needed = case.command == "eval" or (case.recipe is not None and case.recipe.starts_trained)
+    if case.own_run:
+        return  # the document of a run that has trained means that run's weights
     if path is None and needed:
         yield f"model.init_from: must be set, {case.command} starts from a trained model; give its directory"
     if path is not None and case.missing_model(path):

@@ -134,10 +134,11 @@ def start_directory(config: Config, recipe: Recipe) -> Contents:
     def contents() -> Contents:
         return contents_of(config, recipe, data_dir(config), tokenizer_dir(config), checksums)
 
-    check_directory(config.directory, record_of(resolved(config), recipe, contents()), recipe)
+    found = contents()
+    check_directory(config.directory, record_of(resolved(config), recipe, found), recipe)
     if config.data.sources or config.data.tasks:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
-    found = contents()
+        found = contents()
     checksums.save()
     keep_generation(config)
     return found
