@@ -145,8 +145,12 @@ def _run_around(target: Path) -> Path | None:
 
 
 def _must_stay(target: Path) -> bool:
-    """Says whether a directory cannot be exchanged for another: a mount, or an entry of a folder that is not ours."""
-    return target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK))
+    """Says whether a directory is filled in place of being exchanged for another: an empty one, a mount, one that a
+    user is in, and one whose parent is not ours to write."""
+    if not target.is_dir():
+        return False
+    used = target in (here := Path.cwd(), *here.parents)
+    return used or os.path.ismount(target) or not any(target.iterdir()) or not os.access(target.parent, os.W_OK)
 
 
 @contextmanager
@@ -210,18 +214,24 @@ def _swap(staging: Path, target: Path) -> None:
 
 
 def _move_in(staging: Path, target: Path) -> None:
-    """Moves what the target holds of ours aside and the new entries in, the marker last."""
+    """Replaces what the target holds of ours by the new entries. After a kill at any moment its marker lists what it
+    holds, so that the next command can go on."""
     _refuse_others(target, foreign(target, ignore=staging.name))
-    old = staging.with_suffix(".old")
-    old.mkdir()
-    for name in {MARKER, *(Path(name).parts[0] for name in read_marker(target).get("files", {}))}:
-        if os.path.lexists(target / name):
-            os.rename(target / name, old / name)
-    for name in sorted(os.listdir(staging), key=lambda name: name == MARKER):
-        os.rename(staging / name, target / name)
+    for name in {Path(name).parts[0] for name in read_marker(target).get("files", {})}:
+        _remove(target / name)
+    write_whole(target / MARKER, (staging / MARKER).read_text(encoding="utf-8"))
+    for name in os.listdir(staging):
+        if name != MARKER:
+            os.rename(staging / name, target / name)
     sync(target)
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_leftovers(folder: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from llmtrain import __version__
+from llmtrain.arch.generation import GENERATION
 from llmtrain.arch.resolve import contradictions
 from llmtrain.checkpoint.layout import STATE
 from llmtrain.checkpoint.manifest import MANIFEST_SUM, list_checkpoints
@@ -40,7 +41,8 @@ SAME = (
 value would repeat some samples and skip others, or mix two measures under one name."""
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
 PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
-WRITTEN = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")  # into a run directory
+STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
+WRITTEN = ("config.yaml", GENERATION, *STREAMS)  # into a run directory
 ABSENT = object()
 
 Contents = dict[str, dict[str, str]]

@@ -261,6 +261,32 @@ def test_a_directory_that_cannot_be_exchanged_is_filled(tmp_path: Path, monkeypa
         assert contents(tmp_path / "disk") == written(text) and (tmp_path / "disk").stat().st_ino == inode
 
 
+def test_a_directory_that_a_user_is_in_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    (tmp_path / "out" / "deep").rmdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for text in ("one", "two"):
+        write(".", text)
+        assert contents(Path(".")) == written(text)  # the directory that the user sees
+    monkeypatch.chdir("deep")
+    with pytest.raises(ValueError, match="holds thesis"):
+        (tmp_path / "out" / "thesis").write_text("")
+        write("..", "three")
+    (tmp_path / "out" / "thesis").unlink()
+    monkeypatch.chdir(tmp_path / "out")
+    write(tmp_path / "out", "three")
+    assert contents(Path(".")) == written("three")
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_killed_while_a_directory_is_filled(tmp_path: Path, renames: int) -> None:
+    """An empty one: the next command goes on."""
+    (tmp_path / "out").mkdir()
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out"), str(renames)], check=False)
+    write(tmp_path / "out", "third")
+    assert contents(tmp_path / "out") == written("third") and no_leftovers(tmp_path / "out")
+
+
 def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, disk_calls: list[tuple]) -> None:
     write(tmp_path / "out")
     rename = next(i for i, call in enumerate(disk_calls) if call[0] == "rename" and call[2] == str(tmp_path / "out"))

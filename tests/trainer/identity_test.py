@@ -246,6 +246,7 @@ def test_checkpoints_alone_say_whose_they_are(tmp_path: Path) -> None:
         (["log.txt", "notes.md", "data", "slurm-3.out"], True),  # nothing that a run writes
         (["config.yaml"], False),  # a user's document, with run_dir=.
         (["samples.jsonl"], False),
+        (["generation_config.json"], False),  # a model directory, with run_dir=
         (["config.yaml", "eval.json", "samples.jsonl"], False),  # an evaluation's
         (["config.yaml", "metrics.jsonl"], True),  # of an earlier version, killed before its first checkpoint
     ],
