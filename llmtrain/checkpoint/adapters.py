@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from llmtrain.checkpoint.manifest import MANIFEST
 from llmtrain.checkpoint.source import locate
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
-from llmtrain.model.hf_write import replacing
+from llmtrain.observe.owned import replacing
 
 LEAVES = {"a": "lora_A", "b": "lora_B"}  # our names -> those of peft
 
@@ -37,7 +36,7 @@ def export_adapters(source: str, directory: str, dtype: torch.dtype) -> None:
     model = ModelConfig.model_validate(saved)
     names = peft_names(model)
     config = adapter_config(model, base_directory(model))
-    with replacing(Path(directory)) as target:
+    with replacing(directory, "llmtrain export (adapter)", place) as target:
         tensors = {theirs: reader.full(ours).to(dtype).contiguous() for ours, theirs in names.items()}
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
         (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -31,4 +31,6 @@ def export(
     config = without_adapters(config)
     weight = weight_source(source, config)
     weights = ((name, weight(name)) for name in parameter_shapes(config))
-    save_hf(directory, config, weights, dtype, tokenizer_dir, eos_id, pad_id=pad_id, generation=generation)
+    save_hf(
+        directory, config, weights, dtype, tokenizer_dir, eos_id, pad_id=pad_id, generation=generation, source=source
+    )

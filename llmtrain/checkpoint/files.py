@@ -88,12 +88,3 @@ class FlatFile:
             f.seek(self.starts[name] + 4 * begin)
             if f.readinto(out.numpy()) != out.nbytes:
                 raise ValueError(f"{self.path}: ends within {name}; verify it before it is read")
-
-
-def sync_directory(path: str) -> None:
-    """Makes the entries of a directory (new files, renames) survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.files import FileEntry, safetensors_chunks, sync_directory, write_durably, write_json
+from llmtrain.checkpoint.files import FileEntry, safetensors_chunks, write_durably, write_json
 from llmtrain.checkpoint.group import CheckpointGroup, together
 from llmtrain.checkpoint.layout import (
     STATE,
@@ -27,10 +27,12 @@ from llmtrain.checkpoint.layout import (
 from llmtrain.checkpoint.manifest import list_checkpoints, write_manifest
 from llmtrain.checkpoint.rng import random_state
 from llmtrain.engine.base import Engine
+from llmtrain.observe.files import sync
 
 logger = logging.getLogger(__name__)
 
 LEFTOVER = re.compile(r"step-\d+(\.old)?\.(tmp|trash)")  # left by a save that was interrupted
+OWN_FILES = re.compile(r"(rank-\d+\.(safetensors|json)|state\.json|manifest\.(json|sha256)|\.nfs\w+)")
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical names map to global shapes of every parameter of the model (`model.decoder.parameter_shapes`)."""
@@ -114,7 +116,8 @@ def write_checkpoint(
 def _prepare(directory: str, partial: str) -> None:
     os.makedirs(directory, exist_ok=True)
     for name in filter(LEFTOVER.fullmatch, os.listdir(directory)):
-        shutil.rmtree(os.path.join(directory, name), ignore_errors=True)  # NFS keeps files that are still open
+        if _is_ours(os.path.join(directory, name)):
+            shutil.rmtree(os.path.join(directory, name), ignore_errors=True)  # NFS keeps files that are still open
     os.mkdir(partial)
 
 
@@ -132,7 +135,7 @@ def _complete(path: str, state: dict, files: dict[str, FileEntry], num_ranks: in
     check_complete(by_name(stored for rank in range(num_ranks) for stored in read_index(path, rank)[0]), shapes)
     entry = write_json(os.path.join(path, STATE), state)
     write_manifest(path, {**files, STATE: entry})
-    sync_directory(path)
+    sync(path)
 
 
 def _publish(partial: str, final: str) -> None:
@@ -144,7 +147,7 @@ def _publish(partial: str, final: str) -> None:
         _discard(final + ".old")
         os.rename(final, final + ".old")
     os.rename(partial, final)
-    sync_directory(os.path.dirname(final))
+    sync(os.path.dirname(final))
 
 
 def _prune(directory: str, final: str, keep: int) -> None:
@@ -155,8 +158,13 @@ def _prune(directory: str, final: str, keep: int) -> None:
         _discard(path)
 
 
+def _is_ours(path: str) -> bool:
+    """Says whether a directory holds nothing but what a save writes: what a user put beside it must not go."""
+    return os.path.isdir(path) and not os.path.islink(path) and all(map(OWN_FILES.fullmatch, os.listdir(path)))
+
+
 def _discard(path: str) -> None:
-    """Removes a directory. It is renamed first, so that a half-deleted directory never looks whole."""
-    if os.path.isdir(path):
+    """Removes a directory of ours. It is renamed first, so that a half-deleted directory never looks whole."""
+    if _is_ours(path):
         os.rename(path, path + ".trash")
         shutil.rmtree(path + ".trash")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
+from llmtrain.commands.weights import of_own_run
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
 from llmtrain.data.prompts import PromptSet
@@ -18,7 +23,9 @@ from llmtrain.engine.precision import compute_dtype
 from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
 from llmtrain.model.decoder import Decoder
+from llmtrain.observe.locks import locked, making
 from llmtrain.observe.log import log, make_run_dir
+from llmtrain.observe.owned import adopt, filling, is_run, replacing
 from llmtrain.parallel.device import rank_device
 from llmtrain.rewards import extract_answer, reward_fn
 from llmtrain.rollout.native import NativeGenerator
@@ -28,31 +35,63 @@ from llmtrain.trainer.job import resolved, tokenizer_dir
 from llmtrain.types import Prompt
 
 ROWS_A_BATCH = 16
+COMMAND = "llmtrain eval"
+FILES = ("config.yaml", "eval.json", "samples.jsonl")
 
 
 def main(config: Config) -> None:
-    """Writes eval.json and samples.jsonl into the run directory."""
+    """Writes eval.json, samples.jsonl and config.yaml: into the run directory, or where that holds a run which trains
+    into its eval/<label>/."""
     make_run_dir(config.directory)
-    with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
-        file.write(dump(resolved(config)))
-    device = rank_device()
-    dtype = compute_dtype(config.engine.precision)
-    model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
-    tokenizer = load_tokenizer(tokenizer_dir(config))
-    result: dict[str, object] = {"label": config.eval.label}
-    if config.eval.text:
-        result |= text_scores(config, model, tokenizer)
-    if config.eval.problems:
-        scores, samples = problem_scores(config, model, tokenizer, device)
-        result |= scores
-        write_samples(config, samples)
-    with open(os.path.join(config.directory, "eval.json"), "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=2)
+    meant = of_own_run(config)
+    with results(config) as directory:
+        result, samples = measured(meant)
+        (directory / "config.yaml").write_text(dump(resolved(meant)), encoding="utf-8")
+        (directory / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+        if samples:
+            write_samples(directory, config.eval.label, samples)
     log(
         "  ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items()
         )
     )
+
+
+@contextmanager
+def results(config: Config) -> Iterator[Path]:
+    """Yields a directory to write into, whose files go to their place when the block ends well."""
+    if is_run(config.directory):
+        target = os.path.join(config.directory, "eval", quote(config.eval.label, safe=" ,()").replace(".", "%2E", 1))
+        with making(target), replacing(target, COMMAND, config.model.init_from) as directory:
+            yield directory
+        return
+    with locked(config.directory):
+        adopt_earlier(Path(config.directory))
+        with filling(config.directory, COMMAND, FILES) as directory:
+            yield directory
+
+
+def adopt_earlier(directory: Path) -> None:
+    """Marks what an evaluation of an earlier version wrote as ours."""
+    with suppress(OSError, ValueError):
+        if "label" in json.loads((directory / "eval.json").read_text(encoding="utf-8")):
+            adopt(directory, COMMAND, FILES)
+
+
+def measured(config: Config) -> tuple[dict[str, object], list[dict]]:
+    """Returns all measures, and all completions."""
+    device = rank_device()
+    dtype = compute_dtype(config.engine.precision)
+    model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
+    tokenizer = load_tokenizer(tokenizer_dir(config))
+    result: dict[str, object] = {"label": config.eval.label}
+    samples: list[dict] = []
+    if config.eval.text:
+        result |= text_scores(config, model, tokenizer)
+    if config.eval.problems:
+        scores, samples = problem_scores(config, model, tokenizer, device)
+        result |= scores
+    return result, samples
 
 
 def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, float]:
@@ -84,8 +123,8 @@ def problem_scores(
     )
 
 
-def write_samples(config: Config, samples: list[dict]) -> None:
+def write_samples(directory: Path, label: str, samples: list[dict]) -> None:
     """Writes all completions, in the form of an RL stage's samples."""
-    with open(os.path.join(config.directory, "samples.jsonl"), "w", encoding="utf-8") as file:
+    with open(directory / "samples.jsonl", "w", encoding="utf-8") as file:
         for sample in samples:
-            file.write(json.dumps({"step": 0, "label": config.eval.label, **sample}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"step": 0, "label": label, **sample}, ensure_ascii=False) + "\n")

@@ -7,10 +7,10 @@ import os
 
 import torch
 
-from llmtrain.arch.resolve import newest_step, resolve_model
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.adapters import export_adapters
 from llmtrain.checkpoint.export import export
-from llmtrain.config.ramp import trained_model
+from llmtrain.commands.weights import home, of_own_run
 from llmtrain.config.schema import Config
 from llmtrain.data.ends import generation_settings
 from llmtrain.data.tokenizer import load_tokenizer
@@ -22,19 +22,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def main(config: Config) -> None:
     """Runs the command as ExportConfig says."""
+    config = of_own_run(config)
     source = config.model.init_from or config.directory
-    if config.export.adapter:
-        target = config.export.path or os.path.join(source, "adapter")
-        export_adapters(source, target, DTYPES[config.export.dtype])
-        log(f"adapters for peft in {target}")
-        return
-    target = config.export.path or os.path.join(source, "export")
-    tokenizer = load_tokenizer(tokenizer_dir(config))
     dtype = DTYPES[config.export.dtype]
+    if config.export.adapter:
+        target = config.export.path or os.path.join(home(source), "adapter")
+        export_adapters(source, target, dtype)
+        log(f"adapters of {source}, for peft, in {target}")
+        return
+    target = config.export.path or os.path.join(home(source), "export")
+    tokenizer = load_tokenizer(tokenizer_dir(config))
     model = resolve_model(config.model)
-    if not config.model.init_from:  # the run's own checkpoint, whatever phase of a ramp it is of
-        model = trained_model(model, config.train, newest_step(source))
     generation = generation_settings(tokenizer, (source, tokenizer_dir(config)))
     eos_id = generation["eos_token_id"]
     export(source, target, model, tokenizer_dir(config), eos_id, dtype, tokenizer.pad_id, generation)
-    log(f"Hugging Face model in {target}")
+    log(f"Hugging Face model of {source} in {target}")

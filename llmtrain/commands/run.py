@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import itertools
 import json
@@ -22,14 +21,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llmtrain.commands.stage_files import contents, made_by, made_tokenizer
 from llmtrain.config.load import dump, stage_config
 from llmtrain.config.schema import LogConfig, RunConfig, StageConfig
+from llmtrain.observe.contents import CACHE, Checksums
+from llmtrain.observe.files import write_whole
+from llmtrain.observe.locks import locked
 from llmtrain.observe.log import make_run_dir
 
 GRACE_S = 40  # between asking a stage to stop and killing it; torchrun gives its workers 30
 PR_SET_PDEATHSIG = 1  # prctl(2)
 # glibc keeps freed blocks: a step takes the same sizes again and again, and fresh pages cost a CPU step about a tenth
 KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+HEAD = "# llmtrain run: "  # begins every stage.yaml
 MEASURE = re.compile(r"(pass|maj)@\d+|perplexity")  # of eval.json, shown at the end
 
 
@@ -40,7 +44,8 @@ class StageRun:
     stage: StageConfig
     directory: str
     config: str  # YAML
-    hash: str  # of command, ranks, configuration, and the hash of the stage before
+    tokenizer: str | None  # that it is the first to make, in the run directory
+    hash: str  # of command, ranks, configuration, contents of data files, and the hash of the stage before
 
     @property
     def yaml(self) -> str:
@@ -55,19 +60,21 @@ class StageRun:
     @property
     def head(self) -> str:
         """Returns the first line of stage.yaml, which says whose work the directory holds."""
-        return f"# llmtrain run: {self.stage.command}, ranks {self.stage.ranks}, job {self.hash}\n"
+        return f"{HEAD}{self.stage.command}, ranks {self.stage.ranks}, job {self.hash}\n"
 
 
 def main(config: RunConfig) -> int:
     """Runs the stages in order, skipping finished ones; returns 0, or the exit status of the stage that did not end
     well.
 
-    Raises ValueError if the document has no stages, or its directory cannot be written or another run is at work there.
+    Raises ValueError if the document has no stages, its directory cannot be written, another job is at work there, or
+    files of other origin have names that it needs. Stages inherit the lock: when we are killed, the next run waits
+    until they have ended.
     """
     stage_runs = planned_runs(config)
     make_run_dir(config.directory)
-    with lock(config.directory) as held:
-        _write_json(os.path.join(config.directory, "stages.json"), [r.stage.name for r in stage_runs])
+    with locked(config.directory, patience_s=GRACE_S + 10) as held:  # a killed run's stage may be about to end
+        write_list(os.path.join(config.directory, "stages.json"), [r.stage.name for r in stage_runs])
         for number, stage_run in enumerate(stage_runs, 1):
             title = f"[{number}/{len(stage_runs)}] {stage_run.stage.name}"
             _say(f"{title}: was done before" if is_done(stage_run) else title)
@@ -77,35 +84,35 @@ def main(config: RunConfig) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def lock(directory: str, patience_s: float = GRACE_S + 10) -> Iterator[int]:
-    """Holds the run directory; yields the file descriptor, which stages inherit: when we are killed, the next run waits
-    until the stage of this one has ended. Raises ValueError if it has not after `patience_s` seconds."""
-    with open(os.path.join(directory, "lock"), "w", encoding="utf-8") as file:
-        give_up = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    raise ValueError(f"{directory}: another run is at work there; stop it or set name=") from None
-                time.sleep(0.2)
-        yield file.fileno()
-
-
 def planned_runs(config: RunConfig) -> list[StageRun]:
     """Returns the stages of a document, ready to start. What is only logged does not enter the hashes."""
     if not isinstance(config, RunConfig):
         raise ValueError(f"{config.name}: has no `stages:`; add them, or name the command of a single stage")
     stage_runs: list[StageRun] = []
+    made: list[str] = []
+    checksums = Checksums(os.path.join(config.directory, CACHE))
     for stage in config.stages:
         staged = stage_config(config, stage.name)
+        tokenizer = made_tokenizer(stage.command, staged, config.directory, made)
+        made += made_by(stage.command, staged)
         before = stage_runs[-1].hash if stage_runs else ""
         content = [stage.command, stage.ranks, before, dump(staged.model_copy(update={"log": LogConfig()}))]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        stage_runs.append(StageRun(stage, staged.directory, dump(staged), digest))
+        read = contents(stage.command, staged, made, checksums)
+        digest = hashlib.sha256(json.dumps([*content, read] if read else content).encode()).hexdigest()
+        stage_runs.append(StageRun(stage, staged.directory, dump(staged), tokenizer, digest))
+    checksums.save()
     return stage_runs
+
+
+def write_list(path: str, names: list[str]) -> None:
+    """Writes stages.json. Raises ValueError where something else has this name."""
+    if os.path.exists(path):
+        with contextlib.suppress(ValueError):
+            if isinstance(_read_json(path), list):
+                write_whole(path, json.dumps(names, indent=1))
+                return
+        raise ValueError(f"{path}: `llmtrain run` did not write this file; give the run another name, or move it away")
+    write_whole(path, json.dumps(names, indent=1))
 
 
 def is_done(stage_run: StageRun) -> bool:
@@ -117,8 +124,7 @@ def run_stage(stage_run: StageRun, title: str, held: int) -> int:
     """Starts one stage, waits for it, and notes that it is done; returns its exit status."""
     set_aside_other(stage_run)
     os.makedirs(stage_run.directory, exist_ok=True)
-    with open(stage_run.yaml, "w", encoding="utf-8") as file:
-        file.write(stage_run.head + stage_run.config)
+    write_whole(stage_run.yaml, stage_run.head + stage_run.config)
     start, command = time.monotonic(), stage_command(stage_run)
     status = run_child(command, child_environment(stage_run.stage.ranks), held)
     seconds = round(time.monotonic() - start, 1)
@@ -126,21 +132,39 @@ def run_stage(stage_run: StageRun, title: str, held: int) -> int:
         _say(f"{title}: ended with status {status} after {seconds} s; its files are in {stage_run.directory}")
         _say("the same command goes on from there")
         return status
-    _write_json(stage_run.done, {"hash": stage_run.hash, "seconds": seconds, "command": shlex.join(command)})
+    done = {"hash": stage_run.hash, "seconds": seconds, "command": shlex.join(command)}
+    write_whole(stage_run.done, json.dumps(done, indent=1))
     _say(f"{title}: done in {seconds} s")
     return 0
 
 
 def set_aside_other(stage_run: StageRun) -> None:
-    """Moves away what a stage with other settings left there: resuming from it would mix the two, silently."""
+    """Moves away what a stage with other settings or data left there: resuming from it would mix the two, silently.
+
+    Raises ValueError where another job is at work there, or stage.yaml is not ours.
+    """
     if not os.path.exists(stage_run.yaml):
         return
     with open(stage_run.yaml, encoding="utf-8") as file:
-        if file.readline() == stage_run.head:
-            return
-    aside = next(p for n in itertools.count(1) if not os.path.exists(p := f"{stage_run.directory}.old{n}"))
-    os.rename(stage_run.directory, aside)
-    _say(f"{stage_run.directory} was made with other settings: kept as {aside}, starting anew")
+        head = file.readline()
+    if head == stage_run.head:
+        return
+    if not head.startswith(HEAD):
+        raise ValueError(f"{stage_run.yaml}: `llmtrain run` did not write this file; give the run another name")
+    with locked(stage_run.directory):
+        aside = _set_aside(stage_run.directory)
+    os.mkdir(os.path.realpath(stage_run.directory))  # also behind a link
+    _say(f"{stage_run.directory} was made with other settings or data: kept as {aside}, starting anew")
+    if stage_run.tokenizer is not None and os.path.exists(stage_run.tokenizer):
+        _say(f"{stage_run.tokenizer} too: kept as {_set_aside(stage_run.tokenizer)}")
+
+
+def _set_aside(directory: str) -> str:
+    """Renames the directory behind all links; returns its new path."""
+    place = os.path.realpath(directory)
+    aside = next(p for n in itertools.count(1) if not os.path.lexists(p := f"{place}.old{n}"))
+    os.rename(place, aside)
+    return aside
 
 
 def stage_command(stage_run: StageRun) -> list[str]:
@@ -240,12 +264,6 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def _read_json(path: str) -> Any:
     with open(path, encoding="utf-8") as file:
         return json.load(file)
-
-
-def _write_json(path: str, value: Any) -> None:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-    os.replace(f"{path}.tmp", path)

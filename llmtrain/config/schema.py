@@ -304,7 +304,8 @@ class RewardConfig(Section):
 
 
 class EvalConfig(Section):
-    """Sets what `llmtrain eval` measures, on the newest checkpoint of `model.init_from` or a Hugging Face directory."""
+    """Sets what `llmtrain eval` measures: on the newest checkpoint of the run directory, where that holds a run that
+    trains, else on `model.init_from`."""
 
     text: bool = True  # perplexity on the held-out shards of `data.path`
     text_seqs: PositiveInt = 200  # held-out rows at most
@@ -324,10 +325,10 @@ class CheckpointConfig(Section):
 
 
 class ExportConfig(Section):
-    """Configures `llmtrain export`: the newest checkpoint of `model.init_from`, else of the run, becomes a Hugging Face
-    directory, with adapters merged."""
+    """Configures `llmtrain export`: the newest checkpoint of the run directory, where that holds a run that trains,
+    else of `model.init_from`, becomes a Hugging Face directory, with adapters merged."""
 
-    path: str | None = None  # None = export/ (with adapter: true, adapter/) in the directory of that run
+    path: str | None = None  # new, empty or an older export; None = export/ (or adapter/) in that run's directory
     dtype: Literal["bf16", "fp32"] = "bf16"  # dtype of the written weights
     adapter: bool = False  # write only the adapters of a run with model.lora, as a directory for peft
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from llmtrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from llmtrain.config.specials import sentinels
 from llmtrain.data.jsonl import read_jsonl
-from llmtrain.data.shards import split_documents, write_shards
+from llmtrain.data.shards import ENDS, MANIFEST, SPLITS, split_documents, write_shards
 from llmtrain.data.tasks import write_task
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.data.tokenizer_base import tokenizer_from_base
 from llmtrain.data.tokenizer_train import train_tokenizer
+from llmtrain.observe.contents import CACHE, Checksums, files_at
+from llmtrain.observe.files import write_whole
+from llmtrain.observe.locks import making
+from llmtrain.observe.owned import filling
 
-MARKER = "prepared.json"
+MARKER = "prepared.json"  # written last: all else is there
 EXCERPT_CHARS = 20_000  # characters of a document that train the tokenizer at most: variety over length
 
 
@@ -31,21 +36,53 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokeniz
     """Writes the tasks and shards of `data` into `data_dir`, and trains the tokenizer unless `tokenizer_dir` exists.
 
     Returns at once when that was done before; a run that was killed starts over. Raises ValueError when `data_dir` was
-    made with another configuration or tokenizer, and when there is neither a tokenizer nor text to train one.
+    made with another configuration, tokenizer or contents of the sources, or holds files of these names that we did not
+    write; when another job prepares it; and when there is neither a tokenizer nor text to train one.
     """
     settings = relevant(data, tokenizer, seed)
-    if is_prepared(data_dir, tokenizer_dir, settings):
+    if is_prepared(data_dir, tokenizer_dir, settings, data, tokenizer):
         return
-    os.makedirs(data_dir, exist_ok=True)
-    with progress_bar() as progress:
+    with making(os.path.join(data_dir, MARKER)):
+        if not is_prepared(data_dir, tokenizer_dir, settings, data, tokenizer):
+            _prepare(data, tokenizer, data_dir, tokenizer_dir, seed, settings)
+
+
+def _prepare(
+    data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int, settings: dict[str, Any]
+) -> None:
+    read = contents(data, tokenizer, data_dir, tokenizer_dir)
+    with filling(data_dir, "llmtrain data", written_names(data)) as staging, progress_bar() as progress:
         for task in data.tasks:
             with shown(progress, f"task {task.name}"):
-                write_task(task, data_dir, seed)
-        loaded = make_tokenizer(data, tokenizer, data_dir, tokenizer_dir, seed, progress)
+                write_task(task, str(staging), seed)
+        loaded = make_tokenizer(data, tokenizer, str(staging), tokenizer_dir, seed, progress)
         if data.sources:
             with shown(progress, "tokens") as row:
-                write_shards(data.sources, loaded, data_dir, seed, lambda name, n: show_bytes(progress, row, name, n))
-    write_marker(data_dir, settings | {"tokenizer": loaded.fingerprint})
+                report = partial(show_bytes, progress, row)
+                write_shards(data.sources, loaded, str(staging), seed, report)
+    write_marker(data_dir, settings | {"tokenizer": loaded.fingerprint, "contents": read})
+
+
+def written_names(data: DataConfig) -> list[str]:
+    """Returns the names of the files that are written into the data directory."""
+    tasks = [f"{task.name}-{split}.jsonl" for task in data.tasks for split in SPLITS]
+    shards = [f"{source.name}-{split}{end}" for source in data.sources for split in SPLITS for end in ENDS]
+    return [*tasks, *shards, *([MANIFEST] if data.sources else [])]
+
+
+def contents(data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokenizer_dir: str) -> dict[str, str]:
+    """Returns the checksums of what is read: by key, of those files that are there, but for what we write ourselves."""
+    paths = {f"data.sources.{source.name}": source.path for source in data.sources if source.path}
+    paths |= {"tokenizer.base": tokenizer.base} if tokenizer.base else {}
+    checksums = Checksums(os.path.join(data_dir, CACHE))
+    written = {os.path.abspath(os.path.join(data_dir, name)) for name in (*written_names(data), MARKER)}
+    written |= set(map(os.path.abspath, files_at(tokenizer_dir)))
+    found = {}
+    for key, path in paths.items():
+        if files := [file for file in files_at(path) if os.path.abspath(file) not in written]:
+            found[key] = checksums.of_all(files)
+    checksums.save()
+    return found
 
 
 def progress_bar() -> Progress:
@@ -77,8 +114,11 @@ def relevant(data: DataConfig, tokenizer: TokenizerConfig, seed: int) -> dict[st
     return {"config": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def is_prepared(data_dir: str, tokenizer_dir: str, settings: dict[str, Any]) -> bool:
-    """Returns whether the data is prepared. Raises ValueError when it was prepared with other settings."""
+def is_prepared(
+    data_dir: str, tokenizer_dir: str, settings: dict[str, Any], data: DataConfig, tokenizer: TokenizerConfig
+) -> bool:
+    """Returns whether the data is prepared. Raises ValueError when it was prepared with other settings, or from other
+    contents of files that are still there."""
     marker = Path(data_dir, MARKER)
     if not marker.is_file():
         return False
@@ -88,6 +128,9 @@ def is_prepared(data_dir: str, tokenizer_dir: str, settings: dict[str, Any]) -> 
         raise ValueError(f"{data_dir} was made with other data, tokenizer or seed settings; {remedy}")
     if done["tokenizer"] != load_tokenizer(tokenizer_dir).fingerprint:
         raise ValueError(f"{data_dir} was made with another tokenizer than {tokenizer_dir}; {remedy}")
+    now = contents(data, tokenizer, data_dir, tokenizer_dir)
+    if changed := [key for key, was in done.get("contents", {}).items() if now.get(key, was) != was]:
+        raise ValueError(f"{data_dir} was made from other contents of {', '.join(changed)}; {remedy}")
     return True
 
 
@@ -95,15 +138,27 @@ def make_tokenizer(
     data: DataConfig, config: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int, progress: Progress
 ) -> Tokenizer:
     """Returns the tokenizer of the directory, made first if that does not exist: from `config.base`, or by training."""
-    if not os.path.exists(tokenizer_dir):
-        if not data.sources and not config.base:
-            raise ValueError(f"{tokenizer_dir}: no tokenizer there, and no data.sources to train one from")
-        with shown(progress, "tokenizer"):
-            if config.base:
-                tokenizer_from_base(tokenizer_dir, config, data)
-            else:
-                train_tokenizer(tokenizer_texts(data, config, data_dir, seed), tokenizer_dir, config, data)
+    if _is_empty(tokenizer_dir):
+        with making(tokenizer_dir):
+            if _is_empty(tokenizer_dir):  # not made by another job meanwhile
+                _make_tokenizer(data, config, data_dir, tokenizer_dir, seed, progress)
     return load_tokenizer(tokenizer_dir)
+
+
+def _is_empty(directory: str) -> bool:
+    return not os.path.exists(directory) or (os.path.isdir(directory) and not os.listdir(directory))
+
+
+def _make_tokenizer(
+    data: DataConfig, config: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int, progress: Progress
+) -> None:
+    if not data.sources and not config.base:
+        raise ValueError(f"{tokenizer_dir}: no tokenizer there, and no data.sources to train one from")
+    with shown(progress, "tokenizer"):
+        if config.base:
+            tokenizer_from_base(tokenizer_dir, config, data)
+        else:
+            train_tokenizer(tokenizer_texts(data, config, data_dir, seed), tokenizer_dir, config, data)
 
 
 def tokenizer_texts(data: DataConfig, config: TokenizerConfig, data_dir: str, seed: int) -> Iterator[str]:
@@ -128,6 +183,4 @@ def excerpts(source: SourceConfig, max_bytes: int, seed: int) -> Iterator[str]:
 
 def write_marker(data_dir: str, content: dict[str, Any]) -> None:
     """Writes the marker by a rename, last: it exists only when everything else does."""
-    unfinished = Path(data_dir, MARKER + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, Path(data_dir, MARKER))
+    write_whole(Path(data_dir, MARKER), json.dumps(content, indent=2) + "\n")

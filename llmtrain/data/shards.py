@@ -24,6 +24,7 @@ from llmtrain.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "held_out")
 MANIFEST = "shards.json"
+ENDS = (".bin", ".offsets.npy")  # of the files of a source and split
 BATCH = 64  # documents tokenized together
 
 
@@ -99,6 +100,12 @@ def read_manifest(directory: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; data.path has no token shards yet, write them with `llmtrain data`")
     return json.loads(path.read_text())
+
+
+def shard_files(directory: str) -> list[str]:
+    """Returns the paths of shards.json and of all files that it describes, sorted."""
+    names = [f"{name}-{split}{end}" for name in read_manifest(directory)["sources"] for split in SPLITS for end in ENDS]
+    return sorted(os.path.join(directory, name) for name in (MANIFEST, *names))
 
 
 def check_tokenizer(directory: str, tokenizer: Tokenizer) -> None:

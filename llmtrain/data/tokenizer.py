@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
+
+from llmtrain.observe.owned import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 def save(tokenizer: tokenizers.Tokenizer, directory: str, config: Mapping[str, object]) -> None:
     """Writes tokenizer.json, and `config` as the tokenizer_config.json that AutoTokenizer needs.
 
-    The directory appears by a rename, so it is never half-written.
+    The directory appears whole, see `replacing`.
     """
-    unfinished = directory.rstrip("/") + ".tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
-    tokenizer.save(os.path.join(unfinished, "tokenizer.json"))
-    Path(unfinished, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    os.rename(unfinished, directory)
+    with replacing(directory, "llmtrain tokenizer") as unfinished:
+        tokenizer.save(str(unfinished / "tokenizer.json"))
+        (unfinished / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class Tokenizer:

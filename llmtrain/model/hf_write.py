@@ -1,5 +1,4 @@
-"""Writes Hugging Face directories. A directory written here is whole: everything goes to `<directory>.tmp`, which is
-then renamed."""
+"""Writes Hugging Face directories, each whole or not at all (`observe.owned`)."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import math
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from llmtrain.arch.resolve import hf_config
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.model.mup import folded
+from llmtrain.observe.owned import replacing
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
@@ -73,14 +72,15 @@ def save_hf(
     max_shard_bytes: float = 5e9,
     pad_id: int | None = None,
     generation: Mapping[str, Any] | None = None,
+    source: str | None = None,
 ) -> None:
     """Writes what `AutoModelForCausalLM.from_pretrained` loads, with a scalar head what
     `AutoModelForSequenceClassification.from_pretrained` does, which gives the value at the last token that is not
     `pad_id`. `weights`: (canonical name, whole tensor), each once.
 
     muP's factors go into the weights. Tensors are cast to `dtype` and written one at a time. `tokenizer_dir` gives the
-    tokenizer; `generation` says how to generate, None: what lies beside the tokenizer does. An existing directory is
-    replaced only when the new one is whole. Raises ValueError when a weight is missing, unknown or of another shape.
+    tokenizer; `generation` says how to generate, None: what lies beside the tokenizer does. `source` is where the
+    weights come from. Raises ValueError when a weight is missing, unknown or of another shape, and as `replacing` does.
     """
     if config.mup is not None:
         weights, config = _folded(weights, config), without_mup(config)
@@ -90,7 +90,7 @@ def save_hf(
     tokens = {name: generation[name] for name in TOKENS if generation.get(name) is not None}
     if config.head == "scalar":  # a text may end in what pads, if that ends texts: then only single rows can be scored
         tokens["pad_token_id"] = None if pad_id in as_list(generation.get("eos_token_id")) else pad_id
-    with replacing(Path(directory)) as target:
+    with replacing(directory, "llmtrain export", source) as target:
         _write_shards(target, _checked(weights, config), config, dtype, max_shard_bytes)
         _write_json(target / "config.json", {**described, **tokens, "dtype": str(dtype).removeprefix("torch.")})
         _write_json(target / GENERATION, generation)
@@ -101,24 +101,6 @@ def save_hf(
 def _folded(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     for name, weight in weights:
         yield name, folded(name, weight, config)
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """Yields `<directory>.tmp`; on success it becomes `directory`, else it is removed."""
-    target, old = Path(f"{directory}.tmp"), Path(f"{directory}.old")
-    for leftover in (target, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    target.mkdir(parents=True)
-    try:
-        yield target
-    except BaseException:
-        shutil.rmtree(target)
-        raise
-    if directory.exists():
-        directory.rename(old)
-    target.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _checked(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

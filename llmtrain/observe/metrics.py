@@ -8,6 +8,8 @@ import math
 import os
 from typing import Any
 
+from llmtrain.observe.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 
@@ -80,10 +82,10 @@ class Events:
     def go_on_after(self, step: int) -> list[dict[str, Any]]:
         """Drops the events of steps after this one, which will be decided again, and returns those that are kept.
 
-        Rewinds are kept, unless the run starts anew at step 0.
+        Rewinds and changed keys are kept, unless the run starts anew at step 0.
         """
         held = read_metrics(self.path) if os.path.exists(self.path) else []
-        kept = [line for line in held if step and (line["step"] <= step or line["event"] == "rewind")]
+        kept = [line for line in held if step and (line["step"] <= step or line["event"] in ("rewind", "changed"))]
         if kept or held:
             _replace(self.path, kept)
         return kept
@@ -135,11 +137,7 @@ def _parse(line: str, path: str, number: int) -> dict[str, Any]:
 
 def _replace(path: str, records: list[dict[str, Any]]) -> None:
     """Replaces the file atomically by one with these records."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.writelines(_dump(record) for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    write_whole(path, "".join(_dump(record) for record in records))
 
 
 def _dump(record: dict[str, Any]) -> str:

@@ -6,15 +6,20 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape as glob_escape
+from glob import glob
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from llmtrain.config.recipes import RECIPES, Panel
 from llmtrain.observe.experts import EXPERTS, expert_records
 from llmtrain.observe.metrics import read_lines, read_metrics
+from llmtrain.observe.owned import adopt, replacing
 from llmtrain.observe.page import PAGE
 from llmtrain.observe.plots import TRAINING, plot_bars, plot_curves
 
+COMMAND = "llmtrain report"
 SHOWN = 3  # samples from the start of a stage, and as many from its end
 
 
@@ -42,38 +47,44 @@ def write_report(run_dir: str) -> str:
     """
     from jinja2 import Environment  # comes with torch
 
-    stages = read_stages(run_dir)
-    out = os.path.join(run_dir, "report")
-    os.makedirs(out, exist_ok=True)
-    evaluated = _by_label(stages)
-    page = (
-        Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            title=os.path.basename(os.path.abspath(run_dir)),
-            evaluations=_evaluation_rows(evaluated),
-            evaluation_image=_evaluation_image(out, evaluated),
-            trained=[_training_row(s) for s in stages if s.metrics],
-            curves={s.name: _curves(out, s) for s in stages if s.metrics},
-            samples={s.name: _pick(s.samples) for s in stages if s.samples},
-            configs={s.name: s.config for s in stages if s.config},
+    stages, directory = read_stages(run_dir), os.path.join(run_dir, "report")
+    _adopt_earlier(Path(directory))
+    with replacing(directory, COMMAND, None) as out:
+        evaluated = _by_label(stages)
+        page = (
+            Environment(autoescape=True)
+            .from_string(PAGE)
+            .render(
+                title=os.path.basename(os.path.abspath(run_dir)),
+                evaluations=_evaluation_rows(evaluated),
+                evaluation_image=_evaluation_image(str(out), evaluated),
+                trained=[_training_row(s) for s in stages if s.metrics],
+                curves={s.name: _curves(str(out), s) for s in stages if s.metrics},
+                samples={s.name: _pick(s.samples) for s in stages if s.samples},
+                configs={s.name: s.config for s in stages if s.config},
+            )
         )
-    )
-    path = os.path.join(out, "index.html")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
-    return path
+        (out / "index.html").write_text(page, encoding="utf-8")
+    return os.path.join(directory, "index.html")
+
+
+def _adopt_earlier(directory: Path) -> None:
+    """Marks a report of an earlier version as ours."""
+    page = directory / "index.html"
+    if page.is_file() and " · llmtrain report</title>" in page.read_text(encoding="utf-8", errors="replace"):
+        adopt(directory, COMMAND, ("index.html", *(path.name for path in directory.glob("*.png"))))
 
 
 def read_stages(run_dir: str) -> list[StageRecord]:
     """Returns the stages of a run directory that recorded something, in order. Raises ValueError if there is none."""
     if _recorded(run_dir):
-        return [_read_stage(os.path.basename(os.path.abspath(run_dir)), run_dir)]
+        return _read_with_evaluations(os.path.basename(os.path.abspath(run_dir)), run_dir)
     listed = os.path.join(run_dir, "stages.json")
     if not os.path.isdir(run_dir):
         raise ValueError(f"{run_dir}: no such run directory; give one that a stage wrote, like runs/quickstart")
     names = json.loads(_read(listed)) if os.path.exists(listed) else sorted(os.listdir(run_dir))
-    stages = [_read_stage(n, os.path.join(run_dir, n)) for n in names if _recorded(os.path.join(run_dir, n))]
+    recorded = [name for name in names if _recorded(os.path.join(run_dir, name))]
+    stages = [stage for name in recorded for stage in _read_with_evaluations(name, os.path.join(run_dir, name))]
     if not stages:
         raise ValueError(f"{run_dir}: nothing to report: no metrics.jsonl or eval.json here or one level below")
     return stages
@@ -81,6 +92,12 @@ def read_stages(run_dir: str) -> list[StageRecord]:
 
 def _recorded(path: str) -> bool:
     return any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "eval.json"))
+
+
+def _read_with_evaluations(name: str, path: str) -> list[StageRecord]:
+    """Returns what a stage wrote, and each evaluation in its eval/ as a stage of its own."""
+    below = sorted(found for found in glob(os.path.join(glob_escape(path), "eval", "*")) if _recorded(found))
+    return [_read_stage(name, path), *(_read_stage(f"{name}: {os.path.basename(p)}", p) for p in below)]
 
 
 def _read_stage(name: str, path: str) -> StageRecord:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from llmtrain.arch.mesh import mesh_sizes
+from llmtrain.arch.resolve import newest_step
 from llmtrain.config.recipes import Recipe, recipe_of
 from llmtrain.config.schema import Config, ModelConfig
 
@@ -45,6 +46,11 @@ class Case:
             return mesh_sizes(self.config.parallel, self.trainers)
         except ValueError:
             return None
+
+    @property
+    def own_run(self) -> bool:
+        """Says whether the command reads the weights of the document's own run, which has trained before."""
+        return self.command in ("eval", "export") and newest_step(self.config.directory) > 0
 
     @property
     def makes_data(self) -> bool:

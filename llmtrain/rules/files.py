@@ -130,6 +130,8 @@ def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Ite
 def _init_from(case: Case) -> Iterator[str]:
     path = case.config.model.init_from
     needed = case.command == "eval" or (case.recipe is not None and case.recipe.starts_trained)
+    if case.own_run:
+        return  # the document of a run that has trained means that run's weights
     if path is None and needed:
         yield f"model.init_from: must be set, {case.command} starts from a trained model; give its directory"
     if path is not None and case.missing_model(path):
@@ -162,7 +164,9 @@ def _evaluation_files(case: Case) -> Iterator[str]:
     if evaluation.problems:
         yield from _existing(case, "data.held_out", data.held_out, "eval.problems are read there")
     if evaluation.text:
-        yield from _existing(case, "data.path", data.path, "eval.text measures on the held-out shards there")
+        own = os.path.join(case.config.directory, "data")
+        place = data.path or (own if os.path.isdir(own) else None)
+        yield from _existing(case, "data.path", place, "eval.text measures on the held-out shards there")
 
 
 FILE_RULES: Rules = (

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,16 +16,19 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.roles import MAIN
 from llmtrain.checkpoint.saver import Saver
-from llmtrain.config.load import dump
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.data.ends import generation_settings
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine
+from llmtrain.observe.contents import CACHE, Checksums
+from llmtrain.observe.files import write_whole
+from llmtrain.observe.locks import hold
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.watch import Watch
+from llmtrain.trainer.identity import Contents, check_directory, contents_of, record_of
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Job:
     step: int = 0  # finished steps of the stage
     tokens: int = 0  # seen in these steps
     guard: GuardState = field(default_factory=GuardState)
+    contents: Contents = field(default_factory=dict)  # of what this run reads
     base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop
     padding: float = 0.0  # share of the tokens in this rank's last microbatches, see trainer.waste
@@ -96,9 +99,10 @@ def join(config: Config, recipe: Recipe) -> Job:
     seed_everything(config.seed)
     mesh = init_mesh(config.parallel, config.rollout if recipe.samples else None, config.engine.timeout_s)
     watch = Watch(config.engine.timeout_s)
+    contents: Contents = {}
     if mesh.role == "trainer":
         log(mesh.table())
-        together(mesh, lambda: start_directory(config) if mesh.rank == 0 else None)
+        contents = together(mesh, lambda: start_directory(config, recipe) if mesh.rank == 0 else None)[0]
     if mesh.role == "rollout":
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # the trainers save first, then they let the workers go
@@ -111,7 +115,7 @@ def join(config: Config, recipe: Recipe) -> Job:
             f"model.vocab_size={model.vocab_size}: must be above {tokenizer.vocab_size - 1}, the largest token id of "
             f"{tokenizer_dir(config)}; raise it, or use the tokenizer that the model was trained with"
         )
-    return Job(config, recipe, model, mesh, tokenizer, watch)
+    return Job(config, recipe, model, mesh, tokenizer, watch, contents=contents)
 
 
 def seed_everything(seed: int) -> None:
@@ -121,14 +125,24 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def start_directory(config: Config) -> None:
-    """Makes the run directory with the resolved configuration, and the data if this stage describes how to make it."""
+def start_directory(config: Config, recipe: Recipe) -> Contents:
+    """Takes the run directory for this process, and makes the data if this stage describes how; returns the contents of
+    what the run reads. Raises ValueError when another job or another run has the directory."""
     make_run_dir(config.directory)
-    with open(os.path.join(config.directory, "config.yaml"), "w", encoding="utf-8") as file:
-        file.write(dump(resolved(config)))
+    hold(config.directory)
+    checksums = Checksums(os.path.join(config.directory, CACHE))
+
+    def contents() -> Contents:
+        return contents_of(config, recipe, data_dir(config), tokenizer_dir(config), checksums)
+
+    found = contents()
+    check_directory(config.directory, record_of(resolved(config), recipe, found), recipe)
     if config.data.sources or config.data.tasks:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
+        found = contents()
+    checksums.save()
     keep_generation(config)
+    return found
 
 
 def keep_generation(config: Config) -> None:
@@ -136,7 +150,7 @@ def keep_generation(config: Config) -> None:
     start = config.model.init_from
     if start and read_generation(start):
         settings = generation_settings(load_tokenizer(tokenizer_dir(config)), (start,))
-        Path(config.directory, GENERATION).write_text(json.dumps(settings, indent=2) + "\n")
+        write_whole(os.path.join(config.directory, GENERATION), json.dumps(settings, indent=2) + "\n")
 
 
 def resolved(config: Config) -> Config:

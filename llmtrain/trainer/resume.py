@@ -3,43 +3,49 @@ on."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import reduce
 from importlib.metadata import version
 from typing import Any
 
 from llmtrain import __version__
-from llmtrain.arch.resolve import contradictions
+from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
 from llmtrain.checkpoint.roles import MAIN, Roles, held_roles, joined_shapes, joined_states, read_role
 from llmtrain.checkpoint.saver import Saver
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.load import dump
 from llmtrain.model.decoder import trained_shapes
+from llmtrain.observe.files import write_whole
 from llmtrain.observe.log import log
-from llmtrain.trainer.job import GuardState, Job, checkpoint_dir
-
-SAME = ("seed", "train.seq_len", "train.global_batch_seqs", "train.batch_ramp", "train.seq_ramp")
-"""Lists the keys that say which sample a step takes, beside `Recipe.same`: another value would repeat some and skip
-others."""
+from llmtrain.observe.metrics import Events
+from llmtrain.trainer.identity import (
+    Record,
+    as_record,
+    changes,
+    differences,
+    line,
+    other_function,
+    record_of,
+    recorded,
+    write_record,
+)
+from llmtrain.trainer.job import GuardState, Job, checkpoint_dir, resolved
 
 
 def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
-    """Raises ValueError when the checkpoint is of other models or optimizers, or of a run that takes its samples
-    otherwise."""
+    """Raises ValueError, with a line for each difference, when the checkpoint is of other models or optimizers, of
+    another recipe, or of a run that takes its samples otherwise."""
     if set(held_roles(reader)) != set(job.engines):
         held, trained = (", ".join(sorted(roles)) for roles in (held_roles(reader), job.engines))
         raise ValueError(f"{path}: holds the models {held}, and this run trains {trained}; give it another name")
-    for role in job.engines:
-        check_same_state(job, role, read_role(reader, role), path)
-    check_same_base(job, reader, path)
-    saved, now = reader.state["config"], job.config.model_dump(mode="json")
-    for key in (*SAME, *job.recipe.same):
-        is_now, was = (reduce(lambda part, name: part[name], key.split("."), config) for config in (now, saved))
-        check_stayed(key, is_now, was, path)
-    for role in job.engines:
-        for key, is_now, was in other_function(job, role, read_role(reader, role)):
-            check_stayed(named(role) + key, is_now, was, path)
+    lines = [text for role in job.engines for text in state_differences(job, role, read_role(reader, role), path)]
+    lines += base_differences(job, reader, path)
+    found = differences(as_record(reader.state), record_now(job), job.recipe)
+    lines += [line(each, path) for each in found if not each[0].startswith(("model.", "optim."))]  # told above, by role
+    if lines:
+        raise ValueError("\n".join(dict.fromkeys(lines)))
 
 
 def named(role: str) -> str:
@@ -47,47 +53,39 @@ def named(role: str) -> str:
     return "" if role == MAIN else f"{role}: "
 
 
-def check_same_state(job: Job, role: str, reader: CheckpointReader, path: str) -> None:
-    """Raises ValueError when a role, whose part of the checkpoint `reader` reads, has other parameters or another
-    optimizer."""
+def record_now(job: Job) -> Record:
+    """Returns the record of the job as it is now."""
+    return record_of(job.config.model_copy(update={"model": job.model}), job.recipe, job.contents)
+
+
+def state_differences(job: Job, role: str, reader: CheckpointReader, path: str) -> Iterator[str]:
+    """Yields what a user is told when a role, whose part of the checkpoint `reader` reads, has other parameters,
+    another optimizer, or another function of its weights."""
     if set(reader.names()) != set(trained_shapes(job.model_of(role))):
-        raise ValueError(
-            f"{named(role)}{path}: holds other parameters than the model section describes; use the section it had"
-        )
+        yield f"{named(role)}{path}: holds other parameters than the model section describes; use the section it had"
+        return
     was, is_now = reader.state.get("optim") or reader.state["config"]["optim"]["name"], job.engines[role].optim.name
     if was != is_now:
-        raise ValueError(
+        yield (
             f"{named(role)}optim.name={is_now}: must stay {was}, whose state {path} holds; to go on from its weights "
             f"alone, set model.init_from={path} and give the run another name"
         )
+    now = job.model_of(role).model_dump(mode="json")
+    for key, before, after in other_function(reader.state["model"], now, bool(job.config.train.seq_ramp)):
+        yield line((named(role) + key, before, after), path)
 
 
-def check_stayed(key: str, is_now: Any, was: Any, path: str) -> None:
-    """Raises ValueError when a value is not the one that the checkpoint was made with."""
-    if was != is_now:
-        raise ValueError(f"{key}={is_now}: must stay {was}, with which {path} was made; or give the run another name")
-
-
-def other_function(job: Job, role: str, reader: CheckpointReader) -> list[tuple[str, Any, Any]]:
-    """Returns (key, now, as saved) where the same weights would mean something else: other factors, norms,
-    positions."""
-    sections = (reader.state["model"], job.model_of(role).model_dump(mode="json"))
-    saved, now = (ModelConfig.model_validate(section) for section in sections)
-    ramped = ("rope_theta", "rope_scaling") if job.config.train.seq_ramp else ()
-    asked = {name: value for name, value in now if name not in ("preset", "init_from", *ramped)}
-    return [(f"model.{name}", is_now, was) for name, is_now, was in contradictions(dict(saved), asked)]
-
-
-def check_same_base(job: Job, reader: CheckpointReader, path: str) -> None:
-    """Raises ValueError when the adapters of a checkpoint were trained on other weights, or have another scale."""
+def base_differences(job: Job, reader: CheckpointReader, path: str) -> Iterator[str]:
+    """Yields what a user is told when the adapters of a checkpoint were trained on other weights, or have another
+    scale."""
     lora = job.model.lora
     if lora is None:
         return
     was = reader.state["model"]["lora"]["alpha"]
     if was != lora.alpha:
-        raise ValueError(f"model.lora.alpha={lora.alpha:g}: must stay {was:g}, with which {path} was made; set that")
+        yield f"model.lora.alpha={lora.alpha:g}: must stay {was:g}, with which {path} was made; set that"
     if job.base != reader.state["base"]:
-        raise ValueError(
+        yield (
             f"model.init_from={job.config.model.init_from}: holds other weights than those that the adapters in {path} "
             "were trained on; put these back, or give the run another name"
         )
@@ -109,7 +107,9 @@ def save(job: Job, last: bool = False) -> None:
         "tokens": job.tokens,
         "guard": asdict(job.guard),
         "mesh": job.mesh.sizes,
+        "recipe": job.recipe.name,
         "config": job.config.model_dump(mode="json"),
+        "contents": job.contents,
         "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
         **joined_states({role: state_of(job, role) for role in job.engines}),
     }
@@ -146,6 +146,22 @@ def resume(job: Job) -> None:
         raise ValueError(
             f"checkpoint.resume=never: {path} is there already; give the run another name, or delete its directory"
         )
+    together(job.mesh, lambda: begin(job) if job.mesh.rank == 0 else None)
+
+
+def begin(job: Job) -> None:
+    """Writes down what this run now is: config.yaml and run.json, and in events.jsonl the keys that changed since it
+    was here last. A run that has nothing left to do leaves them as they are."""
+    directory, step = job.config.directory, job.step
+    if step >= job.config.train.steps:
+        log(f"{directory}: {step} of {job.config.train.steps} steps are done; nothing is left to do")
+        return
+    was, now = recorded(directory), record_now(job)
+    if step and was is not None and (changed := changes(was, now)):
+        Events(os.path.join(directory, "events.jsonl")).write({"step": step, "event": "changed", "keys": changed})
+        log(f"from step {step + 1} with other values of {', '.join(changed)}; see events.jsonl")
+    write_record(directory, now)
+    write_whole(os.path.join(directory, "config.yaml"), dump(resolved(job.config)))
 
 
 def load_newest(job: Job) -> str | None:

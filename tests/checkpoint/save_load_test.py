@@ -137,6 +137,19 @@ def test_the_same_step_again_replaces_and_leftovers_go(tmp_path: Path, fake: Sim
     assert torch.equal(CheckpointReader(path).full("embed.weight"), newer["embed.weight"]["weight"])
 
 
+def test_what_a_user_put_there_stays(tmp_path: Path, fake: SimpleNamespace) -> None:
+    """Directories of the user's with names like ours, and notes in ours, whatever is pruned or left by a kill."""
+    for name in ("step-00000001", "step-00000002.tmp", "step-00000003.old.trash"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.pt").write_text("mine")
+    fake.save(tmp_path, fake.tensors(), fake.Layout(), 4, keep=1)
+    (tmp_path / "step-00000004" / "notes.txt").write_text("mine")
+    for step in (5, 6, 7):
+        fake.save(tmp_path, fake.tensors(), fake.Layout(), step, keep=1)
+    kept = ["step-00000001", "step-00000002.tmp", "step-00000003.old.trash", "step-00000004", "step-00000007"]
+    assert sorted(os.listdir(tmp_path)) == kept
+
+
 def test_killed_between_the_two_renames_of_a_replacement(
     tmp_path: Path, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from llmtrain.commands import run
-from llmtrain.config.load import load
-from llmtrain.config.schema import Config, RunConfig
+from llmtrain.config.load import dump, load, stage_config
+from llmtrain.config.schema import Config, LogConfig, RunConfig
+from llmtrain.observe.locks import locked
 
 DOCUMENT = """
 name: q
@@ -103,6 +106,112 @@ def test_hashes_follow_command_ranks_settings_and_predecessors(tmp_path: Path) -
         assert [a == b for a, b in zip(base, hashes, strict=True)] == [i < first for i in range(3)]
 
 
+OUTSIDE = """
+name: q
+run_dir: {folder}/q
+data: {{train: {folder}/own.jsonl, held_out: "{{run}}/data/sums-held_out.jsonl"}}
+tokenizer: {{path: {folder}/tok}}
+model: {{init_from: {folder}/hf}}
+stages:
+  - {{name: data, command: data, set: {{data: {{sources: [{{name: own, type: text, path: "{folder}/texts/*"}}]}}}}}}
+  - {{name: sft, command: sft}}
+  - {{name: eval-sft, command: eval, set: {{model: {{init_from: "{{run}}/sft"}}, eval: {{text: false}}}}}}
+"""
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> RunConfig:
+    """A run that reads files from outside its directory."""
+    for name in ("own.jsonl", "tok/tokenizer.json", "hf/model.safetensors", "texts/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    (tmp_path / "run.yaml").write_text(OUTSIDE.format(folder=tmp_path))
+    config = load(str(tmp_path / "run.yaml"), [])
+    assert isinstance(config, RunConfig)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changed", "anew"),
+    [
+        ("own.jsonl", ["sft", "eval-sft"]),
+        ("hf/model.safetensors", ["sft", "eval-sft"]),
+        ("texts/a.txt", ["data", "sft", "eval-sft"]),
+        ("texts/b.txt", ["data", "sft", "eval-sft"]),
+        ("hf/README.md", []),
+        ("q/sft/metrics.jsonl", []),  # made by a stage
+        ("q/data/sums-held_out.jsonl", []),
+    ],
+)
+def test_contents_of_data_files_count(
+    tmp_path: Path, outside: RunConfig, bodies: dict[str, str], changed: str, anew: list[str]
+) -> None:
+    assert run.main(outside) == 0
+    (tmp_path / changed).write_text("two")
+    assert run.main(outside) == 0
+    assert [name for name in ("data", "sft", "eval-sft") if (tmp_path / "q" / f"{name}.old1").exists()] == anew
+    (tmp_path / changed).touch()  # another time alone is no change
+    assert run.main(outside) == 0
+    assert not list((tmp_path / "q").glob("*.old2"))
+
+
+def test_a_tokenizer_that_a_stage_makes_is_no_change(
+    tmp_path: Path, outside: RunConfig, bodies: dict[str, str]
+) -> None:
+    """Outside the run directory too: it was not there when the run began."""
+    shutil.rmtree(tmp_path / "tok")
+    bodies["data"] = "t = d.parent.parent / 'tok'; t.mkdir(exist_ok=True); (t / 'tokenizer.json').write_text('made')"
+    assert [run.main(outside), run.main(outside)] == [0, 0]
+    assert [ran(tmp_path, stage) for stage in ("data", "sft", "eval-sft")] == [1, 1, 1]
+
+
+def test_hashes_without_files_from_outside_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    staged = stage_config(document(tmp_path), "data")
+    content = ["data", 1, "", dump(staged.model_copy(update={"log": LogConfig()}))]
+    assert run.planned_runs(document(tmp_path))[0].hash == hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def test_a_tokenizer_is_set_aside_with_the_data(tmp_path: Path, bodies: dict[str, str]) -> None:
+    """Else the data would be made anew, with the tokenizer of the old settings."""
+    bodies["data"] = "t = d.parent / 'tok'; t.mkdir(); (t / 'tokenizer.json').write_text('made')"
+    over = ("tokenizer.path={run}/tok", "tokenizer.vocab_size=300")
+    for _ in range(2):
+        assert run.main(document(tmp_path, *over)) == 0
+    assert run.main(document(tmp_path, *over, "stages.pretrain.set.train.steps=6")) == 0
+    assert not (tmp_path / "q" / "tok.old1").exists()
+    assert run.main(document(tmp_path, over[0], "tokenizer.vocab_size=301")) == 0
+    assert (tmp_path / "q" / "tok.old1").exists() and (tmp_path / "q" / "tok").exists()
+
+
+@pytest.mark.parametrize("name", ["stages.json", "pretrain/stage.yaml"])
+def test_files_of_the_users_are_not_taken_for_a_runs(tmp_path: Path, bodies: dict[str, str], name: str) -> None:
+    (tmp_path / "q" / "pretrain").mkdir(parents=True)
+    (tmp_path / "q" / name).write_text('{"mine": 1}')
+    with pytest.raises(
+        ValueError, match=f"q/{name}: `llmtrain run` did not write this file; give the run another name"
+    ):
+        run.main(document(tmp_path))
+    assert (tmp_path / "q" / name).read_text() == '{"mine": 1}'
+
+
+def test_set_aside_through_a_link_and_beside_what_has_the_name(tmp_path: Path, bodies: dict[str, str]) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "q" / "pretrain").symlink_to("../disk")
+    (tmp_path / "disk.old1").symlink_to("nowhere")
+    assert run.main(document(tmp_path)) == 0
+    assert run.main(document(tmp_path, "stages.pretrain.set.train.steps=6")) == 0
+    assert (tmp_path / "q" / "pretrain").is_symlink() and (tmp_path / "disk.old1").is_symlink()
+    assert [(tmp_path / name / "log").read_text() for name in ("disk", "disk.old2")] == ["ran\n", "ran\n"]
+
+
+def test_a_stage_at_which_another_job_works_is_not_set_aside(tmp_path: Path, bodies: dict[str, str]) -> None:
+    assert run.main(document(tmp_path)) == 0
+    with locked(str(tmp_path / "q" / "pretrain")), pytest.raises(ValueError, match="pretrain: another job is at work"):
+        run.main(document(tmp_path, "stages.pretrain.set.train.steps=6"))
+    assert not list((tmp_path / "q").glob("*.old1"))
+
+
 def test_command_and_threads_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, pretrain, _ = run.planned_runs(document(tmp_path))
     assert run.stage_command(data) == [sys.executable, "-m", "llmtrain", "data", f"{tmp_path}/q/data/stage.yaml"]
@@ -122,17 +231,17 @@ def test_not_a_run(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    at_work = pytest.raises(ValueError, match="another run is at work there")
-    with run.lock(str(tmp_path)), at_work, run.lock(str(tmp_path), patience_s=0.0):
+    at_work = pytest.raises(ValueError, match="another job is at work there")
+    with locked(str(tmp_path)), at_work, locked(str(tmp_path), patience_s=0.0):
         pass
-    with run.lock(str(tmp_path), patience_s=0.0):
+    with locked(str(tmp_path), patience_s=0.0):
         pass
 
 
 # A run in a process of its own whose only stage notes its pid, then sleeps; it ignores SIGTERM if told to.
 OUTER = """
 import sys
-from llmtrain.config.load import load
+from llmtrain.config.load import dump, load, stage_config
 from llmtrain.commands import run
 run.GRACE_S = 1
 inner = '''import os, pathlib, signal, sys, time
@@ -185,7 +294,7 @@ def test_a_killed_run_takes_its_stage_along(tmp_path: Path) -> None:
     outer.kill()
     outer.wait(timeout=20)
     wait_until(lambda: gone(pid))
-    with run.lock(str(tmp_path / "q"), patience_s=5.0):
+    with locked(str(tmp_path / "q"), patience_s=5.0):
         pass
 
 
@@ -194,7 +303,7 @@ def test_a_deaf_stage_of_a_killed_run_keeps_the_lock(tmp_path: Path) -> None:
     outer.kill()
     outer.wait(timeout=20)
     try:
-        with pytest.raises(ValueError, match="another run is at work"), run.lock(str(tmp_path / "q"), patience_s=0.5):
+        with pytest.raises(ValueError, match="another job is at work"), locked(str(tmp_path / "q"), patience_s=0.5):
             pass
     finally:
         os.kill(pid, signal.SIGKILL)

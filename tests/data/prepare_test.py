@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.data.prepare import prepare
 from llmtrain.data.shards import check_tokenizer
 from llmtrain.data.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 
 DATA = DataConfig(
     sources=[
@@ -28,7 +32,8 @@ def run(tmp_path: Path, data: DataConfig = DATA, tokenizer: TokenizerConfig = TO
 
 
 def contents(tmp_path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    """Returns all files but the hidden ones: markers say when."""
+    return {p.name: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file() and not p.name.startswith(".")}
 
 
 def test_everything_is_made_once_and_the_same_again(tmp_path: Path) -> None:
@@ -97,3 +102,88 @@ def test_progress_goes_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[st
     out, err = capfd.readouterr()
     assert out == ""
     assert all(word in err for word in ("task sum", "tokenizer", "tokens"))
+
+
+def test_files_of_the_users_stay(tmp_path: Path) -> None:
+    """A data directory may hold other files; one with a name that is to be written is refused before anything else."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "corpus.txt").write_text("mine")
+    for name in ("sum-train.jsonl", "topics-held_out.bin", "sums-train.offsets.npy", "shards.json"):
+        (tmp_path / "data" / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"data: holds {name}, which llmtrain did not write"):
+            run(tmp_path)
+        assert contents(tmp_path) == {"corpus.txt": b"mine", name: b"mine"}
+        (tmp_path / "data" / name).unlink()
+    run(tmp_path)
+    assert (tmp_path / "data" / "corpus.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "elsewhere"])
+def test_a_tokenizers_neighbours_stay_and_links_are_followed(tmp_path: Path, place: str) -> None:
+    for neighbour in ("tokenizer.tmp", "tokenizer.old"):
+        (tmp_path / neighbour).mkdir()
+        (tmp_path / neighbour / "backup").write_text("mine")
+    if place == "elsewhere":
+        (tmp_path / "tokenizer").symlink_to(place)
+    (tmp_path / place).mkdir()  # empty: it is filled
+    run(tmp_path)
+    assert (tmp_path / "tokenizer").is_symlink() == (place == "elsewhere")
+    assert (tmp_path / place / "tokenizer.json").is_file()
+    assert len([path for path in tmp_path.rglob("backup") if path.read_text() == "mine"]) == 2
+
+
+def test_other_contents_of_a_source_are_told(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("one two three " * 4000)
+    source = SourceConfig(name="own", type="text", path=str(corpus))
+    data = DataConfig(sources=[source])
+    made, tokenizer = str(corpus / "shards"), TokenizerConfig(vocab_size=260)  # below the source itself
+    prepare(data, tokenizer, made, str(corpus / "tok"), 0)
+    prepare(data, tokenizer, made, str(corpus / "tok"), 0)
+    (corpus / "a.txt").write_text("one two three " * 3999 + "one two three.")
+    with pytest.raises(ValueError, match=r"was made from other contents of data.sources.own; give another data.path"):
+        prepare(data, tokenizer, made, str(corpus / "tok"), 0)
+    (corpus / "a.txt").unlink()  # no longer needed
+    prepare(data, tokenizer, made, str(corpus / "tok"), 0)
+
+
+def test_data_of_earlier_versions_goes_on(tmp_path: Path) -> None:
+    """Without markers, and without contents in prepared.json."""
+    run(tmp_path)
+    made = tmp_path / "data" / "prepared.json"
+    made.write_text(
+        json.dumps({name: value for name, value in json.loads(made.read_text()).items() if name != "contents"})
+    )
+    for marker in tmp_path.rglob(".llmtrain*"):
+        marker.unlink()
+    before = contents(tmp_path)
+    run(tmp_path)
+    assert contents(tmp_path) == before
+
+
+PREPARE = """
+import sys
+from llmtrain.data import prepare as module
+from tests.data.prepare_test import DATA, TOKENIZER
+def wait(*_, real=getattr(module, sys.argv[3])):
+    print("there", flush=True)
+    sys.stdin.readline()
+    return real(*_)
+setattr(module, sys.argv[3], wait)
+module.prepare(DATA, TOKENIZER, sys.argv[1], sys.argv[2], 0)
+"""
+
+
+@pytest.mark.parametrize(("moment", "other_data"), [("write_task", False), ("train_tokenizer", True)])
+def test_the_second_job_that_prepares_the_same_is_refused(tmp_path: Path, moment: str, other_data: bool) -> None:
+    places = (str(tmp_path / "data"), str(tmp_path / "tokenizer"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    first = subprocess.Popen([sys.executable, "-c", PREPARE, *places, moment], **pipes)
+    assert first.stdout.readline() == "there\n"
+    with pytest.raises(ValueError, match=f"another job is at work there: process {first.pid} on host"):
+        prepare(DATA, TOKENIZER, str(tmp_path / "other") if other_data else places[0], places[1], 0)
+    first.communicate("\n")
+    assert first.returncode == 0
+    prepare(DATA, TOKENIZER, *places, 0)
+    assert not list(tmp_path.rglob("*.lock"))

@@ -111,6 +111,27 @@ def test_array_tasks_have_their_own_port_and_run(fake_slurm: Path) -> None:
     assert commands[1][-5:] == ["pretrain", "job.yaml", "name=lr", "seed=1", "name=lr-1"]
 
 
+@pytest.mark.parametrize(
+    ("document", "arguments", "expected"),
+    [
+        ("", ["run_dir=rd"], ["run_dir=rd", "name=job-3", "run_dir=rd-3"]),
+        ("", ["run_dir=rd/"], ["run_dir=rd/", "name=job-3", "run_dir=rd-3"]),
+        ("", ["run_dir=a", "run_dir=b/{task}"], ["run_dir=a", "run_dir=b/3", "name=job-3"]),
+        ("run_dir: rd\n", [], ["name=job-3", "run_dir=rd-3"]),
+        ("run_dir: 'r d'   # where\n", ["seed=1"], ["seed=1", "name=job-3", "run_dir=r d-3"]),
+        ("run_dir: rd\n", ["run_dir=other"], ["run_dir=other", "name=job-3", "run_dir=other-3"]),
+        ("run_dir: null\n", [], ["name=job-3"]),
+        ("model:\n  run_dir: not at the top\n", [], ["name=job-3"]),
+    ],
+)
+def test_array_tasks_with_a_run_dir_have_their_own(
+    fake_slurm: Path, document: str, arguments: list[str], expected: list[str]
+) -> None:
+    (fake_slurm.parent / "job.yaml").write_text("name: job\n" + document)
+    command = dry(fake_slurm, SCRIPTS[0], "pretrain", "job.yaml", *arguments, SLURM_ARRAY_TASK_ID="3")
+    assert command[command.index("job.yaml") + 1 :] == expected
+
+
 def test_rollout_workers_are_part_of_the_job(fake_slurm: Path) -> None:
     assert dry(fake_slurm, SCRIPTS[1], "grpo", "job.yaml")[-2:] == ["rollout.placement=separate", "rollout.workers=1"]
     assert dry(fake_slurm, SCRIPTS[1], "--workers", "3", "grpo", "job.yaml")[-1] == "rollout.workers=3"

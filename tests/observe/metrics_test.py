@@ -140,7 +140,9 @@ def test_events_are_on_the_disk_before_the_run_goes_on(tmp_path: Path, disk_call
     events.write({"step": 2, "event": "skip"})
     assert disk_calls[1:] == [("fsync", path, lines[0] + lines[1])]
     assert events.go_on_after(1) == [{"step": 1, "event": "skip"}]
-    assert disk_calls[2:] == [("fsync", f"{path}.tmp", lines[0]), ("rename", f"{path}.tmp", path)]
+    (synced, unfinished, written), renamed, folder = disk_calls[2:]
+    assert (synced, written) == ("fsync", lines[0]) and renamed == ("rename", unfinished, path)
+    assert folder == ("fsync", str(tmp_path), None)
     assert Path(path).read_bytes() == lines[0]
 
 

@@ -139,6 +139,8 @@ def test_exports_for_peft_and_merged(place: Path) -> None:
     document, source = str(place / "small.yaml"), from_(place / "straight", None)
     assert main(["export", document, source, "export.dtype=fp32"]) == 0
     assert main(["export", document, source, "export.dtype=fp32", "export.adapter=true"]) == 0
+    for other in ("straight/export", "straight", "hf"):  # not its own: an export, the run, the base
+        assert main(["export", document, source, "export.adapter=true", f"export.path={place / other}"]) == 2
     written = json.loads((place / "straight/adapter/adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(place / "hf") and written["lora_alpha"] == 8
     assert "q_proj" in written["target_modules"]
@@ -164,7 +166,8 @@ def test_a_base_that_is_gone_or_another_is_named(
         file.write_bytes(data)
         assert main(evaluate) == 2 and "its weights have changed" in capfd.readouterr().err
         go_on = ["sft", document, from_(place / "hf"), f"run_dir={place / 'straight'}", "train.steps=5", *TUNED]
-        assert main(go_on) == 2 and "holds other weights than those" in capfd.readouterr().err
+        assert main(go_on) == 2 and f"model.init_from={place / 'hf'} (sha256 " in (said := capfd.readouterr().err)
+        assert f"must stay {place / 'hf'} (sha256 " in said
         (place / "hf").rename(place / "away")
         assert main(evaluate) == 2 and f"{place / 'hf'}, which they were trained on, is not" in capfd.readouterr().err
         (place / "away").rename(place / "hf")

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 FLASH_CAPABILITY = (8, 0)
 FLEX_TOKENS = 1024  # tokens from which `auto` gives a masked row to flex: shorter rows have few blocks to leave out
-TILE_TOKENS = 1024  # tokens from which a CPU computes a masked row by tiles: 1.1 to 1.5 times as fast; 512 tokens, 0.6 to 1.2
+TILE_TOKENS = (
+    1024  # tokens from which a CPU computes a masked row by tiles: 1.1 to 1.5 times as fast; 512 tokens, 0.6 to 1.2
+)
 
 
 class Documents(NamedTuple):
@@ -143,9 +145,7 @@ def visibility(
     T = positions.size(1)
     window = None if window is not None and window >= T else window
     masked = segment_ids is not None or window is not None
-    chosen = fastest(
-        kernels.backends, masked or queries is not None, branch_ids is not None, kernels.unfused, tokens=T
-    )
+    chosen = fastest(kernels.backends, masked or queries is not None, branch_ids is not None, kernels.unfused, tokens=T)
     if chosen == "tiles":
         side, whole = tile_side(positions.device, kernels.softcap), whole_row(T)
         return plan_tiles(segment_ids, branch_ids, positions, window, queries or whole, whole, side)

@@ -99,7 +99,9 @@ def test_output_and_gradients(
     q, k, v = heads(rows, 16, dtype)
     v = torch.randn(rows, 2, T, value_width, generator=g).to(dtype)
     real = torch.ones(rows, T) if segments is None else (segments >= 0).float()
-    grad = torch.randn(rows, T, 4, value_width, generator=g).to(dtype).transpose(1, 2) * real[:, None, :, None].to(dtype)
+    grad = torch.randn(rows, T, 4, value_width, generator=g).to(dtype).transpose(1, 2) * real[:, None, :, None].to(
+        dtype
+    )
     inputs = [x.requires_grad_() for x in (q, k, v)]
     side = tile_side(q.device, softcap) and 32
     plan = plan_tiles(segments, branches, positions, window, whole_row(T), whole_row(T), side)

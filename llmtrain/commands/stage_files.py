@@ -1,0 +1,79 @@
+"""Says what a stage of a run reads that no stage makes, and whether its contents have changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from llmtrain.arch.resolve import newest_step
+from llmtrain.config.recipes import recipe_of
+from llmtrain.config.schema import Config
+from llmtrain.observe.contents import Checksums, files_at
+
+MANIFEST_SUM = "manifest.sha256"  # of a checkpoint: covers all its files
+
+
+def contents(command: str, config: Config, made: list[str], checksums: Checksums) -> dict[str, str]:
+    """Returns by key the checksum of what a stage reads, but for what lies in the directories `made` by stages."""
+    found = {}
+    for key, path in read_paths(command, config):
+        if path is not None and not any(inside(path, directory) for directory in made):
+            found[key] = checksums.of_all(weight_files(path) if key == "model.init_from" else files_at(path))
+    return found
+
+
+def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]:
+    """Yields (key, path) of what a stage reads."""
+    data, recipe = config.data, recipe_of(command)
+    if makes_data(command, config):
+        yield "tokenizer.base", config.tokenizer.base
+        yield from ((f"data.sources.{source.name}", source.path) for source in data.sources)
+    if recipe is not None and not recipe.packs_text:
+        yield "data.train", data.train
+    if command == "eval":
+        yield "data.held_out", data.held_out if config.eval.problems else None
+    if recipe is not None and (recipe.packs_text or data.replay_seqs):
+        yield "data.path", data.path
+    if command == "eval" and config.eval.text:
+        yield "data.path", data.path
+    if recipe is not None or command in ("eval", "export"):
+        yield "tokenizer.path", config.tokenizer.path
+        yield "model.init_from", config.model.init_from
+
+
+def made_by(command: str, config: Config) -> Iterator[str]:
+    """Yields the directories that a stage makes."""
+    yield config.directory
+    if makes_data(command, config):
+        yield config.data.path or os.path.join(config.directory, "data")
+        yield config.tokenizer.path or os.path.join(config.directory, "tokenizer")
+    if command == "export" and config.export.path:
+        yield config.export.path
+
+
+def made_tokenizer(command: str, config: Config, run: str, made: list[str]) -> str | None:
+    """Returns the tokenizer directory of a stage that makes data, if it lies in the run directory outside all that
+    stages before have `made`."""
+    path = config.tokenizer.path
+    if path is None or not makes_data(command, config) or not inside(path, run):
+        return None
+    return None if any(inside(path, directory) for directory in made) else path
+
+
+def makes_data(command: str, config: Config) -> bool:
+    """Says whether a stage makes data or a tokenizer where they are missing."""
+    described = bool(config.data.sources or config.data.tasks)
+    return command in ("data", "tokenizer") or (recipe_of(command) is not None and described)
+
+
+def weight_files(path: str) -> list[str]:
+    """Returns the files whose contents tell the weights in a run (its newest checkpoint), checkpoint or model."""
+    newest = os.path.join(path, "checkpoints", f"step-{newest_step(path):08d}")
+    checksums = os.path.join(newest if os.path.isdir(newest) else path, MANIFEST_SUM)
+    return [checksums] if os.path.isfile(checksums) else files_at(os.path.join(path, "*.safetensors"))
+
+
+def inside(path: str, directory: str) -> bool:
+    """Says whether a path is a directory or lies in it."""
+    path, directory = os.path.realpath(path), os.path.realpath(directory)
+    return os.path.commonpath([path, directory]) == directory

@@ -1,0 +1,226 @@
+"""What made a run: recipe, settings, and the contents of what it read. A run goes on only with the same.
+
+`run.json` in the run directory holds it, and so does every checkpoint. What an earlier version did not write down is
+not compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+from llmtrain import __version__
+from llmtrain.arch.generation import GENERATION
+from llmtrain.arch.resolve import contradictions
+from llmtrain.checkpoint.layout import STATE
+from llmtrain.checkpoint.manifest import MANIFEST_SUM, list_checkpoints
+from llmtrain.config.recipes import Recipe
+from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.data.shards import MANIFEST, shard_files
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_base import read_entries
+from llmtrain.observe.contents import Checksums, files_at
+from llmtrain.observe.files import write_whole
+from llmtrain.observe.owned import RUN_RECORD
+
+SAME = (
+    "seed",
+    "train.seq_len",
+    "train.global_batch_seqs",
+    "train.batch_ramp",
+    "train.seq_ramp",
+    "train.eval_seqs",
+    "optim.name",
+)
+"""Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
+value would repeat some samples and skip others, or mix two measures under one name."""
+BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
+PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
+STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
+WRITTEN = ("config.yaml", GENERATION, *STREAMS)  # into a run directory
+ABSENT = object()
+
+Contents = dict[str, dict[str, str]]
+"""Maps a key to path and sha256 of what is read there."""
+
+
+class Record(TypedDict):
+    """Says what made a run. Example: {"recipe": "sft", "config": {"seed": 0, ...}, "contents": {"data.train": ...}}"""
+
+    recipe: str | None  # None: not known
+    config: dict[str, Any]
+    contents: Contents
+
+
+Difference = tuple[str, Any, Any]  # key, as it was, as it is now
+
+
+def record_of(config: Config, recipe: Recipe, contents: Contents) -> Record:
+    """Returns the record of a run as it is to be now, from its resolved configuration."""
+    return {"recipe": recipe.name, "config": config.model_dump(mode="json"), "contents": contents}
+
+
+def recorded(directory: str) -> Record | None:
+    """Returns the record of a run directory, from `run.json` or else from its newest checkpoint; None if it has
+    neither."""
+    newest = list_checkpoints(os.path.join(directory, "checkpoints"))[-1:]
+    for path in (os.path.join(directory, RUN_RECORD), *(os.path.join(place, STATE) for place in newest)):
+        try:
+            return as_record(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError):
+            continue  # a broken checkpoint is named when it is to be loaded
+    return None
+
+
+def as_record(state: dict[str, Any]) -> Record:
+    """Returns the record in what a checkpoint says beside its tensors, or in run.json."""
+    config = {**state["config"], "model": state.get("model", state["config"]["model"])}  # a checkpoint's is resolved
+    return {"recipe": state.get("recipe"), "config": config, "contents": state.get("contents", {})}
+
+
+def write_record(directory: str, record: Record) -> None:
+    """Writes run.json."""
+    about = {"llmtrain": __version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_whole(os.path.join(directory, RUN_RECORD), json.dumps({**about, **record}, indent=1) + "\n")
+
+
+def check_directory(directory: str, now: Record, recipe: Recipe) -> None:
+    """Raises ValueError when the run directory is not this run's: it holds files that no run has written, or a run of
+    another recipe, or checkpoints of a run that differs in what must stay."""
+    was = recorded(directory)
+    there = [name for name in WRITTEN if os.path.lexists(os.path.join(directory, name))]
+    if was is None and there and not {"config.yaml", "metrics.jsonl"} <= set(there):  # these two: of an earlier version
+        raise ValueError(
+            f"{directory}: holds {', '.join(there)}, which no run of this recipe has written; give the run another "
+            "name or run_dir, or move them away"
+        )
+    if was is not None and list_checkpoints(os.path.join(directory, "checkpoints")):
+        check_same(was, now, recipe, directory)
+    elif was is not None and was["recipe"] not in (None, recipe.name):  # without a checkpoint it starts anew
+        raise ValueError(line(("command", was["recipe"], recipe.name), directory))
+
+
+def check_same(was: Record, now: Record, recipe: Recipe, path: str) -> None:
+    """Raises ValueError, with a line for each difference, when a run is not the one that made `path`."""
+    if lines := [line(found, path) for found in differences(was, now, recipe)]:
+        raise ValueError("\n".join(lines))
+
+
+def line(found: Difference, path: str) -> str:
+    """Returns what a user is told of a difference."""
+    key, was, now = found
+    return f"{key}={_shown(now)}: must stay {_shown(was)}, with which {path} was made; or give the run another name"
+
+
+def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
+    """Returns everything that must have stayed and has not."""
+    found: list[Difference] = []
+    if was["recipe"] not in (None, now["recipe"]):
+        found.append(("command", was["recipe"], now["recipe"]))
+    for key in same_keys(now["config"], recipe):
+        before, after = (_value(record["config"], key) for record in (was, now))
+        if before is not ABSENT and before != after:
+            found.append((key, before, after))
+    found += _source_weights(was["config"], now["config"], recipe)
+    models = (was["config"]["model"], now["config"]["model"])
+    found += other_function(*models, ramped=bool(now["config"]["train"]["seq_ramp"]))
+    for key, content in now["contents"].items():
+        before = was["contents"].get(key, content)
+        if before["sha256"] != content["sha256"]:
+            found.append((key, before, content))
+    return found
+
+
+def same_keys(config: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Returns the keys whose values must stay."""
+    keys = [*SAME, *recipe.same, *(f"data.{name}" for name in config["data"] if name not in BY_CONTENTS)]
+    if recipe.samples:
+        keys += ["rewards", *(f"rollout.{name}" for name in config["rollout"] if name not in PLACES)]
+    return ["name", *keys] if config["run_dir"] else keys  # else the directory follows the name
+
+
+def other_function(was: dict[str, Any], now: dict[str, Any], ramped: bool) -> list[Difference]:
+    """Returns where the same weights would mean something else under another model section: other factors, norms,
+    positions. With `ramped` positions change within a run."""
+    saved, asked = (ModelConfig.model_validate(section) for section in (was, now))
+    left_out = ("preset", "init_from", *(("rope_theta", "rope_scaling") if ramped else ()))
+    written = {name: value for name, value in asked if name not in left_out}
+    return [(f"model.{name}", before, after) for name, after, before in contradictions(dict(saved), written)]
+
+
+def changes(was: Record, now: Record) -> dict[str, list[Any]]:
+    """Returns key -> [was, now] of every setting that differs."""
+    before, after = (dict(_flat(record["config"], "")) for record in (was, now))
+    return {key: [before[key], value] for key, value in after.items() if key in before and before[key] != value}
+
+
+def _source_weights(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterator[Difference]:
+    """Yields the weights of text sources that differ, where text is trained on."""
+    if not (recipe.packs_text or now["data"]["replay_seqs"]):
+        return
+    before, after = ({s["name"]: s["weight"] for s in config["data"].get("sources", [])} for config in (was, now))
+    if before.keys() != after.keys():
+        yield "data.sources", list(before), list(after)
+    for name in before.keys() & after.keys():
+        if before[name] != after[name]:
+            yield f"data.sources.{name}.weight", before[name], after[name]
+
+
+def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: str, checksums: Checksums) -> Contents:
+    """Returns path and checksum of what a run reads, by key; what is not there yet is left out."""
+    found: Contents = {}
+    places: dict[str, tuple[str | None, list[str]]] = {}
+    if not recipe.packs_text and config.data.train:
+        places["data.train"] = (config.data.train, files_at(config.data.train))
+    if (recipe.packs_text or config.data.replay_seqs) and os.path.isfile(os.path.join(data_dir, MANIFEST)):
+        places["data.path"] = (data_dir, shard_files(data_dir))
+    if config.model.init_from:
+        places["model.init_from"] = (config.model.init_from, weight_files(config.model.init_from))
+    for key, (path, files) in places.items():
+        if files:
+            found[key] = {"path": str(path), "sha256": checksums.of_all(files)}
+    return found | tokenizer_contents(tokenizer_dir)
+
+
+def weight_files(path: str) -> list[str]:
+    """Returns the files whose contents tell the weights of a run (its newest checkpoint), checkpoint or model."""
+    newest = list_checkpoints(os.path.join(path, "checkpoints"))[-1:]
+    checksums = os.path.join(*newest or [path], MANIFEST_SUM)
+    return [checksums] if os.path.isfile(checksums) else files_at(os.path.join(path, "*.safetensors"))
+
+
+def tokenizer_contents(directory: str) -> Contents:
+    """Returns the fingerprint of a tokenizer, and a checksum of its chat template."""
+    if not os.path.isfile(os.path.join(directory, "tokenizer.json")):
+        return {}
+    template = json.dumps(read_entries(Path(directory)).get("chat_template"))
+    return {
+        "tokenizer.path": {"path": directory, "sha256": load_tokenizer(directory).fingerprint},
+        "tokenizer's chat template": {"path": directory, "sha256": hashlib.sha256(template.encode()).hexdigest()},
+    }
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    node: Any = config
+    for name in key.split("."):
+        node = node.get(name, ABSENT) if isinstance(node, dict) else ABSENT
+    return node
+
+
+def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict):
+        yield prefix, node
+        return
+    for name, value in node.items():
+        yield from _flat(value, f"{prefix}.{name}" if prefix else name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and value.keys() == {"path", "sha256"}:
+        return f"{value['path']} (sha256 {value['sha256'][:12]})"
+    return str(value)
