@@ -109,6 +109,7 @@ class Sample:
     finished: bool  # a stop token was sampled (else: cut at a limit)
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)  # rewards by name, before their weights
+    errors: dict[str, str] = field(default_factory=dict)  # why a reward failed, by its name; it counts 0
     columns: dict[str, list[float]] = field(default_factory=dict)  # -> Batch.extra (advantages, returns, ...)
     example: dict[str, Any] = field(default_factory=dict)  # the line of the problem file that it answers
 
@@ -121,7 +122,7 @@ Group = list[Sample]
 """The samples of one prompt. A preference pair is a group of two, the chosen one first."""
 
 Reward = Callable[[Sequence[Group]], None]
-"""Fills in `reward` and `parts` of every sample."""
+"""Fills in `reward`, `parts` and `errors` of every sample."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -19,7 +20,7 @@ from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
 from llmtrain.model.decoder import Decoder
 from llmtrain.observe.log import log, make_run_dir
-from llmtrain.rewards import extract_answer, reward_fn
+from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.batches import text_rows
 from llmtrain.trainer.job import resolved, tokenizer_dir
@@ -65,17 +66,24 @@ def problem_scores(
     config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[dict[str, float], list[dict]]:
     """pass@k, majority and greedy on the first `eval.problems` held-out problems."""
-    r, reward = config.rollout, reward_fn(config.rewards[0].name)
+    r, reward = config.rollout, config.rewards[0]
     problems = PromptSet(config.data.held_out, tokenizer, config.train.seq_len - r.max_new_tokens)
     count = min(config.eval.problems, len(problems))
+    check_rows([reward], problems.examples[:count], problems.places[:count])
+    scorer = scorer_of(reward)
+
+    def judge(pairs: Sequence[tuple[int, str]]) -> list[Score]:
+        scores = scorer.score([(text, problems.examples[i]) for i, text in pairs])
+        stop_if_failing([reward], [{} if s.error is None else {reward.name: s.error} for s in scores])
+        return scores
+
     prompts = [Prompt(problems.prompt_ids(i), derive(config.seed, f"eval/{i}")) for i in range(count)]
     return evaluate_problems(
         NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len),
         prompts,
         tokenizer.decode,
-        lambda i, text: reward(text, problems.examples[i]),
-        lambda text: extract_answer(config.rewards[0].name, text),
-        lambda i: str(problems.examples[i]["answer"]),
+        judge,
+        scorer.classes,
         config.eval.samples,
         Sampling(r.max_new_tokens, 1, r.temperature, r.top_p, r.top_k, (tokenizer.eos_id,)),
     )

@@ -69,9 +69,16 @@ def _move_keys(document: Document, data: dict[str, Any], prefix: Keys) -> None:
         for old in recipe.moved.keys() & (section.keys() if isinstance(section, dict) else ()):
             key, value = recipe.moved[old](section.pop(old))
             place = document.place((*prefix, recipe.name, old))
+            if _only_settings(data.get(key), value):
+                value = [{**value[0], **data.pop(key)}]
             if key in data:
                 raise ConfigError(f"{place}: {recipe.name}.{old}: is now `{key}`, which is written too; remove one")
             data[key], document.where[(*prefix, key)] = value, place
+
+
+def _only_settings(present: Any, moved: Any) -> bool:
+    """Says whether a section only adds keys to what an earlier key has become, a list of one entry."""
+    return isinstance(present, dict) and isinstance(moved, list) and not present.keys() & {*moved[0], "function"}
 
 
 def dump(config: Config) -> str:

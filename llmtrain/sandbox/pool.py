@@ -14,10 +14,9 @@ import sysconfig
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import llmtrain
 from llmtrain.sandbox.limits import Limits, Mechanisms
 
 START = (
@@ -26,6 +25,7 @@ START = (
 )
 PASSED_ON = ("HOME", "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "MPLCONFIGDIR", "XDG_CACHE_HOME")
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+OURS = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))  # where the package llmtrain lies
 START_S = 120.0  # to import what the functions need
 GRACE_S = 30.0  # beyond a call's deadline, which the worker itself keeps; then the worker counts as broken
 
@@ -53,10 +53,15 @@ class Worker:
     hold, ImportError if a function cannot be loaded."""
 
     def __init__(
-        self, functions: Mapping[str, str], limits: Limits, sandboxed: bool = True, without: Sequence[str] = ()
+        self,
+        functions: Mapping[str, str],
+        limits: Limits,
+        sandboxed: bool = True,
+        without: Sequence[str] = (),
+        warm_up: Sequence[Any] = (),
     ) -> None:
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        self.sandboxed, self.sent = sandboxed, 0.0
+        self.sandboxed, self.give_up = sandboxed, 0.0
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-c", START, json.dumps(search_path())],
             stdin=subprocess.PIPE,
@@ -66,7 +71,8 @@ class Worker:
             start_new_session=True,
         )
         settings = {"functions": dict(functions), "sandboxed": sandboxed, "readable": library_folders()}
-        self.write({**settings, "limits": dataclasses.asdict(limits), "without": list(without)})
+        settings |= {"limits": dataclasses.asdict(limits), "without": list(without), "warm_up": list(warm_up)}
+        self.write(settings)
 
     def await_ready(self) -> Mechanisms:
         """Returns which mechanisms hold the calls, when everything is loaded."""
@@ -80,21 +86,22 @@ class Worker:
             raise ImportError(answer["fault"])
         raise RuntimeError(f"no sandbox on this machine: {answer['fault']}; `llmtrain doctor` says what there is")
 
-    def send(self, call: Call) -> None:
-        """Starts a call."""
-        self.sent = time.monotonic()
-        self.write({"function": call.function, "arguments": list(call.arguments), "deadline_s": call.deadline_s})
+    def send(self, calls: Sequence[Call]) -> None:
+        """Starts calls of one function."""
+        self.give_up = time.monotonic() + len(calls) * calls[0].deadline_s + (GRACE_S if self.sandboxed else 0)
+        arguments = [list(call.arguments) for call in calls]
+        self.write({"function": calls[0].function, "calls": arguments, "deadline_s": calls[0].deadline_s})
 
-    def patience_s(self, call: Call) -> float:
-        """Returns how much longer to wait for the reply to the call that was sent."""
-        return self.sent + call.deadline_s + (GRACE_S if self.sandboxed else 0) - time.monotonic()
+    def patience_s(self) -> float:
+        """Returns how much longer to wait for the replies to what was sent."""
+        return self.give_up - time.monotonic()
 
-    def receive(self, call: Call) -> Reply | None:
-        """Returns the reply to the call that was sent; None if the worker is broken."""
-        answer = self.read(self.patience_s(call))
-        if answer is None or "fault" in answer:
-            return answer and Reply(None, answer["fault"])
-        return read_reply(answer["reply"])
+    def receive(self) -> list[Reply] | None:
+        """Returns the replies to the calls that were sent; None if the worker is broken."""
+        answer = self.read(self.patience_s())
+        if answer is None:
+            return None
+        return [Reply(None, f["fault"]) if "fault" in f else read_reply(f["reply"]) for f in answer["frames"]]
 
     def write(self, content: dict[str, Any]) -> None:
         """Writes a frame; a worker that is gone shows when it is read from."""
@@ -148,6 +155,9 @@ def read_reply(text: str) -> Reply:
 class Pool:
     """Workers with the same functions, started at the first calls. Usable from any thread, one at a time.
 
+    Up to `batch` calls share a process, until one of them fails: for functions that never evaluate what they are given.
+    A function named `warm_up` is called by each worker before all calls, in the process that they are forked from.
+
     Example: Pool({"score": "my_rewards.py:score"}).run([Call("score", ("42", {}), 5.0)]) -> [Reply(1.0, None)]
     """
 
@@ -158,15 +168,29 @@ class Pool:
         limits: Limits | None = None,
         sandboxed: bool = True,
         without: Sequence[str] = (),
+        batch: int = 1,
     ) -> None:
+        self.batch = batch
+        self.functions, self.warm_up = dict(functions), ()
         self.arguments = (functions, limits or Limits(), sandboxed, without)
         self.size, self.workers, self.mechanisms = workers, deque[Worker](), Mechanisms()
         self.lock = threading.Lock()
         atexit.register(self.close)
 
-    def start(self) -> None:
-        """Starts the workers that are missing. Raises as Worker does."""
-        new = [Worker(*self.arguments) for _ in range(self.size - len(self.workers))]
+    def start(self, warm_up: Sequence[Any] = ()) -> None:
+        """Starts the workers that are missing. Raises as Worker does.
+
+        `warm_up` are the arguments of the function of that name, which every worker calls once before any call; where
+        they differ from those of running workers, these are replaced.
+        """
+        with self.lock:
+            if warm_up and tuple(warm_up) != self.warm_up:
+                self.close()
+                self.warm_up = tuple(warm_up)
+            self._fill()
+
+    def _fill(self) -> None:
+        new = [Worker(*self.arguments, self.warm_up) for _ in range(self.size - len(self.workers))]
         for worker in new:
             self.mechanisms = worker.await_ready()
             self.workers.append(worker)
@@ -174,47 +198,46 @@ class Pool:
     def run(self, calls: Sequence[Call]) -> list[Reply]:
         """Returns the replies in the order of the calls, which run one by one on each worker."""
         with self.lock:
-            self.start()
-            replies: list[Reply | None] = [None] * len(calls)
-            waiting, busy = deque(range(len(calls))), dict[Worker, int]()
-            while waiting or busy:
-                self._hand_out(calls, waiting, busy)
-                for worker in self._answered(calls, busy):
-                    i = busy.pop(worker)
-                    replies[i] = self._reply(worker, calls[i])
+            self._fill()
+            replies = [Reply(None, "was not made")] * len(calls)
+            waiting, busy = deque(self._batches(calls)), dict[Worker, range]()
+            try:
+                while waiting or busy:
+                    while waiting and self.workers:
+                        worker, batch = self.workers.popleft(), waiting.popleft()
+                        worker.send(calls[batch.start : batch.stop])
+                        busy[worker] = batch
+                    for worker in answered(busy):
+                        batch = busy.pop(worker)
+                        replies[batch.start : batch.stop] = self._replies(worker, calls[batch.start : batch.stop])
+            finally:  # an interrupt leaves calls without an answer
+                for worker in busy:
+                    worker.kill()
         return replies
 
-    def _hand_out(self, calls: Sequence[Call], waiting: deque[int], busy: dict[Worker, int]) -> None:
-        while waiting and self.workers:
-            worker, i = self.workers.popleft(), waiting.popleft()
-            worker.send(calls[i])
-            busy[worker] = i
+    def _batches(self, calls: Sequence[Call]) -> Iterator[range]:
+        """Yields which calls may share a process: neighbours of one function and deadline, spread over the workers."""
+        most = min(self.batch, -(-len(calls) // self.size))
+        first = 0
+        for i in range(1, len(calls) + 1):
+            kinds = {(call.function, call.deadline_s) for call in calls[i - 1 : i + 1]}
+            if i == len(calls) or i - first == most or len(kinds) > 1:
+                yield range(first, i)
+                first = i
 
-    def _answered(self, calls: Sequence[Call], busy: dict[Worker, int]) -> list[Worker]:
-        """Returns the workers that have answered, ended, or taken too long."""
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            patience_s = min(worker.patience_s(calls[i]) for worker, i in busy.items())
-            found = [key.data for key, _ in selector.select(max(patience_s, 0))]
-        return found or [worker for worker, i in busy.items() if worker.patience_s(calls[i]) <= 0]
-
-    def _reply(self, worker: Worker, call: Call) -> Reply:
-        """Returns the reply, and puts the worker, or one in its place if it is broken, back into the row."""
-        late = worker.patience_s(call) <= 0
-        reply = worker.receive(call)
-        if reply is not None:
+    def _replies(self, worker: Worker, calls: Sequence[Call]) -> list[Reply]:
+        """Returns the replies, and puts the worker, or one in its place if it is broken, back into the row."""
+        late = worker.patience_s() <= 0
+        replies = worker.receive()
+        if replies is not None:
             self.workers.append(worker)
-            return reply
+            return replies
         worker.kill()
-        self.start_one()
-        return Reply(None, f"took longer than {call.deadline_s:g} s" if late else "the worker ended")
-
-    def start_one(self) -> None:
-        """Starts a worker in the place of one that broke."""
-        worker = Worker(*self.arguments)
-        worker.await_ready()
-        self.workers.append(worker)
+        other = Worker(*self.arguments, self.warm_up)
+        other.await_ready()
+        self.workers.append(other)
+        reason = f"took longer than {calls[0].deadline_s:g} s" if late else "the worker ended"
+        return [Reply(None, reason)] * len(calls)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -222,10 +245,18 @@ class Pool:
             self.workers.pop().kill()
 
 
+def answered(busy: Mapping[Worker, range]) -> list[Worker]:
+    """Returns the workers that have answered, ended, or taken too long, as soon as there is one."""
+    with selectors.DefaultSelector() as selector:
+        for worker in busy:
+            selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        found = [key.data for key, _ in selector.select(max(min(worker.patience_s() for worker in busy), 0))]
+    return found or [worker for worker in busy if worker.patience_s() <= 0]
+
+
 def search_path() -> list[str]:
     """Returns where this process finds modules, for a worker. Links are followed: in a worker's root there are none."""
-    ours = os.path.dirname(os.path.dirname(llmtrain.__file__))
-    return list(dict.fromkeys(map(os.path.realpath, [ours, *sys.path])))
+    return list(dict.fromkeys(map(os.path.realpath, [OURS, *sys.path])))
 
 
 def library_folders() -> list[str]:

@@ -1,8 +1,9 @@
 """The worker process: loads functions once, then answers each call in a process of its own that it forks and locks.
 
 Frames on stdin and stdout: a length of four bytes and that much JSON. The first one says what to load; the answer
-{"ready": mechanisms} or {"fault": reason} comes back. Every other one is {"function", "arguments", "deadline_s"}; the
-answer is {"reply": text that the call wrote} or {"fault": reason}. What the call wrote is passed on unread.
+{"ready": mechanisms} or {"fault": reason} comes back. Every other one is {"function", "calls": arguments of each,
+"deadline_s": of each}; the answer is {"frames": for each call {"reply": text that it wrote} or {"fault": reason}}. What
+a call wrote is passed on unread.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from llmtrain.sandbox.limits import Limits, Mechanisms
 from llmtrain.sandbox.lock import Lock, enter_lock
 
 Function = Callable[..., Any]
+Frame = dict[str, str]
+"""{"reply": what a call wrote} or {"fault": why it wrote nothing}"""
 MOST_FRAME_BYTES = 2**26
 OOM_FIRST = "1000"  # oom_score_adj: of all processes, a worker is killed first when memory runs out
 
@@ -39,6 +42,7 @@ class Settings(NamedTuple):
     readable: list[str]  # folders of Python's libraries
     limits: Limits
     without: list[str]  # mechanisms that are not used (tests)
+    warm_up: list[Any]  # arguments of the function `warm_up`, if there is one
 
 
 def main() -> None:
@@ -51,7 +55,7 @@ def main() -> None:
     spaced = "namespaces" not in settings.without and namespaces.enter()
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write(OOM_FIRST)
-    functions = load_all(settings.functions)
+    functions = load_all(settings)
     if functions is not None:
         serve(functions, prepare(settings, spaced))
 
@@ -66,21 +70,29 @@ def prepare(settings: Settings, spaced: bool) -> Lock:
 
 
 def serve(functions: dict[str, Function], lock: Lock) -> None:
-    """Answers calls, one after the other, if the lock holds."""
+    """Answers requests, one after the other, if the lock holds."""
     fault = lock.mechanisms.fault
     if fault is None:
-        tried = run_locked(canary.escapes, json.dumps([lock.readable]).encode(), 10.0, lock)
+        (tried,) = run_locked(canary.escapes, [[lock.readable]], 10.0, lock)
         fault = None if tried == {"reply": canary.HELD} else f"the sandbox does not hold here: {tried}"
     write_frame({"fault": fault} if fault else {"ready": dataclasses.asdict(lock.mechanisms)})
     gc.collect()
     gc.freeze()  # no collection in a call touches, and so copies, the pages of what is loaded
     while not fault and (request := read_frame()) is not None:
-        payload = json.dumps(request["arguments"]).encode()
-        write_frame(run_locked(functions[request["function"]], payload, request["deadline_s"], lock))
+        frames = run_all(functions[request["function"]], request["calls"], request["deadline_s"], lock)
+        write_frame({"frames": frames})
 
 
-def run_locked(function: Function, payload: bytes, deadline_s: float, lock: Lock) -> dict[str, str]:
-    """Returns the frame for one call, whose process is gone when this returns."""
+def run_all(function: Function, calls: list[list[Any]], deadline_s: float, lock: Lock) -> list[Frame]:
+    """Returns the frames of calls that share a process until one of them fails; the next ones then have another."""
+    frames: list[Frame] = []
+    while len(frames) < len(calls):
+        frames += run_locked(function, calls[len(frames) :], deadline_s, lock)
+    return frames
+
+
+def run_locked(function: Function, calls: list[list[Any]], deadline_s: float, lock: Lock) -> list[Frame]:
+    """Returns the frames of the first calls, up to one that failed. Their process is gone when this returns."""
     if lock.mechanisms.namespaces:
         namespaces.mount_scratch(lock.limits)
     reading, writing = os.pipe()
@@ -88,35 +100,41 @@ def run_locked(function: Function, payload: bytes, deadline_s: float, lock: Lock
     if child == 0:
         try:
             os.close(reading)
-            enter_lock(lock, writing, deadline_s)
-            os.write(lock.reply, call(function, json.loads(payload)))
+            enter_lock(lock, writing, deadline_s * len(calls))
+            for arguments in calls:
+                write_all(lock.reply, call(function, arguments) + b"\n")
         finally:
             os._exit(0)
     os.close(writing)
-    text, fault = collect(reading, time.monotonic() + deadline_s, lock.limits.reply_bytes)
+    lines, fault = collect(reading, len(calls), deadline_s, lock.limits.reply_bytes)
     os.close(reading)
     os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if lock.mechanisms.namespaces:
         namespaces.unmount_scratch()
-    if fault is None and not text:
+    if fault is None and len(lines) < len(calls):
         fault = f"ended without a reply ({f'signal {-status}' if status < 0 else f'exit code {status}'})"
-    return {"fault": fault.format(deadline_s=deadline_s)} if fault else {"reply": text}
+    return [{"reply": line} for line in lines] + ([{"fault": fault}] if fault else [])
 
 
-def collect(reading: int, give_up: float, most_bytes: int) -> tuple[str, str | None]:
-    """Returns what a call wrote until it closed its pipe, and what went wrong."""
-    found = b""
+def collect(reading: int, count: int, deadline_s: float, most_bytes: int) -> tuple[list[str], str | None]:
+    """Returns the lines that a process writes, `count` at most, each within its time, and why there are no more."""
+    lines, rest, give_up = [], b"", time.monotonic() + deadline_s
     with selectors.DefaultSelector() as selector:
         selector.register(reading, selectors.EVENT_READ)
-        while selector.select(max(give_up - time.monotonic(), 0)):
+        while len(lines) < count:
+            if not selector.select(max(give_up - time.monotonic(), 0)):
+                return lines, f"took longer than {deadline_s:g} s"
             part = os.read(reading, 65536)
-            found += part
             if not part:
-                return found.decode(errors="replace"), None
-            if len(found) > most_bytes:
-                return "", f"the reply is longer than {most_bytes} bytes"
-    return "", "took longer than {deadline_s:g} s"
+                return lines, None
+            *whole, rest = (rest + part).split(b"\n")
+            if max(map(len, [*whole, rest])) > most_bytes:
+                return lines, f"the reply is longer than {most_bytes} bytes"
+            if whole:
+                lines += [line.decode(errors="replace") for line in whole][: count - len(lines)]
+                give_up = time.monotonic() + deadline_s
+    return lines, None
 
 
 def call(function: Function, arguments: list[Any]) -> bytes:
@@ -134,19 +152,22 @@ def describe(error: BaseException) -> str:
 
 def serve_unlocked(settings: Settings) -> None:
     """Answers calls in this very process, where the functions keep what they remember."""
-    functions = load_all(settings.functions)
+    functions = load_all(settings)
     if functions is None:
         return
     write_frame({"ready": dataclasses.asdict(Mechanisms())})
     while (request := read_frame()) is not None:
-        reply = call(functions[request["function"]], request["arguments"])
-        write_frame({"reply": reply.decode()})
+        replies = [call(functions[request["function"]], arguments).decode() for arguments in request["calls"]]
+        write_frame({"frames": [{"reply": reply} for reply in replies]})
 
 
-def load_all(wanted: dict[str, str]) -> dict[str, Function] | None:
-    """Returns the functions by name. If one cannot be loaded, writes why and returns None."""
+def load_all(settings: Settings) -> dict[str, Function] | None:
+    """Returns the functions by name, after a call of `warm_up`. If one cannot be loaded, says so and returns None."""
     try:
-        return {name: load(spec) for name, spec in wanted.items()}
+        functions = {name: load(spec) for name, spec in settings.functions.items()}
+        if "warm_up" in functions:
+            functions["warm_up"](*settings.warm_up)
+        return functions
     except Exception as error:
         lines = traceback.format_exception(error, limit=-2)
         write_frame({"fault": f"{describe(error)}\n{''.join(lines).strip()}", "loading": True})
@@ -200,6 +221,11 @@ def _read(count: int) -> bytes:
 def write_frame(content: dict[str, Any]) -> None:
     """Writes one frame."""
     body = json.dumps(content).encode()
-    view = memoryview(len(body).to_bytes(4, "little") + body)
+    write_all(CHANNEL[1], len(body).to_bytes(4, "little") + body)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Writes all bytes to a pipe."""
+    view = memoryview(content)
     while view:
-        view = view[os.write(CHANNEL[1], view) :]
+        view = view[os.write(descriptor, view) :]

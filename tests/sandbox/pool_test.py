@@ -50,6 +50,23 @@ def test_no_call_sees_an_earlier_one(pool: Pool) -> None:
     assert pool.run(calls("count", times=5)) == [Reply(1, None)] * 5
 
 
+def test_a_batch_shares_a_process_until_a_call_fails() -> None:
+    pool = Pool(FUNCTIONS, batch=8)
+    try:
+        assert pool.run(calls("count", times=5)) == [Reply(n, None) for n in (1, 2, 3, 4, 5)]
+        mixed = [Call("sleep", (60 if n == 1 else 0,), 0.4) for n in range(4)]
+        late = Reply(None, "took longer than 0.4 s")
+        assert pool.run(mixed) == [Reply("slept", None), late, *[Reply("slept", None)] * 2]
+        gone = Reply(None, "ended without a reply (exit code 3)")
+        assert pool.run(calls("end", times=3)) == [gone] * 3
+        assert pool.run([*calls("count", times=10), *calls("echo", 1), *calls("count")])[7:] == [
+            *[Reply(n, None) for n in (8, 1, 2, 1)],  # a ninth has another process, and so has another function
+            Reply(1, None),
+        ]
+    finally:
+        pool.close()
+
+
 def test_an_error_is_told(pool: Pool) -> None:
     assert pool.run(calls("fail", "no\nnumber")) == [Reply(None, "ValueError: no\nnumber")]
     assert pool.run(calls("end")) == [Reply(None, "ended without a reply (exit code 3)")]
@@ -83,7 +100,7 @@ def test_workers_end_with_the_process_that_started_them() -> None:
     source = (
         "import os, sys; from llmtrain.sandbox.pool import *\n"
         f"p = Pool({{'sleep': {HERE + ':sleep'!r}}}); p.start(); w = p.workers[0]\n"
-        "w.send(Call('sleep', (600,), 600.0))\n"
+        "w.send([Call('sleep', (600,), 600.0)])\n"
         "import time, psutil; time.sleep(1)\n"
         "print(w.process.pid, *[c.pid for c in psutil.Process(w.process.pid).children(True)], flush=True)\n"
         "os.kill(os.getpid(), 9)"
