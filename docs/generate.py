@@ -143,8 +143,13 @@ def kind(spec: dict[str, Any]) -> str:
 
 
 def default(spec: dict[str, Any]) -> str:
-    """Returns the default as it is written in YAML."""
-    return f"`{json.dumps(spec['default'])}`" if "default" in spec else "–"
+    """Returns the default as it is written in YAML; of entries of a list what is not null or false."""
+    if "default" not in spec:
+        return "–"
+    value = spec["default"]
+    if isinstance(value, list):
+        value = [{k: v for k, v in e.items() if v not in (None, False)} if isinstance(e, dict) else e for e in value]
+    return f"`{json.dumps(value)}`"
 
 
 def preset_row(name: str) -> str:

@@ -113,6 +113,7 @@ class Sample:
     finished: bool  # a stop token or string was sampled (else: cut at a limit)
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)  # rewards by name, not yet multiplied by their weights
+    errors: dict[str, str] = field(default_factory=dict)  # why a reward failed, by its name; it counts 0
     columns: dict[str, list[float]] = field(default_factory=dict)  # for Batch.extra (advantages, returns, ...)
     example: dict[str, Any] = field(default_factory=dict)  # the line of the problem file that it answers
 
@@ -125,7 +126,7 @@ Group = list[Sample]
 """Holds the samples of one prompt. A preference pair is a group of two, the chosen one first."""
 
 Reward = Callable[[Sequence[Group]], None]
-"""Fills in `reward` and `parts` of every sample."""
+"""Fills in `reward`, `parts` and `errors` of every sample."""
 
 
 @dataclass

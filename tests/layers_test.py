@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "llmtrain"
 # What a package may import of llmtrain, beside itself: everything on lower levels. Packages of one level are siblings.
 LEVELS = (
     ("types",),
-    ("config",),
+    ("config", "sandbox"),
     ("observe",),
     ("arch",),
     ("rules",),
@@ -32,6 +32,7 @@ LEVELS = (
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 ONLY = {  # narrower than their level
     "config": set(),
+    "sandbox": set(),
     "observe": {"config"},
     "arch": {"config"},
     "rules": {"config", "arch"},
@@ -39,7 +40,7 @@ ONLY = {  # narrower than their level
     "cli": {"config", "rules"},
 }
 ONE_FILE = {"deepspeed": "engine/zero.py", "wandb": "observe/wandb.py", "vllm": "rollout/vllm.py"}
-TORCH_FREE = ("config", "arch", "rules", "scaling", "cli")
+TORCH_FREE = ("config", "sandbox", "arch", "rules", "rewards", "scaling", "cli")
 SINGLE_PROCESS = ("data", "model", "losses")
 WHOLE_CONFIG = (
     "config",

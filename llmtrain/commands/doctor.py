@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrain.config.machine import has_wandb_key
+from llmtrain.sandbox.pool import Pool
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pydantic", "wandb", "vllm")
 REQUIRED = PACKAGES[:-1]
@@ -22,7 +23,7 @@ GIB = 2**30
 
 def main() -> int:
     """Prints what was found and every problem with its remedy; returns 1 if there is one."""
-    facts = {**versions(), **devices(), **resources()}
+    facts = {**versions(), **devices(), **resources(), **sandbox()}
     table = Table(show_header=False)
     for name, value in facts.items():
         table.add_row(name, value)
@@ -71,6 +72,17 @@ def resources() -> dict[str, str]:
     }
 
 
+def sandbox() -> dict[str, str]:
+    """What holds a program that a model wrote: the mechanisms that a worker has just been held by, or why none can."""
+    pool = Pool({})
+    try:
+        pool.start()
+    except RuntimeError as error:
+        return {"sandbox": f"none ({error})"}
+    pool.close()
+    return {"sandbox": str(pool.mechanisms)}
+
+
 def _address() -> str:
     try:
         return socket.gethostbyname(socket.gethostname())
@@ -90,6 +102,8 @@ def problems(facts: dict[str, str]) -> list[str]:
         found.append("torch: was built without gloo; install the wheel of the constraints file")
     if facts["host"].endswith("unresolved"):
         found.append(f"host {facts['host']}: has no address; add it to /etc/hosts or set GLOO_SOCKET_IFNAME=lo")
+    if facts["sandbox"].startswith("none"):
+        found.append(f"sandbox {facts['sandbox']}: rewards and code of a model do not run; allow one of the mechanisms")
     for name, least in {"memory": 4.0, "free disk": 5.0}.items():
         if float(facts[name].split()[0]) < least:
             found.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -27,7 +27,7 @@ from llmtrain.observe.locks import locked, making
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.observe.owned import adopt, filling, is_run, replacing
 from llmtrain.parallel.device import rank_device
-from llmtrain.rewards import extract_answer, reward_fn
+from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.batches import text_rows
 from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
@@ -107,17 +107,24 @@ def problem_scores(
 ) -> tuple[dict[str, float], list[dict]]:
     """Returns pass@k, majority vote and greedy accuracy on the first `eval.problems` held-out problems, and all
     completions."""
-    r, reward = config.rollout, reward_fn(config.rewards[0].name)
+    r, reward = config.rollout, config.rewards[0]
     problems = PromptSet(config.data.held_out, tokenizer, config.train.seq_len - r.max_new_tokens)
     count = min(config.eval.problems, len(problems))
+    check_rows([reward], problems.examples[:count], problems.places[:count])
+    scorer = scorer_of(reward)
+
+    def judge(pairs: Sequence[tuple[int, str]]) -> list[Score]:
+        scores = scorer.score([(text, problems.examples[i]) for i, text in pairs])
+        stop_if_failing([reward], [{} if s.error is None else {reward.name: s.error} for s in scores])
+        return scores
+
     prompts = [Prompt(problems.prompt_ids(i), derive(config.seed, f"eval/{i}")) for i in range(count)]
     return evaluate_problems(
         NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len, stop_text(tokenizer)),
         prompts,
         completion_text(config, tokenizer),
-        lambda i, text: reward(text, problems.examples[i]),
-        lambda text: extract_answer(config.rewards[0].name, text),
-        lambda i: str(problems.examples[i]["answer"]),
+        judge,
+        scorer.classes,
         config.eval.samples,
         sampling_of(config, tokenizer),
     )

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+EVERY_ENTRY = ("rewards",)  # lists of which `LIST.KEY=value` sets a key in all entries
 Keys = tuple[str | int, ...]  # a path into a document: ("data", "sources", 0, "path")
 
 
@@ -169,10 +170,15 @@ def _scalar(node: yaml.ScalarNode, source: str) -> Any:
 
 
 def override(document: Document, text: str, rename: Rename = as_it_is) -> None:
-    """Applies `a.b=c`. It also overrides a stage's `set`: the command line has the last word."""
+    """Applies `a.b=c`. It also overrides a stage's `set`: the command line has the last word. A key of a list in
+    EVERY_ENTRY is set in all its entries, unless it is the name of one."""
     source = f"override '{text}'"
     dotted_keys, equals, value_text = text.partition("=")
     keys = tuple(dotted_keys.split("."))
+    if _means_every_entry(document.data, keys):
+        for i in range(len(document.data[keys[0]])):
+            override(document, f"{keys[0]}.{i}.{text.partition('.')[2]}", rename)
+        return
     if not equals or not all(keys):
         raise ConfigError(f"{source}: must have the form section.key=value")
     where: dict[Keys, str] = {}
@@ -231,13 +237,23 @@ def _assign(data: dict[str, Any], keys: tuple[str, ...], value: Any, source: str
 
 
 def _entry(entries: list[Any], key: str, found: Keys, source: str) -> int:
-    names = [e.get("name") if isinstance(e, dict) else None for e in entries]
+    names = _names(entries)
     if key in names:
         return names.index(key)
     if key.isdigit() and int(key) < len(entries):
         return int(key)
     known = ", ".join(n for n in names if isinstance(n, str)) or f"0 to {len(entries) - 1}"
     raise ConfigError(f"{source}: {dotted(found)} has no entry '{key}'; it has {known}")
+
+
+def _means_every_entry(data: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    """Says whether `LIST.KEY` names a key of the entries, not an entry."""
+    entries = data.get(keys[0]) if keys[0] in EVERY_ENTRY and len(keys) == 2 else None
+    return isinstance(entries, list) and keys[1] not in _names(entries) and not keys[1].isdigit()
+
+
+def _names(entries: list[Any]) -> list[Any]:
+    return [e.get("name") if isinstance(e, dict) else None for e in entries]
 
 
 def dotted(keys: Keys) -> str:

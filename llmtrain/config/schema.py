@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from llmtrain.config.machine import fast_precision
 
@@ -296,11 +307,42 @@ class RolloutConfig(Section):
     max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
 
 
-class RewardConfig(Section):
-    """Names a reward of completions. Recipes that sample train on the sum of all, by their weights."""
+REWARDS = ("reasoning_gym", "first_integer", "math")
 
-    name: Literal["reasoning_gym", "first_integer", "math"] = "reasoning_gym"  # 1 for a right answer, else 0
+
+class RewardConfig(Section):
+    """Names a reward of completions, or a function of your own; see docs/rewards.md. Recipes that sample train on the
+    sum of all, by their weights. `rewards.KEY=value` on the command line sets a key in all entries."""
+
+    function: str | None = None  # your own: my_rewards.py:score or package.module:score; None = the one of `name`
+    name: str = "reasoning_gym"  # reasoning_gym, first_integer, math; with `function`, in metrics, default its name
     weight: float = 1.0  # in the sum
+    deadline_s: PositiveFloat = 5.0  # to score one completion; later it is an error, and the reward is 0
+    max_error_share: float | None = Field(None, ge=0.0, le=1.0)  # of a step; above it the run stops; None = 1, own: 0.5
+    unsandboxed: bool = False  # run `function` with all that you may do: files, network, what it remembers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        """Names a function that has no name."""
+        if isinstance(data, dict) and isinstance(data.get("function"), str) and "name" not in data:
+            return {**data, "name": data["function"].rpartition(":")[2]}
+        return data
+
+    @field_validator("function")
+    @classmethod
+    def _of_a_module(cls, function: str | None) -> str | None:
+        if function is not None and not re.fullmatch(r".+:[A-Za-z_]\w*", function):
+            raise ValueError("must be file.py:function or module:function")
+        return function
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        if info.data.get("function") is None and name not in REWARDS:
+            known = {"expected": " or ".join([", ".join(map(repr, REWARDS[:-1])), repr(REWARDS[-1])])}
+            raise PydanticCustomError("literal_error", "must be one of {expected}", known)
+        return name
 
 
 class EvalConfig(Section):
@@ -365,12 +407,18 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: list[RewardConfig] = [RewardConfig()]  # eval judges by the first
+    rewards: list[RewardConfig] = [RewardConfig()]  # eval judges by the first; one alone needs no list
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
     log: LogConfig = LogConfig()
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _one_reward(cls, rewards: Any) -> Any:
+        """Returns a reward that stands alone as a list of one."""
+        return [rewards] if isinstance(rewards, dict) else rewards
 
     @property
     def directory(self) -> str:

@@ -27,6 +27,7 @@ class PromptSet:
     def __init__(self, path: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> None:
         lines = read_jsonl(path)
         self.examples = [record for _, record in lines]
+        self.places = [f"{path}:{n}" for n, _ in lines]
         self.ids = [encode_prompt(record, tokenizer, f"{path}:{n}") for n, record in lines]
         for (n, _), ids in zip(lines, self.ids, strict=True):
             if len(ids) > max_prompt_tokens:

@@ -17,7 +17,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def majority(answers: Sequence[str | None]) -> str | None:
-    """Returns the most frequent answer, the first of those that tie; None counts as no answer (arXiv 2203.11171)."""
+def majority(answers: Sequence[int | None]) -> int | None:
+    """Returns which sample speaks for the most frequent answer, the first that gave it; of answers that tie the first.
+
+    Equal answers have equal numbers, None is no answer (arXiv 2203.11171). majority([None, 0, 1, 1]) = 2.
+    """
     counts = Counter(answer for answer in answers if answer is not None)
-    return counts.most_common(1)[0][0] if counts else None
+    return answers.index(counts.most_common(1)[0][0]) if counts else None

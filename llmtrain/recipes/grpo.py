@@ -17,6 +17,7 @@ from llmtrain.engine.optim import learning_rate
 from llmtrain.losses.advantage import group_advantages
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.parallel.mesh import shutdown
+from llmtrain.rewards import reward_metrics
 from llmtrain.trainer.batches import group_microbatches, split_groups
 from llmtrain.trainer.gate import Gate
 from llmtrain.trainer.job import Job, join
@@ -148,6 +149,7 @@ def summary(groups: Sequence[Group]) -> dict[str, float]:
     samples = list(chain.from_iterable(groups))
     return {
         "reward_mean": sum(s.reward for s in samples) / len(samples),
+        **reward_metrics(groups),
         "kept_fraction": sum(map(len, learnable(groups))) / len(samples),
         "response_tokens_mean": sum(len(s.ids) for s in samples) / len(samples),
         "finished_fraction": sum(s.finished for s in samples) / len(samples),

@@ -1,35 +1,94 @@
-"""Selects a verifiable reward: a function of a completion and the line of the problem file that it answers."""
+"""Rewards of completions: those of this package and users' own, each scored in worker processes with a deadline.
+
+docs/rewards.md tells what each reads and needs. Nothing here imports torch: workers import this package.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from itertools import chain
+from math import fsum
+from typing import TYPE_CHECKING
 
-from llmtrain.config.schema import RewardConfig
-from llmtrain.rewards import format, math, reasoning
-from llmtrain.types import Group, Reward
+from llmtrain.rewards.check import check_rows
+from llmtrain.rewards.scorer import DEADLINE_S, Score, Scorer, pool_of, scorer_of
 
-BY_NAME: dict[str, ModuleType] = {"reasoning_gym": reasoning, "first_integer": format, "math": math}
+if TYPE_CHECKING:
+    from llmtrain.config.schema import RewardConfig
+    from llmtrain.types import Group, Reward
+
+__all__ = [
+    "RewardsFail",
+    "Score",
+    "Scorer",
+    "build_reward",
+    "check_rows",
+    "extract_answer",
+    "reward_fn",
+    "reward_metrics",
+    "scorer_of",
+    "stop_if_failing",
+]
+OWN_ERROR_SHARE = 0.5  # the default of max_error_share for a user's own function
+
+
+class RewardsFail(RuntimeError):
+    """Says that a reward failed on too many completions."""
 
 
 def reward_fn(name: str) -> Callable[[str, dict], float]:
-    """Returns the function behind a name: (completion, example) -> 1.0 for a right answer, else 0.0."""
-    return BY_NAME[name].reward
+    """Returns the function behind a name: (completion, example) -> its score, 0.0 where the scorer fails."""
+    scorer = Scorer(name, pool_of(name, None, False), DEADLINE_S)
+    return lambda completion, example: scorer.score([(completion, example)])[0].value
+
+
+def extract_answer(name: str, completion: str) -> str | None:
+    """Returns the answer that this reward reads in the completion; None when there is none."""
+    return Scorer(name, pool_of(name, None, False), DEADLINE_S).extract(completion)
 
 
 def build_reward(rewards: Sequence[RewardConfig], decode: Callable[[list[int]], str]) -> Reward:
-    """Returns the sum of the rewards by their weights; each is kept in `parts`."""
-    functions = {r.name: (reward_fn(r.name), r.weight) for r in rewards}
+    """Returns the sum of the rewards by their weights; each is kept in `parts`, and why it failed in `errors`.
+
+    Raises as `Scorer` does when its workers cannot start.
+    """
+    scorers = {r.name: (scorer_of(r), r.weight) for r in rewards}
 
     def reward(groups: Sequence[Group]) -> None:
-        for sample in (sample for group in groups for sample in group):
-            text = decode(sample.ids)
-            sample.parts = {name: function(text, sample.example) for name, (function, _) in functions.items()}
-            sample.reward = sum(functions[name][1] * value for name, value in sample.parts.items())
+        samples = list(chain.from_iterable(groups))
+        pairs = [(decode(sample.ids), sample.example) for sample in samples]
+        for sample in samples:
+            sample.reward, sample.parts, sample.errors = 0.0, {}, {}
+        for name, (scorer, weight) in scorers.items():
+            for sample, score in zip(samples, scorer.score(pairs), strict=True):
+                sample.parts[name] = score.value
+                sample.reward += weight * score.value
+                if score.error is not None:
+                    sample.errors[name] = score.error
 
     return reward
 
 
-def extract_answer(name: str, completion: str) -> str | None:
-    """Returns the answer that this reward reads in the completion, for majority votes; None when there is none."""
-    return BY_NAME[name].extract(completion)
+def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Returns `reward_errors`, how many scores failed, and the mean of each reward before its weight, `reward/<name>`.
+
+    Example: two samples, on one of which `math` failed -> {"reward_errors": 1, "reward/math": 0.5}
+    """
+    samples = list(chain.from_iterable(groups))
+    means = {f"reward/{name}": fsum(s.parts[name] for s in samples) / len(samples) for name in samples[0].parts}
+    return {"reward_errors": sum(len(s.errors) for s in samples), **means}
+
+
+def stop_if_failing(rewards: Sequence[RewardConfig], errors: Sequence[dict[str, str]]) -> None:
+    """Raises RewardsFail when a reward failed on more than its `max_error_share` of the samples, whose errors by
+    reward these are."""
+    for reward in rewards:
+        own = OWN_ERROR_SHARE if reward.function else 1.0
+        most = own if reward.max_error_share is None else reward.max_error_share
+        told = [each[reward.name] for each in errors if reward.name in each]
+        if told and len(told) > most * len(errors):
+            raise RewardsFail(
+                f"reward {reward.name}: failed on {len(told)} of {len(errors)} completions, more than "
+                f"rewards.max_error_share={most:g}; the first time: {told[0]}; mend it (for a completion that it "
+                "cannot read it should return 0.0) or raise the share"
+            )

@@ -59,10 +59,10 @@ def shared_reward(reward: Reward, mesh: Mesh) -> Reward:
     def share(groups: Sequence[Group]) -> None:
         mine = groups[mesh.rank :: mesh.size]
         reward(mine)
-        parts = mesh.all_gather_json([[[s.reward, s.parts] for s in group] for group in mine])
+        parts = mesh.all_gather_json([[[s.reward, s.parts, s.errors] for s in group] for group in mine])
         for rank, part in enumerate(parts):
             for group, scored in zip(groups[rank :: mesh.size], part, strict=True):
-                for sample, (total, by_name) in zip(group, scored, strict=True):
-                    sample.reward, sample.parts = total, by_name
+                for sample, (total, by_name, errors) in zip(group, scored, strict=True):
+                    sample.reward, sample.parts, sample.errors = total, by_name, errors
 
     return share

@@ -87,11 +87,18 @@ def _completions(case: Case) -> Iterator[str]:
 
 
 def _rewards(case: Case) -> Iterator[str]:
-    names = [reward.name for reward in case.config.rewards]
+    rewards = case.config.rewards
+    names = [reward.name for reward in rewards]
+    for reward in rewards:
+        file = (reward.function or "").rpartition(":")[0]
+        if file.endswith(".py") and not os.path.isfile(file):
+            yield f"rewards.{reward.name}.function={reward.function}: {file} is no file here; correct the path"
+        if reward.unsandboxed and reward.function is None:
+            yield f"rewards.{reward.name}.unsandboxed=true: only a function of your own may run outside; remove it"
     if not names:
         yield "rewards=[]: must name at least one reward; add one, such as {name: math}"
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        yield f"rewards: {twice[0]} is named twice; remove one, or raise its weight"
+        yield f"rewards: {twice[0]} is named twice; remove one, or raise its weight; a function may have another `name`"
 
 
 def _own_rules(case: Case) -> Iterator[str]:

@@ -98,7 +98,7 @@ def note_evaluation(job: Job, scores: dict[str, float]) -> None:
 
 
 class SampleLog:
-    """Writes the first `log.samples` completions of each logged step, on rank 0."""
+    """Writes the first `log.samples` completions of each logged step, on rank 0, and one on which a reward failed."""
 
     def __init__(self, job: Job) -> None:
         self.decode, self.settings = completion_text(job.config, job.tokenizer), job.config.log
@@ -111,9 +111,16 @@ class SampleLog:
         """Writes the completions of one step."""
         if self.file is None or step % self.settings.every_steps:
             return
-        for sample in list(chain.from_iterable(groups))[: self.settings.samples]:
+        samples = list(chain.from_iterable(groups))
+        shown = samples[: self.settings.samples]
+        if not any(sample.errors for sample in shown):
+            shown += [sample for sample in samples if sample.errors][:1]
+        for sample in shown:
             prompt, completion = self.decode(sample.prompt_ids), self.decode(sample.ids)
-            self.file.write({"step": step, "prompt": prompt, "completion": completion, "reward": sample.reward})
+            failed = {"reward_errors": sample.errors} if sample.errors else {}
+            self.file.write(
+                {"step": step, "prompt": prompt, "completion": completion, "reward": sample.reward, **failed}
+            )
 
 
 class Clock:

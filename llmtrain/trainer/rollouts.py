@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from llmtrain.arch.adapters import without_adapters
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.model.decoder import Decoder
-from llmtrain.rewards import build_reward
+from llmtrain.rewards import RewardsFail, build_reward, check_rows, stop_if_failing
 from llmtrain.rollout.generator import RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
@@ -19,6 +19,7 @@ from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
 from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
+from llmtrain.types import Group
 
 
 def local_generator(job: Job) -> NativeGenerator:
@@ -51,16 +52,26 @@ def serve_rollouts(job: Job) -> None:
 def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
     """Returns the source that a recipe takes its groups from, as the sections `rollout` and `rewards` say."""
     config = job.config
-    reward = shared_reward(build_reward(config.rewards, completion_text(config, job.tokenizer)), job.mesh)
+    shared = shared_reward(build_reward(config.rewards, completion_text(config, job.tokenizer)), job.mesh)
+
+    def reward(groups: Sequence[Group]) -> None:
+        shared(groups)
+        stop_if_failing(config.rewards, [sample.errors for group in groups for sample in group])
+
     return InStep(
         build_generator(job), prompts, prompts_per_step, sampling_of(config, job.tokenizer), reward, config.seed
     )
 
 
 def read_prompts(job: Job) -> PromptSet:
-    """Returns the prompts of `data.train`, each of which leaves room for `rollout.max_new_tokens` in a row."""
+    """Returns the prompts of `data.train`, each of which leaves room for `rollout.max_new_tokens` in a row.
+
+    Starts the workers of the rewards. Raises ValueError for rows that cannot be rewarded.
+    """
     config = job.config
-    return PromptSet(config.data.train, job.tokenizer, config.train.seq_len - config.rollout.max_new_tokens)
+    prompts = PromptSet(config.data.train, job.tokenizer, config.train.seq_len - config.rollout.max_new_tokens)
+    check_rows(config.rewards, prompts.examples, prompts.places)
+    return prompts
 
 
 @contextlib.contextmanager
@@ -71,7 +82,7 @@ def closing(source: RolloutSource) -> Iterator[None]:
     """
     try:
         yield
-    except (SystemExit, FloatingPointError, Disagreement, OSError):
+    except (SystemExit, FloatingPointError, Disagreement, RewardsFail, OSError):
         source.close()
         raise
     source.close()

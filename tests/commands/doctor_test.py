@@ -16,6 +16,7 @@ HEALTHY = {
     "memory": "24.0 GiB",
     "free disk": "50.0 GiB",
     "host": "a 127.0.0.1",
+    "sandbox": "Landlock 7, namespaces, seccomp",
 }
 
 
@@ -32,6 +33,7 @@ def test_a_healthy_machine_has_no_problem() -> None:
         ("backends", "nccl", "torch: was built without gloo"),
         ("host", "a unresolved", "host a unresolved: has no address; add it to /etc/hosts"),
         ("free disk", "1.2 GiB", "free disk 1.2 GiB: the quickstart needs 5 GiB"),
+        ("sandbox", "none (no seccomp)", "sandbox none (no seccomp): rewards and code of a model do not run;"),
         ("memory", "2.0 GiB", "memory 2.0 GiB: the quickstart needs 4 GiB"),
     ],
 )

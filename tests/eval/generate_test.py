@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from llmtrain.eval.generate import evaluate_problems
+from llmtrain.rewards import Score
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
 SAMPLED = [[7, 7, 8, 7], [5, 6, 6, 9], [1, 2, 3, 4]]  # answers of four samples to three problems
@@ -27,14 +28,19 @@ class Scripted:
         ]
 
 
+def judged(i: int, text: str) -> Score:
+    if text == "8":
+        return Score(0.0, "took longer than 5 s")
+    return Score(1.0 if int(text) == GOLD[i] else 0.1)  # partial credit is not a solution
+
+
 def _evaluate(generator: Scripted, prompts: list[Prompt]) -> tuple[dict, list[dict]]:
     return evaluate_problems(
         generator,
         prompts,
         decode=lambda ids: " ".join(map(str, ids)),
-        reward=lambda i, text: 1.0 if int(text) == GOLD[i] else 0.1,  # partial credit is not a solution
-        answer=lambda text: None if text == "9" else text,
-        gold=lambda i: str(GOLD[i]),
+        judge=lambda pairs: [judged(i, text) for i, text in pairs],
+        classes=lambda texts: [None if text == "9" else int(text) for text in texts],
         samples=4,
         sampling=Sampling(max_new_tokens=3, num_samples=99, temperature=0.7, stop_ids=(2,)),
     )
@@ -45,7 +51,9 @@ def test_scores_by_hand() -> None:
     # majorities 7 (gold), 6 (gold 5), 1 (gold 9): 1/3; greedy 7, 6, 1: 1/3
     generator = Scripted()
     scores, records = _evaluate(generator, [Prompt([100 + i], seed=i) for i in range(3)])
-    assert scores == pytest.approx({"pass@1": 1 / 3, "pass@4": 2 / 3, "maj@4": 1 / 3, "greedy": 1 / 3, "problems": 3})
+    assert scores == pytest.approx(
+        {"pass@1": 1 / 3, "pass@4": 2 / 3, "maj@4": 1 / 3, "greedy": 1 / 3, "problems": 3, "reward_errors": 1}
+    )
     assert [(r.temperature, r.num_samples, r.stop_ids) for r in generator.requests] == [(0.0, 1, (2,)), (0.7, 4, (2,))]
     assert [r["greedy"] for r in records] == [True] * 3 + [False] * 12
     assert records[1] == {"problem": 1, "prompt": "101", "completion": "6", "reward": 0.1, "greedy": True}
