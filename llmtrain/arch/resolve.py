@@ -184,7 +184,10 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     config = without_aliases(config["text_config"] if kind in family.wrappers else config, family.aliases)
     assert family.from_hf is not None
     defaults = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if name in SHAPE}
-    return _completed({**defaults, "family": family.name, **family.fields, **family.from_hf(config), "head": head})
+    fields = _completed({**defaults, "family": family.name, **family.fields, **family.from_hf(config), "head": head})
+    if fields["positions"] == "rope" and fields["attention"] == "gqa" and fields["head_dim"] % 2:
+        raise ValueError(f"head_dim={fields['head_dim']}: must be even, RoPE rotates pairs; use another model")
+    return fields
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:

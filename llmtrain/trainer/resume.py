@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from llmtrain import __version__
+from llmtrain.arch.parameters import is_block_matrix
 from llmtrain.arch.resolve import contradictions
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
@@ -59,6 +60,18 @@ def check_same_state(job: Job, role: str, reader: CheckpointReader, path: str) -
         raise ValueError(
             f"{named(role)}optim.name={is_now}: must stay {was}, whose state {path} holds; to go on from its weights "
             f"alone, set model.init_from={path} and give the run another name"
+        )
+    if is_now == "muon":
+        check_muon_state(job, role, reader, path)
+
+
+def check_muon_state(job: Job, role: str, reader: CheckpointReader, path: str) -> None:
+    """Raises ValueError when the checkpoint holds AdamW's state of what Muon updates: experts, in earlier versions."""
+    matrices = [name for name, shape in trained_shapes(job.model_of(role)).items() if is_block_matrix(name, shape)]
+    if others := [name for name in matrices if "momentum" not in reader.keys(name)]:
+        raise ValueError(
+            f"{named(role)}{path}: holds AdamW's state of {others[0]} ({len(others)} such), which Muon updates since; "
+            f"to go on from its weights alone, set model.init_from={path} and give the run another name"
         )
 
 

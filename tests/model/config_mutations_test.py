@@ -86,6 +86,8 @@ def value(draw: random.Random, name: str, now: Any) -> Any:
         return draw.choice((77.0, 500.0, 10000, 1e6, None))
     if name == "layer_types":
         return draw.choice(LAYERS)
+    if name in ("num_hidden_layers", "n_layer"):  # more of them enlarge rounding
+        return draw.choice((1, 2, 3, 4, 6, None))
     choices = {
         bool: (True, False, None),
         int: (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 64, None),
