@@ -124,6 +124,13 @@ def in_block(name: str) -> bool:
     return name.startswith("layers.") or ".block." in name
 
 
+def is_block_matrix(name: str, shape: Shape) -> bool:
+    """Returns whether a canonical parameter is a matrix of a block, or the matrices [experts, rows, columns] of its
+    experts: what Muon updates."""
+    experts = len(shape) == 3 and kind_of(name.rpartition(".")[0]) == "expert"
+    return in_block(name) and (len(shape) == 2 or experts)
+
+
 def local_shape(name: str, shape: Shape, model: ModelConfig, tp: int, ep: int = 1) -> Shape:
     """Returns the shape of one rank's shard of a parameter, with `tp` tensor-parallel and `ep` expert-parallel
     ranks."""

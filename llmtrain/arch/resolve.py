@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmtrain.arch.families import FAMILIES, family_of, presets
-from llmtrain.arch.families.base import classifier_hf, head_of
+from llmtrain.arch.families.base import classifier_hf, head_of, key_of, without_aliases
 from llmtrain.arch.parameters import has_experts, layer_shapes, layer_type, numel, outer_shapes, padded_vocab_size
 from llmtrain.config.load import load
 from llmtrain.config.ramp import trained_model
@@ -139,12 +139,13 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
 
 def _read_hf(path: str, text: str) -> dict[str, Any]:
     try:
-        fields = fields_from_hf(json.loads(text))
+        config = json.loads(text)
+        fields = fields_from_hf(config)
         ModelConfig(**fields)  # checks types and ranges
         return fields
     except ValidationError as error:
         fault = error.errors()[0]
-        name = ".".join(map(str, fault["loc"]))
+        name = ".".join(key_of(config, str(part)) for part in fault["loc"])
         raise ValueError(f"{path}: {name}={fault['input']}: {fault['msg']}; use a complete config.json") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: broken JSON: {error.msg}; export the model again") from None
@@ -180,10 +181,13 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model_type={kind}: is not known; use a model of one of {', '.join(sorted(known))}")
     family = known[kind]
     head = head_of(config, family)
-    config = config["text_config"] if kind in family.wrappers else config
+    config = without_aliases(config["text_config"] if kind in family.wrappers else config, family.aliases)
     assert family.from_hf is not None
     defaults = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if name in SHAPE}
-    return _completed({**defaults, "family": family.name, **family.fields, **family.from_hf(config), "head": head})
+    fields = _completed({**defaults, "family": family.name, **family.fields, **family.from_hf(config), "head": head})
+    if fields["positions"] == "rope" and fields["attention"] == "gqa" and fields["head_dim"] % 2:
+        raise ValueError(f"head_dim={fields['head_dim']}: must be even, RoPE rotates pairs; use another model")
+    return fields
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:

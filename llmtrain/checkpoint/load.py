@@ -49,6 +49,10 @@ class CheckpointReader:
         own = (name for name in self._parameters if name[: name.rfind("/") + 1] == self.prefix)
         return [name.removeprefix(self.prefix) for name in own]
 
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Returns what the checkpoint holds of a parameter: `weight`, and what its optimizer kept."""
+        return tuple(self._pieces(name)[0].keys)
+
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless the checkpoint holds this parameter with this global shape."""
         saved = self._pieces(name)[0].address.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from llmtrain.checkpoint.manifest import MANIFEST, MANIFEST_SUM, newest_intact, 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import Decoder, trained_shapes
 from llmtrain.model.hf import hf_weight_source
+from llmtrain.model.hf_files import weight_files
 from llmtrain.model.lora import merged
 from llmtrain.types import WeightSource
 
@@ -78,7 +80,7 @@ def fingerprint(place: str) -> str:
         with open(manifest, "rb") as f:
             return f.read().decode().split()[0]
     digest = hashlib.sha256()
-    for name in sorted(name for name in os.listdir(place) if name.endswith(".safetensors")):
+    for name in sorted({name for name in os.listdir(place) if name.endswith(".safetensors")} | weight_names(place)):
         size = os.path.getsize(os.path.join(place, name))
         digest.update(f"{name} {size}".encode())
         with open(os.path.join(place, name), "rb") as f:
@@ -86,6 +88,11 @@ def fingerprint(place: str) -> str:
                 f.seek(size * i // SAMPLES)
                 digest.update(f.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def weight_names(place: str) -> set[str]:
+    """Returns the names of the files that hold the weights of a Hugging Face directory, which may lie below it."""
+    return {str(path.relative_to(place)) for path in weight_files(Path(place))}
 
 
 def load_decoder(path: str, config: ModelConfig, dtype: torch.dtype) -> Decoder:

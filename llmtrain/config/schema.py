@@ -237,7 +237,7 @@ class EngineConfig(Section):
 class OptimConfig(Section):
     """Configures the optimizer and its schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices of blocks, adamw for the rest
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices of blocks and experts, adamw for the rest
     lr: PositiveFloat = 3e-4  # the highest learning rate, after the warmup
     min_lr: float = Field(3e-5, ge=0.0)  # last learning rate of linear, cosine and wsd
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's two moments

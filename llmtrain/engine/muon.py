@@ -30,20 +30,22 @@ hold."""
 
 
 class Muon(Optimizer):
-    """Updates `matrices` with Muon and what `adamw` was given with AdamW; `param_groups` and `state` hold both.
+    """Updates the matrices in `groups` with Muon and what `adamw` was given with AdamW; `param_groups` and `state` hold
+    both.
 
     Momentum is Nesterov's, weight decay decoupled. The factor 0.2 sqrt(max(rows, cols)) gives an update the RMS that
     AdamW's usually has, so that one lr and one weight decay serve both. The state of a matrix is `momentum`, of its
     shape.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], adamw: AdamW, config: OptimConfig, mesh: Mesh | None) -> None:
-        """Takes `matrices` with a `placement`, which are plain tensors, equal over data-parallel ranks, or DTensors
-        sharded over them on dim 0; or DeepSpeed puts flat tensors into the groups later, see `_update_packed`. A mesh
-        of None: one process."""
+    def __init__(self, groups: list[dict], adamw: AdamW, config: OptimConfig, mesh: Mesh | None) -> None:
+        """Takes groups of parameters with a `placement`, each a matrix or the matrices [experts, rows, columns] of
+        experts. They are plain tensors, equal over data-parallel ranks, or DTensors sharded over them on dim 0; or
+        DeepSpeed puts a flat tensor into each group later, see `_update_packed`. A mesh of None: one process."""
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
-        super().__init__([{"params": matrices}], defaults)
-        self.adamw, self.mesh, self.matrices = adamw, mesh, matrices
+        super().__init__([{**group, "number": number} for number, group in enumerate(groups)], defaults)
+        self.adamw, self.mesh = adamw, mesh
+        self.matrices = [list(group["params"]) for group in groups]  # by the number of the group
         self.param_groups += adamw.param_groups
         self.state = adamw.state
 
@@ -53,31 +55,48 @@ class Muon(Optimizer):
         self.adamw.step()
         for group in self.param_groups:
             if "momentum" in group:
-                packed = group["params"][0] is not self.matrices[0]
-                self._update_packed(group) if packed else self._update(group)
+                matrices = self.matrices[group["number"]]
+                packed = group["params"][0] is not matrices[0]
+                self._update_packed(group, matrices) if packed else self._update(group)
 
     def _update(self, group: dict) -> None:
-        for batch in self._batches(p for p in group["params"] if p.grad is not None):
+        taken = [p for p in group["params"] if p.grad is not None]
+        for p in filter(_of_experts, taken):
+            direction, weight = self._direction(p, group["momentum"]), _local(p)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.sub_(self._orthogonal(direction, p), alpha=_scale(p) * group["lr"])
+        for batch in self._batches(p for p in taken if not _of_experts(p)):
             stack = torch.stack([_padded(self._direction(p, group["momentum"]), p) for p in batch])
             for p, update in zip(batch, orthogonalize(stack, _axes(batch[0], self.mesh)), strict=True):
                 weight = _local(p)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.sub_(update[: len(weight)], alpha=_scale(p) * group["lr"])
 
-    def _update_packed(self, group: dict) -> None:
+    def _update_packed(self, group: dict, matrices: list[nn.Parameter]) -> None:
         """Updates at ZeRO stages 1 and 2, where DeepSpeed has put this rank's piece of all matrices, one after the
         other, in place of them. The pieces of the ranks are gathered, and while the update lasts every rank holds what
         the others hold."""
-        (flat,), ranks = group["params"], self.mesh.groups["grad"]
+        (flat,), ranks = group["params"], self.mesh.groups[_copies(matrices[0])]
         directions = all_gather(self._direction(flat, group["momentum"]), 0, ranks)
-        starts = itertools.accumulate((p.numel() for p in self.matrices), initial=0)
-        place = {p: slice(start, start + p.numel()) for p, start in zip(self.matrices, starts, strict=False)}
-        for batch in self._batches(self.matrices):
+        starts = itertools.accumulate((p.numel() for p in matrices), initial=0)
+        place = {p: slice(start, start + p.numel()) for p, start in zip(matrices, starts, strict=False)}
+        for p in filter(_of_experts, matrices):
+            update = self._orthogonal(directions[place[p]].view(p.shape), p)
+            directions[place[p]] = _scale(p) * update.flatten()
+        for batch in self._batches(p for p in matrices if not _of_experts(p)):
             stack = torch.stack([directions[place[p]].view(p.shape) for p in batch])
             for p, update in zip(batch, orthogonalize(stack, _axes(batch[0], self.mesh)), strict=True):
                 directions[place[p]] = _scale(p) * update.flatten()
         flat.mul_(1 - group["lr"] * group["weight_decay"])
         flat.sub_(directions.chunk(dist.get_world_size(ranks))[dist.get_rank(ranks)], alpha=group["lr"])
+
+    def _orthogonal(self, experts: Tensor, p: nn.Parameter) -> Tensor:
+        """Returns [experts, rows, columns] of a parameter, each orthogonalised, as many at once as `_batches` takes."""
+        axes = _axes(p, self.mesh)
+        ranks = math.prod(dist.get_world_size(group) for group, _ in axes)
+        size = ranks * max(1, STACK_NUMEL // math.prod(p.shape[1:]))
+        parts = [orthogonalize(part, axes) for part in experts.split(size)] if len(experts) else [experts]
+        return torch.cat(parts)
 
     def _batches(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Yields matrices that are cut alike, as many as keep every rank busy without holding more than a few of them
@@ -143,15 +162,28 @@ def _axes(p: nn.Parameter, mesh: Mesh | None) -> list[Axis]:
         return []
     if isinstance(p, DTensor):
         placed = zip(p.device_mesh.get_all_groups(), p.placements, strict=True)
-        data = [(group, placement.dim if placement.is_shard() else None) for group, placement in placed]
+        axes = [(group, placement.dim if placement.is_shard() else None) for group, placement in placed]
     else:
-        data = [(mesh.groups["grad"], None)]
-    return [axis for axis in (*data, (mesh.groups["tp"], p.placement.tp_dim)) if dist.get_world_size(axis[0]) > 1]
+        axes = [(mesh.groups[_copies(p)], None)]
+    if _of_experts(p):  # cut between experts alone, over data-parallel and tensor-parallel ranks
+        axes = [(group, dim) for group, dim in axes if dim is None]
+    else:
+        axes.append((mesh.groups["tp"], p.placement.tp_dim))
+    return [axis for axis in axes if dist.get_world_size(axis[0]) > 1]
+
+
+def _copies(p: nn.Parameter) -> str:
+    """Names the group whose ranks hold the same piece of a plain parameter."""
+    return "expert_grad" if p.placement.expert else "grad"
+
+
+def _of_experts(p: nn.Parameter) -> bool:
+    return len(p.placement.global_shape) == 3
 
 
 def _scale(p: nn.Parameter) -> float:
     """Returns the factor that gives an update the RMS that AdamW's usually has, see `Muon`."""
-    return 0.2 * math.sqrt(max(p.placement.global_shape))
+    return 0.2 * math.sqrt(max(p.placement.global_shape[-2:]))
 
 
 def _padded(piece: Tensor, p: nn.Parameter) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llmtrain.arch.parameters import in_block
+from llmtrain.arch.parameters import is_block_matrix
 from llmtrain.config.schema import OptimConfig
 from llmtrain.engine.muon import Muon
 from llmtrain.parallel.mesh import Mesh
@@ -38,7 +38,8 @@ def build_optimizer(
     model: nn.Module, config: OptimConfig, mesh: Mesh | None = None, experts: str | None = None
 ) -> Optimizer:
     """Returns AdamW (arXiv 1711.05101), fused, over what is trained of `model`; with `name: muon` Muon for the matrices
-    of blocks and AdamW for the rest. Weight decay is on matrices, embeddings among them, not on norms and biases.
+    of blocks, those of each expert among them, and AdamW for the rest. Weight decay is on matrices, embeddings among
+    them, not on norms and biases.
 
     Call it when the parameters have the form in which they are updated, plain tensors or FSDP2's DTensors, and the
     `placement` that `parallel.placement.place` sets. A mesh of None: one process. Engines call `set_learning_rate` on
@@ -47,7 +48,7 @@ def build_optimizer(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]  # whose shape says nothing: ZeRO-3 empties them
     for p in parameters:
-        p.muon = config.name == "muon" and len(p.placement.global_shape) == 2 and in_block(p.placement.name)
+        p.muon = config.name == "muon" and is_block_matrix(p.placement.name, p.placement.global_shape)
     matrices = [p for p in parameters if len(p.placement.global_shape) > 1 and not p.muon]
     vectors = [p for p in parameters if len(p.placement.global_shape) <= 1]
     groups = [
@@ -57,7 +58,9 @@ def build_optimizer(
     ]
     groups = [part for group in groups for part in _experts_apart(group, experts)]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    return Muon([p for p in parameters if p.muon], adamw, config, mesh) if config.name == "muon" else adamw
+    if config.name == "adamw":
+        return adamw
+    return Muon(_experts_apart({"params": [p for p in parameters if p.muon]}, experts), adamw, config, mesh)
 
 
 def _by_factor(parameters: list[nn.Parameter], decay: float) -> list[dict]:

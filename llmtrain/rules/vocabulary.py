@@ -1,4 +1,4 @@
-"""Rules of the vocabulary: every token id must have a row in the embedding. Each says value, rule and remedy."""
+"""Checks that every token id has a row in the embedding. Each rule says value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains
 
 
 def makes_tokenizer(case: Case) -> bool:
-    """Is there no tokenizer yet?"""
+    """Says whether there is no tokenizer yet."""
     return not os.path.exists(_directory(case))
 
 

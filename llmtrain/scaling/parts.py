@@ -73,13 +73,13 @@ def holds_both_ends(plan: StagePlan, pp_rank: int) -> bool:
 
 
 def block_matrices(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[Shape]:
-    """Returns the matrices of a pipeline rank's blocks, which Muon updates."""
+    """Returns the matrices of a pipeline rank's blocks, which Muon updates, those of the experts of a layer as one."""
     plan = plan_stages(model, parallel)
     layers = [layer for stage in plan.stages_of(pp_rank) for layer in plan.layers[stage]]
     shapes = [shape for layer in layers for shape in block_shapes(model, layer, parallel.tp, parallel.ep)]
     further = {name: shape for name, shape in mtp_shapes(model).items() if in_block(name) and parallel.pp == 1}
     shapes += [local_shape(name, shape, model, parallel.tp, parallel.ep) for name, shape in further.items()]
-    return [shape for shape in shapes if len(shape) == 2]
+    return [shape for shape in shapes if len(shape) > 1]
 
 
 def by_ranks(shapes: Sequence[Shape], ranks: int, ep: int) -> list[tuple[list[Shape], int]]:

@@ -65,12 +65,12 @@ def state_bytes(
     `model` is resolved and `parallel.dp_shard` is not -1.
     """
     muon = block_matrices(model, parallel, pp_rank) if optimizer == "muon" else []
-    spared = 4 * numel(muon)  # one of two moments
     if engine.backend == "fsdp":
         states = _fsdp(model, parallel, engine, accumulation, pp_rank)
-        spared //= parallel.dp_shard * parallel.cp
+        spared = _momentum(muon, parallel.dp_shard * parallel.cp, parallel.ep)
     else:
-        spared //= parallel.dp_replicate * parallel.dp_shard * parallel.cp if engine.zero_stage else 1
+        over = parallel.dp_replicate * parallel.dp_shard * parallel.cp if engine.zero_stage else 1
+        spared = _momentum(muon, over, parallel.ep if engine.zero_stage else 1)
         shapes, ranks = rank_shapes(model, parallel, pp_rank), parallel.dp_replicate * parallel.dp_shard * parallel.cp
         each = [_zero(some, shared, engine, muon) for some, shared in by_ranks(shapes, ranks, parallel.ep)]
         states = States(*(sum(values) for values in zip(*each, strict=True)))
@@ -85,6 +85,11 @@ def state_bytes(
         return states
     kept = states.weights if engine.offload != "params" else 0
     return states._replace(weights=kept, gradients=0, optimizer=0, unreduced=states.unreduced + states.gradients)
+
+
+def _momentum(shapes: Sequence[Shape], ranks: int, ep: int) -> int:
+    """Returns the bytes of one moment on a rank, of parameters whose state `ranks` share."""
+    return sum(4 * numel(some) // over for some, over in by_ranks(shapes, ranks, ep))
 
 
 def _zero(shapes: Sequence[Shape], ranks: int, engine: EngineConfig, muon: Sequence[Shape] = ()) -> States:

@@ -1,4 +1,4 @@
-"""What the `rollout` section says of completions: how they are sampled, where they end, and how they are read."""
+"""Reads the `rollout` section: how completions are sampled, where they end, and how they are decoded."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from llmtrain import __version__
+from llmtrain.arch.parameters import is_block_matrix
 from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.checkpoint.manifest import newest_intact
@@ -70,9 +71,21 @@ def state_differences(job: Job, role: str, reader: CheckpointReader, path: str) 
             f"{named(role)}optim.name={is_now}: must stay {was}, whose state {path} holds; to go on from its weights "
             f"alone, set model.init_from={path} and give the run another name"
         )
+    elif is_now == "muon":
+        yield from muon_differences(job, role, reader, path)
     now = job.model_of(role).model_dump(mode="json")
     for key, before, after in other_function(reader.state["model"], now, bool(job.config.train.seq_ramp)):
         yield line((named(role) + key, before, after), path)
+
+
+def muon_differences(job: Job, role: str, reader: CheckpointReader, path: str) -> Iterator[str]:
+    """Yields a line when the checkpoint holds AdamW's state of what Muon updates: experts, in earlier versions."""
+    matrices = [name for name, shape in trained_shapes(job.model_of(role)).items() if is_block_matrix(name, shape)]
+    if others := [name for name in matrices if name in reader.names() and "momentum" not in reader.keys(name)]:
+        yield (
+            f"{named(role)}{path}: holds AdamW's state of {others[0]} ({len(others)} such), which Muon updates since; "
+            f"to go on from its weights alone, set model.init_from={path} and give the run another name"
+        )
 
 
 def base_differences(job: Job, reader: CheckpointReader, path: str) -> Iterator[str]:

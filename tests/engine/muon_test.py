@@ -13,7 +13,7 @@ import torch
 from llmtrain.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from llmtrain.engine import muon
 from llmtrain.engine.muon import newton_schulz
-from llmtrain.engine.optim import build_optimizer
+from llmtrain.engine.optim import build_optimizer, state_keys
 from llmtrain.engine.zero import ZeroEngine
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import init_tensor, parameter_shapes
@@ -81,6 +81,40 @@ def test_first_update_has_adamw_size() -> None:
     optimizer.step()
     for name in SHAPES:
         assert float((model[name].detach() - before[name]).square().mean().sqrt()) == pytest.approx(0.2, rel=0.25), name
+
+
+def test_each_expert_is_a_matrix_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update of [experts, rows, columns] is that of as many matrices, in parts or at once; a router is one."""
+    torch.manual_seed(3)
+    value, gradient = torch.randn(5, 12, 8), [torch.randn(5, 12, 8) for _ in range(3)]
+    shapes = {"layers.0.feedforward.experts.up": (5, 12, 8), "layers.0.feedforward.router.weight": (5, 8)}
+    config = OptimConfig(name="muon", lr=0.02, weight_decay=0.1)
+    for numel in (muon.STACK_NUMEL, 200):  # of all experts together, and two at a time
+        monkeypatch.setattr(muon, "STACK_NUMEL", numel)
+        whole = torch.nn.ParameterDict({"e": value.clone(), "r": torch.randn(5, 8)})
+        for p, (name, shape) in zip(whole.values(), shapes.items(), strict=True):
+            p.placement = Placement(name, shape)
+        each = torch.nn.ParameterDict({str(i): value[i].clone() for i in range(5)})
+        for i, p in enumerate(each.values()):
+            p.placement = Placement(f"layers.0.{i}", (12, 8))
+        for model in (whole, each):
+            model["norm"] = torch.nn.Parameter(torch.ones(8))
+            model["norm"].placement = Placement("norm.weight", (8,))
+        optimizers = [build_optimizer(model, config) for model in (whole, each)]
+        assert [p.muon for p in whole.values()] == [True, True, False]
+        for grad in gradient:
+            whole["e"].grad, whole["r"].grad = grad.clone(), torch.randn(5, 8)
+            for i in range(5):
+                each[str(i)].grad = grad[i].clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert state_keys(whole["e"]) == ("momentum",) and optimizers[0].state[whole["e"]]["momentum"].shape == (
+            5,
+            12,
+            8,
+        )
+        assert torch.allclose(whole["e"], torch.stack([each[str(i)] for i in range(5)]), atol=1e-6)
+        assert (whole["e"] - value).norm() > 0.1
 
 
 def test_resume_is_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,8 @@ MATRICES = {
     "layers.0.o": ((8, 12), 1),
     "layers.0.up": ((10, 16), 0),
     "layers.0.down": ((5, 10), 1),
+    "layers.0.feedforward.experts.up": ((4, 6, 8), 0),
+    "layers.1.feedforward.experts.down": ((6, 8, 4), 0),  # over 4 data-parallel ranks: 2, 2, 2, 0
     "layers.0.norm": ((8,), None),
     "head": ((12, 8), 0),
 }

@@ -26,6 +26,10 @@ TWO = [
     {"tp": 2, "backend": "fsdp", "sequence_parallel": False, "model": SOFTMAX},
     {"cp": 2, "ep": 2, "zero_stage": 2, "context": "alltoall", "model": SOFTMAX},
     {"dp_shard": 2, "ep": 2, "zero_stage": 1, "optimizer": "muon", "model": SOFTMAX},
+    {"dp_shard": 2, "ep": 2, "zero_stage": 0, "optimizer": "muon", "model": SIGMOID},
+    {"dp_shard": 2, "ep": 2, "backend": "fsdp", "optimizer": "muon", "model": SOFTMAX},
+    {"dp_shard": 2, "zero_stage": 2, "optimizer": "muon", "model": SOFTMAX},
+    {"tp": 2, "backend": "fsdp", "optimizer": "muon", "model": SIGMOID},
 ]
 FOUR = [
     {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1, "model": SOFTMAX},
@@ -35,6 +39,7 @@ FOUR = [
     {"dp_shard": 4, "ep": 2, "zero_stage": 2, "offload": "optimizer", "model": SOFTMAX},
     {"dp_replicate": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "model": SIGMOID},
     {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 2, "optimizer": "muon", "model": SIGMOID},
+    {"dp_replicate": 2, "dp_shard": 2, "ep": 2, "backend": "fsdp", "optimizer": "muon", "model": SIGMOID},
 ]
 EIGHT = [
     {"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1, "model": SIGMOID},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llmtrain.arch.parameters import in_block, mtp_shapes, numel
+from llmtrain.arch.parameters import is_block_matrix, mtp_shapes, numel
 from llmtrain.arch.resolve import parameter_count, resolve_model
-from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from llmtrain.config.schema import EngineConfig, ModelConfig, MoeConfig, ParallelConfig
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.scaling.parts import block_shapes, rank_shapes
 from llmtrain.scaling.states import state_bytes, zero_bytes
@@ -99,7 +99,7 @@ def test_muon_counts_the_blocks_of_multi_token_modules() -> None:
     """What the optimizer is given, by the names of a real decoder."""
     config = resolve_model(ModelConfig(family="deepseek-v3", num_layers=2, mtp_layers=2, vocab_size=64))
     shapes = {name: shape for name, shape in parameter_shapes(config).items() if not name.endswith("router.bias")}
-    matrices = numel(shape for name, shape in shapes.items() if len(shape) == 2 and in_block(name))
+    matrices = numel(shape for name, shape in shapes.items() if is_block_matrix(name, shape))
     adamw, muon = (state_bytes(config, ParallelConfig(dp_shard=1), EngineConfig(), n) for n in ("adamw", "muon"))
     assert adamw.optimizer - muon.optimizer == 4 * matrices
 
@@ -110,3 +110,17 @@ def test_under_zero_1_and_2_muon_shards_its_momentum_and_gathers_directions() ->
         engine = EngineConfig(zero_stage=stage, precision="bf16")
         adamw, muon = (state_bytes(BIG, ParallelConfig(dp_shard=4), engine, name) for name in ("adamw", "muon"))
         assert adamw.optimizer - muon.optimizer == matrices and muon.gathered - adamw.gathered == 2 * matrices
+
+
+def test_muon_with_experts_on_ranks_of_their_own() -> None:
+    """The momentum of experts is divided among the ranks that have them, which are 1 / ep of all."""
+    fields = {"num_experts": 8, "expert_ffn_size": 64}
+    shape = {"num_layers": 2, "hidden_size": 64, "ffn_size": 64, "vocab_size": 64}
+    config = resolve_model(ModelConfig(**shape, moe=MoeConfig(**fields)))
+    shapes = {name: shape for name, shape in parameter_shapes(config).items() if is_block_matrix(name, shape)}
+    experts = numel(shape for shape in shapes.values() if len(shape) == 3)
+    rest = numel(shapes.values()) - experts
+    for backend in ("fsdp", "deepspeed"):
+        engine, parallel = EngineConfig(backend=backend, zero_stage=1), ParallelConfig(dp_shard=4, ep=2)
+        adamw, muon = (state_bytes(config, parallel, engine, name) for name in ("adamw", "muon"))
+        assert adamw.optimizer - muon.optimizer == 4 * rest // 4 + 4 * (experts // 2) // 2

@@ -66,6 +66,21 @@ def test_every_model_of_a_job_goes_on_with_what_it_was() -> None:
             check_same_run(job_of(config, critic=changed), saved_with(config, critic()), "x")
 
 
+def test_experts_that_adamw_updated_are_not_gone_on_with_by_muon() -> None:
+    """Earlier versions left them to AdamW, whose state the checkpoint then holds."""
+    config = Config(model=ModelConfig.model_validate({"num_layers": 1, "moe": MOE}), optim=OptimConfig(name="muon"))
+    reader = saved_with(config)
+    for adamw in ("embed.weight", "experts"):
+        for name in reader._parameters:
+            keys = ("exp_avg", "exp_avg_sq") if adamw in name else ("momentum",)
+            reader._parameters[name] = [SimpleNamespace(keys=("weight", *keys))]
+        if adamw == "embed.weight":
+            check_same_run(job_of(config), reader, "x")
+    message = "x: holds AdamW's state of layers.0.feedforward.experts.gate (3 such), which Muon updates since; to go on"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_same_run(job_of(config), reader, "x")
+
+
 def test_a_run_goes_on_with_the_same_models() -> None:
     config = Config(model=ModelConfig(num_layers=1))
     with pytest.raises(ValueError, match="x: holds the models policy, and this run trains critic, policy"):

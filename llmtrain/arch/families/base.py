@@ -52,6 +52,7 @@ class Family:
     modules: Mapping[str, str] = field(default_factory=dict)
     classifier: str | None = None  # transformers' class with `score.weight`, for head: scalar; None = it has none
     disk: Callable[[Family, str, ModelConfig], Disk] | None = None  # None = `plain_disk`
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further keys of config.json: what they stand for
     wrappers: tuple[str, ...] = ()  # model types whose `text_config` is a config of this family
     renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of tensor names in other or older files
     ignored: tuple[str, ...] = ()  # patterns of tensor names, after renaming, that are not read
@@ -182,11 +183,14 @@ def head_of(config: HfConfig, family: Family) -> str:
     return "scalar"
 
 
-def common_fields(config: HfConfig, max_positions: int = 2048, norm_eps: float = 1e-6) -> dict[str, Any]:
+def common_fields(
+    config: HfConfig, max_positions: int = 2048, norm_eps: float = 1e-6, kv_heads: int | None = None
+) -> dict[str, Any]:
     """Returns the fields that most families write under the same names; defaults are those of the family's config
-    class."""
+    class. With a `kv_heads` of None, as where the file says null, there are as many K/V heads as heads."""
     demand(config, FOR_ALL)
     heads = number(config, "num_attention_heads")
+    config = {"num_key_value_heads": kv_heads, **config}
     hidden = number(config, "hidden_size")
     theta, scaling = rope_fields(config)
     return {
@@ -212,8 +216,11 @@ def rope_fields(config: HfConfig, rope: HfConfig | None = None) -> tuple[float, 
     Raises ValueError for an unsupported kind of scaling, and where both forms are present and contradict each other.
     """
     new, old = (config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
-    if rope is None and new and old and rope_fields(config, new)[1] != rope_fields(config, old)[1]:
-        raise ValueError(f"rope_scaling={old}: rope_parameters says otherwise; keep the one that is meant")
+    if rope is None and new and old and rope_fields(config, new) != rope_fields(config, old):
+        raise ValueError(
+            f"rope_scaling={old}: with rope_theta={config.get('rope_theta')}, rope_parameters says otherwise; keep the "
+            "one that is meant"
+        )
     rope = rope or new or old
     for place in (config, rope):
         demand(place, {"partial_rotary_factor": (1, None)})
@@ -235,6 +242,37 @@ def rope_fields(config: HfConfig, rope: HfConfig | None = None) -> tuple[float, 
         others = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     given = {name: rope[name] for name in others if rope.get(name) is not None}
     return theta, RopeScaling(type=kind, factor=rope["factor"], original_max_positions=original, **given)
+
+
+def without_aliases(config: HfConfig, aliases: Mapping[str, str]) -> HfConfig:
+    """Returns `config` with each alias under the name that it stands for. Raises ValueError where both say something
+    else."""
+    for alias, name in aliases.items():
+        if alias in config and config.get(name, config[alias]) != config[alias]:
+            raise ValueError(
+                f"{alias}={config[alias]}: {name}={config[name]} says otherwise; keep the one that is meant"
+            )
+    return config | {name: config[alias] for alias, name in aliases.items() if alias in config}
+
+
+def key_of(config: HfConfig, name: str) -> str:
+    """Returns the key of a config.json that one of our fields was read from."""
+    return next((key for key in KEYS.get(name, ()) if key in config), name)
+
+
+KEYS = {  # our field -> keys of config.json, where the two differ
+    "activation": ("hidden_act", "hidden_activation", "activation_function"),
+    "attention_softcap": ("attn_logit_softcapping",),
+    "logit_softcap": ("final_logit_softcapping",),
+    "max_positions": ("max_position_embeddings", "n_positions"),
+    "normalize": ("norm_topk_prob",),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon"),
+    "q_rank": ("q_lora_rank",),
+    "qkv_bias": ("attention_bias",),
+    "rope_interleaved": ("rope_interleave",),
+    "scale": ("routed_scaling_factor",),
+    "tie_embeddings": ("tie_word_embeddings",),
+}
 
 
 # Writing config.json

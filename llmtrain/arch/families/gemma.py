@@ -95,8 +95,10 @@ def _common(config: HfConfig, positions: int, period: int) -> dict[str, Any]:
 def gemma3_rope(config: HfConfig) -> tuple[float, RopeScaling | None, float]:
     """Returns (theta and scaling of full layers, theta of sliding ones), from the old form or that of transformers
     5."""
-    new = config.get("rope_parameters") or {}
-    full = new.get("full_attention") or config.get("rope_scaling") or {}
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if "type" in old and old["type"] != old.get("rope_type", "default"):  # transformers takes no notice of `type` here
+        raise ValueError(f"rope_scaling={old}: Gemma 3 reads rope_type, and not type; give the kind as rope_type")
+    full = new.get("full_attention") or old
     sliding = new.get("sliding_attention") or {}
     theta, local = config.get("rope_theta", 1e6), config.get("rope_local_base_freq", 1e4)
     local, unscaled = rope_fields(config, {"rope_theta": local, **sliding})

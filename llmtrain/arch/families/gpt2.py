@@ -35,6 +35,12 @@ MODULES = {
     **{f"layers.*.attention.{part}": "transformer.h.*.attn.c_attn" for part in "qkv"},
 }
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 COMPUTED = {  # options of the config class that change what is computed
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -130,12 +136,12 @@ FAMILY = Family(
     fields=FIELDS,
     presets=PRESETS,
     model_type="gpt2",
+    aliases=ALIASES,
     classifier="GPT2ForSequenceClassification",
     from_hf=from_hf,
     to_hf=to_hf,
     modules=MODULES,
     disk=disk,
-    renamed=((r"(wte|wpe|h|ln_f)\..*", r"transformer.\g<0>"),),
     ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
     init=init,
 )

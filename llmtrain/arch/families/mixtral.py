@@ -19,8 +19,8 @@ MODULES = {name: theirs for name, theirs in LLAMA_MODULES.items() if ".feedforwa
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, {"hidden_act": ("silu",), "attention_bias": (False,), "router_jitter_noise": (0,)})
-    fields = common_fields({"rope_theta": 1e6, **config}, max_positions=131072, norm_eps=1e-5)
-    experts = number(config, "num_local_experts", "num_experts", default=8)
+    fields = common_fields({"rope_theta": 1e6, **config}, max_positions=131072, norm_eps=1e-5, kv_heads=8)
+    experts = number(config, "num_local_experts", default=8)
     top_k = number(config, "num_experts_per_tok", default=2)
     fields["moe"] = MoeConfig(num_experts=experts, top_k=top_k, expert_ffn_size=fields["ffn_size"])
     if window := config.get("sliding_window"):
@@ -56,8 +56,10 @@ FAMILY = Family(
         "mixtral-8x22b": _mixtral(56, 6144, 16384, 48, 65536),
     },
     model_type="mixtral",
+    aliases={"num_experts": "num_local_experts"},
     classifier="MixtralForSequenceClassification",
     from_hf=from_hf,
     to_hf=to_hf,
     modules=MODULES,
+    renamed=((r"model\.layers\.(\d+)\.mlp\.(.*)", r"model.layers.\1.block_sparse_moe.\2"),),
 )

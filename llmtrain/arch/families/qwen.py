@@ -21,7 +21,7 @@ COMPUTED = {
 def qwen2_from_hf(config: HfConfig) -> dict[str, Any]:
     """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, COMPUTED)
-    return {**common_fields(config, max_positions=32768), **sliding_fields(config)}
+    return {**common_fields(config, max_positions=32768, kv_heads=32), **sliding_fields(config)}
 
 
 def qwen3_from_hf(config: HfConfig) -> dict[str, Any]:

@@ -19,9 +19,9 @@ MODULES = LLAMA_MODULES | {
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Returns the fields of ModelConfig. Raises ValueError for options that the decoder does not implement."""
     demand(config, {"hidden_act": ("silu",), "use_sliding_window": (False, None)})
-    fields = common_fields(config, max_positions=32768)
+    fields = common_fields(config, max_positions=32768, kv_heads=4)
     experts = MoeConfig(
-        num_experts=number(config, "num_experts", "num_local_experts", default=128),
+        num_experts=number(config, "num_experts", default=128),
         top_k=number(config, "num_experts_per_tok", default=8),
         expert_ffn_size=number(config, "moe_intermediate_size", default=768),
         dense_layers=_dense_layers(config, fields["num_layers"]),
@@ -70,6 +70,7 @@ FAMILY = Family(
         "qwen3-235b-a22b": _qwen3(94, 4096, 12288, 64, 1536),
     },
     model_type="qwen3_moe",
+    aliases={"num_local_experts": "num_experts"},
     classifier="Qwen3MoeForSequenceClassification",
     from_hf=from_hf,
     to_hf=to_hf,
