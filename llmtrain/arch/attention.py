@@ -9,6 +9,10 @@ from llmtrain.config.schema import ModelConfig
 
 FLASH_WIDTH = 256  # the widest head that FlashAttention 2 has kernels for
 FLEX_WIDTH = 16  # the narrowest head that flex attention compiles for
+FLEX_TOKENS = 1024  # tokens from which `auto` gives a masked row to flex: shorter rows have few blocks to leave out
+TILE_TOKENS = (
+    1024  # tokens from which a CPU computes a masked row by tiles: 1.1 to 1.5 times as fast; 512 tokens, 0.6 to 1.2
+)
 FLASH_PRECISIONS = ("bf16", "fp16", "fp8")  # fp8 is for projections only, attention stays bf16
 
 
@@ -36,6 +40,13 @@ def flash_faults(model: ModelConfig, precision: str) -> Iterator[str]:
         yield f"has no kernel for heads of {keys}, only up to {FLASH_WIDTH}; set flex, sdpa or auto"
     if precision not in FLASH_PRECISIONS:
         yield f"computes in bf16 or fp16, not engine.precision={precision}; change it, or set flex, sdpa or auto"
+
+
+def masks_whole_rows(model: ModelConfig, backend: str, tokens: int) -> bool:
+    """Tells whether rows with documents or a window have a mask of all their scores: for sdpa, and where `auto` leaves
+    them to it. (On a CPU long rows never do. Where flash-attn is installed and takes the model, nor do short ones.)"""
+    too_short = tokens < min(FLEX_TOKENS, TILE_TOKENS)
+    return backend == "sdpa" or (backend == "auto" and (too_short or any(flex_faults(model))))
 
 
 def has_flash() -> bool:

@@ -15,6 +15,7 @@ from llmtrain.config.recipes import Recipe, StepSize, planned_recipes, recipe_of
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
 from llmtrain.rules.check import planned_stages
+from llmtrain.scaling.attention import attention_bytes
 from llmtrain.scaling.communication import (
     CONTROL,
     GROUPS,
@@ -46,6 +47,7 @@ class Plan:
     optimizer_bytes: int
     buffers_bytes: int  # gathered weights, and gradients before they are reduced
     activations_bytes: int
+    attention_bytes: int  # masks, and what context parallelism adds to the activations
     logits_bytes: int
     sent_bytes: dict[str, int] | None  # a step, by mesh axes, as a ring moves them; None in RL
     bubble: float | None  # idle share of the pipeline's ideal time; None in RL
@@ -59,6 +61,7 @@ class Plan:
             + self.optimizer_bytes
             + self.buffers_bytes
             + self.activations_bytes
+            + self.attention_bytes
             + self.logits_bytes
         )
 
@@ -90,6 +93,7 @@ def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier:
         optimizer_bytes=states.optimizer,
         buffers_bytes=states.gathered + states.unreduced,
         activations_bytes=activation_bytes(config, model, mesh, accumulation),
+        attention_bytes=attention_bytes(config, model, mesh, kept_layers(config, model, mesh, accumulation)),
         logits_bytes=logits_bytes(config, model, mesh),
         sent_bytes=None if accumulation is None else sent_bytes(config, model, parallel, math.ceil(accumulation)),
         bubble=None
@@ -144,12 +148,17 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
     value = 4 if config.engine.precision == "fp32" else 2
     tokens = config.train.micro_batch_seqs * longest_row(config.train) // mesh["cp"]
-    layers = math.ceil(model.num_layers / mesh["pp"]) * in_flight(config.parallel, accumulation)
+    layers = kept_layers(config, model, mesh, accumulation)
     block = block_activations(model, tp, sequence_parallel)
     if config.engine.remat == "none":
         return int(tokens * value * layers * block)
     kept = kept_activations(model, tp, sequence_parallel, config.engine.remat)
     return int(tokens * value * (layers * kept + block))
+
+
+def kept_layers(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> float:
+    """Returns the layers of the first pipeline stage, times the microbatches that it holds."""
+    return math.ceil(model.num_layers / mesh["pp"]) * in_flight(config.parallel, accumulation)
 
 
 def in_flight(parallel: ParallelConfig, accumulation: float | None) -> float:
@@ -314,7 +323,7 @@ def _sent_lines(p: Plan) -> list[str]:
 
 
 def _memory_line(p: Plan) -> str:
-    parts = ("weights", "gradients", "optimizer", "buffers", "activations", "logits")
+    parts = ("weights", "gradients", "optimizer", "buffers", "activations", "attention", "logits")
     return ", ".join(f"{part} {gigabytes(getattr(p, f'{part}_bytes'))}" for part in parts)
 
 

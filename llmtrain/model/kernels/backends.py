@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtrain.arch.attention import flash_faults, flex_faults, has_flash, head_widths
+from llmtrain.arch.attention import FLEX_TOKENS, TILE_TOKENS, flash_faults, flex_faults, has_flash, head_widths
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import Attention, attention_mask
 from llmtrain.model.kernels.flex_masks import block_mask
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 FLASH_CAPABILITY = (8, 0)
-FLEX_TOKENS = 1024  # tokens from which `auto` gives a masked row to flex: shorter rows have few blocks to leave out
-TILE_TOKENS = (
-    1024  # tokens from which a CPU computes a masked row by tiles: 1.1 to 1.5 times as fast; 512 tokens, 0.6 to 1.2
-)
 
 
 class Documents(NamedTuple):
