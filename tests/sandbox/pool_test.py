@@ -68,7 +68,7 @@ def test_a_batch_shares_a_process_until_a_call_fails() -> None:
 
 
 def test_an_error_is_told(pool: Pool) -> None:
-    assert pool.run(calls("fail", "no\nnumber")) == [Reply(None, "ValueError: no\nnumber")]
+    assert pool.run(calls("fail", "no\n\x1b[2J\ud800number")) == [Reply(None, "ValueError: no  [2J number")]
     assert pool.run(calls("end")) == [Reply(None, "ended without a reply (exit code 3)")]
     (reply,) = pool.run(calls("fail", "x" * 10_000))
     assert len(reply.error) == 300
