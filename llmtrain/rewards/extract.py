@@ -26,9 +26,10 @@ NUMBER = re.compile(rf"(?P<whole>{WHOLE.pattern})(?P<rest>(?:\.[0-9]+)?(?:[eE][-
 def final_answer(completion: str) -> str:
     """Returns the part of a completion that holds its answer.
 
-    The last of these counts: a run of boxed values, what follows `####` on its line, what follows `Answer:` at the
-    start of a line, the line below a heading `Answer`, X of `The final answer is X. I hope it is correct`. Without any of them it is the last line with
-    a digit or a formula, else the last line with text. Example: "2+40\\n#### 42\\nThat confirms it." -> "42"
+    The last of these counts: a run of boxed values; what follows `####` on its line; what follows `Answer:` at the
+    start of a line; the line below a heading `Answer`; X of `The final answer is X. I hope it is correct`. Without any
+    it is the last line with a digit or a formula, else the last line with text.
+    Example: "2+40\\n#### 42\\nThat confirms it." -> "42"
     """
     marks = [
         (m.start(1), m.group(1)) for pattern in (HASHES, ANSWER, HEADING, HOPE) for m in pattern.finditer(completion)
