@@ -253,7 +253,9 @@ def _means_every_entry(data: dict[str, Any], keys: tuple[str, ...]) -> bool:
 
 
 def _names(entries: list[Any]) -> list[Any]:
-    return [e.get("name") if isinstance(e, dict) else None for e in entries]
+    """Returns what overrides call the entries of a list: their `name`, else the name of their `function`."""
+    plain = [e if isinstance(e, dict) else {} for e in entries]
+    return [e.get("name") or str(e.get("function", "")).rpartition(":")[2] or None for e in plain]
 
 
 def dotted(keys: Keys) -> str:

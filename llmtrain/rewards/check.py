@@ -22,7 +22,7 @@ def check_rows(rewards: Sequence[RewardConfig], rows: Sequence[dict[str, Any]], 
     faults = [line for reward in rewards for line in row_faults(reward, rows, places)]
     if faults:
         more = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        told = f"{len(faults)} faults in {len(rows)} rows; docs/rewards.md says what each reward needs"
+        told = f"{len(faults)} of {len(rows)} rows cannot be rewarded; docs/rewards.md says what each reward needs"
         raise ValueError("\n".join([*faults[:SHOWN], *more, told]))
 
 

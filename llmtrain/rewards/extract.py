@@ -9,9 +9,11 @@ from decimal import Decimal
 MOST_CHARACTERS = 1000  # of the part that is read
 MOST_DIGITS = 1000
 BOXED = "\\boxed"
-BETWEEN = re.compile(
-    r"[\s$]*(?:,|;|and|or|,\s*and|,\s*or|\\text\{\s*(?:and|or)\s*\})[\s$]*"
-)  # boxed values of one answer
+JOINS = r"(?:,|;|and|or|,\s*and|,\s*or|\\text\{\s*(?:and|or)\s*\})"
+SPACES = r"(?:[\s$~]|\\quad|\\qquad|\\[,;!])*"
+BETWEEN = re.compile(SPACES + JOINS + SPACES)  # two boxed values of one answer
+DISPLAY = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$", re.S)
+HOPE = re.compile(r"final answer is:?\s*(.*?)\.?\s*I hope it is correct", re.I)  # of Minerva's prompt
 HASHES = re.compile(r"####[ \t]*(?![A-Za-z]{2})(\S.*)")  # not the heading `#### Step 2`
 ANSWER = re.compile(
     r"^[ \t>*_#]*(?:the[ \t]+|my[ \t]+)?(?:final[ \t]+)?answer[*_]*[ \t]*(?:is[ \t]*)?[:=][*_]*[ \t]*(.*)", re.I | re.M
@@ -24,18 +26,22 @@ NUMBER = re.compile(rf"(?P<whole>{WHOLE.pattern})(?P<rest>(?:\.[0-9]+)?(?:[eE][-
 def final_answer(completion: str) -> str:
     """Returns the part of a completion that holds its answer.
 
-    The last of these counts: a run of boxed values, what follows `####` on its line, what follows `Answer:` at the
-    start of a line, the line below a heading `Answer`. Without any of them it is the last line with
-    a digit or a formula, else the last line with text. Example: "2+40\\n#### 42\\nThat confirms it." -> "42"
+    The last of these counts: a run of boxed values; what follows `####` on its line; what follows `Answer:` at the
+    start of a line; the line below a heading `Answer`; X of `The final answer is X. I hope it is correct`. Without any
+    it is the last line with a digit or a formula, else the last line with text.
+    Example: "2+40\\n#### 42\\nThat confirms it." -> "42"
     """
-    marks = [(m.start(1), m.group(1)) for pattern in (HASHES, ANSWER, HEADING) for m in pattern.finditer(completion)]
+    marks = [
+        (m.start(1), m.group(1)) for pattern in (HASHES, ANSWER, HEADING, HOPE) for m in pattern.finditer(completion)
+    ]
     if BOXED in completion:
         start = boxed_start(completion)
         marks.append((start, boxed_run(completion, start)))
     marks = [(place, text) for place, text in marks if text.strip()]
     if marks:
         return max(marks)[1].strip()[:MOST_CHARACTERS]
-    lines = [line.strip() for line in completion.splitlines() if line.strip()]
+    whole = DISPLAY.sub(lambda m: m.group().replace("\n", " "), completion)  # a formula on lines of its own is one line
+    lines = [line.strip() for line in whole.splitlines() if line.strip()]
     told = [line for line in lines if re.search(r"[0-9\\$]", line)]
     return (told or lines or [""])[-1][-MOST_CHARACTERS:]
 
@@ -53,10 +59,14 @@ def boxed_start(completion: str) -> int:
 
 
 def boxed_run(completion: str, start: int) -> str:
-    """Returns the boxed values from `start` on, with a percent sign behind them, without dollar signs between them."""
-    end = boxed_end(completion, completion.rindex(BOXED))
+    """Returns the boxed values from `start` on, joined by `and`, with a percent sign behind the last."""
+    values, end = [], start
+    for place in (m.start() for m in re.finditer(re.escape(BOXED), completion)):
+        if place >= end:
+            end = boxed_end(completion, place)
+            values.append(completion[place:end])
     percent = re.match(r"[\s$]*(?:\\?%|percent)", completion[end:])
-    return (completion[start:end] + (percent.group() if percent else "")).replace("$", "")
+    return " and ".join(values) + (percent.group().replace("$", "") if percent else "")
 
 
 def boxed_end(text: str, start: int) -> int:

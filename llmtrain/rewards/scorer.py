@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 OF_PACKAGE: dict[str, ModuleType] = {"reasoning_gym": reasoning, "first_integer": format, "math": mathematics}
 DEADLINE_S = 5.0  # where no configuration says another
 BATCH = 32  # calls that share a process, of this package's rewards: none of them evaluates a name or a call
+PACKAGE = {"math": "math-verify", "reasoning_gym": "reasoning-gym"}  # where a reward of ours comes from
 MOST_WORKERS = 4  # of one reward on one rank
 VOTE_DEADLINE_S = 30.0  # to compare the answers of one problem
 
@@ -72,18 +73,24 @@ class Scorer:
     def start(self, arguments: Sequence[Any] = ()) -> None:
         """Starts the workers; `arguments` are those of the reward's warm-up.
 
-        Raises ValueError if a user's function cannot be loaded, RuntimeError if there is no sandbox here.
+        Raises ValueError if a function cannot be loaded, RuntimeError if there is no sandbox here.
         """
         try:
             self.pool.start(arguments)
         except ImportError as error:
-            raise ValueError(f"rewards: {self.name}: cannot be loaded: {error}") from None
+            remedy = f"; pip install {PACKAGE[self.name]}" if self.name in PACKAGE else ""
+            raise ValueError(f"rewards: {self.name}: cannot be loaded{remedy}: {error}") from None
+
+    def run(self, calls: Sequence[Call]) -> list[Reply]:
+        """Returns the replies to calls, starting the workers if they are not there."""
+        self.start()
+        return self.pool.run(calls)
 
     def score(self, pairs: Sequence[tuple[str, dict[str, Any]]]) -> list[Score]:
         """Returns the scores of (completion, example) pairs; equal pairs are scored once."""
         keys = [(text, id(example)) for text, example in pairs]
         distinct = dict(zip(keys, pairs, strict=True))
-        replies = self.pool.run([Call("score", pair, self.deadline_s) for pair in distinct.values()])
+        replies = self.run([Call("score", pair, self.deadline_s) for pair in distinct.values()])
         scores = {key: score_of(reply) for key, reply in zip(distinct, replies, strict=True)}
         failed = next((score.error for score in scores.values() if score.error), None)
         if failed is not None:
@@ -92,13 +99,13 @@ class Scorer:
 
     def extract(self, completion: str) -> str | None:
         """Returns the answer that the reward reads; None when there is none, or its scorer fails."""
-        value = self.pool.run([Call("extract", (completion,), self.deadline_s)])[0].value
+        value = self.run([Call("extract", (completion,), self.deadline_s)])[0].value
         return value if isinstance(value, str) and value else None
 
     def classes(self, completions: Sequence[str]) -> list[int | None]:
         """Returns for each completion the number of its answer; equal answers have the same, None is no answer."""
         if "classes" in self.pool.functions:
-            reply = self.pool.run([Call("classes", (list(completions),), VOTE_DEADLINE_S)])[0]
+            reply = self.run([Call("classes", (list(completions),), VOTE_DEADLINE_S)])[0]
             if is_classes(reply.value, len(completions)):
                 return reply.value
         answers = [self.extract(completion) for completion in completions]

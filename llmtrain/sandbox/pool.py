@@ -146,10 +146,15 @@ def read_reply(text: str) -> Reply:
     except (ValueError, RecursionError):
         return Reply(None, "its reply is not JSON")
     if isinstance(reply, dict) and isinstance(reply.get("error"), str):
-        return Reply(None, reply["error"][:300])
+        return Reply(None, printable(reply["error"][:300]))
     if isinstance(reply, dict) and reply.keys() == {"value"}:
         return Reply(reply["value"], None)
     return Reply(None, "its reply has another form")
+
+
+def printable(text: str) -> str:
+    """Returns a text that may go to a terminal and a file: control characters and halves of characters are left out."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 class Pool:

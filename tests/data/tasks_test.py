@@ -4,16 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config.schema import TaskConfig
+from llmtrain.config.schema import RewardConfig, TaskConfig
 from llmtrain.data.arithmetic import is_held_out
 from llmtrain.data.jsonl import read_jsonl
 from llmtrain.data.tasks import write_task
-from llmtrain.rewards import extract_answer, reward_fn
+from llmtrain.rewards import Score, reasoning, scorer_of
 
 
 def lines(task: TaskConfig, directory: Path, seed: int = 0) -> dict[str, list[dict]]:
     write_task(task, str(directory), seed)
     return {s: [r for _, r in read_jsonl(directory / f"{task.name}-{s}.jsonl")] for s in ("train", "held_out")}
+
+
+def scored(records: list[dict]) -> list[Score]:
+    """The scores of the records' own completions."""
+    return scorer_of(RewardConfig(name="reasoning_gym")).score([(r["completion"], r) for r in records])
 
 
 def test_chain_sum_demonstrations_score_and_splits_are_apart(tmp_path: Path) -> None:
@@ -25,16 +30,16 @@ def test_chain_sum_demonstrations_score_and_splits_are_apart(tmp_path: Path) -> 
         for record, expression in zip(records, expressions, strict=True):
             assert record["prompt"] == f"State the final answer to the following arithmetic problem: {expression} ="
             assert eval(expression) == int(record["answer"])
-            assert reward_fn("reasoning_gym")(record["completion"], record) == 1.0
+        assert {score.value for score in scored(records)} == {1.0}
     assert {"+", "-"} == {r["entry"]["metadata"]["expression"].split()[1] for r in splits["train"]}
 
 
 def test_chain_sum_errors(tmp_path: Path) -> None:
     task = TaskConfig(name="sum", type="chain_sum", train=1000, held_out=1, error_rate=0.15)
     records = lines(task, tmp_path)["train"]
-    right = sum(reward_fn("reasoning_gym")(r["completion"], r) for r in records) / 1000
+    right = sum(score.value for score in scored(records)) / 1000
     assert right == pytest.approx(0.85**2, abs=0.05)
-    assert all(extract_answer("reasoning_gym", r["completion"]).lstrip("-").isdigit() for r in records)
+    assert all(reasoning.extract(r["completion"]).lstrip("-").isdigit() for r in records)
 
 
 def test_largest(tmp_path: Path) -> None:

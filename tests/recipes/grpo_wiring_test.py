@@ -12,6 +12,7 @@ import pytest
 
 from llmtrain.data.packing import TextRows
 from llmtrain.recipes import grpo
+from llmtrain.rewards import RewardsFail
 from llmtrain.trainer import rollouts
 from llmtrain.trainer.batches import split_groups
 from llmtrain.trainer.gate import Disagreement
@@ -189,8 +190,43 @@ def test_what_a_step_reports(start: Callable[..., Run]) -> None:
         spread = sum(a != b for a, b in answers)
         assert tokens == sampled_tokens(run, step) and metrics["weight_version"] == step + 1
         assert metrics["reward_mean"] == (8 - spread) / 8 and metrics["kept_fraction"] == spread / 4
+        assert metrics["reward_errors"] == 0 and metrics["reward/first_integer"] == metrics["reward_mean"]
         assert metrics["finished_fraction"] == (8 - spread) / 8  # the wrong answers are cut, without an end token
         assert metrics["response_tokens_mean"] == tokens / 8 and metrics["lr"] == LR
+
+
+OWN = "def score(completion, example):\n    return {'9': 1.0}[completion[:1]]\n"  # fails on what is no 9
+
+
+def test_a_failing_reward_is_counted_with_an_example(start: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    own = json.dumps([{"function": f"{tmp_path}/mine.py:score", "max_error_share": 1.0}])
+    run = start(f"rewards={own}", "log.samples=1").go()
+    counts = [metrics["reward_errors"] for metrics, _ in run.steps]
+    assert all(0 < count < 8 for count in counts)
+    assert all(metrics["reward_mean"] == 1 - n / 8 for n, (metrics, _) in zip(counts, run.steps, strict=True))
+    lines = [json.loads(line) for line in (Path(run.job.config.directory) / "samples.jsonl").read_text().splitlines()]
+    for step in (1, 2):
+        told = [line["reward_errors"] for line in lines if line["step"] == step and "reward_errors" in line]
+        assert len(told) == 1 and told[0]["score"].startswith("KeyError: ")
+
+
+def test_a_reward_that_fails_too_often_stops_the_run(start: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    own = json.dumps([{"function": f"{tmp_path}/mine.py:score", "max_error_share": 0.1}])
+    run = start(f"rewards={own}")
+    with pytest.raises(
+        RewardsFail, match=r"reward score: failed on . of 8 completions, more than .*max_error_share=0.1"
+    ):
+        run.go()
+    assert run.engine.updates == [] and run.generator.closed
+
+
+def test_rows_that_cannot_be_rewarded_are_refused_first(start: Callable[..., Run]) -> None:
+    run = start("rewards=[{name: reasoning_gym}]")
+    with pytest.raises(ValueError, match=r"problems.jsonl:1: reward reasoning_gym: needs 'source' and 'entry'"):
+        run.go()
+    assert run.engine.updates == []
 
 
 def test_replay_is_mixed_in_by_its_weight(start: Callable[..., Run]) -> None:

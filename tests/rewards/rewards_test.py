@@ -96,6 +96,9 @@ PAIRS = [  # (right answer, completion, what is read, reward)
     ("2", "#### Step 1\nadd\n#### Step 2\nso 2", "2", 1.0),
     ("5", "#### 4\nno, wait\n#### 5", "5", 1.0),
     ("5", "Answer: 4\nAnswer: \\boxed{5}", "5", 1.0),
+    ("9", "The answer\n\\[\n 9 \n\\]", "9", 1.0),
+    ("5", "The final answer is $5$. I hope it is correct.\nQuestion 2: what is 3 + 3?", "5", 1.0),
+    ("18", "in all $\\boxed{\\$18}$.", "18", 1.0),
     # numbers
     ("1,234", "Answer: 1234", "1234", 1.0),
     ("1234", "so 1,234 in all", "1234", 1.0),
@@ -127,6 +130,7 @@ PAIRS = [  # (right answer, completion, what is read, reward)
     ("2,3", "\\boxed{2}, \\boxed{3}", "{2, 3}", 1.0),
     ("\\{2,3\\}", "so \\boxed{3} and \\boxed{2}", "{2, 3}", 1.0),
     ("2,3", "$\\boxed{2}$ or $\\boxed{3}$", "{2, 3}", 1.0),
+    ("-2,1", "\\[ \\boxed{-2} \\quad \\text{and} \\quad \\boxed{1} \\]", "{-2, 1}", 1.0),
     ("2,3", "\\boxed{2}", "2", 0.0),
     ("(1,2)", "Answer: (1, 2)", "Interval.open(1, 2)", 1.0),
     # words and formulas

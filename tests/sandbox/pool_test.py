@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_a_batch_shares_a_process_until_a_call_fails() -> None:
 
 
 def test_an_error_is_told(pool: Pool) -> None:
-    assert pool.run(calls("fail", "no\nnumber")) == [Reply(None, "ValueError: no\nnumber")]
+    assert pool.run(calls("fail", "no\n\x1b[2J\ud800number")) == [Reply(None, "ValueError: no  [2J number")]
     assert pool.run(calls("end")) == [Reply(None, "ended without a reply (exit code 3)")]
     (reply,) = pool.run(calls("fail", "x" * 10_000))
     assert len(reply.error) == 300
@@ -153,6 +154,16 @@ def test_what_a_machine_needs(held: Mechanisms, fault: str | None) -> None:
 def test_without_mechanisms_nothing_runs() -> None:
     with pytest.raises(RuntimeError, match=r"no sandbox on this machine: neither Landlock .* nor user namespaces"):
         Worker(FUNCTIONS, Limits(), without=("landlock", "namespaces")).await_ready()
+
+
+def test_the_example_of_the_docs_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", page, re.S).group(1).splitlines()
+    names: dict = {"Reply": Reply}
+    exec("\n".join(lines[:3]), names)
+    source, _, result = lines[3].partition("  # -> ")
+    assert eval(source, names) == eval(result, names)
+    exec(lines[4], names)
 
 
 def test_memory_counts_beside_what_is_loaded() -> None:
