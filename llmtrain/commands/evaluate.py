@@ -16,9 +16,8 @@ from llmtrain.checkpoint.source import load_decoder
 from llmtrain.commands.weights import of_own_run
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
-from llmtrain.data.prompts import PromptSet
 from llmtrain.data.sampler import derive
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
@@ -30,8 +29,8 @@ from llmtrain.parallel.device import rank_device
 from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.batches import text_rows
-from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
-from llmtrain.trainer.job import resolved, tokenizer_dir
+from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
+from llmtrain.trainer.job import open_tokenizer, resolved
 from llmtrain.types import Prompt
 
 ROWS_A_BATCH = 16
@@ -83,7 +82,7 @@ def measured(config: Config) -> tuple[dict[str, object], list[dict]]:
     device = rank_device()
     dtype = compute_dtype(config.engine.precision)
     model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
-    tokenizer = load_tokenizer(tokenizer_dir(config))
+    tokenizer = open_tokenizer(config)
     result: dict[str, object] = {"label": config.eval.label}
     samples: list[dict] = []
     if config.eval.text:
@@ -108,7 +107,7 @@ def problem_scores(
     """Returns pass@k, majority vote and greedy accuracy on the first `eval.problems` held-out problems, and all
     completions."""
     r, reward = config.rollout, config.rewards[0]
-    problems = PromptSet(config.data.held_out, tokenizer, config.train.seq_len - r.max_new_tokens)
+    problems = prompts_of(config, config.data.held_out, tokenizer)
     count = min(config.eval.problems, len(problems))
     check_rows([reward], problems.examples[:count], problems.places[:count])
     scorer = scorer_of(reward)

@@ -108,9 +108,11 @@ def dump(config: Config) -> str:
     """Returns the configuration as YAML; loading it gives an equal one.
 
     A model that still takes fields from elsewhere (a preset, other weights, a stage) is written as the user wrote it: a
-    default written out would count as chosen.
+    default written out would count as chosen. So would `train.steps` beside `train.epochs`.
     """
     data = config.model_dump(mode="json")
+    if config.train.epochs is not None:
+        data["train"] = {name: value for name, value in data["train"].items() if name != "steps"}
     if isinstance(config, RunConfig) or config.model.preset or config.model.init_from:
         data["model"] = config.model.model_dump(mode="json", exclude_unset=True)
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, width=120)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +23,10 @@ from llmtrain.config.machine import fast_precision
 
 Count = Annotated[int, Field(gt=0, le=10_000)]
 """A number of things that are looked at one by one; a slip of the keyboard must not fill the memory."""
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which `~` is the home directory."""
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""The share of a moving mean that an update keeps."""
 
 
 class Section(BaseModel):
@@ -94,7 +100,7 @@ class ModelConfig(Section):
     there."""
 
     preset: str | None = None  # a published shape; see the presets at the end of docs/configuration.md
-    init_from: str | None = None  # a Hugging Face directory or its name on the hub, org/name; or a run directory
+    init_from: UserPath | None = None  # a Hugging Face directory or its name on the hub, org/name; or a run directory
     family: str = "llama"  # sets defaults for the fields below, and names the form on disk; see docs/models.md
     attention: Literal["gqa", "mla"] = "gqa"  # grouped-query (multi-head: num_kv_heads = num_heads); latent
     num_layers: Count = 4  # blocks
@@ -142,8 +148,8 @@ class TokenizerConfig(Section):
     """Names a Hugging Face tokenizer directory; if it does not exist, it is trained from the data, or made from
     `base`."""
 
-    path: str | None = None  # None = <run directory>/tokenizer; where it is not made here, a name on the hub too
-    base: str | None = None  # a SentencePiece .model file, tokenizer directory or hub name, instead of training
+    path: UserPath | None = None  # None = <run directory>/tokenizer; where it is not made here, a name on the hub too
+    base: UserPath | None = None  # a SentencePiece .model file, tokenizer directory or hub name, instead of training
     algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"  # when trained; all work on bytes, so no text is unknown
     vocab_size: PositiveInt = 1024  # when trained: 256 bytes, special tokens and learned tokens together
     train_bytes: PositiveInt = 4_000_000  # at most this much text is read to train it
@@ -151,14 +157,17 @@ class TokenizerConfig(Section):
     digits: Literal["single", "triples", "none"] = "single"  # most digits in a token: one, three, or no limit
     special_tokens: list[str] = []  # more, besides padding, end of text, those of chat, data.fim_share, span_share
     chat: Literal["none", "chatml"] = "none"  # chatml: its template and tokens; turns and documents end with <|im_end|>
+    chat_template: str | None = None  # name of one of several templates, or a file with one; None = the tokenizer's own
+    chat_template_kwargs: dict[str, Any] = {}  # variables of the template, such as enable_thinking: false
 
 
 class SourceConfig(Section):
     """Describes one source of documents for pretraining."""
 
     name: str  # names its shards, and the source in overrides
-    type: Literal["stdlib", "topics", "arithmetic", "text", "jsonl"]  # stdlib, topics: Python's code and prose
-    path: str | None = None  # text, jsonl: file, directory or glob
+    type: Literal["stdlib", "topics", "arithmetic", "text", "jsonl", "rows"]  # stdlib, topics: Python's code and prose
+    path: UserPath | None = None  # text, jsonl: file, directory or glob; rows: whatever data.train may be
+    field: str = "text"  # jsonl, rows: the field that holds the document
     weight: PositiveFloat = 1.0  # share of the samples, relative to the other sources
     max_bytes: PositiveInt | None = None  # of UTF-8 text at most; None = all
     held_out: float = Field(0.05, ge=0.0, lt=1.0)  # share of the documents kept for validation
@@ -179,11 +188,16 @@ class TaskConfig(Section):
 class DataConfig(Section):
     """Says where text, demonstrations and prompts come from."""
 
-    path: str | None = None  # directory of token shards; None = <run directory>/data
+    path: UserPath | None = None  # directory of token shards; None = <run directory>/data
     sources: list[SourceConfig] = []  # text for pretraining
     tasks: list[TaskConfig] = []  # problem sets to generate
-    train: str | None = None  # JSONL with prompt|messages, answer, optional prefill; pretraining has none
-    held_out: str | None = None  # eval: the same form
+    train: UserPath | None = None  # rows with prompt|messages, answer, ...; see docs/data.md; pretraining has none
+    held_out: UserPath | None = None  # rows to evaluate on
+    fields: dict[str, str] = {}  # names of your fields by ours, as {prompt: question, answer: gold}
+    rendered: bool = False  # texts of rows are rendered already: special tokens that they spell are special
+    trained_turns: Literal["last", "all"] = "last"  # of a conversation: turns of the assistant that are trained
+    overlong: Literal["error", "drop", "truncate"] = "error"  # rows that do not fit; truncate: prompts at their start
+    pack: bool = True  # several demonstrations share a row, each with its own attention and positions
     mask_documents: bool = True  # attention and positions restart at document boundaries
     fim_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as fill-in-the-middle (arXiv 2207.14255)
     fim_spm_share: float = Field(0.5, ge=0.0, le=1.0)  # share of these: suffix-prefix-middle, else prefix-suffix-middle
@@ -217,7 +231,7 @@ class EngineConfig(Section):
     zero_stage: int = Field(1, ge=0, le=3)  # deepspeed: shards 1: optimizer state, 2: also gradients, 3: also weights
     reshard: bool = True  # fsdp: free whole weights after the forward (as ZeRO-3); false: after the backward (ZeRO-2)
     offload: Literal["none", "optimizer", "params", "nvme"] = "none"  # to CPU memory; nvme: optimizer state to a disk
-    offload_path: str | None = None  # nvme: a directory on a fast local disk
+    offload_path: UserPath | None = None  # nvme: a directory on a fast local disk
     precision: Literal["fp32", "bf16", "fp16", "fp8", "auto"] = "bf16"  # masters are fp32; auto: bf16 where it is fast
     loss_scale: PositiveFloat | None = None  # fp16: None = dynamic
     loss_scale_window: PositiveInt = 1000  # fp16, dynamic: steps without overflow before the scale doubles
@@ -240,7 +254,7 @@ class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices of blocks and experts, adamw for the rest
     lr: PositiveFloat = 3e-4  # the highest learning rate, after the warmup
     min_lr: float = Field(3e-5, ge=0.0)  # last learning rate of linear, cosine and wsd
-    betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's two moments
+    betas: tuple[Decay, Decay] = (0.9, 0.95)  # decay of AdamW's two moments
     eps: PositiveFloat = 1e-8  # added to the root of the second moment
     weight_decay: float = Field(0.1, ge=0.0)  # on matrices, not on norms and biases
     muon_momentum: float = Field(0.95, ge=0.0, lt=1.0)  # momentum of muon (Nesterov)
@@ -270,6 +284,7 @@ class TrainConfig(Section):
     """Sets how much is trained. `global_batch_seqs = micro_batch_seqs x data-parallel ranks x accumulation`."""
 
     steps: PositiveInt = 1000  # steps in total; a resumed run continues the count
+    epochs: PositiveFloat | None = None  # in place of steps, where rows of a file are trained: times that each is seen
     seq_len: PositiveInt = 2048  # tokens a row; of recipes that sample the longest row
     micro_batch_seqs: PositiveInt = 1  # rows in one forward on one rank
     global_batch_seqs: PositiveInt = 8  # rows a step over all ranks; recipes that sample count prompts
@@ -370,7 +385,7 @@ class ExportConfig(Section):
     """Configures `llmtrain export`: the newest checkpoint of the run directory, where that holds a run that trains,
     else of `model.init_from`, becomes a Hugging Face directory, with adapters merged."""
 
-    path: str | None = None  # new, empty or an older export; None = export/ (or adapter/) in that run's directory
+    path: UserPath | None = None  # new, empty or an older export; None = export/ (or adapter/) in that run's directory
     dtype: Literal["bf16", "fp32"] = "bf16"  # dtype of the written weights
     adapter: bool = False  # write only the adapters of a run with model.lora, as a directory for peft
 
@@ -378,7 +393,7 @@ class ExportConfig(Section):
 class ReportConfig(Section):
     """Configures `llmtrain report`, which shows plots and samples on one HTML page."""
 
-    path: str | None = None  # the run to report on, or a directory of stages; None = the run directory
+    path: UserPath | None = None  # the run to report on, or a directory of stages; None = the run directory
 
 
 class LogConfig(Section):
@@ -395,7 +410,7 @@ class Config(Section):
     `config.recipes`."""
 
     name: str = "run"  # name of the run
-    run_dir: str | None = None  # None = runs/<name>
+    run_dir: UserPath | None = None  # None = runs/<name>
     seed: int = 0  # of weights, data order and sampling
     plugins: list[str] = []  # Python modules that are imported first: they may register model families and recipes
     model: ModelConfig = ModelConfig()

@@ -7,12 +7,16 @@ import os
 import random
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from llmtrain.config.schema import SourceConfig
 from llmtrain.data.arithmetic import arithmetic_documents
-from llmtrain.data.jsonl import parse_line, text_field
+from llmtrain.data.faults import Faults
+from llmtrain.data.files import BOM, read_rows, read_text
+from llmtrain.data.jsonl import decode, parse_object
+from llmtrain.data.rows import found_fields, text_field
 
 # third-party code, tests, generated tables, and the text of the source `topics`
 NOT_STDLIB = re.compile(r"site-packages|dist-packages|/tests?/|lib2to3|idlelib|turtledemo|encodings|pydoc_data")
@@ -46,7 +50,7 @@ def stdlib(source: SourceConfig, rng: random.Random) -> Iterator[str]:
     files = sorted(p for p in root.rglob("*.py") if not NOT_STDLIB.search(f"/{p.relative_to(root).as_posix()}"))
     files = [p for p in files if p.stat().st_size > MIN_STDLIB_BYTES]
     rng.shuffle(files)
-    return map(read_text, files)
+    return (path.read_bytes().decode() for path in files)
 
 
 def topics(source: SourceConfig, rng: random.Random) -> Iterator[str]:
@@ -59,21 +63,86 @@ def topics(source: SourceConfig, rng: random.Random) -> Iterator[str]:
 
 
 def text_files(source: SourceConfig, rng: random.Random) -> Iterator[str]:
-    """Returns the text of the source's files, one document a file."""
+    """Yields the text of the source's files, one document a file. At the first that is no text all are looked at, and
+    ValueError names each."""
     files = source_files(source)
     rng.shuffle(files)
-    return map(read_text, files)
+    for path in files:
+        try:
+            yield read_text(str(path))
+        except ValueError:
+            raise_faults(source, files, lambda file, faults: noted(faults, str(file), lambda: read_text(str(file))))
 
 
 def jsonl(source: SourceConfig, rng: random.Random) -> Iterator[str]:
-    """Yields the field `text` of every line. Only the offsets of the lines are held in memory."""
-    lines = [(path, number, start) for path in source_files(source) for number, start in line_starts(path)]
+    """Yields the field `text` (or `field`) of every line. Only the offsets of the lines are held in memory.
+
+    At the first line that is broken all are looked at, and ValueError names each.
+    """
+    lines = [(path, start) for path in source_files(source) for start in line_starts(path)]
     rng.shuffle(lines)
-    for path, number, start in lines:
+    for path, start in lines:
         with open(path, "rb") as file:
             file.seek(start)
-            record = parse_line(decode(file.readline(), f"{path}:{number}"), path, number)
-        yield text_field(record, ("text",), f"{path}:{number}")
+            line = file.readline()
+        try:
+            document = document_in(line, source.field)
+        except ValueError:
+            raise_faults(source, source_files(source), lambda file, faults: broken_lines(file, source.field, faults))
+        yield document
+
+
+def document_in(line: bytes, field: str) -> str:
+    """Returns the document in a line of JSON. Raises ValueError, without a place, when there is none."""
+    return text_of_row(parse_object(decode(line.removeprefix(BOM))), field)
+
+
+def text_of_row(record: dict[str, Any], field: str) -> str:
+    """Returns the field that holds a row's document. Raises ValueError, without a place, when it is no text."""
+    if field not in record:
+        raise ValueError(f"missing field {field!r}; found {found_fields(record)}; name yours with its key `field`")
+    return text_field(record, field)
+
+
+def rows(source: SourceConfig, rng: random.Random) -> Iterator[str]:
+    """Yields the field `text` (or `field`) of every row of a file of any form; all rows are held in memory. Raises
+    ValueError with all faults."""
+    path = needed_path(source)
+    faults = Faults(path)
+    texts = []
+    for where, record in read_rows(path, faults):
+        try:
+            texts.append(text_of_row(record, source.field))
+        except ValueError as error:
+            faults.add(where, str(error))
+    faults.raise_any()
+    rng.shuffle(texts)
+    return iter(texts)
+
+
+def broken_lines(path: Path, field: str, faults: Faults) -> None:
+    """Adds every line of a file that holds no document to `faults`."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                noted(faults, f"{path}:{number}", lambda line=line: document_in(line, field))
+
+
+def noted(faults: Faults, where: str, read: Callable[[], str]) -> None:
+    """Adds the reason to `faults` if something cannot be read."""
+    try:
+        read()
+    except ValueError as error:
+        faults.add(where, str(error).removeprefix(f"{where}: "))
+
+
+def raise_faults(source: SourceConfig, files: Iterable[Path], look: Callable[[Path, Faults], None]) -> NoReturn:
+    """Looks at every file of a source, in which there is a fault. Raises ValueError with all that there are."""
+    faults = Faults(f"data source {source.name!r}")
+    for file in sorted(files):
+        look(file, faults)
+    faults.raise_any()
+    raise AssertionError("the fault was seen before")
 
 
 def arithmetic(source: SourceConfig, rng: random.Random) -> Iterator[str]:
@@ -86,37 +155,35 @@ READERS: dict[str, Callable[[SourceConfig, random.Random], Iterator[str]]] = {
     "topics": topics,
     "text": text_files,
     "jsonl": jsonl,
+    "rows": rows,
     "arithmetic": arithmetic,
 }
 
 
-def source_files(source: SourceConfig) -> list[Path]:
-    """Returns the files that `path` means, sorted: itself, all below a directory, or the matches of a glob."""
+def needed_path(source: SourceConfig) -> str:
+    """Returns the path of a source that reads files. Raises ValueError when none is given."""
     if source.path is None:
         raise ValueError(f"data source {source.name!r} of type {source.type} needs a path: a file, directory or glob")
-    pattern = os.path.join(source.path, "**") if os.path.isdir(source.path) else source.path
+    return source.path
+
+
+def source_files(source: SourceConfig) -> list[Path]:
+    """Returns the files that `path` means, sorted: itself, all below a directory, or the matches of a glob."""
+    path = needed_path(source)
+    pattern = os.path.join(path, "**") if os.path.isdir(path) else path
     files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     if not files:
-        raise ValueError(f"data source {source.name!r}: no file at {source.path}")
+        raise ValueError(f"data source {source.name!r}: no file at {path}; give a file, directory or glob")
+    if closed := [str(file) for file in files if not os.access(file, os.R_OK)]:
+        raise ValueError(f"data source {source.name!r}: {closed[0]} cannot be read; change its permissions or leave it")
     return files
 
 
-def read_text(path: Path) -> str:
-    return decode(path.read_bytes(), str(path))
-
-
-def decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
-
-
-def line_starts(path: Path) -> Iterator[tuple[int, int]]:
-    """Yields (line number from 1, offset in bytes) of every line that is not blank."""
+def line_starts(path: Path) -> Iterator[int]:
+    """Yields the offset in bytes of every line that is not blank."""
     start = 0
     with open(path, "rb") as file:
-        for number, text in enumerate(file, 1):
+        for text in file:
             if text.strip():
-                yield number, start
+                yield start
             start += len(text)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from llmtrain.arch.generation import TOKENS, as_list, read_generation
 from llmtrain.data.tokenizer import Tokenizer, read_backend
-
-SAID = "xyzzy"  # by an assistant, in a conversation that is only rendered to see what follows
-
-logger = logging.getLogger(__name__)
 
 
 def end_ids(tokenizer: Tokenizer, places: Sequence[str | None]) -> tuple[int, ...]:
@@ -24,8 +17,7 @@ def end_ids(tokenizer: Tokenizer, places: Sequence[str | None]) -> tuple[int, ..
     Raises ValueError as `read_generation` does.
     """
     found = [as_list(own_settings(tokenizer, place).get("eos_token_id")) for place in places if place]
-    turn = turn_end(tokenizer)
-    own = [tokenizer.eos_id] + [turn] * (turn is not None)
+    own = (tokenizer.eos_id, *tokenizer.turn_end_ids)
     return tuple(dict.fromkeys(id_ for ids in (*found, own) for id_ in ids))
 
 
@@ -58,26 +50,3 @@ def own_settings(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
         elif settings.get(name) is not None and not known(settings[name]):
             settings[name] = None
     return {name: value for name, value in settings.items() if name not in TOKENS or value not in (None, [])}
-
-
-def turn_end(tokenizer: Tokenizer) -> int | None:
-    """Returns the token that the chat template puts behind what the assistant says; None where there is no template, or
-    it puts none there: spaces may lie between them, text may not."""
-    if not has_template(tokenizer.directory):
-        return None
-    chat = [{"role": role, "content": SAID} for role in ("user", "assistant")]
-    try:
-        text = tokenizer.hugging_face.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, ValueError) as error:  # it may want other roles, or tools, or have no default
-        logger.warning("%s: the chat template tells no end of a turn: %s", tokenizer.directory, error)
-        return None
-    behind = text.rpartition(SAID)[2].lstrip()
-    added = {token.content: id_ for id_, token in tokenizer.backend.get_added_tokens_decoder().items()}
-    return max(((len(name), id_) for name, id_ in added.items() if behind.startswith(name)), default=(0, None))[1]
-
-
-def has_template(directory: str) -> bool:
-    """Tells whether the directory of a tokenizer holds a chat template, without loading the tokenizer."""
-    places = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-    config = Path(directory, "tokenizer_config.json").read_text()
-    return '"chat_template"' in config or any(Path(directory, name).exists() for name in places)

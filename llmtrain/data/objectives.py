@@ -32,6 +32,7 @@ class Objectives:
     span_ids: tuple[int, ...]
     eos_id: int
     seed: int
+    prefix_ids: tuple[int, ...] = ()  # what every document begins with (BOS), which stays where it is
 
     def apply(self, tokens: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (tokens [T], trained [T] bool) for a row of documents that each end with `eos_id`.
@@ -41,6 +42,8 @@ class Objectives:
         tokens, trained = tokens.copy(), np.ones(len(tokens), bool)
         for number, (start, end) in enumerate(documents(tokens, self.eos_id)):
             seed = derive(self.seed, f"{row}/{number}")
+            if self.prefix_ids and tuple(tokens[start : start + len(self.prefix_ids)]) == self.prefix_ids:
+                start += len(self.prefix_ids)
             chosen = uniform(seed, "objective") - self.data.span_share
             if end - start < SHORTEST_TOKENS or chosen >= self.data.fim_share:
                 continue
@@ -87,7 +90,9 @@ def objectives(data: DataConfig, tokenizer: Tokenizer, seed: int) -> Objectives 
         return None
     ids = dict(zip(needed, tokenizer.special_ids(needed), strict=True))
     fim_ids, span_ids = (tuple(ids[name] for name in names if name in ids) for names in (FIM, SPANS))
-    return Objectives(data, fim_ids, span_ids, tokenizer.eos_id, derive(seed, "objectives"))
+    return Objectives(
+        data, fim_ids, span_ids, tokenizer.eos_id, derive(seed, "objectives"), tuple(tokenizer.prefix_ids)
+    )
 
 
 def documents(tokens: np.ndarray, eos_id: int) -> Iterator[tuple[int, int]]:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llmtrain.data.jsonl import read_jsonl, text_field
+from llmtrain.config.schema import DataConfig
+from llmtrain.data.encode import encode_rows
+from llmtrain.data.faults import Faults
 from llmtrain.data.objectives import Objectives
-from llmtrain.data.prompts import encode_prompt
+from llmtrain.data.prompts import AS_IT_IS
+from llmtrain.data.room import Room
 from llmtrain.data.sampler import derive, permuted, source_of
 from llmtrain.data.shards import ShardReader, open_shards
 from llmtrain.data.tokenizer import Tokenizer
@@ -146,15 +149,24 @@ class TextRows:
 
 
 class Demonstrations:
-    """Makes rows of prompts with their answers; the loss is on `completion` (else `answer`) and the end-of-text token.
+    """Makes rows of prompts with their answers; the loss is on the answers and the tokens that end them.
 
     With `pack`, several examples share a row, each its own segment; the seed decides which. The rows come in a new
-    order in each epoch. Raises ValueError, with file and line, for a broken line and for an example longer than a row.
+    order in each epoch. `settings` says how rows are read, which turns are trained, and what becomes of an example that
+    is longer than a row. Raises ValueError with all faults of the file, each with its line.
     """
 
-    def __init__(self, path: str, tokenizer: Tokenizer, seq_len: int, seed: int, pack: bool = True) -> None:
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int,
+        pack: bool = True,
+        settings: DataConfig = AS_IT_IS,
+    ) -> None:
         self.seq_len, self.pad_id, self.seed = seq_len, tokenizer.pad_id, derive(seed, "rows")
-        self.examples = [demonstration(record, tokenizer, f"{path}:{n}", seq_len) for n, record in read_jsonl(path)]
+        self.examples = read_demonstrations(path, tokenizer, seq_len, settings)
         order = [permuted(i, len(self.examples), derive(seed, "packing")) for i in range(len(self.examples))]
         lengths = [len(self.examples[i]["labels"]) for i in order]
         plan = best_fit(lengths, seq_len) if pack else [[i] for i in range(len(order))]
@@ -165,6 +177,7 @@ class Demonstrations:
         return len(self.plan)
 
     def row(self, sample: int) -> Row:
+        """Returns the columns of a sample, not padded."""
         members = [self.examples[i] for i in self.plan[permuted(sample, len(self), self.seed)]]
         return concatenate([m | {"segment_ids": [k] * len(m["labels"])} for k, m in enumerate(members)])
 
@@ -173,15 +186,18 @@ class Demonstrations:
         return to_batch([self.row(sample) for sample in samples], self.seq_len, self.pad_id)
 
 
-def demonstration(record: dict, tokenizer: Tokenizer, where: str, seq_len: int) -> Row:
-    """Returns the columns of one example, without segment ids."""
-    prompt = encode_prompt(record, tokenizer, where)
-    completion = tokenizer.encode(text_field(record, ("completion", "answer"), where), parse_special=False)
-    ids = [*prompt, *completion, tokenizer.eos_id]
-    if len(ids) - 1 > seq_len:
-        raise ValueError(
-            f"{where}: the example has {len(ids) - 1} tokens, more than train.seq_len={seq_len}; lengthen the rows or "
-            "drop the example"
-        )
-    labels = [IGNORE] * (len(prompt) - 1) + ids[len(prompt) :]
-    return {"input_ids": ids[:-1], "labels": labels, "positions": list(range(len(labels)))}
+def read_demonstrations(path: str, tokenizer: Tokenizer, seq_len: int, settings: DataConfig) -> list[Row]:
+    """Returns the examples of a file, without segment ids. Raises ValueError with all faults of the file."""
+    faults = Faults(path)
+    room = Room(seq_len, f"train.seq_len={seq_len}", settings.overlong, faults)
+    rows = map(room.demonstration, encode_rows(path, tokenizer, settings, faults, answered=True))
+    examples = [example_row(row.ids, row.trained) for row in rows if row is not None]
+    faults.raise_any()
+    room.report(path, len(examples))
+    return examples
+
+
+def example_row(ids: Sequence[int], trained: Sequence[bool]) -> Row:
+    """Returns the columns of one example: each label is the token that follows, where that is trained."""
+    labels = [token if chosen else IGNORE for token, chosen in zip(ids[1:], trained[1:], strict=True)]
+    return {"input_ids": list(ids[:-1]), "labels": labels, "positions": list(range(len(labels)))}

@@ -15,9 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from llmtrain.config.rows import split_path
 from llmtrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from llmtrain.config.specials import sentinels
-from llmtrain.data.jsonl import read_jsonl
+from llmtrain.data.faults import Faults
+from llmtrain.data.files import read_rows
 from llmtrain.data.shards import ENDS, MANIFEST, SPLITS, split_documents, write_shards
 from llmtrain.data.tasks import write_task
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +31,7 @@ from llmtrain.observe.locks import making
 from llmtrain.observe.owned import filling
 
 MARKER = "prepared.json"  # written last: all else is there
+UNWRITTEN = {"path", "chat_template", "chat_template_kwargs"}  # keys of the tokenizer that shards do not depend on
 EXCERPT_CHARS = 20_000  # characters of a document that train the tokenizer at most: variety over length
 
 
@@ -72,7 +75,7 @@ def written_names(data: DataConfig) -> list[str]:
 
 def contents(data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokenizer_dir: str) -> dict[str, str]:
     """Returns the checksums of what is read: by key, of those files that are there, but for what we write ourselves."""
-    paths = {f"data.sources.{source.name}": source.path for source in data.sources if source.path}
+    paths = {f"data.sources.{source.name}": split_path(source.path)[0] for source in data.sources if source.path}
     paths |= {"tokenizer.base": tokenizer.base} if tokenizer.base else {}
     checksums = Checksums(os.path.join(data_dir, CACHE))
     written = {os.path.abspath(os.path.join(data_dir, name)) for name in (*written_names(data), MARKER)}
@@ -105,11 +108,14 @@ def show_bytes(progress: Progress, row: TaskID, source: str, text_bytes: int) ->
 def relevant(data: DataConfig, tokenizer: TokenizerConfig, seed: int) -> dict[str, Any]:
     """Returns a hash of the settings that the written bytes depend on. The weights of the sources apply only in
     training."""
-    sources = [source.model_dump(exclude={"weight"}) for source in data.sources]
+    # Keys added later are hashed only where they differ from the default, so that older directories stay valid.
+    sources = [
+        source.model_dump(exclude={"weight", "field"}) | source.model_dump(include={"field"}, exclude_defaults=True)
+        for source in data.sources
+    ]
     tasks = [task.model_dump() for task in data.tasks]
     trained = tokenizer.model_dump(include={"vocab_size", "train_bytes"})
-    # Keys added later are hashed only where they differ from the default, so that older directories stay valid.
-    trained |= tokenizer.model_dump(exclude={"path"}, exclude_defaults=True)
+    trained |= tokenizer.model_dump(exclude=UNWRITTEN, exclude_defaults=True)
     text = json.dumps([sources, tasks, trained, seed, *sentinels(data)], sort_keys=True)
     return {"config": hashlib.sha256(text.encode()).hexdigest()}
 
@@ -166,7 +172,8 @@ def tokenizer_texts(data: DataConfig, config: TokenizerConfig, data_dir: str, se
     share = config.train_bytes // len(data.sources)
     yield from chain.from_iterable(excerpts(source, share, seed) for source in data.sources)
     for task in data.tasks:
-        for _, line in read_jsonl(Path(data_dir, f"{task.name}-train.jsonl")):
+        path = os.path.join(data_dir, f"{task.name}-train.jsonl")
+        for _, line in read_rows(path, Faults(path)):
             yield line.get("prompt", "") + line.get("completion", "")
 
 

@@ -1,40 +1,41 @@
-"""Reads prompts from a JSONL file: `prompt`, or `messages` for the chat template, and an optional `prefill`."""
+"""Reads the prompts of a file of rows, of every shape that `llmtrain.data.rows` knows."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from llmtrain.data.jsonl import read_jsonl, text_field
+from llmtrain.config.schema import DataConfig
+from llmtrain.data.encode import encode_rows
+from llmtrain.data.faults import Faults
+from llmtrain.data.room import Room
 from llmtrain.data.sampler import permuted
 from llmtrain.data.tokenizer import Tokenizer
 
-
-def encode_prompt(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
-    """Returns the token ids of a record's prompt. Raises ValueError, with `where`, when there is none."""
-    prefill = text_field(record, ("prefill",), where) if "prefill" in record else ""
-    if "messages" in record:
-        ids = tokenizer.encode(tokenizer.render(record["messages"], prefill))
-    else:
-        ids = tokenizer.encode(text_field(record, ("prompt", "messages"), where) + prefill, parse_special=False)
-    if not ids:
-        raise ValueError(f"{where}: the prompt is empty")
-    return ids
+AS_IT_IS = DataConfig()  # how rows are read where nothing else is said
 
 
 class PromptSet:
-    """Holds the tokenized prompts of a file. Raises ValueError, with file and line, for a broken or too long one."""
+    """Holds the tokenized prompts of a file. `room` says what `max_prompt_tokens` follows from.
 
-    def __init__(self, path: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> None:
-        lines = read_jsonl(path)
-        self.examples = [record for _, record in lines]
-        self.places = [f"{path}:{n}" for n, _ in lines]
-        self.ids = [encode_prompt(record, tokenizer, f"{path}:{n}") for n, record in lines]
-        for (n, _), ids in zip(lines, self.ids, strict=True):
-            if len(ids) > max_prompt_tokens:
-                raise ValueError(
-                    f"{path}:{n}: the prompt has {len(ids)} tokens, more than the {max_prompt_tokens} there is room "
-                    "for; shorten or drop it"
-                )
+    Raises ValueError with all faults of the file, each with its line.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Tokenizer,
+        max_prompt_tokens: int,
+        settings: DataConfig = AS_IT_IS,
+        room: str | None = None,
+    ) -> None:
+        faults = Faults(path)
+        words = f"the {max_prompt_tokens} there is room for" + (f" ({room})" if room else "")
+        limit = Room(max_prompt_tokens, words, settings.overlong, faults)
+        rows = [limit.prompt(row) for row in encode_rows(path, tokenizer, settings, faults, answered=False)]
+        kept = [row for row in rows if row is not None]
+        faults.raise_any()
+        limit.report(path, len(kept))
+        self.examples = [row.example.record for row in kept]
+        self.places = [row.where for row in kept]  # file:line of each
+        self.ids = [row.ids for row in kept]
 
     def __len__(self) -> int:
         return len(self.examples)

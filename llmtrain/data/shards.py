@@ -1,8 +1,8 @@
 """Writes and reads flat files of token ids, one per source and split, read by memory map.
 
-`<source>-<split>.bin` holds the ids (uint16, or uint32 for a vocabulary above 65,536), every document followed by the
-end-of-text id; `<source>-<split>.offsets.npy` the start of every document and the end of the last (int64);
-`shards.json` the counts, and the fingerprint of the tokenizer.
+`<source>-<split>.bin` holds the ids (uint16, or uint32 for a vocabulary above 65,536), every document with what the
+tokenizer puts before a text (BOS, if it does) and the end-of-text id behind it; `<source>-<split>.offsets.npy` the
+start of every document and the end of the last (int64); `shards.json` the counts, and the fingerprint of the tokenizer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,23 @@ class ShardReader:
 
 def split_documents(source: SourceConfig, seed: int) -> Iterator[tuple[str, str]]:
     """Yields (split, text) of every document. The share `held_out`, spread evenly, is for validation; the first never
-    is."""
-    for i, text in enumerate(documents(source, seed)):
+    is. Of a source that is one document its last part is."""
+    stream = documents(source, seed)
+    first = list(islice(stream, 2))
+    if len(first) == 1 and source.held_out:
+        yield from zip(SPLITS, cut(first[0], 1 - source.held_out), strict=True)
+        return
+    for i, text in enumerate(chain(first, stream)):
         held = i > 0 and math.ceil(i * source.held_out) > math.ceil((i - 1) * source.held_out)
         yield SPLITS[held], text
+
+
+def cut(text: str, share: float) -> tuple[str, str]:
+    """Returns the first `share` of a text and the rest, cut behind a line if there is one, else behind a word."""
+    at = int(len(text) * share)
+    ends = (text.rfind(end, 0, at) + 1 for end in ("\n", " "))
+    at = next((end for end in ends if end), at)
+    return text[:at], text[at:]
 
 
 def write_shards(
@@ -73,6 +86,7 @@ def write_source(
 ) -> dict[str, dict[str, int]]:
     """Writes the files of one source; returns documents, tokens and bytes by split."""
     dtype, stream = token_dtype(tokenizer.vocab_size), split_documents(source, seed)
+    before = tokenizer.prefix_ids
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     text_bytes = dict.fromkeys(SPLITS, 0)
     paths = {split: os.path.join(directory, f"{source.name}-{split}") for split in SPLITS}
@@ -81,8 +95,9 @@ def write_source(
         while batch := list(islice(stream, BATCH)):
             all_ids = tokenizer.encode_batch([text for _, text in batch], parse_special=False)
             for (split, text), ids in zip(batch, all_ids, strict=True):
-                files[split].write(np.array([*ids, tokenizer.eos_id], dtype))
-                lengths[split].append(len(ids) + 1)
+                ids = [*before, *ids, tokenizer.eos_id]
+                files[split].write(np.array(ids, dtype))
+                lengths[split].append(len(ids))
                 text_bytes[split] += len(text.encode())
             progress(source.name, sum(text_bytes.values()))
     for split, path in paths.items():
@@ -116,6 +131,11 @@ def check_tokenizer(directory: str, tokenizer: Tokenizer) -> None:
             f"{directory}: the shards were made with tokenizer {written}, but {tokenizer.directory} is "
             f"{tokenizer.fingerprint}; set tokenizer.path to the first, or delete the shards and make them anew"
         )
+
+
+def holds_out(directory: str) -> bool:
+    """Returns whether any source has tokens that are held out."""
+    return any(counts["held_out"]["tokens"] for counts in read_manifest(directory)["sources"].values())
 
 
 def open_shards(directory: str, split: str) -> dict[str, ShardReader]:

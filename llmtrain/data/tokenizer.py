@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from llmtrain.data.chat import Chat
+from llmtrain.data.special import SpecialText
 from llmtrain.observe.owned import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def save(tokenizer: tokenizers.Tokenizer, directory: str, config: Mapping[str, object]) -> None:
@@ -28,11 +33,26 @@ def save(tokenizer: tokenizers.Tokenizer, directory: str, config: Mapping[str, o
 
 
 class Tokenizer:
-    """Converts text to token ids and back. It adds nothing to a text: no BOS, no EOS."""
+    """Converts text to token ids and back. It adds nothing to a text by itself; `prefix_ids` says what belongs before
+    one.
 
-    def __init__(self, backend: tokenizers.Tokenizer, directory: str, eos_id: int, pad_id: int) -> None:
+    `template` and `template_kwargs` choose and fill the chat template (`tokenizer.chat_template`,
+    `tokenizer.chat_template_kwargs`). With `bare`, transformers is known to add nothing to a text either.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        directory: str,
+        eos_id: int,
+        pad_id: int,
+        template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        bare: bool = False,
+    ) -> None:
         self.backend, self.directory = backend, directory
         self.eos_id, self.pad_id = eos_id, pad_id
+        self.template, self.template_kwargs, self.bare = template, template_kwargs or {}, bare
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())  # ids may have gaps
 
     def encode(self, text: str, parse_special: bool = True) -> list[int]:
@@ -42,8 +62,23 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = True) -> list[list[int]]:
         """Returns `encode` of many texts, computed on all cores."""
-        self.backend.encode_special_tokens = not parse_special
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        backend = self.backend if parse_special else self.special_text.backend
+        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def special_text(self) -> SpecialText:
+        """Returns what keeps special tokens apart from text that spells them."""
+        return SpecialText(self.backend)
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """Returns what the model's own tokenizer puts before a text, such as BOS: what `tokenizer(text)` of
+        transformers does. What it may put behind a text, such as an end of text, is left to training."""
+        if self.bare:
+            return []
+        plain, whole = (self.hugging_face("a", add_special_tokens=added).input_ids for added in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return whole[:at]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Returns the text, without special tokens unless told otherwise."""
@@ -74,27 +109,49 @@ class Tokenizer:
 
     @cached_property
     def hugging_face(self) -> PreTrainedTokenizerBase:
-        """Returns the tokenizer that transformers loads from the directory."""
+        """Returns the tokenizer that transformers loads from the directory. Raises ValueError when it cannot."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        except Exception as error:  # of many kinds, by what is broken
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.directory}: transformers cannot load this tokenizer ({reason}); mend it") from None
 
-    def render(self, messages: list[dict[str, str]], prefill: str = "") -> str:
-        """Returns the chat as text, up to the start of the assistant's turn, followed by `prefill`.
+    @cached_property
+    def chat(self) -> Chat:
+        """Returns the chat template. Raises ValueError when there is none, or it is broken."""
+        return Chat(self, self.template, self.template_kwargs)
 
-        Raises ValueError when the directory has no chat template.
-        """
-        if not self.hugging_face.chat_template:
-            raise ValueError(
-                f"{self.directory}: the tokenizer has no chat template, so `messages` cannot be rendered; give the "
-                "field `prompt` instead, or add `chat_template` to tokenizer_config.json"
-            )
-        chat = self.hugging_face.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return chat + prefill
+    def encode_chat(self, messages: Sequence[dict[str, Any]], prefill: str = "") -> list[int]:
+        """Returns the tokens of a conversation, up to the start of the assistant's next turn, which begins with
+        `prefill`. Raises ValueError when there is no chat template, or it refuses the messages."""
+        return self.chat.special.encode_batch([self.chat.render(messages, True) + prefill])[0].ids
+
+    @cached_property
+    def has_chat(self) -> bool:
+        """Returns whether there is a chat template, without loading what renders it."""
+        places = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+        config = Path(self.directory, "tokenizer_config.json").read_text()
+        written = '"chat_template"' in config or any(Path(self.directory, name).exists() for name in places)
+        return self.template is not None or written
+
+    @cached_property
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """Returns the ids of the token that ends a turn of the assistant in the chat template; the end-of-text token
+        where the template has no other, cannot be used, or is not there."""
+        try:
+            return self.chat.turn_end_ids if self.has_chat else (self.eos_id,)
+        except ValueError as error:  # it concerns those only who give messages
+            logger.warning("%s; generations end at the end of text", error)
+            return (self.eos_id,)
 
 
-def load_tokenizer(directory: str) -> Tokenizer:
-    """Returns the tokenizer of a Hugging Face directory (tokenizer.json, tokenizer_config.json).
+def load_tokenizer(
+    directory: str, template: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> Tokenizer:
+    """Returns the tokenizer of a Hugging Face directory (tokenizer.json, tokenizer_config.json), with a choice of its
+    chat templates and the variables for it.
 
     Raises ValueError when a file is missing or broken, or when there is no end-of-text token. Without a padding token
     the end-of-text token pads: padding is masked.
@@ -107,7 +164,15 @@ def load_tokenizer(directory: str) -> Tokenizer:
     pad_id = special_id(backend, config, "pad_token")
     backend.no_padding()
     backend.no_truncation()
-    return Tokenizer(backend, directory, eos_id, eos_id if pad_id is None else pad_id)
+    padding = eos_id if pad_id is None else pad_id
+    return Tokenizer(backend, directory, eos_id, padding, template, template_kwargs, adds_nothing(backend, config))
+
+
+def adds_nothing(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
+    """Returns whether transformers surely adds no token to a text: it has no rule, and no class with rules of its
+    own. Asking transformers itself costs its import."""
+    plain_class = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return plain_class and backend.post_processor is None and not {"add_bos_token", "add_eos_token"} & config.keys()
 
 
 def read_backend(directory: Path) -> tokenizers.Tokenizer:

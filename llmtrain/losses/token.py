@@ -25,6 +25,11 @@ def text_measures(loss: float, bytes_per_token: float) -> dict[str, float]:
     loss / (ln 2 * bytes_per_token), which does not depend on the tokenizer."""
     return {
         "loss": loss,
-        "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
+        "perplexity": perplexity_of(loss),
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
     }
+
+
+def perplexity_of(loss: float) -> float:
+    """Returns exp(loss), inf where that is too large for a number."""
+    return float(torch.tensor(loss, dtype=torch.float64).exp())

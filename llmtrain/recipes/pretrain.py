@@ -6,11 +6,12 @@ from llmtrain.config.ramp import Phase, phase_at, trained_model, with_rope
 from llmtrain.config.recipes.pretrain import RECIPE
 from llmtrain.config.schema import Config, ModelConfig, TrainConfig
 from llmtrain.data.packing import TextRows
+from llmtrain.data.shards import holds_out
 from llmtrain.losses.token import token_loss
 from llmtrain.observe.log import log
 from llmtrain.parallel.mesh import Mesh, shutdown
 from llmtrain.trainer.batches import count_trained, evaluate_text, samples_from, text_rows
-from llmtrain.trainer.job import Job, join
+from llmtrain.trainer.job import Job, data_dir, join
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import is_due, note_evaluation
 from llmtrain.trainer.weights import build_engine
@@ -21,11 +22,14 @@ def main(config: Config) -> None:
     """Runs `llmtrain pretrain` on this rank."""
     job = join(config, RECIPE)
     settings, mesh = config.train, job.mesh
-    rows, held_out = (text_rows(config, split, job.tokenizer) for split in ("train", "held_out"))
+    rows = text_rows(config, "train", job.tokenizer)
+    held_out = text_rows(config, "held_out", job.tokenizer) if holds_out(data_dir(config)) else None
     build_engine(job, settings.steps)
     model = job.model
 
     def evaluate() -> None:
+        if held_out is None:
+            return
         set_rope(job, trained_model(model, settings, job.step))  # what the weights were trained with
         note_evaluation(job, evaluate_text(job.engine, held_out, settings.eval_seqs, settings.micro_batch_seqs, mesh))
 

@@ -7,9 +7,10 @@ from llmtrain.config.schema import Config
 from llmtrain.data.packing import Demonstrations
 from llmtrain.losses.token import token_loss
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.trainer.batches import count_trained, rank_samples
-from llmtrain.trainer.job import join
+from llmtrain.trainer.batches import count_trained, held_out_loss, rank_samples
+from llmtrain.trainer.job import Job, join, set_epochs
 from llmtrain.trainer.loop import train
+from llmtrain.trainer.record import is_due, note_evaluation
 from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
@@ -18,12 +19,21 @@ from llmtrain.trainer.weights import build_engine
 def main(config: Config) -> None:
     """Runs `llmtrain sft` on this rank."""
     job = join(config, RECIPE)
-    settings, mesh = config.train, job.mesh
-    rows = Demonstrations(config.data.train, job.tokenizer, settings.seq_len, config.seed)
+    rows = demonstrations(job, config.data.train)
+    held_out = demonstrations(job, config.data.held_out) if config.train.eval_every_steps else None
+    set_epochs(job, len(rows))
+    settings, mesh = job.config.train, job.mesh
     replay = Replay(job)
     build_engine(job, settings.steps)
 
+    def evaluate() -> None:
+        if held_out is not None:
+            scores = held_out_loss(job.engine, held_out, settings.eval_seqs, settings.micro_batch_seqs, mesh)
+            note_evaluation(job, scores)
+
     def step(number: int) -> tuple[dict[str, float], int]:
+        if number == 0 or is_due(number, settings.eval_every_steps):
+            evaluate()
         turn = number + job.guard.skipped_steps(number)
         samples = rank_samples(turn, settings.global_batch_seqs, settings.micro_batch_seqs, mesh)
         microbatches = [rows.batch(s) for s in samples]
@@ -35,4 +45,11 @@ def main(config: Config) -> None:
         return stats.numbers(), tokens
 
     train(job, step)
+    evaluate()
     shutdown()
+
+
+def demonstrations(job: Job, path: str) -> Demonstrations:
+    """Returns the rows of a file of demonstrations, as the data section says."""
+    config = job.config
+    return Demonstrations(path, job.tokenizer, config.train.seq_len, config.seed, config.data.pack, config.data)

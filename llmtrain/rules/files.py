@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from llmtrain.config.machine import has_wandb_key
 from llmtrain.config.ramp import ramp_faults
 from llmtrain.config.recipes import names_of, planned_recipes
+from llmtrain.config.rows import is_hub_name, split_path
 from llmtrain.config.schema import TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
 from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, samples, trains, tunes
@@ -63,6 +64,18 @@ def _ramps(case: Case) -> Iterator[str]:
     yield from ramp_faults(train)
 
 
+def _epochs(case: Case) -> Iterator[str]:
+    """Epochs are counted where rows of a file are trained, and only one of steps and epochs can hold."""
+    train = case.config.train
+    if train.epochs is None:
+        return
+    if not tunes(case) or samples(case):
+        have = names_of(lambda recipe: not recipe.packs_text and not recipe.samples)
+        yield f"train.epochs={train.epochs:g}: only {have} counts epochs; set train.steps in {case.command}"
+    elif "steps" in train.model_fields_set:
+        yield f"train.epochs={train.epochs:g}: not together with train.steps={train.steps}; remove one of them"
+
+
 def _objectives(case: Case) -> Iterator[str]:
     d = case.config.data
     if d.fim_share + d.span_share > 1:
@@ -76,6 +89,11 @@ def _learning_rate(case: Case) -> Iterator[str]:
     o = case.config.optim
     if o.schedule != "constant" and o.min_lr > o.lr:
         yield f"optim.min_lr={o.min_lr:g}: must be at most optim.lr={o.lr:g}, where the schedule ends; lower min_lr"
+
+
+def _evaluates_problems(case: Case) -> bool:
+    """Holds for evaluations that sample answers to problems."""
+    return case.command == "eval" and case.config.eval.problems > 0
 
 
 def _completions(case: Case) -> Iterator[str]:
@@ -134,6 +152,13 @@ def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Ite
         yield f"{key}={path}: does not exist; give an existing path or make it first"
 
 
+def _rows(case: Case, key: str, path: str | None, needed: str) -> Iterator[str]:
+    """A file of rows must be there; whether the hub has a data set of a name is seen when it is read."""
+    name = None if path is None else split_path(path)[0]
+    if name is None or not is_hub_name(name):
+        yield from _existing(case, key, name, needed)
+
+
 def _init_from(case: Case) -> Iterator[str]:
     path = case.config.model.init_from
     needed = case.command == "eval" or (case.recipe is not None and case.recipe.starts_trained)
@@ -154,14 +179,16 @@ def _tokenizer(case: Case) -> Iterator[str]:
 
 def _sources(case: Case) -> Iterator[str]:
     for source in case.config.data.sources:
-        if source.type in ("text", "jsonl"):
-            needed = f"a source of type {source.type} reads files"
-            yield from _existing(case, f"data.sources.{source.name}.path", source.path, needed)
+        if source.type in ("text", "jsonl", "rows"):
+            needed, key = f"a source of type {source.type} reads files", f"data.sources.{source.name}.path"
+            yield from (_rows if source.type == "rows" else _existing)(case, key, source.path, needed)
 
 
 def _train_file(case: Case) -> Iterator[str]:
     data = case.config.data
-    yield from _existing(case, "data.train", data.train, f"{case.command} reads its prompts there")
+    yield from _rows(case, "data.train", data.train, f"{case.command} reads its prompts there")
+    if case.config.train.eval_every_steps and not samples(case):
+        yield from _rows(case, "data.held_out", data.held_out, "train.eval_every_steps measures the loss there")
     if data.replay_seqs:
         yield from _existing(case, "data.path", data.path, "data.replay_seqs takes text from the shards there")
 
@@ -169,7 +196,7 @@ def _train_file(case: Case) -> Iterator[str]:
 def _evaluation_files(case: Case) -> Iterator[str]:
     data, evaluation = case.config.data, case.config.eval
     if evaluation.problems:
-        yield from _existing(case, "data.held_out", data.held_out, "eval.problems are read there")
+        yield from _rows(case, "data.held_out", data.held_out, "eval.problems are read there")
     if evaluation.text:
         own = os.path.join(case.config.directory, "data")
         place = data.path or (own if os.path.isdir(own) else None)
@@ -181,9 +208,10 @@ FILE_RULES: Rules = (
     (plans, _positions),
     (plans, _ramps),
     (trains, _objectives),
+    (trains, _epochs),
     (trains, _learning_rate),
     (plans, _own_rules),
-    (samples, _completions),
+    (either(samples, _evaluates_problems), _completions),
     (either(samples, command("eval")), _rewards),
     (trains, _spikes),
     (trains, _wandb),

@@ -286,7 +286,7 @@ def describe(config: Config, p: Plan, recipe: Recipe) -> list[str]:
         f"parameters   {p.parameters:,}, {p.parameters_per_rank:,} on the fullest rank before ZeRO or FSDP2",
         f"batch        {_batch_line(recipe.step_size(config), p)}",
         *_phase_lines(config.train),
-        f"total        {config.train.steps:,} steps, {p.total_tokens:,} tokens{most}",
+        _total_line(config.train, p) + most,
         f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
         f"             ({engine.precision}, {backend}, offload {engine.offload}, remat {engine.remat}{alone})",
         *_sent_lines(p),
@@ -312,6 +312,12 @@ def _phase_line(phase: Phase, title: str) -> str:
     theta = "" if phase.rope_theta is None else f", rope_theta {phase.rope_theta:g}"
     factor = "" if phase.rope_scaling is None else f", rope_scaling.factor {phase.rope_scaling.factor:g}"
     return f"{title:<13}from step {phase.first_step:,}, token {phase.first_token:,}: {shape}{theta}{factor}"
+
+
+def _total_line(train: TrainConfig, p: Plan) -> str:
+    if train.epochs is not None:
+        return f"total        {train.epochs:g} epochs, whose steps follow from the number of rows"
+    return f"total        {train.steps:,} steps, {p.total_tokens:,} tokens"
 
 
 def _sent_lines(p: Plan) -> list[str]:

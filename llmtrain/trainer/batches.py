@@ -12,11 +12,11 @@ from llmtrain.config.ramp import longest_row
 from llmtrain.config.schema import Config
 from llmtrain.data.groups import group_batch, group_rows, row_width
 from llmtrain.data.objectives import objectives
-from llmtrain.data.packing import TextRows
+from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.data.shards import check_tokenizer
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.base import Engine
-from llmtrain.losses.token import text_measures
+from llmtrain.losses.token import perplexity_of, text_measures
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.trainer.job import Job, data_dir
 from llmtrain.types import IGNORE, Batch, Group
@@ -61,6 +61,19 @@ def text_rows(config: Config, split: str, tokenizer: Tokenizer) -> TextRows:
 
 def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
     """Returns the mean loss (nats a token), perplexity and bits a byte over the first held-out rows (a collective)."""
+    loss = mean_loss(engine, rows, num_rows, micro_seqs, mesh)
+    return text_measures(loss, rows.bytes_per_token)
+
+
+def held_out_loss(engine: Engine, rows: Demonstrations, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
+    """Returns the mean loss (nats a token) and perplexity of what is trained in the first held-out rows (a
+    collective)."""
+    loss = mean_loss(engine, rows, num_rows, micro_seqs, mesh)
+    return {"loss": loss, "perplexity": perplexity_of(loss)}
+
+
+def mean_loss(engine: Engine, rows: TextRows | Demonstrations, num_rows: int, micro_seqs: int, mesh: Mesh) -> float:
+    """Returns the mean loss (nats a token) over the first rows (a collective)."""
     num_rows = min(num_rows, len(rows))
     # Equal numbers of microbatches everywhere, at least one a pipeline stage; rows past the end count nothing.
     turns = max(mesh.sizes["pp"], -(-num_rows // (micro_seqs * mesh.dp_size)))
@@ -71,11 +84,10 @@ def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int
     total = sum(scores.logprobs.double().sum() for scores in engine.score(batches))
     total = torch.tensor([float(total)], device=mesh.device)
     dist.all_reduce(total, group=mesh.groups["dp"])
-    loss = -float(total) / float(count_trained(batches, mesh))
-    return text_measures(loss, rows.bytes_per_token)
+    return -float(total) / float(count_trained(batches, mesh))
 
 
-def _held_out(rows: TextRows, samples: range, num_rows: int) -> Batch:
+def _held_out(rows: TextRows | Demonstrations, samples: range, num_rows: int) -> Batch:
     """Returns the rows of these samples, of which those past the end have no labels."""
     batch = rows.batch([min(s, num_rows - 1) for s in samples])
     past = torch.tensor([s >= num_rows for s in samples])[:, None]

@@ -20,6 +20,7 @@ from llmtrain.arch.resolve import contradictions
 from llmtrain.checkpoint.layout import STATE
 from llmtrain.checkpoint.manifest import MANIFEST_SUM, list_checkpoints
 from llmtrain.config.recipes import Recipe
+from llmtrain.config.rows import split_path
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.data.shards import MANIFEST, shard_files
 from llmtrain.data.tokenizer import load_tokenizer
@@ -36,6 +37,8 @@ SAME = (
     "train.seq_ramp",
     "train.eval_seqs",
     "optim.name",
+    "tokenizer.chat_template",
+    "tokenizer.chat_template_kwargs",
 )
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
 value would repeat some samples and skip others, or mix two measures under one name."""
@@ -176,7 +179,9 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
     found: Contents = {}
     places: dict[str, tuple[str | None, list[str]]] = {}
     if not recipe.packs_text and config.data.train:
-        places["data.train"] = (config.data.train, files_at(config.data.train))
+        places["data.train"] = (config.data.train, files_at(split_path(config.data.train)[0]))
+    if not recipe.packs_text and config.train.eval_every_steps and config.data.held_out:
+        places["data.held_out"] = (config.data.held_out, files_at(split_path(config.data.held_out)[0]))
     if (recipe.packs_text or config.data.replay_seqs) and os.path.isfile(os.path.join(data_dir, MANIFEST)):
         places["data.path"] = (data_dir, shard_files(data_dir))
     if config.model.init_from:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -108,7 +109,7 @@ def join(config: Config, recipe: Recipe) -> Job:
             signal.signal(number, signal.SIG_IGN)  # the trainers save first, then they let the workers go
     if mesh.link is not None:
         mesh.link.await_trainers("data", mesh.role)
-    tokenizer = load_tokenizer(tokenizer_dir(config))
+    tokenizer = open_tokenizer(config)
     model = resolve_model(config.model)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
@@ -116,6 +117,15 @@ def join(config: Config, recipe: Recipe) -> Job:
             f"{tokenizer_dir(config)}; raise it, or use the tokenizer that the model was trained with"
         )
     return Job(config, recipe, model, mesh, tokenizer, watch, contents=contents)
+
+
+def set_epochs(job: Job, rows: int) -> None:
+    """Sets `train.steps` to as many as `train.epochs` of this number of rows take, where epochs are given."""
+    train = job.config.train
+    if train.epochs is not None:
+        steps = max(1, math.ceil(train.epochs * rows / train.global_batch_seqs))
+        log(f"{train.epochs:g} epochs of {rows} rows, {train.global_batch_seqs} a step: {steps} steps")
+        job.config = job.config.model_copy(update={"train": train.model_copy(update={"steps": steps})})
 
 
 def seed_everything(seed: int) -> None:
@@ -165,6 +175,12 @@ def data_dir(config: Config) -> str:
 
 def tokenizer_dir(config: Config) -> str:
     return config.tokenizer.path or os.path.join(config.directory, "tokenizer")
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """Returns the tokenizer of a configuration, with its choice of a chat template."""
+    t = config.tokenizer
+    return load_tokenizer(tokenizer_dir(config), t.chat_template, t.chat_template_kwargs)
 
 
 def checkpoint_dir(config: Config) -> str:

@@ -16,7 +16,7 @@ from llmtrain.rollout.generator import RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
-from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
+from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.types import Group
@@ -69,7 +69,7 @@ def read_prompts(job: Job) -> PromptSet:
     Starts the workers of the rewards. Raises ValueError for rows that cannot be rewarded.
     """
     config = job.config
-    prompts = PromptSet(config.data.train, job.tokenizer, config.train.seq_len - config.rollout.max_new_tokens)
+    prompts = prompts_of(config, config.data.train, job.tokenizer)
     check_rows(config.rewards, prompts.examples, prompts.places)
     return prompts
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,39 @@ def test_broken_jsonl_names_file_and_line(tmp_path: Path, content: bytes, messag
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         texts(type="jsonl", path=str(tmp_path / "d.jsonl"))
+
+
+def test_all_broken_lines_and_files_are_told_at_once(tmp_path: Path) -> None:
+    good = '{"text": "a"}'
+    for name, bad in (("a", 3), ("b", 30)):
+        lines = ['{"text": "\\ud800"}' if i < bad else good for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as error:
+        texts(type="jsonl", path=str(tmp_path / "*.jsonl"))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 21 and lines[-1] == "data source 's': 33 faults, of which the first 20 are shown"
+    assert lines[0].startswith(f"{tmp_path}/a.jsonl:1: field 'text' has half a character (\\ud800")
+    (tmp_path / "t").mkdir()
+    for i in range(3):
+        (tmp_path / "t" / f"{i}.txt").write_bytes(b"\xff" if i else b"fine")
+    with pytest.raises(ValueError, match=r"(?s)1.txt: not UTF-8 text .*2.txt: not UTF-8 text .*: 2 faults"):
+        texts(type="text", path=str(tmp_path / "t"))
+
+
+def test_rows_are_documents_too(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("body,more\none,1\ntwo,2\n")
+    assert sorted(texts(type="rows", path=str(tmp_path / "x.csv"), field="body")) == ["one", "two"]
+    with pytest.raises(
+        ValueError, match=r"x.csv:2: missing field 'text'; found 'body', 'more'; name yours with its key"
+    ):
+        texts(type="rows", path=str(tmp_path / "x.csv"))
+    (tmp_path / "x.jsonl").write_text('\ufeff{"body": "one"}\n{"body": "two"}\n')
+    assert sorted(texts(type="jsonl", path=str(tmp_path / "x.jsonl"), field="body")) == ["one", "two"]
+
+
+def test_compressed_text_and_byte_order_marks(tmp_path: Path) -> None:
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress("\ufeffone\r\n".encode()))
+    assert texts(type="text", path=str(tmp_path / "x.txt.gz")) == ["one\r\n"]
 
 
 def test_missing_and_empty_sources_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmtrain.data.chat import CHATML
-from llmtrain.data.ends import end_ids, generation_settings, turn_end
+from llmtrain.data.ends import end_ids, generation_settings
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start>", "<end>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 6
@@ -38,18 +38,18 @@ def made(directory: Path, template: str | dict | None = None, special: list[str]
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (None, None),
+        (None, 1),  # the end of text
         (CHATML, 6),
         (CHAT + "'<end>\n'" + LOOP, 4),
         (CHAT + "'  \n<end>'" + LOOP, 4),  # spaces may lie between
-        (CHAT + "' over.<end>'" + LOOP, None),  # text may not
-        (CHAT + "''" + LOOP, None),
+        (CHAT + "' over.<end>'" + LOOP, 1),  # text may not
+        (CHAT + "''" + LOOP, 1),
         (CHAT + "'<eos>'" + LOOP, 1),
         ({"default": CHAT + "'<end>'" + LOOP, "tools": CHATML}, 4),
     ],
 )
-def test_the_turn_end_of_a_template(template: str | dict | None, expected: int | None, tmp_path: Path) -> None:
-    assert turn_end(made(tmp_path, template)) == expected
+def test_the_turn_end_of_a_template(template: str | dict | None, expected: int, tmp_path: Path) -> None:
+    assert made(tmp_path, template).turn_end_ids == (expected,)
 
 
 def test_a_template_that_cannot_be_rendered_is_told_and_ends_nothing(

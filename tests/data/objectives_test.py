@@ -47,6 +47,13 @@ def test_spans_by_hand() -> None:
     assert targets.tolist() == [1000, for_, inviting, 1001, last]
 
 
+def test_what_every_document_begins_with_stays_in_front() -> None:
+    chosen = Objectives(DataConfig(fim_share=1.0), FIM_IDS, SPAN_IDS, EOS, 0, prefix_ids=(7,))
+    body = np.arange(50, 80)
+    tokens, _ = chosen.apply(np.hstack([7, body, EOS, 7, body, EOS, body, EOS]), 0)
+    assert [tokens[i] for i in (0, 1, 32, 33, 64)] == [7, FIM_IDS[0], 7, FIM_IDS[0], FIM_IDS[0]]
+
+
 def test_span_count_by_hand() -> None:
     # 110 tokens: 10 spans take 20 sentinels, the end 1, the text the other 89: .15 x 89 = 13 hidden in 10 / mean 1.33
     assert span_count(110, 0.15, 1.335) == 10

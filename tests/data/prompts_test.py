@@ -22,14 +22,6 @@ def test_prompts_and_prefill(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert prompts.examples[0]["answer"] == "2"
 
 
-def test_messages_go_through_the_template(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Tokenizer, "render", lambda self, messages, prefill: f"<eos>{messages[0]['content']}{prefill}")
-    path = write(tmp_path, {"messages": [{"role": "user", "content": "hi"}], "prefill": "so "})
-    assert PromptSet(path, tokenizer, 20).prompt_ids(0) == tokenizer.encode("<eos>hiso ")
-
-
 def test_all_examples_come_once_an_epoch(tokenizer: Tokenizer, tmp_path: Path) -> None:
     prompts = PromptSet(write(tmp_path, *({"prompt": str(i)} for i in range(30))), tokenizer, 20)
     first, second = ([prompts.at(e * 30 + i, 4) for i in range(30)] for e in (0, 1))
@@ -38,7 +30,9 @@ def test_all_examples_come_once_an_epoch(tokenizer: Tokenizer, tmp_path: Path) -
 
 
 def test_a_long_or_missing_prompt_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"p.jsonl:2: the prompt has 6 tokens, more than the 5"):
+    with pytest.raises(
+        ValueError, match=r"p.jsonl:2: the prompt has 6 tokens, more than the 5 there is room for; make"
+    ):
         PromptSet(write(tmp_path, {"prompt": "1"}, {"prompt": "123456"}), tokenizer, 5)
-    with pytest.raises(ValueError, match=r"p.jsonl:1: missing field 'prompt' or 'messages'; found 'text'"):
+    with pytest.raises(ValueError, match=r"p.jsonl:1: the row is a text without a prompt; give the fields"):
         PromptSet(write(tmp_path, {"text": "1"}), tokenizer, 5)

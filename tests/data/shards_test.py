@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from llmtrain.config.schema import SourceConfig, TokenizerConfig
-from llmtrain.data.shards import check_tokenizer, open_shards, split_documents, token_dtype, write_shards
+from llmtrain.data.shards import check_tokenizer, holds_out, open_shards, split_documents, token_dtype, write_shards
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.data.tokenizer_train import train_tokenizer
+from tests.data.families import family
 
 
 @pytest.fixture
@@ -42,6 +43,33 @@ def test_the_held_out_share(source: SourceConfig, share: float, held: int) -> No
     assert abs(splits.count("held_out") - held) <= 1
     assert splits[0] == "train"
     assert (splits[1] == "held_out") == (share > 0)  # so that two documents are enough to have both
+
+
+@pytest.mark.parametrize(
+    ("text", "share", "train"),
+    [
+        ("one\ntwo\nthree\nfour\n", 0.5, "one\ntwo\n"),  # behind a line
+        ("one two three four", 0.5, "one two "),  # behind a word
+        ("x" * 10, 0.3, "x" * 7),
+        ("one\ntwo\n", 0.0, "one\ntwo\n"),
+    ],
+)
+def test_one_document_is_split_by_its_text(tmp_path: Path, text: str, share: float, train: str) -> None:
+    (tmp_path / "x.txt").write_text(text)
+    one = SourceConfig(name="one", type="text", path=str(tmp_path / "x.txt"), held_out=share)
+    splits = list(split_documents(one, 0))
+    assert splits == [("train", train), *([("held_out", text[len(train) :])] if share else [])]
+
+
+def test_documents_begin_as_the_model_s_own_tokenizer_begins_them(source: SourceConfig, tmp_path: Path) -> None:
+    tokenizer = family("gemma", tmp_path)
+    write_shards([source.model_copy(update={"held_out": 0.0})], tokenizer, str(tmp_path / "s"), 0)
+    shard = open_shards(str(tmp_path / "s"), "train")["docs"]
+    text = next(text for _, text in split_documents(source, 0))
+    theirs = tokenizer.hugging_face(text.replace("<eos>", "")).input_ids
+    first = shard.tokens[: shard.offsets[1]].tolist()
+    assert first[0] == theirs[0] == tokenizer.hugging_face.bos_token_id and first.count(tokenizer.eos_id) == 1
+    assert not holds_out(str(tmp_path / "s"))
 
 
 def test_a_cut_or_missing_file_is_named(source: SourceConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:

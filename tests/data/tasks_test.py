@@ -6,14 +6,18 @@ import pytest
 
 from llmtrain.config.schema import RewardConfig, TaskConfig
 from llmtrain.data.arithmetic import is_held_out
-from llmtrain.data.jsonl import read_jsonl
+from llmtrain.data.faults import Faults
+from llmtrain.data.files import read_rows
 from llmtrain.data.tasks import write_task
 from llmtrain.rewards import Score, reasoning, scorer_of
 
 
 def lines(task: TaskConfig, directory: Path, seed: int = 0) -> dict[str, list[dict]]:
     write_task(task, str(directory), seed)
-    return {s: [r for _, r in read_jsonl(directory / f"{task.name}-{s}.jsonl")] for s in ("train", "held_out")}
+    return {
+        s: [r for _, r in read_rows(str(directory / f"{task.name}-{s}.jsonl"), Faults(""))]
+        for s in ("train", "held_out")
+    }
 
 
 def scored(records: list[dict]) -> list[Score]:

@@ -53,12 +53,12 @@ def test_fingerprint_survives_transformers_and_tells_tokenizers_apart(tokenizer:
 def test_render_uses_the_template_and_needs_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     with pytest.raises(ValueError, match="no chat template"):
-        tokenizer.render(messages)
+        tokenizer.encode_chat(messages)
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     )
     chat = load_tokenizer(str(copy(tokenizer, tmp_path, chat_template=template)))
-    assert chat.render(messages, "The answer is ") == "<user>Hi<a>The answer is "
+    assert chat.encode_chat(messages, "The answer is ") == chat.encode("<user>Hi<a>The answer is ")
 
 
 def test_padding_falls_back_to_eos_and_eos_is_needed(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -169,14 +169,14 @@ def test_training_again_gives_the_same_file(kind: str, trained: dict[str, Tokeni
 @pytest.mark.parametrize("kind", ["bpe, gpt4", "unigram, gpt4"])
 def test_chat_is_rendered_and_each_turn_ends_as_an_answer_does(kind: str, trained: dict[str, Tokenizer]) -> None:
     tokenizer = trained[kind]
-    prompt = tokenizer.render(CHAT[:1])
-    assert prompt == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer.encode_chat(CHAT[:1])
+    assert prompt == tokenizer.encode("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n")
     start, end = tokenizer.special_ids(["<|im_start|>", "<|im_end|>"])
     assert (end, start) == (tokenizer.eos_id, 2)
     theirs = tokenizer.hugging_face.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
-    answered = [*tokenizer.encode(prompt), *tokenizer.encode("4"), tokenizer.eos_id]
+    answered = [*prompt, *tokenizer.encode("4"), tokenizer.eos_id]
     assert theirs[: len(answered)] == answered and theirs.count(start) == 4 and theirs.count(end) == 3
-    assert tokenizer.render(CHAT) == tokenizer.hugging_face.decode(theirs)
+    assert tokenizer.encode_chat(CHAT) == theirs and tokenizer.turn_end_ids == (end,)
 
 
 @pytest.mark.parametrize("algorithm", ["wordpiece", "unigram"])

@@ -73,3 +73,31 @@ def test_replay_brings_text_by_its_weight(run: Callable) -> None:
         assert metrics["loss"] == pytest.approx(2.0 + 0.25 * 2.0, rel=1e-5)
         assert metrics["replay_loss"] == pytest.approx(2.0, rel=1e-5)
         assert tokens == (8 + 4) * 64
+
+
+def test_epochs_are_as_many_steps_as_their_rows_take(run: Callable) -> None:
+    """A document that gives epochs gives no steps; rows of several examples count as one."""
+    job, (total_updates, *steps) = run("train.epochs=2.5")
+    rows = len(Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1))
+    assert total_updates == len(steps) == -(-25 * rows // 80)
+    taken = [ids for step in range(len(steps)) for ids in rows_taken(job, step)]
+    assert len({tuple(ids) for ids in taken}) == rows
+
+
+def test_each_example_has_its_own_row_without_packing(run: Callable) -> None:
+    job, _ = run("data.pack=false", "train.steps=1")
+    rows = Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1, pack=False)
+    assert len(rows) == 64 and rows_taken(job, 0) == rows.batch(range(8)).input_ids.tolist()
+
+
+def test_held_out_demonstrations_are_measured_while_it_trains(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All log-probs are -2: the mean loss is 2 whatever the padding, over the first `train.eval_seqs` rows."""
+    noted = []
+    monkeypatch.setattr(sft, "note_evaluation", lambda job, scores: noted.append((job.step, scores)))
+    job, _ = run("train.eval_every_steps=2", "train.eval_seqs=3", "train.steps=5")
+    assert [step for step, _ in noted] == [0, 2, 4, 5]
+    assert all(scores == pytest.approx({"loss": 2.0, "perplexity": 7.389056}) for _, scores in noted)
+    rows = Demonstrations(job.config.data.held_out, job.tokenizer, 64, seed=1)
+    scored = [row for batch in job.engine.scored[0] for row in batch.input_ids.tolist()]
+    assert scored[:3] == rows.batch(range(3)).input_ids.tolist()
+    assert run()[0].engine.scored == [] and len(noted) == 4

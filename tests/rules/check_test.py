@@ -258,6 +258,11 @@ def config(*overrides: str, folder: Path) -> Config:
         ("sft", 4, ["model.init_from=no"], "model.init_from=no: does not exist; give the directory of a model"),
         ("grpo", 4, ["rollout.max_new_tokens=9"], "model.init_from: must be set, grpo starts from a trained model"),
         ("eval", 1, ["eval.text=false", "eval.problems=0"], "model.init_from: must be set, eval starts"),
+        ("sft", 4, ["train.eval_every_steps=1"], "data.held_out: must be set, train.eval_every_steps measures the"),
+        ("sft", 4, ["train.epochs=2", "train.steps=5"], "train.epochs=2: not together with train.steps=5; remove one"),
+        ("pretrain", 4, ["train.epochs=0.5"], "train.epochs=0.5: only sft counts epochs; set train.steps in pretrain"),
+        ("sft", 4, ["data.train=no.jsonl"], "data.train=no.jsonl: does not exist; give an existing path"),
+        ("sft", 4, ["data.train=no/such.csv:train"], "data.train=no/such.csv: does not exist; give an existing path"),
     ],
 )
 def test_one_broken_rule_is_one_line(
@@ -414,3 +419,11 @@ def test_a_run_document_is_for_run(tmp_path: Path) -> None:
         check(run, 1, "pretrain")
     with pytest.raises(ConfigError, match="WORLD_SIZE=4: run starts the processes of its stages itself"):
         check(run, 4, "run")
+
+
+def test_an_evaluation_needs_room_for_its_answers(tmp_path: Path) -> None:
+    wanted = "rollout.max_new_tokens=128: must be less than train.seq_len=128, which holds the prompt too; lower it or"
+    for problems, count in ((4, 1), (0, 0)):
+        keys = [f"eval.problems={problems}", "rollout.max_new_tokens=128"]
+        found = violations(config(*keys, folder=tmp_path), 1, "eval")
+        assert sum(line.startswith(wanted) for line in found) == count
