@@ -24,6 +24,7 @@ from llmtrain.observe.contents import file_digest
 from llmtrain.observe.files import sync, write_whole
 
 MARKER = ".llmtrain.json"
+STAGE_FILES = {"stage.yaml", "done.json", ".llmtrain.lock"}  # a stage of a run may write into its own directory
 RUN_RECORD = "run.json"  # in the directory of a run that trains
 LEFTOVER = re.compile(r"\.llmtrain-[0-9a-f]{8}\.(tmp|old)")  # names of ours while a directory is written or replaced
 SHOWN = 3  # names in a message
@@ -94,12 +95,12 @@ def check_target(directory: str | Path, command: str, source: str | None = None)
 
 
 def foreign(directory: Path, ignore: str = "") -> list[str]:
-    """Returns some of the names in a directory, `ignore` left out, that we did not write, or that were changed
-    since."""
-    listed = read_marker(directory).get("files", {})
+    """Returns some of the names in a directory, `ignore` and STAGE_FILES left out, that we did not write, or that were
+    changed since."""
+    listed, left_out = read_marker(directory).get("files", {}), {ignore, *STAGE_FILES}
     if not listed:
-        return [name for name in sorted(os.listdir(directory)) if name != ignore][: SHOWN + 1]
-    names = (name for name in _entries(directory) if name != MARKER and Path(name).parts[0] != ignore)
+        return [name for name in sorted(os.listdir(directory)) if name not in left_out][: SHOWN + 1]
+    names = (name for name in _entries(directory) if Path(name).parts[0] not in {MARKER, *left_out})
     return list(islice((name for name in names if not _unchanged(directory / name, listed.get(name))), SHOWN + 1))
 
 
@@ -145,12 +146,13 @@ def _run_around(target: Path) -> Path | None:
 
 
 def _must_stay(target: Path) -> bool:
-    """Says whether a directory is filled in place of being exchanged for another: an empty one, a mount, one that a
-    user is in, and one whose parent is not ours to write."""
+    """Says whether a directory is filled in place of being exchanged for another: an empty one, a mount, that of a
+    stage, one that a user is in, and one whose parent is not ours to write."""
     if not target.is_dir():
         return False
-    used = target in (here := Path.cwd(), *here.parents)
-    return used or os.path.ismount(target) or not any(target.iterdir()) or not os.access(target.parent, os.W_OK)
+    there, here = set(os.listdir(target)), Path.cwd()
+    used = not there or bool(there & STAGE_FILES) or target in (here, *here.parents)
+    return used or os.path.ismount(target) or not os.access(target.parent, os.W_OK)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ value would repeat some samples and skip others, or mix two measures under one n
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
 PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
 STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
-WRITTEN = ("config.yaml", GENERATION, *STREAMS)  # into a run directory
+WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory
 ABSENT = object()
 
 Contents = dict[str, dict[str, str]]
@@ -75,7 +75,7 @@ def recorded(directory: str) -> Record | None:
     for path in (os.path.join(directory, RUN_RECORD), *(os.path.join(place, STATE) for place in newest)):
         try:
             return as_record(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # a broken checkpoint is named when it is to be loaded
     return None
 
@@ -103,15 +103,15 @@ def check_directory(directory: str, now: Record, recipe: Recipe) -> None:
             "name or run_dir, or move them away"
         )
     if was is not None and list_checkpoints(os.path.join(directory, "checkpoints")):
-        check_same(was, now, recipe, directory)
-    elif was is not None and was["recipe"] not in (None, recipe.name):  # without a checkpoint it starts anew
-        raise ValueError(line(("command", was["recipe"], recipe.name), directory))
+        _refuse(differences(was, now, recipe), directory)
+    elif was is not None:  # without a checkpoint it starts anew, if it is the same run at all
+        found = [each for each in differences(was, now, recipe) if each[0] in ("command", "name")]
+        _refuse(found, directory)
 
 
-def check_same(was: Record, now: Record, recipe: Recipe, path: str) -> None:
-    """Raises ValueError, with a line for each difference, when a run is not the one that made `path`."""
-    if lines := [line(found, path) for found in differences(was, now, recipe)]:
-        raise ValueError("\n".join(lines))
+def _refuse(found: list[Difference], path: str) -> None:
+    if found:
+        raise ValueError("\n".join(line(each, path) for each in found))
 
 
 def line(found: Difference, path: str) -> str:

@@ -151,7 +151,6 @@ def start_directory(config: Config, recipe: Recipe) -> Contents:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
         found = contents()
     checksums.save()
-    keep_generation(config)
     return found
 
 

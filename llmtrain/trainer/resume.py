@@ -32,7 +32,7 @@ from llmtrain.trainer.identity import (
     recorded,
     write_record,
 )
-from llmtrain.trainer.job import GuardState, Job, checkpoint_dir, resolved
+from llmtrain.trainer.job import GuardState, Job, checkpoint_dir, keep_generation, resolved
 
 
 def check_same_run(job: Job, reader: CheckpointReader, path: str) -> None:
@@ -175,6 +175,7 @@ def begin(job: Job) -> None:
         log(f"from step {step + 1} with other values of {', '.join(changed)}; see events.jsonl")
     write_record(directory, now)
     write_whole(os.path.join(directory, "config.yaml"), dump(resolved(job.config)))
+    keep_generation(job.config)
 
 
 def load_newest(job: Job) -> str | None:

@@ -263,6 +263,10 @@ def test_import_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtrain.model.hf.smollm2_gguf", lambda: None)
     with pytest.raises(ValueError, match="pip install"):
         import_gguf("smollm2", str(tmp_path / "out"))
+    command = [sys.executable, "-m", "llmtrain.model.hf", "nothing.gguf", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=60)
+    assert result.returncode == 2 and result.stderr == "nothing.gguf: no such GGUF file\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_import_refuses_what_is_not_ours_before_it_reads(tmp_path: Path) -> None:
@@ -274,7 +278,3 @@ def test_an_import_refuses_what_is_not_ours_before_it_reads(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"would replace"):
         import_gguf(str(tmp_path / "model.gguf"), str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["model.gguf", "out"] and os.listdir(tmp_path / "out") == ["thesis.txt"]
-    command = [sys.executable, "-m", "llmtrain.model.hf", "nothing.gguf", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=60)
-    assert result.returncode == 2 and result.stderr == "nothing.gguf: no such GGUF file\n"
-    assert not (tmp_path / "out").exists()

@@ -278,6 +278,20 @@ def test_a_directory_that_a_user_is_in_stays(tmp_path: Path, monkeypatch: pytest
     assert contents(Path(".")) == written("three")
 
 
+def test_a_stage_may_write_into_its_own_directory(tmp_path: Path) -> None:
+    """What `llmtrain run` keeps there stays, and so does a file of a user's that has such a name."""
+    for text in ("one", "two"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "stage.yaml").write_text("# llmtrain run: export")
+        write(tmp_path / "out", text)
+        (tmp_path / "out" / "done.json").write_text("{}")
+        kept = {"stage.yaml": "# llmtrain run: export", "done.json": "{}"}
+        assert contents(tmp_path / "out") == {**written(text), **kept}
+    (tmp_path / "out" / "thesis").write_text("")
+    with pytest.raises(ValueError, match="holds thesis, which"):
+        write(tmp_path / "out")
+
+
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_killed_while_a_directory_is_filled(tmp_path: Path, renames: int) -> None:
     """An empty one: the next command goes on."""

@@ -220,6 +220,9 @@ def test_the_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^command=grpo: must stay sft, with which .*/run was made; or give the run"):
         check_directory(str(run), other, GRPO)
     other["recipe"] = "sft"
+    named = record_of(resolved(document(tmp_path, "name=y")), SFT, {})  # as another task of an array
+    with pytest.raises(ValueError, match=r"^name=y: must stay x"):
+        check_directory(str(run), named, SFT)
     check_directory(str(run), other, SFT)  # no checkpoint: nothing to go on from, it starts anew
     checkpoint(run, {"config": now["config"]})
     with pytest.raises(ValueError, match=r"^seed=3: must stay 0, with which .*/run was made"):
@@ -246,6 +249,7 @@ def test_checkpoints_alone_say_whose_they_are(tmp_path: Path) -> None:
         (["log.txt", "notes.md", "data", "slurm-3.out"], True),  # nothing that a run writes
         (["config.yaml"], False),  # a user's document, with run_dir=.
         (["samples.jsonl"], False),
+        (["run.json"], False),  # another tool's
         (["generation_config.json"], False),  # a model directory, with run_dir=
         (["config.yaml", "eval.json", "samples.jsonl"], False),  # an evaluation's
         (["config.yaml", "metrics.jsonl"], True),  # of an earlier version, killed before its first checkpoint
