@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import difflib
 import gc
 import importlib
@@ -78,18 +80,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """Runs `main` and ends the process; the console script and `python -m llmtrain` call it.
+    """Runs the console script and `python -m llmtrain`: `main`, then the end of the process.
 
-    A failed stage still has its process groups. Their native threads run on while the interpreter is torn down, which
-    now and then ends in SIGABRT instead of our status; so such a process leaves without the teardown.
+    A process that has imported torch leaves without the teardown of the interpreter: threads of torch outlive their
+    process groups and may still hold a tensor that belongs to Python. One that lets go of it during the teardown asks
+    for an interpreter that is gone, and the process ends in SIGABRT ("terminate called without an active exception").
     """
     status = main()
+    if "torch" not in sys.modules:
+        sys.exit(status)
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        atexit._run_exitfuncs()  # not after a failure in the middle of a job, whose partners nobody can wait for
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    os._exit(status)
 
 
 def _reads_document(arguments: Sequence[str]) -> bool:

@@ -149,6 +149,24 @@ def test_as_a_module_with_nothing_heavy_loaded(tmp_path: Path) -> None:
     assert "| torch\n" not in done.stderr and "pydantic" in done.stderr
 
 
+def test_a_finished_process_leaves_without_teardown() -> None:
+    """What is still held when the interpreter ends cannot change the exit code; exit handlers run."""
+    code = """
+import atexit, os, sys, types
+from llmtrain import cli
+class Held:
+    def __del__(self):
+        os.abort()
+held = sys.held = Held()
+sys.modules["torch"] = types.ModuleType("torch")
+atexit.register(print, "told")
+cli.main = lambda: 75
+cli.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (75, "told\n"), done.stderr
+
+
 def test_the_compiler_is_imported_only_by_runs_that_compile() -> None:
     """It is 2 s of a start. Not by any command, by the shapes of a model, or by what DeepSpeed asks about Muon."""
     modules = sorted({target.partition(":")[0] for target, _ in cli.commands().values()})
