@@ -186,7 +186,10 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     defaults = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if name in SHAPE}
     fields = _completed({**defaults, "family": family.name, **family.fields, **family.from_hf(config), "head": head})
     if fields["positions"] == "rope" and fields["attention"] == "gqa" and fields["head_dim"] % 2:
-        raise ValueError(f"head_dim={fields['head_dim']}: must be even, RoPE rotates pairs; use another model")
+        raise ValueError(
+            f"head_dim={fields['head_dim']}: must be even, RoPE rotates pairs (without it, it is hidden_size / "
+            "num_attention_heads); use another model"
+        )
     return fields
 
 

@@ -26,11 +26,12 @@ OTHER_KEYS = (  # of any model, old or new
     *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "rope_interleave", "rotary_dim"),
     *("original_max_position_embeddings", "sliding_window", "sliding_window_pattern", "use_sliding_window"),
     *("max_window_layers", "layer_types", "attention_chunk_size", "no_rope_layers", "is_causal", "use_mrope"),
-    *("head_dim", "attention_bias", "mlp_bias", "qkv_bias", "use_qk_norm", "parallel_attn", "alibi", "hidden_act"),
+    *("head_dim", "qk_head_dim", "attention_bias", "mlp_bias", "qkv_bias", "use_qk_norm", "parallel_attn", "alibi"),
     *("num_experts", "num_local_experts", "norm_topk_prob", "scoring_func", "topk_method", "moe_layer_freq"),
     *("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "embedding_multiplier", "torch_dtype"),
     *("attention_multiplier", "residual_multiplier", "attn_temperature_tuning", "num_nextn_predict_layers"),
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "n_embd", "n_ctx", "pretraining_tp", "rms_norm_eps"),
+    "hidden_act",
 )
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta")  # drawn more often
 KEPT = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "n_embd", "n_layer")  # the defaults are large

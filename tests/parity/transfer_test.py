@@ -121,6 +121,13 @@ def test_muon(forked: Callable, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_muon_of_experts(forked: Callable, tmp_path: Path) -> None:
+    layouts = [{"optimizer": "muon", **layout} for layout in EXPERTS[:3]]
+    check(forked, tmp_path, [(0, 1), (1, 2), (2, 0), (0, 0), (1, 1)], timeout_s=300, layouts=layouts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_scalar_head(forked: Callable, tmp_path: Path) -> None:
     """Its one row is cut along the columns under tp, and in pieces of which some are empty by FSDP2."""
     scalar = {"task": "values", "tied": False, "model": {"head": "scalar"}, "num_layers": 2}

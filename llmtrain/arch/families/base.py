@@ -230,6 +230,8 @@ def rope_fields(config: HfConfig, rope: HfConfig | None = None) -> tuple[float, 
         return theta, None
     if kind not in ("llama3", "linear", "yarn"):
         raise ValueError(f"rope_type={kind}: only default, llama3, linear and yarn are supported; use another model")
+    if rope.get("factor") is None:
+        raise ValueError(f"rope_type={kind}: needs a factor, rope_parameters or rope_scaling has none; give it there")
     if kind != "yarn":
         demand(rope, {"mscale_all_dim": (0, None)})  # DeepSeek scales its scores by it whatever the kind
     if kind == "linear":

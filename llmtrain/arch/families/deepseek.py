@@ -85,7 +85,9 @@ def v3_from_hf(config: HfConfig) -> dict[str, Any]:
     moe = MoeConfig(
         **_experts(config, **experts), **groups, gate="sigmoid", selection_bias=True, normalize=bool(normalize)
     )
-    return {**_fields(config, 4096, moe), "rope_interleaved": config.get("rope_interleave", True)}
+    fields = _fields(config, 4096, moe)
+    demand(config, {"head_dim": (fields["mla"].rope_head_dim,)})  # transformers rotates by it where it is given
+    return {**fields, "rope_interleaved": config.get("rope_interleave", True)}
 
 
 GROUPS = {"num_groups": "n_group", "top_groups": "topk_group"}
@@ -123,6 +125,7 @@ def _fields(config: HfConfig, max_positions: int, moe: MoeConfig) -> dict[str, A
         rope_head_dim=number(config, "qk_rope_head_dim", default=64),
         v_head_dim=number(config, "v_head_dim", default=128),
     )
+    demand(config, {"qk_head_dim": (mla.nope_head_dim + mla.rope_head_dim,)})
     return {**common_fields(config, max_positions), "mla": mla, "moe": moe}
 
 
