@@ -174,7 +174,7 @@ def test_hashes_without_files_from_outside_are_those_of_earlier_versions(tmp_pat
 def test_a_tokenizer_is_set_aside_with_the_data(tmp_path: Path, bodies: dict[str, str]) -> None:
     """Else the data would be made anew, with the tokenizer of the old settings."""
     bodies["data"] = "t = d.parent / 'tok'; t.mkdir(); (t / 'tokenizer.json').write_text('made')"
-    over = ("tokenizer.path={run}/tok", "tokenizer.vocab_size=300")
+    over = ('tokenizer.path="{run}/tok"', "tokenizer.vocab_size=300")
     for _ in range(2):
         assert run.main(document(tmp_path, *over)) == 0
     assert run.main(document(tmp_path, *over, "stages.pretrain.set.train.steps=6")) == 0
