@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from llmtrain.arch.resolve import newest_step
 from llmtrain.config.recipes import recipe_of
+from llmtrain.config.rows import split_path
 from llmtrain.config.schema import Config
 from llmtrain.observe.contents import Checksums, files_at
 
@@ -18,7 +19,8 @@ def contents(command: str, config: Config, made: list[str], checksums: Checksums
     found = {}
     for key, path in read_paths(command, config):
         if path is not None and not any(inside(path, directory) for directory in made):
-            found[key] = checksums.of_all(weight_files(path) if key == "model.init_from" else files_at(path))
+            place = split_path(path)[0]  # a path of rows may name a split
+            found[key] = checksums.of_all(weight_files(path) if key == "model.init_from" else files_at(place))
     return found
 
 
@@ -30,8 +32,10 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
         yield from ((f"data.sources.{source.name}", source.path) for source in data.sources)
     if recipe is not None and not recipe.packs_text:
         yield "data.train", data.train
-    if command == "eval":
-        yield "data.held_out", data.held_out if config.eval.problems else None
+    if (command == "eval" and config.eval.problems) or (recipe is not None and config.train.eval_every_steps):
+        yield "data.held_out", data.held_out
+    if command == "eval" or (recipe is not None and recipe.samples):
+        yield from ((f"rewards.{reward.name}", reward.file) for reward in config.rewards)
     if recipe is not None and (recipe.packs_text or data.replay_seqs):
         yield "data.path", data.path
     if command == "eval" and config.eval.text:

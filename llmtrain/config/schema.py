@@ -336,6 +336,12 @@ class RewardConfig(Section):
     max_error_share: float | None = Field(None, ge=0.0, le=1.0)  # of a step; above it the run stops; None = 1, own: 0.5
     unsandboxed: bool = False  # run `function` with all that you may do: files, network, what it remembers
 
+    @property
+    def file(self) -> str | None:
+        """Returns the file that `function` is in, None where it is in a module or there is none."""
+        place = (self.function or "").rpartition(":")[0]
+        return place if place.endswith(".py") else None
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: Any) -> Any:

@@ -43,6 +43,7 @@ SAME = (
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
 value would repeat some samples and skip others, or mix two measures under one name."""
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
+JUDGING = ("name", "function", "weight", "deadline_s")  # of a reward
 PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
 STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
 WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory
@@ -129,7 +130,7 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
         before, after = (_value(record["config"], key) for record in (was, now))
         if before is not ABSENT and before != after:
             found.append((key, before, after))
-    found += _source_weights(was["config"], now["config"], recipe)
+    found += [*_source_weights(was["config"], now["config"], recipe), *_rewards(was["config"], now["config"], recipe)]
     models = (was["config"]["model"], now["config"]["model"])
     found += other_function(*models, ramped=bool(now["config"]["train"]["seq_ramp"]))
     for key, content in now["contents"].items():
@@ -143,7 +144,7 @@ def same_keys(config: dict[str, Any], recipe: Recipe) -> list[str]:
     """Returns the keys whose values must stay."""
     keys = [*SAME, *recipe.same, *(f"data.{name}" for name in config["data"] if name not in BY_CONTENTS)]
     if recipe.samples:
-        keys += ["rewards", *(f"rollout.{name}" for name in config["rollout"] if name not in PLACES)]
+        keys += [f"rollout.{name}" for name in config["rollout"] if name not in PLACES]
     return ["name", *keys] if config["run_dir"] else keys  # else the directory follows the name
 
 
@@ -174,6 +175,20 @@ def _source_weights(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) ->
             yield f"data.sources.{name}.weight", before[name], after[name]
 
 
+def _rewards(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterator[Difference]:
+    """Yields the rewards if they judge otherwise; of a function in a file the contents are compared, not the path."""
+    before, after = was.get("rewards", now["rewards"]), now["rewards"]
+    if not recipe.samples or (len(before) == len(after) and all(map(_judge_alike, before, after))):
+        return
+    yield "rewards", *([{key: each.get(key) for key in JUDGING} for each in rewards] for rewards in (before, after))
+
+
+def _judge_alike(was: dict[str, Any], now: dict[str, Any]) -> bool:
+    in_files = all((each.get("function") or "").rpartition(":")[0].endswith(".py") for each in (was, now))
+    keys = [key for key in JUDGING if key in was and not (key == "function" and in_files)]
+    return all(was[key] == now[key] for key in keys)
+
+
 def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: str, checksums: Checksums) -> Contents:
     """Returns path and checksum of what a run reads, by key; what is not there yet is left out."""
     found: Contents = {}
@@ -184,6 +199,8 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
         places["data.held_out"] = (config.data.held_out, files_at(split_path(config.data.held_out)[0]))
     if (recipe.packs_text or config.data.replay_seqs) and os.path.isfile(os.path.join(data_dir, MANIFEST)):
         places["data.path"] = (data_dir, shard_files(data_dir))
+    if recipe.samples:
+        places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in config.rewards if each.file}
     if config.model.init_from:
         places["model.init_from"] = (config.model.init_from, weight_files(config.model.init_from))
     for key, (path, files) in places.items():

@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.commands.export import main
 from llmtrain.config.load import load
-from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.chat import CHATML
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.hf_write import save_hf
 from llmtrain.trainer.completions import sampling_of
-from llmtrain.trainer.job import keep_generation, start_directory
+from llmtrain.trainer.job import keep_generation
 
 
 def chatting(small_data: Path, directory: Path) -> str:
@@ -48,7 +47,7 @@ def test_end_tokens_and_templates_survive_a_run(small_data: Path, tmp_path: Path
     document = tmp_path / "x.yaml"
     document.write_text(f"run_dir: {tmp_path}/run\nmodel: {{init_from: {start}}}\ntokenizer: {{path: {kept}}}\n")
     config = load(str(document), [])
-    start_directory(config, RECIPES["sft"])
+    (tmp_path / "run").mkdir()
     keep_generation(config)
     generation = {"eos_token_id": [514, 1, 513], "top_k": 7}
     assert json.loads((tmp_path / "run" / "generation_config.json").read_text()) == generation

@@ -88,6 +88,45 @@ def test_a_reward_must_stay(tmp_path: Path) -> None:
     assert key == "rewards" and was[0]["name"] == "reasoning_gym" and now[0]["weight"] == 2.0
 
 
+OWN = "rewards=[{function: a.py:score, name: own}]"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "same"),
+    [
+        (OWN, OWN, True),
+        (OWN, OWN.replace("a.py", "moved/b.py"), True),  # the contents are compared
+        (OWN, OWN.replace("a.py", "package.module"), False),
+        (OWN, OWN.replace("}", ", max_error_share: 0.1}"), True),
+        (OWN, OWN.replace("}", ", weight: 2.0}"), False),
+        (OWN, OWN.replace("}", ", deadline_s: 1.0}"), False),
+        (OWN, OWN.replace("}]", "}, {name: math}]"), False),
+        ("rewards=[{name: math}]", "rewards=[{name: first_integer}]", False),
+    ],
+)
+def test_which_rewards_judge_alike(tmp_path: Path, was: str, now: str, same: bool) -> None:
+    before, after = (record_of(resolved(document(tmp_path, given)), GRPO, {}) for given in (was, now))
+    assert (differences(before, after, GRPO) == []) == same
+
+
+def test_rewards_of_an_earlier_version(tmp_path: Path) -> None:
+    before, after = (record_of(resolved(document(tmp_path)), GRPO, {}) for _ in range(2))
+    before["config"]["rewards"] = [{"name": "reasoning_gym", "weight": 1.0}]
+    assert differences(before, after, GRPO) == []
+    before["config"]["rewards"][0]["weight"] = 2.0
+    assert [key for key, *_ in differences(before, after, GRPO)] == ["rewards"]
+
+
+def test_the_code_of_a_reward_of_the_users_counts(tmp_path: Path) -> None:
+    config = document(tmp_path, f"rewards=[{{function: {tmp_path}/mine.py:score}}, {{name: math}}]")
+    seen = []
+    for text in ("def score(): return 1", "def score(): return 2"):
+        (tmp_path / "mine.py").write_text(text)
+        seen.append(contents_of(config, GRPO, data_dir(config), tokenizer_dir(config), Checksums()))
+    assert [list(each) for each in seen] == [["rewards.score"]] * 2 and seen[0] != seen[1]
+    assert contents_of(config, SFT, data_dir(config), tokenizer_dir(config), Checksums()) == {}
+
+
 @pytest.mark.parametrize(
     ("recipe", "override"),
     [

@@ -63,7 +63,8 @@ def test_another_run_in_the_directory(small: Path, tmp_path: Path) -> None:
         assert [(tmp_path / "run" / name).read_bytes() for name in files] == before
     done = run_alone("llmtrain", "sft", str(small), run, "train.steps=4", "checkpoint.every_steps=1", "optim.lr=1e-3")
     assert done.returncode == 0, done.stdout[-2000:]
-    [event] = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    [event] = [event for event in events if event["event"] == "changed"]
     assert event["step"] == 2 and event["keys"] == {"optim.lr": [3e-3, 1e-3], "train.steps": [2, 4]}
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [
         1,
