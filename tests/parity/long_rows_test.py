@@ -26,7 +26,9 @@ SHORT = [
     layout("alltoall", FSDP, "branches"),
     layout("ring", {**FSDP, "remat": "selective"}, "branches"),
 ]
-LONG = [layout(method, engine, task) for method in METHODS for engine in (ZERO, FSDP) for task in ("documents", "branches")]
+LONG = [
+    layout(method, engine, task) for method in METHODS for engine in (ZERO, FSDP) for task in ("documents", "branches")
+]
 LONG += [layout(method, ZERO, "documents", **WINDOW) for method in METHODS[1:]]
 LONG += [layout("alltoall", FSDP, "documents", **WINDOW, attention_softcap=5.0)]
 LONG += [{**layout("ring", engine, "documents"), "cp": 1, "dp_shard": 2} for engine in (ZERO, FSDP)]

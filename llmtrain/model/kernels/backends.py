@@ -141,9 +141,7 @@ def visibility(
     T = positions.size(1)
     window = None if window is not None and window >= T else window
     masked = segment_ids is not None or window is not None
-    chosen = fastest(
-        kernels.backends, masked or queries is not None, branch_ids is not None, kernels.unfused, tokens=T
-    )
+    chosen = fastest(kernels.backends, masked or queries is not None, branch_ids is not None, kernels.unfused, tokens=T)
     if chosen == "tiles":
         side, whole = tile_side(positions.device, kernels.softcap), whole_row(T)
         return plan_tiles(segment_ids, branch_ids, positions, window, queries or whole, whole, side)

@@ -142,8 +142,10 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # A finite number: a query may see nothing of this tile.
-    return None if mask is None else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, HIDDEN)
+    if mask is None:
+        return None
+    # HIDDEN is finite: a query may see nothing of this tile.
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, HIDDEN)
 
 
 def _with_diagonal(mask: Tensor | None, tile: Tile, device: torch.device) -> Tensor | None:
@@ -152,9 +154,7 @@ def _with_diagonal(mask: Tensor | None, tile: Tile, device: torch.device) -> Ten
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril() if tile.causal else mask
 
 
-def _written_out(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Returns (output, logsumexp of the scores), fp32."""
     scores = _hidden(_scores(q, k, softcap), mask)
     lse = scores.logsumexp(-1)

@@ -34,7 +34,6 @@ from llmtrain.model.kernels.backends import (
     kernels_of,
     make_kernels,
     set_kernels,
-    usable,
     visibility,
 )
 from llmtrain.model.kernels.flex_masks import BLOCK, block_mask, seen_blocks
