@@ -2,7 +2,8 @@
 
 A tiny model, so that attention and what grows with the row are all there is. CPU time is summed over ranks: other
 programs on the machine change it little, and wall time a lot. Memory is the most that torch's allocator held during a
-step beyond what was there before it, on the fuller rank; `plan` is what `llmtrain plan` says of activations and logits.
+step beyond what was there before it, on the fuller rank; `plan` is what `llmtrain plan` says of activations, attention
+and logits.
 
     python -m benchmarks.long_rows [--cases documents:16384,causal:32768] [--out benchmarks/results/long_rows.json]
 """
@@ -131,7 +132,7 @@ def planned(kind: str, tokens: int, way: str) -> int:
     from llmtrain.scaling.plan import plan
 
     p = plan(config_of(kind, tokens, way), 1 if way == "one rank" else 2)
-    return p.activations_bytes + p.logits_bytes
+    return p.activations_bytes + p.attention_bytes + p.logits_bytes
 
 
 def check_same(results: dict[str, dict]) -> None:
@@ -163,9 +164,9 @@ def main() -> None:
         show(kind, tokens, results)
         check_same(results)
         records.append({"kind": kind, "tokens": tokens, "results": results})
-    if args.out:
-        written = {**environment("benchmarks.long_rows", ("torch", "deepspeed"), 1), "cases": records}
-        Path(args.out).write_text(json.dumps(written, indent=2) + "\n")
+        if args.out:  # written after every case, as the run is long
+            written = {**environment("benchmarks.long_rows", ("torch",), 1), "cases": records}
+            Path(args.out).write_text(json.dumps(written, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from llmtrain.config.schema import ModelConfig
 FLASH_WIDTH = 256  # the widest head that FlashAttention 2 has kernels for
 FLEX_WIDTH = 16  # the narrowest head that flex attention compiles for
 FLEX_TOKENS = 1024  # tokens from which `auto` gives a masked row to flex: shorter rows have few blocks to leave out
-TILE_TOKENS = (
-    1024  # tokens from which a CPU computes a masked row by tiles: 1.1 to 1.5 times as fast; 512 tokens, 0.6 to 1.2
-)
+# Tokens from which a CPU computes a masked row by tiles: there 1.1 to 1.5 times as fast, with 512 tokens 0.6 to 1.2, so
+# that shorter rows keep the numbers they had.
+TILE_TOKENS = 1024
 FLASH_PRECISIONS = ("bf16", "fp16", "fp8")  # fp8 is for projections only, attention stays bf16
 
 

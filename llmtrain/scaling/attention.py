@@ -9,9 +9,8 @@ T / cp tokens of a row on each context-parallel rank, a layer has, in values a t
     ring         nothing                       kv, and in fp32 3 kv + q: a shard that arrives, and the gradients of
                                                own, leaving and arriving shards and of the queries
 
-`copies`: see `parallel.context`. Not counted are the scores of one tile, which ring computes on a GPU: 1,024 x 1,024
-for
-each head, in fp32, about four times; and scores that sdpa stores with a softcap.
+`copies`: how often alltoall repeats K/V heads. Not counted are the scores of one tile, which ring computes on a GPU:
+1,024 x 1,024 for each head, in fp32, about four times; and scores that sdpa stores with a softcap.
 """
 
 from __future__ import annotations

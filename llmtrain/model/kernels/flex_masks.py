@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BLOCK = 128  # tokens; the size that the kernels are tuned for
 
 Pair = tuple[Tensor, Tensor]
-"""Holds two masks of blocks, bool [B, query blocks, key blocks]: some of the block may be seen; all of it is."""
+"""Holds two tensors of blocks. As masks, bool [B, query blocks, key blocks]: some of it may be seen; all of it is."""
 
 
 def block_mask(

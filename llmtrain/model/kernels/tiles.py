@@ -142,10 +142,10 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # A finite number: a query may see nothing of this tile.
-    return (
-        None if mask is None else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, HIDDEN)
-    )
+    if mask is None:
+        return None
+    # HIDDEN is finite: a query may see nothing of this tile.
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, HIDDEN)
 
 
 def _with_diagonal(mask: Tensor | None, tile: Tile, device: torch.device) -> Tensor | None:
