@@ -77,7 +77,7 @@ def _common(config: HfConfig, positions: int, period: int) -> dict[str, Any]:
     """Returns the fields of either family; every `period`-th layer is full where the config does not list the types."""
     demand(config, COMPUTED)
     config = {**DEFAULTS, **config}
-    window, period = config.get("sliding_window", 4096), config.get("sliding_window_pattern", period)
+    window, period = config.get("sliding_window", 4096), number(config, "sliding_window_pattern", default=period)
     layers = number(config, "num_hidden_layers")
     default = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
     kinds = config.get("layer_types") or default
