@@ -71,14 +71,6 @@ def kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def parse_line(text: str, path: str | Path, line: int) -> dict[str, Any]:
-    """Returns the object on one line (counted from 1). Raises ValueError, with file and line, when it is none."""
-    try:
-        return parse_object(text)
-    except ValueError as error:
-        raise ValueError(f"{path}:{line}: {error}") from None
-
-
 def decode(data: bytes) -> str:
     """Returns the text of UTF-8 bytes. Raises ValueError, without a place, when they are something else."""
     try:
