@@ -12,6 +12,7 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES, config_class
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
+from llmtrain.scaling.attention import attention_bytes
 from llmtrain.scaling.plan import activation_bytes, bubble_share, main, plan
 
 
@@ -44,6 +45,31 @@ def test_activations_by_hand() -> None:
     remat = config.model_copy(update={"engine": EngineConfig(remat="selective")})
     kept = 2 * 128 + 32 * (4 + 2 + 2) + 4 * 32 + 2 * 384
     assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (4 * kept + values)
+
+
+def test_attention_by_hand() -> None:
+    """tests/parity/activations_test.py holds it to the peaks of the allocator."""
+    model = resolve_model(ModelConfig(num_kv_heads=2))  # 4 heads of 32
+    q, kv, layers, T = 4 * 32, 2 * 2 * 32, 4, 2048
+
+    def found(method: str, cp: int = 4, tokens: int = T, **engine: object) -> int:
+        train = TrainConfig(seq_len=tokens, micro_batch_seqs=2, global_batch_seqs=2)
+        parallel = ParallelConfig(cp=cp, context=method)
+        config = Config(train=train, parallel=parallel, engine=EngineConfig(precision="bf16", **engine))
+        return attention_bytes(config, model, {"pp": 1, "cp": cp, "tp": 1}, layers)
+
+    tokens = 2 * T // 4
+    assert found("ring", cp=1) == 0
+    assert found("ring") == tokens * (kv * 2 + (3 * kv + q) * 4)
+    assert found("allgather") == tokens * 2 * (layers * 3 * kv + 2 * 4 * kv)
+    assert found("alltoall") == tokens * 2 * (layers * (q + 2 * kv - kv) + 2 * (q + 2 * kv))  # 2 heads for 4 ranks
+    assert found("allgather", remat="full") == tokens * 2 * (3 * kv + 2 * 4 * kv)
+    mask = 2 * T * T * (1 + layers * 2)  # bool, and in bf16 for each layer
+    assert found("ring", attention="sdpa") == found("ring")
+    assert found("ring", cp=1, attention="sdpa") == mask
+    assert found("alltoall", attention="sdpa") == found("alltoall") + mask
+    assert found("allgather", attention="sdpa") == found("allgather") + mask // 4
+    assert found("alltoall", cp=1, tokens=512) == mask // 16  # too short for flex and tiles
 
 
 def test_bubble() -> None:
