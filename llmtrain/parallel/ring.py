@@ -40,8 +40,8 @@ class _Ring(torch.autograd.Function):
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tiles], group: ProcessGroup
     ) -> Tensor:
         out, lse = nothing_seen(q, v)
-        with _disable_current_modes():  # selective rematerialisation would keep the output of every tile
-            for source, (keys, values) in _circulate([k.contiguous(), v.contiguous()], group):
+        for source, (keys, values) in _circulate([k.contiguous(), v.contiguous()], group):
+            with _disable_current_modes():  # selective rematerialisation would keep the output of every tile
                 add_tiles(out, lse, q, keys, values, tiles[source])
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,15 @@ from tests.conftest import ROOT
 FOCAL = "plugins: [tests.recipes.toy_recipe]\nfocal: {gamma: 1.0}\n"
 LAYOUT = ("parallel.pp=2", "parallel.tp=2")
 NAMES = ("step", "loss", "grad_norm", "lr", "weight", "tokens")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_before() -> Iterator[None]:
+    """Forgets the toy when these tests are done: other tests of this process know the package's recipes."""
+    before = dict(RECIPES)
+    yield
+    RECIPES.clear()
+    RECIPES.update(before)
 
 
 @pytest.fixture
