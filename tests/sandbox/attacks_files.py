@@ -82,7 +82,7 @@ WHOLE = attacks(
         "at attributes": "os.listxattr('$secret')",
         "at processes": "os.stat('/proc/self')",
         "at devices": "os.stat('/dev/null')",
-        "at the disk": "os.statvfs('/tmp')",
+        "at the disk": "os.statvfs('$outside')",
     },
     whole=True,
 )
