@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote
 
 import torch
 
@@ -22,6 +21,7 @@ from llmtrain.engine.precision import compute_dtype
 from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
 from llmtrain.model.decoder import Decoder
+from llmtrain.observe.evaluations import COMMAND, FILES, place_in_run
 from llmtrain.observe.locks import locked, making
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.observe.owned import adopt, filling, is_run, replacing
@@ -34,13 +34,11 @@ from llmtrain.trainer.job import open_tokenizer, resolved
 from llmtrain.types import Prompt
 
 ROWS_A_BATCH = 16
-COMMAND = "llmtrain eval"
-FILES = ("config.yaml", "eval.json", "samples.jsonl")
 
 
 def main(config: Config) -> None:
     """Writes eval.json, samples.jsonl and config.yaml: into the run directory, or where that holds a run which trains
-    into its eval/<label>/."""
+    (or evaluations that lie apart) into its eval/<label>/."""
     make_run_dir(config.directory)
     meant = of_own_run(config)
     with results(config) as directory:
@@ -59,8 +57,8 @@ def main(config: Config) -> None:
 @contextmanager
 def results(config: Config) -> Iterator[Path]:
     """Yields a directory to write into, whose files go to their place when the block ends well."""
-    if is_run(config.directory):
-        target = os.path.join(config.directory, "eval", quote(config.eval.label, safe=" ,()").replace(".", "%2E", 1))
+    if is_run(config.directory) or os.path.isdir(os.path.join(config.directory, "eval")):
+        target = place_in_run(config.directory, config.eval.label)
         with making(target), replacing(target, COMMAND, config.model.init_from) as directory:
             yield directory
         return

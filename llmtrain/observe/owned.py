@@ -101,7 +101,7 @@ def foreign(directory: Path, ignore: str = "") -> list[str]:
     if not listed:
         return [name for name in sorted(os.listdir(directory)) if name not in left_out][: SHOWN + 1]
     names = (name for name in _entries(directory) if Path(name).parts[0] not in {MARKER, *left_out})
-    return list(islice((name for name in names if not _unchanged(directory / name, listed.get(name))), SHOWN + 1))
+    return list(islice((name for name in names if not unchanged(directory / name, listed.get(name))), SHOWN + 1))
 
 
 def is_run(directory: str | Path) -> bool:
@@ -266,7 +266,7 @@ def _lock(file: IO[str]) -> bool:
 def _check_names(directory: str | Path, target: Path, names: Iterable[str]) -> None:
     listed = read_marker(target).get("files", {})
     there = (name for name in names if os.path.lexists(target / name))
-    _refuse_others(directory, [name for name in there if not _unchanged(target / name, listed.get(name))])
+    _refuse_others(directory, [name for name in there if not unchanged(target / name, listed.get(name))])
 
 
 def _refuse_others(directory: str | Path, names: list[str]) -> None:
@@ -288,7 +288,8 @@ def _entries(directory: Path) -> Iterator[str]:
             yield os.path.relpath(folder, directory)
 
 
-def _unchanged(path: Path, listed: list | None) -> bool:
+def unchanged(path: Path, listed: list | None) -> bool:
+    """Says whether a file is as a marker lists it."""
     if listed is None or path.is_symlink() or not path.is_file():
         return False
     return path.stat().st_size == listed[0] and _described(path) == listed

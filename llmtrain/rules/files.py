@@ -200,7 +200,8 @@ def _evaluation_files(case: Case) -> Iterator[str]:
     if evaluation.text:
         own = os.path.join(case.config.directory, "data")
         place = data.path or (own if os.path.isdir(own) else None)
-        yield from _existing(case, "data.path", place, "eval.text measures on the held-out shards there")
+        why = "eval.text measures on the held-out shards there (not with eval.text=false)"
+        yield from _existing(case, "data.path", place, why)
 
 
 FILE_RULES: Rules = (

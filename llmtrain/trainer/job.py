@@ -24,6 +24,7 @@ from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine
 from llmtrain.observe.contents import CACHE, Checksums
+from llmtrain.observe.evaluations import make_room
 from llmtrain.observe.files import write_whole
 from llmtrain.observe.locks import hold
 from llmtrain.observe.log import log, make_run_dir
@@ -140,6 +141,7 @@ def start_directory(config: Config, recipe: Recipe) -> Contents:
     what the run reads. Raises ValueError when another job or another run has the directory."""
     make_run_dir(config.directory)
     hold(config.directory)
+    make_room(config.directory)
     checksums = Checksums(os.path.join(config.directory, CACHE))
 
     def contents() -> Contents:

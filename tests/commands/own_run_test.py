@@ -16,6 +16,7 @@ from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.commands import evaluate, export, report
 from llmtrain.config.load import load
 from llmtrain.config.schema import Config
+from llmtrain.observe.evaluations import make_room
 from llmtrain.rules.check import check
 from tests.forked import run_alone
 from tests.small_run import DOCUMENT
@@ -154,6 +155,31 @@ def test_eval_has_a_directory_of_its_own_in_a_run(folder: Path, tmp_path: Path) 
     assert os.listdir(tmp_path) == ["run"]
     page = Path(report.write_report(str(run))).read_text()
     assert all(label in page for label in labels)
+
+
+def test_a_run_begins_where_its_start_was_evaluated(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = load(tuned_document(folder), [f"run_dir={run}", f"model.init_from={folder}/tuned", *EVAL])
+    evaluate.main(config)
+    written = {name: (run / name).read_bytes() for name in ("config.yaml", "eval.json", "samples.jsonl")}
+    os.makedirs(run / "eval" / "model")
+    os.rename(run / "config.yaml", run / "eval" / "model" / "config.yaml")  # a move that was cut off
+    make_room(run)
+    make_room(run)
+    assert {p.name: p.read_bytes() for p in (run / "eval" / "model").iterdir() if p.name[0] != "."} == written
+    assert sorted(os.listdir(run)) == [".llmtrain.lock", "eval"]
+
+    evaluate.main(config)  # before anything was trained there: again in its place
+    assert sorted(os.listdir(run)) == [".llmtrain.lock", "eval"] and os.listdir(run / "eval") == ["model"]
+
+
+def test_an_evaluation_that_was_changed_is_not_moved(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    evaluate.main(load(tuned_document(folder), [f"run_dir={run}", f"model.init_from={folder}/tuned", *EVAL]))
+    (run / "samples.jsonl").write_text("mine")
+    before = sorted(os.listdir(run))
+    make_room(run)
+    assert sorted(os.listdir(run)) == before
 
 
 def test_an_evaluation_of_an_earlier_version_is_replaced_and_one_of_the_users_is_not(
