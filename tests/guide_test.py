@@ -38,9 +38,7 @@ def walk(folder: Path, limit_s: float) -> str:
         elif IMPORT not in text:
             environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
             command = ["bash", "-euo", "pipefail", "-c", text]
-            done = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s
-            )
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s)
             assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             printed.append(done.stdout + done.stderr)
     return "\n".join(printed)
