@@ -47,7 +47,8 @@ def test_every_stage(tmp_path: Path) -> None:
     document = ("run", "configs/quickstart.yaml", f"run_dir={run}", *FEW)
     result = llmtrain(*document, timeout_s=560)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert all((run / stage / "done.json").exists() for stage in STAGES)
+    done = {stage: json.loads((run / stage / "done.json").read_text()) for stage in STAGES}
+    assert all(0 < done[stage]["cpu_s"] < 3 * done[stage]["seconds"] * (os.cpu_count() or 1) for stage in STAGES)
 
     for stage, steps in (("pretrain", 3), ("sft", 3), ("grpo", 2)):
         lines = (run / stage / "metrics.jsonl").read_text().splitlines()

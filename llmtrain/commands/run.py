@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import re
 import shlex
 import signal
@@ -120,19 +121,26 @@ def is_done(stage_run: StageRun) -> bool:
     return os.path.exists(stage_run.done) and _read_json(stage_run.done)["hash"] == stage_run.hash
 
 
+def children_cpu_s() -> float:
+    """Returns the CPU time of all processes of stages that have ended, their ranks among them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run_stage(stage_run: StageRun, title: str, held: int) -> int:
     """Starts one stage, waits for it, and notes that it is done; returns its exit status."""
     set_aside_other(stage_run)
     os.makedirs(stage_run.directory, exist_ok=True)
     write_whole(stage_run.yaml, stage_run.head + stage_run.config)
-    start, command = time.monotonic(), stage_command(stage_run)
+    start, cpu_start, command = time.monotonic(), children_cpu_s(), stage_command(stage_run)
     status = run_child(command, child_environment(stage_run.stage.ranks), held)
     seconds = round(time.monotonic() - start, 1)
     if status:
         _say(f"{title}: ended with status {status} after {seconds} s; its files are in {stage_run.directory}")
         _say("the same command goes on from there")
         return status
-    done = {"hash": stage_run.hash, "seconds": seconds, "command": shlex.join(command)}
+    cpu_s = round(children_cpu_s() - cpu_start, 1)
+    done = {"hash": stage_run.hash, "seconds": seconds, "cpu_s": cpu_s, "command": shlex.join(command)}
     write_whole(stage_run.done, json.dumps(done, indent=1))
     _say(f"{title}: done in {seconds} s")
     return 0

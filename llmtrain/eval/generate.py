@@ -29,19 +29,22 @@ def evaluate_problems(
 
     `judge` scores pairs of (problem, completion); `classes` numbers the answers of completions, equal ones equally
     (None: there is none). Returns means over the problems, `greedy`, `pass@1`, `pass@<samples>` and `maj@<samples>` (a
-    completion with the most frequent answer is right), with `problems`, their number, and `reward_errors`, on how many
-    completions the scorer failed; and one record for each completion, the greedy ones first: {"problem", "prompt",
+    completion with the most frequent answer is right), with `entropy`, the mean of -log p over the sampled tokens (nats;
+    an estimate without bias), `problems`, their number, and `reward_errors`, on how many completions the scorer failed;
+    and one record for each completion, the greedy ones first: {"problem", "prompt",
     "completion", "reward", "greedy"}, and "reward_error" where the scorer failed. Raises ValueError without prompts.
     """
     if not prompts:
         raise ValueError("no problems to evaluate: raise eval.problems or fill data.held_out")
 
     def complete(request: Sampling) -> list[dict[str, Any]]:
-        groups = enumerate(generator.generate(prompts, request))
-        answered = [(i, decode(s.prompt_ids), decode(s.ids)) for i, group in groups for s in group]
+        groups = generator.generate(prompts, request)
+        surprises.append([-logprob for group in groups for s in group for logprob in s.logprobs])
+        answered = [(i, decode(s.prompt_ids), decode(s.ids)) for i, group in enumerate(groups) for s in group]
         scores = judge([(i, text) for i, _, text in answered])
         return [record(*each, score) for each, score in zip(answered, scores, strict=True)]
 
+    surprises: list[list[float]] = []  # of the tokens of each call
     greedy = complete(replace(sampling, temperature=0.0, num_samples=1))
     sampled = complete(replace(sampling, num_samples=samples))
     groups = [[s for s in sampled if s["problem"] == i] for i in range(len(prompts))]
@@ -51,6 +54,7 @@ def evaluate_problems(
         "pass@1": fmean(pass_at_k(samples, c, 1) for c in right),
         f"pass@{samples}": fmean(pass_at_k(samples, c, samples) for c in right),
         f"maj@{samples}": fmean(map(partial(majority_is_right, classes=classes), groups)),
+        "entropy": fmean(surprises[-1]),
         "problems": len(prompts),
         "reward_errors": sum("reward_error" in s for s in greedy + sampled),
     }

@@ -132,7 +132,7 @@ def _by_label(stages: Iterable[StageRecord]) -> dict[str, dict[str, Any]]:
 
 def _evaluation_rows(evaluated: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
     """Returns one table row for each evaluation; all rows have the columns that any of them needs."""
-    digits = dict.fromkeys(_problem_measures(evaluated), 3) | {"perplexity": 2, "bits_per_byte": 3}
+    digits = dict.fromkeys(_problem_measures(evaluated), 3) | {"entropy": 3, "perplexity": 2, "bits_per_byte": 3}
     digits |= {"problems": 0, "weight_step": 0}
     used = [name for name in digits if any(e.get(name) is not None for e in evaluated.values())]
     return [

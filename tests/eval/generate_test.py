@@ -23,7 +23,7 @@ class Scripted:
         self.requests.append(sampling)
         answers = [[a] for a in GREEDY] if sampling.temperature == 0 else SAMPLED
         return [
-            [Sample(p.ids, [a], [True], [0.0], [0], finished=True) for a in own]
+            [Sample(p.ids, [a], [True], [-a / 8], [0], finished=True) for a in own]
             for p, own in zip(prompts, answers, strict=False)
         ]
 
@@ -48,11 +48,13 @@ def _evaluate(generator: Scripted, prompts: list[Prompt]) -> tuple[dict, list[di
 
 def test_scores_by_hand() -> None:
     # right samples 3, 1, 0 of 4: pass@1 = (3/4 + 1/4 + 0) / 3; two problems have one: pass@4 = 2/3;
+    # entropy (29 + 26 + 10) / 12 tokens / 8, of the sampled ones alone;
     # majorities 7 (gold), 6 (gold 5), 1 (gold 9): 1/3; greedy 7, 6, 1: 1/3
     generator = Scripted()
     scores, records = _evaluate(generator, [Prompt([100 + i], seed=i) for i in range(3)])
     assert scores == pytest.approx(
-        {"pass@1": 1 / 3, "pass@4": 2 / 3, "maj@4": 1 / 3, "greedy": 1 / 3, "problems": 3, "reward_errors": 1}
+        {"pass@1": 1 / 3, "pass@4": 2 / 3, "maj@4": 1 / 3, "greedy": 1 / 3, "entropy": 65 / 12 / 8}
+        | {"problems": 3, "reward_errors": 1}
     )
     assert [(r.temperature, r.num_samples, r.stop_ids) for r in generator.requests] == [(0.0, 1, (2,)), (0.7, 4, (2,))]
     assert [r["greedy"] for r in records] == [True] * 3 + [False] * 12
