@@ -8,8 +8,8 @@ import hashlib
 import itertools
 import json
 import os
-import resource
 import re
+import resource
 import shlex
 import signal
 import subprocess

@@ -29,10 +29,10 @@ def evaluate_problems(
 
     `judge` scores pairs of (problem, completion); `classes` numbers the answers of completions, equal ones equally
     (None: there is none). Returns means over the problems, `greedy`, `pass@1`, `pass@<samples>` and `maj@<samples>` (a
-    completion with the most frequent answer is right), with `entropy`, the mean of -log p over the sampled tokens (nats;
-    an estimate without bias), `problems`, their number, and `reward_errors`, on how many completions the scorer failed;
-    and one record for each completion, the greedy ones first: {"problem", "prompt",
-    "completion", "reward", "greedy"}, and "reward_error" where the scorer failed. Raises ValueError without prompts.
+    completion with the most frequent answer is right), with `entropy`, the mean of -log p over the sampled tokens
+    (nats), `problems`, their number, and `reward_errors`, on how many completions the scorer failed; and one record for
+    each completion, the greedy ones first: {"problem", "prompt", "completion", "reward", "greedy"}, and "reward_error"
+    where the scorer failed. Raises ValueError without prompts.
     """
     if not prompts:
         raise ValueError("no problems to evaluate: raise eval.problems or fill data.held_out")
