@@ -19,15 +19,17 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns x weight^T plus the adapter's output, and plus `bias` if it is given."""
         y = self.weighted(x, bias)
-        return y if self.lora is None else y + self.lora(x)
+        return y if self.lora is None or not self.lora.on else y + self.lora(x)
 
     def weighted(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x weight^T + bias, without the adapter."""
         return F.linear(x, self.weight, bias)
 
     def whole(self) -> Tensor:
-        """Returns the weight with its adapter merged in."""
-        return self.weight if self.lora is None else self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
+        """Returns the weight with its adapter, if that is on, merged in."""
+        if self.lora is None or not self.lora.on:
+            return self.weight
+        return self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias)

@@ -4,7 +4,8 @@ B are trained."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from llmtrain.config.schema import LoraConfig, ModelConfig
 
 class Adapter(nn.Module):
     """Computes scale B (A x), [..., out], of x [..., in], in the precision of x even where the projection uses fp8."""
+
+    on = True  # False: the projection adds nothing, see `adapters_off`
 
     def __init__(self, in_features: int, out_features: int, lora: LoraConfig) -> None:
         super().__init__()
@@ -37,6 +40,22 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     for name, module in list(model.layers.named_modules()):
         if name.rpartition(".")[2] in lora.targets and isinstance(module, nn.Linear):
             module.lora = Adapter(module.in_features, module.out_features, lora)
+
+
+@contextmanager
+def adapters_off(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Makes the models compute without their adapters while the context lasts, which is what they were trained from.
+
+    Adapters stay where they are and as they are. A compiled block has a graph for each of the two.
+    """
+    adapters = [module for part in parts for module in part.modules() if isinstance(module, Adapter)]
+    try:
+        for adapter in adapters:
+            adapter.on = False
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.on = True
 
 
 def initial_adapter(leaf: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

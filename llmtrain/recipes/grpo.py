@@ -12,7 +12,6 @@ import torch
 from llmtrain.config.recipes.grpo import RECIPE, GrpoConfig
 from llmtrain.config.schema import Config
 from llmtrain.engine.base import Scorer
-from llmtrain.engine.build import Role, build_frozen
 from llmtrain.engine.optim import learning_rate
 from llmtrain.losses.advantage import group_advantages
 from llmtrain.losses.policy import grpo_loss
@@ -23,10 +22,11 @@ from llmtrain.trainer.gate import Gate
 from llmtrain.trainer.job import Job, join
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog
+from llmtrain.trainer.reference import add_reference, build_reference
 from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.rollouts import build_source, closing, read_prompts, serve_rollouts
 from llmtrain.trainer.waste import note_padding
-from llmtrain.trainer.weights import build_engine, start_source
+from llmtrain.trainer.weights import build_engine
 from llmtrain.types import Batch, Group, Metrics, Sample, Scores
 
 
@@ -46,7 +46,7 @@ def run(job: Job) -> None:
     prompts = read_prompts(job)
     replay = Replay(job)
     build_engine(job, config.train.steps * settings.minibatches)
-    reference = build_reference(job)
+    reference = build_reference(job, settings.kl_coef > 0)
     source = build_source(job, prompts, settings.prompts_per_step)
     gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
     source.publish(job.engine.full_weights(), job.step)
@@ -127,21 +127,6 @@ def policy_loss(scores: Scores, batch: Batch, settings: GrpoConfig, weight: floa
     """Returns `grpo_loss`; its metrics, means over the kept tokens, are scaled to the denominator of all tokens."""
     loss, metrics = grpo_loss(scores, batch, settings.clip_low, settings.clip_high, settings.kl_coef)
     return loss, {name: value if name.endswith("_max") else value * weight for name, value in metrics.items()}
-
-
-def build_reference(job: Job) -> Scorer | None:
-    """Returns the policy at the start, frozen, when a KL penalty asks for it, else None."""
-    config = job.config
-    if config.grpo.kl_coef == 0:
-        return None
-    return build_frozen(Role("reference", job.model, config.parallel, config.engine, start_source(job)), job.mesh)
-
-
-def add_reference(batches: list[Batch], reference: Scorer | None) -> None:
-    """Adds `extra["ref_logprobs"]` to the batches, in place, if there is a reference."""
-    if reference is not None:
-        for batch, scores in zip(batches, reference.score(batches), strict=True):
-            batch.extra["ref_logprobs"] = scores.logprobs.cpu()
 
 
 def summary(groups: Sequence[Group]) -> dict[str, float]:

@@ -40,9 +40,12 @@ class Run:
         self.generator = StubGenerator(self.answers, job.tokenizer.eos_id)
         self.engine: StubEngine = job.engine
         monkeypatch.setattr(grpo, "build_engine", lambda job, total_updates: self.totals.append(total_updates))
-        monkeypatch.setattr(grpo, "build_reference", lambda job: reference)
+        monkeypatch.setattr(grpo, "build_reference", self.make_reference)
         monkeypatch.setattr(grpo, "train", run_steps(self.steps))
         monkeypatch.setattr(rollouts, "build_generator", lambda job: self.generator)
+
+    def make_reference(self, job: Job, wanted: bool) -> StubScorer | None:
+        return self.reference if wanted else None
 
     def answers(self, prompt: Prompt) -> list[list[int]]:
         number = self.numbers[tuple(prompt.ids)]

@@ -39,6 +39,12 @@ def sampled(config: Config, prompts: int, updates: int) -> StepSize:
     return StepSize(tokens, None, f"at most {shape} = {tokens:,} a step, in {updates} updates")
 
 
+def frozen_reference(config: Config, wanted: bool) -> tuple[str, ...]:
+    """Returns the reference among a recipe's `other_models` if it is `wanted`; that of LoRA is the policy without its
+    adapters, and no model of its own."""
+    return ("a frozen reference",) if wanted and config.model.lora is None else ()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Describes an algorithm. Its loop is `main`, a function of the configuration, which is imported when it starts.

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled
+from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, frozen_reference, sampled
 from llmtrain.config.schema import Config, Section
 
 
@@ -30,7 +30,7 @@ def step_size(config: Config) -> StepSize:
 
 def other_models(config: Config) -> tuple[str, ...]:
     """Returns the models that a job holds beside the policy."""
-    return ("a frozen reference",) if config.grpo.kl_coef else ()
+    return frozen_reference(config, config.grpo.kl_coef > 0)
 
 
 def whole_minibatches(config: Config) -> Iterator[str]:
