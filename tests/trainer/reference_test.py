@@ -17,15 +17,10 @@ from llmtrain.model.linear import Linear
 from llmtrain.model.lora import Adapter, adapters_off
 from llmtrain.trainer.reference import add_reference, build_reference
 from llmtrain.types import Batch, Scores
+from tests.parity.lora_test import ALL, LATENT
 from tests.recipes.stubs import StubScorer
 
 WORKER = Path(__file__).with_name("reference_worker.py")
-ALL = {"lora": {"rank": 4, "alpha": 6.0, "targets": ["q", "k", "v", "o", "gate", "up", "down"]}}
-LATENT = {
-    **{"family": "deepseek-v3", "num_kv_heads": 4, "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16}},
-    "mla": {"q_rank": 12, "kv_rank": 8, "nope_head_dim": 6, "rope_head_dim": 4, "v_head_dim": 6},
-    "lora": {"rank": 4, "alpha": 6.0, "targets": ["q_a", "q_b", "kv_a", "kv_b", "o"]},
-}
 FOUR = [
     {"pp": 2, "tp": 2, "zero_stage": 1, "model": ALL},
     {"dp_shard": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": False, "model": ALL},
