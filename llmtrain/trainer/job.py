@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ class Job:
     step: int = 0  # finished steps of the stage
     tokens: int = 0  # seen in these steps
     guard: GuardState = field(default_factory=GuardState)
+    state: dict[str, Any] = field(default_factory=dict)  # what the recipe carries from step to step, as JSON
     contents: Contents = field(default_factory=dict)  # of what this run reads
     base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop

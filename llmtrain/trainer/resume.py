@@ -119,6 +119,7 @@ def save(job: Job, last: bool = False) -> None:
         "step": job.step,
         "tokens": job.tokens,
         "guard": asdict(job.guard),
+        "recipe_state": job.state,
         "mesh": job.mesh.sizes,
         "recipe": job.recipe.name,
         "config": job.config.model_dump(mode="json"),
@@ -179,8 +180,8 @@ def begin(job: Job) -> None:
 
 
 def load_newest(job: Job) -> str | None:
-    """Loads weights, optimizer, counters and random state of the newest intact checkpoint; returns its path, None if
-    there is none.
+    """Loads weights, optimizer, counters, what the recipe carries, and random state of the newest intact checkpoint;
+    returns its path, None if there is none.
 
     Raises ValueError when it is not of this run.
     """
@@ -196,6 +197,7 @@ def load_newest(job: Job) -> str | None:
         engine.load_extra_state(own.state["engine"])
     job.step, job.tokens = reader.state["step"], reader.state["tokens"]
     job.guard = GuardState.of_checkpoint(reader.state["guard"])
+    job.state = reader.state.get("recipe_state", {})
     reader.restore_rng(job.mesh.rank)
     log(f"resumed {path}")
     return path

@@ -126,7 +126,22 @@ def test_a_run_goes_on_with_its_counters_and_the_random_state_of_each_rank(monke
     monkeypatch.setattr(resume, "newest_intact", lambda directory, mesh: f"{directory}/newest")
     monkeypatch.setattr(resume, "CheckpointReader", lambda path: reader)
     monkeypatch.setattr(resume, "check_same_run", lambda *_: None)
-    job = SimpleNamespace(config=Config(), mesh=SimpleNamespace(rank=3), engines={"policy": engine})
+    job = SimpleNamespace(config=Config(), mesh=SimpleNamespace(rank=3), engines={"policy": engine}, state={"kl": 1.0})
     assert resume.load_newest(job) == f"{resume.checkpoint_dir(job.config)}/newest"
     assert told == ["here", ("read", 6), {"loss_scale": 2.0}, ("random state", 3)]
     assert (job.step, job.tokens, job.guard) == (7, 80, GuardState.of_checkpoint(guard))
+    assert job.state == {}  # earlier versions saved none
+    state["recipe_state"] = {"kl": 0.5}
+    resume.load_newest(job)
+    assert job.state == {"kl": 0.5}
+
+
+def test_a_save_holds_what_the_recipe_carries() -> None:
+    saved: list[dict] = []
+    job = job_of(Config())
+    job.mesh, job.state = SimpleNamespace(sizes={}), {"kl": 0.5}
+    engine = SimpleNamespace(step=3, extra_state=dict, optim=job.config.optim, to_device=lambda: None)
+    job.engines = {"policy": engine}
+    job.saver = SimpleNamespace(save=lambda state, last: saved.append(state))
+    resume.save(job)
+    assert saved[0]["recipe_state"] == {"kl": 0.5}
