@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmtrain.losses.kl import k3, masked_log_ratio
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.types import Batch, Metrics, Scores
 
@@ -25,7 +26,7 @@ def grpo_loss(
     assert logprobs is not None and entropies is not None
     mask, extra = batch.loss_mask, batch.extra
     assert kl_coef == 0 or "ref_logprobs" in extra, "a KL penalty needs extra['ref_logprobs']"
-    log_ratio = _log_ratio(logprobs, extra["old_logprobs"], mask)
+    log_ratio = masked_log_ratio(logprobs, extra["old_logprobs"], mask)
     ratio = log_ratio.exp()
     unclipped = ratio * extra["advantages"]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * extra["advantages"]
@@ -33,23 +34,10 @@ def grpo_loss(
     metrics = {
         "clip_fraction": masked_sum((clipped < unclipped).float(), mask),
         "entropy": masked_sum(entropies, mask),
-        "kl_old": masked_sum(_k3(log_ratio), mask),
+        "kl_old": masked_sum(k3(log_ratio), mask),
         "logprob_gap_max": log_ratio.abs().max(),
     }
     if "ref_logprobs" in extra:
-        metrics["kl"] = masked_sum(_k3(-_log_ratio(logprobs, extra["ref_logprobs"], mask)), mask)
+        metrics["kl"] = masked_sum(k3(-masked_log_ratio(logprobs, extra["ref_logprobs"], mask)), mask)
         loss = loss + kl_coef * metrics["kl"]
     return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-def _log_ratio(logprobs: Tensor, others: Tensor, mask: Tensor) -> Tensor:
-    """Returns log p - log q, 0 where masked: before any exponential, whose gradient at infinity would be 0 * inf."""
-    return torch.where(mask, logprobs - others, 0.0)
-
-
-def _k3(log_ratio: Tensor) -> Tensor:
-    """Estimates KL(q || p) from samples of q, given log p - log q: (ratio - 1) - log ratio, never negative.
-
-    Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
-    """
-    return log_ratio.expm1() - log_ratio
