@@ -32,7 +32,9 @@ Generated from `llmtrain/config/schema.py` and `llmtrain/config/recipes` by `pyt
 - A document is YAML. `llmtrain COMMAND CONFIG.yaml section.key=value ...` changes single keys; in a document with
   `stages`, in each stage that sets the key too.
 - A file named by `include:` at the top is merged first; what the document says wins.
-- An entry of a list is reached by its name: `stages.grpo.set.train.steps=80`, `data.sources.topics.weight=0.5`.
+- An entry of a list is reached by its name: `stages.grpo.set.train.steps=80`, `data.sources.topics.weight=0.5`. A block
+  of stages: `stages.rounds.repeat=4`, in every round `stages.rounds.stages.dpo-{round}.ranks=2`, in one round
+  `stages.dpo-2.ranks=2`.
 - An unknown key, a value of the wrong type, or a combination that cannot work ends the command with exit code 2 before
   any process group exists. The files in `llmtrain/rules` hold them.
 - `llmtrain plan CONFIG.yaml` prints what a document asks for: ranks, batch, memory. It starts nothing.
@@ -61,6 +63,8 @@ def render() -> str:
     comments = {key: text for module in modules for key, text in comments_of(module).items()}
     definitions = run_config_class().model_json_schema()
     definitions["$defs"]["RunConfig"] = definitions
+    blocks = schema.RepeatConfig.model_json_schema()
+    definitions["$defs"] |= {"RepeatConfig": blocks, **blocks["$defs"]}
     parts = [HEAD, RECIPE_HEAD + "\n".join(map(recipe_row, RECIPES.values())) + "\n"]
     parts += [*sections("RunConfig", "", definitions["$defs"], comments), PRESET_HEAD.rstrip("\n")]
     return "\n".join(parts) + "\n" + "".join(map(preset_row, presets()))
@@ -95,7 +99,8 @@ def sections(name: str, prefix: str, classes: dict[str, Any], comments: dict[tup
     """Yields a heading, the docstring and a table for a class, then the same for the classes of its fields."""
     properties = classes[name]["properties"]
     doc = inspect.getdoc(section_class(name)) if prefix else TOP
-    yield f"## `{prefix.rstrip('.')}`\n" if prefix else "## Top of the document\n"
+    block = " with `repeat`" if name == "RepeatConfig" else ""
+    yield f"## `{prefix.rstrip('.')}`{block}\n" if prefix else "## Top of the document\n"
     yield markdown(" ".join(doc.split())) + "\n"
     yield "| key | value | default | meaning |\n|---|---|---|---|"
     for key, spec in properties.items():
@@ -106,6 +111,8 @@ def sections(name: str, prefix: str, classes: dict[str, Any], comments: dict[tup
         if inner := class_of(spec):
             entry = ".*" if spec.get("type") == "array" else ""
             yield from sections(inner, f"{prefix}{key}{entry}.", classes, comments)
+        if inner == "StageConfig":
+            yield from sections("RepeatConfig", f"{prefix}{key}.*.", classes, comments)
 
 
 def comment(name: str, key: str, comments: dict[tuple[str, str], str]) -> str:

@@ -116,21 +116,39 @@ def check_overrides(taken: Callable, command: str, overrides: list[tuple[str, An
     taken(command, document, [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in overrides])
 
 
-def check_document(taken: Callable, command: str, keys: list[tuple[str, Any]], stages: Any) -> None:
+def check_document(
+    taken: Callable, command: str, keys: list[tuple[str, Any]], stages: Any, overrides: list[str]
+) -> None:
     document: Any = BASE
     for key, value in keys:
         document = merged(document, nested(key, value))
     if stages is not None:
         document = {**document, "stages": stages}
-    taken(command, yaml.safe_dump(document, allow_unicode=True), [])
+    taken(command, yaml.safe_dump(document, allow_unicode=True), overrides)
 
 
-STAGES = st.none() | st.lists(
-    st.fixed_dictionaries(
-        {"name": st.sampled_from(["a", "b", "../x", ""]), "command": COMMANDS},
-        optional={"ranks": NUMBERS, "set": st.dictionaries(st.sampled_from(["train", "model", "grpo", "x"]), VALUES)},
+STAGE = st.fixed_dictionaries(
+    {"name": st.sampled_from(["a", "b", "../x", "", "a-{round}", "{previous}", "a-{last}"]), "command": COMMANDS},
+    optional={
+        "ranks": NUMBERS,
+        "set": st.dictionaries(st.sampled_from(["train", "model", "grpo", "x"]), VALUES),
+        "first": st.dictionaries(st.sampled_from(["train", "model", "seed"]), VALUES) | SCALARS,
+    },
+)
+BLOCK = st.fixed_dictionaries(
+    {"repeat": st.sampled_from([1, 2, 3, 3, 100, 101]) | SCALARS},
+    optional={
+        "stages": st.deferred(lambda: st.lists(STAGE | BLOCK | SCALARS, max_size=3)) | SCALARS,
+        "name": st.sampled_from(["a", "rounds", ""]) | SCALARS,
+        "command": COMMANDS,
+    },
+)
+STAGES = st.none() | st.lists(STAGE | BLOCK, max_size=3)
+OF_STAGES = st.lists(
+    st.sampled_from(
+        ["stages.rounds.repeat=2", "stages.0.repeat=0", "stages.a-2.ranks=2", "stages.rounds.stages.0.set.seed=1"]
     ),
-    max_size=3,
+    max_size=2,
 )
 FEW = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MANY = settings(FEW, max_examples=20_000)
@@ -143,9 +161,11 @@ def test_overrides(taken: Callable, command: str, overrides: list[tuple[str, Any
 
 
 @FEW
-@given(COMMANDS, OVERRIDES, STAGES)
-def test_documents(taken: Callable, command: str, keys: list[tuple[str, Any]], stages: Any) -> None:
-    check_document(taken, command, keys, stages)
+@given(COMMANDS, OVERRIDES, STAGES, OF_STAGES)
+def test_documents(
+    taken: Callable, command: str, keys: list[tuple[str, Any]], stages: Any, overrides: list[str]
+) -> None:
+    check_document(taken, command, keys, stages, overrides)
 
 
 @FEW
@@ -165,6 +185,8 @@ def test_many_overrides(taken: Callable, command: str, overrides: list[tuple[str
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @MANY
-@given(COMMANDS, OVERRIDES, STAGES)
-def test_many_documents(taken: Callable, command: str, keys: list[tuple[str, Any]], stages: Any) -> None:
-    check_document(taken, command, keys, stages)
+@given(COMMANDS, OVERRIDES, STAGES, OF_STAGES)
+def test_many_documents(
+    taken: Callable, command: str, keys: list[tuple[str, Any]], stages: Any, overrides: list[str]
+) -> None:
+    check_document(taken, command, keys, stages, overrides)

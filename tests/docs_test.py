@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from llmtrain.config.machine import torch_version
-from llmtrain.config.schema import Config, StageConfig
+from llmtrain.config.schema import Config, RepeatConfig, RoundConfig, StageConfig
 from llmtrain.rules.layout import ZERO_BUBBLE_TORCH
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,9 @@ def test_parallelism_is_current() -> None:
 
 def test_every_key_stands_there_with_its_meaning(generate: ModuleType) -> None:
     rows = dict(re.findall(r"^\| `([^`]+)` \|.*\| (.*) \|$", generate.render(), re.M))
-    for key in [*keys(Config), *keys(StageConfig, "stages.*."), "data.sources.*.weight", "model.rope_scaling.factor"]:
+    of_stages = [*keys(StageConfig, "stages.*."), *keys(RepeatConfig, "stages.*.")]
+    of_stages += keys(RoundConfig, "stages.*.stages.*.")
+    for key in [*keys(Config), *of_stages, "data.sources.*.weight", "model.rope_scaling.factor"]:
         assert rows.get(key), f"{key}: give its line in llmtrain/config/schema.py a comment"
 
 

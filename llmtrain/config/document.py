@@ -46,12 +46,20 @@ class Document:
 
     data: dict[str, Any] = field(default_factory=dict)
     where: dict[Keys, str] = field(default_factory=dict)
+    written: dict[Keys, Keys] = field(default_factory=dict)  # of keys that rounds made (`config.rounds`): the file's
 
     def place(self, keys: Keys) -> str:
         """Returns where `keys` was written, or else the closest written section around it."""
         while keys and keys not in self.where:
             keys = keys[:-1]
         return self.where.get(keys, "configuration")
+
+    def as_written(self, keys: Keys) -> Keys:
+        """Returns what the file calls `keys`, which differ from it where a block of stages was unrolled."""
+        for n in range(len(keys), 1, -1) if self.written else ():
+            if keys[:n] in self.written:
+                return (*self.written[keys[:n]], *keys[n:])
+        return keys
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -189,9 +197,9 @@ def override(document: Document, text: str, rename: Rename = as_it_is) -> None:
     value = None if node is None else _plain(node, (), source, where)
     for own, new in rename(keys, value):
         _note(document, _assign(document.data, own, new, source), where, source)
-        for i, chosen in enumerate(stage_sets(document.data)):
+        for at, chosen in stage_sets(document.data):
             if own[0] != "stages" and _has(chosen, own):
-                _note(document, ("stages", i, "set", *_assign(chosen, own, new, source)), where, source)
+                _note(document, (*at, *_assign(chosen, own, new, source)), where, source)
 
 
 def _note(document: Document, keys: Keys, inner: dict[Keys, str], source: str) -> None:
@@ -201,12 +209,22 @@ def _note(document: Document, keys: Keys, inner: dict[Keys, str], source: str) -
     document.where.update({keys: source, **{(*keys, *k): at for k, at in inner.items()}})
 
 
-def stage_sets(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the `set` of each stage of a `run` document, an empty one where there is none."""
+def stage_sets(data: dict[str, Any]) -> Iterator[tuple[Keys, dict[str, Any]]]:
+    """Yields (keys, section) of what the stages of a `run` document set: each `set`, and in blocks each `first`."""
+    for at, stage in _entries(data, ()):
+        for key in ("set", "first"):
+            if isinstance(stage.get(key), dict):
+                yield (*at, key), stage[key]
+
+
+def _entries(data: dict[str, Any], at: Keys) -> Iterator[tuple[Keys, dict[str, Any]]]:
+    """Yields the entries of `stages` at `at`, and behind a block those in it."""
     stages = data.get("stages")
-    for stage in stages if isinstance(stages, list) else []:
-        chosen = stage.get("set") if isinstance(stage, dict) else None
-        yield chosen if isinstance(chosen, dict) else {}
+    for i, entry in enumerate(stages if isinstance(stages, list) else []):
+        if isinstance(entry, dict):
+            yield (*at, "stages", i), entry
+            if not at:
+                yield from _entries(entry, ("stages", i))
 
 
 def _has(data: Any, keys: Keys) -> bool:
@@ -237,7 +255,7 @@ def _assign(data: dict[str, Any], keys: tuple[str, ...], value: Any, source: str
 
 
 def _entry(entries: list[Any], key: str, found: Keys, source: str) -> int:
-    names = _names(entries)
+    names = entry_names(entries)
     if key in names:
         return names.index(key)
     if key.isdigit() and int(key) < len(entries):
@@ -249,10 +267,10 @@ def _entry(entries: list[Any], key: str, found: Keys, source: str) -> int:
 def _means_every_entry(data: dict[str, Any], keys: tuple[str, ...]) -> bool:
     """Says whether `LIST.KEY` names a key of the entries, not an entry."""
     entries = data.get(keys[0]) if keys[0] in EVERY_ENTRY and len(keys) == 2 else None
-    return isinstance(entries, list) and keys[1] not in _names(entries) and not keys[1].isdigit()
+    return isinstance(entries, list) and keys[1] not in entry_names(entries) and not keys[1].isdigit()
 
 
-def _names(entries: list[Any]) -> list[Any]:
+def entry_names(entries: list[Any]) -> list[Any]:
     """Returns what overrides call the entries of a list: their `name`, else the name of their `function`."""
     plain = [e if isinstance(e, dict) else {} for e in entries]
     return [e.get("name") or str(e.get("function", "")).rpartition(":")[2] or None for e in plain]

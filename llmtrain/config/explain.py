@@ -65,10 +65,12 @@ def explain(schema: type[BaseModel], document: Document, fault: dict[str, Any], 
     keys = (*prefix, *fault["loc"])
     if prefix and keys not in document.where:
         keys = fault["loc"]
-    start = f"{document.place(keys)}: {dotted(keys)}"
+    start = f"{document.place(keys)}: {dotted(document.as_written(keys))}"
     if fault["type"] == "extra_forbidden":
         near = nearest(schema, fault["loc"])
-        return f"{start}: unknown key, did you mean {near}?" if near else f"{start}: unknown key; remove it"
+        if near is None:
+            return f"{start}: unknown key; remove it"
+        return f"{start}: unknown key, did you mean {dotted(document.as_written(near))}?"
     if fault["type"] == "missing":
         return f"{start}: is missing; add it"
     return f"{start}: value {_short(fault['input'])}: {_rule(fault)}{_example(schema, fault['loc'])}"
@@ -128,8 +130,8 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(inner)
 
 
-def nearest(schema: type[BaseModel], keys: Keys) -> str | None:
-    """Returns the dotted known key that the user most likely meant by the unknown one `keys`.
+def nearest(schema: type[BaseModel], keys: Keys) -> Keys | None:
+    """Returns the known key that the user most likely meant by the unknown one `keys`.
 
     It tries in this order: a synonym or similar name in the same section, the same name in another, a similar name
     anywhere.
@@ -140,11 +142,11 @@ def nearest(schema: type[BaseModel], keys: Keys) -> str | None:
     siblings = list(section.model_fields) if section else []
     elsewhere = [path for path in _leaves(schema) if path[-1] == meant]
     if meant not in siblings and len(elsewhere) == 1:
-        return dotted(elsewhere[0])
+        return elsewhere[0]
     if close := [meant] if meant in siblings else difflib.get_close_matches(word, siblings, 1):
-        return dotted((*keys[:-1], close[0]))
+        return (*keys[:-1], close[0])
     names = {path[-1]: path for path in _leaves(schema)}
-    return next((dotted(names[n]) for n in difflib.get_close_matches(word, names, 1, 0.75)), None)
+    return next((names[n] for n in difflib.get_close_matches(word, names, 1, 0.75)), None)
 
 
 def _leaves(schema: type[BaseModel], keys: Keys = ()) -> Iterator[Keys]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -18,6 +17,8 @@ from llmtrain.config.document import (
     Document,
     Dumper,
     Keys,
+    Rename,
+    as_it_is,
     merge,
     override,
     read_document,
@@ -25,6 +26,7 @@ from llmtrain.config.document import (
 )
 from llmtrain.config.explain import explain
 from llmtrain.config.recipes import RECIPES, config_class, run_config_class
+from llmtrain.config.rounds import STAGE_NAME, names_a_round, unroll
 from llmtrain.config.schema import Config, RunConfig
 
 __all__ = ["ConfigError", "dump", "load", "load_plugins", "stage_config"]
@@ -39,22 +41,33 @@ def load(path: str, overrides: list[str]) -> Config:
     """
     load_plugins([path, *overrides])
     document = read_document(path, (), _move_keys)  # once more: now the keys of plugins are known too
-    for text in overrides:
-        override(document, text, _moved)
+    faults = _change(document, overrides, _moved)
     if "stages" not in document.data:
-        return _validate(config_class(), document)
-    config = _validate(run_config_class(), document)
-    _validate_stages(config, document)
+        return _validate(config_class(), document, [])
+    config = _validate(run_config_class(), document, faults)
+    _validate_stages(config, document, faults)
     return config
 
 
 def load_plugins(arguments: Sequence[str]) -> Document:
     """Returns the document of a command line, with its overrides; its plugins are imported. Raises ConfigError."""
     document = read_document(arguments[0], ()) if arguments else Document()
-    for text in arguments[1:]:
-        override(document, text)
+    _change(document, arguments[1:], as_it_is)  # `load` tells the faults
     _import_plugins(document)
     return document
+
+
+def _change(document: Document, overrides: Sequence[str], rename: Rename) -> list[str]:
+    """Applies the overrides and unrolls blocks of stages, in place; returns a line for each fault of a block. Overrides
+    of a stage of one round come last: before the blocks are unrolled there is no such stage."""
+    late = [text for text in overrides if names_a_round(document, text)]
+    for text in overrides:
+        if text not in late:
+            override(document, text, rename)
+    faults = unroll(document)
+    for text in late:
+        override(document, text, rename)
+    return faults
 
 
 def _import_plugins(document: Document) -> None:
@@ -74,7 +87,7 @@ def _import_plugins(document: Document) -> None:
 
 def _move_keys(document: Document) -> None:
     """Reads keys that recipes' sections had in earlier versions as what they are now, in one file."""
-    for prefix, data in [((), document.data), *_numbered(stage_sets(document.data))]:
+    for prefix, data in [((), document.data), *stage_sets(document.data)]:
         for recipe in RECIPES.values():
             section = data.get(recipe.name)
             for old in recipe.moved.keys() & (section.keys() if isinstance(section, dict) else ()):
@@ -83,10 +96,6 @@ def _move_keys(document: Document) -> None:
                 if key in data:
                     raise ConfigError(f"{place}: {recipe.name}.{old}: is now `{key}`, which is written too; remove one")
                 data[key], document.where[(*prefix, key)] = value, place
-
-
-def _numbered(sets: Iterable[dict[str, Any]]) -> Iterator[tuple[Keys, dict[str, Any]]]:
-    yield from ((("stages", i, "set"), chosen) for i, chosen in enumerate(sets))
 
 
 def _moved(keys: Keys, value: Any) -> Iterator[tuple[Keys, Any]]:
@@ -138,21 +147,27 @@ def _fill(value: Any, directory: str) -> Any:
     return [_fill(v, directory) for v in value] if isinstance(value, list) else value
 
 
-def _validate(schema: type[Config], document: Document) -> Config:
+def _validate(schema: type[Config], document: Document, faults: list[str]) -> Config:
     """Returns the validated configuration. Strict JSON rules hold: `true` is no number and '3' no count, but a list is
-    a tuple."""
+    a tuple. Raises ConfigError with what is found, behind the `faults` found before."""
     try:
         return schema.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(schema, document, fault, ()) for fault in error.errors())) from None
+        raise _told([*faults, *(explain(schema, document, fault, ()) for fault in error.errors())]) from None
 
 
-def _validate_stages(config: RunConfig, document: Document) -> None:
-    faults = []
+def _told(faults: list[str]) -> ConfigError:
+    """Returns the error; what is wrong in every round of a block stands in it once."""
+    return ConfigError("\n".join(dict.fromkeys(faults)))
+
+
+def _validate_stages(config: RunConfig, document: Document, faults: list[str]) -> None:
+    """Raises ConfigError with what is wrong with the stages, behind the `faults` found before."""
+    faults = list(faults)
     names = [stage.name for stage in config.stages]
     for i, stage in enumerate(config.stages):
         at = f"{document.place(('stages', i, 'name'))}: stages.{stage.name}"
-        if names.index(stage.name) != i or not re.fullmatch(r"\w[\w.-]*", stage.name):
+        if names.index(stage.name) != i or not STAGE_NAME.fullmatch(stage.name):
             faults.append(f"{at}: name '{stage.name}': must be unique, of letters, digits, `-`, `_` and `.`; rename it")
             continue
         for key in {"name", "run_dir"} & stage.set.keys():
@@ -164,4 +179,4 @@ def _validate_stages(config: RunConfig, document: Document) -> None:
     if not config.stages:
         faults.append(f"{document.place(('stages',))}: stages: is empty; list at least one stage with name and command")
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise _told(faults)

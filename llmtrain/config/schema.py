@@ -457,8 +457,24 @@ class StageConfig(Section):
     set: dict[str, Any] = {}  # sections and keys that differ for this stage
 
 
+class RoundConfig(StageConfig):
+    """Configures a stage of a block: `{round}` in its name and in every text of it is the number of the round, and
+    `{previous}` that of the round before (0 in the first); a text that is `{round}` and nothing else is a number."""
+
+    first: dict[str, Any] = {}  # merged over `set` in round 1, which has no round before it
+
+
+class RepeatConfig(Section):
+    """Configures an entry of `stages:` that is a block: its stages run `repeat` times, one round after the other.
+    Behind the block `{last}` is the number of its last round."""
+
+    repeat: Annotated[int, Field(ge=1, le=100)]  # rounds; when it is raised later, the run goes on with the new ones
+    name: str | None = None  # what overrides call the block: stages.NAME.repeat=4; None = its number in the list
+    stages: Annotated[list[RoundConfig], Field(min_length=1)]  # of a round; each name holds {round}
+
+
 class RunConfig(Config):
     """Configures a run of several stages: shared sections and a list of stages, each in <run directory>/<stage
-    name>."""
+    name>. An entry with `repeat` is a block of stages; when a document is loaded, its rounds are written out."""
 
     stages: list[StageConfig] = []  # run in this order, finished ones skipped

@@ -238,6 +238,61 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+ROUNDS = """
+name: q
+run_dir: {folder}/q
+train: {{steps: 5}}
+stages:
+  - {{name: sft, command: sft}}
+  - name: rounds
+    repeat: 3
+    stages:
+      - {{name: "sample-{{round}}", command: eval, set: {{seed: "{{round}}"}}}}
+      - name: tune-{{round}}
+        command: sft
+        set: {{model: {{init_from: "{{run}}/tune-{{previous}}"}}}}
+        first: {{model: {{init_from: "{{run}}/sft"}}}}
+  - {{name: export, command: export, set: {{model: {{init_from: "{{run}}/tune-{{last}}"}}}}}}
+"""
+
+
+def rounds(folder: Path, *overrides: str) -> RunConfig:
+    path = folder / "rounds.yaml"
+    path.write_text(ROUNDS.format(folder=folder))
+    config = load(str(path), list(overrides))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def test_a_run_that_ended_in_a_round_goes_on_there(tmp_path: Path, bodies: dict[str, str]) -> None:
+    bodies["tune-1"] = "assert (d.parent / 'sft' / 'done.json').exists()"
+    bodies["tune-2"] = "assert (d.parent / 'tune-1' / 'done.json').exists(); sys.exit(3)"
+    assert run.main(rounds(tmp_path)) == 3
+    bodies["tune-2"] = ""
+    assert run.main(rounds(tmp_path)) == 0
+    names = ["sft", *(f"{name}-{i}" for i in (1, 2, 3) for name in ("sample", "tune")), "export"]
+    assert json.loads((tmp_path / "q" / "stages.json").read_text()) == names  # the order of the report
+    assert [ran(tmp_path, name) for name in names] == [1, 1, 1, 1, 2, 1, 1, 1]
+    starts = [load(str(tmp_path / "q" / name / "stage.yaml"), []).model.init_from for name in (*names[2::2], "export")]
+    assert [Path(start).name for start in starts] == ["sft", "tune-1", "tune-2", "tune-3"]
+
+
+def test_more_rounds_later_go_on_behind_the_last(tmp_path: Path, bodies: dict[str, str]) -> None:
+    assert run.main(rounds(tmp_path)) == 0
+    assert run.main(rounds(tmp_path, "stages.rounds.repeat=4")) == 0
+    assert [ran(tmp_path, f"{name}-{i}") for i in (1, 2, 3, 4) for name in ("sample", "tune")] == [1] * 8
+    assert [ran(tmp_path, name) for name in ("sft", "export", "export.old1")] == [1, 1, 1]  # export is of another round
+    assert not list((tmp_path / "q").glob("*-[1234].old1"))
+    assert load(str(tmp_path / "q" / "export" / "stage.yaml"), []).model.init_from == f"{tmp_path}/q/tune-4"
+
+
+def test_a_change_of_one_round_redoes_what_follows(tmp_path: Path, bodies: dict[str, str]) -> None:
+    assert run.main(rounds(tmp_path)) == 0
+    assert run.main(rounds(tmp_path, "stages.sample-2.set.seed=9")) == 0
+    redone = sorted(path.name for path in (tmp_path / "q").glob("*.old1"))
+    assert redone == [*("export.old1", "sample-2.old1", "sample-3.old1", "tune-2.old1", "tune-3.old1")]
+
+
 # A run in a process of its own whose only stage notes its pid, then sleeps; it ignores SIGTERM if told to.
 OUTER = """
 import sys
