@@ -1,4 +1,4 @@
-"""Sums over whole sequences, for losses of pairs and for ratios of sequences."""
+"""Sums and means over whole sequences, for losses of pairs and for ratios of sequences."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def sequence_sums(x: Tensor, mask: Tensor, batch: Batch) -> tuple[Tensor, Tensor
     each = torch.where(members & mask[:, None], x[:, None], 0.0).sum(-1)
     numbers = torch.where(there, there.flatten().cumsum(0).view(there.shape) - 1, -1)
     return each[there], torch.where(places < 0, -1, numbers.gather(1, places.clamp(min=0)))
+
+
+def sequence_means(x: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+    """Returns, [B, T], at each position in the mask the mean of `x` over the positions of its sequence that are in the
+    mask; 0 elsewhere. Gradients reach what is in the mask alone.
+
+    Example: x [1, 3, 5] of branches [1, 1, 2] of one group, all in the mask -> [2, 2, 5]
+    """
+    places, there = _places(batch)
+    members = (places[:, None] == torch.arange(there.size(1), device=x.device)[:, None]) & mask[:, None]
+    sums, counts = torch.where(members, x[:, None], 0.0).sum(-1), members.sum(-1)
+    means = sums / counts.clamp(min=1)
+    return torch.where(members, means[..., None], 0.0).sum(1)  # not gathered: its gradient would be scattered
 
 
 def _places(batch: Batch) -> tuple[Tensor, Tensor]:

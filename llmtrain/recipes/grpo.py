@@ -1,5 +1,5 @@
-"""Implements GRPO (arXiv 2402.03300): rollouts -> rewards -> advantages -> policy loss -> step -> new weights to the
-generator."""
+"""Implements GRPO (arXiv 2402.03300) and its kin: rollouts -> rewards -> advantages -> policy loss -> steps -> new
+weights to the generator."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from itertools import chain
 
 import torch
 
-from llmtrain.config.recipes.grpo import RECIPE, GrpoConfig
+from llmtrain.config.recipes.grpo import RECIPE, GrpoConfig, mismatch_of, updates_per_step
 from llmtrain.config.schema import Config
 from llmtrain.engine.base import Scorer
 from llmtrain.engine.optim import learning_rate
-from llmtrain.losses.advantage import group_advantages
-from llmtrain.losses.policy import grpo_loss
+from llmtrain.losses.advantage import group_advantages, has_spread, overlong_penalty
+from llmtrain.losses.kl import KL_FORMS
+from llmtrain.losses.mismatch import mask_sequences, mask_tokens, truncate
+from llmtrain.losses.policy import capped, clipped, clipped_by_sequence, policy_loss
+from llmtrain.losses.reduce import masked_sum
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.rewards import reward_metrics
+from llmtrain.rollout.generator import RolloutSource
 from llmtrain.trainer.batches import group_microbatches, split_groups
 from llmtrain.trainer.gate import Gate
 from llmtrain.trainer.job import Job, join
@@ -24,7 +28,8 @@ from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.reference import add_reference, build_reference
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import build_source, closing, read_prompts, serve_rollouts
+from llmtrain.trainer.rollouts import build_source, closing, read_prompts, serve_rollouts, take_spread
+from llmtrain.trainer.scored import score_samples
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
 from llmtrain.types import Batch, Group, Metrics, Sample, Scores
@@ -45,7 +50,7 @@ def run(job: Job) -> None:
     config, settings = job.config, job.config.grpo
     prompts = read_prompts(job)
     replay = Replay(job)
-    build_engine(job, config.train.steps * settings.minibatches)
+    build_engine(job, config.train.steps * updates_per_step(config))
     reference = build_reference(job, settings.kl_coef > 0)
     source = build_source(job, prompts, settings.prompts_per_step)
     gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
@@ -54,28 +59,59 @@ def run(job: Job) -> None:
 
     def step(number: int) -> tuple[dict[str, float], int]:
         clock = Clock()
-        groups = source.take(number)
-        credit(groups, settings.normalize_std)
+        groups, sampled = sample(job, source, number)
+        if reference is not None and settings.kl_in == "reward":
+            score_samples(job, reference, groups, "ref_logprobs")
+        credit(groups, settings)
         rollout_s = clock.lap()
         metrics = update(job, groups, number, reference, replay, gate)
         train_s = clock.lap()
         source.publish(job.engine.full_weights(), number + 1)
-        samples.write(number + 1, groups)
+        samples.write(number + 1, sampled)
         times = {"rollout_s": rollout_s, "train_s": train_s, "sync_s": clock.lap()}
-        tokens = sum(len(sample.ids) for sample in chain.from_iterable(groups))
-        return {**summary(groups), **metrics, **times, "weight_version": number + 1}, tokens
+        tokens = sum(len(each.ids) for each in chain.from_iterable(sampled))
+        own = {**summary(groups, sampled, settings), "prompts": job.prompts, "weight_version": number + 1}
+        return {**own, **metrics, **times}, tokens
 
     with closing(source):
         train(job, step)
 
 
-def credit(groups: Sequence[Group], normalize_std: bool) -> None:
-    """Fills in the column `advantages`: one value a sample, for each of its tokens."""
-    for group in groups:
-        rewards = torch.tensor([[sample.reward for sample in group]])
-        advantages = group_advantages(rewards, normalize_std)[0].tolist()
-        for sample, advantage in zip(group, advantages, strict=True):
-            sample.columns["advantages"] = [advantage] * len(sample.ids)
+def sample(job: Job, source: RolloutSource, number: int) -> tuple[list[Group], list[Group]]:
+    """Returns the groups that the step trains on, and all that were sampled for it, long completions punished."""
+    settings, limit = job.config.grpo, job.config.rollout.max_new_tokens
+
+    def spread(group: Group) -> bool:
+        return has_spread([sample.reward for sample in group])
+
+    def ask(numbers: range) -> list[Group]:
+        groups = source.ask(numbers)
+        for sample in chain.from_iterable(groups) if settings.overlong_buffer else ():
+            sample.parts["overlong"] = overlong_penalty(len(sample.ids), limit, settings.overlong_buffer)
+            sample.reward += sample.parts["overlong"]
+        return groups
+
+    return take_spread(job, ask, number, settings.prompts_per_step, settings.dynamic_rounds, spread)
+
+
+def credit(groups: Sequence[Group], settings: GrpoConfig) -> None:
+    """Fills in the columns `advantages` and `weights` (of tokens, in the loss): one value a sample, for each token."""
+    g = settings
+    rewards = [[sample.reward - g.kl_coef * divergence(sample, g.kl_form) for sample in group] for group in groups]
+    advantages = group_advantages(torch.tensor(rewards), g.normalize_std, g.baseline, g.std_of, g.std_eps)
+    for sample, advantage in zip(chain.from_iterable(groups), advantages.flatten().tolist(), strict=True):
+        sample.columns["advantages"] = [advantage] * len(sample.ids)
+        if g.aggregate == "sequences":
+            sample.columns["weights"] = [1 / max(1, sum(sample.trained))] * len(sample.ids)
+
+
+def divergence(sample: Sample, form: str) -> float:
+    """Returns the estimated KL to the reference, in nats, summed over the tokens that the policy wrote; 0 where the
+    reward does not hold it."""
+    if "ref_logprobs" not in sample.columns:
+        return 0.0
+    log_ratio = torch.tensor(sample.columns["ref_logprobs"]) - torch.tensor(sample.logprobs)
+    return float(masked_sum(KL_FORMS[form](log_ratio), torch.tensor(sample.trained)))
 
 
 def learnable(groups: Sequence[Group]) -> list[Group]:
@@ -90,32 +126,67 @@ def learnable(groups: Sequence[Group]) -> list[Group]:
 def update(
     job: Job, groups: Sequence[Group], number: int, reference: Scorer | None, replay: Replay, gate: Gate
 ) -> dict[str, float]:
-    """Makes `grpo.minibatches` optimizer steps on one set of rollouts. Returns the means of their metrics.
+    """Makes `grpo.epochs` x `grpo.minibatches` optimizer steps on one set of rollouts. Returns the means of their
+    metrics.
 
-    Groups whose rewards are all equal have no advantage and are left out, but their tokens count in the denominator:
-    the gradient is the mean over all that was sampled. Where that leaves fewer updates, the learning rate follows the
-    steps all the same.
+    Groups whose rewards are all equal have no advantage and are left out, but they count in the denominator: the
+    gradient is the mean over all of `groups`. Where that leaves fewer updates, the learning rate follows the steps all
+    the same.
     """
-    settings = job.config.grpo
-    denominator = torch.tensor([policy_tokens(groups) / settings.minibatches], device=job.mesh.device)
-    steps = []
-    for i, part in enumerate(split_groups(learnable(groups), settings.minibatches)):
-        batches = group_microbatches(job, part, ("advantages",), fixed_width=replay.seqs > 0)
-        add_reference(batches, reference)
-        if i == 0:
-            gate.before_update(job.engine, batches, number)
-        loss = partial(policy_loss, settings=settings, weight=float(denominator) / policy_tokens(part))
-        turn = number * settings.minibatches + i
-        mixed, loss = replay.mix(turn, batches, loss, denominator)
-        note_padding(job, mixed)
-        steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
-    if not steps:
-        total = job.config.train.steps * settings.minibatches
-        lr = learning_rate(number * settings.minibatches, job.config.optim, total)
+    settings, total = job.config.grpo, updates_per_step(job.config)
+    denominator = torch.tensor([divided_by(groups, job.config) / settings.minibatches], device=job.mesh.device)
+    parts = split_groups(learnable(groups), settings.minibatches)
+    minibatches = lay_out(job, parts, reference, fixed_width=replay.seqs > 0)
+    if not parts:
+        lr = learning_rate(number * total, job.config.optim, job.config.train.steps * total)
         return {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
+    gate.before_update(job.engine, minibatches[0], number)
+    if mismatch_of(job.config) != "off":
+        add_old(minibatches if settings.epochs > 1 else minibatches[1:], job.engine)
+    steps = []
+    for epoch in range(settings.epochs):
+        for i, (part, batches) in enumerate(zip(parts, minibatches, strict=True)):
+            turn = number * total + epoch * settings.minibatches + i
+            loss = partial(own_loss, config=job.config, weight=float(denominator) / policy_tokens(part))
+            mixed, loss = replay.mix(turn, batches, loss, denominator)
+            note_padding(job, mixed)
+            steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
     gate.after_update(steps[0]["logprob_gap_max"], number)
     means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
     return {**means, "logprob_gap_max": steps[0]["logprob_gap_max"]}
+
+
+def lay_out(
+    job: Job, parts: Sequence[Sequence[Group]], reference: Scorer | None, fixed_width: bool
+) -> list[list[Batch]]:
+    """Returns this rank's microbatches of each minibatch, with the columns that the loss reads."""
+    settings = job.config.grpo
+    columns = ("advantages", "weights") if settings.aggregate == "sequences" else ("advantages",)
+    minibatches = [group_microbatches(job, part, columns, fixed_width) for part in parts]
+    if settings.kl_in == "loss":
+        for batches in minibatches:
+            add_reference(batches, reference)
+    return minibatches
+
+
+def add_old(minibatches: Sequence[Sequence[Batch]], policy: Scorer) -> None:
+    """Adds `extra["train_logprobs"]` to the batches, in place: those of the trainer before its updates. The first
+    update needs none, it computes them itself."""
+    for batches in minibatches:
+        for batch, scores in zip(batches, policy.score(batches), strict=True):
+            batch.extra["train_logprobs"] = scores.logprobs.cpu()
+
+
+def divided_by(groups: Sequence[Group], config: Config) -> float:
+    """Returns what `grpo.aggregate` divides the sum over all these groups by."""
+    samples = sum(map(len, groups))
+    match config.grpo.aggregate:
+        case "sequences":
+            return samples
+        case "constant":
+            return samples * config.rollout.max_new_tokens
+        case _:
+            return policy_tokens(groups)
 
 
 def policy_tokens(groups: Sequence[Group]) -> int:
@@ -123,19 +194,36 @@ def policy_tokens(groups: Sequence[Group]) -> int:
     return sum(sum(sample.trained) for sample in chain.from_iterable(groups))
 
 
-def policy_loss(scores: Scores, batch: Batch, settings: GrpoConfig, weight: float) -> tuple[torch.Tensor, Metrics]:
-    """Returns `grpo_loss`; its metrics, means over the kept tokens, are scaled to the denominator of all tokens."""
-    loss, metrics = grpo_loss(scores, batch, settings.clip_low, settings.clip_high, settings.kl_coef)
+def own_loss(scores: Scores, batch: Batch, config: Config, weight: float) -> tuple[torch.Tensor, Metrics]:
+    """Returns the loss that the section asks for; its metrics, means over the kept tokens, are scaled to the
+    denominator."""
+    g = config.grpo
+    objective = {
+        "clip": partial(clipped, low=g.clip_low, high=g.clip_high, dual=g.dual_clip),
+        "gspo": partial(clipped_by_sequence, low=g.clip_low, high=g.clip_high),
+        "cispo": partial(capped, cap=g.ratio_cap),
+    }[g.objective]
+    correction = {
+        "off": None,
+        "truncate": partial(truncate, cap=g.mismatch_cap),
+        "mask": partial(mask_tokens, low=g.mismatch_low, high=g.mismatch_high),
+        "mask_seqs": partial(mask_sequences, low=g.mismatch_low, high=g.mismatch_high, cap=g.mismatch_cap),
+    }[mismatch_of(config)]
+    kl_coef = g.kl_coef if g.kl_in == "loss" else 0.0
+    loss, metrics = policy_loss(scores, batch, objective, kl_coef, g.kl_form, correction, g.off_policy_delta)
     return loss, {name: value if name.endswith("_max") else value * weight for name, value in metrics.items()}
 
 
-def summary(groups: Sequence[Group]) -> dict[str, float]:
-    """Returns the metrics that the rollouts alone give."""
-    samples = list(chain.from_iterable(groups))
+def summary(groups: Sequence[Group], sampled: Sequence[Group], settings: GrpoConfig) -> dict[str, float]:
+    """Returns the metrics that the rollouts alone give, of all that was `sampled`; `kl` where the reward holds it."""
+    samples = list(chain.from_iterable(sampled))
+    charged = [divergence(s, settings.kl_form) for s in chain.from_iterable(groups) if "ref_logprobs" in s.columns]
     return {
         "reward_mean": sum(s.reward for s in samples) / len(samples),
-        **reward_metrics(groups),
+        **reward_metrics(sampled),
         "kept_fraction": sum(map(len, learnable(groups))) / len(samples),
         "response_tokens_mean": sum(len(s.ids) for s in samples) / len(samples),
         "finished_fraction": sum(s.finished for s in samples) / len(samples),
+        "rounds": len(sampled) / settings.prompts_per_step,
+        **({"kl": sum(charged) / policy_tokens(groups)} if charged else {}),
     }

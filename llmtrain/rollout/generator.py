@@ -38,6 +38,10 @@ class RolloutSource(Protocol):
     def take(self, step: int) -> list[Group]:
         """Returns the groups of a step, the same on every trainer (a collective over the trainers)."""
 
+    def ask(self, numbers: range) -> list[Group]:
+        """Returns the groups of the run's prompts with these numbers, for a recipe that says itself how many a step
+        takes; else as `take`."""
+
     def publish(self, weights: Weights, version: int) -> None:
         """Hands over the weights after `version` steps (a collective over the trainers)."""
 

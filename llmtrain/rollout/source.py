@@ -31,7 +31,11 @@ class InStep:
 
         Which prompts these are, and their random streams, follows from the seed and the step alone.
         """
-        numbers = range(step * self.prompts_per_step, (step + 1) * self.prompts_per_step)
+        return self.ask(range(step * self.prompts_per_step, (step + 1) * self.prompts_per_step))
+
+    def ask(self, numbers: range) -> list[Group]:
+        """Samples and rewards the groups of these prompts, which follow from the seed, as do their streams; see
+        RolloutSource."""
         chosen = [self.prompts.at(number, self.seed) for number in numbers]
         streams = [derive(self.seed, f"rollout/{number}") for number in numbers]
         asked = [Prompt(self.prompts.prompt_ids(i), stream) for i, stream in zip(chosen, streams, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -61,6 +61,31 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
     return InStep(
         build_generator(job), prompts, prompts_per_step, sampling_of(config, job.tokenizer), reward, config.seed
     )
+
+
+def take_spread(
+    job: Job,
+    ask: Callable[[range], list[Group]],
+    number: int,
+    wanted: int,
+    rounds: int,
+    spread: Callable[[Group], bool],
+) -> tuple[list[Group], list[Group]]:
+    """Asks for `wanted` groups, and again until as many have a `spread`, in at most so many rounds. Returns the groups
+    of the step, as many as `wanted`, and all that were sampled.
+
+    Where too few have one, groups without fill up, so that what a step is divided by does not shrink. Each round takes
+    the next prompts of the run; how many were taken is in the checkpoints.
+    """
+    sampled: list[Group] = []
+    for _ in range(rounds):
+        job.prompts = max(job.prompts, number * wanted)  # a checkpoint of an earlier version has no count
+        sampled += ask(range(job.prompts, job.prompts + wanted))
+        job.prompts += wanted
+        if sum(map(spread, sampled)) >= wanted:
+            break
+    best = sorted(range(len(sampled)), key=lambda i: not spread(sampled[i]))[:wanted]  # stable: the first of each
+    return [sampled[i] for i in sorted(best)], sampled
 
 
 def read_prompts(job: Job) -> PromptSet:

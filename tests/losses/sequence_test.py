@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from llmtrain.losses.sequence import sequence_sums
+from llmtrain.losses.sequence import sequence_means, sequence_sums
 from llmtrain.types import Batch
 
 
@@ -71,11 +70,21 @@ def test_gradient_reaches_what_is_in_the_mask_alone() -> None:
 
 
 def test_a_mean_is_spread_over_the_tokens_of_its_sequence() -> None:
-    """Ratios of sequences (GSPO): exp of the mean log-ratio, the same at each of its tokens."""
-
-    def spread(x: Tensor, mask: Tensor, batch: Batch) -> Tensor:
-        (sums, numbers), (lengths, _) = (sequence_sums(each, mask, batch) for each in (x, torch.ones_like(x)))
-        return (sums / lengths.clamp(min=1))[numbers.clamp(min=0)].where(mask, 0.0)
-
     x, mask = torch.tensor([[9.0, 1.0, 3.0, 5.0]]), torch.tensor([[False, True, True, True]])
-    assert spread(x, mask, batch_of(None, [[0, 1, 1, 2]], (1, 4))).tolist() == [[0.0, 2.0, 2.0, 5.0]]
+    assert sequence_means(x, mask, batch_of(None, [[0, 1, 1, 2]], (1, 4))).tolist() == [[0.0, 2.0, 2.0, 5.0]]
+    # two groups in a row, the second in two pieces; what is not in the mask neither counts nor gets a mean
+    x, mask = (
+        torch.tensor([[1.0, math.inf, 4.0, 8.0, 16.0, 7.0]]),
+        torch.tensor([[True, False, True, True, True, False]]),
+    )
+    batch = batch_of([[0, 0, 1, 1, 1, -1]], [[1, 1, 1, 2, 1, 0]], (1, 6))
+    assert sequence_means(x, mask, batch).tolist() == [[1.0, 0.0, 10.0, 8.0, 10.0, 0.0]]
+    assert sequence_means(x, torch.zeros(1, 6).bool(), batch).tolist() == [[0.0] * 6]
+
+
+def test_gradient_of_a_mean_is_shared_by_its_tokens() -> None:
+    x = torch.tensor([[1.0, 3.0, math.nan, 5.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, False, True]])
+    means = sequence_means(x, mask, batch_of(None, [[1, 1, 1, 2]], (1, 4)))
+    (means * torch.tensor([[1.0, 10.0, 100.0, 1000.0]])).sum().backward()
+    assert x.grad.tolist() == [[5.5, 5.5, 0.0, 1000.0]]

@@ -42,6 +42,9 @@ FEW = [  # together every axis, method, schedule, ZeRO stage and engine
         {"pp": 2, "tp": 2, "backend": "fsdp", "reshard": False, **ZERO_BUBBLE},
         {**EP, "cp": 2, "zero_stage": 2, "remat": "selective", "context": "allgather"},
     ),
+    *of("sequence ratio", {"cp": 2, "pp": 2, "zero_stage": 1}, {"dp_shard": 2, "cp": 2, "backend": "fsdp"}),
+    *of("sequence mean", {"cp": 2, "tp": 2, "zero_stage": 2, "grad_clip": 0}),
+    *of("capped ratio", {"pp": 2, "dp_shard": 2, "backend": "fsdp"}),
     *of("branch pairs", {"cp": 2, "pp": 2, "zero_stage": 1, **ZBV}, {"cp": 2, "tp": 2, "backend": "fsdp"}),
     *of("row pairs", {"cp": 2, "dp_shard": 2, "zero_stage": 2}, {"cp": 2, "pp": 2, "backend": "fsdp"}),
 ]
@@ -106,7 +109,7 @@ def test_few_layouts_with_every_axis(forked: Callable) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("task", ["values", "groups", "branch pairs", "row pairs"])
+@pytest.mark.parametrize("task", sorted(TASKS.keys() - {"tokens"}))
 def test_many_layouts(forked: Callable, task: str) -> None:
     check_all(forked, short(of(task, *MANY)), timeout_s=900, worker=WORKER)
 
@@ -127,6 +130,7 @@ def test_sums_and_what_they_are_divided_by_by_hand() -> None:
     """Before any engine: the number of tokens and of pairs in a step, and each loss on scores that are known."""
     denominators = {name: int(TASKS[name].denominator(TASKS[name].batch(0, 4))) for name in TASKS}
     assert denominators["values"] == 4 * 16 / 2 and denominators["row pairs"] == 2
+    assert denominators["sequence ratio"] == denominators["sequence mean"] == 4 * 4
     assert denominators["branch pairs"] == 2 * 4 and 4 * 2 * 4 <= denominators["groups"] <= 4 * 2 * 6
     ones = torch.ones(1, 4)
     pair = Batch(*(torch.zeros(1, 4).long(),) * 2, ones.bool(), *(torch.zeros(1, 4).long(),) * 2)

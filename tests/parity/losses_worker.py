@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtrain.losses.policy import grpo_loss
+from llmtrain.engine.base import LossFn
+from llmtrain.losses.mismatch import mask_sequences, truncate
+from llmtrain.losses.policy import capped, clipped, clipped_by_sequence, grpo_loss, policy_loss
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.losses.sequence import sequence_sums
 from llmtrain.types import IGNORE, Batch, Metrics, Scores
@@ -42,6 +45,17 @@ def group_batch(step: int, rows: int) -> Batch:
     return Batch(ids, torch.where(mask, labels, IGNORE), mask, positions, segments, branches, extra)
 
 
+def corrected_batch(step: int, rows: int) -> Batch:
+    """Returns `group_batch` with the trainer's log-probs before the update, near the generator's, and weights with
+    which sequences count alike."""
+    batch, g = group_batch(step, rows), torch.Generator().manual_seed(250 + step)
+    batch.extra["train_logprobs"] = batch.extra["old_logprobs"] + 0.2 * torch.randn(rows, WIDTH, generator=g)
+    _, numbers = sequence_sums(batch.extra["advantages"], batch.loss_mask, batch)
+    counts = numbers[batch.loss_mask].bincount()
+    batch.extra["weights"] = torch.where(batch.loss_mask, 1 / counts[numbers.clamp(min=0)], 0.0)
+    return batch
+
+
 def pair_batch(step: int, rows: int) -> Batch:
     """Returns two rows a pair, behind prompts of equal length."""
     g = torch.Generator().manual_seed(300 + step)
@@ -71,6 +85,31 @@ def group_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
     return loss, {**metrics, "counted": batch.loss_mask.float().sum()}
 
 
+def counting(loss: partial) -> LossFn:
+    """Returns the loss with the metric `counted`, as `group_loss` has it."""
+
+    def counted(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+        value, metrics = loss(scores, batch)
+        return value, {**metrics, "counted": batch.loss_mask.float().sum()}
+
+    return counted
+
+
+SEQUENCE_RATIO = partial(
+    policy_loss,
+    objective=partial(clipped_by_sequence, low=0.1, high=0.15),
+    correction=partial(mask_sequences, low=0.9, high=1.2, cap=1.3),
+)
+SEQUENCE_MEAN = partial(
+    policy_loss,
+    objective=partial(clipped, low=0.2, high=0.28, dual=1.4),
+    kl_coef=0.1,
+    kl_form="k2",
+    off_policy_delta=0.1,
+)
+CAPPED = partial(policy_loss, objective=partial(capped, cap=1.2), correction=partial(truncate, cap=1.3))
+
+
 def pair_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
     """Returns -log sigmoid(beta (chosen - rejected)) of sums of log-probs, summed over pairs."""
     assert scores.logprobs is not None
@@ -95,8 +134,15 @@ def trained_tokens(batch: Batch) -> Tensor:
     return batch.loss_mask.sum()
 
 
+def samples(batch: Batch) -> Tensor:
+    return torch.tensor(4.0 * len(batch.input_ids))
+
+
 TASKS |= {
     "groups": Task(group_loss, trained_tokens, group_batch),
+    "sequence ratio": Task(counting(SEQUENCE_RATIO), samples, corrected_batch),
+    "sequence mean": Task(counting(SEQUENCE_MEAN), samples, corrected_batch),
+    "capped ratio": Task(counting(CAPPED), trained_tokens, corrected_batch),
     "branch pairs": Task(pair_loss, lambda batch: torch.tensor(2.0 * len(batch.input_ids)), group_batch),
     "row pairs": Task(pair_loss, lambda batch: torch.tensor(len(batch.input_ids) / 2), pair_batch, rows=4),
     "values": Task(value_loss, trained_tokens, value_batch),

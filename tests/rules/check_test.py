@@ -288,6 +288,13 @@ def test_one_broken_rule_is_one_line(
         ),
         (["rollout.max_new_tokens=128"], "rollout.max_new_tokens=128: must be less than train.seq_len=128"),
         (["guard.spike=skip"], "guard.spike=skip: must be off in grpo"),
+        (
+            ["grpo.overlong_buffer=20", "rollout.max_new_tokens=19"],
+            "grpo.overlong_buffer=20: must be at most rollout.max_new_tokens=19; lower it",
+        ),
+        (["grpo.dual_clip=3", "grpo.objective=gspo"], "grpo.dual_clip=3: is of grpo.objective=clip, not gspo; remove"),
+        (["grpo.std_of=batch", "grpo.normalize_std=false"], "grpo.std_of=batch: .*normalize_std=false; remove one"),
+        (["grpo.mismatch_low=5"], "grpo.mismatch_low=5: must be below grpo.mismatch_high=5; lower it"),
         (["rollout.group_size=1"], "rollout.group_size=1: must be at least 2"),
         (INTERLEAVED, "parallel.schedule=interleaved_1f1b: .* in grpo .*; use 1f1b or zbv"),
     ],
@@ -295,6 +302,15 @@ def test_one_broken_rule_is_one_line(
 def test_rules_of_reinforcement_learning(overrides: list[str], expected: str, tmp_path: Path) -> None:
     lines = violations(config(*overrides, f"model.init_from={tmp_path}", folder=tmp_path), 4, "grpo")
     assert [line for line in lines if re.match(expected, line)], lines
+
+
+def test_keys_of_grpo_that_go_together(tmp_path: Path) -> None:
+    for fine in (
+        ["grpo.overlong_buffer=19", "rollout.max_new_tokens=19"],
+        ["grpo.dual_clip=3", "grpo.std_of=batch", "grpo.mismatch_low=4.9"],
+    ):
+        lines = violations(config(*fine, f"model.init_from={tmp_path}", folder=tmp_path), 4, "grpo")
+        assert not [line for line in lines if line.startswith("grpo.")]
 
 
 def test_rules_of_muon(tmp_path: Path) -> None:

@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, frozen_reference, sampled
 from llmtrain.config.schema import Config, Section
 
+OF_OBJECTIVE: dict[str, dict[str, Any]] = {"gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregate": "sequences"}}
+"""Maps an objective to the defaults of its paper, where they are not those of `clip`."""
+
 
 class GrpoConfig(Section):
-    """Configures GRPO (arXiv 2402.03300). `grpo.reward: NAME` of earlier versions is read as `rewards: [{name:
-    NAME}]`."""
+    """Configures GRPO (arXiv 2402.03300) and what has grown from it; see docs/posttraining/grpo.md. `grpo.reward: NAME`
+    of earlier versions is read as `rewards: [{name: NAME}]`."""
 
-    prompts_per_step: PositiveInt = 32  # groups sampled a step
-    minibatches: PositiveInt = 1  # updates on one set of rollouts
-    clip_low: PositiveFloat = 0.2  # the ratio is clipped to 1 - clip_low ...
-    clip_high: PositiveFloat = 0.2  # ... 1 + clip_high
+    prompts_per_step: PositiveInt = 32  # groups that a step trains on
+    minibatches: PositiveInt = 1  # updates that share one set of rollouts
+    epochs: PositiveInt = 1  # times that a set of rollouts is gone through; each makes `minibatches` updates
+    dynamic_rounds: PositiveInt = 1  # rounds of sampling a step at most, until prompts_per_step groups have a spread
+    overlong_buffer: int = Field(0, ge=0)  # last tokens of max_new_tokens in which the reward falls to -1; 0 = none
+    baseline: Literal["mean", "leave_one_out"] = "mean"  # of the group, or of the other samples (RLOO)
+    normalize_std: bool = True  # advantage = (r - baseline) / std; False = Dr. GRPO, RLOO
+    std_of: Literal["group", "batch"] = "group"  # whose rewards' standard deviation (n - 1)
+    std_eps: float = Field(0.0, ge=0.0)  # is added to it; groups without a spread have no advantage anyway
+    aggregate: Literal["tokens", "sequences", "constant"] = "tokens"  # a mean; gspo: by default sequences
+    objective: Literal["clip", "gspo", "cispo"] = "clip"  # ratio of a token, of a sequence; cispo: a weight of log p
+    clip_low: PositiveFloat = 0.2  # the ratio is clipped to 1 - clip_low ...; gspo: by default 3e-4
+    clip_high: PositiveFloat = 0.2  # ... 1 + clip_high; gspo: by default 4e-4
+    dual_clip: float | None = Field(None, gt=1.0)  # where A < 0, ratios count at most this (usual: 3); clip only
+    ratio_cap: PositiveFloat = 5.0  # cispo: largest ratio, itself a ratio
     kl_coef: float = Field(0.0, ge=0.0)  # against the weights at the start
-    normalize_std: bool = True  # advantage = (r - mean) / std of its group; False = Dr. GRPO
+    kl_form: Literal["k1", "k2", "k3"] = "k3"  # how the KL is estimated from a token
+    kl_in: Literal["loss", "reward"] = "loss"  # a term of the loss; or taken from each reward, summed over its tokens
+    mismatch: Literal["auto", "off", "truncate", "mask", "mask_seqs"] = "auto"  # auto: truncate, but off in fp32
+    mismatch_cap: PositiveFloat = 2.0  # truncate, mask_seqs: p_trainer / p_generator counts at most this
+    mismatch_low: PositiveFloat = 0.5  # mask, mask_seqs: a token, or sequence by its geometric mean, is left out below
+    mismatch_high: PositiveFloat = 5.0  # ... this, and above this
+    off_policy_delta: PositiveFloat | None = None  # nats a token; worse sequences further off the policy are left out
+
+    @model_validator(mode="after")
+    def _of_objective(self) -> GrpoConfig:
+        """Fills in the defaults of the objective, so that the written configuration holds the values in use; they do
+        not count as set, and a stage may choose another objective."""
+        unset = OF_OBJECTIVE.get(self.objective, {}).keys() - self.model_fields_set
+        self.__dict__.update({key: OF_OBJECTIVE[self.objective][key] for key in unset})
+        return self
+
+
+def updates_per_step(config: Config) -> int:
+    """Returns how many optimizer steps are made on one set of rollouts."""
+    return config.grpo.epochs * config.grpo.minibatches
+
+
+def mismatch_of(config: Config) -> str:
+    """Returns the correction that `grpo.mismatch` asks for. The native generator in fp32 computes the trainer's
+    numbers; in fewer bits its log-probs differ from those of the trainer, whose kernels round otherwise."""
+    same_numbers = config.engine.precision == "fp32" and config.rollout.generator == "native"
+    auto = "off" if same_numbers else "truncate"
+    return auto if config.grpo.mismatch == "auto" else config.grpo.mismatch
 
 
 def step_size(config: Config) -> StepSize:
     """Returns how much a step samples."""
-    return sampled(config, config.grpo.prompts_per_step, config.grpo.minibatches)
+    g = config.grpo
+    return sampled(config, g.prompts_per_step * g.dynamic_rounds, updates_per_step(config))
 
 
 def other_models(config: Config) -> tuple[str, ...]:
@@ -52,6 +94,24 @@ def groups_compare(config: Config) -> Iterator[str]:
         )
 
 
+def room_to_punish(config: Config) -> Iterator[str]:
+    """Yields a line if the penalty would begin before the first token."""
+    buffer, limit = config.grpo.overlong_buffer, config.rollout.max_new_tokens
+    if buffer > limit:
+        yield f"grpo.overlong_buffer={buffer}: must be at most rollout.max_new_tokens={limit}; lower it"
+
+
+def used_together(config: Config) -> Iterator[str]:
+    """Yields a line for each key that another one leaves without effect."""
+    g = config.grpo
+    if g.dual_clip is not None and g.objective != "clip":
+        yield f"grpo.dual_clip={g.dual_clip:g}: is of grpo.objective=clip, not {g.objective}; remove it"
+    if g.std_of == "batch" and not g.normalize_std:
+        yield "grpo.std_of=batch: nothing is divided by it with grpo.normalize_std=false; remove one of them"
+    if g.mismatch_low >= g.mismatch_high:
+        yield f"grpo.mismatch_low={g.mismatch_low:g}: must be below grpo.mismatch_high={g.mismatch_high:g}; lower it"
+
+
 def no_spikes(config: Config) -> Iterator[str]:
     """Yields a line if the loss is watched for spikes."""
     if config.guard.spike != "off":
@@ -68,17 +128,10 @@ RECIPE = Recipe(
     summary="reinforcement learning with verifiable rewards (starts under torchrun too)",
     main="llmtrain.recipes.grpo:main",
     section=GrpoConfig,
-    rules=(whole_minibatches, groups_compare, no_spikes),
+    rules=(whole_minibatches, groups_compare, room_to_punish, used_together, no_spikes),
     step_size=step_size,
     other_models=other_models,
-    same=(
-        "grpo.prompts_per_step",
-        "grpo.minibatches",
-        "grpo.normalize_std",
-        "grpo.kl_coef",
-        "grpo.clip_low",
-        "grpo.clip_high",
-    ),
+    same=tuple(f"grpo.{key}" for key in GrpoConfig.model_fields),
     starts_trained=True,
     samples=True,
     branches=True,

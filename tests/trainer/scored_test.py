@@ -1,0 +1,72 @@
+"""Scores of whole samples, put together from what each data-parallel rank scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmtrain.config.schema import Config
+from llmtrain.trainer.scored import score_samples
+from llmtrain.types import Batch, Group, Sample, Scores
+
+
+class Scorer:
+    """Gives each label a log-prob that tells which it is: -label / 100. Where nothing is asked it gives 9."""
+
+    def score(self, batches: Sequence[Batch]) -> list[Scores]:
+        return [Scores(torch.where(batch.loss_mask, -batch.labels / 100.0, 9.0)) for batch in batches]
+
+
+def groups() -> list[Group]:
+    """Returns three groups of two samples of unequal lengths; a tool wrote the second token of each first one."""
+    made = []
+    for g in range(3):
+        lists = [[10 * g + 1, 10 * g + 2, 10 * g + 3], [10 * g + t for t in range(4, 9)]]
+        trained = [[True, False, True], [True] * 5]
+        made.append(
+            [
+                Sample([90, 91, 92 + g], ids, written, [0.0] * len(ids), [0] * len(ids), True)
+                for ids, written in zip(lists, trained, strict=True)
+            ]
+        )
+    return made
+
+
+def on_rank(rank: int, size: int, sent: dict[int, Tensor], seq_len: int) -> list[Group]:
+    """Scores on one rank, which sends its bytes and receives those that all have `sent`."""
+
+    def gather(own: Tensor) -> list[Tensor]:
+        sent[rank] = own
+        return [sent.get(other, torch.empty(0, dtype=torch.uint8)) for other in range(size)]
+
+    mesh = SimpleNamespace(
+        sizes={"cp": 1, "tp": 1, "pp": 1},
+        dp_size=size,
+        dp_rank=rank,
+        device=torch.device("cpu"),
+        all_gather_bytes=gather,
+    )
+    config = Config.model_validate({"name": "a", "train": {"seq_len": seq_len, "micro_batch_seqs": 1}})
+    job = SimpleNamespace(config=config, mesh=mesh, tokenizer=SimpleNamespace(pad_id=0))
+    found = groups()
+    try:
+        score_samples(job, Scorer(), found, "theirs")
+    except (RuntimeError, StopIteration):
+        assert len(sent) < size  # the other rank's part is not there yet
+    return found
+
+
+@pytest.mark.parametrize("seq_len", [64, 8])  # a group in a row, and cut over two
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_rank_has_the_scores_of_all_samples(size: int, seq_len: int) -> None:
+    sent: dict[int, Tensor] = {}
+    for rank in range(size):
+        on_rank(rank, size, sent, seq_len)
+    for rank in range(size):
+        for sample in (each for group in on_rank(rank, size, sent, seq_len) for each in group):
+            wanted = [-x / 100 if trained else 0.0 for x, trained in zip(sample.ids, sample.trained, strict=True)]
+            assert sample.columns == {"theirs": pytest.approx(wanted)}
