@@ -15,6 +15,11 @@ def stored_model(model: ModelConfig, found: Mapping[str, Any]) -> ModelConfig:
     return model.model_copy(update={name: found[name] for name in ("vocab_size", "head", "tie_embeddings")})
 
 
+def with_scalar_head(model: ModelConfig) -> ModelConfig:
+    """Returns a resolved model of which only the body is the same: one number a position, trained whole."""
+    return model.model_copy(update={"head": "scalar", "tie_embeddings": False, "mtp_layers": 0, "lora": None})
+
+
 def new_parameters(model: ModelConfig, stored: ModelConfig) -> set[str]:
     """Returns the canonical names of what `model` has and the weights of `stored` have not: adapters, and a scalar head
     on the body of a language model."""

@@ -16,11 +16,12 @@ MANIFEST_SUM = "manifest.sha256"  # of a checkpoint: covers all its files
 
 def contents(command: str, config: Config, made: list[str], checksums: Checksums) -> dict[str, str]:
     """Returns by key the checksum of what a stage reads, but for what lies in the directories `made` by stages."""
-    found = {}
+    found, recipe = {}, recipe_of(command)
+    weights = {"model.init_from", *(recipe.weights(config) if recipe is not None else ())}
     for key, path in read_paths(command, config):
         if path is not None and not any(inside(path, directory) for directory in made):
             place = split_path(path)[0]  # a path of rows may name a split
-            found[key] = checksums.of_all(weight_files(path) if key == "model.init_from" else files_at(place))
+            found[key] = checksums.of_all(weight_files(path) if key in weights else files_at(place))
     return found
 
 
@@ -43,6 +44,8 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
     if recipe is not None or command in ("eval", "export"):
         yield "tokenizer.path", config.tokenizer.path
         yield "model.init_from", config.model.init_from
+    if recipe is not None:
+        yield from recipe.weights(config).items()
 
 
 def made_by(command: str, config: Config) -> Iterator[str]:

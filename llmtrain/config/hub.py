@@ -69,10 +69,14 @@ def fetch(asked: str, name: str, files: tuple[str, ...] = MODEL) -> str:
 def _read_by(config: Config, command: str, weights: bool) -> list[tuple[str, str, tuple[str, ...]]]:
     """Returns (section, key, files) of what a command reads by path. Where it makes the tokenizer, `tokenizer.path` is
     where that goes."""
-    trains = recipe_of(command) is not None
+    recipe = recipe_of(command)
+    trains = recipe is not None
     makes = command in ("data", "tokenizer") or (trains and bool(config.data.sources or config.data.tasks))
     reads = trains or command in ("eval", "export")
-    found = [("model", "init_from", MODEL if weights and command != "plan" else SHAPE)] * (reads or command == "plan")
+    model = MODEL if weights and command != "plan" else SHAPE
+    found = [("model", "init_from", model)] * (reads or command == "plan")
+    if recipe is not None:
+        found += [(recipe.name, key.partition(".")[2], model) for key in recipe.weights(config)]
     return found + [("tokenizer", "base" if makes else "path", TOKENIZER)] * (reads or makes)
 
 

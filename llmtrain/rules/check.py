@@ -17,6 +17,7 @@ from llmtrain.rules.files import FILE_RULES
 from llmtrain.rules.layout import LAYOUT_RULES
 from llmtrain.rules.lora import LORA_RULES
 from llmtrain.rules.model import MODEL_RULES
+from llmtrain.rules.others import other_models
 from llmtrain.rules.vocabulary import VOCABULARY_RULES
 
 
@@ -51,6 +52,7 @@ def violations(
             found += str(error).splitlines()
     case = Case(config, model, world_size, command, run_dir, earlier or {})
     found += _broken(case)
+    found += [line for line in other_models(case) if line.partition(": ")[2] not in found]
     for phase in phases(config.train)[1:] if pretrains(case) or command == "plan" else ():
         lines = _broken(replace(case, config=with_phase(config, phase)))
         found += [f"train ramp from token {phase.first_token}: {line}" for line in lines if line not in found]

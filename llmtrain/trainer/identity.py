@@ -203,6 +203,7 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
         places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in config.rewards if each.file}
     if config.model.init_from:
         places["model.init_from"] = (config.model.init_from, weight_files(config.model.init_from))
+    places |= {key: (path, weight_files(path)) for key, path in recipe.weights(config).items()}
     for key, (path, files) in places.items():
         if files:
             found[key] = {"path": str(path), "sha256": checksums.of_all(files)}

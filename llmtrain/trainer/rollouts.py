@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 
@@ -11,7 +12,7 @@ from llmtrain.arch.adapters import without_adapters
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.model.decoder import Decoder
-from llmtrain.rewards import RewardsFail, build_reward, check_rows, stop_if_failing
+from llmtrain.rewards import RewardsFail, build_reward, check_rows, reward_metrics, stop_if_failing
 from llmtrain.rollout.generator import RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
@@ -97,6 +98,22 @@ def read_prompts(job: Job) -> PromptSet:
     prompts = prompts_of(config, config.data.train, job.tokenizer)
     check_rows(config.rewards, prompts.examples, prompts.places)
     return prompts
+
+
+def policy_tokens(groups: Sequence[Group]) -> int:
+    """Returns how many tokens of the groups the policy wrote."""
+    return sum(sum(sample.trained) for sample in chain.from_iterable(groups))
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Returns what metrics.jsonl says of samples: their rewards, lengths in tokens, and how many were finished."""
+    samples = list(chain.from_iterable(groups))
+    return {
+        "reward_mean": sum(s.reward for s in samples) / len(samples),
+        **reward_metrics(groups),
+        "response_tokens_mean": sum(len(s.ids) for s in samples) / len(samples),
+        "finished_fraction": sum(s.finished for s in samples) / len(samples),
+    }
 
 
 @contextlib.contextmanager

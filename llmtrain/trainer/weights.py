@@ -6,16 +6,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmtrain.arch.resolve import fields_from_directory
-from llmtrain.arch.start import new_parameters, stored_model
+from llmtrain.arch.resolve import fields_from_directory, resolve_model
+from llmtrain.arch.start import new_parameters, stored_model, with_scalar_head
 from llmtrain.checkpoint.roles import MAIN
 from llmtrain.checkpoint.source import fingerprint, locate, source_at
+from llmtrain.config.load import load
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.tokenizer import read_backend
+from llmtrain.data.tokenizer import load_tokenizer, read_backend
 from llmtrain.engine.build import Role, build_trained
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.vocab import resize_embedding
-from llmtrain.trainer.job import Job
+from llmtrain.trainer.job import Job, tokenizer_dir
 from llmtrain.trainer.resume import resume
 from llmtrain.types import WeightSource
 
@@ -44,28 +45,52 @@ def build_engines(job: Job, roles: Sequence[Role]) -> None:
     resume(job)
 
 
-def start_source(job: Job, model: ModelConfig | None = None) -> WeightSource:
-    """Returns the weights before the first step of a model (None: the job's own, resolved): those of `model.init_from`
-    of the document, else random ones. Adapters are new, and so is a scalar head on a language model. A collective."""
-    model = model or job.model
+def start_source(job: Job, model: ModelConfig | None = None, path: str | None = None) -> WeightSource:
+    """Returns the weights before the first step of a model (None: the job's own, resolved): those at `path` (None:
+    `model.init_from` of the document), else random ones. Adapters are new, and so is a scalar head on a language model.
+    A collective."""
+    model, path = model or job.model, path or job.config.model.init_from
     shapes, stored = parameter_shapes(model), None
     new = set(shapes)
-    if job.config.model.init_from:
-        place = locate(job.config.model.init_from, job.mesh)
-        there = stored_model(model, fields_from_directory(job.config.model.init_from, {}))
+    if path:
+        place = locate(path, job.mesh)
+        there = stored_model(model, fields_from_directory(path, {}))
         stored, new, rows = source_at(place, there, job.mesh), new_parameters(model, there), there.vocab_size
         if rows != model.vocab_size:
-            stored = grown_vocabulary(stored, model.vocab_size, used_rows(job.config.model.init_from, rows))
-        job.base = fingerprint(place) if job.model.lora else None
+            stored = grown_vocabulary(stored, model.vocab_size, used_rows(path, rows))
+        if model.lora is not None:
+            job.base = fingerprint(place)
     return lambda name: init_tensor(name, shapes[name], model, job.config.seed) if name in new else stored(name)
+
+
+def scalar_model(job: Job, path: str | None = None) -> ModelConfig:
+    """Returns the resolved section of a model with a scalar head, on the body at `path` (None: on the job's own).
+
+    Raises ValueError when the model at `path` reads other tokens than the job's.
+    """
+    if path is None:
+        return with_scalar_head(job.model)
+    model, found = with_scalar_head(resolve_model(ModelConfig(init_from=path))), tokenizer_beside(path)
+    differs = found is not None and load_tokenizer(found).fingerprint != job.tokenizer.fingerprint
+    if differs or model.vocab_size < job.tokenizer.vocab_size:
+        raise ValueError(f"{path}: was trained with another tokenizer than this run has; give a model that shares it")
+    return model
 
 
 def used_rows(directory: str, rows: int) -> int:
     """Returns how many of the `rows` of an embedding tokens of the tokenizer beside it use; without a tokenizer,
     all."""
-    places = (directory, os.path.join(directory, "tokenizer"))  # in a Hugging Face directory, in a run
-    found = next((place for place in places if os.path.isfile(os.path.join(place, "tokenizer.json"))), None)
+    found = tokenizer_beside(directory)
     return rows if found is None else min(rows, 1 + max(read_backend(Path(found)).get_vocab().values()))
+
+
+def tokenizer_beside(directory: str) -> str | None:
+    """Returns the directory of the tokenizer that goes with a Hugging Face directory or a run, None where there is
+    none."""
+    places, document = [directory, os.path.join(directory, "tokenizer")], os.path.join(directory, "config.yaml")
+    if os.path.isfile(document):
+        places.append(tokenizer_dir(load(document, [])))
+    return next((place for place in places if os.path.isfile(os.path.join(place, "tokenizer.json"))), None)
 
 
 def grown_vocabulary(source: WeightSource, rows: int, used: int | None = None) -> WeightSource:

@@ -31,6 +31,14 @@ class StubScorer:
 
     scores: Callable[[Batch], Scores]
     scored: list[Sequence[Batch]] = field(default_factory=list)
+    parts: list[object] = field(default_factory=list)
+    here: bool = True  # on the device
+
+    def to_host(self) -> None:
+        self.here = False
+
+    def to_device(self) -> None:
+        self.here = True
 
     def score(self, batches: Sequence[Batch]) -> list[Scores]:
         self.scored.append(batches)

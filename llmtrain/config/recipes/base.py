@@ -65,6 +65,10 @@ class Recipe:
     head: Literal["lm", "scalar"] = "lm"  # of the model that it trains (model.head)
     branches: bool = False  # rows hold several samples of a prompt (Batch.branch_ids)
     other_models: Callable[[Config], tuple[str, ...]] = lambda config: ()  # models beside the policy, for the planner
+    weights: Callable[[Config], Mapping[str, str]] = lambda config: {}
+    """Maps keys to directories of models that it reads beside `model.init_from`: they must be there, fit the layout,
+    and stay what they are while a run goes on."""
+    values: tuple[str, ...] = ()  # such keys of models with a scalar head, which without a directory have its own body
     plots: Mapping[str, tuple[Panel, ...]] = field(default_factory=dict, hash=False)  # of the report, by file suffix
     moved: Mapping[str, Callable[[Any], tuple[str, Any]]] = field(default_factory=dict, hash=False)
     """Maps keys that this section had in earlier versions to functions from their value to (key, value) today."""

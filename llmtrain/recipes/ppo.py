@@ -1,0 +1,233 @@
+"""Implements PPO (arXiv 1707.06347) as it is used on language models (arXiv 2203.02155): rollouts -> rewards -> values
+and log-probs of the reference -> advantages and returns -> policy and critic, each in minibatches -> new weights to the
+generator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from llmtrain.checkpoint.roles import MAIN
+from llmtrain.config.recipes.ppo import RECIPE, PpoConfig
+from llmtrain.config.schema import Config, OptimConfig
+from llmtrain.data.sampler import derive, permuted
+from llmtrain.engine.base import LossFn
+from llmtrain.engine.build import Role
+from llmtrain.losses.gae import gae, length_lambda, token_rewards, whiten
+from llmtrain.losses.kl import k1, masked_log_ratio
+from llmtrain.losses.kl_control import adapted_kl_coef
+from llmtrain.losses.policy import grpo_loss
+from llmtrain.losses.value import explained_variance, value_loss
+from llmtrain.parallel.mesh import shutdown
+from llmtrain.trainer.batches import group_microbatches, split_groups
+from llmtrain.trainer.gate import Gate
+from llmtrain.trainer.job import Job, join
+from llmtrain.trainer.loop import train
+from llmtrain.trainer.record import Clock, SampleLog
+from llmtrain.trainer.reference import build_reference
+from llmtrain.trainer.replay import Replay
+from llmtrain.trainer.rollouts import (
+    build_source,
+    closing,
+    policy_tokens,
+    read_prompts,
+    rollout_metrics,
+    serve_rollouts,
+)
+from llmtrain.trainer.scored import score_samples
+from llmtrain.trainer.turns import Turns
+from llmtrain.trainer.waste import note_padding
+from llmtrain.trainer.weights import build_engines, scalar_model, start_source
+from llmtrain.types import Batch, Group, Metrics, Scores
+
+CRITIC = "critic"
+KL_COEF = "kl_coef"  # in Job.state: the coefficient of the next step
+
+
+def main(config: Config) -> None:
+    """Runs `llmtrain ppo` on this rank."""
+    job = join(config, RECIPE)
+    if job.mesh.role == "rollout":
+        serve_rollouts(job)
+    else:
+        run(job)
+    shutdown()
+
+
+def run(job: Job) -> None:
+    """Trains, on a rank that is a trainer."""
+    config, settings = job.config, job.config.ppo
+    prompts = read_prompts(job)
+    replay = Replay(job)
+    build_models(job)
+    job.state.setdefault(KL_COEF, settings.kl_coef)
+    policy, critic, reference = job.engine, job.engines[CRITIC], build_reference(job, settings.kl_coef > 0)
+    turns = Turns([policy, critic, *([] if reference is None else [reference])], settings.wait_on_host)
+    source = build_source(job, prompts, settings.prompts_per_step)
+    gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
+    source.publish(policy.full_weights(), job.step)
+    samples = SampleLog(job)
+
+    def step(number: int) -> tuple[dict[str, float], int]:
+        clock = Clock()
+        turns.of(None)
+        groups = source.take(number)
+        rollout_s = clock.lap()
+        if reference is not None:
+            turns.of(reference)
+            score_samples(job, reference, groups, "ref_logprobs")
+        turns.of(critic)
+        score_samples(job, critic, groups, "values", of="values")
+        metrics = {**rollout_metrics(groups), **credit(groups, settings, job.state[KL_COEF])}
+        score_s = clock.lap()
+        parts = minibatches(groups, settings, config.seed, number)
+        metrics |= update_critic(job, parts, number)
+        turns.of(policy)
+        metrics |= update_policy(job, parts, number, replay, gate)
+        train_s = clock.lap()
+        source.publish(policy.full_weights(), number + 1)
+        samples.write(number + 1, groups)
+        times = {"rollout_s": rollout_s, "score_s": score_s, "train_s": train_s, "sync_s": clock.lap()}
+        adapt_kl_coef(job, metrics, number, sum(map(len, groups)))
+        tokens = sum(len(sample.ids) for sample in chain.from_iterable(groups))
+        return {**metrics, **times, "weight_version": number + 1}, tokens
+
+    with closing(source):
+        train(job, step)
+
+
+def build_models(job: Job) -> None:
+    """Builds policy and critic, and goes on from the newest checkpoint of both."""
+    config, settings, steps = job.config, job.config.ppo, job.config.train.steps
+    updates, own = settings.epochs * settings.minibatches, settings.critic_from
+    policy_updates = (steps - settings.critic_warmup_steps) * updates
+    policy = Role(MAIN, job.model, config.parallel, config.engine, start_source(job), config.optim, policy_updates)
+    value, parallel = scalar_model(job, own), config.parallel
+    if own is not None:  # whose layers stage_layers does not count
+        parallel = parallel.model_copy(update={"stage_layers": None})
+    source, optim = start_source(job, value, own), critic_optim(config)
+    build_engines(job, [policy, Role(CRITIC, value, parallel, config.engine, source, optim, steps * updates)])
+
+
+def critic_optim(config: Config) -> OptimConfig:
+    """Returns the optimizer of the critic: that of the policy, with a learning rate and a last one in proportion."""
+    optim, lr = config.optim, config.ppo.critic_lr or config.optim.lr
+    return optim.model_copy(update={"lr": lr, "min_lr": optim.min_lr * lr / optim.lr})
+
+
+def credit(groups: Sequence[Group], settings: PpoConfig, kl_coef: float) -> dict[str, float]:
+    """Fills in the columns `advantages` and `returns` from rewards, `values` and, where there are any, `ref_logprobs`.
+    Returns the means that a step reports of them."""
+    samples = list(chain.from_iterable(groups))
+    written = padded([sample.trained for sample in samples]).bool()
+    values, old = padded([s.columns["values"] for s in samples]), padded([s.logprobs for s in samples])
+    reference = padded([s.columns["ref_logprobs"] for s in samples]) if "ref_logprobs" in samples[0].columns else old
+    divergence = k1(masked_log_ratio(reference, old, written))
+    penalties = kl_coef * divergence if settings.kl_in == "reward" else torch.zeros_like(divergence)
+    rewards = token_rewards(torch.tensor([s.reward for s in samples]).double(), penalties, written)
+    returns = gae(rewards, values, written, settings.critic_lambda, settings.gamma) + values
+    advantages = gae(rewards, values, written, policy_lambda(written, settings), settings.gamma)
+    if settings.whiten:
+        advantages = whiten(advantages, written)
+    for name, column in {"advantages": advantages, "returns": returns}.items():
+        for sample, numbers in zip(samples, column.tolist(), strict=True):
+            sample.columns[name] = numbers[: len(sample.ids)]
+    kl = {"kl_sample": float(divergence.sum()) / len(samples), KL_COEF: kl_coef} if reference is not old else {}
+    return {**value_metrics(values[written], returns[written]), **kl}
+
+
+def padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Returns the rows as one tensor, [rows, longest], fp64, with 0 behind the shorter ones."""
+    return pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
+
+
+def policy_lambda(written: Tensor, settings: PpoConfig) -> Tensor | float:
+    """Returns the lambda of the policy's advantages: one number, or one a sample."""
+    if settings.length_alpha is None:
+        return settings.policy_lambda
+    return length_lambda(written.sum(-1), settings.length_alpha)
+
+
+def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
+    """Returns what a step reports of the critic before its update."""
+    means = {"value_mean": float(values.mean()), "return_mean": float(returns.mean())}
+    return {**means, "explained_variance": explained_variance(values, returns)}
+
+
+def minibatches(groups: Sequence[Group], settings: PpoConfig, seed: int, number: int) -> list[list[Group]]:
+    """Returns the groups of each update of a step: an epoch takes every group once, each in an order of its own."""
+    size, own = len(groups), derive(seed, f"minibatches/{number}")
+    epochs = [[groups[permuted(epoch * size + i, size, own)] for i in range(size)] for epoch in range(settings.epochs)]
+    return [part for order in epochs for part in split_groups(order, settings.minibatches)]
+
+
+def update_critic(job: Job, parts: Sequence[Sequence[Group]], number: int) -> dict[str, float]:
+    """Makes an update of the critic on each part. Returns the means of their metrics."""
+    settings, engine, steps = job.config.ppo, job.engines[CRITIC], []
+    denominator = tokens_per_update(job, parts)
+    for turn, part in enumerate(parts, number * len(parts)):
+        batches = group_microbatches(job, part, ("values", "returns"), fixed_width=False)
+        loss = averaged(partial(value_loss, clip=settings.value_clip or math.inf), denominator, part)
+        steps.append(engine.train_step(batches, loss, denominator, turn).numbers())
+    return {name if name.startswith("value_") else f"{CRITIC}_{name}": mean for name, mean in means(steps).items()}
+
+
+def update_policy(
+    job: Job, parts: Sequence[Sequence[Group]], number: int, replay: Replay, gate: Gate
+) -> dict[str, float]:
+    """Makes an update of the policy on each part, or none while the critic is warming up. Returns the means of their
+    metrics."""
+    settings, steps = job.config.ppo, []
+    columns = ("advantages", *(name for name in ("ref_logprobs",) if name in parts[0][0][0].columns))
+    kl_coef = job.state[KL_COEF] if settings.kl_in == "loss" else 0.0
+    policy_loss = partial(grpo_loss, clip_low=settings.clip_low, clip_high=settings.clip_high, kl_coef=kl_coef)
+    denominator, warmup = tokens_per_update(job, parts), settings.critic_warmup_steps
+    for turn, part in enumerate(parts, (number - warmup) * len(parts)):
+        batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0)
+        gate.before_update(job.engine, batches, number)
+        if number < warmup:
+            return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
+        loss = averaged(policy_loss, denominator, part)
+        mixed, loss = replay.mix(turn, batches, loss, denominator)
+        note_padding(job, mixed)
+        steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
+    gate.after_update(steps[0]["logprob_gap_max"], number)
+    return {**means(steps), "logprob_gap_max": steps[0]["logprob_gap_max"]}
+
+
+def tokens_per_update(job: Job, parts: Sequence[Sequence[Group]]) -> Tensor:
+    """Returns the mean number of written tokens of a part: the denominator of all, so that every token weighs the
+    same."""
+    written = sum(map(policy_tokens, parts))
+    return torch.tensor([written / len(parts)], device=job.mesh.device)
+
+
+def averaged(loss: LossFn, denominator: Tensor, part: Sequence[Group]) -> LossFn:
+    """Returns the loss with metrics that are means over the tokens of the part, whatever the denominator."""
+    weight = float(denominator) / policy_tokens(part)
+
+    def weighted(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+        total, metrics = loss(scores, batch)
+        return total, {name: value if name.endswith("_max") else value * weight for name, value in metrics.items()}
+
+    return weighted
+
+
+def means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Returns the mean of each metric over the updates of a step."""
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+
+
+def adapt_kl_coef(job: Job, metrics: dict[str, float], number: int, samples: int) -> None:
+    """Moves the coefficient of the KL towards `ppo.kl_target`, once the policy is updated."""
+    settings = job.config.ppo
+    if settings.kl_target is not None and number >= settings.critic_warmup_steps:
+        job.state[KL_COEF] = adapted_kl_coef(
+            job.state[KL_COEF], metrics["kl_sample"], settings.kl_target, samples, settings.kl_horizon
+        )
