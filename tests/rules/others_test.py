@@ -43,7 +43,12 @@ def test_a_critic_of_any_head_and_size_is_taken(small: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("critic", "ranks", "overrides", "message"),
     [
-        ({"num_layers": 1}, 2, ("parallel.pp=2",), "ppo.critic_from: parallel.pp x virtual_stages=2: must be at most model.num_layers=1"),
+        (
+            {"num_layers": 1},
+            2,
+            ("parallel.pp=2",),
+            "ppo.critic_from: parallel.pp x virtual_stages=2: must be at most model.num_layers=1",
+        ),
         ({"num_heads": 3, "num_kv_heads": 3, "hidden_size": 48}, 2, ("parallel.tp=2",), "ppo.critic_from: model.num_"),
         ({"max_positions": 32}, 1, (), "ppo.critic_from: model.max_positions=32: must be at least train.seq_len=64; "),
     ],
