@@ -4,14 +4,17 @@ and stubs are those of grpo_wiring_test.py: right answers have 5 tokens, wrong o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llmtrain.config.load import load
 from llmtrain.config.recipes import config_class
 from llmtrain.types import Batch, Prompt, Scores
+from tests.conftest import ROOT
 from tests.recipes import grpo_wiring_test as wiring
 from tests.recipes.grpo_wiring_test import A, Run, labels_of, sampled_tokens
 from tests.recipes.stubs import StubScorer, shifted
@@ -45,7 +48,7 @@ def spread(run: Run, prompt: Prompt) -> bool:
 
 
 def test_sampling_goes_on_until_enough_groups_have_a_spread(start: Callable[..., Run]) -> None:
-    run = start("grpo.dynamic_rounds=5", "grpo.minibatches=1").go()
+    run = start("grpo.dynamic_rounds=5", "grpo.minibatches=1", "log.samples=1000").go()
     rounds = [prompts for prompts, _ in run.generator.asked]
     at, asked = 0, 0
     for number, (metrics, tokens) in enumerate(run.steps):
@@ -62,6 +65,8 @@ def test_sampling_goes_on_until_enough_groups_have_a_spread(start: Callable[...,
         at, asked = at + len(taken), asked + len(prompts)
         assert metrics["prompts"] == asked
     assert at == len(rounds) > len(run.steps)  # else nothing was shown
+    written = (Path(run.job.config.directory) / "samples.jsonl").read_text().splitlines()
+    assert len(written) == 2 * asked  # dropped groups too
     everyone = [prompt for each in rounds for prompt in each]
     assert len({prompt.seed for prompt in everyone}) == len(everyone)
     assert len({tuple(prompt.ids) for prompt in everyone[:12]}) == 12  # each once an epoch, by all rounds together
@@ -323,3 +328,14 @@ def test_an_objective_brings_its_defaults(small: Path) -> None:
     assert keys("grpo.objective=gspo", "grpo.clip_high=0.1", "grpo.aggregate=constant") == (3e-4, 0.1, "constant")
     section = config_class().model_validate({"name": "a", "grpo": {"objective": "gspo"}}).grpo
     assert section.model_dump(exclude_unset=True) == {"objective": "gspo"}  # a stage may choose another objective
+
+
+def test_what_the_page_shows_is_valid(tmp_path: Path) -> None:
+    page = (ROOT / "docs/posttraining/grpo.md").read_text()
+    (document,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    (tmp_path / "dapo.yaml").write_text(document)
+    assert load(str(tmp_path / "dapo.yaml"), []).grpo.dynamic_rounds == 3
+    sections = [yaml.safe_load(text) for text in re.findall(r"`(?:grpo: )?(\{[a-z_]+:[^`]*\})`", page)]
+    assert len(sections) == 4
+    for section in sections:
+        config_class().model_validate({"name": "a", "grpo": section})

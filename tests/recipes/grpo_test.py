@@ -25,6 +25,7 @@ SETTINGS = (
     "grpo.reward=first_integer",
     "grpo.prompts_per_step=8",
     "grpo.minibatches=2",
+    "grpo.dynamic_rounds=2",
     "rollout.group_size=8",
     "rollout.max_new_tokens=24",
     "checkpoint.every_steps=2",
@@ -107,6 +108,13 @@ def test_records_what_happened(separate: Path) -> None:
     assert {s["step"] for s in samples} == {1, 2, 3} and {"prompt", "completion", "reward"} <= set(samples[0])
 
 
+def test_steps_take_as_many_prompts_as_they_need(separate: Path) -> None:
+    """The untrained policy seldom has eight groups with a spread: most steps ask twice."""
+    lines = metrics(separate)
+    assert {line["rounds"] for line in lines} <= {1, 2} and lines[-1]["prompts"] == 8 * sum(m["rounds"] for m in lines)
+    assert lines[1]["prompts"] > 2 * 8  # else going on from step 2 would not show that they are counted
+
+
 def test_same_bits_twice_and_resumed_bit_for_bit(separate: Path, run: Callable, tmp_path: Path) -> None:
     twice, resumed = tmp_path / "twice", tmp_path / "resumed"
     shutil.copytree(separate / "checkpoints/step-00000002", resumed / "checkpoints/step-00000002")
@@ -152,6 +160,23 @@ def test_on_a_pipeline(separate: Path, run: Callable, tmp_path: Path) -> None:
     lines = [line for line in metrics(more) if "kl" in line]
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-9) and lines[-1]["kl"] > 1e-6
     assert all(5 < line["replay_loss"] < 7 for line in lines)  # about ln 512
+
+
+def test_other_forms_on_two_layouts(run: Callable, start: Path, tmp_path: Path) -> None:
+    """A pipeline of tensor-parallel ranks, and context-parallel ones with data: the reference scores samples before their
+    advantages, ratios are of whole answers, and old log-probs are the trainer's."""
+    forms = (
+        *("grpo.kl_coef=0.1", "grpo.kl_in=reward", "grpo.kl_form=k1", "grpo.normalize_std=false", "grpo.epochs=2"),
+        *("grpo.objective=gspo", "grpo.mismatch=mask_seqs", "grpo.off_policy_delta=0.001", "grpo.overlong_buffer=4"),
+    )
+    pipeline, context = tmp_path / "pipeline", tmp_path / "context"
+    layouts = {pipeline: ("parallel.pp=2", "parallel.tp=2"), context: ("parallel.cp=2", "engine.backend=fsdp")}
+    assert_good(run(4, {place: (*layout, *forms) for place, layout in layouts.items()}), 2)
+    assert_close(pipeline, context)
+    for line in metrics(pipeline):
+        assert line["mismatch_weight"] == pytest.approx(1.0, abs=1e-4)  # fp32: the same numbers
+        assert line["mismatch_fraction"] <= 1 and line["reward/overlong"] < 0
+    assert metrics(pipeline)[-1]["kl"] != 0
 
 
 def test_signal_saves_and_stops_with_workers(start: Path, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class GrpoConfig(Section):
     kl_in: Literal["loss", "reward"] = "loss"  # a term of the loss; or taken from each reward, summed over its tokens
     mismatch: Literal["auto", "off", "truncate", "mask", "mask_seqs"] = "auto"  # auto: truncate, but off in fp32
     mismatch_cap: PositiveFloat = 2.0  # truncate, mask_seqs: p_trainer / p_generator counts at most this
-    mismatch_low: PositiveFloat = 0.5  # mask, mask_seqs: a token, or sequence by its geometric mean, is left out below
-    mismatch_high: PositiveFloat = 5.0  # ... this, and above this
+    mismatch_low: PositiveFloat = 0.5  # mask: tokens, mask_seqs: sequences by their geometric mean, are left out below
+    mismatch_high: PositiveFloat = 5.0  # ... mismatch_low, or above mismatch_high
     off_policy_delta: PositiveFloat | None = None  # nats a token; worse sequences further off the policy are left out
 
     @model_validator(mode="after")
