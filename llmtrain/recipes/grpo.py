@@ -28,7 +28,7 @@ from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.reference import add_reference, build_reference
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import build_source, closing, read_prompts, serve_rollouts, take_spread
+from llmtrain.trainer.rollouts import PROMPTS, build_source, closing, read_prompts, serve_rollouts, take_spread
 from llmtrain.trainer.scored import score_samples
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
@@ -70,7 +70,7 @@ def run(job: Job) -> None:
         samples.write(number + 1, sampled)
         times = {"rollout_s": rollout_s, "train_s": train_s, "sync_s": clock.lap()}
         tokens = sum(len(each.ids) for each in chain.from_iterable(sampled))
-        own = {**summary(groups, sampled, settings), "prompts": job.prompts, "weight_version": number + 1}
+        own = {**summary(groups, sampled, settings), "prompts": job.state[PROMPTS], "weight_version": number + 1}
         return {**own, **metrics, **times}, tokens
 
     with closing(source):

@@ -81,7 +81,6 @@ class Job:
     engines: dict[str, Engine] = field(default_factory=dict)  # trained models by role; none on rollout workers
     step: int = 0  # finished steps of the stage
     tokens: int = 0  # seen in these steps
-    prompts: int = 0  # sampled in these steps, by a recipe whose steps take unequal numbers of them
     guard: GuardState = field(default_factory=GuardState)
     state: dict[str, Any] = field(default_factory=dict)  # what the recipe carries from step to step, as JSON
     contents: Contents = field(default_factory=dict)  # of what this run reads

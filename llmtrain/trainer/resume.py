@@ -118,7 +118,6 @@ def save(job: Job, last: bool = False) -> None:
     state = {
         "step": job.step,
         "tokens": job.tokens,
-        "prompts": job.prompts,
         "guard": asdict(job.guard),
         "recipe_state": job.state,
         "mesh": job.mesh.sizes,
@@ -197,7 +196,6 @@ def load_newest(job: Job) -> str | None:
         engine.load_fragments(own.read, own.state["optimizer_step"])
         engine.load_extra_state(own.state["engine"])
     job.step, job.tokens = reader.state["step"], reader.state["tokens"]
-    job.prompts = reader.state.get("prompts", 0)  # earlier versions did not count
     job.guard = GuardState.of_checkpoint(reader.state["guard"])
     job.state = reader.state.get("recipe_state", {})
     reader.restore_rng(job.mesh.rank)

@@ -22,6 +22,8 @@ from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.types import Group
 
+PROMPTS = "prompts"  # key in Job.state: how many the run has sampled
+
 
 def local_generator(job: Job) -> NativeGenerator:
     """Returns a generator with a whole model on this rank; its weights come with the first sync."""
@@ -76,13 +78,13 @@ def take_spread(
     of the step, as many as `wanted`, and all that were sampled.
 
     Where too few have one, groups without fill up, so that what a step is divided by does not shrink. Each round takes
-    the next prompts of the run; how many were taken is in the checkpoints.
+    the next prompts of the run; `job.state[PROMPTS]`, and so every checkpoint, holds how many were taken.
     """
     sampled: list[Group] = []
     for _ in range(rounds):
-        job.prompts = max(job.prompts, number * wanted)  # a checkpoint of an earlier version has no count
-        sampled += ask(range(job.prompts, job.prompts + wanted))
-        job.prompts += wanted
+        first = max(job.state.get(PROMPTS, 0), number * wanted)  # a checkpoint of an earlier version has no count
+        sampled += ask(range(first, first + wanted))
+        job.state[PROMPTS] = first + wanted
         if sum(map(spread, sampled)) >= wanted:
             break
     best = sorted(range(len(sampled)), key=lambda i: not spread(sampled[i]))[:wanted]  # stable: the first of each

@@ -92,7 +92,7 @@ def test_sampling_ends_after_its_rounds_and_groups_without_a_spread_fill_up(star
 def test_a_resumed_run_goes_on_with_the_prompts_behind_those_of_all_rounds(start: Callable[..., Run]) -> None:
     settings = ("grpo.dynamic_rounds=5", "train.steps=3")
     whole, resumed = start(*settings).go(), start(*settings)
-    resumed.job.step, resumed.job.prompts = 2, int(whole.steps[1][0]["prompts"])
+    resumed.job.step, resumed.job.state = 2, {"prompts": whole.steps[1][0]["prompts"]}
     resumed.go()
     assert resumed.generator.asked == whole.generator.asked[-len(resumed.generator.asked) :]
     assert resumed.steps[0][0]["prompts"] == whole.steps[2][0]["prompts"] > 3 * 4

@@ -163,8 +163,8 @@ def test_on_a_pipeline(separate: Path, run: Callable, tmp_path: Path) -> None:
 
 
 def test_other_forms_on_two_layouts(run: Callable, start: Path, tmp_path: Path) -> None:
-    """A pipeline of tensor-parallel ranks, and context-parallel ones with data: the reference scores samples before their
-    advantages, ratios are of whole answers, and old log-probs are the trainer's."""
+    """A pipeline of tensor-parallel ranks, and context-parallel ones with data: the reference scores samples before
+    their advantages, ratios are of whole answers, and old log-probs are the trainer's."""
     forms = (
         *("grpo.kl_coef=0.1", "grpo.kl_in=reward", "grpo.kl_form=k1", "grpo.normalize_std=false", "grpo.epochs=2"),
         *("grpo.objective=gspo", "grpo.mismatch=mask_seqs", "grpo.off_policy_delta=0.001", "grpo.overlong_buffer=4"),
