@@ -17,7 +17,7 @@ from llmtrain.config.schema import Config, RepeatConfig, RoundConfig, StageConfi
 from llmtrain.rules.layout import ZERO_BUBBLE_TORCH
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*(ROOT / each / "README.md" for each in (".", "benchmarks", "tests")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / each / "README.md" for each in (".", "benchmarks", "tests")), *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")  # relative ones, without their anchor
 PATH = re.compile(r"`((?:llmtrain|configs|launch|tests|docs|docker|benchmarks)/[\w./-]+)")
 

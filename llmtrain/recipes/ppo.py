@@ -44,7 +44,7 @@ from llmtrain.trainer.scored import score_samples
 from llmtrain.trainer.turns import Turns
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engines, scalar_model, start_source
-from llmtrain.types import Batch, Group, Metrics, Scores
+from llmtrain.types import Batch, Group, Metrics, Sample, Scores
 
 CRITIC = "critic"
 KL_COEF = "kl_coef"  # in Job.state: the coefficient of the next step
@@ -126,25 +126,39 @@ def credit(groups: Sequence[Group], settings: PpoConfig, kl_coef: float) -> dict
     Returns the means that a step reports of them."""
     samples = list(chain.from_iterable(groups))
     written = padded([sample.trained for sample in samples]).bool()
-    values, old = padded([s.columns["values"] for s in samples]), padded([s.logprobs for s in samples])
-    reference = padded([s.columns["ref_logprobs"] for s in samples]) if "ref_logprobs" in samples[0].columns else old
-    divergence = k1(masked_log_ratio(reference, old, written))
-    penalties = kl_coef * divergence if settings.kl_in == "reward" else torch.zeros_like(divergence)
-    rewards = token_rewards(torch.tensor([s.reward for s in samples]).double(), penalties, written)
+    values, kl = padded([sample.columns["values"] for sample in samples]), divergence(samples, written)
+    penalties = kl_coef * kl if settings.kl_in == "reward" else torch.zeros_like(kl)
+    rewards = token_rewards(torch.tensor([sample.reward for sample in samples]).double(), penalties, written)
     returns = gae(rewards, values, written, settings.critic_lambda, settings.gamma) + values
     advantages = gae(rewards, values, written, policy_lambda(written, settings), settings.gamma)
-    if settings.whiten:
-        advantages = whiten(advantages, written)
-    for name, column in {"advantages": advantages, "returns": returns}.items():
-        for sample, numbers in zip(samples, column.tolist(), strict=True):
-            sample.columns[name] = numbers[: len(sample.ids)]
-    kl = {"kl_sample": float(divergence.sum()) / len(samples), KL_COEF: kl_coef} if reference is not old else {}
-    return {**value_metrics(values[written], returns[written]), **kl}
+    fill(samples, "returns", returns)
+    fill(samples, "advantages", whiten(advantages, written) if settings.whiten else advantages)
+    known = {"kl_sample": float(kl.sum()) / len(samples), KL_COEF: kl_coef} if has_reference(samples) else {}
+    return {**value_metrics(values[written], returns[written]), **known}
+
+
+def has_reference(samples: Sequence[Sample]) -> bool:
+    """Says whether a reference has scored the samples."""
+    return "ref_logprobs" in samples[0].columns
+
+
+def divergence(samples: Sequence[Sample], written: Tensor) -> Tensor:
+    """Returns log p - log p_ref of each written token, [samples, T], 0 elsewhere and without a reference."""
+    if not has_reference(samples):
+        return torch.zeros(written.shape, dtype=torch.float64)
+    old, reference = padded([s.logprobs for s in samples]), padded([s.columns["ref_logprobs"] for s in samples])
+    return k1(masked_log_ratio(reference, old, written))
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Tensor:
     """Returns the rows as one tensor, [rows, longest], fp64, with 0 behind the shorter ones."""
     return pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
+
+
+def fill(samples: Sequence[Sample], name: str, numbers: Tensor) -> None:
+    """Fills in a column from the rows of a tensor, [samples, longest]."""
+    for sample, row in zip(samples, numbers.tolist(), strict=True):
+        sample.columns[name] = row[: len(sample.ids)]
 
 
 def policy_lambda(written: Tensor, settings: PpoConfig) -> Tensor | float:
@@ -183,18 +197,16 @@ def update_policy(
 ) -> dict[str, float]:
     """Makes an update of the policy on each part, or none while the critic is warming up. Returns the means of their
     metrics."""
-    settings, steps = job.config.ppo, []
-    columns = ("advantages", *(name for name in ("ref_logprobs",) if name in parts[0][0][0].columns))
+    settings, denominator, steps = job.config.ppo, tokens_per_update(job, parts), []
+    columns = ("advantages", "ref_logprobs") if has_reference(parts[0][0]) else ("advantages",)
     kl_coef = job.state[KL_COEF] if settings.kl_in == "loss" else 0.0
     policy_loss = partial(grpo_loss, clip_low=settings.clip_low, clip_high=settings.clip_high, kl_coef=kl_coef)
-    denominator, warmup = tokens_per_update(job, parts), settings.critic_warmup_steps
-    for turn, part in enumerate(parts, (number - warmup) * len(parts)):
+    for turn, part in enumerate(parts, (number - settings.critic_warmup_steps) * len(parts)):
         batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0)
         gate.before_update(job.engine, batches, number)
-        if number < warmup:
+        if turn < 0:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
-        loss = averaged(policy_loss, denominator, part)
-        mixed, loss = replay.mix(turn, batches, loss, denominator)
+        mixed, loss = replay.mix(turn, batches, averaged(policy_loss, denominator, part), denominator)
         note_padding(job, mixed)
         steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
     gate.after_update(steps[0]["logprob_gap_max"], number)

@@ -73,6 +73,13 @@ def test_only_weights_json_and_tokenizers_are_fetched(there: Hub, tmp_path: Path
     assert hub.located(config, "report") == config
 
 
+def test_models_beside_the_main_one_are_fetched_for_their_recipe_alone(there: Hub, tmp_path: Path) -> None:
+    config = document(tmp_path, "ppo: {critic_from: org/name}")
+    assert hub.located(config, "ppo").ppo.critic_from == str(there.directory)
+    assert [name for name, files in there.asked if "model.safetensors" in files] == ["org/name"]
+    assert hub.located(config, "sft") == config
+
+
 def test_a_path_that_exists_wins_and_so_does_a_folder_of_the_organisation(there: Hub, tmp_path: Path) -> None:
     (tmp_path / "org/name").mkdir(parents=True)
     for path in ("org/name", "org/nmae", "/org/name", "a/b/c", "./org", "name"):

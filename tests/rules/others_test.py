@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from llmtrain.arch.resolve import resolve_model
+from llmtrain.commands import stage_files
 from llmtrain.config.load import load
+from llmtrain.config.recipes.ppo import RECIPE
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.hf_write import save_hf
+from llmtrain.observe.contents import Checksums
 from llmtrain.rules.check import violations
+from llmtrain.trainer.identity import contents_of
 
 SHAPE = {"num_layers": 4, "hidden_size": 32, "ffn_size": 48, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 512}
 
@@ -76,3 +80,21 @@ def test_a_policy_whose_body_takes_no_scalar_head_is_refused(small: Path) -> Non
         "ppo.critic_from: model.mup: not with model.head=scalar, has no rule for it; export the model, and start from "
         "the exported one"
     ]
+
+
+def test_other_weights_are_part_of_what_a_stage_and_a_run_read(small: Path, tmp_path: Path) -> None:
+    """Other weights at the path are another stage, and another run."""
+    path = written(tmp_path / "critic", head="scalar")
+    config = load(str(small), [f"ppo.critic_from={path}"])
+    checksums = Checksums(str(tmp_path / "cache.json"))
+
+    def seen() -> tuple[str, str]:
+        stage = stage_files.contents("ppo", config, [], checksums)
+        return stage["ppo.critic_from"], contents_of(config, RECIPE, "", "", checksums)["ppo.critic_from"]["sha256"]
+
+    first = seen()
+    assert "ppo.critic_from" not in stage_files.contents("ppo", config, [path], checksums)  # a stage makes it
+    assert "ppo.critic_from" not in stage_files.contents("sft", config, [], checksums)
+    (weights,) = Path(path).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
+    assert all(was != now for was, now in zip(first, seen(), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from llmtrain.arch.start import new_parameters
 from llmtrain.config.schema import Config, LoraConfig, ModelConfig
 from llmtrain.model.decoder import init_tensor, parameter_shapes
 from llmtrain.model.hf_write import save_hf
-from llmtrain.trainer.weights import start_source
+from llmtrain.trainer.weights import scalar_model, start_source
 
 SMALL = {"num_layers": 1, "hidden_size": 8, "ffn_size": 8, "num_heads": 2, "num_kv_heads": 2, "vocab_size": 16}
 
@@ -43,6 +44,24 @@ def test_on_an_untied_language_model_its_head_is_left(tmp_path: Path) -> None:
     body = written(tmp_path, resolve_model(ModelConfig(**SMALL, tie_embeddings=False)), seed=1)
     first = started(ModelConfig(init_from=str(tmp_path), head="scalar"), seed=5)
     assert first["head.weight"].shape == (1, 8) and torch.equal(first["embed.weight"], body["embed.weight"])
+
+
+def test_a_body_of_ones_own_or_of_another_directory(tmp_path: Path) -> None:
+    """The second starts from its own weights; a vocabulary that is too small for the tokens of the run is refused."""
+    model = resolve_model(ModelConfig(**SMALL, lora=LoraConfig()))
+    job = SimpleNamespace(config=Config(), model=model, mesh=None, base="kept")
+    job.tokenizer = SimpleNamespace(vocab_size=16, fingerprint="x")
+    own = scalar_model(job)
+    assert (own.head, own.tie_embeddings, own.lora, own.num_layers) == ("scalar", False, None, 1)
+    scalar = resolve_model(ModelConfig(**{**SMALL, "num_layers": 2, "head": "scalar"}))
+    values = written(tmp_path, scalar, seed=3)
+    found = scalar_model(job, str(tmp_path))
+    assert found.num_layers == 2 and found.head == "scalar"
+    source = start_source(job, found, str(tmp_path))
+    assert all(torch.equal(source(name), value) for name, value in values.items()) and job.base == "kept"
+    job.tokenizer.vocab_size = 17
+    with pytest.raises(ValueError, match="was trained with another tokenizer than this run has"):
+        scalar_model(job, str(tmp_path))
 
 
 def test_what_is_new() -> None:
