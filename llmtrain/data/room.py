@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmtrain.data.encode import Encoded
 from llmtrain.data.faults import Faults
 from llmtrain.observe.log import log
+from llmtrain.types import Group
 
 
 class Room:
@@ -42,6 +45,20 @@ class Room:
             return None
         self.cut += 1
         return row._replace(ids=row.ids[: row.bos] + row.ids[row.bos - self.tokens :])
+
+    def pair(self, where: str, pair: Group, tokens: int, bos: int) -> Group | None:
+        """Returns two samples of a prompt that take `tokens` of one row, their prompt cut at its beginning (but for its
+        first `bos` tokens) if that is too long, or None when they are left out."""
+        prompt, over = pair[0].prompt_ids, tokens - self.tokens
+        if over <= 0:
+            return pair
+        if self.overlong == "error":
+            return self._refuse(where, "pair (its prompt once, and both answers)", tokens)
+        if self.overlong == "drop" or len(prompt) - bos <= over:
+            self.dropped += 1
+            return None
+        self.cut += 1
+        return [replace(sample, prompt_ids=prompt[:bos] + prompt[bos + over :]) for sample in pair]
 
     def _trained(self, row: Encoded) -> Encoded | None:
         if any(row.trained[1:]):

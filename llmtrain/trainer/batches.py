@@ -100,19 +100,21 @@ def split_groups(groups: Sequence[Group], minibatches: int) -> list[list[Group]]
     return [part for i in range(minibatches) if (part := list(groups[i::minibatches]))]
 
 
-def group_microbatches(job: Job, groups: Sequence[Group], columns: Sequence[str], fixed_width: bool) -> list[Batch]:
+def group_microbatches(
+    job: Job, groups: Sequence[Group], columns: Sequence[str], fixed_width: bool, whole: bool = False
+) -> list[Batch]:
     """Returns this rank's microbatches of the groups, each prompt once for its samples, with these `columns`.
 
     Rows are as wide as the longest group, at most `train.seq_len` (exactly that with `fixed_width`), and scored at the
-    temperature that they were sampled with.
+    temperature that they were sampled with. `whole`: no group is cut over rows; ValueError if one is too long.
     """
     config, mesh = job.config, job.mesh
     seq_len, micro = config.train.seq_len, config.train.micro_batch_seqs
     multiple = WIDTH_MULTIPLE * mesh.sizes["cp"] * mesh.sizes["tp"]
     width = seq_len if fixed_width else min(seq_len, row_width(groups, multiple))
     block = micro * mesh.dp_size
-    turns = max(mesh.sizes["pp"], -(-len(group_rows(groups, width, columns)) // block))
-    batch = group_batch(groups, width, turns * block, job.tokenizer.pad_id, columns)
+    turns = max(mesh.sizes["pp"], -(-len(group_rows(groups, width, columns, whole)) // block))
+    batch = group_batch(groups, width, turns * block, job.tokenizer.pad_id, columns, whole)
     batch.temperature = config.rollout.temperature
     starts = [turn * block + mesh.dp_rank * micro for turn in range(turns)]
     return [batch.rows(slice(start, start + micro)) for start in starts]

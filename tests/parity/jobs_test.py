@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("jobs_worker.py")
+PAIRS = Path(__file__).with_name("pairs_worker.py")  # DPO against a frozen reference, and a reward model
 TOLERANCE = 1e-5  # fp32 rounding: sums run in another order than in one process
 Z0, Z1, Z2, Z3 = ({"zero_stage": stage} for stage in range(4))
 FSDP = {"backend": "fsdp"}
@@ -51,8 +52,8 @@ MORE_ON_FOUR = [
 ]
 
 
-def check(run: Callable, ranks: int, cases: list[dict], timeout_s: float) -> None:
-    result = run(ranks, WORKER, json.dumps(cases), timeout_s=timeout_s)
+def check(run: Callable, ranks: int, cases: list[dict], timeout_s: float, worker: Path = WORKER) -> None:
+    result = run(ranks, worker, json.dumps(cases), timeout_s=timeout_s)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"case"')]
     failed = [line for line in lines if "error" in line]
     assert not failed, failed
@@ -69,9 +70,15 @@ def test_three_models_in_one_job(forked: Callable, ranks: int, cases: list[dict]
     check(forked, ranks, cases, timeout_s=120)
 
 
+def test_preference_pairs_against_a_frozen_reference(forked: Callable) -> None:
+    cases = [case({"tp": 2, **RING}, Z1, FSDP), case({"pp": 2, "dp_shard": 2}, FSDP, Z2)]
+    check(forked, 4, cases, timeout_s=120, worker=PAIRS)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("ranks", "cases"), [(2, MORE_ON_TWO), (4, MORE_ON_FOUR)])
-def test_many_jobs(forked: Callable, ranks: int, cases: list[dict]) -> None:
+@pytest.mark.parametrize("worker", [WORKER, PAIRS], ids=["actor", "pairs"])
+def test_many_jobs(forked: Callable, ranks: int, cases: list[dict], worker: Path) -> None:
     for first in range(0, len(cases), 10):
-        check(forked, ranks, cases[first : first + 10], timeout_s=400)
+        check(forked, ranks, cases[first : first + 10], timeout_s=400, worker=worker)

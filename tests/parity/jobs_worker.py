@@ -155,12 +155,13 @@ def compare(case: dict, mesh: Mesh) -> dict:
     for name, seen in errors.items():
         final = dict(plain[name].model.named_parameters())
         seen["weight"] = max(parity.relative(full, final[key].detach()) for key, full in models[name].full_weights())
-    errors["scores"] = {name: score_error(models[name].score(mine), plain[name].score(mine)) for name in models}
+    errors["scores"] = {name: score_error(models[name], plain[name], mine) for name in models}
     everyone = mesh.all_gather_json(errors)
     return {name: {key: max(e[name][key] for e in everyone) for key in errors[name]} for name in errors}
 
 
-def score_error(found: Sequence[Scores], expected: Sequence[Scores]) -> float:
+def score_error(model: Scorer, plain: Plain, mine: Sequence[Batch]) -> float:
+    found, expected = (list(map(parity.without_padding, each.score(mine), mine)) for each in (model, plain))
     pairs = [
         (getattr(a, f.name), getattr(b, f.name))
         for a, b in zip(found, expected, strict=True)

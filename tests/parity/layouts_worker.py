@@ -324,6 +324,13 @@ def check_frozen(engine: Engine, config: ModelConfig) -> None:
             assert torch.equal(held.cpu(), start.to(held.dtype)), p.placement.name
 
 
+def without_padding(scores: Scores, batch: Batch) -> Scores:
+    """Returns the scores with values of 0 at padding, where they mean nothing: what it attends to differs."""
+    if scores.values is None or batch.segment_ids is None:
+        return scores
+    return replace(scores, values=scores.values.cpu().masked_fill(batch.segment_ids < 0, 0.0))
+
+
 def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:
     """Returns the largest difference of a score to that of a plain decoder with the reference's weights."""
     plain = Decoder(without_adapters(config))
@@ -332,7 +339,8 @@ def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tens
     with torch.no_grad():
         expected = [scores_of(plain, batch) for batch in mine]
     errors = []
-    for found, want in zip(engine.score(mine), expected, strict=True):
+    for batch, found, want in zip(mine, engine.score(mine), expected, strict=True):
+        found, want = without_padding(found, batch), without_padding(want, batch)
         pairs = [(getattr(found, f.name), getattr(want, f.name)) for f in fields(Scores)]
         assert all((a is None) == (b is None) for a, b in pairs), "the same scores"
         errors += [(a.cpu() - b).abs().nan_to_num(math.inf).max().item() for a, b in pairs if b is not None]

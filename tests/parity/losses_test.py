@@ -12,7 +12,7 @@ import torch
 
 from llmtrain.types import Batch, Scores
 from tests.parity.layouts_test import check, check_all, short
-from tests.parity.losses_worker import TASKS, pair_loss, value_loss
+from tests.parity.losses_worker import BETA, TASKS, pair_loss, value_loss
 
 WORKER = Path(__file__).with_name("losses_worker.py")
 MOE = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "dense_layers": [0], "balance": "aux", "aux_coef": 0.3}
@@ -23,8 +23,9 @@ ZERO_BUBBLE = {"schedule": "interleaved_zero_bubble", "virtual_stages": 2}
 
 def of(task: str, *layouts: dict) -> list[dict]:
     """Returns the layouts for a task; values are those of a scalar head, which is never tied."""
-    shape = {"tied": False} if task == "values" else {}
-    head = {"head": "scalar"} if task == "values" else {}
+    scalar = task in ("values", "reward pairs")
+    shape = {"tied": False} if scalar else {}
+    head = {"head": "scalar"} if scalar else {}
     return [{"task": task, **shape, **layout, "model": {**head, **layout.get("model", {})}} for layout in layouts]
 
 
@@ -46,6 +47,7 @@ FEW = [  # together every axis, method, schedule, ZeRO stage and engine
     *of("sequence mean", {"cp": 2, "tp": 2, "zero_stage": 2, "grad_clip": 0}),
     *of("capped ratio", {"pp": 2, "dp_shard": 2, "backend": "fsdp"}),
     *of("branch pairs", {"cp": 2, "pp": 2, "zero_stage": 1, **ZBV}, {"cp": 2, "tp": 2, "backend": "fsdp"}),
+    *of("reward pairs", {"cp": 2, "tp": 2, "zero_stage": 1}, {"cp": 2, "dp_shard": 2, "backend": "fsdp"}),
     *of("row pairs", {"cp": 2, "dp_shard": 2, "zero_stage": 2}, {"cp": 2, "pp": 2, "backend": "fsdp"}),
 ]
 ENGINES = ({"zero_stage": 1}, {"zero_stage": 3, "grad_clip": 0}, {"backend": "fsdp"})
@@ -131,13 +133,16 @@ def test_sums_and_what_they_are_divided_by_by_hand() -> None:
     denominators = {name: int(TASKS[name].denominator(TASKS[name].batch(0, 4))) for name in TASKS}
     assert denominators["values"] == 4 * 16 / 2 and denominators["row pairs"] == 2
     assert denominators["sequence ratio"] == denominators["sequence mean"] == 4 * 4
-    assert denominators["branch pairs"] == 2 * 4 and 4 * 2 * 4 <= denominators["groups"] <= 4 * 2 * 6
+    assert denominators["branch pairs"] == denominators["reward pairs"] == 2 * 4
+    assert 4 * 2 * 4 <= denominators["groups"] <= 4 * 2 * 6
     ones = torch.ones(1, 4)
     pair = Batch(*(torch.zeros(1, 4).long(),) * 2, ones.bool(), *(torch.zeros(1, 4).long(),) * 2)
-    pair.branch_ids = torch.tensor([[0, 1, 2, 2]])
+    pair.branch_ids, pair.loss_mask[0, 0] = torch.tensor([[0, 1, 2, 2]]), False
     loss, metrics = pair_loss(Scores(logprobs=torch.tensor([[9.0, -1.0, -2.0, -4.0]])), pair)
-    assert loss.item() == pytest.approx(math.log1p(math.exp(-0.2 * 5))) and metrics["margin_max"] == 5
-    assert metrics["counted"] == metrics["right"] == 1
+    lead, gamma = BETA * 5, 0.1  # sums -1 and -6; means -1 and -3
+    sigmoids = 0.9 * math.log1p(math.exp(gamma - lead)) + 0.1 * math.log1p(math.exp(gamma + lead))
+    assert loss.item() == pytest.approx(sigmoids + 0.5 * 1.0) and metrics["margin"] == lead
+    assert metrics["counted"] == metrics["accuracy"] == 1
     pair.loss_mask, pair.extra = torch.tensor([[True, False, True, False]]), {"returns": ones}
     loss, metrics = value_loss(Scores(values=torch.tensor([[3.0, 9.0, -2.0, 9.0]])), pair)
     assert (loss, metrics["value"], metrics["error_max"], metrics["counted"]) == (4 + 9, 1, 3, 2)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llmtrain.engine.base import LossFn
 from llmtrain.losses.mismatch import mask_sequences, truncate
 from llmtrain.losses.policy import capped, clipped, clipped_by_sequence, grpo_loss, policy_loss
+from llmtrain.losses.preference import bradley_terry_loss, dpo_loss
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.losses.sequence import sequence_sums
 from llmtrain.types import IGNORE, Batch, Metrics, Scores
@@ -56,6 +57,21 @@ def corrected_batch(step: int, rows: int) -> Batch:
     return batch
 
 
+def branch_pairs(step: int, rows: int) -> Batch:
+    """Returns two pairs a row, with soft labels and margins."""
+    batch = group_batch(step, rows)
+    first = batch.loss_mask & (batch.branch_ids == 1)
+    return replace(batch, extra={**batch.extra, "label": 0.3 * first, "margin": 0.1 * first})
+
+
+def ended_pairs(step: int, rows: int) -> Batch:
+    """Returns two pairs a row, of which the last token of each answer alone is in the mask, without labels."""
+    batch = branch_pairs(step, rows)
+    places = 8 * batch.segment_ids + batch.branch_ids
+    last = batch.loss_mask & (places != torch.nn.functional.pad(places[:, 1:], (0, 1), value=-8))
+    return replace(batch, loss_mask=last, labels=torch.full_like(batch.labels, IGNORE))
+
+
 def pair_batch(step: int, rows: int) -> Batch:
     """Returns two rows a pair, behind prompts of equal length."""
     g = torch.Generator().manual_seed(300 + step)
@@ -64,7 +80,8 @@ def pair_batch(step: int, rows: int) -> Batch:
     start = torch.randint(2, 6, (rows // 2, 1), generator=g).repeat_interleave(2, 0)
     end = torch.randint(8, WIDTH + 1, (rows, 1), generator=g)
     mask = (at >= start) & (at < end)
-    return Batch(ids, torch.where(mask, labels, IGNORE), mask, at.clone(), torch.where(at < end, 0, -1))
+    extra = {"ref_logprobs": -4.2 + 0.3 * torch.randn(rows, WIDTH, generator=g)}
+    return Batch(ids, torch.where(mask, labels, IGNORE), mask, at.clone(), torch.where(at < end, 0, -1), extra=extra)
 
 
 def value_batch(step: int, rows: int) -> Batch:
@@ -111,14 +128,29 @@ CAPPED = partial(policy_loss, objective=partial(capped, cap=1.2), correction=par
 
 
 def pair_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Returns -log sigmoid(beta (chosen - rejected)) of sums of log-probs, summed over pairs."""
-    assert scores.logprobs is not None
-    sums, _ = sequence_sums(scores.logprobs, batch.loss_mask, batch)
-    chosen, rejected = sums.view(-1, 2).unbind(-1)
-    margin = chosen - rejected
-    counted = torch.ones_like(margin).sum()
-    metrics = {"right": (margin > 0).float().sum(), "margin_max": margin.abs().max(), "counted": counted}
-    return -F.logsigmoid(BETA * margin).sum(), {name: value.detach() for name, value in metrics.items()}
+    """Returns the loss of DPO with all its parts; the metric `counted` is 1 when every pair is counted once."""
+    loss, metrics = dpo_loss(scores, batch, "sigmoid", BETA, gamma=0.1, label_smoothing=0.1, nll_coef=0.5)
+    return loss, {**metrics, "counted": pairs_in(batch)}
+
+
+def mean_pair_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    """Returns the loss of IPO on means over tokens."""
+    loss, metrics = dpo_loss(scores, batch, "ipo", beta=1.0, length_normalized=True)
+    return loss, {**metrics, "counted": pairs_in(batch)}
+
+
+def reward_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    """Returns the loss of a reward model, its centring strong enough to show."""
+    loss, metrics = bradley_terry_loss(scores, batch, center_coef=0.1)
+    return loss, {**metrics, "counted": pairs_in(batch)}
+
+
+def pairs_in(batch: Batch) -> Tensor:
+    """Returns half the number of answers: places of a segment and branch, or rows, with something in the mask."""
+    branches = torch.zeros_like(batch.input_ids) if batch.branch_ids is None else batch.branch_ids
+    rows = torch.arange(len(branches), device=branches.device)[:, None].expand_as(branches)
+    places = torch.stack([rows, batch.segment_ids, branches])[:, batch.loss_mask]
+    return torch.tensor(places.unique(dim=1).size(1) / 2)
 
 
 def value_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -143,8 +175,9 @@ TASKS |= {
     "sequence ratio": Task(counting(SEQUENCE_RATIO), samples, corrected_batch),
     "sequence mean": Task(counting(SEQUENCE_MEAN), samples, corrected_batch),
     "capped ratio": Task(counting(CAPPED), trained_tokens, corrected_batch),
-    "branch pairs": Task(pair_loss, lambda batch: torch.tensor(2.0 * len(batch.input_ids)), group_batch),
-    "row pairs": Task(pair_loss, lambda batch: torch.tensor(len(batch.input_ids) / 2), pair_batch, rows=4),
+    "branch pairs": Task(pair_loss, pairs_in, branch_pairs),
+    "row pairs": Task(mean_pair_loss, pairs_in, pair_batch, rows=4),
+    "reward pairs": Task(reward_loss, pairs_in, ended_pairs),
     "values": Task(value_loss, trained_tokens, value_batch),
 }
 

@@ -39,6 +39,13 @@ def sampled(config: Config, prompts: int, updates: int) -> StepSize:
     return StepSize(tokens, None, f"at most {shape} = {tokens:,} a step, in {updates} updates")
 
 
+def paired(config: Config) -> StepSize:
+    """Returns the size of a step of `train.global_batch_seqs` preference pairs, each at most a row."""
+    t = config.train
+    tokens = t.global_batch_seqs * t.seq_len
+    return StepSize(tokens, None, f"at most {t.global_batch_seqs} pairs x {t.seq_len} tokens = {tokens:,} a step")
+
+
 def frozen_reference(config: Config, wanted: bool) -> tuple[str, ...]:
     """Returns the reference among a recipe's `other_models` if it is `wanted`; that of LoRA is the policy without its
     adapters, and no model of its own."""
@@ -88,3 +95,14 @@ SAMPLING_PLOTS: Mapping[str, tuple[Panel, ...]] = {
     )
 }
 """Holds the plots of a recipe that samples from the policy that it trains."""
+
+PAIR_PLOTS: Mapping[str, tuple[Panel, ...]] = {
+    "pairs": (
+        (
+            "Share of pairs whose better answer has the higher reward",
+            {"accuracy": "trained", "held_out_accuracy": "held out"},
+        ),
+        ("Rewards", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
+    )
+}
+"""Holds the plots of a recipe that trains on preference pairs."""
