@@ -21,7 +21,7 @@ GRACE_S = 20  # between SIGTERM and SIGKILL
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["pytest", "torch", "torch._dynamo", "deepspeed", "llmtrain.engine.zero", "llmtrain.engine.fsdp"]
-    + [f"llmtrain.recipes.{name}" for name in ("pretrain", "sft", "dpo", "grpo", "ppo")]
+    + [f"llmtrain.recipes.{name}" for name in ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")]
     + ["tests.freeze_gc"]
 )
 

@@ -1,4 +1,4 @@
-"""DPO as a user runs it: one layout and another, resumed, with adapters."""
+"""DPO and reward models as a user runs them: one layout and another, resumed, with adapters, exported."""
 
 from __future__ import annotations
 
@@ -128,3 +128,44 @@ def test_dpo_resumed_bit_for_bit_and_on_other_layouts(
         assert_same_end(preferred[name], path)
     for path in layouts:
         assert_close(path, preferred["whole"])
+
+
+@pytest.fixture(scope="module")
+def rewarded(run: Callable, start: Path) -> Path:
+    """A reward model on two data-parallel ranks."""
+    run(2, "reward", {start / "reward": ()})
+    return start / "reward"
+
+
+def test_a_reward_model_learns_the_pairs_and_goes_on(rewarded: Path, run: Callable, tmp_path: Path) -> None:
+    losses = [line["loss"] for line in lines(rewarded)]
+    assert losses[0] == pytest.approx(0.69, abs=0.1) and losses[-1] < losses[0]
+    held_out = lines(rewarded, "evaluations.jsonl")
+    assert [line["step"] for line in held_out] == [0, 2, 4] and held_out[-1]["loss"] < held_out[0]["loss"]
+    layouts = {tmp_path / "tensor": ("parallel.tp=2",), tmp_path / "context": ("parallel.cp=2", "engine.backend=fsdp")}
+    run(2, "reward", {resumed(rewarded, tmp_path / "again"): (), **layouts})
+    assert_same_end(rewarded, tmp_path / "again")
+    for path in layouts:
+        assert_close(path, rewarded)
+
+
+def test_an_exported_reward_model_scores_as_ours(rewarded: Path, start: Path, tmp_path: Path) -> None:
+    """transformers' classifier on whole token rows, against the held-out margin that the run wrote."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from llmtrain.commands.export import main
+    from llmtrain.config.load import load
+    from llmtrain.data.pairs import Pairs
+    from llmtrain.data.tokenizer import load_tokenizer
+
+    document = str(start / "small.yaml")
+    main(load(document, [f"run_dir={rewarded}", f"export.path={tmp_path / 'hf'}", "export.dtype=fp32"]))
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    config = load(document, [])
+    pairs = Pairs(str(start / "held_out.jsonl"), load_tokenizer(config.tokenizer.path), 64, seed=1)
+    with torch.no_grad():
+        scores = [[theirs(torch.tensor([[*s.prompt_ids, *s.ids]])).logits.item() for s in pair] for pair in pairs.pairs]
+    chosen, rejected = (sum(column) / len(scores) for column in zip(*scores, strict=True))
+    last = lines(rewarded, "evaluations.jsonl")[-1]
+    assert (last["chosen_reward"], last["rejected_reward"]) == pytest.approx((chosen, rejected), abs=1e-4)

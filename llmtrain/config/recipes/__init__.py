@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import create_model
 
-from llmtrain.config.recipes import dpo, grpo, ppo, pretrain, sft
+from llmtrain.config.recipes import dpo, grpo, ppo, pretrain, reward, sft
 from llmtrain.config.recipes.base import SAMPLING_PLOTS, Panel, Recipe, StepSize, fixed_rows, sampled
 from llmtrain.config.schema import Config, RunConfig, StageConfig
 
@@ -31,7 +31,7 @@ __all__ = [
     "stage_commands",
 ]
 
-RECIPES: dict[str, Recipe] = {each.RECIPE.name: each.RECIPE for each in (pretrain, sft, dpo, grpo, ppo)}
+RECIPES: dict[str, Recipe] = {each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo)}
 OTHER_STAGES = (("data", "tokenizer"), ("eval", "export", "report"))  # commands of a run before and behind the recipes
 COMMANDS = ("chat", "doctor", "index", "plan", "run", "scaling", "serve")  # commands that are no stages, or will be
 
