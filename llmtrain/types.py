@@ -34,6 +34,8 @@ class Batch:
     branch_ids: Tensor | None = None  # [B, T] int64: 0 = shared trunk, k = k-th sample of the group
     extra: dict[str, Tensor] = field(default_factory=dict)  # [B, T] each: what one loss needs (advantages, ...)
     temperature: float = 1.0  # log-probs are those of logits / temperature
+    candidates: Tensor | None = None  # [B, T, K] int64: tokens whose log-probs are wanted, distinct at a position
+    top_k: int = 0  # in scoring: the log-probs of so many of the likeliest tokens are wanted (not with `candidates`)
 
     def to(self, device: torch.device) -> Batch:
         """Returns a copy on `device`."""
@@ -51,15 +53,17 @@ class Batch:
 @dataclass
 class Scores:
     """Holds what a model says of a batch: fp32 [B, T] each, whole rows on every rank, 0 where nothing was asked; None =
-    the model has no such head.
+    the model has no such head, or it was not asked for.
 
-    Example: a language model on the labels [b, IGNORE], p(b) = 1/2:
-        Scores(logprobs=[-0.69, 0], entropies=[1.1, 0])
+    Example: a language model on the labels [b, IGNORE], p(b) = 1/2, asked for its likeliest token, which is b:
+        Scores(logprobs=[-0.69, 0], entropies=[1.1, 0], candidates=[[-0.69], [0]], candidate_ids=[[b], [0]])
     """
 
     logprobs: Tensor | None = None  # of the labels; 0 where the label is IGNORE
     entropies: Tensor | None = None  # of the distributions that the labels were drawn from; without gradient
     values: Tensor | None = None  # of a scalar head, at every position
+    candidates: Tensor | None = None  # [B, T, K]: log-probs of `Batch.candidates`, or of the `Batch.top_k` likeliest
+    candidate_ids: Tensor | None = None  # [B, T, K] int64: the `Batch.top_k` likeliest tokens, the likeliest first
 
 
 WeightSource = Callable[[str], Tensor]

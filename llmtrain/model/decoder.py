@@ -67,7 +67,9 @@ class Decoder(nn.Module):
         temperature: Tensor | None = None,
         masks: Mapping[str, Tensor] | None = None,
         caches: Mapping[str, LayerCache] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        candidates: Tensor | None = None,
+        top_k: int = 0,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Returns what the head gives for x (see `model.heads`); without a head, hidden states [B, T, hidden].
 
         x holds token ids [B, T], or, without `embed`, hidden states; `positions` is [B, T]. `segment_ids` and
@@ -85,7 +87,7 @@ class Decoder(nn.Module):
         if self.mtp is not None and self.mtp.loss_factor and labels is not None and torch.is_grad_enabled():
             rows = Rows(ids, labels, segment_ids)
             x = self.mtp.attached(x, rows, views, lambda shifted: self.embedded(shifted, positions), self.head)
-        return x if self.head is None else self.head(x, labels, temperature)
+        return x if self.head is None else self.head(x, labels, temperature, candidates, top_k)
 
     def blocks(self) -> list[Block]:
         """Returns the blocks that are here: those of the layers, and those of multi-token prediction."""

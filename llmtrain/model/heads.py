@@ -23,11 +23,18 @@ class LMHead(nn.Module):
         self.factor = factor  # muP's; multiplies the logits before the softcap
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns logits [B, T, vocabulary] without `labels`, else log-probs and entropies, both fp32 [B, T].
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        temperature: Tensor | None = None,
+        candidates: Tensor | None = None,
+        top_k: int = 0,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Returns logits [B, T, vocabulary] without `labels`, else log-probs and entropies, both fp32 [B, T]; behind
+        them, if asked for, the log-probs [B, T, K] of `candidates` [B, T, K], or those of the `top_k` likeliest tokens
+        and these tokens, int64 [B, T, K].
 
-        `hidden` is [B, T, hidden], `labels` [B, T], `temperature` [B]. Where a label is IGNORE both results are 0.
+        `hidden` is [B, T, hidden], `labels` [B, T], `temperature` [B]. Where a label is IGNORE all results are 0.
         """
         logits = F.linear(self.scaled(hidden), self.weight)
         if self.softcap is not None:
@@ -39,7 +46,13 @@ class LMHead(nn.Module):
         trained = labels != IGNORE
         chosen = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-        return chosen * trained, entropy * trained
+        scores = (chosen * trained, entropy * trained)
+        if candidates is not None:
+            return *scores, logp.gather(-1, candidates) * trained[..., None]
+        if top_k:
+            best, ids = logp.topk(top_k, -1)
+            return *scores, best * trained[..., None], ids * trained[..., None]
+        return scores
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """Returns the hidden states times `factor`: their products with the weights are the logits."""
@@ -53,9 +66,9 @@ class ScalarHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden_size))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, *asked: object) -> Tensor:
         """Returns values [B, T] of hidden states [B, T, hidden], at every position: a last token, of which a reward
-        model's score is, has no label. `labels` and `temperature` are those of a language model, and not used."""
+        model's score is, has no label. What else is `asked` for is for language models, and not used."""
         return self.product(hidden)
 
     def product(self, hidden: Tensor) -> Tensor:

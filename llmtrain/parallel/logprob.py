@@ -1,4 +1,5 @@
-"""Computes token log-probs and entropies from hidden states, chunk by chunk: full logits never exist.
+"""Computes token log-probs and entropies from hidden states, chunk by chunk: full logits never exist. Beside the label
+a position may have candidates, whose log-probs are wanted too, or ask for its likeliest tokens.
 
 No other file knows about vocabulary shards. Cross entropy over a sharded vocabulary as in arXiv 1909.08053, 3.
 """
@@ -14,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 
 from llmtrain.model.heads import LMHead
-from llmtrain.parallel.collectives import all_reduce
+from llmtrain.parallel.collectives import all_gather, all_reduce
 from llmtrain.types import IGNORE
 
 
@@ -22,7 +23,7 @@ class ScoringHead(LMHead):
     """Scores labels while holding at most `chunk_tokens` rows of (this rank's part of the) logits.
 
     With `compiled`, all operations on a chunk's logits are one kernel, but for the forward of a sharded vocabulary,
-    which communicates.
+    which communicates, and for candidates.
     """
 
     group: ProcessGroup | None
@@ -31,9 +32,15 @@ class ScoringHead(LMHead):
     compiled = False
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns log-probs and entropies of the labels, see LMHead. Positions whose label is IGNORE cost nothing."""
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        temperature: Tensor | None = None,
+        candidates: Tensor | None = None,
+        top_k: int = 0,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Returns log-probs and entropies of the labels, and what is asked of candidates, see LMHead. Positions whose
+        label is IGNORE cost nothing. The log-probs of the `top_k` likeliest tokens have no gradient."""
         if labels is None:
             assert self.group is None, "whole logits are never assembled from shards"
             return super().forward(hidden)
@@ -49,8 +56,17 @@ class ScoringHead(LMHead):
             self.chunk_tokens,
             self.compiled,
             self.softcap,
+            None if candidates is None else candidates.flatten(0, 1)[rows] - self.first_id,
+            top_k,
+            self.first_id,
         )
-        return tuple(s.new_zeros(labels.shape).masked_scatter(wanted, s) for s in scores)
+        return tuple(_spread(s, wanted) for s in scores)
+
+
+def _spread(x: Tensor, wanted: Tensor) -> Tensor:
+    """Returns [B, T, ...] with the entries of `x` [N, ...] where `wanted` [B, T] is True, in order, and 0 elsewhere."""
+    there = wanted.view(*wanted.shape, *[1] * (x.dim() - 1)).expand(*wanted.shape, *x.shape[1:])
+    return x.new_zeros(there.shape).masked_scatter(there, x)
 
 
 def _part(x: Tensor | None, piece: slice) -> Tensor | None:
@@ -59,7 +75,8 @@ def _part(x: Tensor | None, piece: slice) -> Tensor | None:
 
 class _TokenScores(torch.autograd.Function):
     """Computes hidden [N, hidden], weight [V / tp, hidden], labels [N] (relative to the shard) -> log-probs, entropies
-    [N].
+    [N], and the log-probs [N, K] of candidates [N, K] (relative to the shard), or of the `top_k` likeliest tokens with
+    their ids, of which `first_id` is the shard's first.
 
     The backward recomputes the logits of each chunk rather than keeping them, except those of the last chunk, which are
     still in memory when it begins. The gradient of `hidden` is this rank's part of a sum over the group, which the norm
@@ -77,8 +94,13 @@ class _TokenScores(torch.autograd.Function):
         chunk_tokens: int,
         compiled: bool,
         softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        out = torch.empty(4, hidden.size(0), device=hidden.device)
+        candidates: Tensor | None,
+        top_k: int,
+        first_id: int,
+    ) -> tuple[Tensor, ...]:
+        N, K = hidden.size(0), top_k if candidates is None else candidates.size(1)
+        out, among = torch.empty(4, N, device=hidden.device), torch.empty(N, K, device=hidden.device)
+        ids = torch.empty(N, top_k, dtype=torch.int64, device=hidden.device)
         logits = None
         score_chunk = _fused(_score_chunk) if compiled and group is None else _score_chunk
         for start in range(0, hidden.size(0), chunk_tokens):
@@ -86,30 +108,42 @@ class _TokenScores(torch.autograd.Function):
             logits = None  # freed before the next are computed
             logits = hidden[piece] @ weight.t()
             out[:, piece] = score_chunk(logits, _part(scale, piece), labels[piece], group, softcap)
+            if candidates is not None:
+                chosen = _chosen(logits, candidates[piece], _part(scale, piece), out[3, piece], softcap)
+                among[piece] = chosen if group is None else all_reduce(chosen, group)
+            elif top_k:
+                best, ids[piece] = _likeliest(logits, top_k, group, first_id)
+                among[piece] = _scaled(best, _part(scale, piece), softcap) - out[3, piece, None]
         logp, entropy, normalizer, left = out
-        ctx.save_for_backward(hidden, weight, labels, scale, normalizer.clone(), left.clone())
+        ctx.save_for_backward(hidden, weight, labels, scale, normalizer.clone(), left.clone(), candidates)
         ctx.kept = logits if any(ctx.needs_input_grad) else None
         ctx.chunk_tokens, ctx.compiled, ctx.softcap = chunk_tokens, compiled, softcap
         entropy = entropy.clone()
-        ctx.mark_non_differentiable(entropy)
-        return logp.clone(), entropy
+        scores = (logp.clone(), entropy, *([among] if K else []), *([ids] if top_k else []))
+        ctx.mark_non_differentiable(entropy, *(scores[2:] if top_k else []))
+        return scores
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, scale, normalizer, left = ctx.saved_tensors
+    def backward(
+        ctx: FunctionCtx, grad: Tensor, _: Tensor, grad_among: Tensor | None = None, *ids: None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, scale, normalizer, left, candidates = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        gradient_chunk = _fused(_gradient_in_one_pass) if ctx.compiled else _gradient_chunk
+        fused = ctx.compiled and candidates is None
+        gradient_chunk = _fused(_gradient_in_one_pass) if fused else _gradient_chunk
         kept, ctx.kept = ctx.kept, None  # a second backward (of a retained graph) recomputes it
         for start in reversed(range(0, hidden.size(0), ctx.chunk_tokens)):
             piece = slice(start, start + ctx.chunk_tokens)
             logits, norm = (hidden[piece] @ weight.t(), normalizer) if kept is None else (kept, left)
             kept = None
-            d = gradient_chunk(logits, _part(scale, piece), labels[piece], norm[piece], grad[piece], ctx.softcap)
+            of_label = (_part(scale, piece), labels[piece], norm[piece], grad[piece], ctx.softcap)
+            asked = () if candidates is None else (candidates[piece], grad_among[piece])
+            d = gradient_chunk(logits, *of_label, *asked)
             grad_hidden[piece] = d @ weight
             grad_weight += d.t() @ hidden[piece]
             del logits, d  # freed before the next are computed
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 9
 
 
 @cache
@@ -126,16 +160,29 @@ def _scaled(logits: Tensor, scale: Tensor | None, softcap: float | None) -> Tens
 
 
 def _gradient_chunk(
-    logits: Tensor, scale: Tensor | None, labels: Tensor, normalizer: Tensor, grad: Tensor, softcap: float | None
+    logits: Tensor,
+    scale: Tensor | None,
+    labels: Tensor,
+    normalizer: Tensor,
+    grad: Tensor,
+    softcap: float | None,
+    candidates: Tensor | None = None,
+    grad_among: Tensor | None = None,
 ) -> Tensor:
     """Returns the gradient of the logits before capping and scaling, in their dtype.
 
-    d logp / d (scaled logits) = onehot - softmax.
+    d logp / d (scaled logits) = onehot - softmax, of the label as of each candidate. The candidates of a position are
+    distinct, and are added after the label: each sum has one order, on a GPU too.
     """
-    d = _scaled(logits, scale, softcap).sub_(normalizer[:, None]).exp_().neg_()
+    total = grad if grad_among is None else grad + grad_among.sum(1)
+    d = _scaled(logits, scale, softcap).sub_(normalizer[:, None]).exp_().mul_(-total[:, None])
     target, mine = _local_target(labels, logits.size(1))
-    d.scatter_add_(1, target[:, None], mine[:, None].float())
-    d.mul_((grad if scale is None else grad * scale)[:, None])
+    d.scatter_add_(1, target[:, None], (grad * mine)[:, None])
+    if candidates is not None:
+        targets, mine = _local_target(candidates, logits.size(1))
+        d.scatter_add_(1, targets, grad_among * mine)
+    if scale is not None:
+        d.mul_(scale[:, None])
     if softcap is not None:
         d.mul_(1 - torch.tanh(logits.float() / softcap).square())
     return d.to(logits.dtype)
@@ -154,6 +201,25 @@ def _gradient_in_one_pass(
     if softcap is not None:
         d = d * (1 - torch.tanh(logits.float() / softcap).square())
     return logits.copy_(d)
+
+
+def _chosen(
+    logits: Tensor, candidates: Tensor, scale: Tensor | None, normalizer: Tensor, softcap: float | None
+) -> Tensor:
+    """Returns the log-probs [n, K] of the candidates that lie in this rank's shard, 0 for the others."""
+    targets, mine = _local_target(candidates, logits.size(1))
+    return (_scaled(logits.gather(1, targets), scale, softcap) - normalizer[:, None]) * mine
+
+
+def _likeliest(logits: Tensor, top_k: int, group: ProcessGroup | None, first_id: int) -> tuple[Tensor, Tensor]:
+    """Returns the logits of the `top_k` likeliest tokens of the whole vocabulary, the largest first, and their ids,
+    [n, top_k] each. Softcap and temperature do not change the order."""
+    best, ids = logits.topk(min(top_k, logits.size(1)), 1)
+    ids = ids + first_id
+    if group is None:
+        return best, ids
+    best, places = all_gather(best, 1, group).topk(top_k, 1)
+    return best, all_gather(ids, 1, group).gather(1, places)
 
 
 def _local_target(labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from llmtrain.types import Batch
 if TYPE_CHECKING:
     from llmtrain.parallel.schedules import Schedule
 
-Output = Tensor | tuple[Tensor, Tensor]
-"""A head gives a tensor of values, or (log-probs, entropies), [B, T] each."""
+Output = Tensor | tuple[Tensor, ...]
+"""A head gives a tensor of values [B, T], or what `model.heads.LMHead` lists: (log-probs, entropies, ...)."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of hidden states, by their number in a header
 
@@ -36,15 +36,17 @@ def keep_stage(model: nn.Module, plan: StagePlan, stage: int) -> None:
     model.layers = nn.ModuleDict({str(i): model.layers[str(i)] for i in plan.layers[stage]})
 
 
-def inputs_of(batch: Batch, has_head: bool, scaled: bool | None = None) -> dict[str, Tensor]:
+def inputs_of(batch: Batch, has_head: bool, scaled: bool | None = None) -> dict[str, Tensor | int]:
     """Returns the keyword arguments of Decoder.forward for a pipeline stage.
 
     `scaled` says whether to pass the temperature (None: if it is not 1).
     """
-    names = ["positions", "segment_ids", "branch_ids"] + (["labels"] if has_head else [])
-    kwargs = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+    names = ["positions", "segment_ids", "branch_ids"] + (["labels", "candidates"] if has_head else [])
+    kwargs: dict[str, Tensor | int] = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
     if has_head and (batch.temperature != 1.0 if scaled is None else scaled):
         kwargs["temperature"] = torch.full_like(batch.positions[:, 0], batch.temperature, dtype=torch.float32)
+    if has_head and batch.top_k:
+        kwargs["top_k"] = batch.top_k
     return kwargs
 
 
@@ -65,6 +67,7 @@ class Pipeline:
         """Runs forward and backward; on the rank with the head `loss(scores, i)` is called for microbatch i."""
         self.loss = loss
         scaled = any(b.temperature != 1.0 for b in batches)
+        assert not any(b.top_k for b in batches), "the likeliest tokens are asked for in scoring"
         each = [inputs_of(b, self.mesh.has_head, scaled) for b in batches]
         assert all(e.keys() == each[0].keys() for e in each), "microbatches of one step have the same fields"
         kwargs = {name: torch.cat([e[name] for e in each]) for name in each[0]}  # for every pipeline stage of the rank

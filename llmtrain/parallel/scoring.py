@@ -17,13 +17,30 @@ from llmtrain.types import Batch, Scores
 def scores_of(output: Output, mesh: Mesh) -> Scores:
     """Returns the scores of whole rows, the same on all context-parallel ranks (a collective over them).
 
-    `output` is what the head gives for this rank's part of the rows: (log-probs, entropies), or a tensor of values.
-    The backward keeps the gradient of that part alone: summed over the ranks it is there once.
+    `output` is what the head gives for this rank's part of the rows: a tensor of values, or (log-probs, entropies) and
+    what is known of candidates. The backward keeps the gradient of that part alone: summed over the ranks it is there
+    once.
     """
-    parts = (output,) if isinstance(output, Tensor) else tuple(output)
+    if isinstance(output, Tensor):
+        return Scores(values=whole_rows(output, mesh) if mesh.sizes["cp"] > 1 else output)
     if mesh.sizes["cp"] > 1:
-        parts = whole_rows(torch.stack(parts, -1), mesh).unbind(-1)
-    return Scores(values=parts[0]) if len(parts) == 1 else Scores(*parts)
+        floats, *ids = joined(output)
+        output = parted(whole_rows(floats, mesh), *(whole_rows(each, mesh) for each in ids))
+    logprobs, entropies, *candidates = output
+    return Scores(logprobs, entropies, None, *candidates)
+
+
+def joined(output: tuple[Tensor, ...]) -> list[Tensor]:
+    """Returns the fp32 parts of a language model's output as one tensor [B, T, 2 + K], and the ids behind it if there
+    are any, so that they travel together."""
+    logprobs, entropies, *candidates = output
+    return [torch.cat([torch.stack([logprobs, entropies], -1), *candidates[:1]], -1), *candidates[1:]]
+
+
+def parted(floats: Tensor, *ids: Tensor) -> tuple[Tensor, ...]:
+    """Undoes `joined`."""
+    candidates = [floats[..., 2:]] if floats.size(-1) > 2 else []
+    return floats[..., 0], floats[..., 1], *candidates, *ids
 
 
 @torch.no_grad()
@@ -42,10 +59,15 @@ def score(
 
 
 def _from_head(output: Output | None, batch: Batch, mesh: Mesh, scalar: bool) -> Output:
-    """Returns on every pipeline rank what the head gives on its own: values of a scalar head, else a pair."""
+    """Returns on every pipeline rank what the head gives on its own."""
     if output is None:
-        held = torch.zeros(1 if scalar else 2, *batch.labels.shape, device=mesh.device)
+        K = batch.top_k if batch.candidates is None else batch.candidates.size(-1)
+        shape = batch.labels.shape if scalar else (*batch.labels.shape, 2 + K)
+        held = [torch.zeros(shape, device=mesh.device)]
+        if batch.top_k and not scalar:
+            held.append(torch.zeros((*batch.labels.shape, K), dtype=torch.int64, device=mesh.device))
     else:
-        held = torch.stack([output] if isinstance(output, Tensor) else output)
-    dist.broadcast(held, group=mesh.groups["pp"], group_src=mesh.head_pp)
-    return held[0] if scalar else (held[0], held[1])
+        held = [output.contiguous()] if isinstance(output, Tensor) else joined(output)
+    for each in held:
+        dist.broadcast(each, group=mesh.groups["pp"], group_src=mesh.head_pp)
+    return held[0] if scalar else parted(*held)

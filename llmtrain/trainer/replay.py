@@ -50,9 +50,10 @@ class Replay:
 
 def like(text: Batch, other: Batch) -> Batch:
     """Returns the text rows with the fields of another batch: a pipeline wants all microbatches of one form."""
-    filler = torch.zeros_like(text.input_ids)
+    filler, asked = torch.zeros_like(text.input_ids), other.candidates
     return replace(
         text,
+        candidates=None if asked is None else filler[..., None].repeat(1, 1, asked.size(-1)),
         segment_ids=filler if text.segment_ids is None and other.segment_ids is not None else text.segment_ids,
         branch_ids=None if other.branch_ids is None else filler,
         extra={MARK: filler},

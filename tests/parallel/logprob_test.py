@@ -43,6 +43,54 @@ def test_equals_the_plain_head(compiled: bool, chunk_tokens: int, temperature: f
         torch.testing.assert_close(a.double(), b.double(), rtol=2e-6, atol=2e-6)  # both score in fp32
 
 
+@pytest.mark.parametrize(
+    "compiled, chunk_tokens", [(False, 5), (False, 1000), pytest.param(True, 5, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("softcap", "temperature"), [(None, None), (2.0, None), (None, 0.7), (3.0, 2.0)])
+def test_candidates_equal_those_of_the_plain_head(
+    compiled: bool, chunk_tokens: int, softcap: float | None, temperature: float | None
+) -> None:
+    """The label may be one of them; every candidate has a gradient of its own."""
+    torch.manual_seed(0)
+    plain, chunked = heads(chunk_tokens)
+    plain.softcap = chunked.softcap = softcap
+    chunked.compiled = compiled
+    labels = torch.randint(0, 40, (3, 7))
+    candidates = torch.rand(3, 7, 40).argsort(-1)[..., :6]
+    candidates[1, :, 2] = labels[1]
+    labels[0, :4] = labels[2] = IGNORE
+    scale = None if temperature is None else torch.tensor([temperature, 1.0, 2.0])
+    weights, results = torch.randn(3, 7, 7).double(), []
+    for head in (plain, chunked):
+        hidden = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        head.weight.grad = None
+        logp, entropy, among = head(hidden, labels, scale, candidates)
+        ((among * weights[..., 1:]).sum() + (logp * weights[..., 0]).sum()).backward()
+        results.append((logp, entropy, among, hidden.grad, head.weight.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-6, atol=4e-6)  # both score in fp32
+    assert results[1][2][2].abs().sum() == 0 and results[1][2][0, 4:].abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("softcap", "temperature"), [(None, None), (2.0, None), (None, 0.5)])
+def test_the_likeliest_tokens(dtype: torch.dtype, softcap: float | None, temperature: float | None) -> None:
+    torch.manual_seed(0)
+    plain, chunked = (head.to(dtype) for head in heads(4))
+    plain.softcap = chunked.softcap = softcap
+    hidden, labels = torch.randn(2, 5, 16).to(dtype).requires_grad_(), torch.arange(10).view(2, 5)
+    labels[1, 3] = IGNORE
+    scale = None if temperature is None else torch.full((2,), temperature)
+    for top_k in (3, 40):
+        (_, _, logp, ids), (_, _, expected, same) = (
+            head(hidden, labels, scale, None, top_k) for head in (chunked, plain)
+        )
+        assert ids.equal(same) and ids.dtype == torch.int64 and not logp.requires_grad
+        torch.testing.assert_close(logp, expected.detach().float(), rtol=1e-5, atol=1e-5)
+        assert (ids[1, 3] == 0).all() and (logp[1, 3] == 0).all()
+    assert logp[0].exp().sum(-1).tolist() == pytest.approx([1.0] * 5, rel=1e-5)  # of all 40
+
+
 def test_nothing_to_train_gives_zero_gradients() -> None:
     _, head = heads(4)
     hidden = torch.randn(1, 5, 16).double().requires_grad_()

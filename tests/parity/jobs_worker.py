@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from llmtrain.config.schema import EngineConfig, ParallelConfig
 from llmtrain.engine.base import Engine, LossFn, Scorer
 from llmtrain.engine.build import Role, build_frozen
 from llmtrain.engine.optim import learning_rate
+from llmtrain.losses.distill import distillation_loss, forward_kl
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.model.decoder import Decoder, parameter_shapes
 from llmtrain.parallel.mesh import Mesh, init_mesh
@@ -30,7 +31,7 @@ from tests.json_output import print_json
 from tests.parity import layouts_worker as parity
 from tests.parity.meshes import mesh_of
 
-STEPS, ROWS = 4, 2
+STEPS, ROWS, TOP_K = 4, 2, 6
 SCALAR = {"head": "scalar", "hidden_size": 48, "ffn_size": 64}
 MODELS = {
     "policy": {"num_layers": 3},
@@ -46,9 +47,10 @@ FACTORS = {
 
 
 def policy_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Returns a loss of advantages and a squared distance to the reference."""
+    """Returns a loss of advantages, a squared distance to the reference, and the KL from its likeliest tokens."""
     distance = (scores.logprobs - batch.extra["reference"]) ** 2
-    return masked_sum(0.1 * distance - batch.extra["advantages"] * scores.logprobs, batch.loss_mask), {}
+    loss = masked_sum(0.1 * distance - batch.extra["advantages"] * scores.logprobs, batch.loss_mask)
+    return loss + distillation_loss(scores, batch, forward_kl, teachers=1, whole=False)[0], {}
 
 
 def critic_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -67,6 +69,10 @@ def step_rows(step: int, rows: int) -> Batch:
 def one_step(models: Mapping[str, Scorer], batches: Sequence[Batch], denominator: Tensor) -> dict[str, StepStats]:
     """Takes one step of the job, in one process as on many."""
     scores = {name: model.score(batches) for name, model in models.items()}
+    likeliest = models["reference"].score([replace(batch, top_k=TOP_K) for batch in batches])
+    for batch, said in zip(batches, likeliest, strict=True):
+        batch.candidates = said.candidate_ids.cpu()
+        batch.extra |= {"teacher_0": said.candidates.cpu(), "share_0": torch.ones(batch.labels.shape)}
     for batch, policy, critic, reference in zip(batches, *scores.values(), strict=True):
         batch.extra["reference"] = reference.logprobs.cpu()
         batch.extra["advantages"] = batch.extra["returns"] - critic.values.cpu()

@@ -125,7 +125,10 @@ def task_of(layout: dict) -> Task:
 def scores_of(model: Decoder, batch: Batch) -> Scores:
     """Returns the scores of a plain decoder."""
     output = model(batch.input_ids, **inputs_of(batch, True))
-    return Scores(values=output) if isinstance(output, torch.Tensor) else Scores(*output)
+    if isinstance(output, torch.Tensor):
+        return Scores(values=output)
+    logprobs, entropies, *candidates = output
+    return Scores(logprobs, entropies, None, *candidates)
 
 
 def plain_optimizer(model: Decoder, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
-"""Losses that the log-prob of one token does not make up: of groups with a shared prompt, of pairs, of values. On any
-mesh, both engines, against one plain process: loss, metrics, every gradient, norm, weights after 5 steps, scores."""
+"""Losses that the log-prob of one token does not make up: of groups with a shared prompt, of pairs, of values, of
+candidates. On any mesh, both engines, against one plain process: loss, metrics, every gradient, norm, weights after 5
+steps, scores."""
 
 from __future__ import annotations
 
@@ -48,6 +49,12 @@ FEW = [  # together every axis, method, schedule, ZeRO stage and engine
     *of("capped ratio", {"pp": 2, "dp_shard": 2, "backend": "fsdp"}),
     *of("branch pairs", {"cp": 2, "pp": 2, "zero_stage": 1, **ZBV}, {"cp": 2, "tp": 2, "backend": "fsdp"}),
     *of("reward pairs", {"cp": 2, "tp": 2, "zero_stage": 1}, {"cp": 2, "dp_shard": 2, "backend": "fsdp"}),
+    *of(
+        "candidates",
+        {"tp": 2, "pp": 2, "zero_stage": 1, "grad_clip": 0},
+        {"tp": 2, "cp": 2, "backend": "fsdp", "model": {"logit_softcap": 5.0}},
+        {"cp": 2, "dp_shard": 2, "zero_stage": 3},
+    ),
     *of("row pairs", {"cp": 2, "dp_shard": 2, "zero_stage": 2}, {"cp": 2, "pp": 2, "backend": "fsdp"}),
 ]
 ENGINES = ({"zero_stage": 1}, {"zero_stage": 3, "grad_clip": 0}, {"backend": "fsdp"})

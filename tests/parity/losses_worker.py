@@ -1,4 +1,5 @@
-"""Runs tests/parity/layouts_worker.py with losses over groups, pairs and values: `layout["task"]` names one."""
+"""Runs tests/parity/layouts_worker.py with losses over groups, pairs, values and candidates: `layout["task"]` names
+one."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from llmtrain.engine.base import LossFn
+from llmtrain.losses.distill import distillation_loss, forward_kl, reverse_kl
 from llmtrain.losses.mismatch import mask_sequences, truncate
 from llmtrain.losses.policy import capped, clipped, clipped_by_sequence, grpo_loss, policy_loss
 from llmtrain.losses.preference import bradley_terry_loss, dpo_loss
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.losses.sequence import sequence_sums
 from llmtrain.types import IGNORE, Batch, Metrics, Scores
-from tests.parity.layouts_worker import TASKS, WIDTH, Task, main
+from tests.parity.layouts_worker import TASKS, WIDTH, Task, global_rows, main
 
 BETA = 0.2  # multiplies the margin of a pair, which is about 10 nats
 
@@ -94,6 +96,27 @@ def value_batch(step: int, rows: int) -> Batch:
     extra = {"returns": torch.randn(rows, WIDTH, generator=g)}
     positions = torch.where(at < cut, at, at - cut)
     return Batch(ids, torch.full_like(ids, IGNORE), mask, positions, (at >= cut).long(), extra=extra)
+
+
+def candidate_batch(step: int, rows: int) -> Batch:
+    """Returns rows with 5 of the 64 tokens at each position, and what two teachers say of them."""
+    g = torch.Generator().manual_seed(600 + step)
+    batch = global_rows(step, rows)
+    batch.candidates, batch.temperature = torch.rand(rows, WIDTH, 64, generator=g).argsort(-1)[..., :5], 1.3
+    said = (2 * torch.randn(2, rows, WIDTH, 64, generator=g)).log_softmax(-1)[..., :5]
+    share = torch.rand(rows, WIDTH, generator=g)
+    batch.extra = {"teacher_0": said[0], "teacher_1": said[1], "share_0": share, "share_1": 1 - share}
+    return batch
+
+
+def candidate_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    """Returns divergences in both directions; the metric `counted` is 1 when every trained token is counted once."""
+
+    def both(student: Tensor, teacher: Tensor) -> Tensor:
+        return forward_kl(student, teacher) + 0.5 * reverse_kl(student, teacher)
+
+    loss, metrics = distillation_loss(scores, batch, both, teachers=2, whole=False)
+    return loss, {**metrics, "counted": batch.loss_mask.float().sum()}
 
 
 def group_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -178,6 +201,7 @@ TASKS |= {
     "branch pairs": Task(pair_loss, pairs_in, branch_pairs),
     "row pairs": Task(mean_pair_loss, pairs_in, pair_batch, rows=4),
     "reward pairs": Task(reward_loss, pairs_in, ended_pairs),
+    "candidates": Task(candidate_loss, trained_tokens, candidate_batch),
     "values": Task(value_loss, trained_tokens, value_batch),
 }
 
