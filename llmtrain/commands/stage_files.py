@@ -16,7 +16,7 @@ MANIFEST_SUM = "manifest.sha256"  # of a checkpoint: covers all its files
 
 def contents(command: str, config: Config, made: list[str], checksums: Checksums) -> dict[str, str]:
     """Returns by key the checksum of what a stage reads, but for what lies in the directories `made` by stages."""
-    found, recipe = {}, recipe_of(command)
+    found, recipe = {}, recipe_of(command, config)
     weights = {"model.init_from", *(recipe.weights(config) if recipe is not None else ())}
     for key, path in read_paths(command, config):
         if path is not None and not any(inside(path, directory) for directory in made):
@@ -27,7 +27,7 @@ def contents(command: str, config: Config, made: list[str], checksums: Checksums
 
 def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]:
     """Yields (key, path) of what a stage reads."""
-    data, recipe = config.data, recipe_of(command)
+    data, recipe = config.data, recipe_of(command, config)
     if makes_data(command, config):
         yield "tokenizer.base", config.tokenizer.base
         yield from ((f"data.sources.{source.name}", source.path) for source in data.sources)

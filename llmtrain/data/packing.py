@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.encode import encode_rows
+from llmtrain.data.encode import Encoded, encode_rows
 from llmtrain.data.faults import Faults
 from llmtrain.data.objectives import Objectives
 from llmtrain.data.prompts import AS_IT_IS
 from llmtrain.data.room import Room
+from llmtrain.data.rows import Record
 from llmtrain.data.sampler import derive, permuted, source_of
 from llmtrain.data.shards import ShardReader, open_shards
 from llmtrain.data.tokenizer import Tokenizer
@@ -21,6 +22,10 @@ from llmtrain.types import IGNORE, Batch
 Row = dict[str, list]
 """A row before padding has the columns input_ids, labels, positions, segment_ids; branch_ids where samples share a
 prompt; any other column becomes one of `Batch.extra`."""
+
+Columns = Callable[[Record], dict[str, float]]
+"""Maps a row of a file to numbers, by their names in `Batch.extra`. Raises ValueError, without a place, for a row that
+it cannot read."""
 
 PADDING = {"labels": IGNORE, "segment_ids": -1}  # other columns: 0
 
@@ -153,7 +158,8 @@ class Demonstrations:
 
     With `pack`, several examples share a row, each its own segment; the seed decides which. The rows come in a new
     order in each epoch. `settings` says how rows are read, which turns are trained, and what becomes of an example that
-    is longer than a row. Raises ValueError with all faults of the file, each with its line.
+    is longer than a row; `columns` gives numbers for `Batch.extra`, each for all tokens of an example. Raises
+    ValueError with all faults of the file, each with its line.
     """
 
     def __init__(
@@ -164,9 +170,10 @@ class Demonstrations:
         seed: int,
         pack: bool = True,
         settings: DataConfig = AS_IT_IS,
+        columns: Columns | None = None,
     ) -> None:
         self.seq_len, self.pad_id, self.seed = seq_len, tokenizer.pad_id, derive(seed, "rows")
-        self.examples = read_demonstrations(path, tokenizer, seq_len, settings)
+        self.examples = read_demonstrations(path, tokenizer, seq_len, settings, columns)
         order = [permuted(i, len(self.examples), derive(seed, "packing")) for i in range(len(self.examples))]
         lengths = [len(self.examples[i]["labels"]) for i in order]
         plan = best_fit(lengths, seq_len) if pack else [[i] for i in range(len(order))]
@@ -186,15 +193,28 @@ class Demonstrations:
         return to_batch([self.row(sample) for sample in samples], self.seq_len, self.pad_id)
 
 
-def read_demonstrations(path: str, tokenizer: Tokenizer, seq_len: int, settings: DataConfig) -> list[Row]:
+def read_demonstrations(
+    path: str, tokenizer: Tokenizer, seq_len: int, settings: DataConfig, columns: Columns | None = None
+) -> list[Row]:
     """Returns the examples of a file, without segment ids. Raises ValueError with all faults of the file."""
     faults = Faults(path)
     room = Room(seq_len, f"train.seq_len={seq_len}", settings.overlong, faults)
     rows = map(room.demonstration, encode_rows(path, tokenizer, settings, faults, answered=True))
-    examples = [example_row(row.ids, row.trained) for row in rows if row is not None]
+    examples = [with_columns(row, columns, faults) for row in rows if row is not None]
     faults.raise_any()
     room.report(path, len(examples))
     return examples
+
+
+def with_columns(row: Encoded, columns: Columns | None, faults: Faults) -> Row:
+    """Returns the columns of one example, with those of its record; a record that they refuse goes to `faults`."""
+    example = example_row(row.ids, row.trained)
+    try:
+        more = {} if columns is None else columns(row.example.record)
+    except ValueError as error:
+        faults.add(row.where, str(error))
+        return example
+    return example | {name: [value] * len(example["labels"]) for name, value in more.items()}
 
 
 def example_row(ids: Sequence[int], trained: Sequence[bool]) -> Row:

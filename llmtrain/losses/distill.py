@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,23 @@ def with_rest(logprobs: Tensor) -> Tensor:
     """Returns [..., K + 1]: the log-probs of K tokens, and that of all others as one, log(1 - sum of the K)."""
     rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST)
     return torch.cat([logprobs, rest.log()], -1)
+
+
+def likeliest_of(proposals: Sequence[Scores], shares: Sequence[Tensor]) -> Tensor:
+    """Returns candidates [B, T, K] from the K likeliest tokens of each teacher, `candidate_ids` of its scores: those
+    with the largest share x probability, each once. Shares are [B, T]. Of one teacher they are its own."""
+    if len(proposals) == 1:
+        return proposals[0].candidate_ids
+    ids = torch.cat([each.candidate_ids for each in proposals], -1)
+    weights = torch.cat(
+        [each.candidates + share[..., None].log() for each, share in zip(proposals, shares, strict=True)], -1
+    )
+    weights, order = weights.sort(-1, descending=True, stable=True)
+    ids, by_id = ids.gather(-1, order).sort(-1, stable=True)  # of equal ids the weightiest comes first
+    weights = weights.gather(-1, by_id)
+    again = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
+    weights = weights.masked_fill(again, -math.inf)
+    return ids.gather(-1, weights.topk(proposals[0].candidate_ids.size(-1), -1).indices)
 
 
 def distillation_loss(

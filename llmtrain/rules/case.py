@@ -30,7 +30,7 @@ class Case:
     @property
     def recipe(self) -> Recipe | None:
         """Returns the algorithm of a command that trains, None for another."""
-        return recipe_of(self.command)
+        return recipe_of(self.command, self.config)
 
     @property
     def trainers(self) -> int:

@@ -113,7 +113,7 @@ def _rewards(case: Case) -> Iterator[str]:
             yield f"rewards.{reward.name}.function={reward.function}: {file} is no file here; correct the path"
         if reward.unsandboxed and reward.function is None:
             yield f"rewards.{reward.name}.unsandboxed=true: only a function of your own may run outside; remove it"
-    if not names:
+    if not names and (case.recipe is None or case.recipe.judged):
         yield "rewards=[]: must name at least one reward; add one, such as {name: math}"
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield f"rewards: {twice[0]} is named twice; remove one, or raise its weight; a function may have another `name`"

@@ -261,7 +261,7 @@ def _stages(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
     """Yields (recipe, configuration, ranks, earlier stages) of every stage that trains."""
     if isinstance(config, RunConfig):
         for stage, staged, earlier in planned_stages(config):
-            if (recipe := recipe_of(stage.command)) is not None:
+            if (recipe := recipe_of(stage.command, staged)) is not None:
                 yield recipe, staged, stage.ranks, earlier
     else:
         for recipe in planned_recipes(config):

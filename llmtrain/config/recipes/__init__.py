@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import create_model
 
-from llmtrain.config.recipes import dpo, grpo, ppo, pretrain, reward, sft
+from llmtrain.config.recipes import distill, dpo, grpo, ppo, pretrain, reward, sft
 from llmtrain.config.recipes.base import SAMPLING_PLOTS, Panel, Recipe, StepSize, fixed_rows, sampled
 from llmtrain.config.schema import Config, RunConfig, StageConfig
 
@@ -31,7 +31,7 @@ __all__ = [
     "stage_commands",
 ]
 
-RECIPES: dict[str, Recipe] = {each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo)}
+RECIPES: dict[str, Recipe] = {each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo, distill)}
 OTHER_STAGES = (("data", "tokenizer"), ("eval", "export", "report"))  # commands of a run before and behind the recipes
 COMMANDS = ("chat", "doctor", "index", "plan", "run", "scaling", "serve")  # commands that are no stages, or will be
 
@@ -60,9 +60,11 @@ def register(recipe: Recipe) -> None:
     RECIPES[recipe.name] = recipe
 
 
-def recipe_of(command: str) -> Recipe | None:
-    """Returns the recipe behind a command, None if it is not one that trains."""
-    return RECIPES.get(command)
+def recipe_of(command: str, config: Config | None = None) -> Recipe | None:
+    """Returns the recipe behind a command, as the document makes it if there is one; None if it is not one that
+    trains."""
+    recipe = RECIPES.get(command)
+    return recipe if recipe is None or config is None else recipe.of(config)
 
 
 def planned_recipes(config: Config) -> list[Recipe]:
@@ -76,7 +78,7 @@ def planned_recipes(config: Config) -> list[Recipe]:
     outside = [r for r in recipes if config.plugins and not r.main.startswith("llmtrain.")]
     sampling = [r for r in recipes if r.samples and "rollout" in written]
     found = own or outside or [*sampling, *recipes][:1]
-    return [r for r in found if r.head == config.model.head] or found
+    return [r.of(config) for r in found if r.head == config.model.head] or [r.of(config) for r in found]
 
 
 def names_of(holds: Callable[[Recipe], bool]) -> str:

@@ -7,7 +7,7 @@ descriptions; none of them names an algorithm. docs/recipes.md tells how to add 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from llmtrain.config.schema import Config, Section
@@ -71,14 +71,23 @@ class Recipe:
     samples: bool = False  # has a generator: the sections rollout and rewards, rollout workers
     head: Literal["lm", "scalar"] = "lm"  # of the model that it trains (model.head)
     branches: bool = False  # rows hold several samples of a prompt (Batch.branch_ids)
+    judged: bool = True  # with `samples`: at least one reward must be named; else rewards are only recorded
     other_models: Callable[[Config], tuple[str, ...]] = lambda config: ()  # models beside the policy, for the planner
     weights: Callable[[Config], Mapping[str, str]] = lambda config: {}
     """Maps keys to directories of models that it reads beside `model.init_from`: they must be there, fit the layout,
     and stay what they are while a run goes on."""
     values: tuple[str, ...] = ()  # such keys of models with a scalar head, which without a directory have its own body
+    variant: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    """Returns the fields of this description that a document changes (it samples with one value of a key, and not with
+    another)."""
     plots: Mapping[str, tuple[Panel, ...]] = field(default_factory=dict, hash=False)  # of the report, by file suffix
     moved: Mapping[str, Callable[[Any], tuple[str, Any]]] = field(default_factory=dict, hash=False)
     """Maps keys that this section had in earlier versions to functions from their value to (key, value) today."""
+
+    def of(self, config: Config) -> Recipe:
+        """Returns the description as a document makes it, see `variant`."""
+        changes = self.variant(config)
+        return replace(self, **changes) if changes else self
 
     @property
     def fixed_batch(self) -> bool:

@@ -1,0 +1,156 @@
+"""Describes distillation: its section, its rules, and how a run on the student's own samples differs from one on given
+rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled
+from llmtrain.config.schema import Config, Section, UserPath
+
+SERVERS = ("http://", "https://")
+
+
+class TeacherConfig(Section):
+    """Names a frozen model that the student learns from."""
+
+    path: UserPath  # a run or a Hugging Face directory, with the student's token ids
+    name: str = ""  # in rows (field `teacher`) and messages; default the last part of `path`
+    weight: PositiveFloat = 1.0  # share of its divergence where a row names no teacher, relative to the others
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        """Names a teacher that has no name."""
+        if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
+            return {**data, "name": os.path.basename(data["path"].rstrip("/"))}
+        return data
+
+
+class DistillConfig(Section):
+    """Configures distillation on given rows, or on the student's own samples (GKD, arXiv 2306.13649)."""
+
+    teacher: list[TeacherConfig] = Field([])  # a path, or a list of {path, name, weight}; must be set
+    on_policy: bool = False  # the student samples answers to the prompts, and the teacher judges each token
+    divergence: Literal["forward", "reverse", "jsd"] | None = None  # None = forward on given rows, reverse on_policy
+    beta: float = Field(0.5, gt=0.0, lt=1.0)  # jsd: the mixture is (1 - beta) student + beta teacher
+    top_k: int = Field(64, ge=0)  # tokens in the divergence at a position, all others counting as one; 0 = every token
+    temperature: PositiveFloat = 1.0  # of student and teacher in the divergence; on_policy it is rollout.temperature
+    estimate: Literal["vocabulary", "sampled"] = "vocabulary"  # sampled: on_policy, by the sampled token alone
+    prompts_per_step: PositiveInt = 32  # on_policy: prompts sampled a step, which makes one update
+    teachers_wait: bool = False  # teachers lie in host memory but while they score
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one_teacher(cls, teacher: Any) -> Any:
+        """Returns a teacher that stands alone as a list of one."""
+        alone = {"path": teacher} if isinstance(teacher, str) else teacher
+        return [alone] if isinstance(alone, dict) else alone
+
+    @property
+    def kind(self) -> str:
+        """Returns the divergence in use."""
+        return self.divergence or ("reverse" if self.on_policy else "forward")
+
+
+def step_size(config: Config) -> StepSize:
+    """Returns how much a step on the student's samples takes."""
+    return sampled(config, config.distill.prompts_per_step, 1)
+
+
+def weights(config: Config) -> dict[str, str]:
+    """Returns the directories of the teachers, by key."""
+    return {
+        f"distill.teacher.{each.name}": each.path
+        for each in config.distill.teacher
+        if not each.path.startswith(SERVERS)
+    }
+
+
+def variant(config: Config) -> Mapping[str, Any]:
+    """Returns what is different about a run on the student's own samples: rewards are only recorded."""
+    if not config.distill.on_policy:
+        return {}
+    return {"step_size": step_size, "samples": True, "branches": True, "judged": False, "plots": SAMPLING_PLOTS}
+
+
+def usable_teachers(config: Config) -> Iterator[str]:
+    """Yields a line if there is no teacher, one behind a server, or two of one name."""
+    teachers = config.distill.teacher
+    if not teachers:
+        yield "distill.teacher: must be set, a student learns from one; give the directory of a model or a run"
+    for each in teachers:
+        if each.path.startswith(SERVERS):
+            yield (
+                f"distill.teacher={each.path}: must be a directory of weights, a server is not asked for log-probs; "
+                "download the model"
+            )
+    names = [each.name for each in teachers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"distill.teacher: {twice[0]} is the name of two teachers; give one another `name`"
+
+
+def on_given_rows(config: Config) -> Iterator[str]:
+    """Yields what is for a student that samples, where none does."""
+    d = config.distill
+    if d.on_policy:
+        return
+    if d.estimate == "sampled":
+        yield (
+            "distill.estimate=sampled: needs distill.on_policy=true, its tokens must be the student's own; set it, or "
+            "estimate=vocabulary"
+        )
+    if config.rollout.placement == "separate":
+        yield (
+            "rollout.placement=separate: needs distill.on_policy=true, on given rows nothing is sampled; use colocated"
+        )
+
+
+def on_own_samples(config: Config) -> Iterator[str]:
+    """Yields what does not go with samples of the student."""
+    d, r = config.distill, config.rollout
+    if not d.on_policy:
+        return
+    if d.temperature not in (1.0, r.temperature):
+        yield (
+            f"distill.temperature={d.temperature:g}: must be rollout.temperature={r.temperature:g} with "
+            "distill.on_policy, the distribution that is sampled is the one that is trained; set "
+            "rollout.temperature alone"
+        )
+    if d.estimate == "sampled" and d.kind != "reverse":
+        yield (
+            f"distill.divergence={d.kind}: not with distill.estimate=sampled, which estimates the reverse KL; remove "
+            "one of them"
+        )
+    if config.guard.spike != "off":
+        yield (
+            f"guard.spike={config.guard.spike}: must be off with distill.on_policy, after a rewind the same prompts "
+            "would be sampled again; remove it"
+        )
+
+
+RECIPE = Recipe(
+    name="distill",
+    summary="learn from a teacher's distributions (starts under torchrun too)",
+    main="llmtrain.recipes.distill:main",
+    section=DistillConfig,
+    rules=(usable_teachers, on_given_rows, on_own_samples),
+    same=(
+        "distill.teacher",
+        "distill.on_policy",
+        "distill.divergence",
+        "distill.beta",
+        "distill.top_k",
+        "distill.temperature",
+        "distill.estimate",
+        "distill.prompts_per_step",
+    ),
+    starts_trained=True,
+    other_models=lambda config: tuple(f"the frozen teacher {each.name}" for each in config.distill.teacher),
+    weights=weights,
+    variant=variant,
+)
