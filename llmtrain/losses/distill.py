@@ -50,8 +50,8 @@ def likeliest_of(proposals: Sequence[Scores], shares: Sequence[Tensor]) -> Tenso
     weights = torch.cat(
         [each.candidates + share[..., None].log() for each, share in zip(proposals, shares, strict=True)], -1
     )
-    weights, order = weights.sort(-1, descending=True, stable=True)
-    ids, by_id = ids.gather(-1, order).sort(-1, stable=True)  # of equal ids the weightiest comes first
+    weights, order = weights.sort(dim=-1, descending=True, stable=True)
+    ids, by_id = ids.gather(-1, order).sort(dim=-1, stable=True)  # of equal ids the weightiest comes first
     weights = weights.gather(-1, by_id)
     again = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
     weights = weights.masked_fill(again, -math.inf)

@@ -137,7 +137,10 @@ def consult(job: Job, teachers: Sequence[Scorer], batches: Sequence[Batch]) -> N
         if 0 < settings.top_k < vocabulary:
             asked = [replace(batch, top_k=settings.top_k) for batch in batches]
             proposers = [job.engine] if settings.kind == "reverse" else teachers
-            propose(batches, [model.score(asked) for model in proposers])
+            proposals = [model.score(asked) for model in proposers]
+            propose(batches, proposals)
+            if len(teachers) == 1 and settings.kind != "reverse":  # it has said all there is to say
+                return note(batches, [[s.candidates for s in proposals[0]]])
         else:
             for batch in batches:
                 batch.candidates = torch.arange(vocabulary).expand(*batch.labels.shape, vocabulary)
