@@ -79,9 +79,9 @@ def recipe_row(recipe: Recipe) -> str:
 
 
 def section_class(name: str) -> type:
-    """Returns the class of a section of the document, or of a recipe, by its name."""
-    own = {r.section.__name__: r.section for r in RECIPES.values() if r.section is not None}
-    return own.get(name) or getattr(schema, name)
+    """Returns the class of a section of the document, of a recipe, or within one, by its name."""
+    modules = [schema, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def comments_of(module: Any) -> dict[tuple[str, str], str]:

@@ -9,12 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from llmtrain.arch.resolve import resolve_model
+from llmtrain.checkpoint.source import load_decoder
 from llmtrain.config.load import ConfigError, load
 from llmtrain.config.recipes import RECIPES
+from llmtrain.config.schema import ModelConfig
 from llmtrain.rules.check import check
+from llmtrain.trainer.frozen import build_scorer
 from llmtrain.trainer.job import start_directory
+from llmtrain.types import Batch
 
 WORKER = Path(__file__).parents[1] / "several_runs.py"
 ROWS = ("train.steps=3", "checkpoint.every_steps=2", "distill.top_k=16", "optim.schedule=constant", "optim.lr=1e-3")
@@ -30,9 +36,6 @@ CONTEXT = ("parallel.cp=2", "engine.backend=fsdp")
 
 def save_model(base: Path, name: str, tokenizer: Path, seed: int = 0, **fields: int) -> None:
     """Writes a Hugging Face directory with random values, larger than usual: its distributions are not flat."""
-    import torch
-
-    from llmtrain.arch.resolve import resolve_model
     from llmtrain.model.decoder import init_tensor, parameter_shapes
     from llmtrain.model.hf_write import save_hf
 
@@ -108,6 +111,27 @@ def test_layouts_do_the_same_and_a_killed_run_goes_on_bit_for_bit(start: Path, r
         for file in (whole[name] / "checkpoints/step-00000003").glob("*.safetensors"):
             again = load_file(resumed[name] / "checkpoints/step-00000003" / file.name)
             assert all(again[key].equal(tensor) for key, tensor in load_file(file).items())
+
+
+def test_a_rank_of_its_own_samples(start: Path, run: Callable, tmp_path: Path) -> None:
+    apart = (*OWN, "train.steps=2", "rollout.placement=separate", "rollout.workers=1")
+    run(3, {tmp_path / "apart": apart})
+    run(1, {tmp_path / "one": (*OWN, "train.steps=2")})
+    for here, there in zip(numbers(tmp_path / "apart"), numbers(tmp_path / "one"), strict=True):
+        assert here == pytest.approx(there, rel=1e-4)
+
+
+def test_a_teacher_of_more_rows_speaks_of_the_students_ids(start: Path, stub_job: Callable) -> None:
+    """Of its 544 rows the 512 are kept that the tokenizer uses: its distribution is that of these alone."""
+    job, path = stub_job("distill"), str(start / "wider")
+    ids = torch.randint(0, 512, (2, 8), generator=torch.Generator().manual_seed(0))
+    at, everything = torch.arange(8).expand(2, 8), torch.arange(512).expand(2, 8, 512)
+    (scores,) = build_scorer(job, "distill.teacher", path).score([Batch(ids, ids, ids >= 0, at, candidates=everything)])
+    plain = load_decoder(path, resolve_model(ModelConfig(init_from=path)), torch.float32)
+    with torch.no_grad():
+        expected = plain(ids, at)[..., :512].log_softmax(-1)
+    torch.testing.assert_close(scores.candidates, expected, rtol=1e-5, atol=1e-5)
+    assert scores.candidates.exp().sum(-1).flatten().tolist() == pytest.approx([1.0] * 16, rel=1e-5)
 
 
 def test_on_context_ranks_with_fsdp(start: Path, run: Callable, tmp_path: Path) -> None:
