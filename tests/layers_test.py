@@ -112,9 +112,8 @@ def test_imports_go_downward_only() -> None:
     assert broken(ROOT) == []
 
 
-ALGORITHM = re.compile(
-    r"(?<!/)\b(?:dpo|grpo|ppo|sft|pretrain)\b(?!/)"
-)  # not in a path such as configs/pretrain/tiny.yaml
+# not in a path such as configs/pretrain/tiny.yaml
+ALGORITHM = re.compile(r"(?<!/)\b(?:distill|dpo|grpo|ppo|raft|sft|pretrain)\b(?!/)")
 
 
 def own_files(name: str) -> set[str]:
@@ -145,7 +144,7 @@ def test_only_its_own_files_name_an_algorithm() -> None:
         for name in named_algorithms(ast.parse(path.read_text()))
     }
     assert {(file, name) for file, name in found if file not in own_files(name)} == {("cli.py", "pretrain")}  # EXAMPLE
-    assert {name for _, name in found} == {"dpo", "grpo", "ppo", "pretrain", "sft"}  # the test sees them at all
+    assert {name for _, name in found} == {"distill", "dpo", "grpo", "ppo", "pretrain", "raft", "sft"}  # the test sees them at all
 
 
 def test_the_single_files_exist_and_import_what_is_theirs() -> None:

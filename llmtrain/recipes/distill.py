@@ -29,7 +29,6 @@ from llmtrain.losses.distill import (
     sampled_loss,
 )
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.rewards import reward_metrics
 from llmtrain.trainer.batches import count_trained, group_microbatches, held_out_loss, rank_samples
 from llmtrain.trainer.frozen import awake, build_scorer
 from llmtrain.trainer.gate import Gate
@@ -37,7 +36,7 @@ from llmtrain.trainer.job import Job, join, set_epochs
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog, is_due, note_evaluation
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import build_source, closing, read_prompts, serve_rollouts
+from llmtrain.trainer.rollouts import build_source, closing, read_prompts, rollout_metrics, serve_rollouts
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
 from llmtrain.types import Batch, Group, Metrics, Scores
@@ -232,11 +231,7 @@ def credit(settings: DistillConfig, groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def summary(groups: Sequence[Group]) -> dict[str, float]:
-    """Returns the metrics that the samples alone give; rewards are only recorded."""
-    samples = list(chain.from_iterable(groups))
-    judged = {"reward_mean": sum(s.reward for s in samples) / len(samples), **reward_metrics(groups)}
-    return {
-        **(judged if samples[0].parts else {}),
-        "response_tokens_mean": sum(len(s.ids) for s in samples) / len(samples),
-        "finished_fraction": sum(s.finished for s in samples) / len(samples),
-    }
+    """Returns the metrics that the samples alone give; those of rewards only where some are named."""
+    found = rollout_metrics(groups)
+    unjudged = () if groups[0][0].parts else ("reward_mean", "reward_errors")
+    return {name: value for name, value in found.items() if name not in unjudged}

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmtrain.arch.resolve import resolve_model
-from llmtrain.checkpoint.source import locate, source_at
-from llmtrain.config.load import load
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.tokenizer import read_backend
 from llmtrain.engine.base import Scorer
 from llmtrain.engine.build import Role, build_frozen
-from llmtrain.trainer.job import Job, tokenizer_dir
-from llmtrain.trainer.weights import grown_vocabulary
+from llmtrain.trainer.job import Job
+from llmtrain.trainer.weights import start_source, tokenizer_beside
 
 
 def build_scorer(job: Job, key: str, path: str) -> Scorer:
@@ -26,12 +23,10 @@ def build_scorer(job: Job, key: str, path: str) -> Scorer:
     `key` names it in messages. Raises ValueError when its tokenizer has other ids than the job's.
     """
     check_ids(job, key, path)
-    stored = resolve_model(ModelConfig(init_from=path)).model_copy(update={"lora": None, "mtp_layers": 0})
-    source, rows = source_at(locate(path, job.mesh), stored, job.mesh), job.model.vocab_size
-    if stored.vocab_size != rows:
-        source = grown_vocabulary(source, rows, min(job.tokenizer.vocab_size, stored.vocab_size))
-    model = stored.model_copy(update={"vocab_size": rows})
+    changes = {"lora": None, "mtp_layers": 0, "vocab_size": job.model.vocab_size}
+    model = resolve_model(ModelConfig(init_from=path)).model_copy(update=changes)
     parallel = job.config.parallel.model_copy(update={"stage_layers": None})
+    source = start_source(job, model, path)
     return build_frozen(Role(key, model, parallel, job.config.engine, source), job.mesh)
 
 
@@ -49,19 +44,9 @@ def check_ids(job: Job, key: str, path: str) -> None:
         token = differing[0]
         raise ValueError(
             f"{key}={path}: its tokenizer gives {token!r} the id {other.get(token)}, the student's {own.get(token)} "
-            f"({len(differing)} tokens differ); both must be equal: take a teacher of the same family, or fine-tune "
-            "on text that it sampled (llmtrain sft)"
+            f"({len(differing)} tokens differ); both must be equal: take a model of the same family, or fine-tune on "
+            "text that it sampled"
         )
-
-
-def tokenizer_beside(path: str) -> str | None:
-    """Returns the directory of the tokenizer.json that goes with a run or a Hugging Face directory, None if there is
-    none."""
-    places = [path, os.path.join(path, "tokenizer")]
-    document = os.path.join(path, "config.yaml")
-    if os.path.isfile(document):
-        places.append(tokenizer_dir(load(document, [])))
-    return next((place for place in places if os.path.isfile(os.path.join(place, "tokenizer.json"))), None)
 
 
 @contextlib.contextmanager

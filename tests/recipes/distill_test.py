@@ -170,9 +170,7 @@ def test_other_token_ids_are_refused(start: Path, small_data: Path, tmp_path: Pa
     rows = f"data.train={small_data / 'shards/sums-train.jsonl'}"
     arguments = [*command(start)[:-1], f"distill.teacher={tmp_path / 'teacher'}", f"run_dir={tmp_path / 'run'}", rows]
     result = forked(1, "llmtrain", *arguments, *ROWS, timeout_s=60)
-    assert (
-        result.returncode != 0 and "(2 tokens differ); both must be equal: take a teacher of the same" in result.stdout
-    )
+    assert result.returncode != 0 and "(2 tokens differ); both must be equal: take a model of the same" in result.stdout
     (tmp_path / "teacher/tokenizer.json").unlink()
     result = forked(1, "llmtrain", *arguments, *ROWS, timeout_s=60)
     assert result.returncode != 0 and "no tokenizer.json there, and its token ids must be" in result.stdout

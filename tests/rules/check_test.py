@@ -260,7 +260,12 @@ def config(*overrides: str, folder: Path) -> Config:
         ("eval", 1, ["eval.text=false", "eval.problems=0"], "model.init_from: must be set, eval starts"),
         ("sft", 4, ["train.eval_every_steps=1"], "data.held_out: must be set, train.eval_every_steps measures the"),
         ("sft", 4, ["train.epochs=2", "train.steps=5"], "train.epochs=2: not together with train.steps=5; remove one"),
-        ("pretrain", 4, ["train.epochs=0.5"], "train.epochs=0.5: only sft counts epochs; set train.steps in pretrain"),
+        (
+            "pretrain",
+            4,
+            ["train.epochs=0.5"],
+            "train.epochs=0.5: only sft or .* epochs; set train.steps in pretrain",
+        ),
         ("sft", 4, ["data.train=no.jsonl"], "data.train=no.jsonl: does not exist; give an existing path"),
         ("sft", 4, ["data.train=no/such.csv:train"], "data.train=no/such.csv: does not exist; give an existing path"),
     ],
