@@ -144,7 +144,15 @@ def test_only_its_own_files_name_an_algorithm() -> None:
         for name in named_algorithms(ast.parse(path.read_text()))
     }
     assert {(file, name) for file, name in found if file not in own_files(name)} == {("cli.py", "pretrain")}  # EXAMPLE
-    assert {name for _, name in found} == {"distill", "dpo", "grpo", "ppo", "pretrain", "raft", "sft"}  # the test sees them at all
+    assert {name for _, name in found} == {
+        "distill",
+        "dpo",
+        "grpo",
+        "ppo",
+        "pretrain",
+        "raft",
+        "sft",
+    }  # the test sees them at all
 
 
 def test_the_single_files_exist_and_import_what_is_theirs() -> None:

@@ -68,6 +68,12 @@ def longest_row(train: TrainConfig) -> int:
     return max([train.seq_len, *(entry.seq_len for entry in train.seq_ramp)])
 
 
+def microbatch_tokens(train: TrainConfig) -> int:
+    """Returns the most tokens of one forward on one rank: rows of text have `train.micro_batch_seqs`, everything else
+    at most `train.micro_batch_tokens` where that is given."""
+    return max(train.micro_batch_tokens or 0, train.micro_batch_seqs * longest_row(train))
+
+
 def with_rope(model: ModelConfig, phase: Phase) -> ModelConfig:
     """Returns the model with the RoPE of the phase."""
     changed = {"rope_theta": phase.rope_theta, "rope_scaling": phase.rope_scaling}

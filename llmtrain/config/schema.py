@@ -281,12 +281,14 @@ class SeqRamp(Section):
 
 
 class TrainConfig(Section):
-    """Sets how much is trained. `global_batch_seqs = micro_batch_seqs x data-parallel ranks x accumulation`."""
+    """Sets how much is trained. `global_batch_seqs = micro_batch_seqs x data-parallel ranks x accumulation`, but with
+    `micro_batch_tokens` rows are dealt out by their lengths."""
 
     steps: PositiveInt = 1000  # steps in total; a resumed run continues the count
     epochs: PositiveFloat | None = None  # in place of steps, where rows of a file are trained: times that each is seen
     seq_len: PositiveInt = 2048  # tokens a row; of recipes that sample the longest row
     micro_batch_seqs: PositiveInt = 1  # rows in one forward on one rank
+    micro_batch_tokens: PositiveInt | None = None  # one forward of unequal rows; None = micro_batch_seqs x seq_len
     global_batch_seqs: PositiveInt = 8  # rows or pairs a step over all ranks; recipes that sample count prompts
     batch_ramp: list[BatchRamp] = []  # pretraining: larger steps later, rising from_tokens
     seq_ramp: list[SeqRamp] = []  # pretraining: longer rows later, rising from_tokens

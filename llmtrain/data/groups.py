@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llmtrain.data.packing import Row, best_fit, concatenate, to_batch
+from llmtrain.data.packing import Row, best_fit, concatenate, side_by_side, to_batch
 from llmtrain.types import IGNORE, Batch, Group, Sample
 
 OWN = ("input_ids", "labels", "positions", "segment_ids", "branch_ids", "old_logprobs")
@@ -13,6 +13,12 @@ OWN = ("input_ids", "labels", "positions", "segment_ids", "branch_ids", "old_log
 def group_length(samples: Sequence[Sample]) -> int:
     """Returns the tokens of a group in a row: the prompt without its last token, and what follows it in each sample."""
     return len(samples[0].prompt_ids) - 1 + sum(len(s.ids) for s in samples)
+
+
+def seen_pairs(samples: Sequence[Sample]) -> int:
+    """Returns how many pairs of a token and one that it sees a group has: the work of its attention."""
+    trunk = len(samples[0].prompt_ids) - 1
+    return trunk * (trunk + 1) // 2 + sum(len(s.ids) * trunk + len(s.ids) * (len(s.ids) + 1) // 2 for s in samples)
 
 
 def row_width(groups: Sequence[Group], multiple: int) -> int:
@@ -53,8 +59,8 @@ def check_group(samples: Group, columns: Sequence[str]) -> None:
             assert len(s.columns[name]) == len(s.ids), f"{name}: one value for each of `ids`"
 
 
-def lay_out(samples: Group, segment: int, columns: Sequence[str]) -> Row:
-    """Returns the columns of one group (or piece of it).
+def lay_out(samples: Group, columns: Sequence[str]) -> Row:
+    """Returns the columns of one group (or piece of it), which is one segment.
 
     The trunk is the prompt without its last token; every branch starts with that token. A token that the policy did not
     write is an input, but no label.
@@ -63,11 +69,11 @@ def lay_out(samples: Group, segment: int, columns: Sequence[str]) -> Row:
     *trunk, last = samples[0].prompt_ids
     n = len(trunk)
     zeros = [0.0] * n
-    parts = [(trunk, [IGNORE] * n, list(range(n)), [segment] * n, [0] * n, zeros, *[zeros for _ in columns])]
+    parts = [(trunk, [IGNORE] * n, list(range(n)), [0] * n, [0] * n, zeros, *[zeros for _ in columns])]
     for branch, s in enumerate(samples, 1):
         m = len(s.ids)
         labels = [token if trained else IGNORE for token, trained in zip(s.ids, s.trained, strict=True)]
-        own = ([last, *s.ids[:-1]], labels, list(range(n, n + m)), [segment] * m, [branch] * m, s.logprobs)
+        own = ([last, *s.ids[:-1]], labels, list(range(n, n + m)), [0] * m, [branch] * m, s.logprobs)
         parts.append((*own, *[s.columns[name] for name in columns]))
     return concatenate([dict(zip((*OWN, *columns), map(list, part), strict=True)) for part in parts])
 
@@ -85,7 +91,7 @@ def group_rows(
     parts = [piece for group in groups for piece in pieces(group, width_tokens, whole)]
     parts.sort(key=group_length, reverse=True)
     plan = best_fit([group_length(part) for part in parts], width_tokens)
-    return [concatenate([lay_out(parts[i], k, columns) for k, i in enumerate(row)]) for row in plan]
+    return [side_by_side([lay_out(parts[i], columns) for i in row]) for row in plan]
 
 
 def group_batch(
@@ -103,5 +109,18 @@ def group_batch(
     filled = group_rows(groups, width_tokens, columns, whole)
     if len(filled) > rows:
         raise ValueError(f"the groups need {len(filled)} rows of {width_tokens} tokens, but only {rows} were asked for")
-    empty: Row = {name: [] for name in (*OWN, *columns)}
-    return to_batch(filled + [empty] * (rows - len(filled)), width_tokens, pad_id)
+    return to_batch(filled + [empty_row(columns)] * (rows - len(filled)), width_tokens, pad_id)
+
+
+def piece_batch(
+    parts: Sequence[Group], rows: Sequence[Sequence[int]], width_tokens: int, pad_id: int, columns: Sequence[str] = ()
+) -> Batch:
+    """Returns groups or `pieces` of groups in rows that `rows` names by their numbers, [len(rows), width_tokens], with
+    the columns of `group_rows`."""
+    laid_out = [side_by_side([lay_out(parts[number], columns) for number in row]) for row in rows]
+    return to_batch([row or empty_row(columns) for row in laid_out], width_tokens, pad_id)
+
+
+def empty_row(columns: Sequence[str]) -> Row:
+    """Returns a row without a token."""
+    return {name: [] for name in (*OWN, *columns)}

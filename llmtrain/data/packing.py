@@ -47,6 +47,18 @@ def concatenate(rows: Sequence[Row]) -> Row:
     return {name: [x for row in rows for x in row[name]] for name in rows[0]}
 
 
+def side_by_side(rows: Sequence[Row]) -> Row:
+    """Returns rows joined into one, in which the segments of each are told apart from those of the others; {} if there
+    are none."""
+    if not rows:
+        return {}
+    first, shifted = 0, []
+    for row in rows:
+        shifted.append(row | {"segment_ids": [first + segment for segment in row["segment_ids"]]})
+        first += 1 + max(row["segment_ids"])
+    return concatenate(shifted)
+
+
 def best_fit(lengths: Sequence[int], width_tokens: int) -> list[list[int]]:
     """Puts items, in the given order, each into the fullest row that still has room. Returns the items of each row."""
     rows: list[list[int]] = []
@@ -183,14 +195,27 @@ class Demonstrations:
         """Returns the number of rows in an epoch."""
         return len(self.plan)
 
+    def members(self, sample: int) -> list[Row]:
+        """Returns the examples of a sample."""
+        return [self.examples[i] for i in self.plan[permuted(sample, len(self), self.seed)]]
+
+    def lengths(self, sample: int) -> list[int]:
+        """Returns the tokens of each example of a sample."""
+        return [len(member["labels"]) for member in self.members(sample)]
+
     def row(self, sample: int) -> Row:
         """Returns the columns of a sample, not padded."""
-        members = [self.examples[i] for i in self.plan[permuted(sample, len(self), self.seed)]]
-        return concatenate([m | {"segment_ids": [k] * len(m["labels"])} for k, m in enumerate(members)])
+        return side_by_side([m | {"segment_ids": [0] * len(m["labels"])} for m in self.members(sample)])
 
-    def batch(self, samples: Sequence[int]) -> Batch:
-        """Returns the rows of these sample numbers, [len(samples), seq_len]."""
-        return to_batch([self.row(sample) for sample in samples], self.seq_len, self.pad_id)
+    def batch(self, samples: Sequence[int], width_tokens: int | None = None) -> Batch:
+        """Returns the rows of these sample numbers, [len(samples), width_tokens or else seq_len]."""
+        return self.rows([[sample] for sample in samples], width_tokens or self.seq_len)
+
+    def rows(self, samples: Sequence[Sequence[int]], width_tokens: int) -> Batch:
+        """Returns rows of several samples each, [len(samples), width_tokens]."""
+        empty: Row = {name: [] for name in ("input_ids", "labels", "positions", "segment_ids")}
+        joined = [side_by_side([self.row(sample) for sample in row]) or empty for row in samples]
+        return to_batch(joined, width_tokens, self.pad_id)
 
 
 def read_demonstrations(

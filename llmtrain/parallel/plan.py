@@ -25,7 +25,7 @@ from llmtrain.parallel.remat import compile_block, remat_blocks
 from llmtrain.parallel.tensor import shard, tensor_parallel
 from llmtrain.types import WeightSource
 
-GRAPHS_A_MODEL = 8  # torch's own limit for one: training and scoring, each with fixed and with varying lengths
+GRAPHS_A_MODEL = 8  # torch's own limit for one: training, scoring, without adapters; fixed and varying lengths
 
 
 def parallelize(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> list[Decoder]:

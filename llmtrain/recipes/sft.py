@@ -7,7 +7,7 @@ from llmtrain.config.schema import Config
 from llmtrain.data.packing import Demonstrations
 from llmtrain.losses.token import token_loss
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.trainer.batches import count_trained, held_out_loss, rank_samples
+from llmtrain.trainer.batches import count_trained, demonstration_microbatches, held_out_loss
 from llmtrain.trainer.job import Job, join, set_epochs
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import is_due, note_evaluation
@@ -35,8 +35,7 @@ def main(config: Config) -> None:
         if number == 0 or is_due(number, settings.eval_every_steps):
             evaluate()
         turn = number + job.guard.skipped_steps(number)
-        samples = rank_samples(turn, settings.global_batch_seqs, settings.micro_batch_seqs, mesh)
-        microbatches = [rows.batch(s) for s in samples]
+        microbatches = demonstration_microbatches(job, rows, turn, fixed_width=replay.seqs > 0)
         trained = count_trained(microbatches, mesh)
         microbatches, loss = replay.mix(turn, microbatches, token_loss, trained)
         note_padding(job, microbatches)

@@ -153,6 +153,12 @@ def _rounds(case: Case) -> Iterator[str]:
             "follows the lengths of the samples; use 1f1b or zbv"
         )
         return
+    if c.train.micro_batch_tokens is not None:
+        yield (
+            f"parallel.schedule={p.schedule}: needs equal rounds of microbatches, whose number follows the lengths of "
+            "rows with train.micro_batch_tokens; use train.micro_batch_seqs, or 1f1b or zbv"
+        )
+        return
     replayed = c.data.replay_seqs if tunes(case) else 0
     microbatches = (c.train.global_batch_seqs + replayed) // block
     rounds = max(1, microbatches // sizes["pp"])
@@ -164,9 +170,25 @@ def _rounds(case: Case) -> Iterator[str]:
         )
 
 
+def _tokens(case: Case) -> Iterator[str]:
+    t, p = case.config.train, case.config.parallel
+    if t.micro_batch_tokens is None:
+        return
+    key = f"train.micro_batch_tokens={t.micro_batch_tokens}"
+    if case.recipe is not None and case.recipe.packs_text:
+        yield f"{key}: is for rows of unequal length, those of {case.command} are full; use train.micro_batch_seqs"
+    elif t.micro_batch_tokens < t.seq_len:
+        yield f"{key}: must be at least train.seq_len={t.seq_len}, the longest row; raise it or lower seq_len"
+    elif case.config.data.replay_seqs and p.pp > 1:
+        yield (
+            f"{key}: not with data.replay_seqs and parallel.pp={p.pp}, whose microbatches all have the shape of the "
+            "text rows; use train.micro_batch_seqs, or pp=1"
+        )
+
+
 def _batch(case: Case) -> Iterator[str]:
     t = case.config.train
-    if (sizes := case.sizes) is None:
+    if (sizes := case.sizes) is None or t.micro_batch_tokens is not None:
         return
     dp = sizes["dp_replicate"] * sizes["dp_shard"]
     if dp > 0 and t.global_batch_seqs % (t.micro_batch_seqs * dp):
@@ -302,6 +324,7 @@ LAYOUT_RULES: Rules = (
     (plans, _pipeline),
     (plans, _schedule),
     (trains, _rounds),
+    (plans, _tokens),
     (fixed_batch, _batch),
     (tunes, _replay),
     (plans, _zero),

@@ -18,13 +18,13 @@ from __future__ import annotations
 import math
 
 from llmtrain.arch.attention import head_widths, masks_whole_rows
-from llmtrain.config.ramp import longest_row
+from llmtrain.config.ramp import longest_row, microbatch_tokens
 from llmtrain.config.schema import Config, ModelConfig
 
 
 def attention_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], layers: float) -> int:
     """Returns the bytes beyond `plan.activation_bytes`; `layers` keep theirs for the backward, unless recomputed."""
-    tokens = config.train.micro_batch_seqs * longest_row(config.train) // mesh["cp"]
+    tokens = microbatch_tokens(config.train) // mesh["cp"]
     kept, passing = copies_in_values(config, model, mesh)
     held = layers if config.engine.remat == "none" else 1
     return int(tokens * (held * kept * _value(config) + passing)) + mask_bytes(config, model, mesh, held)
@@ -55,7 +55,7 @@ def mask_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], layers:
     if not masked or (cp > 1 and context == "ring") or not masks_whole_rows(model, config.engine.attention, T):
         return 0
     kinds = len(set(model.layer_types or ["full"]))
-    scores = config.train.micro_batch_seqs * T * T // (cp if halves else 1)
+    scores = microbatch_tokens(config.train) * T // (cp if halves else 1)
     return int(scores * (kinds + layers * _value(config)))
 
 

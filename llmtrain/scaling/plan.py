@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llmtrain.arch.mesh import mesh_sizes
 from llmtrain.arch.parameters import has_experts, numel
 from llmtrain.arch.resolve import chunk_tokens, parameter_count, resolve_model
-from llmtrain.config.ramp import Phase, longest_row, phases, total_tokens
+from llmtrain.config.ramp import Phase, microbatch_tokens, phases, total_tokens
 from llmtrain.config.recipes import Recipe, StepSize, planned_recipes, recipe_of
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
@@ -103,8 +103,13 @@ def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier:
 
 
 def accumulation_of(config: Config, size: StepSize, dp: int) -> float | None:
-    """Returns the microbatches a step and data-parallel rank; None where lengths decide."""
-    return None if size.seqs is None else size.seqs / (config.train.micro_batch_seqs * dp)
+    """Returns the microbatches a step and data-parallel rank, of full rows; None where lengths decide."""
+    if size.seqs is None:
+        return None
+    train = config.train
+    if train.micro_batch_tokens is not None:  # full rows, or fewer
+        return float(max(config.parallel.pp, math.ceil(size.tokens / (train.micro_batch_tokens * dp))))
+    return size.seqs / (train.micro_batch_seqs * dp)
 
 
 def rollout_workers(config: Config, recipe: Recipe) -> int:
@@ -126,8 +131,9 @@ def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, mic
     """Returns the bytes by mesh axes (of more than one rank) that the busiest pipeline rank moves. Every token is
     trained."""
     train = config.train
-    tokens = microbatches * train.micro_batch_seqs * train.seq_len // parallel.cp
-    step = Step(microbatches, train.micro_batch_seqs, train.seq_len, tokens, int(config.data.mask_documents))
+    rows = (train.micro_batch_tokens or train.micro_batch_seqs * train.seq_len) // train.seq_len
+    tokens = microbatches * rows * train.seq_len // parallel.cp
+    step = Step(microbatches, rows, train.seq_len, tokens, int(config.data.mask_documents))
     rank_steps = (RankStep(model, parallel, config.engine, step, rank) for rank in range(parallel.pp))
     items = max((communication(evenly_loaded(rank_step)) for rank_step in rank_steps), key=moved_bytes)
     by_axes: dict[str, list[Item]] = {}
@@ -147,7 +153,7 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
     """
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
     value = 4 if config.engine.precision == "fp32" else 2
-    tokens = config.train.micro_batch_seqs * longest_row(config.train) // mesh["cp"]
+    tokens = microbatch_tokens(config.train) // mesh["cp"]
     layers = kept_layers(config, model, mesh, accumulation)
     block = block_activations(model, tp, sequence_parallel)
     if config.engine.remat == "none":
@@ -224,7 +230,7 @@ def logits_bytes(config: Config, model: ModelConfig, mesh: dict[str, int]) -> in
     compiled."""
     if model.head == "scalar":
         return 0
-    rows, tokens = model.vocab_size // mesh["tp"], config.train.micro_batch_seqs * longest_row(config.train)
+    rows, tokens = model.vocab_size // mesh["tp"], microbatch_tokens(config.train)
     value = 2 if config.engine.compile and config.engine.precision != "fp32" else 4
     return 2 * value * min(tokens // mesh["cp"], chunk_tokens(config.engine, rows, gpu=True)) * rows
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llmtrain.arch.attention import FLEX_TOKENS, TILE_TOKENS
+from llmtrain.arch.resolve import train_flops_per_token
 from llmtrain.config.ramp import longest_row
-from llmtrain.config.schema import Config
-from llmtrain.data.groups import group_batch, group_rows, row_width
+from llmtrain.config.schema import Config, TrainConfig
+from llmtrain.data.groups import group_length, piece_batch, pieces, seen_pairs
+from llmtrain.data.microbatches import Layout, Limits, plan_fixed, plan_microbatches
 from llmtrain.data.objectives import objectives
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.data.shards import check_tokenizer
@@ -22,6 +27,8 @@ from llmtrain.trainer.job import Job, data_dir
 from llmtrain.types import IGNORE, Batch, Group
 
 WIDTH_MULTIPLE = 16  # of the width of rows of groups, so that few different shapes occur
+SPARSE_TOKENS = min(FLEX_TOKENS, TILE_TOKENS)  # rows from which attention leaves out what is not seen ...
+NEAR_TOKENS = 512  # ... and costs a token at least what a masked row of so many does (see `data.microbatches`)
 
 
 def rank_samples(step: int, global_seqs: int, micro_seqs: int, mesh: Mesh) -> list[range]:
@@ -101,20 +108,64 @@ def split_groups(groups: Sequence[Group], minibatches: int) -> list[list[Group]]
 
 
 def group_microbatches(
-    job: Job, groups: Sequence[Group], columns: Sequence[str], fixed_width: bool, whole: bool = False
+    job: Job, groups: Sequence[Group], columns: Sequence[str], fixed_width: bool = False, whole: bool = False
 ) -> list[Batch]:
-    """Returns this rank's microbatches of the groups, each prompt once for its samples, with these `columns`.
+    """Returns this rank's microbatches of the groups, each prompt once for its samples, with these `columns`, scored at
+    the temperature that they were sampled with.
 
-    Rows are as wide as the longest group, at most `train.seq_len` (exactly that with `fixed_width`), and scored at the
-    temperature that they were sampled with. `whole`: no group is cut over rows; ValueError if one is too long.
+    How many, and of what shape, says `data.microbatches`. A group longer than `train.seq_len` is cut into pieces; with
+    `whole`, for losses that compare its samples, it is a ValueError. `fixed_width`: text rows come into the same step.
     """
-    config, mesh = job.config, job.mesh
-    seq_len, micro = config.train.seq_len, config.train.micro_batch_seqs
-    multiple = WIDTH_MULTIPLE * mesh.sizes["cp"] * mesh.sizes["tp"]
-    width = seq_len if fixed_width else min(seq_len, row_width(groups, multiple))
-    block = micro * mesh.dp_size
-    turns = max(mesh.sizes["pp"], -(-len(group_rows(groups, width, columns, whole)) // block))
-    batch = group_batch(groups, width, turns * block, job.tokenizer.pad_id, columns, whole)
-    batch.temperature = config.rollout.temperature
-    starts = [turn * block + mesh.dp_rank * micro for turn in range(turns)]
-    return [batch.rows(slice(start, start + micro)) for start in starts]
+    limits = limits_of(job.config.train, job.mesh)
+    parts = [piece for group in groups for piece in pieces(group, limits.row_tokens, whole)]
+    layout = planned(job, [group_length(part) for part in parts], [seen_pairs(part) for part in parts], fixed_width)
+    mine = layout.microbatches[job.mesh.dp_rank :: job.mesh.dp_size]
+    batches = [piece_batch(parts, rows, layout.width, job.tokenizer.pad_id, columns) for rows in mine]
+    return [replace(batch, temperature=job.config.rollout.temperature) for batch in batches]
+
+
+def demonstration_microbatches(job: Job, rows: Demonstrations, turn: int, fixed_width: bool = False) -> list[Batch]:
+    """Returns this rank's microbatches of the `train.global_batch_seqs` rows of a step, the `turn`-th, as wide as the
+    longest of them needs.
+
+    With `train.micro_batch_tokens` rows that are short share one, else each microbatch has `train.micro_batch_seqs`.
+    `fixed_width`: text rows come into the same step.
+    """
+    train, mesh = job.config.train, job.mesh
+    samples = range(turn * train.global_batch_seqs, (turn + 1) * train.global_batch_seqs)
+    lengths = [rows.lengths(sample) for sample in samples]
+    if train.micro_batch_tokens is None:
+        longest = train.seq_len if one_form(mesh, fixed_width) else max(map(sum, lengths))
+        width = limits_of(train, mesh).width(longest)
+        return [rows.batch(s, width) for s in rank_samples(turn, train.global_batch_seqs, train.micro_batch_seqs, mesh)]
+    pairs = [sum(n * (n + 1) // 2 for n in each) for each in lengths]
+    layout = planned(job, [sum(each) for each in lengths], pairs, fixed_width)
+    mine = layout.microbatches[mesh.dp_rank :: mesh.dp_size]
+    return [rows.rows([[samples[i] for i in row] for row in batch], layout.width) for batch in mine]
+
+
+def planned(job: Job, lengths: Sequence[int], loads: Sequence[int], fixed_width: bool) -> Layout:
+    """Returns the layout of pieces of these lengths, the cheapest for the model of the job."""
+    limits = limits_of(job.config.train, job.mesh)
+    if one_form(job.mesh, fixed_width):
+        return plan_fixed(lengths, loads, limits, job.config.train.micro_batch_seqs)
+    longest = max(lengths, default=1)
+
+    def cost(width: int) -> float:
+        # the function counts half of a row's scores; a mask leaves none out
+        return train_flops_per_token(job.model, 2 * (width if width < SPARSE_TOKENS else max(NEAR_TOKENS, longest)))
+
+    return plan_microbatches(lengths, loads, limits, cost)
+
+
+def limits_of(train: TrainConfig, mesh: Mesh) -> Limits:
+    """Returns the bounds of microbatches whose rows have no fixed number."""
+    multiple = math.lcm(WIDTH_MULTIPLE, 2 * mesh.sizes["cp"] * mesh.sizes["tp"])
+    tokens = train.micro_batch_tokens or train.micro_batch_seqs * train.seq_len
+    return Limits(tokens, train.seq_len, multiple, mesh.dp_size, mesh.sizes["pp"])
+
+
+def one_form(mesh: Mesh, with_text: bool) -> bool:
+    """Tells whether all microbatches must have the shape of text rows: a pipeline's have one, and `with_text` some of
+    them are text."""
+    return with_text and mesh.sizes["pp"] > 1

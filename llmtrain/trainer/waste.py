@@ -41,9 +41,16 @@ class Waste:
         if self.job.padding > PADDING:
             self._tell(
                 "padding",
-                f"{self.job.padding:.0%} of the tokens in the microbatches of a step are padding: lower train.seq_len "
-                "or train.micro_batch_seqs",
+                f"{self.job.padding:.0%} of the tokens in the microbatches of a step are padding: {self._remedy()}",
             )
+
+    def _remedy(self) -> str:
+        train, mesh = self.job.config.train, self.job.mesh
+        if self.job.config.data.replay_seqs and mesh.sizes["pp"] > 1:
+            return "with data.replay_seqs rows in a pipeline have train.seq_len tokens; lower it, or use no pipeline"
+        if self.job.recipe.fixed_batch and train.micro_batch_tokens is None:
+            return "set train.micro_batch_tokens, so that short rows share one"
+        return "take more rows or prompts a step, or fewer data-parallel ranks and pipeline stages"
 
     def _tell(self, about: str, words: str) -> None:
         if self.job.mesh.rank or about in self.told:

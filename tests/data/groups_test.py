@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.groups import group_batch, group_rows, row_width
+from llmtrain.data.groups import group_batch, group_rows, piece_batch, row_width, seen_pairs
+from llmtrain.model.attention import attention_mask
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.types import IGNORE, Batch, Sample
 
@@ -113,6 +114,22 @@ def test_no_groups_give_empty_rows() -> None:
     assert batch.input_ids.shape == (2, 16)
     assert batch.extra["advantages"].dtype == torch.float32
     assert not batch.loss_mask.any()
+
+
+def test_the_pairs_of_attention_are_those_of_its_mask() -> None:
+    groups = random_groups(random.Random(2), prompts=3, samples=3)
+    batch = piece_batch(groups, [[2, 0], [1]], 128, PAD)
+    mask = attention_mask(batch.segment_ids, batch.branch_ids)[:, 0] & (batch.segment_ids >= 0)[:, :, None]
+    assert mask.sum((1, 2)).tolist() == [seen_pairs(groups[2]) + seen_pairs(groups[0]), seen_pairs(groups[1])]
+
+
+def test_pieces_lie_where_they_are_put() -> None:
+    a, b, c = ([sample([1, token], [token])] for token in (7, 8, 9))
+    batch = piece_batch([a, b, c], [[2, 0], [], [1]], 6, PAD, ("advantages",))
+    assert batch.input_ids.tolist() == [[1, 9, 1, 7, PAD, PAD], [PAD] * 6, [1, 8, *[PAD] * 4]]
+    assert batch.segment_ids.tolist() == [[0, 0, 1, 1, -1, -1], [-1] * 6, [0, 0, *[-1] * 4]]
+    assert batch.extra["advantages"].tolist() == [[0, 1, 0, 1, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 0]]
+    assert not batch.loss_mask[1].any()
 
 
 def test_what_a_tool_wrote_is_seen_but_not_trained() -> None:

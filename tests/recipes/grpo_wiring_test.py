@@ -242,7 +242,7 @@ def test_replay_is_mixed_in_by_its_weight(start: Callable[..., Run]) -> None:
     for turn, (batches, denominator, stats) in enumerate(run.engine.updates):
         text = [row for b in batches if "old_logprobs" not in b.extra for row in b.input_ids.tolist()]
         assert text == rows.batch(range(4 * turn, 4 * turn + 4)).input_ids.tolist()  # the next rows at each update
-        assert {batch.input_ids.size(1) for batch in batches} == {64}  # train.seq_len: all of one width
+        assert {batch.input_ids.size(1) for batch in batches if "old_logprobs" in batch.extra} <= {16, 32, 48}
         advantages = sum(float(batch.extra["advantages"].sum()) for batch in batches if "advantages" in batch.extra)
         assert stats.loss == pytest.approx(-advantages / denominator + 0.5 * 3, rel=1e-5)
         assert stats.metrics["replay_loss"] == pytest.approx(3, rel=1e-5)

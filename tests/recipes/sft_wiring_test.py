@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.recipes import sft
+from llmtrain.trainer.batches import demonstration_microbatches
 from llmtrain.trainer.job import Job
 from tests.recipes.conftest import run_steps
 from tests.recipes.stubs import LR, NORM, shifted
@@ -36,10 +38,11 @@ def rows_taken(job: Job, step: int) -> list[list[int]]:
     return [row for batch in job.engine.updates[step][0] for row in batch.input_ids.tolist()]
 
 
-def expected_rows(job: Job, step: int) -> list[list[int]]:
-    """Eight rows a step (train.global_batch_seqs), in the order of the seed (1)."""
-    rows = Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1)
-    return rows.batch(range(8 * step, 8 * step + 8)).input_ids.tolist()
+def expected_rows(job: Job, step: int, pack: bool = True) -> list[list[int]]:
+    """Eight rows a step (train.global_batch_seqs), in the order of the seed (1), as wide as the longest needs."""
+    rows, samples = Demonstrations(job.config.data.train, job.tokenizer, 64, 1, pack), range(8 * step, 8 * step + 8)
+    longest = max(len(rows.row(sample)["labels"]) for sample in samples)
+    return rows.batch(samples, -(-longest // 16) * 16).input_ids.tolist()
 
 
 def test_a_step_takes_the_next_rows_and_divides_by_their_trained_tokens(run: Callable) -> None:
@@ -87,7 +90,36 @@ def test_epochs_are_as_many_steps_as_their_rows_take(run: Callable) -> None:
 def test_each_example_has_its_own_row_without_packing(run: Callable) -> None:
     job, _ = run("data.pack=false", "train.steps=1")
     rows = Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1, pack=False)
-    assert len(rows) == 64 and rows_taken(job, 0) == rows.batch(range(8)).input_ids.tolist()
+    assert len(rows) == 64 and rows_taken(job, 0) == expected_rows(job, 0, pack=False)
+    assert len(rows_taken(job, 0)[0]) < 64  # rows are no longer than needed
+
+
+def trained_tokens(job: Job) -> list[int]:
+    batches, denominator, _ = job.engine.updates[0]
+    labels = [x for batch in batches for x in batch.labels[batch.loss_mask].tolist()]
+    assert denominator == len(labels)
+    return sorted(labels)
+
+
+def test_microbatches_by_tokens_have_the_same_rows_with_less_padding(run: Callable) -> None:
+    """One example a row: eight of them, several to a row of at most 64 tokens, two rows a microbatch."""
+    rows, _ = run("data.pack=false", "train.steps=1")
+    before = sum(batch.input_ids.numel() for batch in rows.engine.updates[0][0])
+    job, (_, (metrics, _)) = run("data.pack=false", "train.steps=1", "train.micro_batch_tokens=128")
+    batches = job.engine.updates[0][0]
+    assert trained_tokens(job) == trained_tokens(rows)
+    assert sum(batch.input_ids.numel() for batch in batches) < before
+    assert len({batch.input_ids.shape for batch in batches}) == 1 and batches[0].input_ids.numel() <= 128
+    assert metrics["loss"] == pytest.approx(2.0)
+
+
+def test_rows_that_text_is_mixed_with_have_its_width_in_a_pipeline(stub_job: Callable[..., Job]) -> None:
+    job = stub_job("sft")
+    rows = Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1, pack=False)
+    staged = replace(job.mesh, sizes={**job.mesh.sizes, "pp": 2})
+    for mesh, with_text, width in ((job.mesh, True, 48), (staged, False, 48), (staged, True, 64)):
+        batches = demonstration_microbatches(replace(job, mesh=mesh), rows, 0, with_text)
+        assert {batch.input_ids.size(1) for batch in batches} == {width}
 
 
 def test_held_out_demonstrations_are_measured_while_it_trains(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,20 @@ def test_batch_arithmetic() -> None:
         plan(config, 13)
 
 
+def test_microbatches_by_tokens() -> None:
+    """Their tokens are what a forward holds, and as many microbatches as full rows make: 24 x 128 / (512 x 3)."""
+    parallel = ParallelConfig(tp=4)
+    train = {"steps": 10, "seq_len": 128, "global_batch_seqs": 24}
+    rows = Config(parallel=parallel, train=TrainConfig(**train, micro_batch_seqs=4))
+    tokens = Config(parallel=parallel, train=TrainConfig(**train, micro_batch_tokens=512))
+    assert plan(tokens, 12, RECIPES["sft"]) == plan(rows, 12, RECIPES["sft"])
+    assert plan(tokens, 12, RECIPES["sft"]).accumulation == 2
+    odd = Config(parallel=parallel, train=TrainConfig(**train, micro_batch_tokens=600))
+    assert plan(odd, 12, RECIPES["sft"]).accumulation == 2  # of 512 tokens each, in rows of 128
+    wide = Config(parallel=parallel, train=TrainConfig(**train, micro_batch_tokens=1024))
+    assert plan(wide, 12).activations_bytes == 2 * plan(tokens, 12).activations_bytes
+
+
 def test_logits_of_one_chunk() -> None:
     """As many as a microbatch has, 2^28 fp32 numbers, or 2^29 of the compute's when compiled."""
     model, rows = ModelConfig(preset="qwen3-0.6b"), 151_936

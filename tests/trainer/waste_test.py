@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmtrain.config.schema import OptimConfig
+from llmtrain.config.recipes import RECIPES
+from llmtrain.config.schema import Config, DataConfig, OptimConfig, TrainConfig
 from llmtrain.observe.metrics import read_lines
 from llmtrain.trainer.waste import Waste, note_padding, schedule_waste
 from llmtrain.types import Batch
@@ -17,8 +18,9 @@ from tests.forked import run_alone
 
 def job(directory: Path, warmup_steps: int = 1, updates: int = 100, rank: int = 0) -> SimpleNamespace:
     engine = SimpleNamespace(optim=OptimConfig(warmup_steps=warmup_steps), total_steps=updates)
-    config, mesh = SimpleNamespace(directory=str(directory)), SimpleNamespace(rank=rank)
-    return SimpleNamespace(config=config, mesh=mesh, engines={"policy": engine}, step=0, padding=0.0)
+    config = Config(run_dir=str(directory))
+    mesh, recipe = SimpleNamespace(rank=rank, sizes={"pp": 1}), RECIPES["sft"]
+    return SimpleNamespace(config=config, mesh=mesh, recipe=recipe, engines={"policy": engine}, step=0, padding=0.0)
 
 
 def told(directory: Path) -> list[tuple[int, str]]:
@@ -75,6 +77,26 @@ def test_padding_is_told_above_a_half(tmp_path: Path) -> None:
     waste.look({})
     waste.look({})
     assert told(tmp_path) == [(0, "padding")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "pp", "remedy"),
+    [
+        ("sft", {}, 1, "set train.micro_batch_tokens"),
+        ("sft", {"train": TrainConfig(micro_batch_tokens=4096)}, 1, "take more rows or prompts a step"),
+        ("grpo", {}, 1, "take more rows or prompts a step"),
+        ("grpo", {"data": DataConfig(replay_seqs=2)}, 1, "take more rows or prompts a step"),
+        ("sft", {"data": DataConfig(replay_seqs=2)}, 2, "with data.replay_seqs rows in a pipeline have train.seq_len"),
+    ],
+)
+def test_the_remedy_is_one_that_helps(
+    recipe: str, more: dict, pp: int, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    padded = job(tmp_path)
+    padded.config, padded.recipe = padded.config.model_copy(update=more), RECIPES[recipe]
+    padded.mesh.sizes["pp"], padded.padding = pp, 0.75
+    Waste(padded).look({})
+    assert f"75% of the tokens in the microbatches of a step are padding: {remedy}" in capsys.readouterr().err
 
 
 def test_a_run_tells_of_itself(small: Path, tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ __all__ = [
     "stage_commands",
 ]
 
-RECIPES: dict[str, Recipe] = {each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo, distill)}
+RECIPES: dict[str, Recipe] = {
+    each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo, distill)
+}
 OTHER_STAGES = (("data", "tokenizer"), ("eval", "export", "report"))  # commands of a run before and behind the recipes
 COMMANDS = ("chat", "doctor", "index", "plan", "run", "scaling", "serve")  # commands that are no stages, or will be
 
