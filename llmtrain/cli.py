@@ -25,6 +25,8 @@ BEFORE: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does
     "tokenizer": ("llmtrain.commands.prepare:tokenizer", "train a byte-level BPE tokenizer"),
 }
 BEHIND: dict[str, tuple[str, str]] = {
+    "judge": ("llmtrain.commands.judge:main", "sample, judge the samples, and write preference pairs"),
+    "constitutional": ("llmtrain.commands.constitutional:main", "critique, revise and compare answers by principles"),
     "eval": ("llmtrain.commands.evaluate:main", "perplexity, pass@k and majority vote"),
     "export": ("llmtrain.commands.export:main", "write a Hugging Face directory"),
     "chat": ("llmtrain.commands.chat:main", "talk to a run or a Hugging Face directory"),
@@ -57,7 +59,7 @@ def commands() -> dict[str, tuple[str, str]]:
 
 def usage() -> str:
     """Returns the help text."""
-    lines = [f"  {name:<10} {summary}" for name, (_, summary) in commands().items()]
+    lines = [f"  {name:<14} {summary}" for name, (_, summary) in commands().items()]
     head = f"usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]\n       {CHAT_USAGE}\n       llmtrain doctor"
     more = "`llmtrain --help CONFIG.yaml` lists the recipes of the document's plugins too."
     return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}", "", more])

@@ -113,7 +113,7 @@ def test_imports_go_downward_only() -> None:
 
 
 # not in a path such as configs/pretrain/tiny.yaml
-ALGORITHM = re.compile(r"(?<!/)\b(?:distill|dpo|grpo|ppo|raft|sft|pretrain)\b(?!/)")
+ALGORITHM = re.compile(r"(?<!/)\b(?:distill|dpo|grpo|ppo|raft|sft|pretrain)\b(?!/|\.jsonl)")
 
 
 def own_files(name: str) -> set[str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from llmtrain.arch.resolve import newest_step
-from llmtrain.config.recipes import recipe_of
+from llmtrain.config.recipes import JUDGES, recipe_of
 from llmtrain.config.rows import split_path
 from llmtrain.config.schema import Config
 from llmtrain.observe.contents import Checksums, files_at
@@ -17,7 +17,8 @@ MANIFEST_SUM = "manifest.sha256"  # of a checkpoint: covers all its files
 def contents(command: str, config: Config, made: list[str], checksums: Checksums) -> dict[str, str]:
     """Returns by key the checksum of what a stage reads, but for what lies in the directories `made` by stages."""
     found, recipe = {}, recipe_of(command, config)
-    weights = {"model.init_from", *(recipe.weights(config) if recipe is not None else ())}
+    weights = {"model.init_from", *(f"rewards.{reward.name}" for reward in config.rewards if reward.model)}
+    weights |= set(recipe.weights(config)) if recipe is not None else set()
     for key, path in read_paths(command, config):
         if path is not None and not any(inside(path, directory) for directory in made):
             place = split_path(path)[0]  # a path of rows may name a split
@@ -31,17 +32,22 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
     if makes_data(command, config):
         yield "tokenizer.base", config.tokenizer.base
         yield from ((f"data.sources.{source.name}", source.path) for source in data.sources)
-    if recipe is not None and not recipe.packs_text:
+    if (recipe is not None and not recipe.packs_text) or command in JUDGES:
         yield "data.train", data.train
     if (command == "eval" and config.eval.problems) or (recipe is not None and config.train.eval_every_steps):
         yield "data.held_out", data.held_out
-    if command == "eval" or (recipe is not None and recipe.samples):
-        yield from ((f"rewards.{reward.name}", reward.file) for reward in config.rewards)
+    if command in ("eval", "judge") or (recipe is not None and recipe.samples):
+        yield from ((f"rewards.{reward.name}", reward.model or reward.file) for reward in config.rewards)
+    if command == "judge":
+        yield "judge.rubric", config.judge.rubric
+    if command == "constitutional":
+        yield "constitutional.principles", config.constitutional.principles
+        yield "constitutional.agreement", config.constitutional.agreement
     if recipe is not None and (recipe.packs_text or data.replay_seqs):
         yield "data.path", data.path
     if command == "eval" and config.eval.text:
         yield "data.path", data.path
-    if recipe is not None or command in ("eval", "export"):
+    if recipe is not None or command in ("eval", "export", *JUDGES):
         yield "tokenizer.path", config.tokenizer.path
         yield "model.init_from", config.model.init_from
     if recipe is not None:

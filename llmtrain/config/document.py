@@ -271,9 +271,16 @@ def _means_every_entry(data: dict[str, Any], keys: tuple[str, ...]) -> bool:
 
 
 def entry_names(entries: list[Any]) -> list[Any]:
-    """Returns what overrides call the entries of a list: their `name`, else the name of their `function`."""
+    """Returns what overrides call the entries of a list: their `name`, else that of their `function` or `model`."""
     plain = [e if isinstance(e, dict) else {} for e in entries]
-    return [e.get("name") or str(e.get("function", "")).rpartition(":")[2] or None for e in plain]
+    named = [e.get("name") or str(e.get("function", "")).rpartition(":")[2] for e in plain]
+    return [name or model_name(str(e.get("model", ""))) or None for name, e in zip(named, plain, strict=True)]
+
+
+def model_name(path: str) -> str:
+    """Returns what a reward model is called where it has no name. Example: "runs/rm/export" -> "rm"."""
+    parts = [part for part in path.split("/") if part]
+    return parts[-2] if parts[-1:] == ["export"] and len(parts) > 1 else "".join(parts[-1:])
 
 
 def dotted(keys: Keys) -> str:

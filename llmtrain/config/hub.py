@@ -8,8 +8,8 @@ import re
 from functools import cache
 
 from llmtrain.config.document import ConfigError
-from llmtrain.config.recipes import recipe_of
-from llmtrain.config.schema import Config
+from llmtrain.config.recipes import JUDGES, recipe_of
+from llmtrain.config.schema import Config, RewardConfig
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHAPE = ("config.json",)
@@ -35,7 +35,8 @@ def located(config: Config, command: str, run_dir: str | None = None, weights: b
             place = fetch(f"{section}.{key}={value}", value, files)
             changed = getattr(config, section).model_copy(update={key: place})
             config = config.model_copy(update={section: changed})
-    return config
+    rewards = [_located_reward(each, run_dir) for each in config.rewards] if weights and _rewards(command) else None
+    return config if rewards in (None, config.rewards) else config.model_copy(update={"rewards": rewards})
 
 
 def is_name(path: str | None) -> bool:
@@ -72,12 +73,25 @@ def _read_by(config: Config, command: str, weights: bool) -> list[tuple[str, str
     recipe = recipe_of(command)
     trains = recipe is not None
     makes = command in ("data", "tokenizer") or (trains and bool(config.data.sources or config.data.tasks))
-    reads = trains or command in ("eval", "export")
+    reads = trains or command in ("eval", "export", *JUDGES)
     model = MODEL if weights and command != "plan" else SHAPE
     found = [("model", "init_from", model)] * (reads or command == "plan")
     if recipe is not None:
         found += [(recipe.name, key.partition(".")[2], model) for key in recipe.weights(config)]
     return found + [("tokenizer", "base" if makes else "path", TOKENIZER)] * (reads or makes)
+
+
+def _rewards(command: str) -> bool:
+    """Says whether a command reads the section `rewards`."""
+    recipe = recipe_of(command)
+    return command in ("eval", "judge") or (recipe is not None and recipe.samples)
+
+
+def _located_reward(reward: RewardConfig, run_dir: str | None) -> RewardConfig:
+    """Returns a reward whose model, if it has a name on the hub, is a directory. It keeps the name that it has."""
+    if not is_name(reward.model) or (run_dir and _inside(reward.model, run_dir)):
+        return reward
+    return reward.model_copy(update={"model": fetch(f"rewards.{reward.name}.model={reward.model}", reward.model)})
 
 
 def _inside(path: str, directory: str) -> bool:

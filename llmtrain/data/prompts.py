@@ -34,6 +34,7 @@ class PromptSet:
         faults.raise_any()
         limit.report(path, len(kept))
         self.examples = [row.example.record for row in kept]
+        self.parsed = [row.example for row in kept]  # of which `examples` are the records
         self.places = [row.where for row in kept]  # file:line of each
         self.ids = [row.ids for row in kept]
 

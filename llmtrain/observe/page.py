@@ -49,6 +49,8 @@ summary { cursor: pointer; font-weight: 500; }
 <nav>
 {%- if evaluations %}<a href="#evaluation">Evaluation</a>{% endif %}
 {%- if trained %}<a href="#training">Training</a>{% endif %}
+{%- if judged %}<a href="#judged">Judging</a>{% endif %}
+{%- if transcripts %}<a href="#transcripts">Transcripts</a>{% endif %}
 {%- if samples %}<a href="#samples">Samples</a>{% endif %}
 {%- if configs %}<a href="#config">Configuration</a>{% endif %}
 </nav>
@@ -65,6 +67,29 @@ tokens a second are the median of the steps.</p>
 {%- for stage, images in curves.items() %}
 <h3>{{ stage }}</h3>
 {%- for image in images %}{{ picture(image) }}{% endfor %}
+{%- endfor %}
+{% endif %}
+{% if judged %}
+<h2 id="judged">Judging</h2>
+{%- for stage, rows in judged.items() %}
+<h3>{{ stage }}</h3>
+{{- table(rows) }}
+{%- endfor %}
+{% endif %}
+{% if transcripts %}
+<h2 id="transcripts">Transcripts</h2>
+{%- for stage, records in transcripts.items() %}
+<h3>{{ stage }}</h3>
+{%- for t in records %}
+<article>
+<pre class="prompt">{{ t.prompt }}</pre>
+{%- for turn in t.turns %}
+<div class="facts"><span>{{ turn.kind }}</span>{% if turn.principle %}<span>{{ turn.principle }}</span>{% endif %}</div>
+<pre>{{ turn.text }}</pre>
+{%- endfor %}
+{%- if t.lost %}<div class="facts"><span class="wrong">{{ t.lost }}</span></div>{% endif %}
+</article>
+{%- endfor %}
 {%- endfor %}
 {% endif %}
 {% if samples %}

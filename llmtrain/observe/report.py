@@ -20,14 +20,15 @@ from llmtrain.observe.page import PAGE
 from llmtrain.observe.plots import TRAINING, plot_bars, plot_curves
 
 COMMAND = "llmtrain report"
+JUDGED = ("judge.json", "constitutional.json")
 SHOWN = 3  # samples from the start of a stage, and as many from its end
 
 
 @dataclass
 class StageRecord:
-    """Holds what one stage wrote: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, config.yaml.
+    """Holds what one stage wrote: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, what judged, config.yaml.
 
-    Example: StageRecord("sft", [{"step": 1, "loss": 2.0}], [{"step": 0, "loss": 2.1}], [], None, "seed: 0")
+    Example: StageRecord("sft", [{"step": 1, "loss": 2.0}], [{"step": 0, "loss": 2.1}], [], None, {}, [], "seed: 0")
     """
 
     name: str
@@ -35,6 +36,8 @@ class StageRecord:
     held_out: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
+    judged: dict[str, Any]  # measures of judge.json or constitutional.json
+    transcripts: list[dict[str, Any]]
     config: str | None
 
 
@@ -61,6 +64,8 @@ def write_report(run_dir: str) -> str:
                 trained=[_training_row(s) for s in stages if s.metrics],
                 curves={s.name: _curves(str(out), s) for s in stages if s.metrics},
                 samples={s.name: _pick(s.samples) for s in stages if s.samples},
+                judged={s.name: _measures(s.judged) for s in stages if s.judged},
+                transcripts={s.name: _pick(s.transcripts) for s in stages if s.transcripts},
                 configs={s.name: s.config for s in stages if s.config},
             )
         )
@@ -86,12 +91,14 @@ def read_stages(run_dir: str) -> list[StageRecord]:
     recorded = [name for name in names if _recorded(os.path.join(run_dir, name))]
     stages = [stage for name in recorded for stage in _read_with_evaluations(name, os.path.join(run_dir, name))]
     if not stages:
-        raise ValueError(f"{run_dir}: nothing to report: no metrics.jsonl or eval.json here or one level below")
+        raise ValueError(
+            f"{run_dir}: nothing to report: no metrics.jsonl, eval.json or judge.json here or one level below"
+        )
     return stages
 
 
 def _recorded(path: str) -> bool:
-    return any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "eval.json"))
+    return any(os.path.exists(os.path.join(path, name)) for name in ("metrics.jsonl", "eval.json", *JUDGED))
 
 
 def _read_with_evaluations(name: str, path: str) -> list[StageRecord]:
@@ -110,9 +117,22 @@ def _read_stage(name: str, path: str) -> StageRecord:
         metrics=find("metrics.jsonl", read_metrics, []),
         held_out=find("evaluations.jsonl", read_metrics, []),
         samples=find("samples.jsonl", read_lines, []),
-        evaluation=find("eval.json", lambda file: json.loads(_read(file)), None),
+        evaluation=find("eval.json", read_object, None),
+        judged={name: value for file in JUDGED for name, value in find(file, read_object, {}).items()},
+        transcripts=find("transcripts.jsonl", read_lines, []),
         config=find("config.yaml", _read, None),
     )
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Returns the object in a JSON file."""
+    return json.loads(_read(path))
+
+
+def _measures(judged: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns one table row for each measure of a judge."""
+    shown = {name: "–" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for name, v in judged.items()}
+    return [{"measure": name.replace("_", " "), "value": value} for name, value in shown.items()]
 
 
 def _read(path: str) -> str:

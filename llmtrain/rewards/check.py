@@ -29,10 +29,13 @@ def check_rows(rewards: Sequence[RewardConfig], rows: Sequence[dict[str, Any]], 
 def row_faults(reward: RewardConfig, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> Iterator[str]:
     """Yields a line for each row that one reward cannot score."""
     scorer = scorer_of(reward)
-    if reward.function is not None:
+    if reward.function is not None or reward.model is not None:
         scorer.start()
+    if reward.function is not None:
         return
-    fault, unknown = OF_PACKAGE[reward.name].fault, start(reward, scorer, rows)
+    model = reward.model is not None
+    fault = scorer.fault if model else OF_PACKAGE[reward.name].fault
+    unknown = set() if model else start(reward, scorer, rows)
     for row, place in zip(rows, places, strict=True):
         found = fault(row)
         if found is None and row.get("source") in unknown:

@@ -16,6 +16,7 @@ from llmtrain.sandbox.pool import Call, Pool, Reply
 
 if TYPE_CHECKING:
     from llmtrain.config.schema import RewardConfig
+    from llmtrain.rewards.model import ModelScorer
 
 OF_PACKAGE: dict[str, ModuleType] = {"reasoning_gym": reasoning, "first_integer": format, "math": mathematics}
 DEADLINE_S = 5.0  # where no configuration says another
@@ -59,8 +60,12 @@ def absolute(function: str) -> str:
     return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else function
 
 
-def scorer_of(reward: RewardConfig) -> Scorer:
+def scorer_of(reward: RewardConfig) -> Scorer | ModelScorer:
     """Returns the scorer of a reward."""
+    if reward.model is not None:
+        from llmtrain.rewards.model import ModelScorer  # workers import this package, and need no torch
+
+        return ModelScorer(reward)
     return Scorer(reward.name, pool_of(reward.name, reward.function, reward.unsandboxed), reward.deadline_s)
 
 
@@ -94,7 +99,7 @@ class Scorer:
         scores = {key: score_of(reply) for key, reply in zip(distinct, replies, strict=True)}
         failed = next((score.error for score in scores.values() if score.error), None)
         if failed is not None:
-            self.warn_once(failed)
+            warn_once(self.name, failed)
         return [scores[key] for key in keys]
 
     def extract(self, completion: str) -> str | None:
@@ -112,14 +117,15 @@ class Scorer:
         numbers = {answer: n for n, answer in enumerate(dict.fromkeys(a for a in answers if a is not None))}
         return [numbers.get(answer) for answer in answers]
 
-    def warn_once(self, error: str) -> None:
-        """Logs the first failure of this reward."""
-        if self.name not in WARNED:
-            WARNED.add(self.name)
-            logger.warning("reward %s failed on a completion, which counts 0 (see reward_errors): %s", self.name, error)
-
 
 WARNED: set[str] = set()
+
+
+def warn_once(name: str, error: str) -> None:
+    """Logs the first failure of a reward."""
+    if name not in WARNED:
+        WARNED.add(name)
+        logger.warning("reward %s failed on a completion, which counts 0 (see reward_errors): %s", name, error)
 
 
 def score_of(reply: Reply) -> Score:

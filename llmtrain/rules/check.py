@@ -14,11 +14,17 @@ from llmtrain.config.schema import Config, ModelConfig, RunConfig, StageConfig
 from llmtrain.rules.attention import ATTENTION_RULES
 from llmtrain.rules.case import Case, Earlier, pretrains
 from llmtrain.rules.files import FILE_RULES
+from llmtrain.rules.judging import JUDGING_RULES
 from llmtrain.rules.layout import LAYOUT_RULES
 from llmtrain.rules.lora import LORA_RULES
 from llmtrain.rules.model import MODEL_RULES
 from llmtrain.rules.others import other_models
 from llmtrain.rules.vocabulary import VOCABULARY_RULES
+
+RULES = (
+    *(*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES),
+    *(*VOCABULARY_RULES, *FILE_RULES, *JUDGING_RULES),
+)
 
 
 def check(config: Config, world_size: int, command: str) -> None:
@@ -60,7 +66,7 @@ def violations(
 
 
 def _broken(case: Case) -> Iterator[str]:
-    for holds, rule in (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES, *VOCABULARY_RULES, *FILE_RULES):
+    for holds, rule in RULES:
         if holds(case):
             yield from rule(case)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from llmtrain.config.hub import is_name
 from llmtrain.config.machine import has_wandb_key
 from llmtrain.config.ramp import ramp_faults
-from llmtrain.config.recipes import names_of, planned_recipes
+from llmtrain.config.recipes import JUDGES, names_of, planned_recipes
 from llmtrain.config.rows import is_hub_name, split_path
-from llmtrain.config.schema import TokenizerConfig
+from llmtrain.config.schema import RewardConfig, TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
 from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, samples, trains, tunes
 from llmtrain.rules.vocabulary import makes_tokenizer
@@ -111,12 +112,26 @@ def _rewards(case: Case) -> Iterator[str]:
         file = (reward.function or "").rpartition(":")[0]
         if file.endswith(".py") and not os.path.isfile(file):
             yield f"rewards.{reward.name}.function={reward.function}: {file} is no file here; correct the path"
+        yield from _reward_model(case, reward)
         if reward.unsandboxed and reward.function is None:
             yield f"rewards.{reward.name}.unsandboxed=true: only a function of your own may run outside; remove it"
     if not names and (case.recipe is None or case.recipe.judged):
         yield "rewards=[]: must name at least one reward; add one, such as {name: math}"
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield f"rewards: {twice[0]} is named twice; remove one, or raise its weight; a function may have another `name`"
+
+
+def _reward_model(case: Case, reward: RewardConfig) -> Iterator[str]:
+    """Yields what is wrong with a reward that is a model."""
+    key = f"rewards.{reward.name}.model={reward.model}"
+    if reward.model is None:
+        return
+    if reward.function is not None:
+        yield f"{key}: not with function={reward.function}, a reward is one of the two; remove one of them"
+    if case.missing(reward.model) and not is_name(reward.model):
+        yield f"{key}: does not exist; give an export of a reward model, a Hugging Face directory or a name on the hub"
+    if case.command == "eval" and case.config.rewards[0] is reward and case.config.eval.problems:
+        yield f"{key}: eval calls an answer right by its first reward, and a model knows no right; put another first"
 
 
 def _own_rules(case: Case) -> Iterator[str]:
@@ -161,7 +176,7 @@ def _rows(case: Case, key: str, path: str | None, needed: str) -> Iterator[str]:
 
 def _init_from(case: Case) -> Iterator[str]:
     path = case.config.model.init_from
-    needed = case.command == "eval" or (case.recipe is not None and case.recipe.starts_trained)
+    needed = case.command in ("eval", *JUDGES) or (case.recipe is not None and case.recipe.starts_trained)
     if case.own_run:
         return  # the document of a run that has trained means that run's weights
     if path is None and needed:
@@ -184,9 +199,13 @@ def _sources(case: Case) -> Iterator[str]:
             yield from (_rows if source.type == "rows" else _existing)(case, key, source.path, needed)
 
 
+def _asked_file(case: Case) -> Iterator[str]:
+    yield from _rows(case, "data.train", case.config.data.train, f"{case.command} reads its prompts there")
+
+
 def _train_file(case: Case) -> Iterator[str]:
     data = case.config.data
-    yield from _rows(case, "data.train", data.train, f"{case.command} reads its prompts there")
+    yield from _asked_file(case)
     if case.config.train.eval_every_steps and not samples(case):
         yield from _rows(case, "data.held_out", data.held_out, "train.eval_every_steps measures the loss there")
     if data.replay_seqs:
@@ -205,22 +224,23 @@ def _evaluation_files(case: Case) -> Iterator[str]:
 
 
 FILE_RULES: Rules = (
-    (command("data", "tokenizer", "eval", "export", "report"), _one_process),
+    (command("data", "tokenizer", "eval", "export", "report", *JUDGES), _one_process),
     (plans, _positions),
     (plans, _ramps),
     (trains, _objectives),
     (trains, _epochs),
     (trains, _learning_rate),
     (plans, _own_rules),
-    (either(samples, _evaluates_problems), _completions),
-    (either(samples, command("eval")), _rewards),
+    (either(samples, _evaluates_problems, command(*JUDGES)), _completions),
+    (either(samples, command("eval", "judge")), _rewards),
     (trains, _spikes),
     (trains, _wandb),
-    (either(trains, command("eval", "export")), _init_from),
-    (either(tunes, command("eval", "export")), _tokenizer),
+    (either(trains, command("eval", "export", *JUDGES)), _init_from),
+    (either(tunes, command("eval", "export", *JUDGES)), _tokenizer),
     (either(pretrains, command("data", "tokenizer")), _sources),
     (either(trains, command("data", "tokenizer")), _new_tokenizer),
     (either(trains, command("data", "tokenizer")), _base_tokenizer),
     (tunes, _train_file),
+    (command(*JUDGES), _asked_file),
     (command("eval"), _evaluation_files),
 )

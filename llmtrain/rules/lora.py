@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtrain.arch.adapters import target_names
+from llmtrain.config.recipes import JUDGES
 from llmtrain.rules.case import Case, Rules, command, plans, trains
 
 OUTER = ("embed", "position_embed", "head", "lm_head")
@@ -74,6 +75,6 @@ LORA_RULES: Rules = (
     (plans, _targets),
     (plans, _balance),
     (plans, _optimizer),
-    (command("eval", "export"), _after_training),
+    (command("eval", "export", *JUDGES), _after_training),
     (command("export"), _peft),
 )

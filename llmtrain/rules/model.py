@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from llmtrain.arch.families import family_of
 from llmtrain.arch.parameters import layer_type
 from llmtrain.arch.resolve import fields_from_directory
-from llmtrain.config.recipes import names_of
+from llmtrain.config.recipes import JUDGES, names_of
 from llmtrain.config.schema import ModelConfig
 from llmtrain.rules.case import Case, Rules, command, either, plans, samples, trains, tunes
 
@@ -134,7 +134,7 @@ def _scalar_head(case: Case) -> Iterator[str]:
         yield f"model.head={m.head}: {case.command} trains a model with one number a position; set model.head=scalar"
     if m is None or m.head != "scalar":
         return
-    if case.command == "eval" or wanted == "lm":
+    if case.command in ("eval", *JUDGES) or wanted == "lm":
         yield (
             f"model.head=scalar: {case.command} needs log-probs of tokens, this head gives one number a position; set "
             "model.head=lm, or model.init_from to a language model"
@@ -213,13 +213,13 @@ def _mup(case: Case) -> Iterator[str]:
 
 
 MODEL_RULES: Rules = (
-    (either(plans, command("eval", "export")), _scalar_head),
-    (either(plans, command("eval", "export")), _heads),
-    (either(plans, command("eval", "export")), _latent),
-    (either(plans, command("eval", "export")), _fields),
-    (either(plans, command("eval", "export")), _experts),
+    (either(plans, command("eval", "export", *JUDGES)), _scalar_head),
+    (either(plans, command("eval", "export", *JUDGES)), _heads),
+    (either(plans, command("eval", "export", *JUDGES)), _latent),
+    (either(plans, command("eval", "export", *JUDGES)), _fields),
+    (either(plans, command("eval", "export", *JUDGES)), _experts),
     (either(trains, command("export")), _further_tokens),
-    (either(plans, command("eval", "export")), _mup),
-    (either(trains, command("eval", "export")), _growth),
+    (either(plans, command("eval", "export", *JUDGES)), _mup),
+    (either(trains, command("eval", "export", *JUDGES)), _growth),
     (plans, _ring),
 )

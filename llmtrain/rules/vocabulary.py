@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 
+from llmtrain.config.recipes import JUDGES
 from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains
 
 
@@ -55,5 +56,5 @@ def largest_id(path: str) -> int | None:
 
 VOCABULARY_RULES: Rules = (
     (pretrains, _new_tokenizer),
-    (either(plans, command("eval", "export")), _ids),
+    (either(plans, command("eval", "export", *JUDGES)), _ids),
 )

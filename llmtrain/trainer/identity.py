@@ -43,7 +43,7 @@ SAME = (
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
 value would repeat some samples and skip others, or mix two measures under one name."""
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
-JUDGING = ("name", "function", "weight", "deadline_s")  # of a reward
+JUDGING = ("name", "function", "weight", "deadline_s", "dtype", "render")  # of a reward
 PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
 STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
 WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory
@@ -176,7 +176,8 @@ def _source_weights(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) ->
 
 
 def _rewards(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterator[Difference]:
-    """Yields the rewards if they judge otherwise; of a function in a file the contents are compared, not the path."""
+    """Yields the rewards if they judge otherwise; of a function in a file, and of a model, the contents are compared,
+    not the path."""
     before, after = was.get("rewards", now["rewards"]), now["rewards"]
     if not recipe.samples or (len(before) == len(after) and all(map(_judge_alike, before, after))):
         return
@@ -186,7 +187,7 @@ def _rewards(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterat
 def _judge_alike(was: dict[str, Any], now: dict[str, Any]) -> bool:
     in_files = all((each.get("function") or "").rpartition(":")[0].endswith(".py") for each in (was, now))
     keys = [key for key in JUDGING if key in was and not (key == "function" and in_files)]
-    return all(was[key] == now[key] for key in keys)
+    return bool(was.get("model")) == bool(now.get("model")) and all(was[key] == now[key] for key in keys)
 
 
 def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: str, checksums: Checksums) -> Contents:
@@ -201,6 +202,8 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
         places["data.path"] = (data_dir, shard_files(data_dir))
     if recipe.samples:
         places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in config.rewards if each.file}
+        models = [each for each in config.rewards if each.model]
+        places |= {f"rewards.{each.name}": (each.model, weight_files(each.model)) for each in models}
     if config.model.init_from:
         places["model.init_from"] = (config.model.init_from, weight_files(config.model.init_from))
     places |= {key: (path, weight_files(path)) for key, path in recipe.weights(config).items()}

@@ -14,6 +14,7 @@ from llmtrain.config.recipes.base import SAMPLING_PLOTS, Panel, Recipe, StepSize
 from llmtrain.config.schema import Config, RunConfig, StageConfig
 
 __all__ = [
+    "JUDGES",
     "OTHER_STAGES",
     "RECIPES",
     "SAMPLING_PLOTS",
@@ -34,7 +35,8 @@ __all__ = [
 RECIPES: dict[str, Recipe] = {
     each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo, distill)
 }
-OTHER_STAGES = (("data", "tokenizer"), ("eval", "export", "report"))  # commands of a run before and behind the recipes
+JUDGES = ("judge", "constitutional")  # commands that sample from a model, in one process, and write rows
+OTHER_STAGES = (("data", "tokenizer"), (*JUDGES, "eval", "export", "report"))  # before and behind the recipes, in a run
 COMMANDS = ("chat", "doctor", "index", "plan", "run", "scaling", "serve")  # commands that are no stages, or will be
 
 
