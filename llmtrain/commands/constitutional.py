@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
 from llmtrain.data.asked import asking, messages_of, spoken
-from llmtrain.data.preferences import read_preferences
+from llmtrain.data.preferences import Preference, read_preferences
 from llmtrain.data.principles import Principle, drawn, read_principles
 from llmtrain.data.prompts import PromptSet
+from llmtrain.data.rows import Example
 from llmtrain.data.sampler import permuted
 from llmtrain.eval.interval import wilson
 from llmtrain.observe.log import log, make_run_dir
@@ -24,7 +25,7 @@ from llmtrain.observe.rows import own_directory, write_rows
 from llmtrain.trainer.completions import prompts_of
 from llmtrain.trainer.constitution import Comparison, Verdict, compared, revised
 from llmtrain.trainer.job import resolved
-from llmtrain.trainer.speaker import Speaker, open_speaker
+from llmtrain.trainer.speaker import Said, Speaker, open_speaker
 
 COMMAND = "llmtrain constitutional"
 FILES = ("config.yaml", "constitutional.json", "sft.jsonl", "pairs.jsonl", "transcripts.jsonl")
@@ -56,81 +57,105 @@ def applied(speaker: Speaker, principles: list[Principle], directory: Path) -> d
     result = {"principles": len(principles), "first": first, "round": settings.round, "prompts": len(numbers)}
     transcripts: list[dict[str, Any]] = []
     if settings.revisions:
-        drafts = revised(speaker, principles, prompts, numbers)
-        kept = [draft for draft in drafts if draft.lost is None]
-        write_rows(
-            directory / "sft.jsonl", ({**asked(draft.example, speaker), "completion": draft.answer} for draft in kept)
-        )
-        transcripts += [draft.transcript for draft in drafts]
-        lost = Counter(draft.lost for draft in drafts)
-        result |= {
-            "revised": len(kept),
-            **{f"lost_{why.replace(' ', '_')}": lost[why] for why in ("no room", "cut off", "empty")},
-        }
+        rows, told, measures = demonstrations(speaker, principles, prompts, numbers)
+        write_rows(directory / "sft.jsonl", rows)
+        transcripts, result = transcripts + told, result | measures
     if settings.pairs_per_prompt:
         rows, told, measures = own_pairs(speaker, principles, prompts, numbers)
         write_rows(directory / "pairs.jsonl", rows)
-        transcripts += told
-        result |= measures
+        transcripts, result = transcripts + told, result | measures
     write_rows(directory / "transcripts.jsonl", transcripts)
     return result | (agreement(speaker, principles, given) if given else {})
 
 
-def asked(example: Any, speaker: Speaker) -> dict[str, Any]:
+Made = tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]
+"""Holds rows to train on, their transcripts, and measures."""
+
+
+def demonstrations(speaker: Speaker, principles: list[Principle], prompts: PromptSet, numbers: Sequence[int]) -> Made:
+    """Returns the rows of sft.jsonl, with what was said on the way to them."""
+    drafts = revised(speaker, principles, prompts, numbers)
+    kept = [draft for draft in drafts if draft.lost is None]
+    rows = [{**asked(draft.example, speaker), "completion": draft.answer} for draft in kept]
+    lost = Counter(draft.lost for draft in drafts)
+    measures = {f"lost_{why.replace(' ', '_')}": lost[why] for why in ("no room", "cut off", "empty")}
+    return rows, [draft.transcript for draft in drafts], {"revised": len(kept), **measures}
+
+
+def asked(example: Example, speaker: Speaker) -> dict[str, Any]:
     """Returns the row of a prompt, without the beginning of an answer: answers here are whole."""
     row = asking(example, speaker.tokenizer.has_chat)
     return {name: value for name, value in row.items() if name != "prefill"}
 
 
-def own_pairs(
-    speaker: Speaker, principles: list[Principle], prompts: PromptSet, numbers: Sequence[int]
-) -> tuple[list[dict], list[dict], dict[str, Any]]:
-    """Returns the rows of pairs.jsonl, their transcripts and measures: pairs of samples of a prompt, which the model
-    compares by a principle drawn for each pair.
+@dataclass(frozen=True)
+class Candidate:
+    """Holds two samples of a prompt that may become a pair."""
 
-    Left out are ties (equal answers or probabilities), pairs that leave no room, and those of which the better answer
-    was cut off: its row would teach to end there.
-    """
-    config, seed = speaker.config, speaker.config.seed
-    comparisons, places, ties = [], [], 0
+    number: int  # of the prompt in the order of the seed
+    example: Example
+    comparison: Comparison
+    finished: tuple[bool, bool]  # which of the two were not cut off
+
+
+def own_pairs(speaker: Speaker, principles: list[Principle], prompts: PromptSet, numbers: Sequence[int]) -> Made:
+    """Returns the rows of pairs.jsonl: pairs of samples of a prompt, which the model compares by a principle drawn for
+    each pair. See `fate` for what is left out."""
+    found = [c for group in candidates(speaker, principles, prompts, numbers) for c in group]
+    differ = [each for each in found if each.comparison.first != each.comparison.second]
+    verdicts = compared(speaker, [each.comparison for each in differ])
+    judged = [(each, verdict, fate(each, verdict)) for each, verdict in zip(differ, verdicts, strict=True)]
+    rows = [pair_row(speaker, each, verdict) for each, verdict, came in judged if came == "pair"]
+    told = [transcript(each.number, each.comparison, verdict) for each, verdict, _ in judged]
+    fates = Counter(came for _, _, came in judged)
+    letters = [verdict.letter_a for verdict in verdicts if verdict is not None]
+    measures = {
+        **{"pairs": len(rows), "ties": len(found) - len(differ) + fates["tie"], "pairs_no_room": fates["no room"]},
+        **{"pairs_cut_off": fates["cut off"], "letter_a": fmean(letters) if letters else None},
+        "label_mean": fmean(row["label"] for row in rows) if rows else None,
+    }
+    return rows, told, measures
+
+
+def candidates(
+    speaker: Speaker, principles: list[Principle], prompts: PromptSet, numbers: Sequence[int]
+) -> Iterator[list[Candidate]]:
+    """Yields for each prompt its first and second sample, third and fourth, ..."""
+    seed, count = speaker.config.seed, speaker.config.constitutional.pairs_per_prompt
     for number, group in zip(numbers, speaker.sample(prompts, numbers, "constitutional/pairs"), strict=True):
         example = prompts.parsed[prompts.at(number, seed)]
-        answers = [speaker.said(sample) for sample in group[: 2 * config.constitutional.pairs_per_prompt]]
-        for i, (one, other) in list(enumerate(pairwise(answers)))[::2]:
-            if one.text == other.text:
-                ties += 1
-                continue
-            purpose = f"pair/{number}/{i}"
-            texts = (example.prefill + one.text, example.prefill + other.text)
-            principle = drawn(principles, seed, f"principle/{purpose}")
-            comparisons.append(Comparison(messages_of(example), *texts, principle, purpose))
-            places.append((number, example, one.finished, other.finished))
-    verdicts = compared(speaker, comparisons)
-    rows, told, left_out = [], [], Counter()
-    for place, comparison, verdict in zip(places, comparisons, verdicts, strict=True):
-        number, example, *finished = place
-        told.append(transcript(number, comparison, verdict))
-        if verdict is None or verdict.first_better == 0.5:
-            left_out["no_room" if verdict is None else "ties"] += 1
-            continue
-        first = verdict.first_better > 0.5
-        if not finished[0 if first else 1]:
-            left_out["cut_off"] += 1
-            continue
-        chosen, rejected = (comparison.first, comparison.second)[:: 1 if first else -1]
-        label = max(verdict.first_better, 1 - verdict.first_better)
-        about = {"chosen": chosen, "rejected": rejected, "label": label, "principle": comparison.principle.name}
-        rows.append({**asked(example, speaker), **about})
-    letters = [verdict.letter_a for verdict in verdicts if verdict is not None]
-    return (
-        rows,
-        told,
-        {
-            **{"pairs": len(rows), "ties": ties + left_out["ties"], "pairs_no_room": left_out["no_room"]},
-            **{"pairs_cut_off": left_out["cut_off"], "letter_a": fmean(letters) if letters else None},
-            "label_mean": fmean(row["label"] for row in rows) if rows else None,
-        },
-    )
+        answers = [speaker.said(sample) for sample in group[: 2 * count]]
+        purposes = [f"pair/{number}/{i}" for i in range(count)]
+        yield [
+            candidate(number, example, one, other, drawn(principles, seed, f"principle/{purpose}"), purpose)
+            for one, other, purpose in zip(answers[::2], answers[1::2], purposes, strict=True)
+        ]
+
+
+def candidate(number: int, example: Example, one: Said, other: Said, principle: Principle, purpose: str) -> Candidate:
+    """Returns a candidate of two answers."""
+    texts = (example.prefill + one.text, example.prefill + other.text)
+    comparison = Comparison(messages_of(example), *texts, principle, purpose)
+    return Candidate(number, example, comparison, (one.finished, other.finished))
+
+
+def fate(each: Candidate, verdict: Verdict | None) -> str:
+    """Returns what becomes of a candidate: `pair`, or why it is none: the question left no room, it is a tie, or the
+    better answer was cut off, and its row would teach to end there."""
+    if verdict is None:
+        return "no room"
+    if verdict.first_better == 0.5:
+        return "tie"
+    return "pair" if each.finished[verdict.first_better < 0.5] else "cut off"
+
+
+def pair_row(speaker: Speaker, each: Candidate, verdict: Verdict) -> dict[str, Any]:
+    """Returns a line of pairs.jsonl."""
+    answers, first = (each.comparison.first, each.comparison.second), verdict.first_better > 0.5
+    chosen, rejected = answers if first else answers[::-1]
+    label = verdict.first_better if first else 1 - verdict.first_better
+    about = {"chosen": chosen, "rejected": rejected, "label": label, "principle": each.comparison.principle.name}
+    return {**asked(each.example, speaker), **about}
 
 
 def transcript(number: int, comparison: Comparison, verdict: Verdict | None) -> dict[str, Any]:
@@ -142,7 +167,7 @@ def transcript(number: int, comparison: Comparison, verdict: Verdict | None) -> 
     return {"problem": number, "prompt": spoken(comparison.messages), "turns": [*turns, *thoughts, choice]}
 
 
-def agreement(speaker: Speaker, principles: list[Principle], given: Sequence[Any]) -> dict[str, Any]:
+def agreement(speaker: Speaker, principles: list[Principle], given: Sequence[Preference]) -> dict[str, Any]:
     """Returns how often the model prefers the chosen answer of given preferences, with Wilson's 95 % interval; exactly
     0.5 counts half. Each is compared by a principle of its own."""
     seed, settings = speaker.config.seed, speaker.config.constitutional
@@ -156,7 +181,7 @@ def agreement(speaker: Speaker, principles: list[Principle], given: Sequence[Any
     ]
     verdicts = [verdict for verdict in compared(speaker, comparisons) if verdict is not None]
     agreed = sum((v.first_better > 0.5) + (v.first_better == 0.5) / 2 for v in verdicts)
-    low, high = wilson(agreed, len(verdicts))
+    low, high = wilson(agreed / len(verdicts), len(verdicts)) if verdicts else (None, None)
     return {
         "agreement": agreed / len(verdicts) if verdicts else None,
         **{"agreement_low": low, "agreement_high": high, "agreement_pairs": len(verdicts)},

@@ -171,7 +171,8 @@ def compared(
     agreed, decided = map(sum, zip(*(agreement(case.scores, case.truth) for case in cases), strict=True))
     written = [(c.truth[w], c.truth[r]) for c, own in zip(cases, pairs, strict=True) for w, r in own]
     right, wrong = sum(w > r for w, r in written), sum(w < r for w, r in written)
-    low, high = wilson(right, right + wrong)
+    count = right + wrong
+    low, high = wilson(right / count, count) if count else (None, None)
     kept = [case.truth[i] for case, own in zip(cases, best, strict=True) for i in own]
     return {
         **{"verifier": verifier.name, "agreement": agreed / decided if decided else None, "agreement_pairs": decided},

@@ -1,20 +1,16 @@
-"""Gives shares their intervals."""
+"""Computes how sure a share is that was counted."""
 
 from __future__ import annotations
 
 import math
 
-Z_95 = 1.959964  # standard deviations of a normal distribution on each side that leave 5 % outside
+Z95 = 1.959964  # standard deviations of the normal distribution that hold 95 %
 
 
-def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Returns the ends of Wilson's 95 % interval of a share (Wilson 1927; Agresti and Coull 1998, equation 2).
-
-    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). A tie may count half. Without trials it is
-    (0, 1). Example: wilson(8, 10) -> (0.490, 0.943)
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    share, square = successes / trials, Z_95**2 / trials
-    half = Z_95 * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return tuple(max(0.0, min(1.0, (share + square / 2 + side) / (1 + square))) for side in (-half, half))
+def wilson(share: float, count: float, z: float = Z95) -> tuple[float, float]:
+    """Returns the ends of Wilson's score interval (JASA 22, 1927) of a share of `count` independent trials, by default
+    that of 95 %. It stays within 0 and 1, also for shares of 0 and 1: wilson(1.0, 10) -> (0.722, 1.0)."""
+    scale = 1 + z * z / count
+    center = (share + z * z / (2 * count)) / scale
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
+    return max(0.0, center - half), min(1.0, center + half)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmtrain.config.schema import ConstitutionalConfig
@@ -142,19 +142,26 @@ def compared(speaker: Speaker, comparisons: Sequence[Comparison]) -> list[Verdic
     settings = speaker.config.constitutional
     orders = [asked_twice(comparison, settings, speaker.config.seed) for comparison in comparisons]
     questions = [question for both in orders for question in both]
-    thoughts: list[list[Said] | None] = [None] * len(questions)
-    if settings.label == "thought":
-        thoughts = speaker.answer(questions, settings.thought_tokens)
-    prefills = [CHOICE if told is None else told[0].text + THOUGHT for told in thoughts]
-    ready = [Question(q.messages, prefill, q.seed) for q, prefill in zip(questions, prefills, strict=True)]
-    low, high = settings.clamp if settings.label == "thought" else (0.0, 1.0)
-    found = [
-        None if logs is None else clamped(preferred_a(*logs), low, high) for logs in speaker.choose(ready, ("A", "B"))
-    ]
-    if settings.label == "thought":
-        found = [None if told is None else value for told, value in zip(thoughts, found, strict=True)]
-    texts = [told[0].text if told else "" for told in thoughts]
-    return [verdict(found[i : i + 2], texts[i : i + 2]) for i in range(0, len(found), 2)]
+    if settings.label == "logprobs":
+        thoughts = [""] * len(questions)
+        logs = speaker.choose([replace(question, prefill=CHOICE) for question in questions], ("A", "B"))
+        found = [None if each is None else preferred_a(*each) for each in logs]
+    else:
+        thoughts, found = behind_thoughts(speaker, questions)
+    return [verdict(found[i : i + 2], thoughts[i : i + 2]) for i in range(0, len(found), 2)]
+
+
+def behind_thoughts(speaker: Speaker, questions: Sequence[Question]) -> tuple[list[str], list[float | None]]:
+    """Returns what the model thinks of each question, and behind that the clamped probability of (A); None where one of
+    the two leaves no room."""
+    settings = speaker.config.constitutional
+    thoughts = speaker.answer(questions, settings.thought_tokens)
+    told = [i for i, thought in enumerate(thoughts) if thought is not None]
+    ready = [replace(questions[i], prefill=thoughts[i][0].text + THOUGHT) for i in told]
+    found: list[float | None] = [None] * len(questions)
+    for i, logs in zip(told, speaker.choose(ready, ("A", "B")), strict=True):
+        found[i] = None if logs is None else clamped(preferred_a(*logs), *settings.clamp)
+    return [thought[0].text if thought else "" for thought in thoughts], found
 
 
 def verdict(orders: Sequence[float | None], thoughts: Sequence[str]) -> Verdict | None:
