@@ -83,6 +83,8 @@ def loaded(directory: str, device_map: str, dtype: str) -> PreTrainedModel:
         raise ValueError(
             f"{directory}: has {model.config.num_labels} outputs, and a reward is one; give a model with num_labels 1"
         )
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise ValueError(f"{directory}: does not fit into the memory of GPU and host; take a smaller model or dtype")
     return model
 
 
