@@ -15,7 +15,7 @@ from llmtrain.rules.check import planned_stages, violations
 from llmtrain.scaling.plan import main
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted((ROOT / "configs").rglob("*.yaml"))
+DOCUMENTS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "principles.yaml")
 # The folder says which command a document is for; elsewhere a comment such as `# llmtrain data ...` does.
 COMMANDS = ("data", "pretrain", "sft", "grpo", "eval")
 MADE_FIRST = re.compile(r"does not exist; |has neither config.json .* nor config.yaml")  # by other commands
