@@ -307,7 +307,8 @@ def test_stages_of_a_run_read_what_they_name(start: Path, tmp_path: Path) -> Non
     """A stage starts anew when its rubric or a reward model has other contents; what a stage makes does not count."""
     (tmp_path / "rubric.txt").write_text("{prompt} {completion}")
     place = llama(tmp_path / "rm")
-    over = ("judge.by=rubric", f"judge.rubric={tmp_path}/rubric.txt", f"rewards=[{{model: {place}}}, {{name: math}}]")
+    rubric = ("judge.by=rubric", f"judge.rubric={tmp_path}/rubric.txt", "judge.rubric_tokens=8")
+    over = (*rubric, f"rewards=[{{model: {place}}}, {{name: math}}]")
     config = document(start, tmp_path / "run", *over)
 
     def read() -> dict[str, str]:
@@ -326,7 +327,8 @@ def test_stages_of_a_run_read_what_they_name(start: Path, tmp_path: Path) -> Non
 def test_as_stages_of_a_run(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Judged once, trained on, and skipped when it is run again."""
     lines = (start / "judge.yaml").read_text()
-    common = f"data: {{train: {start}/problems.jsonl}}\ntrain: {{seq_len: 48, steps: 1}}\nrollout: {{group_size: 4}}\n"
+    common = f"data: {{train: {start}/problems.jsonl}}\ntrain: {{seq_len: 48, steps: 1}}\n"
+    common += "rollout: {group_size: 4, max_new_tokens: 8}\n"
     kept = [
         line for line in lines.splitlines() if line.split(":")[0] in ("model", "tokenizer", "engine", "rewards", "log")
     ]
