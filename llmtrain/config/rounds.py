@@ -56,15 +56,17 @@ class _Unrolled:
 def unroll(document: Document) -> list[str]:
     """Replaces each block of the document's stages by the stages of its rounds, in place.
 
-    Returns a line for each fault: what no block can be, names that do not tell the rounds apart, placeholders that mean
-    nothing where they stand. A faulty block is unrolled all the same, so that faults behind these are found too.
+    Returns a line for each fault, those of a stage in each round again: what no block can be, names that do not tell
+    the rounds apart, placeholders that mean nothing where they stand. A faulty block is unrolled all the same, so that
+    faults behind these are found too.
     """
     entries = document.data.get("stages")
     if not isinstance(entries, list):
         return []
     found, last = _Unrolled(document), {}
-    for key in document.data.keys() - {"stages"}:
-        _check_words(document.data[key], (key,), {}, found)
+    for key in document.data:
+        if key != "stages":
+            _check_words(document.data[key], (key,), {}, found)
     for i, entry in enumerate(entries):
         at: Keys = ("stages", i)
         places = {keys: place for keys, place in document.where.items() if keys[:2] == at}
@@ -78,7 +80,7 @@ def unroll(document: Document) -> list[str]:
     document.where = {keys: at for keys, at in document.where.items() if keys[:1] != ("stages",) or len(keys) == 1}
     document.where |= found.where
     document.written = found.written
-    return list(dict.fromkeys(found.faults))
+    return found.faults
 
 
 def names_a_round(document: Document, text: str) -> bool:

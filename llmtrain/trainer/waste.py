@@ -35,7 +35,8 @@ class Waste:
         if self.idle_steps == IDLE_STEPS:
             self._tell(
                 "groups",
-                f"no group of the last {IDLE_STEPS} steps has a spread of rewards, so nothing was learned in them: "
+                f"no group of the last {IDLE_STEPS} steps has a spread of rewards, or no sample was kept, so nothing "
+                "was learned in them: "
                 "take easier or harder prompts, a higher rollout.temperature or a larger rollout.group_size",
             )
         if self.job.padding > PADDING:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import create_model
 
-from llmtrain.config.recipes import distill, dpo, grpo, ppo, pretrain, reward, sft
+from llmtrain.config.recipes import distill, dpo, grpo, ppo, pretrain, raft, reward, sft
 from llmtrain.config.recipes.base import SAMPLING_PLOTS, Panel, Recipe, StepSize, fixed_rows, sampled
 from llmtrain.config.schema import Config, RunConfig, StageConfig
 
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 RECIPES: dict[str, Recipe] = {
-    each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo, distill)
+    each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, raft, grpo, ppo, distill)
 }
 JUDGES = ("judge", "constitutional")  # commands that sample from a model, in one process, and write rows
 OTHER_STAGES = (("data", "tokenizer"), (*JUDGES, "eval", "export", "report"))  # before and behind the recipes, in a run

@@ -1,0 +1,94 @@
+"""Describes RAFT and its variants: fine-tuning on the samples of its own that a reward has chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled
+from llmtrain.config.schema import Config, Section
+
+REJECT = "reinforce-rej"
+
+
+class RaftConfig(Section):
+    """Configures RAFT (arXiv 2304.06767), and RAFT++ and Reinforce-Rej (arXiv 2504.11343). A step is a round: sample,
+    choose, fine-tune on the chosen. See docs/posttraining/raft.md."""
+
+    variant: Literal["raft", "raft++", "reinforce-rej"] = "raft"  # SFT; a clipped ratio; of wrong samples too
+    prompts_per_step: PositiveInt = 128  # groups sampled a round
+    minibatches: PositiveInt = 8  # updates into which what was chosen in a round is divided
+    epochs: PositiveInt = 1  # times that what was chosen is gone through; each makes `minibatches` updates
+    keep: Literal["all", "best"] = "all"  # of a group: all right samples, or the one with the highest reward
+    min_reward: float | None = 1.0  # a sample is right from this reward on; null: any may be the best of its group
+    clip_low: PositiveFloat = 0.2  # raft++, reinforce-rej: the ratio is clipped to 1 - clip_low ...
+    clip_high: PositiveFloat = 0.2  # ... 1 + clip_high
+
+
+def updates_per_step(config: Config) -> int:
+    """Returns how many optimizer steps a round has in the schedule of the learning rate."""
+    return config.raft.epochs * config.raft.minibatches
+
+
+def step_size(config: Config) -> StepSize:
+    """Returns how much a round samples."""
+    return sampled(config, config.raft.prompts_per_step, updates_per_step(config))
+
+
+def enough_groups(config: Config) -> Iterator[str]:
+    """Yields a line if there are more minibatches than groups: they take whole groups."""
+    r = config.raft
+    if r.minibatches > r.prompts_per_step:
+        yield (
+            f"raft.minibatches={r.minibatches}: must be at most raft.prompts_per_step={r.prompts_per_step}, the chosen "
+            "samples of a prompt stay together; lower it"
+        )
+
+
+def there_is_a_choice(config: Config) -> Iterator[str]:
+    """Yields a line for each setting with which nothing, or not what is asked for, would be chosen."""
+    r, size = config.raft, config.rollout.group_size
+    if r.min_reward is None and r.variant == REJECT:
+        yield f"raft.min_reward=null: raft.variant={REJECT} tells right samples from wrong ones by it; set it"
+    elif r.min_reward is None and r.keep == "all":
+        yield "raft.min_reward=null: with raft.keep=all every sample would be kept; set it, or raft.keep=best"
+    if r.variant == REJECT and r.keep == "best":
+        yield f"raft.keep=best: raft.variant={REJECT} trains on all samples of a group; remove it"
+    if size < 2 and (r.variant == REJECT or r.keep == "best"):
+        yield (
+            f"rollout.group_size={size}: must be at least 2 with raft.keep={r.keep}, raft.variant={r.variant}, which "
+            "compare samples; raise it"
+        )
+
+
+def clip_is_read(config: Config) -> Iterator[str]:
+    """Yields a line for each bound of a ratio that the loss does not have."""
+    for key in ("clip_low", "clip_high"):
+        value, default = getattr(config.raft, key), RaftConfig.model_fields[key].default
+        if config.raft.variant == "raft" and value != default:
+            yield f"raft.{key}={value}: raft.variant=raft has no ratio to clip; remove it, or set raft.variant=raft++"
+
+
+def no_spikes(config: Config) -> Iterator[str]:
+    """Yields a line if the loss is watched for spikes."""
+    if config.guard.spike != "off":
+        yield (
+            f"guard.spike={config.guard.spike}: must be off in raft, whose loss follows from what was chosen; remove it"
+        )
+
+
+RECIPE = Recipe(
+    name="raft",
+    summary="fine-tune on own samples that a reward chose (starts under torchrun too)",
+    main="llmtrain.recipes.raft:main",
+    section=RaftConfig,
+    rules=(enough_groups, there_is_a_choice, clip_is_read, no_spikes),
+    step_size=step_size,
+    same=tuple(f"raft.{key}" for key in RaftConfig.model_fields),
+    starts_trained=True,
+    samples=True,
+    branches=True,
+    plots=SAMPLING_PLOTS,
+)
