@@ -17,7 +17,7 @@ from llmtrain.engine.optim import learning_rate
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.losses.raft import raft_loss
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.trainer.batches import group_microbatches, split_groups
+from llmtrain.trainer.batches import group_microbatches
 from llmtrain.trainer.gate import Gate
 from llmtrain.trainer.job import Job, join
 from llmtrain.trainer.loop import train
@@ -103,8 +103,8 @@ def update(job: Job, chosen: Sequence[Group], number: int, replay: Replay, gate:
     """Makes the updates of a round, each with the mean loss over the tokens of its minibatch. Returns the means of
     their metrics.
 
-    Where fewer groups have a chosen sample than there are minibatches, some updates are not made; the learning rate
-    follows the rounds all the same.
+    Where fewer samples are chosen than there are minibatches, some updates are not made; the learning rate follows the
+    rounds all the same.
     """
     loss, steps, total = loss_of(job.config.raft), [], updates_per_step(job.config)
     for turn, part in minibatches(job, chosen, number):
@@ -124,13 +124,21 @@ def update(job: Job, chosen: Sequence[Group], number: int, replay: Replay, gate:
 
 
 def minibatches(job: Job, chosen: Sequence[Group], number: int) -> Iterator[tuple[int, list[Group]]]:
-    """Yields (number of the update in the run, its groups) of a round; every epoch has another order."""
-    settings, size = job.config.raft, len(chosen)
+    """Yields (number of the update in the run, its samples by prompt) of a round.
+
+    The samples are dealt out in an order that is another one in every epoch, as rows are in SFT: minibatches of whole
+    groups would be of few prompts each. Those of a prompt that fall into one minibatch share its tokens.
+    """
+    settings, size = job.config.raft, sum(map(len, chosen))
+    samples = [(prompt, sample) for prompt, group in enumerate(chosen) for sample in group]
     for epoch in range(number * settings.epochs, (number + 1) * settings.epochs):
         seed = derive(job.config.seed, f"raft/{epoch}")
-        order = [chosen[permuted(i, size, seed)] for i in range(size)]
-        for i, part in enumerate(split_groups(order, settings.minibatches)):
-            yield epoch * settings.minibatches + i, part
+        order = [samples[permuted(i, size, seed)] for i in range(size)]
+        for i in range(min(settings.minibatches, size)):
+            part: dict[int, Group] = {}
+            for prompt, sample in order[i :: settings.minibatches]:
+                part.setdefault(prompt, []).append(sample)
+            yield epoch * settings.minibatches + i, list(part.values())
 
 
 def loss_of(settings: RaftConfig) -> LossFn:

@@ -132,16 +132,15 @@ def test_updates_are_a_partition_of_what_is_kept(
     run = start(*settings, "raft.epochs=2").go()
     assert run.totals == [8]
     for step in range(2):
-        kept = run.kept(step, keep)
+        kept = [ids for answers in run.kept(step, keep) for ids in answers]
         size = len(kept)
         for epoch in (2 * step, 2 * step + 1):
             seed = derive(1, f"raft/{epoch}")  # the document's seed; each epoch of the run has an order of its own
             order = [kept[permuted(i, size, seed)] for i in range(size)]
-            for i, part in enumerate(p for p in (order[0::2], order[1::2]) if p):
-                at = run.engine.positions.index(2 * epoch + i)
-                update = run.engine.updates[at]
-                assert labels_of(update) == tokens_of(part)
-                assert update[1] == len(tokens_of(part))  # the denominator: tokens of this minibatch alone
+            for i, part in enumerate((order[0::2], order[1::2])):  # samples, not groups, are dealt out
+                update = run.engine.updates[run.engine.positions.index(2 * epoch + i)]
+                assert labels_of(update) == tokens_of([part])
+                assert update[1] == len(tokens_of([part]))  # the denominator: tokens of this minibatch alone
     assert {batch.temperature for update in run.engine.updates for batch in update[0]} == {0.8}
 
 
@@ -283,7 +282,9 @@ def test_a_gap_stops_before_the_first_update_and_at_later_steps(start: Callable[
         (("raft.variant=raft++", "raft.clip_low=0.1"), None),
         (("raft.keep=best", "raft.min_reward=null"), None),
         (("rollout.group_size=1",), None),
-        (("raft.minibatches=5",), "raft.minibatches=5: must be at most raft.prompts_per_step=4, the chosen samples of"),
+        (("raft.minibatches=12",), None),
+        (("raft.minibatches=13",), "raft.minibatches=13: must be at most the 12 samples that a round can keep (raft.p"),
+        (("raft.minibatches=5", "raft.keep=best"), "raft.minibatches=5: must be at most the 4 samples that a round ca"),
         (("raft.min_reward=null",), "raft.min_reward=null: with raft.keep=all every sample would be kept; set it, or "),
         (("raft.variant=reinforce-rej", "raft.min_reward=null"), "raft.min_reward=null: raft.variant=reinforce-rej t"),
         (("raft.variant=reinforce-rej", "raft.keep=best"), "raft.keep=best: raft.variant=reinforce-rej trains on all "),

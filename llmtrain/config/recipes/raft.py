@@ -37,13 +37,13 @@ def step_size(config: Config) -> StepSize:
     return sampled(config, config.raft.prompts_per_step, updates_per_step(config))
 
 
-def enough_groups(config: Config) -> Iterator[str]:
-    """Yields a line if there are more minibatches than groups: they take whole groups."""
-    r = config.raft
-    if r.minibatches > r.prompts_per_step:
+def enough_samples(config: Config) -> Iterator[str]:
+    """Yields a line if there are more minibatches than samples that can be chosen."""
+    r, each = config.raft, 1 if config.raft.keep == "best" else config.rollout.group_size
+    if r.minibatches > r.prompts_per_step * each:
         yield (
-            f"raft.minibatches={r.minibatches}: must be at most raft.prompts_per_step={r.prompts_per_step}, the chosen "
-            "samples of a prompt stay together; lower it"
+            f"raft.minibatches={r.minibatches}: must be at most the {r.prompts_per_step * each} samples that a round "
+            "can keep (raft.prompts_per_step, times rollout.group_size with raft.keep=all); lower it"
         )
 
 
@@ -84,7 +84,7 @@ RECIPE = Recipe(
     summary="fine-tune on own samples that a reward chose (starts under torchrun too)",
     main="llmtrain.recipes.raft:main",
     section=RaftConfig,
-    rules=(enough_groups, there_is_a_choice, clip_is_read, no_spikes),
+    rules=(enough_samples, there_is_a_choice, clip_is_read, no_spikes),
     step_size=step_size,
     same=tuple(f"raft.{key}" for key in RaftConfig.model_fields),
     starts_trained=True,
