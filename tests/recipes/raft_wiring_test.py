@@ -170,12 +170,15 @@ def test_reinforce_rej_by_hand(start: Callable[..., Run]) -> None:
     run = start("raft.variant=reinforce-rej", "raft.clip_high=0.3")
     run.engine.scores = shifted(math.log(1.5))
     run.go()
-    assert run.engine.updates
+    seen = [0, 0]
     for batches, denominator, stats in run.engine.updates:
         good = sum(int((batch.extra["advantages"] == 1).sum()) for batch in batches)
         bad = sum(int((batch.extra["advantages"] == -1).sum()) for batch in batches)
-        assert good % TOKENS[True] == bad % TOKENS[False] == 0 and good and bad and good + bad == denominator
+        seen = [seen[0] + good, seen[1] + bad]
+        assert good % TOKENS[True] == bad % TOKENS[False] == 0 and good + bad == denominator
         assert stats.loss == pytest.approx((-1.3 * good + 1.5 * bad) / denominator, rel=1e-5)
+    kept = [good for step in range(2) for answers in run.kept(step, mixed) for good in map(len, answers)]
+    assert seen == [kept.count(TOKENS[True]) * TOKENS[True], kept.count(TOKENS[False]) * TOKENS[False]] != [0, 0]
 
 
 def graded(rewards: list[float]) -> Group:
