@@ -74,5 +74,5 @@ def measure_pairs(job: Job, pairs: Pairs, batches_of: PairBatches, loss: LossFn)
     totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=job.mesh.device)
     dist.all_reduce(totals, group=job.mesh.groups["dp"])
     means = {name: total / count for name, total in zip(sums, totals.tolist(), strict=True)}
-    low, high = wilson(means["accuracy"] * count, count)
+    low, high = wilson(means["accuracy"], count)
     return {**means, "accuracy_low": low, "accuracy_high": high, "pairs": count}

@@ -15,4 +15,4 @@ from llmtrain.eval.interval import wilson
     ],
 )
 def test_ends_of_the_interval(share: float, count: int, expected: tuple[float, float]) -> None:
-    assert wilson(share * count, count) == pytest.approx(expected, abs=1e-4)
+    assert wilson(share, count) == pytest.approx(expected, abs=1e-4)
