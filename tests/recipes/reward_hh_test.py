@@ -55,9 +55,9 @@ def same_scores(base: Path) -> None:
     from llmtrain.config.schema import ModelConfig
     from llmtrain.data.groups import group_batch, group_length
 
-    config = load(str(base / "reward.yaml"), [f"export.path={base}/hf", "export.dtype=fp32"])
+    config = load(str(base / "reward.yaml"), [f"export.path={base}/exported", "export.dtype=fp32"])
     export(config)
-    theirs = AutoModelForSequenceClassification.from_pretrained(base / "hf").eval()
+    theirs = AutoModelForSequenceClassification.from_pretrained(base / "exported").eval()
     ours = load_decoder(str(base / "run"), resolve_model(ModelConfig(init_from=str(base / "run"))), torch.float32)
     tokenizer = load_tokenizer(config.tokenizer.path)
     pairs = Pairs(config.data.held_out, tokenizer, 224, 0, at_end=True, settings=config.data)
