@@ -22,7 +22,7 @@ from llmtrain.engine.build import Role
 from llmtrain.losses.gae import gae, length_lambda, token_rewards, whiten
 from llmtrain.losses.kl import k1, masked_log_ratio
 from llmtrain.losses.kl_control import adapted_kl_coef
-from llmtrain.losses.policy import grpo_loss
+from llmtrain.losses.policy import clipped, policy_loss
 from llmtrain.losses.value import explained_variance, value_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.trainer.batches import group_microbatches, split_groups
@@ -200,13 +200,14 @@ def update_policy(
     settings, denominator, steps = job.config.ppo, tokens_per_update(job, parts), []
     columns = ("advantages", "ref_logprobs") if has_reference(parts[0][0]) else ("advantages",)
     kl_coef = job.state[KL_COEF] if settings.kl_in == "loss" else 0.0
-    policy_loss = partial(grpo_loss, clip_low=settings.clip_low, clip_high=settings.clip_high, kl_coef=kl_coef)
+    objective = partial(clipped, low=settings.clip_low, high=settings.clip_high)
+    own_loss = partial(policy_loss, objective=objective, kl_coef=kl_coef)
     for turn, part in enumerate(parts, (number - settings.critic_warmup_steps) * len(parts)):
         batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0)
         gate.before_update(job.engine, batches, number)
         if turn < 0:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
-        mixed, loss = replay.mix(turn, batches, averaged(policy_loss, denominator, part), denominator)
+        mixed, loss = replay.mix(turn, batches, averaged(own_loss, denominator, part), denominator)
         note_padding(job, mixed)
         steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
     gate.after_update(steps[0]["logprob_gap_max"], number)

@@ -12,14 +12,14 @@ from torch import Tensor
 from llmtrain.engine.base import LossFn, Scorer
 from llmtrain.losses.gae import gae, token_rewards
 from llmtrain.losses.kl import k1, masked_log_ratio
-from llmtrain.losses.policy import grpo_loss
+from llmtrain.losses.policy import clipped, policy_loss
 from llmtrain.losses.value import value_loss
 from llmtrain.types import IGNORE, Batch, StepStats
 from tests.parity import jobs_worker as jobs
 from tests.parity import layouts_worker as parity
 
 LOSSES: dict[str, LossFn] = {
-    "policy": partial(grpo_loss, clip_low=0.2, clip_high=0.28, kl_coef=0.1),
+    "policy": partial(policy_loss, objective=partial(clipped, low=0.2, high=0.28), kl_coef=0.1),
     "critic": partial(value_loss, clip=0.2),
 }
 

@@ -120,24 +120,37 @@ def assert_same(run_dir: Path, other: Path, first: int = 0) -> None:
     assert files
 
 
-LAYOUTS = {
-    "tensor": ("parallel.tp=2",),
-    "stages": ("parallel.pp=2", "parallel.cp=2", "engine.backend=fsdp"),
-    "context": ("parallel.cp=2", "engine.zero_stage=3", "ppo.wait_on_host=true"),
+STAGES = ("parallel.pp=2", "parallel.cp=2", "engine.backend=fsdp")
+MORE = {
+    "tensor": ("parallel.tp=2", "ppo.wait_on_host=true"),
+    "context": ("parallel.cp=2", "engine.zero_stage=3"),
+    "length": ("parallel.pp=2", "ppo.length_alpha=0.05", "ppo.kl_in=loss", "data.replay_seqs=4"),
 }
 
 
+def assert_close(run_dir: Path, other: Path) -> None:
+    """Same seeds, same tokens: only the order of sums differs."""
+    for here, there in zip(numbers(run_dir), numbers(other), strict=True):
+        assert here == pytest.approx(there, rel=2e-4, abs=2e-6), run_dir  # Adam's first steps enlarge rounding
+
+
 def test_on_four_ranks_as_on_one_and_resumed_bit_for_bit(run: Callable, alone: Path, tmp_path: Path) -> None:
-    """Same seeds, same tokens: only the order of sums differs. The last run goes on from the checkpoint in the middle,
-    where the coefficient of the KL has moved already."""
-    runs = {tmp_path / name: layout for name, layout in LAYOUTS.items()}
-    run(4, runs)
-    for run_dir in runs:
-        for here, there in zip(numbers(run_dir), numbers(alone), strict=True):
-            assert here == pytest.approx(there, rel=2e-4, abs=2e-6), run_dir  # Adam's first steps enlarge rounding
-    shutil.copytree(tmp_path / "stages/checkpoints/step-00000002", tmp_path / "resumed/checkpoints/step-00000002")
-    run(4, {tmp_path / "resumed": LAYOUTS["stages"]})
-    assert_same(tmp_path / "resumed", tmp_path / "stages", first=2)
+    """The last run goes on from the checkpoint in the middle, where the coefficient of the KL is to move."""
+    run(4, {tmp_path / "whole": STAGES})
+    assert_close(tmp_path / "whole", alone)
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000002", tmp_path / "resumed/checkpoints/step-00000002")
+    run(4, {tmp_path / "resumed": STAGES})
+    assert_same(tmp_path / "resumed", tmp_path / "whole", first=2)
+
+
+@pytest.mark.slow
+def test_more_layouts_as_on_one_rank(run: Callable, alone: Path, tmp_path: Path) -> None:
+    """Models that wait on the host, weights in shards, and other forms of the advantages and the KL."""
+    run(4, {tmp_path / name: layout for name, layout in MORE.items()})
+    run(1, {tmp_path / "other": MORE["length"][1:]})
+    assert_close(tmp_path / "tensor", alone)
+    assert_close(tmp_path / "context", alone)
+    assert_close(tmp_path / "length", tmp_path / "other")
 
 
 def test_adapters_and_a_critic_of_another_shape(run: Callable, start: Path, tmp_path: Path) -> None:

@@ -242,7 +242,8 @@ def test_the_coefficient_follows_the_target_and_is_carried_over_a_resume(start: 
     resumed = start(*adaptive, reference=reference)
     resumed.job.step, resumed.job.state = 2, {"kl_coef": seen[2]}
     resumed.go()
-    assert resumed.job.state == run.job.state
+    assert resumed.job.state == run.job.state and [version for version, _ in resumed.generator.loaded] == [2, 3]
+    assert resumed.generator.asked == run.generator.asked[2:]
     late = start(*adaptive, "ppo.critic_warmup_steps=2", reference=reference).go()
     assert late.job.state == {"kl_coef": pytest.approx(0.1 * 1.08)}  # the policy has not moved before
 
