@@ -213,7 +213,7 @@ class Demonstrations:
 
     def rows(self, samples: Sequence[Sequence[int]], width_tokens: int) -> Batch:
         """Returns rows of several samples each, [len(samples), width_tokens]."""
-        empty: Row = {name: [] for name in ("input_ids", "labels", "positions", "segment_ids")}
+        empty: Row = {name: [] for name in (*self.examples[0], "segment_ids")}
         joined = [side_by_side([self.row(sample) for sample in row]) or empty for row in samples]
         return to_batch(joined, width_tokens, self.pad_id)
 

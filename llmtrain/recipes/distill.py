@@ -29,7 +29,7 @@ from llmtrain.losses.distill import (
     sampled_loss,
 )
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.trainer.batches import count_trained, group_microbatches, held_out_loss, rank_samples
+from llmtrain.trainer.batches import count_trained, demonstration_microbatches, group_microbatches, held_out_loss
 from llmtrain.trainer.frozen import awake, build_scorer
 from llmtrain.trainer.gate import Gate
 from llmtrain.trainer.job import Job, join, set_epochs
@@ -73,8 +73,8 @@ def on_given_rows(job: Job) -> None:
         if number == 0 or is_due(number, settings.eval_every_steps):
             evaluate()
         turn = number + job.guard.skipped_steps(number)
-        samples = rank_samples(turn, settings.global_batch_seqs, settings.micro_batch_seqs, mesh)
-        batches = [replace(rows.batch(s), temperature=job.config.distill.temperature) for s in samples]
+        batches = demonstration_microbatches(job, rows, turn, fixed_width=replay.seqs > 0)
+        batches = [replace(batch, temperature=job.config.distill.temperature) for batch in batches]
         trained = count_trained(batches, mesh)
         consult(job, teachers, batches)
         mixed, mixed_loss = replay.mix(turn, batches, loss, trained)

@@ -118,6 +118,13 @@ def start(stub_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> Call
     return make
 
 
+def rows_of(job: Job, turn: int) -> list[list[int]]:
+    """The eight rows of a turn, in the order of the seed (1), as wide as the longest needs."""
+    rows, samples = Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1), range(8 * turn, 8 * turn + 8)
+    longest = max(len(rows.row(sample)["labels"]) for sample in samples)
+    return rows.batch(samples, -(-longest // 16) * 16).input_ids.tolist()
+
+
 def trained(batches: list[Batch]) -> int:
     return sum(int(batch.loss_mask.sum()) for batch in batches)
 
@@ -133,11 +140,10 @@ def test_a_step_on_given_rows(start: Callable[..., Run]) -> None:
     """Forward KL over the teacher's two likeliest and the rest: 1/2 ln 2 - 1/4 ln 2 + 1/4 ln (1/4 / 1/4)."""
     run = start("distill.temperature=2.0").go()
     assert run.totals == [2] and run.built == [("distill.teacher.one", "one")] and len(run.steps) == 2
-    rows = Demonstrations(run.job.config.data.train, run.job.tokenizer, 64, seed=1)
     for step, (metrics, tokens) in enumerate(run.steps):
         batches, denominator, _ = run.engine.updates[step]
-        assert [batch.input_ids.shape for batch in batches] == [(2, 64)] * 4 and tokens == 8 * 64
-        assert run.taken(step) == rows.batch(range(8 * step, 8 * step + 8)).input_ids.tolist()
+        assert [len(batch.input_ids) for batch in batches] == [2] * 4 and tokens == 8 * 64
+        assert run.taken(step) == rows_of(run.job, step)
         assert denominator == trained(batches) > 0 and {batch.temperature for batch in batches} == {2.0}
         assert all((batch.candidates == torch.tensor([1, 0])).all() for batch in batches)
         assert metrics == pytest.approx(
@@ -179,7 +185,8 @@ def test_the_whole_vocabulary(start: Callable[..., Run], kind: str, top_k: int) 
     jsd = 0.25 * (t.exp() * (t - m)).sum() + 0.75 * (s.exp() * (s - m)).sum()
     expected = {"forward": forward, "reverse": reverse, "jsd": jsd}[kind]
     assert run.steps[0][0]["loss"] == pytest.approx(float(expected), rel=1e-4)
-    assert run.engine.updates[0][0][0].candidates.shape == (2, 64, V)
+    batch = run.engine.updates[0][0][0]
+    assert batch.candidates.shape == (*batch.input_ids.shape, V)
     assert len(run.teachers["one"].scored) == 1 and run.engine.scored == []
 
 
@@ -243,7 +250,8 @@ def test_replay_brings_text_by_its_weight(start: Callable[..., Run]) -> None:
         own, replayed = run.engine.updates[step][0][:4], run.engine.updates[step][0][4:]
         ids = [row for batch in replayed for row in batch.input_ids.tolist()]
         assert ids == text.batch(range(4 * step, 4 * step + 4)).input_ids.tolist()
-        assert {batch.candidates.shape for batch in (*own, *replayed)} == {(2, 64, 2)}  # a pipeline wants one form
+        assert {batch.candidates.shape[2:] for batch in (*own, *replayed)} == {(2,)}  # a pipeline wants one form
+        assert {batch.candidates.shape[:2] == batch.input_ids.shape for batch in (*own, *replayed)} == {True}
         assert run.engine.updates[step][1] == trained(own) and tokens == (8 + 4) * 64
         assert metrics["loss"] == pytest.approx(0.25 * LN2 + 0.5 * 3, rel=1e-5)
 
@@ -255,15 +263,32 @@ def test_rewinds_epochs_and_held_out_rows(start: Callable[..., Run], monkeypatch
     run.job.guard.rewinds = [[1, 2, 1024]]
     run.engine.scores = lambda b: says(STUDENT)(b) if b.candidates is not None else Scores(-2.0 * (b.labels >= 0))
     run.go()
-    rows = Demonstrations(run.job.config.data.train, run.job.tokenizer, 64, seed=1)
-    wanted = [rows.batch(range(8 * turn, 8 * turn + 8)).input_ids.tolist() for turn in (0, 3, 4)]
-    assert [run.taken(step) for step in range(3)] == wanted
+    assert [run.taken(step) for step in range(3)] == [rows_of(run.job, turn) for turn in (0, 3, 4)]
     assert noted == [(step, pytest.approx(2.0)) for step in (0, 2, 4, 5)]
     config = run.job.config
     settings = config.train.model_copy(update={"epochs": 0.5, "steps": 1})
     run = start()
     run.job.config = run.job.config.model_copy(update={"train": settings})
+    rows = Demonstrations(config.data.train, run.job.tokenizer, 64, seed=1)
     assert run.go().totals == [-(-len(rows) * 5 // 80)]
+
+
+def test_microbatches_by_tokens_have_the_same_tokens_and_shares(start: Callable[..., Run]) -> None:
+    """Two rows of at most 64 tokens a microbatch, the last of which may be empty."""
+    rows = start("data.pack=false", "train.steps=1").go().engine.updates[0]
+    run = start("data.pack=false", "train.steps=1", "train.micro_batch_tokens=128").go()
+    batches, denominator, stats = run.engine.updates[0]
+    assert (
+        denominator == rows[1] == trained(batches) == sum(float(b.extra["share_0"][b.loss_mask].sum()) for b in batches)
+    )
+    assert sum(b.input_ids.numel() for b in batches) < sum(b.input_ids.numel() for b in rows[0])
+    assert stats.loss == pytest.approx(rows[2].loss, rel=1e-6)
+
+
+def test_rows_without_an_example_have_the_columns_of_all(start: Callable[..., Run]) -> None:
+    job = start().job
+    batch = distill.demonstrations(job, job.config.data.train).rows([[], [0]], 64)
+    assert batch.extra["share_0"][0].eq(0).all() and batch.extra["share_0"][1][batch.loss_mask[1]].eq(1).all()
 
 
 def test_a_step_on_own_samples(start: Callable[..., Run]) -> None:
