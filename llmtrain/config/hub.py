@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from llmtrain.config.document import ConfigError
 from llmtrain.config.recipes import JUDGES, recipe_of
-from llmtrain.config.schema import Config, RewardConfig
+from llmtrain.config.schema import Config, RewardConfig, Section
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHAPE = ("config.json",)
@@ -35,8 +37,25 @@ def located(config: Config, command: str, run_dir: str | None = None, weights: b
             place = fetch(f"{section}.{key}={value}", value, files)
             changed = getattr(config, section).model_copy(update={key: place})
             config = config.model_copy(update={section: changed})
-    rewards = [_located_reward(each, run_dir) for each in config.rewards] if weights and _rewards(command) else None
+    recipe = recipe_of(command, config)
+    for key, path in (recipe.weights(config) if recipe is not None else {}).items():
+        if is_name(path) and not (run_dir and _inside(path, run_dir)):
+            config = replaced(config, key.split("."), fetch(f"{key}={path}", path, MODEL if weights else SHAPE))
+    judged = weights and _rewards(command, config)
+    rewards = [_located_reward(each, run_dir) for each in config.rewards] if judged else None
     return config if rewards in (None, config.rewards) else config.model_copy(update={"rewards": rewards})
+
+
+def replaced(section: Section, keys: Sequence[str], place: str) -> Any:
+    """Returns the section with `place` at a key, given by its parts. An entry of a list is reached by its name, and its
+    `path` is replaced."""
+    first, *rest = keys
+    there, new, name = getattr(section, first), place, ".".join(rest)
+    if isinstance(there, list):
+        new = [each.model_copy(update={"path": place}) if each.name == name else each for each in there]
+    elif rest:
+        new = replaced(there, rest, place)
+    return section.model_copy(update={first: new})
 
 
 def is_name(path: str | None) -> bool:
@@ -70,20 +89,17 @@ def fetch(asked: str, name: str, files: tuple[str, ...] = MODEL) -> str:
 def _read_by(config: Config, command: str, weights: bool) -> list[tuple[str, str, tuple[str, ...]]]:
     """Returns (section, key, files) of what a command reads by path. Where it makes the tokenizer, `tokenizer.path` is
     where that goes."""
-    recipe = recipe_of(command)
-    trains = recipe is not None
+    trains = recipe_of(command) is not None
     makes = command in ("data", "tokenizer") or (trains and bool(config.data.sources or config.data.tasks))
     reads = trains or command in ("eval", "export", *JUDGES)
     model = MODEL if weights and command != "plan" else SHAPE
     found = [("model", "init_from", model)] * (reads or command == "plan")
-    if recipe is not None:
-        found += [(recipe.name, key.partition(".")[2], model) for key in recipe.weights(config)]
     return found + [("tokenizer", "base" if makes else "path", TOKENIZER)] * (reads or makes)
 
 
-def _rewards(command: str) -> bool:
+def _rewards(command: str, config: Config) -> bool:
     """Says whether a command reads the section `rewards`."""
-    recipe = recipe_of(command)
+    recipe = recipe_of(command, config)
     return command in ("eval", "judge") or (recipe is not None and recipe.samples)
 
 

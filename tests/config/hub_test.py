@@ -80,6 +80,16 @@ def test_models_beside_the_main_one_are_fetched_for_their_recipe_alone(there: Hu
     assert hub.located(config, "sft") == config
 
 
+def test_a_model_in_a_list_is_fetched_and_keeps_its_name(there: Hub, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    teachers = f"[{{path: org/name, weight: 2}}, {{path: {tmp_path / 'here'}}}, {{path: org/name, name: a.b}}]"
+    config = document(tmp_path, f"distill: {{teacher: {teachers}}}")
+    fetched, here = str(there.directory), str(tmp_path / "here")
+    found = [(each.name, each.path, each.weight) for each in hub.located(config, "distill").distill.teacher]
+    assert found == [("name", fetched, 2.0), ("here", here, 1.0), ("a.b", fetched, 1.0)]
+    assert hub.located(config, "sft") == config
+
+
 def test_a_path_that_exists_wins_and_so_does_a_folder_of_the_organisation(there: Hub, tmp_path: Path) -> None:
     (tmp_path / "org/name").mkdir(parents=True)
     for path in ("org/name", "org/nmae", "/org/name", "a/b/c", "./org", "name"):

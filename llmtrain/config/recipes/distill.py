@@ -18,7 +18,7 @@ SERVERS = ("http://", "https://")
 class TeacherConfig(Section):
     """Names a frozen model that the student learns from."""
 
-    path: UserPath  # a run or a Hugging Face directory, with the student's token ids
+    path: UserPath  # a run, a Hugging Face directory or its name on the hub, org/name; with the student's token ids
     name: str = ""  # in rows (field `teacher`) and messages; default the last part of `path`
     weight: PositiveFloat = 1.0  # share of its divergence where a row names no teacher, relative to the others
 
