@@ -88,10 +88,10 @@ def test_epochs_are_as_many_steps_as_their_rows_take(run: Callable) -> None:
 
 
 def test_each_example_has_its_own_row_without_packing(run: Callable) -> None:
-    job, _ = run("data.pack=false", "train.steps=1")
-    rows = Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1, pack=False)
+    job, _ = run("data.pack=false", "train.steps=1", "train.seq_len=128")
+    rows = Demonstrations(job.config.data.train, job.tokenizer, 128, seed=1, pack=False)
     assert len(rows) == 64 and rows_taken(job, 0) == expected_rows(job, 0, pack=False)
-    assert len(rows_taken(job, 0)[0]) < 64  # rows are no longer than needed
+    assert len(rows_taken(job, 0)[0]) == 64  # rows are no longer than needed
 
 
 def trained_tokens(job: Job) -> list[int]:
@@ -102,22 +102,23 @@ def trained_tokens(job: Job) -> list[int]:
 
 
 def test_microbatches_by_tokens_have_the_same_rows_with_less_padding(run: Callable) -> None:
-    """One example a row: eight of them, several to a row of at most 64 tokens, two rows a microbatch."""
-    rows, _ = run("data.pack=false", "train.steps=1")
+    """One example a row, of 40 to 64 tokens: eight of them, several to a row of at most 192 tokens."""
+    settings = ("data.pack=false", "train.steps=1", "train.seq_len=192")
+    rows, _ = run(*settings)
     before = sum(batch.input_ids.numel() for batch in rows.engine.updates[0][0])
-    job, (_, (metrics, _)) = run("data.pack=false", "train.steps=1", "train.micro_batch_tokens=128")
+    job, (_, (metrics, _)) = run(*settings, "train.micro_batch_tokens=192")
     batches = job.engine.updates[0][0]
     assert trained_tokens(job) == trained_tokens(rows)
     assert sum(batch.input_ids.numel() for batch in batches) < before
-    assert len({batch.input_ids.shape for batch in batches}) == 1 and batches[0].input_ids.numel() <= 128
+    assert len({batch.input_ids.shape for batch in batches}) == 1 and batches[0].input_ids.numel() <= 192
     assert metrics["loss"] == pytest.approx(2.0)
 
 
 def test_rows_that_text_is_mixed_with_have_its_width_in_a_pipeline(stub_job: Callable[..., Job]) -> None:
-    job = stub_job("sft")
-    rows = Demonstrations(job.config.data.train, job.tokenizer, 64, seed=1, pack=False)
+    job = stub_job("sft", "train.seq_len=128")
+    rows = Demonstrations(job.config.data.train, job.tokenizer, 128, seed=1, pack=False)
     staged = replace(job.mesh, sizes={**job.mesh.sizes, "pp": 2})
-    for mesh, with_text, width in ((job.mesh, True, 48), (staged, False, 48), (staged, True, 64)):
+    for mesh, with_text, width in ((job.mesh, True, 64), (staged, False, 64), (staged, True, 128)):
         batches = demonstration_microbatches(replace(job, mesh=mesh), rows, 0, with_text)
         assert {batch.input_ids.size(1) for batch in batches} == {width}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,12 @@ from llmtrain.parallel.pipeline import inputs_of
 from llmtrain.trainer.batches import group_microbatches
 from llmtrain.types import IGNORE, Batch, Sample, Scores
 
+WORKER = Path(__file__).with_name("group_batches_worker.py")
+ENGINES = [  # all of 4 ranks: every axis, both engines
+    {"dp_shard": 4, "zero_stage": 2, "train": {"micro_batch_tokens": 64}},
+    {"pp": 2, "dp_shard": 2, "backend": "fsdp", "train": {"micro_batch_tokens": 96}},
+    {"cp": 2, "tp": 2, "zero_stage": 1, "train": {"micro_batch_seqs": 2}},
+]
 MODEL = resolve_model(ModelConfig(num_layers=2, hidden_size=32, ffn_size=48, num_kv_heads=2, vocab_size=512))
 
 
@@ -50,7 +59,7 @@ def shapes(found: list[Batch]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("axes", "shape"),
-    [({}, (2, 32)), ({"cp": 2}, (2, 32)), ({"cp": 4, "tp": 4}, (2, 32)), ({"cp": 4, "tp": 3}, (1, 96))],
+    [({}, (2, 32)), ({"cp": 2}, (2, 32)), ({"cp": 4, "tp": 4}, (2, 32)), ({"cp": 4, "tp": 3}, (2, 48))],
 )
 def test_rows_are_no_wider_than_needed_and_divide_by_cp_and_tp(axes: dict, shape: tuple[int, int]) -> None:
     """In two chunks a context-parallel rank, each divided by tp."""
@@ -111,6 +120,15 @@ def test_the_gradient_does_not_depend_on_the_layout() -> None:
     settings += [TrainConfig(seq_len=64, micro_batch_tokens=64)]
     found = [batches(groups, train=train, columns=("advantages",)) for train in settings]
     halves = [b for rank in range(2) for b in batches(groups, dp=(rank, 2), columns=("advantages",))]
-    assert len({tuple(shapes(each)) for each in [*found, halves]}) == 4
+    assert len({tuple(shapes(each)) for each in [*found, halves]}) == 3
     whole, *others = map(gradient, [*found, halves])
     assert whole.norm() > 1 and all((each - whole).norm() <= 1e-5 * whole.norm() for each in others)
+
+
+def test_every_gradient_on_any_engine_is_that_of_a_row_for_each_group(forked: Callable) -> None:
+    result = forked(4, WORKER, json.dumps(ENGINES), timeout_s=120)
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
+    assert len(lines) == len(ENGINES), result.stdout[-3000:]
+    for line in lines:
+        assert len({str(seen["shapes"]) for seen in line["ranks"]}) == 1, line
+        assert max(seen[name] for seen in line["ranks"] for name in ("loss", "norm", "grad")) <= 1e-5, line
