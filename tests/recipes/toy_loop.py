@@ -10,7 +10,7 @@ from llmtrain.config.schema import Config
 from llmtrain.data.packing import Demonstrations
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.trainer.batches import count_trained, rank_samples
+from llmtrain.trainer.batches import count_trained, demonstration_microbatches
 from llmtrain.trainer.job import join
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.weights import build_engine
@@ -33,8 +33,7 @@ def main(config: Config) -> None:
 
     def step(number: int) -> tuple[dict[str, float], int]:
         turn = number + job.guard.skipped_steps(number)  # further after a rewind
-        samples = rank_samples(turn, settings.global_batch_seqs, settings.micro_batch_seqs, job.mesh)
-        batches = [rows.batch(s) for s in samples]
+        batches = demonstration_microbatches(job, rows, turn)
         trained = count_trained(batches, job.mesh)
         stats = job.engine.train_step(batches, lambda s, b: focal_loss(s, b, config.focal.gamma), trained)
         return stats.numbers(), settings.global_batch_seqs * settings.seq_len
