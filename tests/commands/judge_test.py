@@ -12,7 +12,7 @@ import torch
 
 from llmtrain.commands import judge, run, stage_files
 from llmtrain.config.load import ConfigError, load
-from llmtrain.config.schema import Config
+from llmtrain.config.schema import Config, RewardConfig
 from llmtrain.data.prompts import PromptSet
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.model.decoder import init_tensor, parameter_shapes
@@ -202,6 +202,15 @@ def test_a_model_judges_and_the_verifier_is_compared(scripted: Callable, tmp_pat
         own = {text: score for (prompt, text), score in scores.items() if prompt == row["prompt"] and text != "4"}
         assert row["chosen"] == max(own, key=own.get)
     assert len(set(scores.values())) == 6
+
+
+def test_a_sample_on_which_a_reward_failed_has_no_score(tmp_path: Path) -> None:
+    place = llama(tmp_path / "rm", max_position_embeddings=8)
+    rewards = [RewardConfig(model=str(place), dtype="fp32", max_error_share=0.5)]
+    written = [("1", True, -1.0), ("1" * 20, True, -1.0)]
+    speaker = Scripted.__new__(Scripted)
+    ((score, failed),) = judge.rewarded(rewards, speaker, [speaker.group({"prompt": "a"}, written)])
+    assert score is not None and failed is None
 
 
 def test_without_gold_answers_there_is_no_verifier(

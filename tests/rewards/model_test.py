@@ -105,7 +105,7 @@ def test_batches_by_hand() -> None:
 def test_a_model_without_padding_is_scored_in_batches_all_the_same(tmp_path: Path) -> None:
     place = llama(tmp_path / "rm", pad_token_id=None)
     model = Classifier(str(place), "cpu", "fp32")
-    rows = [[9, 8, 7], [127, 5], [4]]
+    rows = [[9, 8, 7, 0], [127, 5, 0], [4]]  # of which 0 is the last token, no padding
     expected = [reference(place, row) for row in rows]
     assert model.scores(rows, 100) == pytest.approx(expected, abs=1e-5)
 
