@@ -62,6 +62,7 @@ def test_sampling_goes_on_until_enough_groups_have_a_spread(start: Callable[...,
         assert tokens == sum(len(ids) for prompt in prompts for ids in run.answers(prompt))  # but it was sampled
         assert metrics["kept_fraction"] == 4 / len(prompts)
         assert metrics["reward_mean"] == 1 - len(kept) / 2 / len(prompts)  # of all that was sampled
+        assert metrics["reward/first_integer"] == metrics["reward_mean"]
         at, asked = at + len(taken), asked + len(prompts)
         assert metrics["prompts"] == asked
     assert at == len(rounds) > len(run.steps)  # else nothing was shown

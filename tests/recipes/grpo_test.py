@@ -162,6 +162,7 @@ def test_on_a_pipeline(separate: Path, run: Callable, tmp_path: Path) -> None:
     assert all(5 < line["replay_loss"] < 7 for line in lines)  # about ln 512
 
 
+@pytest.mark.slow
 def test_other_forms_on_two_layouts(run: Callable, start: Path, tmp_path: Path) -> None:
     """A pipeline of tensor-parallel ranks, and context-parallel ones with data: the reference scores samples before
     their advantages, ratios are of whole answers, and old log-probs are the trainer's."""

@@ -27,8 +27,8 @@ def noisy(std: float) -> None:
         generator, draw = build(job), torch.Generator().manual_seed(0)
         clean = generator.model.head.forward
 
-        def forward(hidden: Tensor) -> Tensor:
-            logits = clean(hidden)
+        def forward(hidden: Tensor, *others: object) -> Tensor:
+            logits = clean(hidden, *others)
             return logits + std * torch.randn(logits.shape, generator=draw)
 
         generator.model.head.forward = forward
