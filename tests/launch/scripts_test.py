@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.name != "common.sh")
-JOB_SCRIPTS = [path for path in SCRIPTS if path.name not in {"quickstart.sh", "smollm2.sh", "test.sh"}]
+JOB_SCRIPTS = [path for path in SCRIPTS if path.name not in {"posttrain.sh", "quickstart.sh", "smollm2.sh", "test.sh"}]
 SLURM_VARIABLES = {name: "" for name in os.environ if name.startswith("SLURM_")}
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -150,6 +150,7 @@ def test_deepspeed_understands_the_command(launch: Launch, tmp_path: Path) -> No
 def test_quickstart_and_smollm2_dry_runs_install_nothing(launch: Launch) -> None:
     assert dry(launch, "quickstart.sh", "seed=1")[1:] == ["run", "configs/quickstart.yaml", "seed=1"]
     assert dry(launch, "smollm2.sh")[-2:] == ["run", "configs/grpo/smollm2-135m.yaml"]
+    assert dry(launch, "posttrain.sh", "seed=1")[-3:] == ["run", "configs/posttrain.yaml", "seed=1"]
     assert (ROOT / "configs/quickstart.yaml").is_file() and (ROOT / "configs/grpo/smollm2-135m.yaml").is_file()
 
 
