@@ -40,6 +40,10 @@ class PlainEngine(StubEngine):
         super().__init__(lambda batch: scores_of(model, batch))
         self.model, self.kept = model, []
 
+    def score(self, batches: Sequence[Batch]) -> list[Scores]:
+        with torch.no_grad():
+            return super().score(batches)
+
     def train_step(
         self, microbatches: Sequence[Batch], loss: LossFn, denominator: torch.Tensor, position: int | None = None
     ) -> StepStats:
