@@ -168,7 +168,6 @@ def test_replay_brings_text_by_its_weight(start: Callable[..., Run]) -> None:
         batches, denominator, _ = run.job.engine.updates[step]
         replayed = [row for b in batches if "replay" in b.extra for row in b.input_ids.tolist()]
         assert replayed == text.batch(range(4 * step, 4 * step + 4)).input_ids.tolist() and denominator == PAIRS
-        assert {b.input_ids.size(1) for b in batches} == {64}
         assert metrics["loss"] == pytest.approx(math.log1p(math.exp(-0.4)) + 0.25 * 3.0, rel=1e-5)
         pairs = sum(int((b.segment_ids >= 0).sum()) for b in batches if "replay" not in b.extra)
         assert tokens == pairs + 4 * 64
@@ -277,11 +276,12 @@ def test_keys_that_a_loss_does_not_read_are_refused(stub_job: Callable[..., Job]
 
 
 def test_a_pair_lies_whole_in_one_row(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else chosen and rejected would be of different prompts, silently."""
+    """Else chosen and rejected would be of different prompts, silently. Rows beside text must know of it."""
     asked = []
     lay_out = trainer_pairs.group_microbatches
     monkeypatch.setattr(
-        trainer_pairs, "group_microbatches", lambda *a, **k: asked.append(k["whole"]) or lay_out(*a, **k)
+        trainer_pairs, "group_microbatches", lambda *a, **k: asked.append((a[3], k["whole"])) or lay_out(*a, **k)
     )
     start("train.steps=1").go()
-    assert asked == [True]
+    start("train.steps=1", "data.replay_seqs=2").go()
+    assert asked == [(False, True), (True, True)]
