@@ -261,11 +261,7 @@ def test_log_probs_of_something_else_are_computed_again(
     ("key", "line"),
     [
         ("dpo.gamma=1", "dpo.gamma=1: is read with dpo.loss=simpo alone, not sigmoid; remove it, or change the loss"),
-        ("dpo.reference=live", "dpo.reference=live: not with dpo.loss=simpo, which has no reference; remove it"),
-        (
-            "dpo.length_normalized=false",
-            "dpo.length_normalized=false: not with dpo.loss=simpo, whose rewards are means",
-        ),
+        ("dpo.reference=precomputed", "dpo.reference=precomputed: not with dpo.loss=simpo, which has no reference; "),
     ],
 )
 def test_keys_that_a_loss_does_not_read_are_refused(stub_job: Callable[..., Job], key: str, line: str) -> None:

@@ -85,7 +85,8 @@ def kl_is_there(config: Config) -> Iterator[str]:
 
 def one_lambda(config: Config) -> Iterator[str]:
     """Yields a line if two keys give the policy's lambda."""
-    if config.ppo.length_alpha is not None and "policy_lambda" in config.ppo.model_fields_set:
+    default = PpoConfig().policy_lambda  # a resolved document has every key written out
+    if config.ppo.length_alpha is not None and config.ppo.policy_lambda != default:
         yield (
             f"ppo.policy_lambda={config.ppo.policy_lambda:g}: ppo.length_alpha={config.ppo.length_alpha:g} gives the "
             "lambda of each sample; remove one of the two"
