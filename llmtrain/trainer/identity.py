@@ -132,7 +132,7 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
             found.append((key, before, after))
     found += [*_source_weights(was["config"], now["config"], recipe), *_rewards(was["config"], now["config"], recipe)]
     models = (was["config"]["model"], now["config"]["model"])
-    found += other_function(*models, ramped=bool(now["config"]["train"]["seq_ramp"]))
+    found += [*other_function(*models, ramped=bool(now["config"]["train"]["seq_ramp"])), *other_adapters(*models)]
     for key, content in now["contents"].items():
         before = was["contents"].get(key, content)
         if before["sha256"] != content["sha256"]:
@@ -155,6 +155,23 @@ def other_function(was: dict[str, Any], now: dict[str, Any], ramped: bool) -> li
     left_out = ("preset", "init_from", *(("rope_theta", "rope_scaling") if ramped else ()))
     written = {name: value for name, value in asked if name not in left_out}
     return [(f"model.{name}", before, after) for name, after, before in contradictions(dict(saved), written)]
+
+
+def other_adapters(was: dict[str, Any], now: dict[str, Any]) -> Iterator[Difference]:
+    """Yields where the adapters of two resolved model sections differ: one has none, or others. The order of targets
+    does not count."""
+    before, after = was.get("lora"), now.get("lora")
+    if before is None or after is None:
+        if before != after:
+            yield "model.lora", before, after
+        return
+    for name, value in after.items():
+        if name in before and _unordered(before[name]) != _unordered(value):
+            yield f"model.lora.{name}", before[name], value
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 def changes(was: Record, now: Record) -> dict[str, list[Any]]:

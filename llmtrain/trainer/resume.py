@@ -27,6 +27,7 @@ from llmtrain.trainer.identity import (
     changes,
     differences,
     line,
+    other_adapters,
     other_function,
     record_of,
     recorded,
@@ -60,8 +61,12 @@ def record_now(job: Job) -> Record:
 
 
 def state_differences(job: Job, role: str, reader: CheckpointReader, path: str) -> Iterator[str]:
-    """Yields what a user is told when a role, whose part of the checkpoint `reader` reads, has other parameters,
-    another optimizer, or another function of its weights."""
+    """Yields what a user is told when a role, whose part of the checkpoint `reader` reads, has other adapters, other
+    parameters, another optimizer, or another function of its weights."""
+    now = job.model_of(role).model_dump(mode="json")
+    if adapters := list(other_adapters(reader.state["model"], now)):
+        yield from (line((named(role) + key, before, after), path) for key, before, after in adapters)
+        return
     if set(reader.names()) != set(trained_shapes(job.model_of(role))):
         yield f"{named(role)}{path}: holds other parameters than the model section describes; use the section it had"
         return
@@ -73,7 +78,6 @@ def state_differences(job: Job, role: str, reader: CheckpointReader, path: str) 
         )
     elif is_now == "muon":
         yield from muon_differences(job, role, reader, path)
-    now = job.model_of(role).model_dump(mode="json")
     for key, before, after in other_function(reader.state["model"], now, bool(job.config.train.seq_ramp)):
         yield line((named(role) + key, before, after), path)
 
@@ -89,15 +93,8 @@ def muon_differences(job: Job, role: str, reader: CheckpointReader, path: str) -
 
 
 def base_differences(job: Job, reader: CheckpointReader, path: str) -> Iterator[str]:
-    """Yields what a user is told when the adapters of a checkpoint were trained on other weights, or have another
-    scale."""
-    lora = job.model.lora
-    if lora is None:
-        return
-    was = reader.state["model"]["lora"]["alpha"]
-    if was != lora.alpha:
-        yield f"model.lora.alpha={lora.alpha:g}: must stay {was:g}, with which {path} was made; set that"
-    if job.base != reader.state["base"]:
+    """Yields what a user is told when the adapters of a checkpoint were trained on other weights."""
+    if job.model.lora is not None and reader.state["model"].get("lora") and job.base != reader.state["base"]:
         yield (
             f"model.init_from={job.config.model.init_from}: holds other weights than those that the adapters in {path} "
             "were trained on; put these back, or give the run another name"

@@ -83,6 +83,25 @@ def test_what_must_stay(tmp_path: Path, recipe: Recipe, override: str, expected:
     assert told(tmp_path, recipe, override) == [expected]
 
 
+LORA = {"rank": 2, "alpha": 16.0, "targets": ["q", "v"]}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "expected"),
+    [
+        ("null", "{rank: 2}", ("model.lora", None, LORA)),
+        ("{rank: 2}", "null", ("model.lora", LORA, None)),
+        ("{rank: 2}", "{rank: 4}", ("model.lora.rank", 2, 4)),
+        ("{}", "{alpha: 8.0}", ("model.lora.alpha", 16.0, 8.0)),
+        ("{}", "{targets: [q, k]}", ("model.lora.targets", ["q", "v"], ["q", "k"])),
+        ("{}", "{targets: [v, q]}", None),
+    ],
+)
+def test_adapters_must_stay(tmp_path: Path, was: str, now: str, expected: tuple | None) -> None:
+    before, after = (record_of(resolved(document(tmp_path, f"model.lora={x}")), SFT, {}) for x in (was, now))
+    assert differences(before, after, SFT) == ([] if expected is None else [expected])
+
+
 def test_a_reward_must_stay(tmp_path: Path) -> None:
     [(key, was, now)] = told(tmp_path, GRPO, "rewards=[{name: math, weight: 2.0}]")
     assert key == "rewards" and was[0]["name"] == "reasoning_gym" and now[0]["weight"] == 2.0

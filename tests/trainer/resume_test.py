@@ -22,7 +22,11 @@ MOE = {"num_experts": 4, "expert_ffn_size": 16}
 def go_on(before: dict, after: dict, without: str = "") -> None:
     was, now = (Config(model=ModelConfig.model_validate({"num_layers": 1, **model})) for model in (before, after))
     saved = resolve_model(was.model)
-    state = {"model": saved.model_dump(mode="json", exclude={without}), "config": was.model_dump(mode="json")}
+    state = {
+        "model": saved.model_dump(mode="json", exclude={without}),
+        "config": was.model_dump(mode="json"),
+        "base": None,
+    }
     reader = SimpleNamespace(names=lambda: list(parameter_shapes(saved)), state=state)
     check_same_run(job_of(now), reader, "x")
 
@@ -96,6 +100,17 @@ def test_a_run_goes_on_with_the_same_models() -> None:
         ({}, {"norm_eps": 1e-6}, "model.norm_eps=1e-06: must stay 1e-05, with which x was made"),
         ({"rope_theta": 5e4}, {}, "model.rope_theta=10000.0: must stay 50000.0"),
         ({"moe": {**MOE, "top_k": 1}}, {"moe": MOE}, "model.moe.top_k=2: must stay 1"),
+        (
+            {},
+            {"lora": {"rank": 2}},
+            "model.lora={'rank': 2, 'alpha': 16.0, 'targets': ['q', 'v']}: must stay None, with",
+        ),
+        (
+            {"lora": {"rank": 2}},
+            {},
+            "model.lora=None: must stay {'rank': 2, 'alpha': 16.0, 'targets': ['q', 'v']}, with",
+        ),
+        ({"lora": {"alpha": 8.0}}, {"lora": {}}, "model.lora.alpha=16.0: must stay 8.0, with which x was made"),
     ],
 )
 def test_another_function_of_the_same_weights(before: dict, after: dict, message: str) -> None:
