@@ -19,13 +19,18 @@ def place_in_run(directory: str | Path, label: str) -> Path:
     return Path(directory, "eval", quote(label, safe=" ,()").replace(".", "%2E", 1))
 
 
+def is_evaluation(directory: str | Path) -> bool:
+    """Says whether `llmtrain eval` wrote into this directory itself, as its marker has it."""
+    return read_marker(Path(directory)).get("made_by") == COMMAND
+
+
 def make_room(directory: str | Path) -> None:
     """Moves an evaluation that lies in a directory to where a run has it, eval/<label>/.
 
     What changed since stays, and so does everything when that place is taken. A move that was cut off is ended.
     """
     top, listed = Path(directory), read_marker(Path(directory))
-    if listed.get("made_by") != COMMAND or not listed.get("files"):
+    if not is_evaluation(top) or not listed.get("files"):
         return
     with suppress(OSError, ValueError, KeyError, TypeError):
         result = next(path for path in (top / "eval.json", *top.glob("eval/*/eval.json")) if path.is_file())

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
+import yaml
+
 from llmtrain import __version__
 from llmtrain.arch.generation import GENERATION
 from llmtrain.arch.resolve import contradictions
 from llmtrain.checkpoint.layout import STATE
 from llmtrain.checkpoint.manifest import MANIFEST_SUM, list_checkpoints
+from llmtrain.config.load import load
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.rows import split_path
 from llmtrain.config.schema import Config, ModelConfig
@@ -27,6 +30,7 @@ from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.data.tokenizer_base import read_entries
 from llmtrain.observe.contents import Checksums, files_at
 from llmtrain.observe.files import write_whole
+from llmtrain.observe.metrics import read_metrics
 from llmtrain.observe.owned import RUN_RECORD
 
 SAME = (
@@ -47,6 +51,7 @@ JUDGING = ("name", "function", "weight", "deadline_s", "dtype", "render")  # of 
 PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
 STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
 WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory
+EARLIER = {"name", "model", "train"}  # keys of every config.yaml of a run
 ABSENT = object()
 
 Contents = dict[str, dict[str, str]]
@@ -96,18 +101,39 @@ def write_record(directory: str, record: Record) -> None:
 def check_directory(directory: str, now: Record, recipe: Recipe) -> None:
     """Raises ValueError when the run directory is not this run's: it holds files that no run has written, or a run of
     another recipe, or checkpoints of a run that differs in what must stay."""
+    check_files(directory)
     was = recorded(directory)
+    if was is None:
+        return
+    if list_checkpoints(os.path.join(directory, "checkpoints")):
+        _refuse(differences(was, now, recipe), directory)
+    else:  # without a checkpoint it starts anew, if it is the same run at all
+        _refuse([each for each in differences(was, now, recipe) if each[0] in ("command", "name")], directory)
+
+
+def check_files(directory: str) -> None:
+    """Raises ValueError when the directory holds files under names of ours that no run that trains has written."""
     there = [name for name in WRITTEN if os.path.lexists(os.path.join(directory, name))]
-    if was is None and there and not {"config.yaml", "metrics.jsonl"} <= set(there):  # these two: of an earlier version
+    if there and recorded(directory) is None and not _of_earlier_version(directory):
         raise ValueError(
             f"{directory}: holds {', '.join(there)}, which no run of this recipe has written; give the run another "
             "name or run_dir, or move them away"
         )
-    if was is not None and list_checkpoints(os.path.join(directory, "checkpoints")):
-        _refuse(differences(was, now, recipe), directory)
-    elif was is not None:  # without a checkpoint it starts anew, if it is the same run at all
-        found = [each for each in differences(was, now, recipe) if each[0] in ("command", "name")]
-        _refuse(found, directory)
+
+
+def _of_earlier_version(directory: str) -> bool:
+    """Says whether config.yaml and metrics.jsonl are those of a run of an earlier version, which had no run.json: a
+    configuration that was written out whole, and lines with step and loss."""
+    document, metrics = (os.path.join(directory, name) for name in ("config.yaml", "metrics.jsonl"))
+    try:
+        keys = yaml.safe_load(Path(document).read_text(encoding="utf-8"))
+        if not isinstance(keys, dict) or not keys.keys() >= EARLIER:
+            return False  # before `load`, which imports what a document names under `plugins`
+        model = load(document, []).model
+        lines = read_metrics(metrics)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return model.head_dim is not None and all("loss" in each for each in lines)  # a document of a user's leaves it open
 
 
 def _refuse(found: list[Difference], path: str) -> None:

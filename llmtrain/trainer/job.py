@@ -25,13 +25,13 @@ from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine
 from llmtrain.observe.contents import CACHE, Checksums
-from llmtrain.observe.evaluations import make_room
+from llmtrain.observe.evaluations import is_evaluation, make_room
 from llmtrain.observe.files import write_whole
 from llmtrain.observe.locks import hold
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.watch import Watch
-from llmtrain.trainer.identity import Contents, check_directory, contents_of, record_of
+from llmtrain.trainer.identity import Contents, check_directory, check_files, contents_of, record_of
 
 
 @dataclass
@@ -142,6 +142,8 @@ def start_directory(config: Config, recipe: Recipe) -> Contents:
     """Takes the run directory for this process, and makes the data if this stage describes how; returns the contents of
     what the run reads. Raises ValueError when another job or another run has the directory."""
     make_run_dir(config.directory)
+    if not is_evaluation(config.directory):  # which `make_room` moves first
+        check_files(config.directory)  # before the lock is written there; the whole check needs it
     hold(config.directory)
     make_room(config.directory)
     checksums = Checksums(os.path.join(config.directory, CACHE))

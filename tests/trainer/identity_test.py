@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config.load import load
+from llmtrain.config.load import dump, load
 from llmtrain.config.recipes import RECIPES, Recipe
 from llmtrain.config.schema import Config
 from llmtrain.observe.contents import Checksums
@@ -34,7 +34,7 @@ from llmtrain.trainer.identity import (
     write_record,
 )
 from llmtrain.trainer.identity import _value as value_of
-from llmtrain.trainer.job import Job, data_dir, resolved, tokenizer_dir
+from llmtrain.trainer.job import Job, data_dir, resolved, start_directory, tokenizer_dir
 
 GRPO, SFT, PRETRAIN = (RECIPES[name] for name in ("grpo", "sft", "pretrain"))
 
@@ -310,7 +310,7 @@ def test_checkpoints_alone_say_whose_they_are(tmp_path: Path) -> None:
         (["run.json"], False),  # another tool's
         (["generation_config.json"], False),  # a model directory, with run_dir=
         (["config.yaml", "eval.json", "samples.jsonl"], False),  # an evaluation's
-        (["config.yaml", "metrics.jsonl"], True),  # of an earlier version, killed before its first checkpoint
+        (["config.yaml", "metrics.jsonl", "events.jsonl"], False),  # another tool's
     ],
 )
 def test_files_of_other_origin_are_not_overwritten(tmp_path: Path, names: list[str], allowed: bool) -> None:
@@ -323,6 +323,53 @@ def test_files_of_other_origin_are_not_overwritten(tmp_path: Path, names: list[s
     with pytest.raises(ValueError, match=f"holds {names[0]}.*, which no run of this recipe has written; give"):
         check_directory(str(tmp_path), now, SFT)
     assert {(tmp_path / name).read_text() for name in names} == {"mine"}
+
+
+MINE = "{name: x, model: {num_layers: 1}, train: {steps: 3}}"  # a document of a user's
+
+
+@pytest.mark.parametrize(
+    ("document_text", "lines", "allowed"),
+    [
+        (None, '{"step": 1, "loss": 2.0}\n{"step": 2, "lo', True),  # killed before its first checkpoint
+        (None, "", True),  # killed before its first step
+        (None, '{"step": 1}\n', False),
+        (None, '{"loss": 2.0}\n', False),
+        (None, "1, 2.0\n", False),
+        (None, None, False),
+        ("my: notes", '{"step": 1, "loss": 2.0}\n', False),
+        (MINE, '{"step": 1, "loss": 2.0}\n', False),
+        (MINE.replace("1}", "1, head_dim: 8, depth: 2}"), '{"step": 1, "loss": 2.0}\n', False),  # no key of ours
+        (MINE.replace("{name", "{plugins: [spoilt], name"), '{"step": 1, "loss": 2.0}\n', False),
+        ("{plugins: [exit_at_once]}", '{"step": 1, "loss": 2.0}\n', False),  # not ours, so not imported
+        ("{", '{"step": 1, "loss": 2.0}\n', False),
+        ("\0", '{"step": 1, "loss": 2.0}\n', False),
+    ],
+)
+def test_what_a_run_of_an_earlier_version_is(
+    tmp_path: Path, document_text: str | None, lines: str | None, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no run.json, but a configuration that is written out whole."""
+    now, run = resolved(Config(run_dir=str(tmp_path / "run"))), tmp_path / "run"
+    (tmp_path / "exit_at_once.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(now) if document_text is None else document_text)
+    if lines is not None:
+        (run / "metrics.jsonl").write_text(lines)
+    if allowed:
+        check_directory(str(run), record_of(now, SFT, {}), SFT)
+        return
+    with pytest.raises(ValueError, match=r"run: holds config\.yaml.*, which no run of this recipe has written; give"):
+        check_directory(str(run), record_of(now, SFT, {}), SFT)
+
+
+def test_nothing_is_written_where_files_are_of_other_origin(tmp_path: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).write_text("my: notes")
+    with pytest.raises(ValueError, match=r"holds config\.yaml, metrics\.jsonl, which no run"):
+        start_directory(Config(run_dir=str(tmp_path)), SFT)
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "metrics.jsonl"]
 
 
 def job_at(config: Config, step: int) -> Job:
