@@ -86,7 +86,8 @@ def theirs(turns: Turns, task: ModelTask, compiled: bool) -> None:
 
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(task.directory, dtype=DTYPES[task.precision]).to(device).train()
+    model = AutoModelForCausalLM.from_pretrained(task.directory, dtype=DTYPES[task.precision], trust_remote_code=False)
+    model = model.to(device).train()
     model.config.use_cache = False
     if compiled:
         model.compile()

@@ -77,7 +77,7 @@ def native(directory: str, workload: Workload, dtype: torch.dtype) -> Contestant
 def transformers(directory: str, workload: Workload, dtype: torch.dtype) -> Contestant:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
     prompts = [p.ids for p in prompts_of(workload, model.config.vocab_size)]
     stop = list(range(workload.stop_ids))
     model.generation_config = GenerationConfig(

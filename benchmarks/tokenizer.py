@@ -114,7 +114,9 @@ def smollm2() -> tokenizers.Tokenizer | None:
     from transformers import AutoTokenizer
 
     path = smollm2_gguf()
-    return path and AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
+    if path is None:
+        return None
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).backend_tokenizer
 
 
 def contestants(args: argparse.Namespace, texts: Texts) -> dict[str, Scores]:

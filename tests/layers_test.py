@@ -207,3 +207,31 @@ def test_allowed_imports_are_not_found(tmp_path: Path) -> None:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(text)
     assert broken(tmp_path) == []
+
+
+def untrusting(call: ast.Call) -> bool:
+    """Says whether a call passes `trust_remote_code=False`, as it stands there."""
+    return any(
+        k.arg == "trust_remote_code" and isinstance(k.value, ast.Constant) and k.value.value is False
+        for k in call.keywords
+    )
+
+
+def trusting(tree: ast.AST) -> list[int]:
+    """The lines that load with a class of transformers, and leave it open whether code of the directory may run:
+    transformers would ask at the terminal, and take the next line of the standard input for the answer."""
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    loads = [c for c in calls if c.func.attr in ("from_pretrained", "from_config")]
+    foreign = [c for c in loads if ast.unparse(c.func.value) != "nn.Embedding"]
+    return [c.lineno for c in foreign if not untrusting(c)]
+
+
+def test_code_of_a_model_directory_never_runs() -> None:
+    assert trusting(ast.parse("AutoModel.from_config(c)\nt.AutoConfig.from_pretrained(d, trust_remote_code=a)")) == [
+        1,
+        2,
+    ]
+    assert trusting(ast.parse("AutoModel.from_pretrained(d, trust_remote_code=False)")) == []
+    files = [path for root in (ROOT, ROOT.parent / "benchmarks") for path in sorted(root.rglob("*.py"))]
+    found = {str(path): trusting(ast.parse(path.read_text())) for path in files}
+    assert {path: lines for path, lines in found.items() if lines} == {}

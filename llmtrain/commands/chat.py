@@ -40,6 +40,8 @@ def main(options: ChatOptions) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may have another encoding
     tokenizer = tokenizer_of(options.path)
+    if not tokenizer.bare:
+        _ = tokenizer.hugging_face  # no answer does without it: what cannot be loaded is told before the first line
     talk = Talk(options, load_generator(options.path), tokenizer)
     if options.prompt is not None:
         talk.answer(options.prompt)

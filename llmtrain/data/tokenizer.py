@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from llmtrain.arch.own_code import loading_fault
 from llmtrain.data.chat import Chat
 from llmtrain.data.special import SpecialText
 from llmtrain.observe.owned import replacing
@@ -113,9 +114,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many kinds, by what is broken
-            reason = " ".join(str(error).split())[:200]
+            reason = loading_fault(error)
             raise ValueError(f"{self.directory}: transformers cannot load this tokenizer ({reason}); mend it") from None
 
     @cached_property

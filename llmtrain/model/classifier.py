@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from llmtrain.arch.own_code import loading_fault
 from llmtrain.config.machine import fast_precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -74,7 +75,7 @@ def loaded(directory: str, device_map: str, dtype: str) -> PreTrainedModel:
             **placement(device_map),
         )
     except Exception as error:  # of many kinds, by what is broken
-        reason = " ".join(str(error).split())[:300]
+        reason = loading_fault(error, 300)
         raise ValueError(f"{directory}: transformers cannot load this as a sequence classifier ({reason})") from None
     if told["missing_keys"]:
         missing = ", ".join(sorted(told["missing_keys"])[:3])

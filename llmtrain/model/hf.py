@@ -136,7 +136,7 @@ def import_gguf(source: str, directory: str) -> None:
 
     with replacing(directory, "llmtrain.model.hf", str(path)) as target:
         _dequantized(path).save_pretrained(target)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(target)
 
 
 def _dequantized(path: Path) -> torch.nn.Module:
@@ -144,7 +144,9 @@ def _dequantized(path: Path) -> torch.nn.Module:
     quantized."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
     if not isinstance(read, LlamaForCausalLM):
         raise ValueError(f"{path}: {read.config.model_type} is not of the Llama family")
     state, config = read.state_dict(), read.config

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtrain.arch.own_code import loading_fault
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.encode import Encoder
 from llmtrain.data.rows import Example, parse_row
@@ -157,9 +158,7 @@ def fast_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds, by what is broken
-        raise ValueError(
-            f"{directory}: transformers cannot load its tokenizer ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise ValueError(f"{directory}: transformers cannot load its tokenizer ({loading_fault(error)})") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{directory}: its tokenizer has no tokenizer.json; save it with a fast one")
     return tokenizer

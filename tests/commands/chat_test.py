@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,3 +148,19 @@ def test_the_oldest_turns_make_room_and_a_line_too_long_is_forgotten(
     err = capsys.readouterr().err
     assert "its oldest turns are forgotten" in err and "prompt 0 is too long" in err
     assert talk.generator.asked[3] == "four five six yes\nend"
+
+
+def test_code_of_a_directory_does_not_run_whatever_is_typed(directory: Path, tmp_path: Path) -> None:
+    evil = Path(shutil.copytree(directory, tmp_path / "evil"))
+    config = json.loads((evil / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", None]}}
+    (evil / "tokenizer_config.json").write_text(json.dumps(config | own))
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "llmtrain", "chat", evil], input="y\n", capture_output=True, text=True, timeout=120
+    )
+    assert not (tmp_path / "ran").exists()
+    assert (done.returncode, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"{evil}: transformers cannot load this tokenizer (it asks for code of its own (auto_map)")
+    assert "trust_remote_code" not in done.stderr
