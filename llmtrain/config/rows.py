@@ -24,7 +24,13 @@ def split_path(path: str) -> tuple[str, tuple[str, ...]]:
 
 def there(path: str) -> bool:
     """Returns whether something lies at the path, or matches it as a glob."""
-    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
+    return bool(matches(path))
+
+
+def matches(path: str) -> list[str]:
+    """Returns the path itself if something lies there, even with `*`, `?` or `[` in its name; else, sorted, what
+    matches it as a glob."""
+    return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
 
 
 def is_hub_name(name: str) -> bool:

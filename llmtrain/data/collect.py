@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llmtrain.config.rows import matches
 from llmtrain.config.schema import SourceConfig
 from llmtrain.data.arithmetic import arithmetic_documents
 from llmtrain.data.faults import Faults
@@ -170,8 +171,8 @@ def needed_path(source: SourceConfig) -> str:
 def source_files(source: SourceConfig) -> list[Path]:
     """Returns the files that `path` means, sorted: itself, all below a directory, or the matches of a glob."""
     path = needed_path(source)
-    pattern = os.path.join(path, "**") if os.path.isdir(path) else path
-    files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    found = matches(os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path)
+    files = sorted(Path(p) for p in found if os.path.isfile(p))
     if not files:
         raise ValueError(f"data source {source.name!r}: no file at {path}; give a file, directory or glob")
     if closed := [str(file) for file in files if not os.access(file, os.R_OK)]:

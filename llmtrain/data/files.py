@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import io
 import os
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.config.rows import COMPRESSIONS, FORMATS, is_hub_name, split_path, there
+from llmtrain.config.rows import COMPRESSIONS, FORMATS, is_hub_name, matches, split_path, there
 from llmtrain.data.faults import Faults
 from llmtrain.data.jsonl import Record, decode, json_array, json_lines
 
@@ -53,7 +52,7 @@ def files_at(name: str, parts: tuple[str, ...]) -> list[str]:
     if not there(name):
         raise ValueError(f"{name}: no such file; give the path of a file of rows, or owner/name of a data set")
     if not os.path.isdir(name):
-        return [name] if os.path.exists(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        return [name] if os.path.exists(name) else [path for path in matches(name) if os.path.isfile(path)]
     below = (str(p) for p in sorted(Path(name).rglob("*")) if p.is_file())
     files = [p for p in below if p.removesuffix(".gz").removesuffix(".zst").endswith(FORMATS)]
     splits = {split_of(os.path.relpath(file, name)) for file in files}

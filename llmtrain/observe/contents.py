@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from llmtrain.config.rows import matches
 from llmtrain.observe.files import write_whole
 
 WHOLE_BYTES = 2**30
@@ -39,10 +40,8 @@ def file_digest(path: str | Path) -> str:
 
 def files_at(path: str) -> list[str]:
     """Returns the files that a path means, sorted: itself, all below a directory, or the matches of a pattern."""
-    if os.path.isfile(path):
-        return [path]
     pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
-    return sorted(found for found in glob.glob(pattern, recursive=True) if os.path.isfile(found))
+    return [found for found in matches(pattern) if os.path.isfile(found)]
 
 
 class Checksums:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from llmtrain.arch.mesh import mesh_sizes
 from llmtrain.arch.resolve import newest_step
 from llmtrain.config.recipes import Recipe, recipe_of
+from llmtrain.config.rows import there
 from llmtrain.config.schema import Config, ModelConfig
 
 Earlier = Mapping[str, ModelConfig | None]
@@ -62,7 +62,7 @@ class Case:
         data_dir = self.config.data.path or os.path.join(self.config.directory, "data")
         made = self.run_dir is not None and inside(path, self.run_dir)
         made = made or (self.makes_data and inside(path, data_dir))
-        return not made and not glob.glob(path, recursive=True)
+        return not made and not there(path)
 
     def missing_model(self, path: str) -> bool:
         """Tells whether there are no weights at `path` and none can come: they only lie in the directory of a stage."""

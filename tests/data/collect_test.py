@@ -32,6 +32,8 @@ def test_text_reads_files_directories_and_globs(tmp_path: Path) -> None:
     assert sorted(texts(type="text", path=str(tmp_path))) == ["one", "two"]
     assert texts(type="text", path=str(tmp_path / "a.txt")) == ["one"]
     assert texts(type="text", path=str(tmp_path / "*.txt")) == ["one"]
+    (tmp_path / "[x]*.txt").write_text("named")
+    assert texts(type="text", path=str(tmp_path / "[x]*.txt")) == ["named"]
 
 
 def test_jsonl_gives_every_line_once_in_a_seeded_order(tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_directories_and_globs(tmp_path: Path) -> None:
         read(tmp_path / "empty")
 
 
+def test_a_file_whose_name_reads_as_a_glob_is_that_file(tmp_path: Path) -> None:
+    name = str(tmp_path / "sp ace [1]*.jsonl")
+    for path, prompt in ((name, "named"), (str(tmp_path / "sp ace 1x.jsonl"), "matched")):
+        Path(path).write_text(json.dumps({"prompt": prompt}))
+    assert read(name) == [{"prompt": "named"}]
+    os.remove(name)
+    assert read(name) == [{"prompt": "matched"}]
+
+
 def test_a_directory_of_several_splits_needs_one_named(tmp_path: Path) -> None:
     for i, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
         parquet(tmp_path / f"{name}.parquet", [{"prompt": str(i)}])

@@ -392,6 +392,13 @@ def test_a_stage_may_make_its_own_data(tmp_path: Path) -> None:
         check(config(*made, "data.train=elsewhere/t.jsonl", folder=tmp_path), 4, "sft")
 
 
+def test_a_name_with_the_signs_of_a_glob_is_there(tmp_path: Path) -> None:
+    rows = tmp_path / "sp ace [1]*.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}')
+    lines = violations(config(f"data.train={rows}", folder=tmp_path), 4, "sft")
+    assert [line for line in lines if "does not exist" in line] == []
+
+
 def test_all_violations_are_reported(tmp_path: Path) -> None:
     overrides = ["model.num_heads=3", "model.num_kv_heads=3", "model.head_dim=32"]
     lines = violations(config(*overrides, folder=tmp_path), 4, "pretrain")
