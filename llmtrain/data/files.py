@@ -53,7 +53,7 @@ def files_at(name: str, parts: tuple[str, ...]) -> list[str]:
         raise ValueError(f"{name}: no such file; give the path of a file of rows, or owner/name of a data set")
     if not os.path.isdir(name):
         return [name] if os.path.exists(name) else [path for path in matches(name) if os.path.isfile(path)]
-    below = (str(p) for p in sorted(Path(name).rglob("*")) if p.is_file())
+    below = (str(p) for p in sorted(Path(name).rglob("*")) if p.is_file() and not hidden(p.relative_to(name)))
     files = [p for p in below if p.removesuffix(".gz").removesuffix(".zst").endswith(FORMATS)]
     splits = {split_of(os.path.relpath(file, name)) for file in files}
     if parts or len(splits) > 1:
@@ -62,6 +62,12 @@ def files_at(name: str, parts: tuple[str, ...]) -> list[str]:
     if not files:
         raise ValueError(f"{name}: no file of rows in this directory; it needs one of {', '.join(FORMATS)}")
     return files
+
+
+def hidden(path: Path) -> bool:
+    """Returns whether a file, or a folder that it is in, has a name that begins with a dot: copies that an editor, a
+    notebook or a file system keeps, and nobody means."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def split_of(file: str) -> str | None:

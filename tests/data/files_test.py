@@ -99,6 +99,13 @@ def test_directories_and_globs(tmp_path: Path) -> None:
     (tmp_path / "d" / "README.md").write_text("not rows")
     assert [row["prompt"] for row in read(tmp_path / "d")] == ["1", "0", "2"]
     assert [row["prompt"] for row in read(tmp_path / "d" / "*.jsonl")] == ["1", "0"]
+    (tmp_path / "d" / ".ipynb_checkpoints").mkdir()
+    for name in (".hidden.jsonl", "._a.jsonl", "deep/.c.json", ".ipynb_checkpoints/a.jsonl"):
+        (tmp_path / "d" / name).write_text(json.dumps({"prompt": name}))
+    assert [row["prompt"] for row in read(tmp_path / "d")] == ["1", "0", "2"]
+    (tmp_path / "d").rename(tmp_path / ".d")  # what is named is meant
+    assert [row["prompt"] for row in read(tmp_path / ".d")] == ["1", "0", "2"]
+    assert read(tmp_path / ".d" / ".hidden.jsonl") == [{"prompt": ".hidden.jsonl"}]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: no file of rows in this directory; it needs one of .jsonl"):
         read(tmp_path / "empty")
