@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmtrain.config.schema import Config
+from llmtrain.arch.resolve import resolve_model
+from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.trainer.scored import score_samples
 from llmtrain.types import Batch, Group, Sample, Scores
+
+MODEL = resolve_model(ModelConfig(num_layers=2, hidden_size=32, ffn_size=48, num_kv_heads=2, vocab_size=512))
 
 
 class Scorer:
@@ -43,7 +46,7 @@ def on_rank(rank: int, size: int, seq_len: int) -> list[Group]:
         sizes={"cp": 1, "tp": 1, "pp": 1}, dp_size=size, dp_rank=rank, device=torch.device("cpu"), groups={"dp": None}
     )
     config = Config.model_validate({"name": "a", "train": {"seq_len": seq_len, "micro_batch_seqs": 1}})
-    job = SimpleNamespace(config=config, mesh=mesh, tokenizer=SimpleNamespace(pad_id=0))
+    job = SimpleNamespace(config=config, mesh=mesh, model=MODEL, tokenizer=SimpleNamespace(pad_id=0))
     found = groups()
     score_samples(job, Scorer(), found, "theirs")
     return found
