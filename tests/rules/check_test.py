@@ -56,7 +56,7 @@ def config(*overrides: str, folder: Path) -> Config:
         (
             "sft",
             4,
-            ["train.micro_batch_tokens=512", "data.replay_seqs=4"],
+            ["train.micro_batch_tokens=512", "data.replay_seqs=4", f"data.path={Path(__file__).parent}"],
             "train.micro_batch_tokens=512: not with data.replay_seqs and parallel.pp=2, .*; use train.micro_batch_seqs",
         ),
         (
