@@ -100,15 +100,18 @@ def write_record(directory: str, record: Record) -> None:
 
 def check_directory(directory: str, now: Record, recipe: Recipe) -> None:
     """Raises ValueError when the run directory is not this run's: it holds files that no run has written, or a run of
-    another recipe, or checkpoints of a run that differs in what must stay."""
+    another recipe, or checkpoints or metrics of a run that differs in what must stay."""
     check_files(directory)
     was = recorded(directory)
     if was is None:
         return
+    found = differences(was, now, recipe)
     if list_checkpoints(os.path.join(directory, "checkpoints")):
-        _refuse(differences(was, now, recipe), directory)
-    else:  # without a checkpoint it starts anew, if it is the same run at all
-        _refuse([each for each in differences(was, now, recipe) if each[0] in ("command", "name")], directory)
+        _refuse(found, directory)
+    elif _has_lines(os.path.join(directory, "metrics.jsonl")):  # the same run starts anew and writes them again
+        _refuse(found, directory, ", or move that directory away")
+    else:  # nothing is lost when it starts anew, if it is the same run at all
+        _refuse([each for each in found if each[0] in ("command", "name")], directory)
 
 
 def check_files(directory: str) -> None:
@@ -136,9 +139,13 @@ def _of_earlier_version(directory: str) -> bool:
     return model.head_dim is not None and all("loss" in each for each in lines)  # a document of a user's leaves it open
 
 
-def _refuse(found: list[Difference], path: str) -> None:
+def _has_lines(path: str) -> bool:
+    return os.path.isfile(path) and b"\n" in Path(path).read_bytes()
+
+
+def _refuse(found: list[Difference], path: str, remedy: str = "") -> None:
     if found:
-        raise ValueError("\n".join(line(each, path) for each in found))
+        raise ValueError("\n".join(line(each, path) + remedy for each in found))
 
 
 def line(found: Difference, path: str) -> str:

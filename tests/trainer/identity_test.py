@@ -288,6 +288,27 @@ def test_the_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     check_directory(str(run), now, SFT)
 
 
+def test_metrics_without_a_checkpoint_are_those_of_their_run(tmp_path: Path) -> None:
+    """Killed before its first checkpoint, or the checkpoints were moved away: the same run writes its lines again,
+    another one must not drop them."""
+    run, config = tmp_path / "run", resolved(document(tmp_path))
+    (run / "checkpoints").mkdir(parents=True)
+    now = record_of(config, GRPO, {"rewards.own": {"path": "r.py", "sha256": "1"}})
+    write_record(str(run), now)
+    same = record_of(resolved(document(tmp_path, "optim.lr=0.1", "train.steps=1")), GRPO, now["contents"])
+    judged = record_of(resolved(document(tmp_path, "rewards=[{name: math}]")), GRPO, now["contents"])
+    edited = record_of(config, GRPO, {"rewards.own": {"path": "r.py", "sha256": "2"}})
+    for lines in ("", '{"step": 1, "lo'):  # no step that is done
+        (run / "metrics.jsonl").write_text(lines)
+        for each in (same, judged, edited):
+            check_directory(str(run), each, GRPO)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    check_directory(str(run), same, GRPO)
+    for each, key in ((judged, "rewards="), (edited, r"rewards\.own=r\.py \(sha256 2\): must stay r\.py \(sha256 1\)")):
+        with pytest.raises(ValueError, match=f"^{key}.*; or give the run another name, or move that directory away$"):
+            check_directory(str(run), each, GRPO)
+
+
 def test_checkpoints_alone_say_whose_they_are(tmp_path: Path) -> None:
     """Copied from another run, or of an earlier version, which has no run.json."""
     run, now = tmp_path / "run", record_of(resolved(document(tmp_path)), SFT, {})
