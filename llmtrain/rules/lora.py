@@ -58,7 +58,7 @@ def _optimizer(case: Case) -> Iterator[str]:
 
 
 def _after_training(case: Case) -> Iterator[str]:
-    if case.config.model.lora is not None:
+    if case.config.model.lora is not None and not case.own_run:  # else `commands.weights` compares it with the run's
         yield (
             f"model.lora: is for training, {case.command} merges the adapters that the run in model.init_from has; "
             "remove it"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmtrain.checkpoint.load import CheckpointReader
+from llmtrain.cli import main
 from llmtrain.commands import evaluate, export, report
 from llmtrain.config.load import load
 from llmtrain.config.schema import Config
@@ -27,15 +28,17 @@ EVAL = ("eval.text=false", "eval.problems=2", "eval.samples=2")
 
 @pytest.fixture(scope="module")
 def folder(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs: `base`, of new weights, and `tuned`, which was started from its export."""
+    """Three runs: `base`, of new weights, and two which were started from its export: `tuned`, and `adapted` with
+    adapters."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "small.yaml").write_text(DOCUMENT.format(data=small_data))
     done = run_alone("llmtrain", "sft", str(folder / "small.yaml"), f"run_dir={folder}/base", *SHORT)
     assert done.returncode == 0, done.stdout[-2000:]
     export.main(base(folder, "export.dtype=fp32"))
-    start = (f"run_dir={folder}/tuned", f"model={{init_from: {folder}/base/export}}")
-    done = run_alone("llmtrain", "sft", tuned_document(folder), *start, *SHORT)
-    assert done.returncode == 0, done.stdout[-2000:]
+    for name, more in (("tuned", ()), ("adapted", ("model.lora={rank: 2}", "optim.warmup_steps=0"))):
+        start = (f"run_dir={folder}/{name}", f"model={{init_from: {folder}/base/export}}", *more)
+        done = run_alone("llmtrain", "sft", tuned_document(folder), *start, *SHORT)
+        assert done.returncode == 0, done.stdout[-2000:]
     return folder
 
 
@@ -129,6 +132,54 @@ def test_another_document_than_that_of_the_run_is_refused(
     with pytest.raises(ValueError, match=message):
         command.main(config)
     assert not (tmp_path / "out").exists()
+
+
+def adapted(folder: Path, *overrides: str) -> list[str]:
+    start = (f"run_dir={folder}/adapted", f"model.init_from={folder}/base/export")
+    return [tuned_document(folder), *start, *overrides]
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_the_document_of_a_run_with_adapters_means_that_run(folder: Path, tmp_path: Path, written_out: bool) -> None:
+    own = [f"{folder}/adapted/config.yaml"] if written_out else adapted(folder, "model.lora={rank: 2}")
+    first = f"{folder}/adapted/checkpoints/step-00000001"
+    for name, given in {"whole": own, "adapter": [*own, "export.adapter=true"], "without": adapted(folder)}.items():
+        assert main(["export", *given, "export.dtype=fp32", f"export.path={tmp_path}/{name}"]) == 0
+    older = [f"model.init_from={first}", "export.dtype=fp32", f"export.path={tmp_path}/first"]
+    export.main(load(f"{folder}/adapted/config.yaml", older))
+    projection = "model.layers.0.self_attn.q_proj.weight"
+    whole, older, without = (
+        load_file(tmp_path / x / "model.safetensors")[projection] for x in ("whole", "first", "without")
+    )
+    start = load_file(folder / "base" / "export" / "model.safetensors")[projection]
+    assert whole.equal(without) and not whole.equal(older) and not older.equal(start)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    assert main(["eval", *own, *EVAL, f"eval.label=own {written_out}"]) == 0
+    assert (folder / "adapted" / "eval" / f"own {written_out}" / "eval.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "run", "lora", "message"),
+    [
+        ("export", "adapted", "{rank: 4}", "model.lora.rank=4: must stay 2, with which"),
+        ("eval", "adapted", "{rank: 2, alpha: 8.0}", "model.lora.alpha=8.0: must stay 16.0, with which"),
+        (
+            "export",
+            "tuned",
+            "{rank: 2}",
+            "model.lora={'rank': 2, 'alpha': 16.0, 'targets': ['q', 'v']}: must stay None",
+        ),
+        ("export", "new", "{rank: 2}", "model.lora: is for training, export merges"),
+        ("sft", "tuned", "{rank: 2}", "model.lora={'rank': 2, 'alpha': 16.0, 'targets': ['q', 'v']}: must stay None"),
+        ("sft", "adapted", "null", "model.lora=None: must stay {'rank': 2, 'alpha': 16.0, 'targets': ['q', 'v']}"),
+    ],
+)
+def test_other_adapters_than_those_of_the_run_are_refused(
+    folder: Path, command: str, run: str, lora: str, message: str
+) -> None:
+    given = [*adapted(folder, f"run_dir={folder}/{run}", f"model.lora={lora}"), "train.steps=5", *EVAL]
+    done = run_alone("llmtrain", command, *given)
+    assert done.returncode == 2 and message in done.stdout and "Traceback" not in done.stdout, done.stdout[-2000:]
 
 
 def test_a_run_that_has_saved_nothing_never_means_its_base(folder: Path, tmp_path: Path) -> None:
