@@ -103,12 +103,17 @@ def _decimal(match: re.Match[str]) -> str:
     return value.rstrip("0").rstrip(".") if "." in value else value
 
 
+def ascii_minus(text: str) -> str:
+    """Returns the text with `-` for each Unicode minus before a digit. Example: "−5" -> "-5"."""
+    return re.sub("−(?=[0-9])", "-", text)
+
+
 def first_integer(text: str) -> str | None:
     """Returns the first number of a text if it is an integer, without its separators; else None.
 
-    Examples: "1,234 km" -> "1234", "+5" -> "5", "5.0" -> "5", "3/4", "2.5" and "no" -> None
+    Examples: "1,234 km" -> "1234", "+5" -> "5", "−5" -> "-5", "5.0" -> "5", "3/4", "2.5" and "no" -> None
     """
-    found = NUMBER.search(text)
+    found = NUMBER.search(ascii_minus(text))
     if found is None or found["rest"].strip(".0"):
         return None
     digits = found["whole"].replace(",", "")

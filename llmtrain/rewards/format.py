@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtrain.rewards.extract import NUMBER, first_integer, gold_text
+from llmtrain.rewards.extract import NUMBER, ascii_minus, first_integer, gold_text
 
 NEEDS = "`answer`: an integer, as a number or text"
 
@@ -25,6 +25,6 @@ def fault(example: dict[str, Any]) -> str | None:
     if "answer" not in example:
         return "field 'answer' is missing; add the right integer"
     gold = gold_text(example["answer"])
-    if gold is None or not NUMBER.fullmatch(gold) or first_integer(gold) is None:
+    if gold is None or not NUMBER.fullmatch(ascii_minus(gold)) or first_integer(gold) is None:
         return f"field 'answer' is {example['answer']!r:.60}: this reward reads integers alone; use math, or mend it"
     return None

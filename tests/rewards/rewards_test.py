@@ -72,6 +72,12 @@ def test_first_integer_reads_the_gold_as_people_write_it(gold: object) -> None:
     assert format.score("1,234", {"answer": gold}) == format.score("1234.", {"answer": gold}) == 1.0
 
 
+def test_first_integer_reads_a_unicode_minus() -> None:
+    assert format.extract("so −5") == "-5" and format.fault({"answer": "−5"}) is None
+    assert format.score("−5", {"answer": -5}) == format.score("-5", {"answer": "−5"}) == 1.0
+    assert format.score("−5", {"answer": 5}) == format.score("5", {"answer": "−5"}) == 0.0
+
+
 @pytest.mark.parametrize("gold", ["abc", "3/4", 5.5, "", None, True, [5], "5 or 6"])
 def test_first_integer_refuses_other_golds(gold: object) -> None:
     assert "this reward reads integers alone" in format.fault({"answer": gold})
