@@ -18,32 +18,44 @@ HASHES = re.compile(r"####[ \t]*(?![A-Za-z]{2})(\S.*)")  # not the heading `####
 ANSWER = re.compile(
     r"^[ \t>*_#]*(?:the[ \t]+|my[ \t]+)?(?:final[ \t]+)?answer[*_]*[ \t]*(?:is[ \t]*)?[:=][*_]*[ \t]*(.*)", re.I | re.M
 )
+TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.I | re.S)
+TOLD = re.compile(r"\banswer is:?\s+([^\s].*)", re.I)  # within the last line
 HEADING = re.compile(r"^[ \t>*_#]+(?:final[ \t]+)?answer[*_: \t]*\n+(.*)", re.I | re.M)
 WHOLE = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)")  # 1234 or 1,234
 NUMBER = re.compile(rf"(?P<whole>{WHOLE.pattern})(?P<rest>(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?(?:\s*/\s*[0-9]+)?)")
 
 
 def final_answer(completion: str) -> str:
-    """Returns the part of a completion that holds its answer.
+    """Returns the part of a completion that holds its answer, see `answer_part`."""
+    return answer_part(completion)[0]
+
+
+def answer_part(completion: str) -> tuple[str, bool]:
+    """Returns the part of a completion that holds its answer, and whether a mark says so.
 
     The last of these counts: a run of boxed values; what follows `####` on its line; what follows `Answer:` at the
-    start of a line; the line below a heading `Answer`; X of `The final answer is X. I hope it is correct`. Without any
-    it is the last line with a digit or a formula, else the last line with text.
-    Example: "2+40\\n#### 42\\nThat confirms it." -> "42"
+    start of a line; the line below a heading `Answer`; X of `The final answer is X. I hope it is correct`; what stands
+    in `<answer>` tags. Without any it is the last line with a digit, a formula or `answer is` (of that, what follows),
+    else the last line with text.
+    Example: "2+40\\n#### 42\\nThat confirms it." -> ("42", True)
     """
     marks = [
-        (m.start(1), m.group(1)) for pattern in (HASHES, ANSWER, HEADING, HOPE) for m in pattern.finditer(completion)
+        (m.start(1), m.group(1))
+        for pattern in (HASHES, ANSWER, HEADING, HOPE, TAG)
+        for m in pattern.finditer(completion)
     ]
     if BOXED in completion:
         start = boxed_start(completion)
         marks.append((start, boxed_run(completion, start)))
     marks = [(place, text) for place, text in marks if text.strip()]
     if marks:
-        return max(marks)[1].strip()[:MOST_CHARACTERS]
+        return max(marks)[1].strip()[:MOST_CHARACTERS], True
     whole = DISPLAY.sub(lambda m: m.group().replace("\n", " "), completion)  # a formula on lines of its own is one line
     lines = [line.strip() for line in whole.splitlines() if line.strip()]
-    told = [line for line in lines if re.search(r"[0-9\\$]", line)]
-    return (told or lines or [""])[-1][-MOST_CHARACTERS:]
+    told = [line for line in lines if re.search(r"[0-9\\$]", line) or TOLD.search(line)]
+    last = (told or lines or [""])[-1][-MOST_CHARACTERS:]
+    said = TOLD.search(last)
+    return (said.group(1), True) if said else (last, False)
 
 
 def boxed_start(completion: str) -> int:
@@ -90,7 +102,13 @@ def plain(text: str) -> str:
     text = re.sub(r"(?<=[0-9])(?:\\,|\{,\}|[    ])(?=[0-9]{3}(?![0-9]))", "", text)
     text = re.sub(r"(?<![0-9/.,])([0-9]{1,9}) ([0-9]{1,9})/([0-9]{1,9})(?![0-9/.])", _improper, text)
     text = re.sub(r"(?<![\w.])([0-9]{1,9}(?:\.[0-9]{1,9})?)[eE]([-+]?[0-9]{1,2})(?!\w)", _decimal, text)
+    text = re.sub("(?:(?<=[0-9)}π])|(?<=\\b[A-Za-z]))[⁻⁰¹²³⁴-⁹]+", lambda m: f"^{{{_raised(m.group())}}}", text)
+    text = text.replace("π", "\\pi ")
     return re.sub(r"√\(?([0-9a-zA-Z]+)\)?", r"\\sqrt{\1}", text)
+
+
+def _raised(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).replace("−", "-")
 
 
 def _improper(match: re.Match[str]) -> str:

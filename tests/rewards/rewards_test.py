@@ -143,6 +143,24 @@ PAIRS = [  # (right answer, completion, what is read, reward)
     ("B", "Answer: B", "b", 1.0),
     ("(B)", "Answer: (B)", "b", 1.0),
     ("B", "\\boxed{C}", "c", 0.0),
+    ("B", "The answer is (B).", "b", 1.0),
+    ("B", "The answer is B.", "b", 1.0),
+    ("A", "The answer is B.", "b", 0.0),
+    ("72", "<answer>72</answer>", "72", 1.0),
+    # nothing is left out
+    ("10", "Answer: 10^{-3}", "10**(-3)", 0.0),
+    ("0.001", "Answer: 10^{-3}", "10**(-3)", 1.0),
+    ("2", "Answer: 2π", "2*pi", 0.0),
+    ("2\\pi", "Answer: 2π", "2*pi", 1.0),
+    ("2", "Answer: 2x", "2*x", 0.0),
+    ("2x", "Answer: 2x", "2*x", 1.0),
+    ("5", "Answer: 5!", "factorial(5)", 0.0),
+    ("120", "#### 5!", "factorial(5)", 1.0),
+    ("5", "Answer: 5²", "5**2", 0.0),
+    ("25", "5²", "5**2", 1.0),
+    ("3", "Answer: x > 3", "x > 3", 0.0),
+    ("5", "Answer: x = 5 metres. Good luck!", "5", 1.0),
+    ("72", "Answer: She has $72.00 left.", "72.0000000000000", 1.0),
     ("2\\sqrt{3}", "2√3", "2*sqrt(3)", 1.0),
     ("7", "2 + 5 = 7", "7", 1.0),
 ]
@@ -153,6 +171,16 @@ def test_math(gold: str, completion: str, answer: str | None, reward: float) -> 
     assert math.fault({"answer": gold}) is None
     assert extract_answer("math", completion) == answer
     assert reward_fn("math")(completion, {"answer": gold}) == reward
+
+
+@pytest.mark.parametrize("text", ["Answer: (B) Paris", "B) Paris", "**B.** Paris", "<answer>b</answer>"])
+def test_math_reads_the_letter_of_an_option(text: str) -> None:
+    assert [math.score(text, {"answer": gold}) for gold in ("B", "(B)", "A")] == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("text", ["5 million", "5 or more", "at least 5", "5 (mod 7)", "5 xy", "minus 5"])
+def test_math_does_not_read_a_number_that_words_change(text: str) -> None:
+    assert math.score(f"Answer: {text}", {"answer": "5"}) == 0.0
 
 
 def test_math_counts_equal_answers_together() -> None:
