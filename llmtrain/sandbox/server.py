@@ -140,9 +140,19 @@ def collect(reading: int, count: int, deadline_s: float, most_bytes: int) -> tup
 def call(function: Function, arguments: list[Any]) -> bytes:
     """Returns the reply of a function: {"value": what it returned} or {"error": what it raised}."""
     try:
-        return json.dumps({"value": function(*arguments)}).encode()
+        return json.dumps({"value": function(*arguments)}, default=number).encode()
     except BaseException as error:  # whatever it is, it must not end the process without a reply
         return json.dumps({"error": describe(error)}).encode()
+
+
+def number(value: Any) -> float:
+    """Returns a number of numpy, torch or another library, without dimensions, as a float. Raises TypeError for others.
+
+    Example: numpy.float32(0.5) -> 0.5
+    """
+    if hasattr(value, "__float__") and not getattr(value, "shape", ()):
+        return float(value)
+    raise TypeError(f"returned a value of type {type(value).__name__}, which is no number; return float(...) of it")
 
 
 def describe(error: BaseException) -> str:

@@ -18,6 +18,12 @@ def echo(value: object) -> object:
     return value
 
 
+def numpy_number(kind: str) -> object:
+    import numpy
+
+    return numpy.ones(2) if kind == "array" else getattr(numpy, kind)(1)
+
+
 def fail(text: str) -> None:
     raise ValueError(text)
 

@@ -19,7 +19,7 @@ from llmtrain.sandbox.limits import Limits, Mechanisms
 from llmtrain.sandbox.pool import Call, Pool, Reply, Worker
 
 HERE = str(Path(__file__).with_name("functions.py"))
-NAMES = ("count", "echo", "fail", "sleep", "descriptors", "variables", "end")
+NAMES = ("count", "echo", "fail", "sleep", "descriptors", "variables", "end", "numpy_number")
 FUNCTIONS = {name: f"{HERE}:{name}" for name in NAMES}
 
 
@@ -45,6 +45,13 @@ def test_values_come_back_in_order(pool: Pool) -> None:
     values = [1, 2.5, None, "é\n", [1, [2]], {"a": {"b": True}}, "x" * 100_000]
     assert pool.run([Call("echo", (value,), 30.0) for value in values]) == [Reply(value, None) for value in values]
     assert pool.run([]) == []
+
+
+def test_numbers_of_numpy_are_numbers(open_pool: Pool) -> None:
+    kinds = ("float32", "float64", "int64", "bool_", "array")
+    *fine, array = open_pool.run([Call("numpy_number", (kind,), 30.0) for kind in kinds])
+    assert fine == [Reply(1.0, None)] * 4
+    assert array.value is None and array.error.startswith("TypeError: returned a value of type ndarray")
 
 
 def test_no_call_sees_an_earlier_one(pool: Pool) -> None:
