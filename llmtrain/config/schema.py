@@ -28,6 +28,8 @@ UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, in which `~` is the home directory."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of a whole."""
+DeadlineS = Annotated[float, Field(gt=0.0, le=86_400.0)]
+"""Seconds, a day at most."""
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 """The share of a moving mean that an update keeps."""
@@ -341,7 +343,9 @@ class RewardConfig(Section):
     model: UserPath | None = None  # a sequence classifier with one output: an export, a directory, a hub name
     name: str = "reasoning_gym"  # reasoning_gym, first_integer, math; with `function` or `model`, in metrics, theirs
     weight: float = 1.0  # in the sum
-    deadline_s: PositiveFloat = 5.0  # to score one completion; later it is an error, and the reward is 0; not: model
+    deadline_s: DeadlineS = (
+        5.0  # to score one completion, a day at most; later it is an error, and the reward is 0; not: model
+    )
     max_error_share: Share | None = None  # of a step; above it the run stops; None = 1, function and model: 0.5
     unsandboxed: bool = False  # run `function` with all that you may do: files, network, what it remembers
     device_map: Annotated[str, Field(pattern=DEVICE_MAP)] = "auto"  # model: GPU, then host memory; cpu, cuda:1, ...

@@ -48,7 +48,7 @@ def pool_of(name: str, function: str | None, unsandboxed: bool) -> Pool:
     """Returns the workers of one reward; it is the same for all who ask."""
     if function is not None:
         functions = {"score": absolute(function), "extract": "llmtrain.rewards.extract:final_answer"}
-        return Pool(functions, workers_of_rank(), sandboxed=not unsandboxed)
+        return Pool(functions, workers_of_rank(), sandboxed=not unsandboxed, takes={"score": 2})
     module = OF_PACKAGE[name]
     functions = {each: f"{module.__name__}:{each}" for each in FUNCTIONS if hasattr(module, each)}
     return Pool(functions, workers_of_rank(), batch=BATCH)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmtrain.sandbox.limits import Limits, Mechanisms
@@ -58,6 +59,7 @@ class Worker:
         limits: Limits,
         sandboxed: bool = True,
         without: Sequence[str] = (),
+        takes: Mapping[str, int] = MappingProxyType({}),
         warm_up: Sequence[Any] = (),
     ) -> None:
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -71,15 +73,19 @@ class Worker:
             start_new_session=True,
         )
         settings = {"functions": dict(functions), "sandboxed": sandboxed, "readable": library_folders()}
-        settings |= {"limits": dataclasses.asdict(limits), "without": list(without), "warm_up": list(warm_up)}
+        settings |= {"limits": dataclasses.asdict(limits), "without": list(without)}
+        settings |= {"takes": dict(takes), "warm_up": list(warm_up)}
         self.write(settings)
 
     def await_ready(self) -> Mechanisms:
         """Returns which mechanisms hold the calls, when everything is loaded."""
+        give_up = time.monotonic() + START_S
         answer = self.read(START_S)
         if answer is not None and "ready" in answer:
             return Mechanisms(**answer["ready"])
         self.kill()
+        if answer is None and time.monotonic() < give_up:
+            raise ImportError("a worker ended while it imported the functions; they must not end the process")
         if answer is None:
             raise RuntimeError(f"a worker of the sandbox did not start in {START_S:.0f} s (see above); start it again")
         if answer.get("loading"):
@@ -161,6 +167,7 @@ class Pool:
     """Workers with the same functions, started at the first calls. Usable from any thread, one at a time.
 
     Up to `batch` calls share a process, until one of them fails: for functions that never evaluate what they are given.
+    `takes` says of names how many arguments the function must take; others are refused when a worker starts.
     A function named `warm_up` is called by each worker before all calls, in the process that they are forked from.
 
     Example: Pool({"score": "my_rewards.py:score"}).run([Call("score", ("42", {}), 5.0)]) -> [Reply(1.0, None)]
@@ -174,10 +181,11 @@ class Pool:
         sandboxed: bool = True,
         without: Sequence[str] = (),
         batch: int = 1,
+        takes: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.batch = batch
         self.functions, self.warm_up = dict(functions), ()
-        self.arguments = (functions, limits or Limits(), sandboxed, without)
+        self.arguments = (functions, limits or Limits(), sandboxed, without, takes)
         self.size, self.workers, self.mechanisms = workers, deque[Worker](), Mechanisms()
         self.lock = threading.Lock()
         atexit.register(self.close)
@@ -196,9 +204,14 @@ class Pool:
 
     def _fill(self) -> None:
         new = [Worker(*self.arguments, self.warm_up) for _ in range(self.size - len(self.workers))]
-        for worker in new:
-            self.mechanisms = worker.await_ready()
-            self.workers.append(worker)
+        try:
+            for worker in new:
+                self.mechanisms = worker.await_ready()
+        except BaseException:
+            for worker in new:  # the others have the same fault, and need not tell it
+                worker.kill()
+            raise
+        self.workers.extend(new)
 
     def run(self, calls: Sequence[Call]) -> list[Reply]:
         """Returns the replies in the order of the calls, which run one by one on each worker."""

@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import selectors
@@ -42,6 +43,7 @@ class Settings(NamedTuple):
     readable: list[str]  # folders of Python's libraries
     limits: Limits
     without: list[str]  # mechanisms that are not used (tests)
+    takes: dict[str, int]  # name -> how many arguments a plain function of that name must take
     warm_up: list[Any]  # arguments of the function `warm_up`, if there is one
 
 
@@ -175,13 +177,37 @@ def load_all(settings: Settings) -> dict[str, Function] | None:
     """Returns the functions by name, after a call of `warm_up`. If one cannot be loaded, says so and returns None."""
     try:
         functions = {name: load(spec) for name, spec in settings.functions.items()}
+        for name, count in settings.takes.items():
+            check_plain(functions[name], settings.functions[name].rpartition(":")[2], count)
         if "warm_up" in functions:
             functions["warm_up"](*settings.warm_up)
         return functions
-    except Exception as error:
-        lines = traceback.format_exception(error, limit=-2)
-        write_frame({"fault": f"{describe(error)}\n{''.join(lines).strip()}", "loading": True})
+    except BaseException as error:  # also sys.exit at import
+        write_frame({"fault": f"{describe(error)}{where(error)}".replace("\n", " "), "loading": True})
         return None
+
+
+def where(error: BaseException) -> str:
+    """Returns the last place of an error in a file that is not this one. Example: " (mine.py:3)" """
+    places = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and f.filename[0] != "<"]
+    return f" ({places[-1].filename}:{places[-1].lineno})" if places else ""
+
+
+def check_plain(function: Any, name: str, count: int) -> None:
+    """Raises TypeError, with the remedy, if this is no plain function that `count` arguments can be given to."""
+    if not callable(function):
+        raise TypeError(f"{name} is of type {type(function).__name__}, no function; name a function")
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if any(kind(function) for kind in kinds):
+        raise TypeError(f"{name} is an async function or a generator; use a plain one that returns the value")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions of compiled modules tell nothing
+        return
+    try:
+        signature.bind(*range(count))
+    except TypeError as error:
+        raise TypeError(f"{name}{signature} cannot be called with {count} arguments: {error}; mend it") from None
 
 
 def load(spec: str) -> Function:

@@ -147,6 +147,35 @@ def test_a_function_that_cannot_be_loaded_is_wrong_input(own: Callable[..., Rewa
         check_rows([RewardConfig(function=f"{tmp_path}/bad.py:f")], [{}], ["f:1"])
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import sys\nsys.exit(3)", r"SystemExit: 3 \(.*bad.py:2\)"),
+        ("import os\nos._exit(3)", "a worker ended while it imported the functions"),
+        ("score = 5", "TypeError: score is of type int, no function"),
+        ("def score(completion): pass", r"TypeError: score\(completion\) cannot be called with 2 arguments"),
+        ("async def score(completion, example): pass", "TypeError: score is an async function or a generator"),
+        ("def score(completion, example): yield 1", "TypeError: score is an async function or a generator"),
+        ("def score(:", "SyntaxError: .*bad.py, line 1"),
+        ("import nothing_of_this", "ModuleNotFoundError"),
+    ],
+)
+@pytest.mark.parametrize("unsandboxed", [False, True])
+def test_a_function_that_cannot_work_is_refused_in_one_line(
+    source: str, reason: str, unsandboxed: bool, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "bad.py").write_text(source)
+    reward = RewardConfig(function=f"{tmp_path}/bad.py:score", unsandboxed=unsandboxed)
+    with pytest.raises(ValueError, match=f"^rewards: score: cannot be loaded: {reason}") as told:
+        check_rows([reward], [{}], ["f:1"])
+    assert "\n" not in str(told.value) and capfd.readouterr().err == ""
+
+
+def test_a_deadline_is_a_day_at_most() -> None:
+    with pytest.raises(ValueError, match="less than or equal to 86400"):
+        RewardConfig(deadline_s=1e30)
+
+
 def test_all_faults_of_rows_are_told_at_once() -> None:
     rows = [{"answer": str(n)} if n % 2 else {"answer": f"{n}/7"} for n in range(60)]
     with pytest.raises(ValueError) as told:
