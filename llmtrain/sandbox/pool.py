@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import os
 import selectors
+import signal
 import site
 import subprocess
 import sys
@@ -138,10 +140,12 @@ class Worker:
         return found
 
     def kill(self) -> None:
-        """Ends the worker and all that it started."""
-        self.process.kill()
+        """Ends the worker and all that it started, its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # none of it is left
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of a frame that it no longer took
+            self.process.stdin.close()
         self.process.stdout.close()
 
 

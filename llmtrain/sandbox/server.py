@@ -53,6 +53,7 @@ def main() -> None:
     settings = Settings(**{**first, "limits": Limits(**first["limits"])})
     if not settings.sandboxed:
         serve_unlocked(settings)
+        end_group()
         return
     spaced = "namespaces" not in settings.without and namespaces.enter()
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
@@ -171,6 +172,13 @@ def serve_unlocked(settings: Settings) -> None:
     while (request := read_frame()) is not None:
         replies = [call(functions[request["function"]], arguments).decode() for arguments in request["calls"]]
         write_frame({"frames": [{"reply": reply} for reply in replies]})
+
+
+def end_group() -> None:
+    """Ends this process with its threads and all that it started, if it leads a group of its own, as workers do."""
+    sys.stderr.flush()
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
 
 
 def load_all(settings: Settings) -> dict[str, Function] | None:

@@ -142,6 +142,45 @@ def test_outside_the_sandbox_a_worker_remembers(open_pool: Pool) -> None:
     assert open_pool.run(calls("variables"))[0].value.keys() >= {"PATH"}
 
 
+CHILDREN = """
+import subprocess, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+def start(seconds):
+    child = subprocess.Popen(["sleep", "600"])
+    print(child.pid, file=open(__file__ + ".pid", "w"))
+    time.sleep(seconds)
+"""
+
+
+def gone(pid: int) -> bool:
+    """Says whether a process ends within 10 s; one that nobody has waited for yet has ended."""
+    give_up = time.monotonic() + 10
+    while time.monotonic() < give_up:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("end", ["deadline", "close", "stdin"])
+def test_outside_the_sandbox_no_process_is_left(end: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(CHILDREN)
+    pool = Pool({"start": f"{tmp_path}/own.py:start"}, sandboxed=False)
+    pool.start()
+    worker = pool.workers[0].process
+    (reply,) = pool.run([Call("start", (600 if end == "deadline" else 0,), 1.5 if end == "deadline" else 30.0)])
+    child = int((tmp_path / "own.py.pid").read_text())
+    if end == "deadline":
+        assert reply.error == "took longer than 1.5 s"
+    elif end == "stdin":  # as when the process that started it is killed
+        worker.stdin.close()
+        worker.wait(10)
+    else:
+        pool.close()
+    assert gone(child) and worker.poll() is not None
+    pool.close()
+
+
 @pytest.mark.parametrize(
     ("held", "fault"),
     [
