@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+MOST_NODES = 100_000  # values that a file with aliases may stand for: eight lines of them can mean 10^9
 EVERY_ENTRY = ("rewards",)  # lists of which `LIST.KEY=value` sets a key in all entries
 Keys = tuple[str | int, ...]  # a path into a document: ("data", "sources", 0, "path")
 
@@ -130,10 +131,30 @@ def _parse(path: str) -> Document:
         raise ConfigError(f"{path}:{node.start_mark.line + 1}: must be a mapping of sections, such as `train:`")
     document = Document(where={(): path})
     try:
+        _check_aliases(node, path, {})
         document.data = _plain(node, (), path, document.where)
     except RecursionError:
         raise ConfigError(f"{path}: an alias refers to the section it stands in; write the values out") from None
     return document
+
+
+def _check_aliases(node: yaml.Node, path: str, sizes: dict[int, int]) -> int:
+    """Returns the number of nodes that a node stands for, with its aliases written out; `sizes` holds those of the
+    nodes seen. Raises ConfigError when aliases make it more than MOST_NODES, without writing them out."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.CollectionNode):
+        pairs = isinstance(node, yaml.MappingNode)
+        children = [child for pair in node.value for child in pair] if pairs else node.value
+    size = 1 + sum(_check_aliases(child, path, sizes) for child in children)
+    sizes[id(node)] = size
+    if size > MOST_NODES and size > len(sizes):  # more than are written
+        raise ConfigError(
+            f"{_at(path, node)}: aliases make this more than {MOST_NODES:,} values, the most that is read; "
+            "use fewer, or write the values out"
+        )
+    return size
 
 
 def _plain(node: yaml.Node, keys: Keys, source: str, where: dict[Keys, str]) -> Any:

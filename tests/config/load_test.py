@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,19 @@ def test_a_fault_names_file_line_rule_and_remedy(tmp_path: Path, text: str, expe
     message = fault(path)
     assert "\n" not in message
     assert message.startswith(f"{path}:{expected}")
+
+
+def test_aliases_that_stand_for_millions_of_values_are_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    path, start = write(tmp_path, "\n".join(lines)), time.process_time()
+    assert fault(path) == (
+        f"{path}:5: aliases make this more than 100,000 values, the most that is read; use fewer, or write the values "
+        "out"
+    )
+    assert time.process_time() - start < 1
+    few = load(write(tmp_path, "name: &x few\nrun_dir: *x\n"), [])
+    assert (few.name, few.run_dir) == ("few", "few")
 
 
 def test_faults_of_the_whole_file(tmp_path: Path) -> None:
