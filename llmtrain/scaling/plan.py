@@ -253,14 +253,19 @@ def bubble_share(schedule: str, pp: int, virtual_stages: int, microbatches: floa
 
 
 def main(config: Config) -> None:
-    """Prints the plan of a stage, or of every training stage of a run."""
+    """Prints the plan of a stage, or of every training stage of a run. Raises ValueError when some cannot be planned,
+    after the plans of the others."""
+    faults: list[str] = []
     for recipe, staged, world_size, earlier in _stages(config):
         print(f"{staged.name} ({recipe.name})")
         try:
             lines = describe(staged, plan(staged, world_size, recipe, earlier), recipe)
         except ValueError as error:
-            lines = str(error).splitlines()
+            lines = ["cannot be planned"]
+            faults += [f"{staged.name} ({recipe.name}): {line}" for line in str(error).splitlines()]
         print("\n".join(f"  {line}" for line in lines))
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def _stages(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain import cli
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES, config_class
@@ -136,8 +137,21 @@ def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("WORLD_SIZE", "8")
     main(config_class()(parallel=ParallelConfig(pp=2, tp=2)))
     assert "ranks        8: pp 2 x dp_replicate 1 x dp_shard 2" in capsys.readouterr().out
-    main(Config(model=ModelConfig(init_from="not/there")))
-    assert "model.init_from=not/there: has neither" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"model.init_from=not/there: has neither"):
+        main(Config(model=ModelConfig(init_from="not/there")))
+
+
+def test_a_stage_that_cannot_be_planned_sets_the_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {preset: smollm2-135m}\n")
+    assert cli.main(["plan", str(path), "parallel.dp_shard=0"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "run (pretrain)\n  cannot be planned\n"
+    assert said.err.startswith("run (pretrain): parallel: pp 1 x dp_replicate 1 x dp_shard 0 x cp 1 x tp 1 = 0 ranks: ")
+    path.write_text(RUN.replace("pretrain, ranks: 3}", "pretrain, ranks: 3, set: {parallel: {dp_shard: 0}}}"))
+    with pytest.raises(ValueError, match=r"pretrain \(pretrain\): parallel: .* dp_shard 0 "):
+        main(load(str(path), []))
+    assert capsys.readouterr().out.count("parameters   134,515,008") == 1
 
 
 def test_ramps_are_printed_phase_by_phase(capsys: pytest.CaptureFixture[str]) -> None:
