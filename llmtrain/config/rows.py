@@ -33,6 +33,13 @@ def matches(path: str) -> list[str]:
     return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
 
 
+def dangling(path: str) -> str | None:
+    """Returns what is wrong with a link that leads to nothing, None for anything else."""
+    if os.path.exists(path) or not os.path.islink(path):
+        return None
+    return f"is a link to {os.readlink(path)}, which is not there; mend the link or give another path"
+
+
 def is_hub_name(name: str) -> bool:
     """Returns whether a name, at which nothing lies, can be that of a data set of the hub: `owner/name`."""
     return is_name(name) and not name.endswith((*FORMATS, *COMPRESSIONS))

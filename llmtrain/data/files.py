@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.config.rows import COMPRESSIONS, FORMATS, is_hub_name, matches, split_path, there
+from llmtrain.config.rows import COMPRESSIONS, FORMATS, dangling, is_hub_name, matches, split_path, there
 from llmtrain.data.faults import Faults
 from llmtrain.data.jsonl import Record, decode, json_array, json_lines
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` of datasets writes into its directory
 MARKS = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # first bytes of a compressed file
-WIDE_TEXT = (b"\xff\xfe", b"\xfe\xff")  # first bytes of UTF-16 and UTF-32
+WIDE_TEXT = {  # byte order marks; that of UTF-32 begins with one of UTF-16
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 BOM = b"\xef\xbb\xbf"
 
 
@@ -51,6 +56,9 @@ def files_at(name: str, parts: tuple[str, ...]) -> list[str]:
     """
     if not there(name):
         raise ValueError(f"{name}: no such file; give the path of a file of rows, or owner/name of a data set")
+    for path in [] if os.path.exists(name) else matches(name):
+        if fault := dangling(path):
+            raise ValueError(f"{path}: {fault}")
     if not os.path.isdir(name):
         return [name] if os.path.exists(name) else [path for path in matches(name) if os.path.isfile(path)]
     below = (str(p) for p in sorted(Path(name).rglob("*")) if p.is_file() and not hidden(p.relative_to(name)))
@@ -90,7 +98,7 @@ def one_of(splits: Iterable[str], wanted: tuple[str, ...], name: str) -> str:
 
 def read_bytes(path: str) -> bytes:
     """Returns the content of a file, decompressed, without a byte order mark. Raises ValueError when it cannot be read,
-    or is UTF-16."""
+    or is UTF-16 or UTF-32."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: not a file; give the path of a file")
     try:
@@ -100,8 +108,8 @@ def read_bytes(path: str) -> bytes:
     marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
     if marked is not None or path.endswith(COMPRESSIONS):
         data = decompress(data, marked or os.path.splitext(path)[1], path)
-    if data.startswith(WIDE_TEXT):
-        raise ValueError(f"{path}:1: not UTF-8 text but UTF-16; convert it with `iconv -f utf-16 -t utf-8`")
+    if wide := next((name for mark, name in WIDE_TEXT.items() if data.startswith(mark)), None):
+        raise ValueError(f"{path}:1: not UTF-8 text but {wide.upper()}; convert it with `iconv -f {wide} -t utf-8`")
     return data.removeprefix(BOM)
 
 

@@ -9,7 +9,7 @@ from llmtrain.config.hub import is_name
 from llmtrain.config.machine import has_wandb_key
 from llmtrain.config.ramp import ramp_faults
 from llmtrain.config.recipes import JUDGES, names_of, planned_recipes
-from llmtrain.config.rows import is_hub_name, split_path
+from llmtrain.config.rows import dangling, is_hub_name, split_path
 from llmtrain.config.schema import RewardConfig, TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
 from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, samples, trains, tunes
@@ -163,7 +163,9 @@ def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Ite
     """Yields a line if a path that is read is not there; None is refused with the reason `needed`."""
     if path is None and needed:
         yield f"{key}: must be set, {needed}; give a path"
-    if path is not None and case.missing(path):
+    if path is not None and (fault := dangling(path)):
+        yield f"{key}={path}: {fault}"
+    elif path is not None and case.missing(path):
         yield f"{key}={path}: does not exist; give an existing path or make it first"
 
 

@@ -167,6 +167,14 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "nul.jsonl": (b'{"a": "x\x00"}\n', r"nul.jsonl:1: not valid JSON \(Invalid control character"),
     "latin.jsonl": ('{"a": "é"}\n'.encode("latin-1"), r"latin.jsonl:1: not UTF-8 text \(byte 7\); convert"),
     "wide.jsonl": ('{"a": 1}\n'.encode("utf-16"), r"wide.jsonl:1: not UTF-8 text but UTF-16; convert it with `iconv"),
+    "wide32.jsonl": (
+        b"\xff\xfe\0\0" + '{"a": 1}\n'.encode("utf-32-le"),
+        r"wide32.jsonl:1: not UTF-8 text but UTF-32; convert it with `iconv -f utf-32 -t utf-8`",
+    ),
+    "wide32_big.jsonl": (
+        b"\0\0\xfe\xff" + '{"a": 1}\n'.encode("utf-32-be"),
+        r"wide32_big.jsonl:1: not UTF-8 text but UTF-32; convert it with `iconv -f utf-32",
+    ),
     "half.jsonl": (b'{"a": 1}\n{"a": ["\\ud83d"]}\n', r"half.jsonl:2: field 'a' has half a character \(\\ud83d"),
     "key.jsonl": (b'{"\\udc00": 1}\n', r"key.jsonl:1: field '\\udc00' has half a character"),
     "twice.jsonl": (b'{"a": 1, "b": {"c": 1, "c": 2}}\n', r"twice.jsonl:1: key 'c' is written twice; remove one"),
@@ -230,6 +238,13 @@ def test_what_is_no_file_or_closed_is_told(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(files.Path, "read_bytes", closed)
     with pytest.raises(ValueError, match=r"x.jsonl: cannot be read: Permission denied"):
         read(tmp_path / "x.jsonl")
+
+
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").symlink_to("gone.jsonl")
+    for path in ("x.jsonl", "*.jsonl"):
+        with pytest.raises(ValueError, match=r"x.jsonl: is a link to gone.jsonl, which is not there; mend the link"):
+            read(tmp_path / path)
 
 
 def test_a_colon_in_a_name_is_part_of_it(tmp_path: Path) -> None:

@@ -399,6 +399,13 @@ def test_a_name_with_the_signs_of_a_glob_is_there(tmp_path: Path) -> None:
     assert [line for line in lines if "does not exist" in line] == []
 
 
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").symlink_to("gone.jsonl")
+    lines = violations(config(f"data.train={tmp_path / 'x.jsonl'}", folder=tmp_path), 4, "sft")
+    told = f"data.train={tmp_path / 'x.jsonl'}: is a link to gone.jsonl, which is not there; mend the link or give"
+    assert any(line.startswith(told) for line in lines)
+
+
 def test_all_violations_are_reported(tmp_path: Path) -> None:
     overrides = ["model.num_heads=3", "model.num_kv_heads=3", "model.head_dim=32"]
     lines = violations(config(*overrides, folder=tmp_path), 4, "pretrain")
