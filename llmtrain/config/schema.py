@@ -472,7 +472,7 @@ class Config(Section):
 
     name: str = "run"  # name of the run
     run_dir: UserPath | None = None  # None = runs/<name>
-    seed: int = 0  # of weights, data order and sampling
+    seed: int = Field(0, ge=0, le=2**63 - 1)  # of weights, data order and sampling
     plugins: list[str] = []  # Python modules that are imported first: they may register model families and recipes
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

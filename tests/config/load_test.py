@@ -46,6 +46,8 @@ def fault(path: str, *overrides: str) -> str:
         ("qqqqqq: 1\n", "1: qqqqqq: unknown key; remove it"),
         ("train:\n  steps: abc\n", "2: train.steps: value 'abc': must be a whole number. The default is 1000"),
         ("train:\n  steps: true\n", "2: train.steps: value True: must be a whole number. The default is 1000"),
+        ("seed: -1\n", "1: seed: value -1: must be "),
+        ("seed: 100000000000000000000000000\n", "1: seed: value 100000000000000000000000000: must be "),
         ("train:\n  steps: 1.5\n", "2: train.steps: value 1.5: must be a whole number. The default is 1000"),
         ("train:\n  steps: -1\n", "2: train.steps: value -1: must be greater than 0. The default is 1000"),
         ("optim: {lr: fast}\n", "1: optim.lr: value 'fast': must be a number. The default is 0.0003"),
