@@ -48,4 +48,5 @@ def test_groups_without_a_spread_fill_up_in_their_order() -> None:
 
 def test_the_next_step_takes_the_prompts_behind() -> None:
     assert taken({9, 10, 11}, 5, number=1, state={"prompts": 9}) == ([9, 10, 11], [[9, 10, 11]], {"prompts": 12})
-    assert taken({6, 7, 8}, 5, number=2)[0] == [6, 7, 8]  # a checkpoint that was made before prompts were counted
+    # a checkpoint that was made before prompts were counted
+    assert taken({6, 7, 8}, 5, number=2) == ([6, 7, 8], [[6, 7, 8]], {"prompts": 9})
