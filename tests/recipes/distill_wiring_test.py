@@ -185,6 +185,7 @@ def test_the_whole_vocabulary(start: Callable[..., Run], kind: str, top_k: int) 
     jsd = 0.25 * (t.exp() * (t - m)).sum() + 0.75 * (s.exp() * (s - m)).sum()
     expected = {"forward": forward, "reverse": reverse, "jsd": jsd}[kind]
     assert run.steps[0][0]["loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert distill.loss_of(run.job).keywords["whole"]  # no rest, which would be rounding
     batch = run.engine.updates[0][0][0]
     assert batch.candidates.shape == (*batch.input_ids.shape, V)
     assert len(run.teachers["one"].scored) == 1 and run.engine.scored == []
@@ -254,6 +255,23 @@ def test_replay_brings_text_by_its_weight(start: Callable[..., Run]) -> None:
         assert {batch.candidates.shape[:2] == batch.input_ids.shape for batch in (*own, *replayed)} == {True}
         assert run.engine.updates[step][1] == trained(own) and tokens == (8 + 4) * 64
         assert metrics["loss"] == pytest.approx(0.25 * LN2 + 0.5 * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("seqs", [0, 4])
+@pytest.mark.parametrize("more", [(), ON_POLICY])
+def test_rows_beside_text_are_to_have_its_form(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], seqs: int
+) -> None:
+    asked = []
+    for name in ("demonstration_microbatches", "group_microbatches"):
+        made = getattr(distill, name)
+        monkeypatch.setattr(distill, name, lambda *a, fixed_width, make=made: asked.append(fixed_width) or make(*a))
+    run = start(*more, f"data.replay_seqs={seqs}", "data.replay_weight=0.5")
+    own = says(STUDENT)
+    run.engine.scores = lambda b: own(b) if "replay" not in b.extra else Scores(-3.0 * b.loss_mask)
+    run.go()
+    assert asked == [seqs > 0] * 2
+    assert [metrics["loss"] for metrics, _ in run.steps] == pytest.approx([0.25 * LN2 + 1.5 * (seqs > 0)] * 2, rel=1e-5)
 
 
 def test_rewinds_epochs_and_held_out_rows(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
