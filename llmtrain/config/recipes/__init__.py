@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 RECIPES: dict[str, Recipe] = {
-    each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, raft, grpo, ppo, distill)
+    each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo, raft, distill)
 }
 JUDGES = ("judge", "constitutional")  # commands that sample from a model, in one process, and write rows
 OTHER_STAGES = (("data", "tokenizer"), (*JUDGES, "eval", "export", "report"))  # before and behind the recipes, in a run
