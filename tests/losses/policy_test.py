@@ -164,12 +164,12 @@ def test_capped_ratio_by_hand() -> None:
 
 
 def test_weights_of_tokens_by_hand() -> None:
-    """Weights 1/2, 1/3: the sum of the means of both sequences, of the objective and of the KL; metrics are plain."""
+    """Weights 1/2, 1/4, of the objective and of the KL; metrics are plain."""
     logp, batch = _sequences()
-    batch.extra["weights"] = torch.tensor([[1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3]])
+    batch.extra["weights"] = torch.tensor([[1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 4]])
     batch.extra["ref_logprobs"] = logp.detach() - torch.tensor([[1.0, 0, 0, 0, 3.0]])
     loss, metrics = policy_loss(_scores(logp), batch, partial(clipped, low=0.9, high=9.0), 0.1, "k1")
-    torch.testing.assert_close(loss, torch.tensor(-(4 + 1) / 2 + 3 * 1.25 / 3 + 0.1 * (1 / 2 + 3 / 3)))
+    torch.testing.assert_close(loss, torch.tensor(-(4 + 1) / 2 + 3 * 1.25 / 4 + 0.1 * (1 / 2 + 3 / 4)))
     torch.testing.assert_close(metrics["kl"], torch.tensor(4.0))
 
 
@@ -224,6 +224,12 @@ def test_sequences_off_the_policy_are_left_out_by_hand() -> None:
     loss, metrics = policy_loss(_scores(logp), batch, objective, off_policy_delta=0.95)
     torch.testing.assert_close(loss, torch.tensor(-5.0 + 3 * 1.25))
     assert metrics["off_policy_fraction"].item() == 0
+    # with a correction too the distance is that to the generator: in the first update the ratio itself is 1
+    loss, metrics = policy_loss(
+        _scores(logp), batch, objective, correction=partial(truncate, cap=9.0), off_policy_delta=0.9
+    )
+    torch.testing.assert_close(loss, torch.tensor(-5.0))
+    assert metrics["off_policy_fraction"].item() == 3
 
 
 @pytest.mark.parametrize("objective", [partial(clipped_by_sequence, low=0.2, high=0.3), partial(capped, cap=1.2)])
