@@ -235,8 +235,9 @@ def _rewards(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterat
 
 
 def _judge_alike(was: dict[str, Any], now: dict[str, Any]) -> bool:
-    in_files = all((each.get("function") or "").rpartition(":")[0].endswith(".py") for each in (was, now))
-    keys = [key for key in JUDGING if key in was and not (key == "function" and in_files)]
+    (file, _, name), (other, _, other_name) = ((each.get("function") or "").rpartition(":") for each in (was, now))
+    in_files = file.endswith(".py") and other.endswith(".py")
+    keys = [key for key in JUDGING if key in was and not (key == "function" and in_files and name == other_name)]
     return bool(was.get("model")) == bool(now.get("model")) and all(was[key] == now[key] for key in keys)
 
 

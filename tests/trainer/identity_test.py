@@ -115,6 +115,7 @@ OWN = "rewards=[{function: a.py:score, name: own}]"
     [
         (OWN, OWN, True),
         (OWN, OWN.replace("a.py", "moved/b.py"), True),  # the contents are compared
+        (OWN, OWN.replace("a.py:score", "a.py:other"), False),
         (OWN, OWN.replace("a.py", "package.module"), False),
         (OWN, OWN.replace("}", ", max_error_share: 0.1}"), True),
         (OWN, OWN.replace("}", ", weight: 2.0}"), False),
