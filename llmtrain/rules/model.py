@@ -165,7 +165,8 @@ def _growth(case: Case) -> Iterator[str]:
     if m is None or m.init_from is None or not os.path.isdir(m.init_from):
         return
     rows = fields_from_directory(m.init_from, case.earlier)["vocab_size"]
-    if m.vocab_size > rows and (not trains(case) or samples(case) or m.lora is not None):
+    measured = not trains(case) and not case.own_run  # the run of the document has trained its new rows
+    if m.vocab_size > rows and (measured or samples(case) or m.lora is not None):
         which = "with model.lora" if m.lora is not None else f"in {case.command}"
         trained_by = names_of(lambda recipe: not recipe.samples)
         yield (

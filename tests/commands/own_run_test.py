@@ -18,7 +18,7 @@ from llmtrain.commands import evaluate, export, report
 from llmtrain.config.load import load
 from llmtrain.config.schema import Config
 from llmtrain.observe.evaluations import make_room
-from llmtrain.rules.check import check
+from llmtrain.rules.check import check, violations
 from tests.forked import run_alone
 from tests.small_run import DOCUMENT
 
@@ -180,6 +180,13 @@ def test_other_adapters_than_those_of_the_run_are_refused(
     given = [*adapted(folder, f"run_dir={folder}/{run}", f"model.lora={lora}"), "train.steps=5", *EVAL]
     done = run_alone("llmtrain", command, *given)
     assert done.returncode == 2 and message in done.stdout and "Traceback" not in done.stdout, done.stdout[-2000:]
+
+
+def test_rows_that_the_run_has_added_to_its_vocabulary_are_its_own(folder: Path, tmp_path: Path) -> None:
+    grown = tuned(folder, "model.vocab_size=600")
+    assert violations(grown, 1, "export") == []  # whether the run has so many says `commands.weights`
+    elsewhere = tuned(folder, "model.vocab_size=600", f"run_dir={tmp_path}/new")
+    assert violations(elsewhere, 1, "export")[0].startswith("model.vocab_size=600: must be the 512 of ")
 
 
 def test_a_run_that_has_saved_nothing_never_means_its_base(folder: Path, tmp_path: Path) -> None:
