@@ -137,8 +137,8 @@ def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("WORLD_SIZE", "8")
     main(config_class()(parallel=ParallelConfig(pp=2, tp=2)))
     assert "ranks        8: pp 2 x dp_replicate 1 x dp_shard 2" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"model.init_from=not/there: has neither"):
-        main(Config(model=ModelConfig(init_from="not/there")))
+    main(Config(model=ModelConfig(init_from="not/there")))  # an earlier stage may make it
+    assert "cannot be planned yet\n  model.init_from=not/there: has neither" in capsys.readouterr().out
 
 
 def test_a_stage_that_cannot_be_planned_sets_the_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
