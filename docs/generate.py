@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from llmtrain/config/schema.py and the recipes beside it.
+"""Writes docs/configuration.md from llmtrain/config/schema.py, sampling.py and the recipes beside them.
 
 Names, types and defaults come from the classes, the words from the docstrings and the comments behind the fields. Run
 `python docs/generate.py` after every change of the schema.
@@ -16,7 +16,7 @@ from typing import Any
 
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import parameter_count, resolve_model
-from llmtrain.config import schema
+from llmtrain.config import sampling, schema
 from llmtrain.config.recipes import RECIPES, Recipe, run_config_class
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -26,7 +26,7 @@ NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": 
 HEAD = """\
 # Every key of a configuration
 
-Generated from `llmtrain/config/schema.py` and `llmtrain/config/recipes` by `python docs/generate.py`;
+Generated from `llmtrain/config/schema.py`, `sampling.py` and `recipes` beside it by `python docs/generate.py`;
 `tests/docs_test.py` fails when it is stale.
 
 - A document is YAML. `llmtrain COMMAND CONFIG.yaml section.key=value ...` changes single keys; in a document with
@@ -59,7 +59,7 @@ PRESET_HEAD = """
 
 def render() -> str:
     """Returns the whole page."""
-    modules = [schema, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
+    modules = [schema, sampling, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
     comments = {key: text for module in modules for key, text in comments_of(module).items()}
     definitions = run_config_class().model_json_schema()
     definitions["$defs"]["RunConfig"] = definitions
@@ -80,7 +80,7 @@ def recipe_row(recipe: Recipe) -> str:
 
 def section_class(name: str) -> type:
     """Returns the class of a section of the document, of a recipe, or within one, by its name."""
-    modules = [schema, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
+    modules = [schema, sampling, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

@@ -1,44 +1,20 @@
-"""Defines every key of a configuration and its default. No other file has defaults. Imports no torch."""
+"""Defines every key of a configuration and its default, with `config/sampling.py` and the sections of recipes. No other
+file has defaults. Imports no torch."""
 
 from __future__ import annotations
 
-import os.path
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
     field_validator,
-    model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from llmtrain.config.document import model_name
 from llmtrain.config.machine import fast_precision
-
-Count = Annotated[int, Field(gt=0, le=10_000)]
-"""A number of things that are looked at one by one; a slip of the keyboard must not fill the memory."""
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path, in which `~` is the home directory."""
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-"""A share of a whole."""
-DeadlineS = Annotated[float, Field(gt=0.0, le=86_400.0)]
-"""Seconds, a day at most."""
-Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-"""The share of a moving mean that an update keeps."""
-
-
-class Section(BaseModel):
-    """Rejects unknown keys and changes after loading; the base of all sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from llmtrain.config.sampling import ConstitutionalConfig, EvalConfig, JudgeConfig, RewardConfig, RolloutConfig
+from llmtrain.config.section import Count, Decay, Section, UserPath
 
 
 class RopeScaling(Section):
@@ -73,7 +49,7 @@ class MoeConfig(Section):
     top_k: PositiveInt = 2  # experts chosen for each token
     expert_ffn_size: PositiveInt = 128  # inner width of a routed expert
     shared_ffn_size: int = Field(0, ge=0)  # inner width of the expert that every token takes; 0 = none
-    dense_layers: list[int] = []  # layers with a plain feed-forward layer of `ffn_size`
+    dense_layers: list[int] = Field([])  # layers with a plain feed-forward layer of `ffn_size`
     gate: Literal["softmax", "sigmoid"] = "softmax"  # function from router logits to scores
     normalize: bool = True  # divide the scores of the chosen experts by their sum
     scale: PositiveFloat = 1.0  # the scores are multiplied by this afterwards
@@ -91,7 +67,7 @@ class LoraConfig(Section):
 
     rank: PositiveInt = 8  # rows of A and columns of B
     alpha: PositiveFloat = 16.0  # numerator of the scale
-    targets: list[str] = ["q", "v"]  # names of projections: q, k, v, o, gate, up, down (mla: q_a, q_b, kv_a, kv_b)
+    targets: list[str] = Field(["q", "v"])  # projections: q, k, v, o, gate, up, down (mla: q_a, q_b, kv_a, kv_b)
 
 
 class MupConfig(Section):
@@ -161,10 +137,12 @@ class TokenizerConfig(Section):
     train_bytes: PositiveInt = 4_000_000  # at most this much text is read to train it
     split: Literal["gpt2", "gpt4", "gpt4o"] = "gpt2"  # whose rule splits text into words; no token crosses a split
     digits: Literal["single", "triples", "none"] = "single"  # most digits in a token: one, three, or no limit
-    special_tokens: list[str] = []  # more, besides padding, end of text, those of chat, data.fim_share, span_share
+    special_tokens: list[str] = Field(
+        []
+    )  # more, beside those of padding, end of text, chat, data.fim_share, span_share
     chat: Literal["none", "chatml"] = "none"  # chatml: its template and tokens; turns and documents end with <|im_end|>
     chat_template: str | None = None  # name of one of several templates, or a file with one; None = the tokenizer's own
-    chat_template_kwargs: dict[str, Any] = {}  # variables of the template, such as enable_thinking: false
+    chat_template_kwargs: dict[str, Any] = Field({})  # variables of the template, such as enable_thinking: false
 
 
 class SourceConfig(Section):
@@ -195,11 +173,11 @@ class DataConfig(Section):
     """Says where text, demonstrations and prompts come from."""
 
     path: UserPath | None = None  # directory of token shards; None = <run directory>/data
-    sources: list[SourceConfig] = []  # text for pretraining
-    tasks: list[TaskConfig] = []  # problem sets to generate
+    sources: list[SourceConfig] = Field([])  # text for pretraining
+    tasks: list[TaskConfig] = Field([])  # problem sets to generate
     train: UserPath | None = None  # rows with prompt|messages, answer, ...; see docs/data.md; pretraining has none
     held_out: UserPath | None = None  # rows to evaluate on
-    fields: dict[str, str] = {}  # names of your fields by ours, as {prompt: question, answer: gold}
+    fields: dict[str, str] = Field({})  # names of your fields by ours, as {prompt: question, answer: gold}
     rendered: bool = False  # texts of rows are rendered already: special tokens that they spell are special
     trained_turns: Literal["last", "all"] = "last"  # of a conversation: turns of the assistant that are trained
     overlong: Literal["error", "drop", "truncate"] = "error"  # rows that do not fit; truncate: prompts at their start
@@ -296,8 +274,8 @@ class TrainConfig(Section):
     micro_batch_seqs: PositiveInt = 1  # rows in one forward on one rank
     micro_batch_tokens: PositiveInt | None = None  # one forward of unequal rows; None = micro_batch_seqs x seq_len
     global_batch_seqs: PositiveInt = 8  # rows or pairs a step over all ranks; recipes that sample count prompts
-    batch_ramp: list[BatchRamp] = []  # pretraining: larger steps later, rising from_tokens
-    seq_ramp: list[SeqRamp] = []  # pretraining: longer rows later, rising from_tokens
+    batch_ramp: list[BatchRamp] = Field([])  # pretraining: larger steps later, rising from_tokens
+    seq_ramp: list[SeqRamp] = Field([])  # pretraining: longer rows later, rising from_tokens
     eval_every_steps: int = Field(0, ge=0)  # 0 = before the first and after the last step only
     eval_seqs: PositiveInt = 64  # held-out rows
 
@@ -311,125 +289,6 @@ class GuardConfig(Section):
     spike_window: PositiveInt = 128  # steps the mean and deviation are taken over; no spike before it is full
     max_skips: PositiveInt = 10  # skipped or rewound steps in a row before the run stops
     replica_check_steps: int = Field(0, ge=0)  # compare the weights of data-parallel copies every so often; 0 = never
-
-
-class RolloutConfig(Section):
-    """Configures sampling during RL."""
-
-    generator: Literal["native"] = "native"  # the trained decoder with a static KV cache
-    placement: Literal["colocated", "separate"] = "colocated"  # sampling by the trainers, or by separate ranks
-    workers: int = Field(0, ge=0)  # number of separate ranks; read with `separate` only
-    group_size: PositiveInt = 8  # samples a prompt
-    max_new_tokens: PositiveInt = 256  # longest completion, in tokens
-    temperature: PositiveFloat = 1.0  # for sampling, and for the log-probs in the loss
-    top_p: float = Field(1.0, gt=0.0, le=1.0)  # share of probability kept; 1 = all
-    top_k: int = Field(0, ge=0)  # most likely tokens kept; 0 = all
-    stop: list[Annotated[str, Field(min_length=1)]] = []  # texts that end a completion, beside the model's end tokens
-    skip_special_tokens: bool = True  # rewards, samples and evaluations read completions without special tokens
-    max_batch_seqs: PositiveInt = 256  # sequences decoded together on one rank
-    max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
-
-
-REWARDS = ("reasoning_gym", "first_integer", "math")
-DEVICE_MAP = r"^(auto|balanced|balanced_low_0|sequential|cpu|cuda(:\d+)?)$"  # of accelerate
-
-
-class RewardConfig(Section):
-    """Names a reward of completions, a function of your own, or a reward model; see docs/rewards.md. Recipes that
-    sample train on the sum of all, by their weights. `rewards.KEY=value` on the command line sets a key in all
-    entries."""
-
-    function: str | None = None  # your own: my_rewards.py:score or package.module:score; None = the one of `name`
-    model: UserPath | None = None  # a sequence classifier with one output: an export, a directory, a hub name
-    name: str = "reasoning_gym"  # reasoning_gym, first_integer, math; with `function` or `model`, in metrics, theirs
-    weight: float = 1.0  # in the sum
-    deadline_s: DeadlineS = 5.0  # to score one completion; later it is an error, and the reward is 0; not: model
-    max_error_share: Share | None = None  # of a step; above it the run stops; None = 1, function and model: 0.5
-    unsandboxed: bool = False  # run `function` with all that you may do: files, network, what it remembers
-    device_map: Annotated[str, Field(pattern=DEVICE_MAP)] = "auto"  # model: GPU, then host memory; cpu, cuda:1, ...
-    dtype: Dtype = "auto"  # model: of its weights; auto: as stored, but fp32 where this machine is slow in bf16
-    batch_tokens: PositiveInt = 8192  # model: tokens in a forward, padding counted
-    render: Literal["auto", "rows", "template"] = "auto"  # model: as our recipes train rows, or as transformers does
-
-    @property
-    def file(self) -> str | None:
-        """Returns the file that `function` is in, None where it is in a module or there is none."""
-        place = (self.function or "").rpartition(":")[0]
-        return place if place.endswith(".py") else None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, data: Any) -> Any:
-        """Names a function or a model that has no name."""
-        if not isinstance(data, dict) or "name" in data:
-            return data
-        if isinstance(data.get("function"), str):
-            return {**data, "name": data["function"].rpartition(":")[2]}
-        return {**data, "name": model_name(data["model"])} if isinstance(data.get("model"), str) else data
-
-    @field_validator("function")
-    @classmethod
-    def _of_a_module(cls, function: str | None) -> str | None:
-        if function is not None and not re.fullmatch(r".+:[A-Za-z_]\w*", function):
-            raise ValueError("must be file.py:function or module:function")
-        return function
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str, info: ValidationInfo) -> str:
-        if info.data.get("function") is None and info.data.get("model") is None and name not in REWARDS:
-            known = {"expected": " or ".join([", ".join(map(repr, REWARDS[:-1])), repr(REWARDS[-1])])}
-            raise PydanticCustomError("literal_error", "must be one of {expected}", known)
-        return name
-
-
-class EvalConfig(Section):
-    """Sets what `llmtrain eval` measures: on the newest checkpoint of the run directory, where that holds a run that
-    trains, else on `model.init_from`."""
-
-    text: bool = True  # perplexity on the held-out shards of `data.path`
-    text_seqs: PositiveInt = 200  # held-out rows at most
-    problems: int = Field(256, ge=0)  # problems from `data.held_out` at most
-    samples: PositiveInt = 8  # completions of each problem, for pass@k and maj@k
-    label: str = "model"  # how the report names it
-
-
-class JudgeConfig(Section):
-    """Configures `llmtrain judge`: `model.init_from` samples `rollout.group_size` completions of each prompt of
-    `data.train` and judges them; see docs/posttraining/judge.md."""
-
-    by: Literal["reward", "model", "majority", "greedy", "logprob", "rubric"] = "greedy"  # who judges; see the page
-    prompts: PositiveInt = 64  # prompts that are judged
-    first: int = Field(0, ge=0)  # number of the first of them, in the order that `seed` gives
-    round: int = Field(0, ge=0)  # they begin `round` x `prompts` further on, so that no round repeats another's
-    pairs_per_prompt: PositiveInt = 1  # at most: best against worst, second best against second worst, ...
-    best_per_prompt: PositiveInt = 1  # rows of a prompt in best.jsonl at most
-    best_least: float | None = None  # lowest score of a row in best.jsonl; None = any
-    tie: float = Field(0.0, ge=0.0)  # scores that differ by no more are a tie, and no pair
-    soft: PositiveFloat | None = None  # pairs get a `label`, sigmoid(difference of the scores / soft); None = none
-    rubric: UserPath | None = None  # by rubric: a text file with {prompt} and {completion}; None = the one of the page
-    votes: PositiveInt = 4  # by rubric: judgements of a completion, whose scores are averaged
-    rubric_tokens: PositiveInt = 64  # by rubric: longest judgement
-    lowest: float = 0.0  # by rubric: lowest score that counts
-    highest: float = 5.0  # by rubric: highest score that counts
-
-
-class ConstitutionalConfig(Section):
-    """Configures `llmtrain constitutional` (arXiv 2212.08073): `model.init_from` criticises and revises its answers to
-    prompts of `data.train`, and compares pairs of them; see docs/posttraining/constitutional.md."""
-
-    principles: UserPath | None = None  # YAML with a list of principles; must be set
-    prompts: PositiveInt = 64  # prompts that are answered
-    first: int = Field(0, ge=0)  # number of the first of them, in the order that `seed` gives
-    round: int = Field(0, ge=0)  # they begin `round` x `prompts` further on, so that no round repeats another's
-    revisions: int = Field(2, ge=0)  # rounds of critique and revision; 0 = no sft.jsonl
-    critique_tokens: PositiveInt = 128  # longest critique
-    pairs_per_prompt: int = Field(1, ge=0)  # pairs of samples of a prompt that are compared; 0 = no pairs.jsonl
-    label: Literal["logprobs", "thought"] = "logprobs"  # thought: it thinks before it chooses, and the label is clamped
-    thought_tokens: PositiveInt = 128  # by thought: longest thought
-    clamp: tuple[float, float] = (0.4, 0.6)  # by thought: lowest and highest probability of a choice
-    agreement: UserPath | None = None  # rows with chosen and rejected: how often the judge agrees is reported
-    agreement_pairs: PositiveInt = 200  # of them at most
 
 
 class CheckpointConfig(Section):
@@ -473,7 +332,7 @@ class Config(Section):
     name: str = "run"  # name of the run
     run_dir: UserPath | None = None  # None = runs/<name>
     seed: int = Field(0, ge=0, le=2**63 - 1)  # of weights, data order and sampling
-    plugins: list[str] = []  # Python modules that are imported first: they may register model families and recipes
+    plugins: list[str] = Field([])  # Python modules to import first: they may register model families and recipes
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
@@ -483,7 +342,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: list[RewardConfig] = [RewardConfig()]  # eval judges by the first; one alone needs no list
+    rewards: list[RewardConfig] = Field([RewardConfig()])  # eval judges by the first; one alone needs no list
     eval: EvalConfig = EvalConfig()
     judge: JudgeConfig = JudgeConfig()
     constitutional: ConstitutionalConfig = ConstitutionalConfig()
@@ -511,14 +370,14 @@ class StageConfig(Section):
     name: str  # the stage's directory is <run directory>/<name>
     command: str  # what it runs: a recipe, or data, tokenizer, judge, constitutional, eval, export, report
     ranks: PositiveInt = 1  # processes under torchrun; 1 = a plain process
-    set: dict[str, Any] = {}  # sections and keys that differ for this stage
+    set: dict[str, Any] = Field({})  # sections and keys that differ for this stage
 
 
 class RoundConfig(StageConfig):
     """Configures a stage of a block: `{round}` in its name and in every text of it is the number of the round, and
     `{previous}` that of the round before (0 in the first); a text that is `{round}` and nothing else is a number."""
 
-    first: dict[str, Any] = {}  # merged over `set` in round 1, which has no round before it
+    first: dict[str, Any] = Field({})  # merged over `set` in round 1, which has no round before it
 
 
 class RepeatConfig(Section):
@@ -534,4 +393,4 @@ class RunConfig(Config):
     """Configures a run of several stages: shared sections and a list of stages, each in <run directory>/<stage
     name>. An entry with `repeat` is a block of stages; when a document is loaded, its rounds are written out."""
 
-    stages: list[StageConfig] = []  # run in this order, finished ones skipped
+    stages: list[StageConfig] = Field([])  # run in this order, finished ones skipped

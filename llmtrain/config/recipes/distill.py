@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled
-from llmtrain.config.schema import Config, Section, UserPath
+from llmtrain.config.schema import Config
+from llmtrain.config.section import Section, UserPath
 
 SERVERS = ("http://", "https://")
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmtrain.config.recipes.base import SAMPLING_PLOTS, Panel, Recipe, StepSize, frozen_reference, sampled
-from llmtrain.config.schema import Config, Section, UserPath
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+from llmtrain.config.schema import Config
+from llmtrain.config.section import Section, Share, UserPath
 
 
 class PpoConfig(Section):
