@@ -11,7 +11,7 @@ import torch
 
 from llmtrain.config.recipes.grpo import RECIPE, GrpoConfig, mismatch_of, updates_per_step
 from llmtrain.config.schema import Config
-from llmtrain.engine.base import Scorer
+from llmtrain.engine.base import LossFn, Scorer
 from llmtrain.engine.optim import learning_rate
 from llmtrain.losses.advantage import group_advantages, has_spread, overlong_penalty
 from llmtrain.losses.kl import KL_FORMS
@@ -19,7 +19,6 @@ from llmtrain.losses.mismatch import mask_sequences, mask_tokens, truncate
 from llmtrain.losses.policy import capped, clipped, clipped_by_sequence, policy_loss
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.parallel.mesh import shutdown
-from llmtrain.rewards import reward_metrics
 from llmtrain.rollout.generator import RolloutSource
 from llmtrain.trainer.batches import group_microbatches, split_groups
 from llmtrain.trainer.gate import Gate
@@ -28,11 +27,20 @@ from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.reference import add_reference, build_reference
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import PROMPTS, build_source, closing, read_prompts, serve_rollouts, take_spread
+from llmtrain.trainer.rollouts import (
+    PROMPTS,
+    build_source,
+    closing,
+    read_prompts,
+    rollout_metrics,
+    serve_rollouts,
+    take_spread,
+)
 from llmtrain.trainer.scored import score_samples
+from llmtrain.trainer.updates import averaged, mean_metrics, policy_tokens
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
-from llmtrain.types import Batch, Group, Metrics, Sample, Scores
+from llmtrain.types import Batch, Group, Sample
 
 
 def main(config: Config) -> None:
@@ -147,13 +155,12 @@ def update(
     for epoch in range(settings.epochs):
         for i, (part, batches) in enumerate(zip(parts, minibatches, strict=True)):
             turn = number * total + epoch * settings.minibatches + i
-            loss = partial(own_loss, config=job.config, weight=float(denominator) / policy_tokens(part))
+            loss = averaged(loss_of(job.config), denominator, part)
             mixed, loss = replay.mix(turn, batches, loss, denominator)
             note_padding(job, mixed)
             steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
     gate.after_update(steps[0]["logprob_gap_max"], number)
-    means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-    return {**means, "logprob_gap_max": steps[0]["logprob_gap_max"]}
+    return mean_metrics(steps)
 
 
 def lay_out(
@@ -189,14 +196,8 @@ def divided_by(groups: Sequence[Group], config: Config) -> float:
             return policy_tokens(groups)
 
 
-def policy_tokens(groups: Sequence[Group]) -> int:
-    """Returns how many tokens of the groups the policy wrote."""
-    return sum(sum(sample.trained) for sample in chain.from_iterable(groups))
-
-
-def own_loss(scores: Scores, batch: Batch, config: Config, weight: float) -> tuple[torch.Tensor, Metrics]:
-    """Returns the loss that the section asks for; its metrics, means over the kept tokens, are scaled to the
-    denominator."""
+def loss_of(config: Config) -> LossFn:
+    """Returns the loss that the section asks for."""
     g = config.grpo
     objective = {
         "clip": partial(clipped, low=g.clip_low, high=g.clip_high, dual=g.dual_clip),
@@ -209,21 +210,22 @@ def own_loss(scores: Scores, batch: Batch, config: Config, weight: float) -> tup
         "mask": partial(mask_tokens, low=g.mismatch_low, high=g.mismatch_high),
         "mask_seqs": partial(mask_sequences, low=g.mismatch_low, high=g.mismatch_high, cap=g.mismatch_cap),
     }[mismatch_of(config)]
-    kl_coef = g.kl_coef if g.kl_in == "loss" else 0.0
-    loss, metrics = policy_loss(scores, batch, objective, kl_coef, g.kl_form, correction, g.off_policy_delta)
-    return loss, {name: value if name.endswith("_max") else value * weight for name, value in metrics.items()}
+    return partial(
+        policy_loss,
+        objective=objective,
+        kl_coef=g.kl_coef if g.kl_in == "loss" else 0.0,
+        kl_form=g.kl_form,
+        correction=correction,
+        off_policy_delta=g.off_policy_delta,
+    )
 
 
 def summary(groups: Sequence[Group], sampled: Sequence[Group], settings: GrpoConfig) -> dict[str, float]:
     """Returns the metrics that the rollouts alone give, of all that was `sampled`; `kl` where the reward holds it."""
-    samples = list(chain.from_iterable(sampled))
     charged = [divergence(s, settings.kl_form) for s in chain.from_iterable(groups) if "ref_logprobs" in s.columns]
     return {
-        "reward_mean": sum(s.reward for s in samples) / len(samples),
-        **reward_metrics(sampled),
-        "kept_fraction": sum(map(len, learnable(groups))) / len(samples),
-        "response_tokens_mean": sum(len(s.ids) for s in samples) / len(samples),
-        "finished_fraction": sum(s.finished for s in samples) / len(samples),
+        **rollout_metrics(sampled),
+        "kept_fraction": sum(map(len, learnable(groups))) / sum(map(len, sampled)),
         "rounds": len(sampled) / settings.prompts_per_step,
         **({"kl": sum(charged) / policy_tokens(groups)} if charged else {}),
     }

@@ -17,7 +17,6 @@ from llmtrain.checkpoint.roles import MAIN
 from llmtrain.config.recipes.ppo import RECIPE, PpoConfig
 from llmtrain.config.schema import Config, OptimConfig
 from llmtrain.data.sampler import derive, permuted
-from llmtrain.engine.base import LossFn
 from llmtrain.engine.build import Role
 from llmtrain.losses.gae import gae, length_lambda, token_rewards, whiten
 from llmtrain.losses.kl import k1, masked_log_ratio
@@ -32,19 +31,13 @@ from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.reference import build_reference
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import (
-    build_source,
-    closing,
-    policy_tokens,
-    read_prompts,
-    rollout_metrics,
-    serve_rollouts,
-)
+from llmtrain.trainer.rollouts import build_source, closing, read_prompts, rollout_metrics, serve_rollouts
 from llmtrain.trainer.scored import score_samples
 from llmtrain.trainer.turns import Turns
+from llmtrain.trainer.updates import averaged, mean_metrics, policy_tokens
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engines, scalar_model, start_source
-from llmtrain.types import Batch, Group, Metrics, Sample, Scores
+from llmtrain.types import Group, Sample
 
 CRITIC = "critic"
 KL_COEF = "kl_coef"  # in Job.state: the coefficient of the next step
@@ -189,7 +182,9 @@ def update_critic(job: Job, parts: Sequence[Sequence[Group]], number: int) -> di
         batches = group_microbatches(job, part, ("values", "returns"), fixed_width=False)
         loss = averaged(partial(value_loss, clip=settings.value_clip or math.inf), denominator, part)
         steps.append(engine.train_step(batches, loss, denominator, turn).numbers())
-    return {name if name.startswith("value_") else f"{CRITIC}_{name}": mean for name, mean in means(steps).items()}
+    return {
+        name if name.startswith("value_") else f"{CRITIC}_{name}": mean for name, mean in mean_metrics(steps).items()
+    }
 
 
 def update_policy(
@@ -211,7 +206,7 @@ def update_policy(
         note_padding(job, mixed)
         steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
     gate.after_update(steps[0]["logprob_gap_max"], number)
-    return {**means(steps), "logprob_gap_max": steps[0]["logprob_gap_max"]}
+    return mean_metrics(steps)
 
 
 def tokens_per_update(job: Job, parts: Sequence[Sequence[Group]]) -> Tensor:
@@ -219,22 +214,6 @@ def tokens_per_update(job: Job, parts: Sequence[Sequence[Group]]) -> Tensor:
     same."""
     written = sum(map(policy_tokens, parts))
     return torch.tensor([written / len(parts)], device=job.mesh.device)
-
-
-def averaged(loss: LossFn, denominator: Tensor, part: Sequence[Group]) -> LossFn:
-    """Returns the loss with metrics that are means over the tokens of the part, whatever the denominator."""
-    weight = float(denominator) / policy_tokens(part)
-
-    def weighted(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-        total, metrics = loss(scores, batch)
-        return total, {name: value if name.endswith("_max") else value * weight for name, value in metrics.items()}
-
-    return weighted
-
-
-def means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Returns the mean of each metric over the updates of a step."""
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
 def adapt_kl_coef(job: Job, metrics: dict[str, float], number: int, samples: int) -> None:

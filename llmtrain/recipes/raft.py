@@ -23,14 +23,8 @@ from llmtrain.trainer.job import Job, join
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.replay import Replay
-from llmtrain.trainer.rollouts import (
-    build_source,
-    closing,
-    policy_tokens,
-    read_prompts,
-    rollout_metrics,
-    serve_rollouts,
-)
+from llmtrain.trainer.rollouts import build_source, closing, read_prompts, rollout_metrics, serve_rollouts
+from llmtrain.trainer.updates import mean_metrics, policy_tokens
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
 from llmtrain.types import Group, Sample
@@ -119,8 +113,7 @@ def update(job: Job, chosen: Sequence[Group], number: int, replay: Replay, gate:
         lr = learning_rate(number * total, job.config.optim, job.config.train.steps * total)
         return {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
     gate.after_update(steps[0]["logprob_gap_max"], number)
-    means = {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
-    return {**means, "logprob_gap_max": steps[0]["logprob_gap_max"]}
+    return mean_metrics(steps)
 
 
 def minibatches(job: Job, chosen: Sequence[Group], number: int) -> Iterator[tuple[int, list[Group]]]:

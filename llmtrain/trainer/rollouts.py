@@ -102,11 +102,6 @@ def read_prompts(job: Job) -> PromptSet:
     return prompts
 
 
-def policy_tokens(groups: Sequence[Group]) -> int:
-    """Returns how many tokens of the groups the policy wrote."""
-    return sum(sum(sample.trained) for sample in chain.from_iterable(groups))
-
-
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Returns what metrics.jsonl says of samples: their rewards, lengths in tokens, and how many were finished."""
     samples = list(chain.from_iterable(groups))

@@ -65,7 +65,7 @@ def ours(*overrides: tuple[str, object], old: str = "old", limit: int = 12) -> t
     if config.grpo.kl_coef and config.grpo.kl_in == "loss":
         batch.extra["ref_logprobs"] = padded["reference"].flatten()[place]
     shown = torch.where(batch.loss_mask, logprobs.flatten()[place], 0.0)
-    total, _ = grpo.own_loss(Scores(shown, torch.zeros_like(shown)), batch, config, weight=1.0)
+    total, _ = grpo.loss_of(config)(Scores(shown, torch.zeros_like(shown)), batch)
     loss = total / grpo.divided_by(groups, config)
     loss.backward()
     return loss.detach(), logprobs.grad

@@ -52,6 +52,34 @@ def frozen_reference(config: Config, wanted: bool) -> tuple[str, ...]:
     return ("a frozen reference",) if wanted and config.model.lora is None else ()
 
 
+Rule = Callable[[Config], Iterator[str]]
+"""Yields a line `key=value: rule; remedy` for each violation."""
+
+
+def whole_minibatches(name: str) -> Rule:
+    """Returns the rule that the prompts of a step of the recipe divide into its minibatches."""
+
+    def rule(config: Config) -> Iterator[str]:
+        section = getattr(config, name)
+        if section.prompts_per_step % section.minibatches:
+            yield (
+                f"{name}.prompts_per_step={section.prompts_per_step}: must be a multiple of "
+                f"{name}.minibatches={section.minibatches}; change one of them"
+            )
+
+    return rule
+
+
+def no_spikes(name: str, loss: str) -> Rule:
+    """Returns the rule that the loss of the recipe, which behaves as `loss` says, is not watched for spikes."""
+
+    def rule(config: Config) -> Iterator[str]:
+        if config.guard.spike != "off":
+            yield f"guard.spike={config.guard.spike}: must be off in {name}, whose loss {loss}; remove it"
+
+    return rule
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Describes an algorithm. Its loop is `main`, a function of the configuration, which is imported when it starts.
@@ -63,7 +91,7 @@ class Recipe:
     summary: str  # for `llmtrain --help`
     main: str  # module:function
     section: type[Section] | None = None  # its keys, under `name`; each with a default
-    rules: tuple[Callable[[Config], Iterator[str]], ...] = ()  # each yields `key=value: rule; remedy` lines
+    rules: tuple[Rule, ...] = ()
     step_size: Callable[[Config], StepSize] = fixed_rows
     same: tuple[str, ...] = ()  # keys that must stay when a run goes on, beside those of all recipes
     packs_text: bool = False  # trains on the text of data.sources, with ramps and objectives; else on data.train

@@ -7,7 +7,15 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, frozen_reference, sampled
+from llmtrain.config.recipes.base import (
+    SAMPLING_PLOTS,
+    Recipe,
+    StepSize,
+    frozen_reference,
+    no_spikes,
+    sampled,
+    whole_minibatches,
+)
 from llmtrain.config.schema import Config, Section
 
 OF_OBJECTIVE: dict[str, dict[str, Any]] = {"gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregate": "sequences"}}
@@ -75,16 +83,6 @@ def other_models(config: Config) -> tuple[str, ...]:
     return frozen_reference(config, config.grpo.kl_coef > 0)
 
 
-def whole_minibatches(config: Config) -> Iterator[str]:
-    """Yields a line if the prompts of a step do not divide into minibatches."""
-    g = config.grpo
-    if g.prompts_per_step % g.minibatches:
-        yield (
-            f"grpo.prompts_per_step={g.prompts_per_step}: must be a multiple of grpo.minibatches={g.minibatches}; "
-            "change one of them"
-        )
-
-
 def groups_compare(config: Config) -> Iterator[str]:
     """Yields a line if a group is too small for an advantage."""
     if config.rollout.group_size < 2:
@@ -112,12 +110,6 @@ def used_together(config: Config) -> Iterator[str]:
         yield f"grpo.mismatch_low={g.mismatch_low:g}: must be below grpo.mismatch_high={g.mismatch_high:g}; lower it"
 
 
-def no_spikes(config: Config) -> Iterator[str]:
-    """Yields a line if the loss is watched for spikes."""
-    if config.guard.spike != "off":
-        yield f"guard.spike={config.guard.spike}: must be off in grpo, whose loss is near 0 whatever happens; remove it"
-
-
 def reward_as_list(name: Any) -> tuple[str, Any]:
     """Returns what `grpo.reward` of earlier versions is called now."""
     return "rewards", [{"name": name}]
@@ -128,7 +120,13 @@ RECIPE = Recipe(
     summary="reinforcement learning with verifiable rewards (starts under torchrun too)",
     main="llmtrain.recipes.grpo:main",
     section=GrpoConfig,
-    rules=(whole_minibatches, groups_compare, room_to_punish, used_together, no_spikes),
+    rules=(
+        whole_minibatches("grpo"),
+        groups_compare,
+        room_to_punish,
+        used_together,
+        no_spikes("grpo", "is near 0 whatever happens"),
+    ),
     step_size=step_size,
     other_models=other_models,
     same=tuple(f"grpo.{key}" for key in GrpoConfig.model_fields),

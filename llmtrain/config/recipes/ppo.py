@@ -7,7 +7,16 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from llmtrain.config.recipes.base import SAMPLING_PLOTS, Panel, Recipe, StepSize, frozen_reference, sampled
+from llmtrain.config.recipes.base import (
+    SAMPLING_PLOTS,
+    Panel,
+    Recipe,
+    StepSize,
+    frozen_reference,
+    no_spikes,
+    sampled,
+    whole_minibatches,
+)
 from llmtrain.config.schema import Config
 from llmtrain.config.section import Section, Share, UserPath
 
@@ -53,16 +62,6 @@ def critic_weights(config: Config) -> dict[str, str]:
     return {} if path is None else {"ppo.critic_from": path}
 
 
-def whole_minibatches(config: Config) -> Iterator[str]:
-    """Yields a line if the prompts of a step do not divide into minibatches."""
-    p = config.ppo
-    if p.prompts_per_step % p.minibatches:
-        yield (
-            f"ppo.prompts_per_step={p.prompts_per_step}: must be a multiple of ppo.minibatches={p.minibatches}; "
-            "change one of them"
-        )
-
-
 def policy_learns(config: Config) -> Iterator[str]:
     """Yields a line if the run ends before the policy is updated."""
     warmup, steps = config.ppo.critic_warmup_steps, config.train.steps
@@ -92,12 +91,6 @@ def one_lambda(config: Config) -> Iterator[str]:
         )
 
 
-def no_spikes(config: Config) -> Iterator[str]:
-    """Yields a line if the loss is watched for spikes."""
-    if config.guard.spike != "off":
-        yield f"guard.spike={config.guard.spike}: must be off in ppo, whose loss is near 0 whatever happens; remove it"
-
-
 PLOTS: dict[str, tuple[Panel, ...]] = {
     **SAMPLING_PLOTS,
     "critic": (
@@ -116,7 +109,13 @@ RECIPE = Recipe(
     summary="reinforcement learning with a critic (starts under torchrun too)",
     main="llmtrain.recipes.ppo:main",
     section=PpoConfig,
-    rules=(whole_minibatches, policy_learns, kl_is_there, one_lambda, no_spikes),
+    rules=(
+        whole_minibatches("ppo"),
+        policy_learns,
+        kl_is_there,
+        one_lambda,
+        no_spikes("ppo", "is near 0 whatever happens"),
+    ),
     step_size=step_size,
     other_models=other_models,
     same=tuple(

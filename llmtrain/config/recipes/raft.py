@@ -7,7 +7,13 @@ from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled
+from llmtrain.config.recipes.base import (
+    SAMPLING_PLOTS,
+    Recipe,
+    StepSize,
+    no_spikes,
+    sampled,
+)
 from llmtrain.config.schema import Config, Section
 
 REJECT = "reinforce-rej"
@@ -71,20 +77,12 @@ def clip_is_read(config: Config) -> Iterator[str]:
             yield f"raft.{key}={value}: raft.variant=raft has no ratio to clip; remove it, or set raft.variant=raft++"
 
 
-def no_spikes(config: Config) -> Iterator[str]:
-    """Yields a line if the loss is watched for spikes."""
-    if config.guard.spike != "off":
-        yield (
-            f"guard.spike={config.guard.spike}: must be off in raft, whose loss follows from what was chosen; remove it"
-        )
-
-
 RECIPE = Recipe(
     name="raft",
     summary="fine-tune on own samples that a reward chose (starts under torchrun too)",
     main="llmtrain.recipes.raft:main",
     section=RaftConfig,
-    rules=(enough_samples, there_is_a_choice, clip_is_read, no_spikes),
+    rules=(enough_samples, there_is_a_choice, clip_is_read, no_spikes("raft", "follows from what was chosen")),
     step_size=step_size,
     same=tuple(f"raft.{key}" for key in RaftConfig.model_fields),
     starts_trained=True,
