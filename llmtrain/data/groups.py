@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llmtrain.data.packing import Row, best_fit, concatenate, side_by_side, to_batch
+from llmtrain.data.packing import Row, concatenate, side_by_side, to_batch
 from llmtrain.types import IGNORE, Batch, Group, Sample
 
 OWN = ("input_ids", "labels", "positions", "segment_ids", "branch_ids", "old_logprobs")
@@ -19,12 +19,6 @@ def seen_pairs(samples: Sequence[Sample]) -> int:
     """Returns how many pairs of a token and one that it sees a group has: the work of its attention."""
     trunk = len(samples[0].prompt_ids) - 1
     return trunk * (trunk + 1) // 2 + sum(len(s.ids) * trunk + len(s.ids) * (len(s.ids) + 1) // 2 for s in samples)
-
-
-def row_width(groups: Sequence[Group], multiple: int) -> int:
-    """Returns the width in which the longest group fits in one row, rounded up to a multiple of `multiple`; without
-    groups, `multiple`."""
-    return -(-max(map(group_length, groups), default=1) // multiple) * multiple
 
 
 def pieces(samples: Group, width_tokens: int, whole: bool) -> Iterator[Group]:
@@ -78,45 +72,14 @@ def lay_out(samples: Group, columns: Sequence[str]) -> Row:
     return concatenate([dict(zip((*OWN, *columns), map(list, part), strict=True)) for part in parts])
 
 
-def group_rows(
-    groups: Sequence[Group], width_tokens: int, columns: Sequence[str] = (), whole: bool = False
-) -> list[Row]:
-    """Lays out groups in as few rows of at most `width_tokens` as best fit finds.
-
-    Longest first; groups in one row are told apart by their segment; a group longer than a row is cut into several,
-    the prompt repeated (with `whole`, for losses of pairs: refused). Raises ValueError when a sample alone is longer.
-    The rows have the columns of `Batch`, and as
-    its extra ones `old_logprobs` (when sampled) and the `columns` of the samples that are named.
-    """
-    parts = [piece for group in groups for piece in pieces(group, width_tokens, whole)]
-    parts.sort(key=group_length, reverse=True)
-    plan = best_fit([group_length(part) for part in parts], width_tokens)
-    return [side_by_side([lay_out(parts[i], columns) for i in row]) for row in plan]
-
-
-def group_batch(
-    groups: Sequence[Group],
-    width_tokens: int,
-    rows: int,
-    pad_id: int,
-    columns: Sequence[str] = (),
-    whole: bool = False,
-) -> Batch:
-    """Returns the groups in exactly `rows` rows, [rows, width_tokens], the last ones empty if fewer are needed.
-
-    `len(group_rows(groups, width_tokens))` says how many are. Raises ValueError when `rows` is less.
-    """
-    filled = group_rows(groups, width_tokens, columns, whole)
-    if len(filled) > rows:
-        raise ValueError(f"the groups need {len(filled)} rows of {width_tokens} tokens, but only {rows} were asked for")
-    return to_batch(filled + [empty_row(columns)] * (rows - len(filled)), width_tokens, pad_id)
-
-
 def piece_batch(
     parts: Sequence[Group], rows: Sequence[Sequence[int]], width_tokens: int, pad_id: int, columns: Sequence[str] = ()
 ) -> Batch:
-    """Returns groups or `pieces` of groups in rows that `rows` names by their numbers, [len(rows), width_tokens], with
-    the columns of `group_rows`."""
+    """Returns groups or `pieces` of groups in rows that `rows` names by their numbers, [len(rows), width_tokens].
+
+    Groups in one row are told apart by their segment. The batch has the columns of `Batch`, and as its extra ones
+    `old_logprobs` (when sampled) and the `columns` of the samples that are named.
+    """
     laid_out = [side_by_side([lay_out(parts[number], columns) for number in row]) for row in rows]
     return to_batch([row or empty_row(columns) for row in laid_out], width_tokens, pad_id)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.groups import group_batch, group_length
+from llmtrain.data.groups import group_length
 from llmtrain.data.packing import Demonstrations
 from llmtrain.data.pairs import Pairs, at_last_token, fill
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.types import IGNORE, Group, Sample
 from tests.data.families import FAMILIES, family
+from tests.group_rows import group_batch
 
 ASK, MORE = {"role": "user", "content": "The answer?"}, {"role": "user", "content": "and 7?"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("The answer is 42.", "The 7."))

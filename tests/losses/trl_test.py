@@ -11,12 +11,12 @@ import torch
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.groups import group_batch, group_rows
 from llmtrain.data.pairs import Pairs
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.losses.preference import bradley_terry_loss, dpo_loss
 from llmtrain.model.decoder import Decoder
 from llmtrain.types import Batch, Scores
+from tests.group_rows import group_batch, group_rows
 from tests.model.llama import SMALL, loaded, random_llama
 
 pytest.importorskip("trl")

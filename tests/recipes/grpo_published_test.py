@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.recipes import config_class
-from llmtrain.data.groups import group_batch
 from llmtrain.recipes import grpo
 from llmtrain.types import Group, Sample, Scores
+from tests.group_rows import group_batch
 
 PROMPTS, SAMPLES, LONGEST, WIDTH = 6, 4, 9, 40
 N = PROMPTS * SAMPLES

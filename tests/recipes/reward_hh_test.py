@@ -53,7 +53,8 @@ def same_scores(base: Path) -> None:
     from llmtrain.commands.export import main as export
     from llmtrain.config.load import load
     from llmtrain.config.schema import ModelConfig
-    from llmtrain.data.groups import group_batch, group_length
+    from llmtrain.data.groups import group_length
+    from tests.group_rows import group_batch
 
     config = load(str(base / "reward.yaml"), [f"export.path={base}/exported", "export.dtype=fp32"])
     export(config)
