@@ -113,6 +113,17 @@ def test_layouts_do_the_same_and_a_killed_run_goes_on_bit_for_bit(start: Path, r
             assert all(again[key].equal(tensor) for key, tensor in load_file(file).items())
 
 
+def test_adapters_learn_on_any_layout(start: Path, run: Callable, tmp_path: Path) -> None:
+    adapted = ("model.lora={rank: 2}", "train.steps=2")
+    one, four = tmp_path / "one", tmp_path / "four"
+    run(1, {one / "rows": (*ROWS, *adapted), one / "own": (*OWN, *adapted)})
+    run(4, {four / "rows": (*ROWS, *adapted, *PIPELINE), four / "own": (*OWN, *adapted, *PIPELINE)})
+    for name in ("rows", "own"):
+        assert all(line[1] > 0 for line in numbers(one / name))
+        for here, there in zip(numbers(four / name), numbers(one / name), strict=True):
+            assert here == pytest.approx(there, rel=1e-4)
+
+
 def test_a_rank_of_its_own_samples(start: Path, run: Callable, tmp_path: Path) -> None:
     apart = (*OWN, "train.steps=2", "rollout.placement=separate", "rollout.workers=1")
     run(3, {tmp_path / "apart": apart})

@@ -202,3 +202,12 @@ def test_reward_rises_from_round_to_round(run: Callable, start: Path, tmp_path: 
     assert_good(run(1, {tmp_path / "run": more}), 1)
     rewards = [line["reward_mean"] for line in metrics(tmp_path / "run")]
     assert rewards == sorted(rewards) and rewards[0] < 0.1 and rewards[-1] > 0.4, rewards
+
+
+def test_adapters_learn_on_any_layout(run: Callable, tmp_path: Path) -> None:
+    adapted = ("model.lora={rank: 2}", "train.steps=2")
+    assert_good(run(1, {tmp_path / "one": adapted}), 1)
+    assert_good(run(4, {tmp_path / "four": (*adapted, *LAYOUT)}), 1)
+    assert any(line[1] > 0 for line in numbers(tmp_path / "one"))
+    for here, there in zip(numbers(tmp_path / "four"), numbers(tmp_path / "one"), strict=True):
+        assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
