@@ -20,7 +20,7 @@ from llmtrain.data.prompts import PromptSet
 from llmtrain.data.rows import Example
 from llmtrain.data.sampler import permuted
 from llmtrain.eval.interval import wilson
-from llmtrain.observe.log import log, make_run_dir
+from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.rows import own_directory, write_rows
 from llmtrain.trainer.completions import prompts_of
 from llmtrain.trainer.constitution import Comparison, Verdict, compared, revised
@@ -43,8 +43,7 @@ def main(config: Config) -> None:
         (directory / "config.yaml").write_text(dump(resolved(config)), encoding="utf-8")
         result = applied(open_speaker(config), principles, directory)
         (directory / "constitutional.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items())
-    log("  ".join(shown))
+    log(as_line(result))
 
 
 def applied(speaker: Speaker, principles: list[Principle], directory: Path) -> dict[str, Any]:

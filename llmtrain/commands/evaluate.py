@@ -23,7 +23,7 @@ from llmtrain.eval.perplexity import perplexity
 from llmtrain.model.decoder import Decoder
 from llmtrain.observe.evaluations import COMMAND, FILES, place_in_run
 from llmtrain.observe.locks import locked, making
-from llmtrain.observe.log import log, make_run_dir
+from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.owned import adopt, filling, is_run, replacing
 from llmtrain.parallel.device import rank_device
 from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
@@ -47,11 +47,7 @@ def main(config: Config) -> None:
         (directory / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         if samples:
             write_samples(directory, config.eval.label, samples)
-    log(
-        "  ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items()
-        )
-    )
+    log(as_line(result))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from llmtrain.eval.judging import (
     soft_label,
     votes,
 )
-from llmtrain.observe.log import log, make_run_dir
+from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.rows import own_directory, write_rows
 from llmtrain.rewards import build_reward, check_rows, scorer_of, stop_if_failing
 from llmtrain.rewards.check import row_faults
@@ -79,11 +79,7 @@ def main(config: Config) -> None:
         (directory / "config.yaml").write_text(dump(resolved(config)), encoding="utf-8")
         result = judged(config, open_speaker(config), directory)
         (directory / "judge.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    log(
-        "  ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items()
-        )
-    )
+    log(as_line(result))
 
 
 def judged(config: Config, speaker: Speaker, directory: Path) -> dict[str, Any]:

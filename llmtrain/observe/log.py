@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,6 +30,13 @@ def log(message: str) -> None:
     """Prints one line on stderr, above a running progress bar; silent on ranks > 0."""
     if is_main():
         _console.print(message, markup=False, soft_wrap=True)
+
+
+def as_line(measures: Mapping[str, Any]) -> str:
+    """Returns what a command measured, as one line. Example: {"label": "a", "pass@1": 0.37256} -> "label a  pass@1
+    0.3726"."""
+    words = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in measures.items()}
+    return "  ".join(f"{name} {word}" for name, word in words.items())
 
 
 def make_run_dir(path: str) -> str:

@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 
 from llmtrain.observe import wandb
-from llmtrain.observe.log import log
+from llmtrain.observe.log import as_line, log
 from llmtrain.observe.metrics import MetricsFile, Samples, StepLines
 from llmtrain.trainer.completions import completion_text
 from llmtrain.trainer.job import Job
@@ -84,8 +84,7 @@ def note_evaluation(job: Job, scores: dict[str, float]) -> None:
     go on all the same (`checkpoint.on_error: warn`), it stands in the log alone."""
     if job.mesh.rank != 0:
         return
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-    log(f"held out, step {job.step}: {shown}")
+    log(f"held out, step {job.step}: {as_line(scores)}")
     path = os.path.join(job.config.directory, "evaluations.jsonl")
     try:
         lines = StepLines(path, resume_step=job.step - 1)
