@@ -58,12 +58,14 @@ summary { cursor: pointer; font-weight: 500; }
 <h2 id="evaluation">Evaluation on held-out data</h2>
 {{- table(evaluations) }}
 {%- if evaluation_image %}{{ picture(evaluation_image) }}{% endif %}
+<p class="note">Samples and CPU-seconds are those of all stages of this run that a model was made from.</p>
 {% endif %}
 {% if trained %}
 <h2 id="training">Training</h2>
 {{- table(trained) }}
 <p class="note">Arrows go from the mean over the first tenth of the steps to that over the last tenth;
 tokens a second are the median of the steps.</p>
+{%- if samples_image %}{{ picture(samples_image) }}{% endif %}
 {%- for stage, images in curves.items() %}
 <h3>{{ stage }}</h3>
 {%- for image in images %}{{ picture(image) }}{% endfor %}

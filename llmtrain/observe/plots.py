@@ -50,6 +50,18 @@ def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[st
     return True
 
 
+def plot_lines(path: str, title: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draws one plot with all lines, each of points (x, y)."""
+    figure = _figure(10, 4)
+    axes = figure.add_subplot()
+    _style(axes, title)
+    axes.set_xlabel(x_label, fontsize=8, color=FAINT)
+    for i, (name, points) in enumerate(lines.items()):
+        _draw(axes, points, name.replace("$", r"\$"), f"C{i}")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.savefig(path)
+
+
 def plot_bars(path: str, panels: Sequence[BarPanel]) -> None:
     """Draws the panels side by side under one legend."""
     from matplotlib.patches import Patch

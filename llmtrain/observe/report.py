@@ -13,11 +13,12 @@ from statistics import fmean, median
 from typing import Any
 
 from llmtrain.config.recipes import RECIPES, Panel
+from llmtrain.observe.costs import Cost, total_cost
 from llmtrain.observe.experts import EXPERTS, expert_records
 from llmtrain.observe.metrics import read_lines, read_metrics
 from llmtrain.observe.owned import adopt, replacing
 from llmtrain.observe.page import PAGE
-from llmtrain.observe.plots import TRAINING, plot_bars, plot_curves
+from llmtrain.observe.plots import TRAINING, plot_bars, plot_curves, plot_lines
 
 COMMAND = "llmtrain report"
 JUDGED = ("judge.json", "constitutional.json")
@@ -26,12 +27,11 @@ SHOWN = 3  # samples from the start of a stage, and as many from its end
 
 @dataclass
 class StageRecord:
-    """Holds what one stage wrote: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, what judged, config.yaml.
-
-    Example: StageRecord("sft", [{"step": 1, "loss": 2.0}], [{"step": 0, "loss": 2.1}], [], None, {}, [], "seed: 0")
-    """
+    """Holds what one stage wrote: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, what judged, config.yaml,
+    done.json."""
 
     name: str
+    directory: str
     metrics: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -39,6 +39,7 @@ class StageRecord:
     judged: dict[str, Any]  # measures of judge.json or constitutional.json
     transcripts: list[dict[str, Any]]
     config: str | None
+    cpu_s: float | None  # of its processes; None: `llmtrain run` did not start it, or has not seen its end
 
 
 def write_report(run_dir: str) -> str:
@@ -53,6 +54,7 @@ def write_report(run_dir: str) -> str:
     stages, directory = read_stages(run_dir), os.path.join(run_dir, "report")
     _adopt_earlier(Path(directory))
     with replacing(directory, COMMAND, None) as out:
+        add_costs(stages)
         evaluated = _by_label(stages)
         page = (
             Environment(autoescape=True)
@@ -61,6 +63,7 @@ def write_report(run_dir: str) -> str:
                 title=os.path.basename(os.path.abspath(run_dir)),
                 evaluations=_evaluation_rows(evaluated),
                 evaluation_image=_evaluation_image(str(out), evaluated),
+                samples_image=_samples_image(str(out), stages),
                 trained=[_training_row(s) for s in stages if s.metrics],
                 curves={s.name: _curves(str(out), s) for s in stages if s.metrics},
                 samples={s.name: _pick(s.samples) for s in stages if s.samples},
@@ -114,6 +117,7 @@ def _read_stage(name: str, path: str) -> StageRecord:
 
     return StageRecord(
         name,
+        path,
         metrics=find("metrics.jsonl", read_metrics, []),
         held_out=find("evaluations.jsonl", read_metrics, []),
         samples=find("samples.jsonl", read_lines, []),
@@ -121,6 +125,7 @@ def _read_stage(name: str, path: str) -> StageRecord:
         judged={name: value for file in JUDGED for name, value in find(file, read_object, {}).items()},
         transcripts=find("transcripts.jsonl", read_lines, []),
         config=find("config.yaml", _read, None),
+        cpu_s=find("done.json", read_object, {}).get("cpu_s"),
     )
 
 
@@ -140,6 +145,23 @@ def _read(path: str) -> str:
         return file.read()
 
 
+def add_costs(stages: Iterable[StageRecord]) -> None:
+    """Adds to each evaluation of what these stages made the `samples` and `cpu_s` that it took."""
+    placed = {os.path.realpath(stage.directory): stage for stage in stages}
+    known = {place: Cost(_sampled(stage), stage.cpu_s) for place, stage in placed.items()}
+    configs = {place: stage.config or "" for place, stage in placed.items()}
+    for place, stage in placed.items():
+        if stage.evaluation is not None:
+            cost = total_cost(place, known, configs)
+            stage.evaluation |= {"samples": cost.samples or None, "cpu_s": cost.cpu_s}
+
+
+def _sampled(stage: StageRecord) -> int:
+    """Returns how many completions a stage sampled, to train on or to judge them."""
+    counts = [record["samples"] for record in stage.metrics if record.get("samples") is not None]
+    return (counts[-1] if counts else 0) + stage.judged.get("samples", 0)
+
+
 def _by_label(stages: Iterable[StageRecord]) -> dict[str, dict[str, Any]]:
     """Returns the evaluations by their label, or by the name of the stage where the label is taken."""
     evaluated: dict[str, dict[str, Any]] = {}
@@ -153,7 +175,7 @@ def _by_label(stages: Iterable[StageRecord]) -> dict[str, dict[str, Any]]:
 def _evaluation_rows(evaluated: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
     """Returns one table row for each evaluation; all rows have the columns that any of them needs."""
     digits = dict.fromkeys(_problem_measures(evaluated), 3) | {"entropy": 3, "perplexity": 2, "bits_per_byte": 3}
-    digits |= {"problems": 0, "weight_step": 0}
+    digits |= {"problems": 0, "weight_step": 0, "samples": 0, "cpu_s": 0}
     used = [name for name in digits if any(e.get(name) is not None for e in evaluated.values())]
     return [
         {"model": label} | {name.replace("_", " "): _number(e.get(name), digits[name]) for name in used}
@@ -183,6 +205,20 @@ def _evaluation_image(out: str, evaluated: Mapping[str, dict[str, Any]]) -> dict
         return None
     plot_bars(os.path.join(out, "evaluation.png"), panels)
     return {"file": "evaluation.png", "alt": ", ".join(title for title, *_ in panels)}
+
+
+def _samples_image(out: str, stages: Iterable[StageRecord]) -> dict[str, str] | None:
+    """Draws the rewards of all stages that sampled against their samples; returns None where fewer than two did."""
+    curves = {
+        stage.name: [(r["samples"], r["reward_mean"]) for r in stage.metrics if r.get("samples") and "reward_mean" in r]
+        for stage in stages
+    }
+    curves = {name: points for name, points in curves.items() if points}
+    if len(curves) < 2:
+        return None
+    title = "Mean reward of the samples of a step"
+    plot_lines(os.path.join(out, "samples.png"), title, "samples so far", curves)
+    return {"file": "samples.png", "alt": title}
 
 
 def _curves(out: str, stage: StageRecord) -> list[dict[str, str]]:

@@ -19,6 +19,8 @@ from llmtrain.trainer.completions import completion_text
 from llmtrain.trainer.job import Job
 from llmtrain.types import Group
 
+STEP_SAMPLES = "step_samples"  # what a step says of how many completions it sampled
+SAMPLES = "samples"  # key in Job.state, and in metrics.jsonl: how many the run has sampled
 SHOWN = ("loss", "reward_mean", "lr", "tokens_per_s")  # beside the progress bar
 
 logger = logging.getLogger(__name__)
@@ -47,10 +49,13 @@ class Record:
     def write(self, job: Job, metrics: dict[str, float], tokens: int, step_s: float, bar: Callable) -> None:
         """Writes the metrics of `job.step`, in which `tokens` were seen, with what every recipe shares."""
         job.tokens += tokens
+        if STEP_SAMPLES in metrics:
+            job.state[SAMPLES] = job.state.get(SAMPLES, 0) + metrics[STEP_SAMPLES]
         if not self.main or not is_due(job.step, self.every_steps):
             return
         timing = {"tokens_per_s": tokens / step_s, "step_s": step_s, "peak_bytes": peak_bytes()}
-        line = {**metrics, "tokens": job.tokens, **timing}
+        sampled = {SAMPLES: job.state[SAMPLES]} if STEP_SAMPLES in metrics else {}
+        line = {**metrics, "tokens": job.tokens, **sampled, **timing}
         self.file.write({"step": job.step, **line})
         self.sink.log(job.step, line)
         bar(job.step, {name: line[name] for name in SHOWN if name in line})

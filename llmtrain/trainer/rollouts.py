@@ -20,6 +20,7 @@ from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
 from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
+from llmtrain.trainer.record import STEP_SAMPLES
 from llmtrain.types import Group
 
 PROMPTS = "prompts"  # key in Job.state: how many the run has sampled
@@ -106,6 +107,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Returns what metrics.jsonl says of samples: their rewards, lengths in tokens, and how many were finished."""
     samples = list(chain.from_iterable(groups))
     return {
+        STEP_SAMPLES: len(samples),
         "reward_mean": sum(s.reward for s in samples) / len(samples),
         **reward_metrics(groups),
         "response_tokens_mean": sum(len(s.ids) for s in samples) / len(samples),

@@ -151,6 +151,11 @@ def test_quickstart_and_smollm2_dry_runs_install_nothing(launch: Launch) -> None
     assert dry(launch, "quickstart.sh", "seed=1")[1:] == ["run", "configs/quickstart.yaml", "seed=1"]
     assert dry(launch, "smollm2.sh")[-2:] == ["run", "configs/grpo/smollm2-135m.yaml"]
     assert dry(launch, "posttrain.sh", "seed=1")[-3:] == ["run", "configs/posttrain.yaml", "seed=1"]
+    assert dry(launch, "posttrain.sh", "--smollm2", "seed=1")[-3:] == [
+        "run",
+        "configs/posttrain-smollm2.yaml",
+        "seed=1",
+    ]
     assert (ROOT / "configs/quickstart.yaml").is_file() and (ROOT / "configs/grpo/smollm2-135m.yaml").is_file()
 
 

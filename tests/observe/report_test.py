@@ -94,6 +94,23 @@ def test_a_run_of_stages(tmp_path: Path) -> None:
     assert "answer 10" not in text
 
 
+def test_what_models_cost(tmp_path: Path) -> None:
+    """Two stages sample, the second from the first; an evaluation shows the samples and the CPU time of both."""
+    run = tmp_path / "quick"
+    _stage(run / "raft", 3, reward_mean=0.5, samples=600)
+    _stage(run / "ppo", 3, reward_mean=0.5, samples=64)
+    (run / "ppo" / "config.yaml").write_text(f"model: {{init_from: {run}/raft}}")
+    (run / "ppo" / "done.json").write_text('{"cpu_s": 20.0}')
+    (run / "raft" / "done.json").write_text('{"cpu_s": 13.0}')
+    _evaluation(run / "eval", "ppo", **{"pass@1": 0.75})
+    (run / "eval" / "config.yaml").write_text(f"model: {{init_from: {run}/ppo}}")
+    page = Page(write_report(str(run)))
+    assert "samples.png" in page.images and "samples" in page.text and "cpu s" in page.text
+    assert page.text.count("664") == page.text.count("33") == 1
+    (run / "raft" / "metrics.jsonl").unlink()
+    assert "samples.png" not in Page(write_report(str(run))).images  # one curve is compared with nothing
+
+
 def test_order_of_stages(tmp_path: Path) -> None:
     run = _run(tmp_path / "quick")
     assert [s.name for s in read_stages(str(run))] == ["pretrain", "eval-sft", "grpo", "eval-grpo"]

@@ -321,7 +321,13 @@ def test_a_step_on_own_samples(start: Callable[..., Run]) -> None:
         assert denominator == trained(batches) == tokens == 4 * 8 and {batch.temperature for batch in batches} == {0.8}
         assert all((batch.candidates == torch.tensor([0, 1])).all() for batch in batches)
         expected = {"loss": 0.25 * LN2, "entropy": 2.0, "student_covered": 0.75, "logprob_gap_max": 0.0}
-        expected |= {"response_tokens_mean": 4.0, "finished_fraction": 0.5, "weight_version": step + 1, "lr": LR}
+        expected |= {
+            "step_samples": 8,
+            "response_tokens_mean": 4.0,
+            "finished_fraction": 0.5,
+            "weight_version": step + 1,
+            "lr": LR,
+        }
         assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
         assert "reward_mean" not in metrics
     assert [{batch.top_k for batch in scored} for scored in run.engine.scored] == [{0}, {2}, {2}]  # the gate, once

@@ -36,7 +36,7 @@ SEPARATE = ("rollout.placement=separate", "rollout.workers=1")
 KEYS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "peak_bytes", "reward_mean", "kl_old"),
     *("entropy", "clip_fraction", "response_tokens_mean", "logprob_gap_max", "rollout_s", "train_s", "sync_s"),
-    "weight_version",
+    *("weight_version", "step_samples", "samples"),
 }
 
 
@@ -46,7 +46,8 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def numbers(run_dir: Path) -> list[tuple[float, ...]]:
     """What does not depend on the clock."""
-    return [(m["loss"], m["grad_norm"], m["reward_mean"], m["response_tokens_mean"]) for m in metrics(run_dir)]
+    names = ("loss", "grad_norm", "reward_mean", "response_tokens_mean", "samples")
+    return [tuple(m[name] for name in names) for m in metrics(run_dir)]
 
 
 @pytest.fixture(scope="module")

@@ -192,6 +192,7 @@ def test_what_a_step_reports(start: Callable[..., Run]) -> None:
         answers = [run.answers(p) for p in run.generator.asked[step][0]]
         spread = sum(a != b for a, b in answers)
         assert tokens == sampled_tokens(run, step) and metrics["weight_version"] == step + 1
+        assert metrics["step_samples"] == 8
         assert metrics["reward_mean"] == (8 - spread) / 8 and metrics["kept_fraction"] == spread / 4
         assert metrics["reward_errors"] == 0 and metrics["reward/first_integer"] == metrics["reward_mean"]
         assert metrics["finished_fraction"] == (8 - spread) / 8  # the wrong answers are cut, without an end token

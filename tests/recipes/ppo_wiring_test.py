@@ -285,6 +285,7 @@ def test_what_a_step_reports(start: Callable[..., Run]) -> None:
         rights = sum(map(run.is_right, run.generator.asked[step][0]))
         assert tokens == run.tokens(step) and metrics["weight_version"] == step + 1
         assert metrics["reward_mean"] == metrics["finished_fraction"] == metrics["reward/first_integer"] == rights / 4
+        assert metrics["step_samples"] == 4
         assert metrics["response_tokens_mean"] == tokens / 4 and metrics["reward_errors"] == 0
         assert (metrics["lr"], metrics["grad_norm"]) == (metrics["critic_lr"], metrics["critic_grad_norm"])
         assert (metrics["lr"], metrics["grad_norm"]) == (LR, NORM)

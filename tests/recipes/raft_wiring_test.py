@@ -216,7 +216,7 @@ def test_what_a_step_reports(start: Callable[..., Run]) -> None:
         share = sum(right) / 12
         assert metrics["reward_mean"] == metrics["kept_fraction"] == metrics["finished_fraction"] == share
         assert metrics["reward/first_integer"] == share and metrics["reward_errors"] == 0
-        assert metrics["response_tokens_mean"] == tokens / 12 and metrics["lr"] == LR
+        assert metrics["step_samples"] == 12 and metrics["response_tokens_mean"] == tokens / 12 and metrics["lr"] == LR
         own = [s for p, (_, _, s) in zip(run.engine.positions, run.engine.updates, strict=True) if p // 2 == step]
         assert metrics["loss"] == pytest.approx(sum(s.loss for s in own) / len(own))
         assert {"rollout_s", "train_s", "sync_s", "entropy", "kl_old", "logprob_gap_max"} <= metrics.keys()
