@@ -71,7 +71,8 @@ def test_adapters_come_back_after_an_error_too() -> None:
     with pytest.raises(ZeroDivisionError), adapters_off([layer]):
         assert torch.equal(layer(x), x @ layer.weight.T) and torch.equal(layer.whole(), layer.weight)
         raise ZeroDivisionError
-    assert torch.allclose(layer(x), x @ layer.weight.T + added) and torch.allclose(x @ layer.whole().T, layer(x))
+    for found in (x @ layer.weight.T + added, x @ layer.whole().T):  # sums of terms of up to 10, some near 0
+        torch.testing.assert_close(layer(x), found, rtol=0, atol=2e-5)
 
 
 def test_no_reference_where_none_is_wanted() -> None:
