@@ -62,6 +62,25 @@ def plot_lines(path: str, title: str, x_label: str, lines: Mapping[str, Sequence
     figure.savefig(path)
 
 
+Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""The values of x and of y that belong together, by label."""
+
+
+def plot_marks(path: str, y_label: str, panels: Mapping[str, Points]) -> None:
+    """Draws panels side by side, by what x is: a labelled mark at each mean, a faint dot at each value."""
+    figure = _figure(12, 5)
+    for axes, (x_label, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _style(axes, y_label)
+        axes.set_xlabel(x_label, fontsize=8, color=FAINT)
+        for i, (label, (xs, ys)) in enumerate(points.items()):
+            axes.plot(xs, ys, ".", color=f"C{i}", alpha=0.4, markersize=4)
+            axes.plot(fmean(xs), fmean(ys), "o", color=f"C{i}", markersize=5)
+            place = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7, "color": INK}
+            axes.annotate(label.replace("$", r"\$"), (fmean(xs), fmean(ys)), **place)
+        axes.margins(x=0.18)
+    figure.savefig(path)
+
+
 def plot_bars(path: str, panels: Sequence[BarPanel]) -> None:
     """Draws the panels side by side under one legend."""
     from matplotlib.patches import Patch

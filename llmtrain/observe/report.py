@@ -55,7 +55,7 @@ def write_report(run_dir: str) -> str:
     _adopt_earlier(Path(directory))
     with replacing(directory, COMMAND, None) as out:
         add_costs(stages)
-        evaluated = _by_label(stages)
+        evaluated = evaluations(stages)
         page = (
             Environment(autoescape=True)
             .from_string(PAGE)
@@ -162,7 +162,7 @@ def _sampled(stage: StageRecord) -> int:
     return (counts[-1] if counts else 0) + stage.judged.get("samples", 0)
 
 
-def _by_label(stages: Iterable[StageRecord]) -> dict[str, dict[str, Any]]:
+def evaluations(stages: Iterable[StageRecord]) -> dict[str, dict[str, Any]]:
     """Returns the evaluations by their label, or by the name of the stage where the label is taken."""
     evaluated: dict[str, dict[str, Any]] = {}
     for stage in stages:
