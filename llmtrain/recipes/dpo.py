@@ -42,7 +42,7 @@ def run(job: Job) -> None:
     if precomputed:
         precompute(job, {"train": pairs} if held_out is None else {"train": pairs, "held_out": held_out})
     build_engine(job, steps.steps)
-    reference = build_reference(job, settings.uses_reference and not precomputed)
+    reference = build_reference(job, settings.uses_reference and not precomputed, settings.reference_waits)
 
     def batches_of(source: Pairs, samples: Sequence[int]) -> list[Batch]:
         columns = (COLUMN,) if precomputed else ()

@@ -59,7 +59,7 @@ def run(job: Job) -> None:
     prompts = read_prompts(job)
     replay = Replay(job)
     build_engine(job, config.train.steps * updates_per_step(config))
-    reference = build_reference(job, settings.kl_coef > 0)
+    reference = build_reference(job, settings.kl_coef > 0, settings.reference_waits)
     source = build_source(job, prompts, settings.prompts_per_step)
     gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
     source.publish(job.engine.full_weights(), job.step)

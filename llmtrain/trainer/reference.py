@@ -39,17 +39,46 @@ class WithoutAdapters:
         """Does nothing: there is nothing to move."""
 
 
-def build_reference(job: Job, wanted: bool) -> Scorer | None:
+class Waiting:
+    """Implements engine.base.Scorer: lies in host memory but while it scores."""
+
+    def __init__(self, model: Scorer) -> None:
+        self.model = model
+        self.to_host()
+
+    @property
+    def parts(self) -> list[Decoder]:
+        """Returns the parts of the model that waits."""
+        return self.model.parts
+
+    def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
+        """See Scorer."""
+        self.model.to_device()
+        scores = self.model.score(microbatches)
+        self.to_host()
+        return scores
+
+    def to_host(self) -> None:
+        """See Scorer."""
+        self.model.to_host()
+
+    def to_device(self) -> None:
+        """Does nothing: it goes there by itself."""
+
+
+def build_reference(job: Job, wanted: bool, waits: bool = False) -> Scorer | None:
     """Returns the policy at the start of the run, frozen, if it is `wanted` (a collective); the policy is built before.
 
-    With `model.lora` that is the policy without its adapters, which costs no memory; else a model of its own.
+    With `model.lora` that is the policy without its adapters, which costs no memory; else a model of its own, which
+    lies in host memory but while it scores if it `waits`.
     """
     if not wanted:
         return None
     if job.model.lora is not None:
         return WithoutAdapters(job.engine)
     config = job.config
-    return build_frozen(Role("reference", job.model, config.parallel, config.engine, start_source(job)), job.mesh)
+    frozen = build_frozen(Role("reference", job.model, config.parallel, config.engine, start_source(job)), job.mesh)
+    return Waiting(frozen) if waits else frozen
 
 
 def add_reference(batches: Sequence[Batch], reference: Scorer | None) -> None:

@@ -46,8 +46,9 @@ class Run:
         monkeypatch.setattr(dpo, "train", run_steps(self.steps))
         monkeypatch.setattr(trainer_pairs, "note_evaluation", lambda job, scores: self.noted.append((job.step, scores)))
 
-    def build(self, job: Job, wanted: bool) -> StubScorer | None:
+    def build(self, job: Job, wanted: bool, waits: bool) -> StubScorer | None:
         self.wanted.append(wanted)
+        self.waits = waits
         return self.reference if wanted else None
 
     def go(self) -> Run:
@@ -269,6 +270,16 @@ def test_keys_that_a_loss_does_not_read_are_refused(stub_job: Callable[..., Job]
     config = stub_job("dpo", key, *loss).config
     assert any(found.startswith(line) for found in violations(config, 1, "dpo"))
     assert not any(found.startswith("dpo.") for found in violations(stub_job("dpo", *loss).config, 1, "dpo"))
+
+
+def test_a_reference_that_waits(start: Callable[..., Run], stub_job: Callable[..., Job]) -> None:
+    assert not start("train.steps=1").go().waits and start("train.steps=1", "dpo.reference_waits=true").go().waits
+    for other, why in (
+        ("dpo.reference=precomputed", "there is none"),
+        ("model.lora={rank: 4}", "with model.lora it is the policy without its adapters"),
+    ):
+        found = list(violations(stub_job("dpo", "dpo.reference_waits=true", other).config, 1, "dpo"))
+        assert f"dpo.reference_waits=true: needs a reference with weights of its own; {why}; remove it" in found
 
 
 def test_a_pair_lies_whole_in_one_row(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

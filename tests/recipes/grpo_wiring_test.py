@@ -13,6 +13,7 @@ import pytest
 from llmtrain.data.packing import TextRows
 from llmtrain.recipes import grpo
 from llmtrain.rewards import RewardsFail
+from llmtrain.rules.check import violations
 from llmtrain.trainer import rollouts
 from llmtrain.trainer.batches import split_groups
 from llmtrain.trainer.gate import Disagreement
@@ -44,7 +45,8 @@ class Run:
         monkeypatch.setattr(grpo, "train", run_steps(self.steps))
         monkeypatch.setattr(rollouts, "build_generator", lambda job: self.generator)
 
-    def make_reference(self, job: Job, wanted: bool) -> StubScorer | None:
+    def make_reference(self, job: Job, wanted: bool, waits: bool) -> StubScorer | None:
+        self.waits = waits
         return self.reference if wanted else None
 
     def answers(self, prompt: Prompt) -> list[list[int]]:
@@ -160,6 +162,15 @@ def test_the_loss_by_hand(start: Callable[..., Run]) -> None:
         assert stats.metrics["kl"] == pytest.approx(kl, rel=1e-5)  # a mean over the kept tokens, not over all
         assert stats.metrics["clip_fraction"] == pytest.approx(better / (better + worse), rel=1e-5)
     assert sum(map(len, reference.scored)) == sum(len(update[0]) for update in run.engine.updates)
+
+
+def test_a_reference_that_waits(start: Callable[..., Run]) -> None:
+    for waits in (False, True):
+        more = ("grpo.kl_coef=0.1", f"grpo.reference_waits={str(waits).lower()}", "rollout.max_logprob_gap=1.0")
+        assert start(*more, reference=StubScorer(shifted(0.0))).go().waits == waits
+    config = start("grpo.reference_waits=true").job.config
+    line = "grpo.reference_waits=true: needs a reference with weights of its own; there is none; remove it"
+    assert line in violations(config, 1, "grpo")
 
 
 def test_what_a_tool_wrote_counts_nowhere(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,23 @@ def test_no_reference_where_none_is_wanted() -> None:
     assert batch.extra["ref_logprobs"].tolist() == [[-1.0, -2.0]]
 
 
+def test_a_reference_that_waits_comes_to_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []  # where it is when it scores
+    frozen = StubScorer(lambda _: seen.append(frozen.here) or Scores(logprobs=torch.tensor([[-1.0, -2.0]])))
+    monkeypatch.setattr("llmtrain.trainer.reference.build_frozen", lambda role, mesh: frozen)
+    monkeypatch.setattr("llmtrain.trainer.reference.start_source", lambda job: None)
+    about = SimpleNamespace(lora=None)
+    job = SimpleNamespace(model=about, mesh=None, config=SimpleNamespace(parallel=None, engine=None))
+    assert build_reference(job, wanted=True) is frozen and frozen.here
+    waiting = build_reference(job, wanted=True, waits=True)
+    assert not frozen.here and waiting.parts is frozen.parts
+    batch = Batch(*(torch.zeros(1, 2, dtype=torch.int64),) * 4)
+    add_reference([batch], waiting)
+    assert seen == [True] and not frozen.here and batch.extra["ref_logprobs"].tolist() == [[-1, -2]]
+    waiting.to_device()
+    assert not frozen.here
+
+
 @pytest.mark.parametrize(
     ("more", "others"),
     [((), ()), (("grpo.kl_coef=0.1",), ("a frozen reference",)), (("grpo.kl_coef=0.1", "model.lora={rank: 4}"), ())],

@@ -80,6 +80,17 @@ def no_spikes(name: str, loss: str) -> Rule:
     return rule
 
 
+def waiting_reference(name: str, used: Callable[[Config], bool]) -> Rule:
+    """Returns the rule that a reference which is to wait in host memory is a model of its own."""
+
+    def rule(config: Config) -> Iterator[str]:
+        if getattr(config, name).reference_waits and (config.model.lora is not None or not used(config)):
+            why = "with model.lora it is the policy without its adapters" if used(config) else "there is none"
+            yield f"{name}.reference_waits=true: needs a reference with weights of its own; {why}; remove it"
+
+    return rule
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Describes an algorithm. Its loop is `main`, a function of the configuration, which is imported when it starts.

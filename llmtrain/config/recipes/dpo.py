@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat
 
-from llmtrain.config.recipes.base import PAIR_PLOTS, Recipe, frozen_reference, paired
+from llmtrain.config.recipes.base import PAIR_PLOTS, Recipe, frozen_reference, paired, waiting_reference
 from llmtrain.config.schema import Config, Section
 
 BETA, SIMPO_BETA = 0.1, 2.5  # of the papers
@@ -23,6 +23,7 @@ class DpoConfig(Section):
     length_normalized: bool = False  # divide the log-ratio of an answer by its tokens; simpo always does
     nll_coef: float = Field(0.0, ge=0.0)  # of the mean negative log-likelihood a token of the chosen answer
     reference: Literal["live", "precomputed"] = "live"  # precomputed: once, before training, kept in the run directory
+    reference_waits: bool = False  # live: the reference lies in host memory but while it scores
 
     @property
     def uses_reference(self) -> bool:
@@ -35,9 +36,14 @@ class DpoConfig(Section):
         return self.beta or (BETA if self.uses_reference else SIMPO_BETA)
 
 
+def live_reference(config: Config) -> bool:
+    """Says whether a reference scores while the policy is trained."""
+    return config.dpo.uses_reference and config.dpo.reference == "live"
+
+
 def other_models(config: Config) -> tuple[str, ...]:
     """Returns the models that a job holds beside the policy while it trains."""
-    return frozen_reference(config, config.dpo.uses_reference and config.dpo.reference == "live")
+    return frozen_reference(config, live_reference(config))
 
 
 def forms(config: Config) -> Iterator[str]:
@@ -54,7 +60,7 @@ RECIPE = Recipe(
     summary="direct preference optimization, without a reward model (starts under torchrun too)",
     main="llmtrain.recipes.dpo:main",
     section=DpoConfig,
-    rules=(forms,),
+    rules=(forms, waiting_reference("dpo", live_reference)),
     step_size=paired,
     other_models=other_models,
     same=(

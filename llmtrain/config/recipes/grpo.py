@@ -14,6 +14,7 @@ from llmtrain.config.recipes.base import (
     frozen_reference,
     no_spikes,
     sampled,
+    waiting_reference,
     whole_minibatches,
 )
 from llmtrain.config.schema import Config, Section
@@ -42,6 +43,7 @@ class GrpoConfig(Section):
     dual_clip: float | None = Field(None, gt=1.0)  # where A < 0, ratios count at most this (usual: 3); clip only
     ratio_cap: PositiveFloat = 5.0  # cispo: largest ratio, itself a ratio
     kl_coef: float = Field(0.0, ge=0.0)  # against the weights at the start
+    reference_waits: bool = False  # those weights lie in host memory but while they score
     kl_form: Literal["k1", "k2", "k3"] = "k3"  # how the KL is estimated from a token
     kl_in: Literal["loss", "reward"] = "loss"  # a term of the loss; or taken from each reward, summed over its tokens
     mismatch: Literal["auto", "off", "truncate", "mask", "mask_seqs"] = "auto"  # auto: truncate, but off in fp32
@@ -125,11 +127,12 @@ RECIPE = Recipe(
         groups_compare,
         room_to_punish,
         used_together,
+        waiting_reference("grpo", lambda config: config.grpo.kl_coef > 0),
         no_spikes("grpo", "is near 0 whatever happens"),
     ),
     step_size=step_size,
     other_models=other_models,
-    same=tuple(f"grpo.{key}" for key in GrpoConfig.model_fields),
+    same=tuple(f"grpo.{key}" for key in GrpoConfig.model_fields if key != "reference_waits"),
     starts_trained=True,
     samples=True,
     branches=True,
