@@ -3,7 +3,8 @@
     for seed in 0 1 2; do bash launch/posttrain.sh seed=$seed name=posttrain-$seed; done
     python -m benchmarks.tour runs/posttrain-0 runs/posttrain-1 runs/posttrain-2 --out benchmarks/results/tour.json
 
-Prints a table for the docs, and draws pass@1 against samples and against CPU-seconds beside the record.
+Prints a table for the docs. Beside the record it draws pass@1 against samples and CPU-seconds (tour.png), and the
+reward of the samples against their number (tour_curves.png).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import environment
-from llmtrain.observe.plots import plot_marks
-from llmtrain.observe.report import add_costs, evaluations, read_stages
+from llmtrain.observe.plots import plot_lines, plot_marks
+from llmtrain.observe.report import add_costs, evaluations, read_stages, reward_curve
 
 MEASURES = {"pass@1": 3, "pass@8": 3, "maj@8": 3, "greedy": 3, "entropy": 3, "perplexity": 1, "samples": 0, "cpu_s": 0}
 
@@ -39,6 +40,18 @@ def gather(runs: Sequence[str]) -> Seeds:
     return {
         label: {name: [float(each[label].get(name) or 0.0) for each in found] for name in MEASURES}
         for label in found[0]
+    }
+
+
+def curves(runs: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """Returns the points (samples so far, mean reward of a step) of each stage that sampled, means over all runs."""
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+    for stage in (stage for run in runs for stage in read_stages(run)):
+        if points := reward_curve(stage):
+            found.setdefault(stage.name, []).append(points)
+    return {
+        name: [tuple(map(fmean, zip(*points, strict=True))) for points in zip(*each, strict=True)]
+        for name, each in found.items()
     }
 
 
@@ -75,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     panels = {"samples": "samples", "cpu_s": "CPU-seconds"}
     points = {title: {label: (m[name], m["pass@1"]) for label, m in seeds.items()} for name, title in panels.items()}
+    path = str(options.out.with_name(options.out.stem + "_curves.png"))
+    plot_lines(path, "Mean reward of the samples of a step", "samples so far", curves(options.runs))
     plot_marks(str(options.out.with_suffix(".png")), "Held-out pass@1", points)
 
 

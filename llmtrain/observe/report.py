@@ -209,16 +209,17 @@ def _evaluation_image(out: str, evaluated: Mapping[str, dict[str, Any]]) -> dict
 
 def _samples_image(out: str, stages: Iterable[StageRecord]) -> dict[str, str] | None:
     """Draws the rewards of all stages that sampled against their samples; returns None where fewer than two did."""
-    curves = {
-        stage.name: [(r["samples"], r["reward_mean"]) for r in stage.metrics if r.get("samples") and "reward_mean" in r]
-        for stage in stages
-    }
-    curves = {name: points for name, points in curves.items() if points}
+    curves = {stage.name: points for stage in stages if (points := reward_curve(stage))}
     if len(curves) < 2:
         return None
     title = "Mean reward of the samples of a step"
     plot_lines(os.path.join(out, "samples.png"), title, "samples so far", curves)
     return {"file": "samples.png", "alt": title}
+
+
+def reward_curve(stage: StageRecord) -> list[tuple[float, float]]:
+    """Returns the points (samples so far, mean reward of a step) of a stage; none if it did not sample."""
+    return [(r["samples"], r["reward_mean"]) for r in stage.metrics if r.get("samples") and "reward_mean" in r]
 
 
 def _curves(out: str, stage: StageRecord) -> list[dict[str, str]]:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tour import gather, main, table
+from benchmarks.tour import curves, gather, main, table
 
 
 def run(directory: Path, labels: dict[str, float], samples: int = 0) -> Path:
     """A run directory: one stage that sampled, and its evaluations."""
     (directory / "raft").mkdir(parents=True)
-    (directory / "raft" / "metrics.jsonl").write_text(json.dumps({"step": 1, "samples": samples}) + "\n")
+    (directory / "raft" / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "samples": samples, "reward_mean": samples / 1000}) + "\n"
+    )
     (directory / "raft" / "done.json").write_text('{"cpu_s": 12.0}')
     for label, score in labels.items():
         stage = directory / f"eval-{label}"
@@ -32,6 +34,8 @@ def test_a_table_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = tmp_path / "tour.json"
     main([*map(str, runs), "--out", str(out)])
     assert capsys.readouterr().out.splitlines()[3] == lines[3]
+    assert curves([str(path) for path in runs]) == {"raft": [(101, pytest.approx(0.101))]}
+    assert (tmp_path / "tour_curves.png").stat().st_size > 10_000
     assert json.loads(out.read_text())["measured"] == seeds and (tmp_path / "tour.png").stat().st_size > 10_000
 
 
