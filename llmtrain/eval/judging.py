@@ -28,14 +28,20 @@ def ranking(scores: Scores, texts: Sequence[str]) -> list[int]:
 def best_against_worst(
     scores: Scores, texts: Sequence[str], finished: Sequence[bool], most: int, tie: float
 ) -> list[tuple[int, int]]:
-    """Returns at most `most` pairs (chosen, rejected): best against worst, second best against second worst, ...
+    """Returns at most `most` pairs (chosen, rejected): best against worst, second best against second worst, ...; then
+    the best against other bad ones, and other good ones against the worst.
 
     Scores that differ by `tie` or less are a tie, and no pair. What was cut off is never chosen, as its row would teach
     to end there. Example: best_against_worst([1, 3, 2], ["a", "b", "c"], [True] * 3, 1, 0.0) -> [(1, 0)]
     """
     order = ranking(scores, texts)
-    pairs = zip((i for i in order if finished[i]), reversed(order), strict=False)
-    return [(best, worst) for best, worst in pairs if scores[best] - scores[worst] > tie][:most]
+    good, bad = [i for i in order if finished[i]], order[::-1]
+    pairs = [
+        *zip(good, bad, strict=False),
+        *((i, j) for i in good[:1] for j in bad),
+        *((i, j) for i in good for j in bad[:1]),
+    ]
+    return [(i, j) for i, j in dict.fromkeys(pairs) if scores[i] - scores[j] > tie][:most]
 
 
 def best_of(

@@ -30,13 +30,17 @@ DONE = [True] * 4
 def test_best_against_worst() -> None:
     scores = [2.0, 5.0, 1.0, 4.0]
     assert best_against_worst(scores, TEXTS, DONE, 1, 0.0) == [(1, 2)]
-    assert best_against_worst(scores, TEXTS, DONE, 9, 0.0) == [(1, 2), (3, 0)]
-    assert best_against_worst(scores, TEXTS, DONE, 9, 2.0) == [(1, 2)]  # 4 - 2 is a tie
+    assert best_against_worst(scores, TEXTS, DONE, 2, 0.0) == [(1, 2), (3, 0)]
+    assert best_against_worst(scores, TEXTS, DONE, 9, 0.0) == [(1, 2), (3, 0), (1, 0), (1, 3), (3, 2), (0, 2)]
+    assert best_against_worst(scores, TEXTS, DONE, 9, 2.0) == [(1, 2), (1, 0), (3, 2)]  # 4 - 2 is a tie
+    one, many = [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]
+    assert best_against_worst(one, TEXTS, DONE, 9, 0.0) == [(0, 3), (0, 2), (0, 1)]  # against each wrong one
+    assert best_against_worst(many, TEXTS, DONE, 9, 0.0) == [(1, 0), (2, 0), (3, 0)]
     assert best_against_worst(scores, TEXTS, [True, False, True, True], 1, 0.0) == [(3, 2)]  # 1 was cut off
     assert best_against_worst(scores, TEXTS, [True, True, False, True], 1, 0.0) == [(1, 2)]  # may be rejected
     assert best_against_worst([None, 5.0, None, 4.0], TEXTS, DONE, 9, 0.0) == [(1, 3)]
     assert best_against_worst([1.0] * 4, TEXTS, DONE, 9, 0.0) == []
-    assert best_against_worst([1.0, 0.0, 0.0, 1.0], TEXTS, DONE, 9, 0.0) == [(0, 2), (3, 1)]
+    assert best_against_worst([1.0, 0.0, 0.0, 1.0], TEXTS, DONE, 9, 0.0) == [(0, 2), (3, 1), (0, 1), (3, 2)]
     assert best_against_worst([3.0, 1.0, 2.0, 0.0], ["a", "a", "a", "b"], DONE, 9, 0.0) == [(0, 3)]
     assert best_against_worst([3.0, 1.0], ["a", "a"], DONE[:2], 9, 0.0) == []
 
