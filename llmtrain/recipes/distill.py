@@ -3,7 +3,8 @@ teachers say of them -> divergence -> step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -29,6 +30,7 @@ from llmtrain.losses.distill import (
     sampled_loss,
 )
 from llmtrain.parallel.mesh import shutdown
+from llmtrain.rollout.served import ServedModel
 from llmtrain.trainer.batches import count_trained, demonstration_microbatches, group_microbatches, held_out_loss
 from llmtrain.trainer.frozen import awake, build_scorer
 from llmtrain.trainer.gate import Gate
@@ -37,9 +39,10 @@ from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog, is_due, note_evaluation
 from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.rollouts import build_source, closing, read_prompts, rollout_metrics, serve_rollouts
+from llmtrain.trainer.served import ask_samples, check_served
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
-from llmtrain.types import Batch, Group, Metrics, Scores
+from llmtrain.types import Batch, Group, Metrics, Sample, Scores
 
 
 def main(config: Config) -> None:
@@ -92,6 +95,7 @@ def on_own_samples(job: Job) -> None:
     prompts = read_prompts(job)
     check_prompts(settings, config.data.train, prompts)
     replay = Replay(job)
+    servers = find_servers(job, prompts)
     build_engine(job, config.train.steps)
     teachers, loss = build_teachers(job), with_gap(loss_of(job))
     source = build_source(job, prompts, settings.prompts_per_step)
@@ -102,8 +106,9 @@ def on_own_samples(job: Job) -> None:
     def step(number: int) -> tuple[dict[str, float], int]:
         clock = Clock()
         groups = source.take(number)
-        rollout_s = clock.lap()
-        columns = credit(settings, groups)
+        times = {"rollout_s": clock.lap()}
+        columns = [*credit(settings, groups), *ask(job, servers, groups)]
+        times |= {"server_s": clock.lap()} if servers else {}
         batches = group_microbatches(job, groups, columns, fixed_width=replay.seqs > 0)
         trained = count_trained(batches, job.mesh)
         gate.before_update(job.engine, batches, number)
@@ -112,10 +117,10 @@ def on_own_samples(job: Job) -> None:
         note_padding(job, mixed)
         metrics = job.engine.train_step(mixed, mixed_loss, trained).numbers()
         gate.after_update(metrics["logprob_gap_max"], number)
-        train_s = clock.lap()
+        times["train_s"] = clock.lap()
         source.publish(job.engine.full_weights(), number + 1)
         samples.write(number + 1, groups)
-        times = {"rollout_s": rollout_s, "train_s": train_s, "sync_s": clock.lap()}
+        times["sync_s"] = clock.lap()
         tokens = sum(len(sample.ids) for sample in chain.from_iterable(groups))
         return {**summary(groups), **metrics, **times, "weight_version": number + 1}, tokens
 
@@ -123,27 +128,27 @@ def on_own_samples(job: Job) -> None:
         train(job, step)
 
 
-def consult(job: Job, teachers: Sequence[Scorer], batches: Sequence[Batch]) -> None:
+def consult(job: Job, teachers: Mapping[int, Scorer], batches: Sequence[Batch]) -> None:
     """Adds to the batches, in place, the candidates of each position, and what every teacher says of them.
 
     The candidates are the whole vocabulary, or the likeliest tokens of the distribution that the divergence is a mean
     over: the student's for the reverse KL, else the teachers'. With `estimate: sampled` the labels are all there is.
     """
     settings, vocabulary = job.config.distill, job.model.vocab_size
-    with awake(teachers, settings.teachers_wait):
+    with awake(list(teachers.values()), settings.teachers_wait):
         if settings.estimate == "sampled":
-            return note(batches, [[s.logprobs for s in teacher.score(batches)] for teacher in teachers])
+            return note(batches, {i: [s.logprobs for s in each.score(batches)] for i, each in teachers.items()})
         if 0 < settings.top_k < vocabulary:
             asked = [replace(batch, top_k=settings.top_k) for batch in batches]
-            proposers = [job.engine] if settings.kind == "reverse" else teachers
+            proposers = [job.engine] if settings.kind == "reverse" else teachers.values()
             proposals = [model.score(asked) for model in proposers]
             propose(batches, proposals)
             if len(teachers) == 1 and settings.kind != "reverse":  # it has said all there is to say
-                return note(batches, [[s.candidates for s in proposals[0]]])
+                return note(batches, {0: [s.candidates for s in proposals[0]]})
         else:
             for batch in batches:
                 batch.candidates = torch.arange(vocabulary).expand(*batch.labels.shape, vocabulary)
-        note(batches, [[s.candidates for s in teacher.score(batches)] for teacher in teachers])
+        note(batches, {i: [s.candidates for s in each.score(batches)] for i, each in teachers.items()})
 
 
 def propose(batches: Sequence[Batch], proposals: Sequence[Sequence[Scores]]) -> None:
@@ -153,9 +158,9 @@ def propose(batches: Sequence[Batch], proposals: Sequence[Sequence[Scores]]) -> 
         batch.candidates = likeliest_of(each, shares).cpu()
 
 
-def note(batches: Sequence[Batch], said: Sequence[Sequence[Tensor | None]]) -> None:
-    """Adds the log-probs of each teacher to the batches, in place: [teachers][batches]."""
-    for i, teacher in enumerate(said):
+def note(batches: Sequence[Batch], said: Mapping[int, Sequence[Tensor | None]]) -> None:
+    """Adds the log-probs of each teacher, by its number, to the batches, in place: [teachers][batches]."""
+    for i, teacher in said.items():
         for batch, logprobs in zip(batches, teacher, strict=True):
             batch.extra[f"teacher_{i}"] = logprobs.cpu()
 
@@ -185,13 +190,36 @@ def with_gap(loss: LossFn) -> LossFn:
     return compared
 
 
-def build_teachers(job: Job) -> list[Scorer]:
-    """Returns the teachers, frozen, in host memory if they wait there."""
+def build_teachers(job: Job) -> dict[int, Scorer]:
+    """Returns the teachers whose weights are here, by their number, frozen, in host memory if they wait there."""
     settings = job.config.distill
-    teachers = [build_scorer(job, f"distill.teacher.{each.name}", each.path) for each in settings.teacher]
-    for teacher in teachers if settings.teachers_wait else ():
+    here = {i: each for i, each in enumerate(settings.teacher) if not each.served}
+    teachers = {i: build_scorer(job, f"distill.teacher.{each.name}", each.path) for i, each in here.items()}
+    for teacher in teachers.values() if settings.teachers_wait else ():
         teacher.to_host()
     return teachers
+
+
+def find_servers(job: Job, prompts: PromptSet) -> dict[int, ServedModel]:
+    """Returns the teachers behind servers, by their number; each has shown that it can answer."""
+    d, servers = job.config.distill, {}
+    for i, each in ((i, each) for i, each in enumerate(d.teacher) if each.served):
+        token = os.environ[each.token_env] if each.token_env else None
+        servers[i] = ServedModel(each.path, each.model, token, d.server_threads, d.server_deadline_s)
+        check_served(job, f"distill.teacher.{each.name}", servers[i], prompts)
+    return servers
+
+
+def ask(job: Job, servers: Mapping[int, ServedModel], groups: Sequence[Group]) -> list[str]:
+    """Fills in what each server says of the samples that its teacher has a share in. Returns the columns' names."""
+    for i, server in servers.items():
+        ask_samples(job, server, groups, f"teacher_{i}", partial(has_share, i))
+    return [f"teacher_{i}" for i in servers]
+
+
+def has_share(number: int, sample: Sample) -> bool:
+    """Tells whether the teacher of this number counts in the loss of a sample."""
+    return sample.columns[f"share_{number}"][0] > 0
 
 
 def demonstrations(job: Job, path: str) -> Demonstrations:

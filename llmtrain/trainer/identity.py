@@ -282,11 +282,14 @@ def tokenizer_contents(directory: str) -> Contents:
     }
 
 
-def _value(config: dict[str, Any], key: str) -> Any:
-    node: Any = config
-    for name in key.split("."):
-        node = node.get(name, ABSENT) if isinstance(node, dict) else ABSENT
-    return node
+def _value(node: Any, key: str) -> Any:
+    """Returns what stands at a key; behind a list it is that of each entry. ABSENT where one is not there."""
+    first, _, rest = key.partition(".")
+    there = node.get(first, ABSENT) if isinstance(node, dict) else ABSENT
+    if isinstance(there, list) and rest:
+        values = [_value(entry, rest) for entry in there]
+        return ABSENT if ABSENT in values else values
+    return _value(there, rest) if rest else there
 
 
 def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

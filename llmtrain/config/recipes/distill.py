@@ -6,30 +6,39 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled
 from llmtrain.config.schema import Config
-from llmtrain.config.section import Section, UserPath
+from llmtrain.config.section import Count, DeadlineS, Section, UserPath
 
-SERVERS = ("http://", "https://")
+SCHEMES = ("http://", "https://")
 
 
 class TeacherConfig(Section):
-    """Names a frozen model that the student learns from."""
+    """Names a frozen model that the student learns from. Its token ids must be the student's."""
 
-    path: UserPath  # a run, a Hugging Face directory or its name on the hub, org/name; with the student's token ids
-    name: str = ""  # in rows (field `teacher`) and messages; default the last part of `path`
+    path: UserPath  # a run, a Hugging Face directory, its name on the hub, or the URL of a server (http://host:8000/v1)
+    name: str = ""  # in rows (field `teacher`) and messages; default the last part of `path`, or of a server's `model`
     weight: PositiveFloat = 1.0  # share of its divergence where a row names no teacher, relative to the others
+    model: str = ""  # of a server: the name that it gives the model
+    token_env: str | None = None  # of a server: the environment variable with its token; null = it wants none
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: Any) -> Any:
         """Names a teacher that has no name."""
         if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
-            return {**data, "name": os.path.basename(data["path"].rstrip("/"))}
+            called = str(data.get("model") or "teacher") if data["path"].startswith(SCHEMES) else data["path"]
+            return {**data, "name": os.path.basename(called.rstrip("/"))}
         return data
+
+    @property
+    def served(self) -> bool:
+        """Tells whether it stands behind a server."""
+        return self.path.startswith(SCHEMES)
 
 
 class DistillConfig(Section):
@@ -44,6 +53,8 @@ class DistillConfig(Section):
     estimate: Literal["vocabulary", "sampled"] = "vocabulary"  # sampled: on_policy, by the sampled token alone
     prompts_per_step: PositiveInt = 32  # on_policy: prompts sampled a step, which makes one update
     teachers_wait: bool = False  # teachers lie in host memory but while they score
+    server_threads: Count = 8  # requests that a rank has under way at a server at once
+    server_deadline_s: DeadlineS = 120.0  # until a server has answered all that a step asks, or the run ends
 
     @field_validator("teacher", mode="before")
     @classmethod
@@ -65,11 +76,12 @@ def step_size(config: Config) -> StepSize:
 
 def weights(config: Config) -> dict[str, str]:
     """Returns the directories of the teachers, by key."""
-    return {
-        f"distill.teacher.{each.name}": each.path
-        for each in config.distill.teacher
-        if not each.path.startswith(SERVERS)
-    }
+    return {f"distill.teacher.{each.name}": each.path for each in config.distill.teacher if not each.served}
+
+
+def frozen_teachers(config: Config) -> tuple[str, ...]:
+    """Returns the teachers whose weights a job holds."""
+    return tuple(f"the frozen teacher {each.name}" for each in config.distill.teacher if not each.served)
 
 
 def variant(config: Config) -> Mapping[str, Any]:
@@ -80,19 +92,71 @@ def variant(config: Config) -> Mapping[str, Any]:
 
 
 def usable_teachers(config: Config) -> Iterator[str]:
-    """Yields a line if there is no teacher, one behind a server, or two of one name."""
+    """Yields a line if there is no teacher, or two of one name, or one that has what is for servers alone."""
     teachers = config.distill.teacher
     if not teachers:
         yield "distill.teacher: must be set, a student learns from one; give the directory of a model or a run"
-    for each in teachers:
-        if each.path.startswith(SERVERS):
-            yield (
-                f"distill.teacher={each.path}: must be a directory of weights, a server is not asked for log-probs; "
-                "download the model"
-            )
     names = [each.name for each in teachers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield f"distill.teacher: {twice[0]} is the name of two teachers; give one another `name`"
+    for each in teachers:
+        for key, value in (("model", each.model), ("token_env", each.token_env)):
+            if value and not each.served:
+                yield f"distill.teacher.{each.name}.{key}={value}: is for a server, path={each.path} is none; remove it"
+
+
+def usable_servers(config: Config) -> Iterator[str]:
+    """Yields what cannot work with a teacher behind a server."""
+    d, r = config.distill, config.rollout
+    for each in (each for each in d.teacher if each.served):
+        key = f"distill.teacher.{each.name}"
+        yield from reachable(key, each)
+        if not (d.on_policy and d.estimate == "sampled"):
+            yield (
+                f"{key}={address(each)}: a server gives the log-prob of the token that stands there, not of the "
+                "vocabulary; set distill.on_policy=true and distill.estimate=sampled, or give the directory of a model"
+            )
+        elif r.temperature != 1.0:
+            yield (
+                f"rollout.temperature={r.temperature:g}: must be 1 with {key}, a server gives log-probs at temperature "
+                "1; set it to 1, or give the directory of a model"
+            )
+        if d.server_deadline_s >= config.engine.timeout_s:
+            yield (
+                f"distill.server_deadline_s={d.server_deadline_s:g}: must be below engine.timeout_s="
+                f"{config.engine.timeout_s}, in which the other ranks give up; lower it or raise timeout_s"
+            )
+
+
+def reachable(key: str, teacher: TeacherConfig) -> Iterator[str]:
+    """Yields what is missing to ask a server, or is too much."""
+    if not is_plain(teacher.path):
+        yield (
+            f"{key}={address(teacher)}: must be http://host:port/v1 or https, without user, query and fragment; "
+            "correct it, a token belongs into the environment variable that token_env names"
+        )
+    if not teacher.model:
+        yield f"{key}.model: must be set, a server has a name for each of its models; GET /v1/models lists them"
+    token = os.environ.get(teacher.token_env) if teacher.token_env else "none"
+    if not token:
+        yield f"{key}.token_env={teacher.token_env}: is not set in the environment; export it, or remove the key"
+    elif not (token.isascii() and token.isprintable()):  # an error of the HTTP library would show it
+        yield f"{key}.token_env={teacher.token_env}: must hold printable ASCII in one line; correct what is exported"
+
+
+def is_plain(url: str) -> bool:
+    """Tells whether a URL is a host, perhaps a port and a path, and nothing else."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0 and not (parts.username or parts.query or parts.fragment)
+    except ValueError:  # a port that is no number
+        return False
+
+
+def address(teacher: TeacherConfig) -> str:
+    """Returns the URL of a server as it may be shown: what stands before an @ may be a secret."""
+    scheme, _, rest = teacher.path.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def on_given_rows(config: Config) -> Iterator[str]:
@@ -139,9 +203,11 @@ RECIPE = Recipe(
     summary="learn from a teacher's distributions (starts under torchrun too)",
     main="llmtrain.recipes.distill:main",
     section=DistillConfig,
-    rules=(usable_teachers, on_given_rows, on_own_samples),
+    rules=(usable_teachers, usable_servers, on_given_rows, on_own_samples),
     same=(
-        "distill.teacher",
+        "distill.teacher.name",
+        "distill.teacher.weight",
+        "distill.teacher.model",
         "distill.on_policy",
         "distill.divergence",
         "distill.beta",
@@ -151,7 +217,7 @@ RECIPE = Recipe(
         "distill.prompts_per_step",
     ),
     starts_trained=True,
-    other_models=lambda config: tuple(f"the frozen teacher {each.name}" for each in config.distill.teacher),
+    other_models=frozen_teachers,
     weights=weights,
     variant=variant,
 )
