@@ -213,7 +213,7 @@ def find_servers(job: Job, prompts: PromptSet) -> dict[int, ServedModel]:
 def ask(job: Job, servers: Mapping[int, ServedModel], groups: Sequence[Group]) -> list[str]:
     """Fills in what each server says of the samples that its teacher has a share in. Returns the columns' names."""
     for i, server in servers.items():
-        ask_samples(job, server, groups, f"teacher_{i}", partial(has_share, i))
+        ask_samples(job.mesh, server, groups, f"teacher_{i}", partial(has_share, i))
     return [f"teacher_{i}" for i in servers]
 
 

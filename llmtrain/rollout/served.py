@@ -48,8 +48,9 @@ class ServedModel:
         return read_ids(self.url, choice)
 
     def _ask(self, prompt: Sequence[int] | str, deadline: float) -> dict[str, Any]:
-        """Returns the only choice of the answer to a prompt, which is not continued."""
-        wanted = {"echo": True, "max_tokens": 0, "logprobs": 1, "temperature": 1.0}
+        """Returns the only choice of the answer to a prompt. A token is sampled behind it, as not every server can do
+        without."""
+        wanted = {"echo": True, "max_tokens": 1, "logprobs": 1, "temperature": 1.0}
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True, "add_special_tokens": False}
         asked = [list(prompt)] if not isinstance(prompt, str) else prompt
         body = {"model": self.model, "prompt": asked, **wanted, **ids}
@@ -79,7 +80,7 @@ def read_logprobs(url: str, choice: dict[str, Any], ids: Sequence[int]) -> list[
     if read_ids(url, choice) != list(ids):
         raise ServerFault(f"{url}: answers for other token ids than were sent")
     said = found.get("token_logprobs") if isinstance(found, dict) else None
-    if not isinstance(said, list) or len(said) not in (n, n + 1):  # some servers sample a token where none is wanted
+    if not isinstance(said, list) or len(said) not in (n, n + 1):  # of the sampled token, too
         count = len(said) if isinstance(said, list) else "no"
         raise ServerFault(f"{url}: answers with {count} log-probs to {n} tokens; it must give one of each (echo)")
     _check_names(url, found.get("tokens"), ids)

@@ -7,6 +7,7 @@ from itertools import chain
 
 from llmtrain.checkpoint.group import together
 from llmtrain.data.prompts import PromptSet
+from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.served import ServedModel
 from llmtrain.trainer.job import Job
 from llmtrain.types import Group, Sample
@@ -16,7 +17,7 @@ PROBED_PROMPTS = 8
 
 
 def ask_samples(
-    job: Job, model: ServedModel, groups: Sequence[Group], column: str, asked: Callable[[Sample], bool]
+    mesh: Mesh, model: ServedModel, groups: Sequence[Group], column: str, asked: Callable[[Sample], bool]
 ) -> None:
     """Fills in a column of every sample: what the model says of each token that the policy wrote; 0 of other tokens,
     and of samples that it is not `asked` about.
@@ -24,7 +25,7 @@ def ask_samples(
     The same on every trainer (a collective): each sends its share of the samples. Raises OSError on all of them when
     one gets no answer that fits.
     """
-    samples, mesh = list(chain.from_iterable(groups)), job.mesh
+    samples = list(chain.from_iterable(groups))
     for sample in samples:
         sample.columns[column] = [0.0] * len(sample.ids)
     chosen = [sample for sample in samples if asked(sample)]

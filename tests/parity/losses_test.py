@@ -55,6 +55,7 @@ FEW = [  # together every axis, method, schedule, ZeRO stage and engine
         {"tp": 2, "cp": 2, "backend": "fsdp", "model": {"logit_softcap": 5.0}},
         {"cp": 2, "dp_shard": 2, "zero_stage": 3},
     ),
+    *of("sampled tokens", {"tp": 2, "pp": 2, "backend": "fsdp"}, {"cp": 2, "dp_shard": 2, "zero_stage": 1}),
     *of("row pairs", {"cp": 2, "dp_shard": 2, "zero_stage": 2}, {"cp": 2, "pp": 2, "backend": "fsdp"}),
 ]
 ENGINES = ({"zero_stage": 1}, {"zero_stage": 3, "grad_clip": 0}, {"backend": "fsdp"})

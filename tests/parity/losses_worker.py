@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.engine.base import LossFn
-from llmtrain.losses.distill import distillation_loss, forward_kl, reverse_kl
+from llmtrain.losses.distill import distillation_loss, forward_kl, reverse_kl, sampled_loss
 from llmtrain.losses.mismatch import mask_sequences, truncate
 from llmtrain.losses.policy import capped, clipped, clipped_by_sequence, grpo_loss, policy_loss
 from llmtrain.losses.preference import bradley_terry_loss, dpo_loss
@@ -119,6 +119,15 @@ def candidate_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
     return loss, {**metrics, "counted": batch.loss_mask.float().sum()}
 
 
+def taught_batch(step: int, rows: int) -> Batch:
+    """Returns `group_batch` with what two teachers say of each token, one of which counts only in some branches."""
+    batch, g = group_batch(step, rows), torch.Generator().manual_seed(650 + step)
+    said = -3.2 + torch.randn(2, rows, WIDTH, generator=g)  # above the student by 1, as the advantages there are
+    share = torch.where(batch.branch_ids == 1, 1.0, 0.25)
+    extra = {"teacher_0": said[0], "teacher_1": said[1], "share_0": share, "share_1": 1 - share}
+    return replace(batch, extra={**batch.extra, **extra})
+
+
 def group_loss(scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
     """Returns the policy loss; the metric `counted` is 1 when every trained token is counted once."""
     loss, metrics = grpo_loss(scores, batch, clip_low=0.2, clip_high=0.28, kl_coef=0.1)
@@ -201,6 +210,7 @@ TASKS |= {
     "branch pairs": Task(pair_loss, pairs_in, branch_pairs),
     "row pairs": Task(mean_pair_loss, pairs_in, pair_batch, rows=4),
     "reward pairs": Task(reward_loss, pairs_in, ended_pairs),
+    "sampled tokens": Task(counting(partial(sampled_loss, teachers=2)), trained_tokens, taught_batch),
     "candidates": Task(candidate_loss, trained_tokens, candidate_batch),
     "values": Task(value_loss, trained_tokens, value_batch),
 }

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmtrain.checkpoint.source import load_decoder
 from llmtrain.config.load import ConfigError, load
+from llmtrain.config.recipes import RECIPES
+from llmtrain.losses.distill import sampled_loss
+from llmtrain.rollout.served import ServedModel
 from llmtrain.rules.check import check
+from llmtrain.trainer.batches import group_microbatches
+from llmtrain.trainer.frozen import build_scorer
+from llmtrain.trainer.job import start_directory
+from llmtrain.trainer.served import ask_samples
+from llmtrain.types import Sample
+from tests.parity.layouts_worker import scores_of
 from tests.recipes.distill_test import CONTEXT, PIPELINE, WORKER, save_model
 from tests.rollout.servers import Server, reply, serving
 from tests.small_run import DOCUMENT
@@ -48,7 +60,7 @@ class Teacher:
         with torch.no_grad():
             logprobs = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         said = logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-        found = {"token_logprobs": [None, *said], "tokens": [f"token_id:{i}" for i in ids]}
+        found = {"token_logprobs": [None, *said, -0.5], "tokens": [f"token_id:{i}" for i in [*ids, 3]]}
         reply(handler, 200, {"choices": [{"index": 0, "text": "", "logprobs": found, "prompt_token_ids": ids}]})
 
 
@@ -136,6 +148,41 @@ def test_the_same_as_a_teacher_whose_weights_are_here(
             assert many == pytest.approx(single, rel=1e-4)
 
 
+def test_loss_and_every_gradient_are_those_of_the_local_teacher(
+    start: Path, server: Server, teacher: Teacher, stub_job: Callable
+) -> None:
+    """Groups behind a shared prompt, of answers of unequal lengths, in which a tool wrote a token."""
+    job = stub_job("distill", "rollout.temperature=1")
+    g = torch.Generator().manual_seed(0)
+    lists = torch.randint(0, 512, (6, 15), generator=g).tolist()
+    groups = [[sample_of(lists[2 * i][:5], ids) for ids in (lists[2 * i][5:], lists[2 * i + 1][:4])] for i in range(3)]
+    ask_samples(job.mesh, ServedModel(server.url, "teacher"), groups, "teacher_0", lambda sample: True)
+    columns = ("teacher_0", "share_0")
+    for sample in chain.from_iterable(groups):
+        sample.columns["share_0"] = [1.0] * len(sample.ids)
+    (batch,) = group_microbatches(stub_job("distill", "train.micro_batch_tokens=512"), groups, columns)
+    (here,) = build_scorer(job, "distill.teacher", str(start / "teacher")).score([batch])
+    torch.testing.assert_close(batch.extra["teacher_0"], here.logprobs, rtol=1e-5, atol=1e-5)
+    assert batch.loss_mask.sum() == 3 * 14 - 6 and here.logprobs[batch.loss_mask].max() < 0
+    found = {}
+    for name, said in (("there", batch.extra["teacher_0"]), ("here", here.logprobs)):
+        student = load_decoder(str(start / "student"), job.model, torch.float32)
+        scores = scores_of(student, batch)
+        loss, _ = sampled_loss(scores, replace(batch, extra={**batch.extra, "teacher_0": said}), teachers=1)
+        loss.backward()
+        found[name] = loss.detach(), {key: value.grad for key, value in student.named_parameters()}
+    torch.testing.assert_close(found["there"][0], found["here"][0], rtol=1e-5, atol=1e-5)
+    for key, gradient in found["here"][1].items():
+        largest = gradient.abs().max().item()
+        assert largest > 0 and (found["there"][1][key] - gradient).abs().max().item() <= 1e-5 * largest, key
+
+
+def sample_of(prompt: list[int], ids: list[int]) -> Sample:
+    """A sample of a student that gives each token 1/e; the third token is a tool's."""
+    n = len(ids)
+    return Sample(prompt, ids, [i != 2 for i in range(n)], [-1.0] * n, [0] * n, True)
+
+
 def test_a_resumed_run_finds_its_teacher_at_another_address(
     start: Path, teacher: Teacher, forked: Callable, tmp_path: Path
 ) -> None:
@@ -145,6 +192,9 @@ def test_a_resumed_run_finds_its_teacher_at_another_address(
     shutil.copytree(whole / "checkpoints/step-00000002", again / "checkpoints/step-00000002")
     with serving(teacher) as server:
         run(forked, 2, command(start, again, at(server), *layout, second=None))
+        other = command(start, again, f"path: '{server.url}', model: big, name: teacher", *layout, second=None)
+    with pytest.raises(ValueError, match=r"distill.teacher.model=\['big'\]: must stay \['teacher'\], with"):
+        start_directory(load(other[1], other[2:]), RECIPES["distill"])
     assert numbers(again) == numbers(whole)[2:]
     assert all(weights(again)[name].equal(tensor) for name, tensor in weights(whole).items())
 

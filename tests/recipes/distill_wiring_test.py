@@ -70,6 +70,21 @@ class StubTeacher(StubScorer):
         self.moves.append("device")
 
 
+class StubServer:
+    """Stands for a server: gives each token the log-prob -1.5, and texts the student's ids. Keeps what it was asked."""
+
+    def __init__(self, encode: Callable[[str], list[int]], *where: object) -> None:
+        self.encode, self.where, self.asked, self.texts = encode, where, [], []
+
+    def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        self.asked.append(sequences)
+        return [[-1.5] * (len(ids) - 1) for ids in sequences]
+
+    def token_ids(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return self.encode(text)
+
+
 class Run:
     """A job of distillation with stubs: the teachers by name, what each step returned, what was built."""
 
@@ -78,12 +93,14 @@ class Run:
         self.engine.scores = says(STUDENT)
         self.teachers = {"one": StubTeacher(TEACHER), "two": StubTeacher(OTHER)}
         self.built: list[tuple[str, str]] = []
+        self.servers: list[StubServer] = []
         self.generator = StubGenerator(self.answers, job.tokenizer.eos_id)
         stubs = {
             "join": lambda config, recipe: job,
             "train": run_steps(self.steps),
             "build_engine": lambda job, updates: self.totals.append(updates),
             "build_scorer": self.scorer,
+            "ServedModel": self.server,
             "shutdown": lambda: None,
         }
         for name, stub in stubs.items():
@@ -93,6 +110,10 @@ class Run:
     def scorer(self, job: Job, key: str, path: str) -> StubTeacher:
         self.built.append((key, path))
         return self.teachers[path]
+
+    def server(self, *where: object) -> StubServer:
+        self.servers.append(StubServer(lambda text: self.job.tokenizer.encode(text, parse_special=False), *where))
+        return self.servers[-1]
 
     def answers(self, prompt: Prompt) -> list[list[int]]:
         """Five tokens, and three that are cut short."""
@@ -352,6 +373,46 @@ def test_the_sampled_token_alone(start: Callable[..., Run]) -> None:
     for batches, _, _ in run.engine.updates:
         assert {batch.candidates for batch in batches} == {None}
     assert [len(teacher.scored) for teacher in run.teachers.values()] == [2, 2] and len(run.engine.scored) == 1
+
+
+SERVED = "{path: 'http://host:1/v1', model: big, name: one, token_env: TOKEN}"
+
+
+def test_a_server_is_asked_about_each_sample_of_its_teacher(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It says 0.5 less than the generator, the other teacher 0.25 more. Of four prompts, each of which has answers of 5
+    and 3 tokens, one names the server, one the other teacher, and two none: shares 1/4 and 3/4."""
+    monkeypatch.setenv("TOKEN", "word")
+    rows = [{"prompt": f"say {i}", **({"teacher": n} if n else {})} for i, n in enumerate(["one", "two", None, None])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (f"distill.teacher=[{SERVED}, {{path: two, weight: 3}}]", f"data.train={tmp_path / 'rows.jsonl'}")
+    keys = ("distill.estimate=sampled", "distill.server_threads=3", "distill.server_deadline_s=7")
+    run = start(*ON_POLICY, *settings, *keys)
+    run.teachers["two"].scores = says(OTHER, 0.25)
+    run.go()
+    (server,) = run.servers
+    assert server.where == ("http://host:1/v1", "big", "word", 3, 7.0) and run.built == [("distill.teacher.two", "two")]
+    prompts = [run.job.tokenizer.encode(row["prompt"]) for row in rows]
+    assert len(server.texts) == 1 + 4 and server.texts[1:] == [row["prompt"] for row in rows]
+    assert [len(ids) for ids in server.asked[0]] == [max(map(len, prompts)) + 7] and len(server.asked) == 1 + 2
+    wanted = [prompt + answer for i, prompt in enumerate(prompts) if i != 1 for answer in run.answers(Prompt([]))]
+    for step, (metrics, _) in enumerate(run.steps):
+        assert sorted(server.asked[1 + step]) == sorted(wanted)
+        expected = (8 * 0.5 - 8 * 0.25 + 16 * (0.25 * 0.5 - 0.75 * 0.25)) / 32
+        assert metrics["loss"] == pytest.approx(expected, abs=1e-6) and metrics["server_s"] >= 0
+    for batch in run.engine.updates[0][0]:
+        share, said = batch.extra["share_0"], batch.extra["teacher_0"]
+        assert torch.equal(said, torch.where((share > 0) & batch.loss_mask, -1.5, 0.0))
+    assert [len(teacher.scored) for teacher in run.teachers.values()] == [0, 2]
+    assert "server_s" not in start(*ON_POLICY).go().steps[0][0]
+
+
+def test_a_server_without_a_token(start: Callable[..., Run]) -> None:
+    settings = (f"distill.teacher={SERVED.replace('token_env: TOKEN', 'weight: 2')}", "distill.estimate=sampled")
+    run = start(*ON_POLICY, *settings).go()
+    assert run.servers[0].where == ("http://host:1/v1", "big", None, 8, 120.0) and run.built == []
+    assert [metrics["loss"] for metrics, _ in run.steps] == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
 def test_rewards_are_recorded_where_they_are_named(start: Callable[..., Run], tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from tests.rollout.servers import Answer, reply, serving
 
 IDS = [5, 7, 9]
 FAULTS: dict[str, tuple[Callable[[dict], object], str]] = {
-    "too few": (lambda c: c["logprobs"]["token_logprobs"].pop(), "answers with 2 log-probs to 3 tokens"),
-    "too many": (lambda c: c["logprobs"]["token_logprobs"].extend([-1, -1]), "with 5 log-probs to 3 tokens"),
+    "too few": (lambda c: c["logprobs"].update(token_logprobs=[None, -1]), "answers with 2 log-probs to 3 tokens"),
+    "too many": (lambda c: c["logprobs"]["token_logprobs"].append(-1), "with 5 log-probs to 3 tokens"),
     "none": (lambda c: c.update(logprobs=None), "answers with no log-probs to 3 tokens; it must give one of each"),
     "no list": (lambda c: c["logprobs"].update(token_logprobs={}), "answers with no log-probs"),
     "NaN": (lambda c: set_value(c, float("nan")), "the log-prob of token 7 at 1 is nan, and must be a number above"),
@@ -38,12 +38,12 @@ FAULTS: dict[str, tuple[Callable[[dict], object], str]] = {
 
 
 def choice_of(ids: list[int]) -> dict[str, Any]:
-    """What vLLM answers: each token has the log-prob -id / 10."""
+    """What vLLM answers: each token has the log-prob -id / 10, and so has the token 3, which it samples."""
     logprobs = {
-        "token_logprobs": [None, *(-i / 10 for i in ids[1:])],
-        "tokens": [f"token_id:{i}" for i in ids],
-        "top_logprobs": [None] * len(ids),
-        "text_offset": [0] * len(ids),
+        "token_logprobs": [None, *(-i / 10 for i in [*ids[1:], 3])],
+        "tokens": [f"token_id:{i}" for i in [*ids, 3]],
+        "top_logprobs": [None] * (len(ids) + 1),
+        "text_offset": [0] * (len(ids) + 1),
     }
     return {"index": 0, "text": "", "logprobs": logprobs, "prompt_token_ids": ids, "token_ids": [3]}
 
@@ -71,17 +71,17 @@ def test_what_is_asked_and_what_comes_back() -> None:
     assert [path for path, _, _ in server.asked] == ["/v1/completions"] * 3
     assert server.asked[0][1]["Authorization"] == "Bearer secret" and "secret" not in repr(model)
     assert server.asked[0][2] == {
-        **{"model": "teacher", "prompt": [[5, 7, 9]], "echo": True, "max_tokens": 0, "logprobs": 1},
+        **{"model": "teacher", "prompt": [[5, 7, 9]], "echo": True, "max_tokens": 1, "logprobs": 1},
         **{"temperature": 1.0, "return_token_ids": True, "return_tokens_as_token_ids": True},
         "add_special_tokens": False,
     }
     assert server.asked[2][2]["prompt"] == "ab"
 
 
-def test_a_sampled_token_behind_the_prompt_does_not_count_and_rounding_is_no_fault() -> None:
-    """As SGLang answers: one token more, and texts of tokens."""
+def test_the_sampled_token_may_be_missing_and_rounding_is_no_fault() -> None:
+    """And SGLang gives the texts of tokens."""
     choice = choice_of(IDS)
-    choice["logprobs"] |= {"token_logprobs": [None, 1e-4, -3, -0.5], "tokens": ["a", "b", "c", "token_id:"]}
+    choice["logprobs"] |= {"token_logprobs": [None, 1e-4, -3], "tokens": ["a", "b", "token_id:"]}
     assert read_logprobs("url", choice, IDS) == [0.0, -3.0]
 
 

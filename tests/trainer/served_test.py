@@ -1,0 +1,97 @@
+"""What a model behind a server says of samples: each trainer asks for its share, and all have the answers to all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from llmtrain.rollout.post import ServerFault
+from llmtrain.trainer.served import ask_samples, check_served
+from llmtrain.types import Group, Sample
+from tests.checkpoint.conftest import ThreadGroup, run_ranks
+
+
+class Server:
+    """Gives each token the log-prob -id / 10; fails on sequences that hold the token 66."""
+
+    url = "http://host/v1"
+
+    def __init__(self, more: int = 0) -> None:
+        self.asked, self.texts, self.more = [], [], more
+
+    def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        self.asked.append(sequences)
+        if any(66 in ids for ids in sequences):
+            raise ServerFault("no answer")
+        return [[-i / 10 for i in ids[1:]] for ids in sequences]
+
+    def token_ids(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return [*range(2000, 2000 + self.more), *map(ord, text)]
+
+
+def samples() -> list[Group]:
+    """Three groups of two; a tool wrote the second token of each first sample. The last sample of a group has a share
+    in the third group alone."""
+
+    def sample(prompt: list[int], ids: list[int], trained: list[bool], share: float) -> Sample:
+        return Sample(prompt, ids, trained, [0.0] * len(ids), [0] * len(ids), True, columns={"s": [share] * len(ids)})
+
+    return [
+        [sample([g], [g + 1, g + 2, g + 3], [True, False, True], 0.5), sample([g], [g + 5], [True], float(g == 30))]
+        for g in (10, 20, 30)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_trainer_has_the_answers_to_the_samples_that_have_a_share(size: int) -> None:
+    def action(group: ThreadGroup) -> tuple[list, list]:
+        found, server = samples(), Server()
+        ask_samples(group, server, found, "t", lambda each: each.columns["s"][0] > 0)
+        return [[each.columns["t"] for each in pair] for pair in found], server.asked
+
+    results = run_ranks(size, action)
+    first = [[-1.1, 0.0, -1.3], [0.0]], [[-2.1, 0.0, -2.3], [0.0]], [[-3.1, 0.0, -3.3], [-3.5]]
+    assert all(said == list(first) for said, _ in results)
+    wanted = [[10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 32, 33], [30, 35]]
+    assert [asked for _, (asked,) in results] == [wanted[rank::size] for rank in range(size)]
+
+
+def test_all_trainers_learn_that_one_got_no_answer() -> None:
+    def action(group: ThreadGroup) -> str:
+        found = samples()
+        found[1][0].ids[0] = 66
+        with pytest.raises(OSError, match="rank 2: no answer"):
+            ask_samples(group, Server(), found, "t", lambda each: True)
+        return "told"
+
+    assert run_ranks(3, action) == ["told"] * 3  # the third sample is rank 2's
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_one_rank_compares_the_ids_of_texts_and_asks_for_the_longest_sequence(more: int) -> None:
+    """A token that begins every text is the server's own affair; two are none."""
+
+    def action(group: ThreadGroup) -> tuple[list, list]:
+        prompts = SimpleNamespace(ids=[[97, 98], [97, 98, 99], [100], *[[101]] * 9])
+        tokenizer = SimpleNamespace(
+            encode=lambda text, parse_special: [*map(ord, text)] * (not parse_special),
+            decode=lambda ids: "".join(map(chr, ids)),
+            eos_id=7,
+        )
+        config, server = SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=2)), Server(more)
+        job = SimpleNamespace(mesh=group, tokenizer=tokenizer, config=config)
+        if more == 2:
+            with pytest.raises(
+                ValueError, match=r"rank 0: key=http://host/v1: its .* and \d+ more; both must be equal"
+            ):
+                check_served(job, "key", server, prompts)
+        else:
+            check_served(job, "key", server, prompts)
+        return server.texts, server.asked
+
+    (texts, asked), other = run_ranks(2, action)
+    assert other == ([], [])
+    assert asked == ([] if more == 2 else [[[97, 98, 99, 7, 7]]])
+    assert texts[1:] == ([] if more == 2 else ["ab", "abc", "d", *["e"] * 5])
