@@ -35,17 +35,24 @@ class ServedModel:
 
         Raises ServerFault when an answer does not come in time, or does not fit what was asked.
         """
+        choices = self._choices(sequences)
+        return [read_logprobs(self.url, choice, ids) for choice, ids in zip(choices, sequences, strict=True)]
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids that the server's tokenizer gives each text, perhaps behind one that begins every text.
+
+        Raises ServerFault as `logprobs` does.
+        """
+        return [read_ids(self.url, choice) for choice in self._choices(texts)]
+
+    def _choices(self, prompts: Sequence[Sequence[int]] | Sequence[str]) -> list[dict[str, Any]]:
+        """Returns the choice of the answer to each prompt; the deadline is one for all."""
         deadline = time.monotonic() + self.deadline_s
         pool = ThreadPoolExecutor(self.threads)
         try:
-            return list(pool.map(lambda ids: read_logprobs(self.url, self._ask(ids, deadline), ids), sequences))
+            return list(pool.map(lambda prompt: self._ask(prompt, deadline), prompts))
         finally:
             pool.shutdown(cancel_futures=True)  # those under way end by the deadline
-
-    def token_ids(self, text: str) -> list[int]:
-        """Returns the ids that the server's tokenizer gives a text, perhaps behind one that begins every text."""
-        choice = self._ask(text, time.monotonic() + self.deadline_s)
-        return read_ids(self.url, choice)
 
     def _ask(self, prompt: Sequence[int] | str, deadline: float) -> dict[str, Any]:
         """Returns the only choice of the answer to a prompt. A token is sampled behind it, as not every server can do

@@ -48,9 +48,9 @@ def check_served(job: Job, key: str, model: ServedModel, prompts: PromptSet) -> 
 
 
 def _check(job: Job, key: str, model: ServedModel, prompts: PromptSet) -> None:
-    texts = [job.tokenizer.decode(ids) for ids in prompts.ids[:PROBED_PROMPTS]]
-    for text in (PROBE, *filter(None, texts)):
-        own, other = job.tokenizer.encode(text, parse_special=False), model.token_ids(text)
+    texts = [PROBE, *filter(None, map(job.tokenizer.decode, prompts.ids[:PROBED_PROMPTS]))]
+    for text, other in zip(texts, model.token_ids(texts), strict=True):
+        own = job.tokenizer.encode(text, parse_special=False)
         if own not in (other, other[1:]):  # behind a token that begins every text
             raise ValueError(
                 f"{key}={model.url}: its tokenizer gives {text[:60]!r} the ids {_shown(other)}, the student's "

@@ -80,9 +80,9 @@ class StubServer:
         self.asked.append(sequences)
         return [[-1.5] * (len(ids) - 1) for ids in sequences]
 
-    def token_ids(self, text: str) -> list[int]:
-        self.texts.append(text)
-        return self.encode(text)
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        self.texts += texts
+        return [self.encode(text) for text in texts]
 
 
 class Run:

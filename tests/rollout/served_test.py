@@ -67,7 +67,7 @@ def test_what_is_asked_and_what_comes_back() -> None:
     with serving(completing()) as server:
         model = ServedModel(f"{server.url}/", "teacher", "secret", threads=1)
         assert model.logprobs([[5, 7, 9], [4, 1]]) == [[-0.7, -0.9], [-0.1]]
-        assert model.logprobs([]) == [] and model.token_ids("ab") == [1, 97, 98]
+        assert model.logprobs([]) == [] and model.token_ids(["ab"]) == [[1, 97, 98]]
     assert [path for path, _, _ in server.asked] == ["/v1/completions"] * 3
     assert server.asked[0][1]["Authorization"] == "Bearer secret" and "secret" not in repr(model)
     assert server.asked[0][2] == {

@@ -420,3 +420,12 @@ def test_a_finished_run_never_claims_what_was_not_done(tmp_path: Path, steps: in
     before = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
     resume.begin(job_at(document(tmp_path, f"train.steps={steps}", "optim.lr=0.1"), 10))
     assert before == {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
+
+
+def test_a_key_behind_a_list_is_that_of_each_entry() -> None:
+    """What an earlier version did not write in an entry is not compared."""
+    config = {"a": {"b": [{"c": 1, "d": {"e": 3}}, {"c": 2}]}, "f": []}
+    assert value_of(config, "a.b.c") == [1, 2] and value_of(config, "a.b") == config["a"]["b"]
+    assert (
+        value_of(config, "a.b.d.e") is ABSENT and value_of(config, "a.x.c") is ABSENT and value_of(config, "f.c") == []
+    )

@@ -111,7 +111,7 @@ def usable_servers(config: Config) -> Iterator[str]:
     for each in (each for each in d.teacher if each.served):
         key = f"distill.teacher.{each.name}"
         yield from reachable(key, each)
-        if not (d.on_policy and d.estimate == "sampled"):
+        if d.estimate != "sampled":
             yield (
                 f"{key}={address(each)}: a server gives the log-prob of the token that stands there, not of the "
                 "vocabulary; set distill.on_policy=true and distill.estimate=sampled, or give the directory of a model"
@@ -121,10 +121,10 @@ def usable_servers(config: Config) -> Iterator[str]:
                 f"rollout.temperature={r.temperature:g}: must be 1 with {key}, a server gives log-probs at temperature "
                 "1; set it to 1, or give the directory of a model"
             )
-        if d.server_deadline_s >= config.engine.timeout_s:
+        if 2 * d.server_deadline_s >= config.engine.timeout_s:  # the start asks twice
             yield (
-                f"distill.server_deadline_s={d.server_deadline_s:g}: must be below engine.timeout_s="
-                f"{config.engine.timeout_s}, in which the other ranks give up; lower it or raise timeout_s"
+                f"distill.server_deadline_s={d.server_deadline_s:g}: must be below half of "
+                f"engine.timeout_s={config.engine.timeout_s}, when other ranks give up; lower it, or raise timeout_s"
             )
 
 
