@@ -3,8 +3,10 @@ tests. Restarts, signals and the product's commands are tested with torchrun."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,20 +50,35 @@ def run_alone(
     return _run([{**os.environ, **(env or {})}], target, args, timeout_s)
 
 
+def run_killed(ranks: int, target: str | Path, *args: str | Path, after_s: float) -> subprocess.CompletedProcess[str]:
+    """Runs `target` like `run_forked`, or if there is one rank like `run_alone`. What has not ended `after_s` seconds
+    after its start is killed by SIGKILL, with all processes of its group, and the return code is -SIGKILL."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environments = [_environment(rank, ranks, store.port) for rank in range(ranks)] if ranks > 1 else [os.environ]
+    return _run(environments, target, args, after_s, kill=True)
+
+
 def _run(
-    environments: Sequence[Mapping[str, str]], target: str | Path, args: Sequence[str | Path], timeout_s: float
+    environments: Sequence[Mapping[str, str]],
+    target: str | Path,
+    args: Sequence[str | Path],
+    timeout_s: float,
+    kill: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Starts a process for each environment. Returns the exit code of one that failed, else 0."""
+    """Starts a process for each environment, with `kill` each in a group of its own, which is killed when it is too
+    late. Returns the exit code of one that failed, else 0."""
     argv = [str(target), *map(str, args)]
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
-        processes = [CONTEXT.Process(target=_rank, args=(argv, each, output.name)) for each in environments]
+        processes = [CONTEXT.Process(target=_rank, args=(argv, dict(e), output.name, kill)) for e in environments]
         try:
             for process in processes:
                 process.start()
             in_time = _await(processes, time.monotonic() + timeout_s)
         finally:
-            _end(processes)
+            _kill(processes) if kill else _end(processes)
         said = output.read()
+    if kill and not in_time:
+        return subprocess.CompletedProcess(argv, -signal.SIGKILL, stdout=said)
     if not in_time:
         pytest.fail(f"{target} in {len(environments)} processes did not end in {timeout_s} s:\n{said[-6000:]}")
     return subprocess.CompletedProcess(argv, next((p.exitcode for p in processes if p.exitcode), 0), stdout=said)
@@ -74,7 +91,9 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {**os.environ, **{name: str(value) for name, value in numbers.items()}, **place, **agent}
 
 
-def _rank(argv: list[str], environment: Mapping[str, str], output: str) -> None:
+def _rank(argv: list[str], environment: Mapping[str, str], output: str, own_group: bool) -> None:
+    if own_group:
+        os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
@@ -96,6 +115,16 @@ def _await(processes: Sequence[ForkServerProcess], deadline: float) -> bool:
         if not connection.wait([p.sentinel for p in running], deadline - time.monotonic()):
             return False
     return True
+
+
+def _kill(processes: Sequence[ForkServerProcess]) -> None:
+    running = [p for p in processes if p.pid is not None and p.is_alive()]
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):  # it has no group yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    for process in running:
+        process.join()
 
 
 def _end(processes: Sequence[ForkServerProcess]) -> None:
