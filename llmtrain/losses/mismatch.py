@@ -8,6 +8,7 @@ trains nothing), to the factor of the token's objective, [B, T], without gradien
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,20 @@ def mask_sequences(log_w: Tensor, batch: Batch, low: float, high: float, cap: fl
     """Returns min(w, cap) in sequences whose geometric mean of w lies in [low, high]; others are left out whole."""
     mean = sequence_means(log_w, batch.loss_mask, batch).exp()
     return torch.where((mean >= low) & (mean <= high), truncate(log_w, batch, cap), 0.0)
+
+
+def correction_of(form: str, cap: float, low: float, high: float) -> Correction | None:
+    """Returns the correction of a name, `off` (None), `truncate`, `mask` or `mask_seqs`, with what it reads of the
+    bounds."""
+    match form:
+        case "truncate":
+            return partial(truncate, cap=cap)
+        case "mask":
+            return partial(mask_tokens, low=low, high=high)
+        case "mask_seqs":
+            return partial(mask_sequences, low=low, high=high, cap=cap)
+    assert form == "off", form
+    return None
 
 
 def off_policy(log_ratio: Tensor, advantages: Tensor, batch: Batch, delta: float) -> Tensor:

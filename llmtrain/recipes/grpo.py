@@ -9,13 +9,14 @@ from itertools import chain
 
 import torch
 
-from llmtrain.config.recipes.grpo import RECIPE, GrpoConfig, mismatch_of, updates_per_step
+from llmtrain.config.recipes.base import mismatch_of
+from llmtrain.config.recipes.grpo import RECIPE, GrpoConfig, updates_per_step
 from llmtrain.config.schema import Config
 from llmtrain.engine.base import LossFn, Scorer
 from llmtrain.engine.optim import learning_rate
 from llmtrain.losses.advantage import group_advantages, has_spread, overlong_penalty
 from llmtrain.losses.kl import KL_FORMS
-from llmtrain.losses.mismatch import mask_sequences, mask_tokens, truncate
+from llmtrain.losses.mismatch import correction_of
 from llmtrain.losses.policy import capped, clipped, clipped_by_sequence, policy_loss
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.parallel.mesh import shutdown
@@ -37,7 +38,7 @@ from llmtrain.trainer.rollouts import (
     take_spread,
 )
 from llmtrain.trainer.scored import score_samples
-from llmtrain.trainer.updates import averaged, mean_metrics, policy_tokens
+from llmtrain.trainer.updates import OLD, averaged, columns_of, mean_metrics, policy_tokens, score_old
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
 from llmtrain.types import Batch, Group, Sample
@@ -144,13 +145,13 @@ def update(
     settings, total = job.config.grpo, updates_per_step(job.config)
     denominator = torch.tensor([divided_by(groups, job.config) / settings.minibatches], device=job.mesh.device)
     parts = split_groups(learnable(groups), settings.minibatches)
+    if mismatch_of(job.config, "grpo").form != "off":
+        score_old(job, parts, settings.epochs)
     minibatches = lay_out(job, parts, reference, fixed_width=replay.seqs > 0)
     if not parts:
         lr = learning_rate(number * total, job.config.optim, job.config.train.steps * total)
         return {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
     gate.before_update(job.engine, minibatches[0], number)
-    if mismatch_of(job.config) != "off":
-        add_old(minibatches if settings.epochs > 1 else minibatches[1:], job.engine)
     steps = []
     for epoch in range(settings.epochs):
         for i, (part, batches) in enumerate(zip(parts, minibatches, strict=True)):
@@ -167,21 +168,12 @@ def lay_out(
     job: Job, parts: Sequence[Sequence[Group]], reference: Scorer | None, fixed_width: bool
 ) -> list[list[Batch]]:
     """Returns this rank's microbatches of each minibatch, with the columns that the loss reads."""
-    settings = job.config.grpo
-    columns = ("advantages", "weights") if settings.aggregate == "sequences" else ("advantages",)
-    minibatches = [group_microbatches(job, part, columns, fixed_width) for part in parts]
-    if settings.kl_in == "loss":
+    names = ("advantages", "weights", OLD)
+    minibatches = [group_microbatches(job, part, columns_of(part, names), fixed_width) for part in parts]
+    if job.config.grpo.kl_in == "loss":
         for batches in minibatches:
             add_reference(batches, reference)
     return minibatches
-
-
-def add_old(minibatches: Sequence[Sequence[Batch]], policy: Scorer) -> None:
-    """Adds `extra["train_logprobs"]` to the batches, in place: those of the trainer before its updates. The first
-    update needs none, it computes them itself."""
-    for batches in minibatches:
-        for batch, scores in zip(batches, policy.score(batches), strict=True):
-            batch.extra["train_logprobs"] = scores.logprobs.cpu()
 
 
 def divided_by(groups: Sequence[Group], config: Config) -> float:
@@ -204,18 +196,12 @@ def loss_of(config: Config) -> LossFn:
         "gspo": partial(clipped_by_sequence, low=g.clip_low, high=g.clip_high),
         "cispo": partial(capped, cap=g.ratio_cap),
     }[g.objective]
-    correction = {
-        "off": None,
-        "truncate": partial(truncate, cap=g.mismatch_cap),
-        "mask": partial(mask_tokens, low=g.mismatch_low, high=g.mismatch_high),
-        "mask_seqs": partial(mask_sequences, low=g.mismatch_low, high=g.mismatch_high, cap=g.mismatch_cap),
-    }[mismatch_of(config)]
     return partial(
         policy_loss,
         objective=objective,
         kl_coef=g.kl_coef if g.kl_in == "loss" else 0.0,
         kl_form=g.kl_form,
-        correction=correction,
+        correction=correction_of(*mismatch_of(config, "grpo")),
         off_policy_delta=g.off_policy_delta,
     )
 

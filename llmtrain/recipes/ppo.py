@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llmtrain.checkpoint.roles import MAIN
+from llmtrain.config.recipes.base import mismatch_of
 from llmtrain.config.recipes.ppo import RECIPE, PpoConfig
 from llmtrain.config.schema import Config, OptimConfig
 from llmtrain.data.sampler import derive, permuted
+from llmtrain.engine.base import LossFn
 from llmtrain.engine.build import Role
 from llmtrain.losses.gae import gae, length_lambda, token_rewards, whiten
 from llmtrain.losses.kl import k1, masked_log_ratio
 from llmtrain.losses.kl_control import adapted_kl_coef
+from llmtrain.losses.mismatch import correction_of
 from llmtrain.losses.policy import clipped, policy_loss
 from llmtrain.losses.value import explained_variance, value_loss
 from llmtrain.parallel.mesh import shutdown
@@ -34,7 +37,7 @@ from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.rollouts import build_source, closing, read_prompts, rollout_metrics, serve_rollouts
 from llmtrain.trainer.scored import score_samples
 from llmtrain.trainer.turns import Turns
-from llmtrain.trainer.updates import averaged, mean_metrics, policy_tokens
+from llmtrain.trainer.updates import OLD, averaged, columns_of, mean_metrics, policy_tokens, score_old
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engines, scalar_model, start_source
 from llmtrain.types import Group, Sample
@@ -193,20 +196,30 @@ def update_policy(
     """Makes an update of the policy on each part, or none while the critic is warming up. Returns the means of their
     metrics."""
     settings, denominator, steps = job.config.ppo, tokens_per_update(job, parts), []
-    columns = ("advantages", "ref_logprobs") if has_reference(parts[0][0]) else ("advantages",)
-    kl_coef = job.state[KL_COEF] if settings.kl_in == "loss" else 0.0
-    objective = partial(clipped, low=settings.clip_low, high=settings.clip_high)
-    own_loss = partial(policy_loss, objective=objective, kl_coef=kl_coef)
+    if mismatch_of(job.config, "ppo").form != "off" and number >= settings.critic_warmup_steps:
+        score_old(job, parts[: settings.minibatches], settings.epochs)
     for turn, part in enumerate(parts, (number - settings.critic_warmup_steps) * len(parts)):
+        columns = columns_of(part, ("advantages", "ref_logprobs", OLD))
         batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0)
         gate.before_update(job.engine, batches, number)
         if turn < 0:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
-        mixed, loss = replay.mix(turn, batches, averaged(own_loss, denominator, part), denominator)
+        mixed, loss = replay.mix(turn, batches, averaged(loss_of(job), denominator, part), denominator)
         note_padding(job, mixed)
         steps.append(job.engine.train_step(mixed, loss, denominator, turn).numbers())
     gate.after_update(steps[0]["logprob_gap_max"], number)
     return mean_metrics(steps)
+
+
+def loss_of(job: Job) -> LossFn:
+    """Returns the loss of the policy, with the coefficient of the KL as it is now."""
+    config, settings = job.config, job.config.ppo
+    return partial(
+        policy_loss,
+        objective=partial(clipped, low=settings.clip_low, high=settings.clip_high),
+        kl_coef=job.state[KL_COEF] if settings.kl_in == "loss" else 0.0,
+        correction=correction_of(*mismatch_of(config, "ppo")),
+    )
 
 
 def tokens_per_update(job: Job, parts: Sequence[Sequence[Group]]) -> Tensor:

@@ -9,12 +9,13 @@ from itertools import chain
 
 import torch
 
-from llmtrain.config.recipes.raft import RECIPE, REJECT, RaftConfig, updates_per_step
+from llmtrain.config.recipes.raft import RECIPE, REJECT, RaftConfig, correction, updates_per_step
 from llmtrain.config.schema import Config
 from llmtrain.data.sampler import derive, permuted
 from llmtrain.engine.base import LossFn
 from llmtrain.engine.optim import learning_rate
-from llmtrain.losses.policy import grpo_loss
+from llmtrain.losses.mismatch import correction_of
+from llmtrain.losses.policy import clipped, policy_loss
 from llmtrain.losses.raft import raft_loss
 from llmtrain.parallel.mesh import shutdown
 from llmtrain.trainer.batches import group_microbatches
@@ -24,7 +25,7 @@ from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import Clock, SampleLog
 from llmtrain.trainer.replay import Replay
 from llmtrain.trainer.rollouts import build_source, closing, read_prompts, rollout_metrics, serve_rollouts
-from llmtrain.trainer.updates import mean_metrics, policy_tokens
+from llmtrain.trainer.updates import OLD, columns_of, mean_metrics, policy_tokens, score_old
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
 from llmtrain.types import Group, Sample
@@ -100,10 +101,15 @@ def update(job: Job, chosen: Sequence[Group], number: int, replay: Replay, gate:
     Where fewer samples are chosen than there are minibatches, some updates are not made; the learning rate follows the
     rounds all the same.
     """
-    loss, steps, total = loss_of(job.config.raft), [], updates_per_step(job.config)
-    for turn, part in minibatches(job, chosen, number):
+    loss, steps, total = loss_of(job.config), [], updates_per_step(job.config)
+    parts = list(minibatches(job, chosen, number))
+    if correction(job.config).form != "off":
+        epochs = job.config.raft.epochs
+        score_old(job, [part for _, part in parts[: len(parts) // epochs]], epochs)
+    for turn, part in parts:
         denominator = torch.tensor([float(policy_tokens(part))], device=job.mesh.device)
-        batches = group_microbatches(job, part, ("advantages",), fixed_width=replay.seqs > 0)
+        columns = columns_of(part, ("advantages", OLD))
+        batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0)
         if not steps:
             gate.before_update(job.engine, batches, number)
         mixed, mixed_loss = replay.mix(turn, batches, loss, denominator)
@@ -134,8 +140,10 @@ def minibatches(job: Job, chosen: Sequence[Group], number: int) -> Iterator[tupl
             yield epoch * settings.minibatches + i, list(part.values())
 
 
-def loss_of(settings: RaftConfig) -> LossFn:
+def loss_of(config: Config) -> LossFn:
     """Returns the loss of the variant."""
+    settings = config.raft
     if settings.variant == "raft":
         return raft_loss
-    return partial(grpo_loss, clip_low=settings.clip_low, clip_high=settings.clip_high, kl_coef=0.0)
+    objective = partial(clipped, low=settings.clip_low, high=settings.clip_high)
+    return partial(policy_loss, objective=objective, correction=correction_of(*correction(config)))

@@ -22,7 +22,7 @@ from llmtrain.types import IGNORE, Prompt
 from tests.recipes.conftest import run_steps
 from tests.recipes.stubs import LR, StubEngine, StubGenerator, StubScorer, shifted
 
-A = 2**-0.5  # advantage of the better of two samples, rewards 1 and 0: 0.5 / their standard deviation
+A = 0.5 / (2**-0.5 + 1e-6)  # advantage of the better of two samples, rewards 1 and 0: over their deviation
 SETTINGS = (
     *("grpo.prompts_per_step=4", "grpo.minibatches=2", "grpo.clip_low=0.2", "grpo.clip_high=0.3"),
     *("rollout.group_size=2", "rollout.max_new_tokens=7", "rollout.temperature=0.8", "rollout.top_p=0.9"),

@@ -101,18 +101,21 @@ def arguments(job: Job, base: Path, run_dir: Path) -> list[str]:
     return [job.command, document, f"run_dir={run_dir}", *start, *more, *own]
 
 
-def lines_so_far(run_dir: Path) -> int:
-    """How many steps stand in metrics.jsonl, the last of which may have been cut short."""
-    path = run_dir / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def traces(run_dir: Path) -> tuple[int, set[tuple[str, int]]]:
+    """How many steps stand in metrics.jsonl, the last of which may have been cut short, and what unfinished saves
+    left."""
+    path, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    steps = len(path.read_text().splitlines()) if path.exists() else 0
+    unfinished = [*checkpoints.glob("*.tmp"), *checkpoints.glob("*.trash")]
+    return steps, {(each.name, each.stat().st_mtime_ns) for each in unfinished}
 
 
-def phase(run_dir: Path, seen: int) -> str:
-    """What a process was doing when it was killed, that had found `seen` steps."""
-    steps = lines_so_far(run_dir)
-    if any(path.suffix in (".tmp", ".trash") for path in (run_dir / "checkpoints").glob("*")):
+def phase(run_dir: Path, before: tuple[int, set[tuple[str, int]]]) -> str:
+    """What a process was doing when it was killed, that had found the traces `before`."""
+    steps, unfinished = traces(run_dir)
+    if unfinished - before[1]:
         return f"saving, after step {steps}"
-    return f"starting, at step {seen}" if steps <= seen else f"after step {steps}"
+    return f"starting, at step {steps}" if steps <= before[0] else f"after step {steps}"
 
 
 def recorded(run_dir: Path) -> dict[str, list[dict]]:
@@ -136,13 +139,13 @@ def disturbed(job: Job, base: Path, run_dir: Path, moments_s: Iterator[float]) -
     """Runs to the end, killed at each of these moments after a start as long as there are any. Returns the phases."""
     phases: list[str] = []
     while True:
-        seen, moment_s = lines_so_far(run_dir), next(moments_s, None)
+        before, moment_s = traces(run_dir), next(moments_s, None)
         done = run_killed(job.ranks, "llmtrain", *arguments(job, base, run_dir), after_s=moment_s or LIMIT_S)
         if done.returncode != -signal.SIGKILL:
             assert done.returncode == 0, done.stdout[-3000:]
             return phases
         assert moment_s is not None, done.stdout[-3000:]
-        phases.append(phase(run_dir, seen))
+        phases.append(phase(run_dir, before))
 
 
 def assert_kills_change_nothing(name: str, base: Path, place: Path, kills: int) -> None:

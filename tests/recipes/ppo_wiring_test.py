@@ -182,6 +182,78 @@ def test_a_value_that_moved_too_far_is_clipped_as_the_key_says(start: Callable[.
         assert sum(stats.loss * d for _, d, stats in run.critic.updates) == pytest.approx(total, rel=1e-5)
 
 
+WIDE = "rollout.max_logprob_gap=9.0"
+RIGHT = sum(0.75 / 2**k for k in range(5))  # the advantages of a right answer, summed over its tokens
+WRONG = sum(-0.25 / 2**k for k in range(3))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weight", "share"),  # w = 3 at every token
+    [
+        (("ppo.mismatch=truncate",), 2.0, 1.0),
+        (("ppo.mismatch=truncate", "ppo.mismatch_cap=2.5"), 2.5, 1.0),
+        (("ppo.mismatch=mask",), 3.0, 0.0),
+        (("ppo.mismatch=mask", "ppo.mismatch_high=2.9"), 0.0, 1.0),
+        (("ppo.mismatch=mask_seqs", "ppo.mismatch_cap=4.0"), 3.0, 0.0),
+        (("ppo.mismatch=mask_seqs", "ppo.mismatch_low=3.1"), 0.0, 1.0),
+        (("engine.precision=bf16",), 2.0, 1.0),  # auto
+    ],
+)
+def test_a_correction_weighs_the_objective(
+    start: Callable[..., Run], overrides: tuple[str, ...], weight: float, share: float
+) -> None:
+    """The ratio to the trainer's own log-probs is 1, so nothing is clipped; the critic is as without."""
+    run = start(WIDE, "train.steps=1", *overrides)
+    run.policy.scores = shifted(math.log(3))
+    run.go()
+    rights = sum(map(run.is_right, run.generator.asked[0][0]))
+    total = sum(stats.loss * d for _, d, stats in run.policy.updates)
+    assert total == pytest.approx(-weight * (RIGHT * rights + WRONG * (4 - rights)), rel=1e-5, abs=1e-9)
+    for _, _, stats in run.policy.updates:
+        found = [stats.metrics[name] for name in ("mismatch_weight", "mismatch_fraction", "clip_fraction")]
+        assert found == pytest.approx([weight, share, 0.0], rel=1e-5)
+        assert stats.metrics["mismatch_kl"] == pytest.approx(3 - 1 - math.log(3), rel=1e-5)
+    errors = 0.5 * (5 * rights * 0.75**2 + 3 * (4 - rights) * 0.25**2)
+    assert sum(stats.loss * d for _, d, stats in run.critic.updates) == pytest.approx(errors, rel=1e-5)
+
+
+def test_without_a_correction_the_generator_is_the_old_policy(start: Callable[..., Run]) -> None:
+    """Ratio 3: 1.3 A where A > 0, 3 A where A < 0."""
+    for off in (("ppo.mismatch=off", "engine.precision=bf16"), ()):  # auto in fp32
+        run = start(WIDE, "train.steps=1", *off)
+        run.policy.scores = shifted(math.log(3))
+        run.go()
+        rights = sum(map(run.is_right, run.generator.asked[0][0]))
+        total = sum(stats.loss * d for _, d, stats in run.policy.updates)
+        assert total == pytest.approx(-(1.3 * RIGHT * rights + 3 * WRONG * (4 - rights)), rel=1e-5)
+        assert not any("train_logprobs" in batch.extra for update in run.policy.updates for batch in update[0])
+        assert len(run.policy.scored) == 1  # by the gate
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_old_policy_is_that_before_the_first_update(start: Callable[..., Run], epochs: int) -> None:
+    """w = 3, truncated at 2, in all updates; the ratio is 1 in the first of a step, then 1.5, of which 1.3 counts where
+    A > 0. Each token is scored once, and none that the first update alone takes."""
+    run = start(WIDE, "ppo.mismatch=truncate", f"ppo.epochs={epochs}", "train.steps=2")
+    first = {0, 2 * epochs}  # updates
+    run.policy.scores = lambda batch: shifted(math.log(3 if len(run.policy.updates) in first else 4.5))(batch)
+    run.go()
+    for number, update in enumerate(run.policy.updates):
+        up, ratio = (1.0, 1.0) if number in first else (1.3, 1.5)
+        total = sum(-2 * a * (up if a > 0 else ratio) for a in column(update, "advantages"))
+        assert update[2].loss * update[1] == pytest.approx(total, rel=1e-5)
+        held = {"train_logprobs" in batch.extra for batch in update[0]}
+        assert held == {epochs > 1 or number not in first}
+        if held == {True}:
+            assert {round(x, 5) for x in column(update, "train_logprobs")} == {round(math.log(3) - 1, 5)}
+    scored = [sum(int(batch.loss_mask.sum()) for batch in batches) for batches in run.policy.scored]
+    others = sum(
+        len(column(update, "advantages")) for n, update in enumerate(run.policy.updates) if n % (2 * epochs) == 1
+    )
+    gate = len(column(run.policy.updates[0], "advantages"))
+    assert sum(scored) == gate + (others if epochs == 1 else run.tokens(0) + run.tokens(1))
+
+
 def test_advantages_are_whitened_over_the_step_and_returns_are_not(start: Callable[..., Run]) -> None:
     run = start("ppo.whiten=true", "train.steps=1").go()
     found = torch.tensor([x for update in run.policy.updates for x in column(update, "advantages")])
@@ -249,12 +321,12 @@ def test_the_coefficient_follows_the_target_and_is_carried_over_a_resume(start: 
 
 
 def test_the_critic_warms_up_alone(start: Callable[..., Run]) -> None:
-    run = start("ppo.critic_warmup_steps=2", "train.steps=3").go()
+    run = start("ppo.critic_warmup_steps=2", "train.steps=3", "ppo.mismatch=truncate").go()
     assert run.critic.positions == [0, 1, 2, 3, 4, 5] and run.policy.positions == [0, 1]
     assert run.generator.loaded == [(0, 0), (1, 0), (2, 0), (3, 2)]
     assert [metrics["lr"] for metrics, _ in run.steps] == [0.0, 0.0, LR]
     assert {metrics["critic_lr"] for metrics, _ in run.steps} == {LR}
-    assert len(run.policy.scored) == 1  # the gate, at the first step
+    assert len(run.policy.scored) == 1 + 1  # the gate, at the first step; the old policy, at the last
 
 
 def test_what_a_tool_wrote_is_neither_trained_nor_a_state(
@@ -385,6 +457,7 @@ def test_two_models_with_a_schedule_each(
         ("ppo.critic_warmup_steps=6", "ppo.critic_warmup_steps=6: must be less than train.steps=6, or the policy is"),
         ("ppo.kl_target=6", "ppo.kl_target=6: needs a first ppo.kl_coef above 0, which it multiplies; set it"),
         ("ppo={policy_lambda: 1.0, length_alpha: 0.05}", "ppo.policy_lambda=1: ppo.length_alpha=0.05 gives the lambda"),
+        ("ppo.mismatch_low=5", "ppo.mismatch_low=5: must be below ppo.mismatch_high=5; lower it"),
         ("guard.spike=skip", "guard.spike=skip: must be off in ppo"),
     ],
 )

@@ -181,17 +181,19 @@ def test_resumed_bit_for_bit_with_a_worker(separate: Path, run: Callable, tmp_pa
 
 def test_a_pipeline_does_the_same_and_is_resumed_bit_for_bit(separate: Path, run: Callable, tmp_path: Path) -> None:
     """Four ranks that sample in turn; with replay and the clipped losses it runs there too."""
-    whole, more = tmp_path / "whole", ("data.replay_seqs=4", "train.seq_len=256", "train.steps=1", "raft.variant=")
+    more = ("data.replay_seqs=4", "train.seq_len=256", "train.steps=1", "raft.mismatch=truncate")
+    whole = tmp_path / "whole"
     assert_good(run(4, {whole: LAYOUT}), 1)
     for here, there in zip(numbers(whole), numbers(separate), strict=True):
         assert here == pytest.approx(there, rel=1e-4, abs=1e-6)  # same tokens: only the order of sums differs
     runs = {interrupted(whole, tmp_path / "resumed"): LAYOUT}
-    runs |= {tmp_path / name: (*LAYOUT, *more[:-1], more[-1] + name) for name in ("raft++", "reinforce-rej")}
+    runs |= {tmp_path / name: (*LAYOUT, *more, f"raft.variant={name}") for name in ("raft++", "reinforce-rej")}
     assert_good(run(4, runs), 3)
     assert_same_bits(whole, tmp_path / "resumed")
     for name in ("raft++", "reinforce-rej"):
         lines = metrics(tmp_path / name)
         assert all(5 < line["replay_loss"] < 7 and 0 <= line["clip_fraction"] < 1 for line in lines)  # about ln 512
+        assert all(line["mismatch_weight"] == pytest.approx(1.0, abs=1e-4) for line in lines)  # fp32: the same numbers
 
 
 def test_reward_rises_from_round_to_round(run: Callable, start: Path, tmp_path: Path) -> None:

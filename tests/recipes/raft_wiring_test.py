@@ -181,6 +181,47 @@ def test_reinforce_rej_by_hand(start: Callable[..., Run]) -> None:
     assert seen == [kept.count(TOKENS[True]) * TOKENS[True], kept.count(TOKENS[False]) * TOKENS[False]] != [0, 0]
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_correction_weighs_the_objective(start: Callable[..., Run], epochs: int) -> None:
+    """w = 3, truncated at 2, at every token; the ratio is 1 in the first update of a round, then 1.5: 1.3 where A = 1,
+    1.5 where A = -1."""
+    settings = ("raft.variant=reinforce-rej", "raft.clip_high=0.3", f"raft.epochs={epochs}")
+    run, a_round = start(*settings, "engine.precision=bf16", "rollout.max_logprob_gap=9.0"), 2 * epochs
+
+    def scores(batch: Any) -> Any:
+        moved = run.engine.positions and run.engine.positions[-1] // a_round == run.round
+        return shifted(math.log(4.5 if moved else 3))(batch)
+
+    run.round, run.engine.scores, take = -1, scores, run.generator.generate
+
+    def generate(*args: Any) -> Any:
+        run.round += 1
+        return take(*args)
+
+    run.generator.generate = generate
+    run.go()
+    seen = {position // a_round: position for position in reversed(run.engine.positions)}
+    assert len(run.engine.updates) > len(seen)
+    for (batches, denominator, stats), position in zip(run.engine.updates, run.engine.positions, strict=True):
+        first = seen[position // a_round] == position
+        good = sum(int((batch.extra["advantages"] == 1).sum()) for batch in batches)
+        up, down = (1.0, 1.0) if first else (1.3, 1.5)
+        assert stats.loss == pytest.approx(2 * (down * (denominator - good) - up * good) / denominator, rel=1e-5)
+        assert stats.metrics["mismatch_weight"] == pytest.approx(2.0, rel=1e-5)
+        assert {"train_logprobs" in batch.extra for batch in batches} == {epochs > 1 or not first}
+    trained = [denominator for _, denominator, _ in run.engine.updates]
+    once = [n for n, p in zip(trained, run.engine.positions, strict=True) if epochs > 1 or seen[p // a_round] != p]
+    scored = sum(int(batch.loss_mask.sum()) for batches in run.engine.scored for batch in batches)
+    assert scored == trained[0] + sum(once) / epochs  # by the gate, and each token that is trained later once
+
+
+def test_sft_on_what_was_chosen_has_nothing_to_correct(start: Callable[..., Run]) -> None:
+    run = start("engine.precision=bf16").go()
+    assert len(run.engine.scored) == 1  # the gate
+    assert not any("train_logprobs" in batch.extra for update in run.engine.updates for batch in update[0])
+    assert "mismatch_weight" not in run.steps[0][0]
+
+
 def graded(rewards: list[float]) -> Group:
     return [Sample([1], [2, 3], [True] * 2, [0.0] * 2, [0] * 2, True, reward=reward) for reward in rewards]
 
@@ -293,7 +334,14 @@ def test_a_gap_stops_before_the_first_update_and_at_later_steps(start: Callable[
         (("raft.variant=reinforce-rej", "raft.keep=best"), "raft.keep=best: raft.variant=reinforce-rej trains on all "),
         (("raft.keep=best", "rollout.group_size=1"), "rollout.group_size=1: must be at least 2 with raft.keep=best, r"),
         (("raft.variant=reinforce-rej", "rollout.group_size=1"), "rollout.group_size=1: must be at least 2 with raft."),
-        (("raft.clip_high=0.3",), "raft.clip_high=0.3: raft.variant=raft has no ratio to clip; remove it, or set raft"),
+        (
+            ("raft.clip_high=0.3",),
+            "raft.clip_high=0.3: raft.variant=raft has no ratio; remove it, or set raft.variant=",
+        ),
+        (("raft.mismatch=mask",), "raft.mismatch=mask: raft.variant=raft has no ratio; remove it, or set raft.variant"),
+        (("raft.mismatch=off",), None),
+        (("raft.variant=raft++", "raft.mismatch=mask", "raft.mismatch_cap=3"), None),
+        (("raft.variant=raft++", "raft.mismatch_low=6"), "raft.mismatch_low=6: must be below raft.mismatch_high=5; lo"),
         (("guard.spike=skip",), "guard.spike=skip: must be off in raft, whose loss follows from what was chosen; rem"),
     ],
 )

@@ -52,6 +52,28 @@ def frozen_reference(config: Config, wanted: bool) -> tuple[str, ...]:
     return ("a frozen reference",) if wanted and config.model.lora is None else ()
 
 
+MismatchForm = Literal["auto", "off", "truncate", "mask", "mask_seqs"]
+"""How a generator whose numbers are not the trainer's is corrected for, see `llmtrain/losses/mismatch.py`."""
+
+
+class Mismatch(NamedTuple):
+    """Holds what the keys `mismatch`, `mismatch_cap`, `mismatch_low` and `mismatch_high` of a recipe ask for."""
+
+    form: MismatchForm  # never auto
+    cap: float
+    low: float
+    high: float
+
+
+def mismatch_of(config: Config, name: str) -> Mismatch:
+    """Returns the correction that the section of the recipe asks for. The native generator in fp32 computes the
+    trainer's numbers; in fewer bits its log-probs differ from those of the trainer, whose kernels round otherwise."""
+    s = getattr(config, name)
+    same_numbers = config.engine.precision == "fp32" and config.rollout.generator == "native"
+    auto = "off" if same_numbers else "truncate"
+    return Mismatch(auto if s.mismatch == "auto" else s.mismatch, s.mismatch_cap, s.mismatch_low, s.mismatch_high)
+
+
 Rule = Callable[[Config], Iterator[str]]
 """Yields a line `key=value: rule; remedy` for each violation."""
 
@@ -66,6 +88,18 @@ def whole_minibatches(name: str) -> Rule:
                 f"{name}.prompts_per_step={section.prompts_per_step}: must be a multiple of "
                 f"{name}.minibatches={section.minibatches}; change one of them"
             )
+
+    return rule
+
+
+def mismatch_bounds(name: str) -> Rule:
+    """Returns the rule that the bounds within which a token or sequence of the recipe is kept have something between
+    them."""
+
+    def rule(config: Config) -> Iterator[str]:
+        low, high = getattr(config, name).mismatch_low, getattr(config, name).mismatch_high
+        if low >= high:
+            yield f"{name}.mismatch_low={low:g}: must be below {name}.mismatch_high={high:g}; lower it"
 
     return rule
 

@@ -9,9 +9,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from llmtrain.config.recipes.base import (
     SAMPLING_PLOTS,
+    MismatchForm,
     Recipe,
     StepSize,
     frozen_reference,
+    mismatch_bounds,
     no_spikes,
     sampled,
     waiting_reference,
@@ -35,7 +37,7 @@ class GrpoConfig(Section):
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of the group, or of the other samples (RLOO)
     normalize_std: bool = True  # advantage = (r - baseline) / std; False = Dr. GRPO, RLOO
     std_of: Literal["group", "batch"] = "group"  # whose rewards' standard deviation (n - 1)
-    std_eps: float = Field(0.0, ge=0.0)  # is added to it; groups without a spread have no advantage anyway
+    std_eps: float = Field(1e-6, ge=0.0)  # is added to it; groups without a spread have no advantage anyway
     aggregate: Literal["tokens", "sequences", "constant"] = "tokens"  # a mean; gspo: by default sequences
     objective: Literal["clip", "gspo", "cispo"] = "clip"  # ratio of a token, of a sequence; cispo: a weight of log p
     clip_low: PositiveFloat = 0.2  # the ratio is clipped to 1 - clip_low ...; gspo: by default 3e-4
@@ -46,7 +48,7 @@ class GrpoConfig(Section):
     reference_waits: bool = False  # those weights lie in host memory but while they score
     kl_form: Literal["k1", "k2", "k3"] = "k3"  # how the KL is estimated from a token
     kl_in: Literal["loss", "reward"] = "loss"  # a term of the loss; or taken from each reward, summed over its tokens
-    mismatch: Literal["auto", "off", "truncate", "mask", "mask_seqs"] = "auto"  # auto: truncate, but off in fp32
+    mismatch: MismatchForm = "auto"  # corrects a generator that is not the trainer; auto: truncate, off in fp32
     mismatch_cap: PositiveFloat = 2.0  # truncate, mask_seqs: p_trainer / p_generator counts at most this
     mismatch_low: PositiveFloat = 0.5  # mask: tokens, mask_seqs: sequences by their geometric mean, are left out below
     mismatch_high: PositiveFloat = 5.0  # ... mismatch_low, or above mismatch_high
@@ -64,14 +66,6 @@ class GrpoConfig(Section):
 def updates_per_step(config: Config) -> int:
     """Returns how many optimizer steps are made on one set of rollouts."""
     return config.grpo.epochs * config.grpo.minibatches
-
-
-def mismatch_of(config: Config) -> str:
-    """Returns the correction that `grpo.mismatch` asks for. The native generator in fp32 computes the trainer's
-    numbers; in fewer bits its log-probs differ from those of the trainer, whose kernels round otherwise."""
-    same_numbers = config.engine.precision == "fp32" and config.rollout.generator == "native"
-    auto = "off" if same_numbers else "truncate"
-    return auto if config.grpo.mismatch == "auto" else config.grpo.mismatch
 
 
 def step_size(config: Config) -> StepSize:
@@ -108,8 +102,6 @@ def used_together(config: Config) -> Iterator[str]:
         yield f"grpo.dual_clip={g.dual_clip:g}: is of grpo.objective=clip, not {g.objective}; remove it"
     if g.std_of == "batch" and not g.normalize_std:
         yield "grpo.std_of=batch: nothing is divided by it with grpo.normalize_std=false; remove one of them"
-    if g.mismatch_low >= g.mismatch_high:
-        yield f"grpo.mismatch_low={g.mismatch_low:g}: must be below grpo.mismatch_high={g.mismatch_high:g}; lower it"
 
 
 def reward_as_list(name: Any) -> tuple[str, Any]:
@@ -128,6 +120,7 @@ RECIPE = Recipe(
         room_to_punish,
         used_together,
         waiting_reference("grpo", lambda config: config.grpo.kl_coef > 0),
+        mismatch_bounds("grpo"),
         no_spikes("grpo", "is near 0 whatever happens"),
     ),
     step_size=step_size,

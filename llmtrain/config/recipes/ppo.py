@@ -9,10 +9,12 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmtrain.config.recipes.base import (
     SAMPLING_PLOTS,
+    MismatchForm,
     Panel,
     Recipe,
     StepSize,
     frozen_reference,
+    mismatch_bounds,
     no_spikes,
     sampled,
     whole_minibatches,
@@ -29,6 +31,10 @@ class PpoConfig(Section):
     minibatches: PositiveInt = 2  # updates of policy and critic in each of these epochs
     clip_low: PositiveFloat = 0.2  # the ratio is clipped to 1 - clip_low ...
     clip_high: PositiveFloat = 0.2  # ... 1 + clip_high
+    mismatch: MismatchForm = "auto"  # corrects a generator that is not the trainer; auto: truncate, off in fp32
+    mismatch_cap: PositiveFloat = 2.0  # truncate, mask_seqs: p_trainer / p_generator counts at most this
+    mismatch_low: PositiveFloat = 0.5  # mask: tokens, mask_seqs: sequences by their geometric mean, are left out below
+    mismatch_high: PositiveFloat = 5.0  # ... mismatch_low, or above mismatch_high
     value_clip: PositiveFloat | None = 0.2  # most that a value gains from moving in a step; None = no limit
     gamma: float = Field(1.0, gt=0.0, le=1.0)  # discount a token
     critic_lambda: Share = 0.95  # of GAE for the returns that the critic learns; VAPO has 1
@@ -114,13 +120,12 @@ RECIPE = Recipe(
         policy_learns,
         kl_is_there,
         one_lambda,
+        mismatch_bounds("ppo"),
         no_spikes("ppo", "is near 0 whatever happens"),
     ),
     step_size=step_size,
     other_models=other_models,
-    same=tuple(
-        f"ppo.{key}" for key in PpoConfig.model_fields if key not in ("critic_lr", "critic_from", "wait_on_host")
-    ),
+    same=tuple(f"ppo.{key}" for key in PpoConfig.model_fields if key not in MAY_CHANGE),
     starts_trained=True,
     weights=critic_weights,
     values=("ppo.critic_from",),

@@ -9,14 +9,19 @@ from pydantic import PositiveFloat, PositiveInt
 
 from llmtrain.config.recipes.base import (
     SAMPLING_PLOTS,
+    Mismatch,
+    MismatchForm,
     Recipe,
     StepSize,
+    mismatch_bounds,
+    mismatch_of,
     no_spikes,
     sampled,
 )
 from llmtrain.config.schema import Config, Section
 
 REJECT = "reinforce-rej"
+OF_RATIO = ("clip_low", "clip_high", "mismatch", "mismatch_cap", "mismatch_low", "mismatch_high")
 
 
 class RaftConfig(Section):
@@ -31,11 +36,23 @@ class RaftConfig(Section):
     min_reward: float | None = 1.0  # a sample is right from this reward on; null: any may be the best of its group
     clip_low: PositiveFloat = 0.2  # raft++, reinforce-rej: the ratio is clipped to 1 - clip_low ...
     clip_high: PositiveFloat = 0.2  # ... 1 + clip_high
+    mismatch: MismatchForm = (
+        "auto"  # with a ratio: corrects a generator that is not the trainer; auto: truncate, off in fp32
+    )
+    mismatch_cap: PositiveFloat = 2.0  # truncate, mask_seqs: p_trainer / p_generator counts at most this
+    mismatch_low: PositiveFloat = 0.5  # mask: tokens, mask_seqs: sequences by their geometric mean, are left out below
+    mismatch_high: PositiveFloat = 5.0  # ... mismatch_low, or above mismatch_high
 
 
 def updates_per_step(config: Config) -> int:
     """Returns how many optimizer steps a round has in the schedule of the learning rate."""
     return config.raft.epochs * config.raft.minibatches
+
+
+def correction(config: Config) -> Mismatch:
+    """Returns how a generator that is not the trainer is corrected for: SFT on what was chosen has no ratio."""
+    found = mismatch_of(config, "raft")
+    return found._replace(form="off") if config.raft.variant == "raft" else found
 
 
 def step_size(config: Config) -> StepSize:
@@ -69,12 +86,12 @@ def there_is_a_choice(config: Config) -> Iterator[str]:
         )
 
 
-def clip_is_read(config: Config) -> Iterator[str]:
-    """Yields a line for each bound of a ratio that the loss does not have."""
-    for key in ("clip_low", "clip_high"):
+def ratio_is_there(config: Config) -> Iterator[str]:
+    """Yields a line for each key of a ratio that the loss does not have."""
+    for key in OF_RATIO if config.raft.variant == "raft" else ():
         value, default = getattr(config.raft, key), RaftConfig.model_fields[key].default
-        if config.raft.variant == "raft" and value != default:
-            yield f"raft.{key}={value}: raft.variant=raft has no ratio to clip; remove it, or set raft.variant=raft++"
+        if value not in (default, "off"):
+            yield f"raft.{key}={value}: raft.variant=raft has no ratio; remove it, or set raft.variant=raft++"
 
 
 RECIPE = Recipe(
@@ -82,7 +99,13 @@ RECIPE = Recipe(
     summary="fine-tune on own samples that a reward chose (starts under torchrun too)",
     main="llmtrain.recipes.raft:main",
     section=RaftConfig,
-    rules=(enough_samples, there_is_a_choice, clip_is_read, no_spikes("raft", "follows from what was chosen")),
+    rules=(
+        enough_samples,
+        there_is_a_choice,
+        ratio_is_there,
+        mismatch_bounds("raft"),
+        no_spikes("raft", "follows from what was chosen"),
+    ),
     step_size=step_size,
     same=tuple(f"raft.{key}" for key in RaftConfig.model_fields),
     starts_trained=True,
