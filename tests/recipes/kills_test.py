@@ -25,6 +25,8 @@ EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.background=true")
 SAMPLED = ("rewards=[{name: first_integer}]", "rollout.max_new_tokens=16", "train.steps=6")
 HELD_OUT = ("train.eval_every_steps=4",)
 TEACHER = "distill.teacher={base}/teacher"
+OWN = "rewards=[{function: '{base}/mine.py:score'}]"  # which runs in processes of its own, in the sandbox
+SEPARATE = ("rollout.placement=separate", "rollout.workers=1")
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,18 @@ class Job:
 
 
 CRITIC = ("ppo.prompts_per_step=8", "ppo.epochs=2", "ppo.critic_warmup_steps=1", "ppo.kl_coef=0.05")
-CRITIC += ("ppo.kl_target=0.01", "ppo.kl_horizon=100", "rollout.group_size=1")
+CRITIC += ("ppo.kl_target=0.01", "ppo.kl_horizon=100", "rollout.group_size=1", "ppo.mismatch=truncate")
 GROUPS = ("grpo.prompts_per_step=4", "grpo.minibatches=2", "grpo.dynamic_rounds=2", "grpo.epochs=2")
+GROUPS += ("grpo.mismatch=truncate",)
 JOBS = {
     "pretrain": Job("pretrain", "sums", (*HELD_OUT, "train.batch_ramp=[{from_tokens: 1024, global_batch_seqs: 16}]")),
     "sft": Job("sft", "sums", (*HELD_OUT, "data.replay_seqs=4", "train.micro_batch_tokens=256")),
     "reward": Job("reward", "pairs", HELD_OUT, head="scalar"),
     "dpo": Job("dpo", "pairs", (*HELD_OUT, *EVERY_STEP, "dpo.reference=precomputed")),
     "dpo with adapters": Job("dpo", "pairs", ('model.lora={"rank": 4}',)),
-    "raft": Job("raft", "problems", (*SAMPLED, "raft.prompts_per_step=8", "raft.minibatches=2", "raft.epochs=2")),
+    "raft": Job("raft", "problems", (*SAMPLED, OWN, "raft.prompts_per_step=8", "raft.minibatches=2", "raft.epochs=2")),
     "grpo": Job("grpo", "problems", (*SAMPLED, *GROUPS, "grpo.kl_coef=0.1", "data.replay_seqs=4")),
+    "grpo with a worker": Job("grpo", "problems", (*SAMPLED, *GROUPS, *SEPARATE), ranks=3),
     "ppo": Job("ppo", "problems", (*SAMPLED, *CRITIC, *EVERY_STEP)),
     "ppo on four ranks": Job(
         "ppo", "problems", (*SAMPLED, *CRITIC, "checkpoint.every_steps=1", "parallel.pp=2", "parallel.tp=2"), ranks=4
@@ -69,6 +73,7 @@ def base(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "small.yaml").write_text(DOCUMENT.format(data=small_data))
     for seed, name in enumerate(("start", "teacher")):
         save_model(base, name, small_data / "tokenizer", seed)
+    (base / "mine.py").write_text("def score(completion, example):\n    return float('e' in completion)\n")
     problems = [{"prompt": f"say {i % 3} {'x' * (i % 5)}:", "answer": str(i % 3)} for i in range(32)]
     pairs = [{"prompt": f"say {i % 9} {'x' * (i % 5)}:", "chosen": str(i % 9), "rejected": "9 and"} for i in range(48)]
     sums = (small_data / "shards/sums-train.jsonl").read_text().splitlines()
