@@ -15,7 +15,9 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 
@@ -34,14 +36,14 @@ class Turns:
         if self.left:
             return True
         self.left, self.values = self.pipe.recv(), []
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.wall, self.cpu = time.perf_counter(), cpu_s()
         return self.left > 0
 
     def count_memory(self) -> None:
         """Counts memory from here on, above what this process now has (libraries, weights)."""
         self.floor_bytes = forget_peak()
 
-    def done(self, value: float) -> None:
+    def done(self, value: Any) -> None:
         """Reports a finished piece of work; after the last of a turn its measurements are sent."""
         self.values.append(value)
         self.left -= 1
@@ -49,12 +51,25 @@ class Turns:
             return
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        wall_s, cpu_s = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        times = {"wall_s": time.perf_counter() - self.wall, "cpu_s": cpu_s() - self.cpu}
         peak = peak_bytes() - self.floor_bytes
         if not self.warm:  # compiling is not part of a step, and its memory depends on the compiler's cache
             forget_peak(trim=False)
             self.warm = True
-        self.pipe.send({"values": self.values, "wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak})
+        self.pipe.send({"values": self.values, **times, "peak_bytes": peak, "children_bytes": children_bytes()})
+
+
+def cpu_s() -> float:
+    """Returns the CPU seconds of this process and of all that it has started, alive or ended."""
+    ended, living = os.times(), psutil.Process().children(recursive=True)
+    return (
+        time.process_time() + ended.children_user + ended.children_system + sum(sum(p.cpu_times()[:4]) for p in living)
+    )
+
+
+def children_bytes() -> int:
+    """Returns the memory that the living processes which this one has started share with no other."""
+    return sum(p.memory_full_info().uss for p in psutil.Process().children(recursive=True))
 
 
 def peak_bytes() -> int:

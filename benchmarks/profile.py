@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,23 +19,23 @@ NAME = 72  # width of the names, in characters
 
 
 class Profiled:
-    """Stands in for `common.Turns`: profiles STEPS steps after the warmup, then stops the contestant."""
+    """Stands in for `common.Turns`: profiles some steps after those of the warmup, then stops the contestant."""
 
-    def __init__(self) -> None:
-        self.gpu = torch.cuda.is_available()
+    def __init__(self, warmup: int = WARMUP_STEPS, steps: int = STEPS) -> None:
+        self.gpu, self.warmup, self.steps = torch.cuda.is_available(), warmup, steps
         self.step, self.profile = 0, profile(activities=[ProfilerActivity.CUDA if self.gpu else ProfilerActivity.CPU])
 
     def wait(self) -> bool:
-        if self.step == WARMUP_STEPS:
+        if self.step == self.warmup:
             self.profile.start()
-        return self.step < WARMUP_STEPS + STEPS
+        return self.step < self.warmup + self.steps
 
     def count_memory(self) -> None:
         """Does nothing: a profile measures no memory."""
 
-    def done(self, value: float) -> None:
+    def done(self, value: Any) -> None:
         self.step += 1
-        if self.step == WARMUP_STEPS + STEPS:
+        if self.step == self.warmup + self.steps:
             if self.gpu:
                 torch.cuda.synchronize()
             self.profile.stop()
@@ -42,7 +43,8 @@ class Profiled:
     def milliseconds(self) -> dict[str, float]:
         """Returns the time of one step by operator, without that of the operators it calls; on a GPU by kernel."""
         events = self.profile.key_averages()
-        return {e.key: (e.self_device_time_total if self.gpu else e.self_cpu_time_total) / 1e3 / STEPS for e in events}
+        own = "self_device_time_total" if self.gpu else "self_cpu_time_total"
+        return {e.key: getattr(e, own) / 1e3 / self.steps for e in events}
 
 
 def _run(contestant: Contestant, task: Task, threads: int) -> dict[str, float]:
