@@ -22,11 +22,11 @@ def installed() -> bool:
     return find_spec("trl") is not None
 
 
-def train(turns: Turns, task: Task, padding_free: bool = False, row_by_row: bool = False) -> None:
+def train(turns: Turns, task: Task, padding_free: bool = False, rows: int | None = None) -> None:
     """Trains with TRL's trainer of the algorithm, in turns.
 
-    A forward has as many rows as `micro_tokens` holds, each padded to the longest, or one with `row_by_row`; gradients
-    are accumulated over a step.
+    A forward has `rows` rows (pairs, samples), each padded to the longest; None: as many as `micro_tokens` holds.
+    Gradients are accumulated over a step.
     """
     from transformers import PrinterCallback, TrainerCallback
 
@@ -37,7 +37,7 @@ def train(turns: Turns, task: Task, padding_free: bool = False, row_by_row: bool
                 control.should_training_stop = not turns.wait()
 
     with tempfile.TemporaryDirectory() as scratch:
-        keys = common(task, scratch, 1 if row_by_row else rows_at_a_time(task))
+        keys = common(task, scratch, rows or rows_at_a_time(task))
         trainer = TRAINERS[task.case.algorithm](task, keys | ({"padding_free": True} if padding_free else {}))
         trainer.add_callback(TakeTurns())
         trainer.remove_callback(PrinterCallback)

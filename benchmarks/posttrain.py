@@ -1,5 +1,5 @@
-"""Compares a step of SFT, DPO, reward modelling and GRPO with TRL's trainers, and measures one of PPO, which TRL no
-longer has: same weights, rows, completions, optimizer and clipping.
+"""Compares a step of SFT, DPO, reward modelling and GRPO with TRL's trainers: same weights, rows, completions,
+optimizer, clipping. PPO, for which TRL 1.16 has no trainer, is measured alone.
 
 Each contestant lives in its own process (so that its peak memory is its own) and they run in turns, round by round.
 Ours is the recipe as `llmtrain sft ...` runs it on one rank.
@@ -13,7 +13,6 @@ import argparse
 import importlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,15 +29,22 @@ from torch import Tensor
 
 from benchmarks import peers_trl
 from benchmarks.common import Contestant, Turns, compete, environment
+from benchmarks.posttrain_standings import (
+    OURS,
+    Result,
+    against_best,
+    check_same_work,
+    products,
+    show,
+    show_best,
+    summary,
+)
 from benchmarks.posttrain_task import CASES, Task
 from benchmarks.profile import Profiled, table
 
-OURS = "llmtrain"
 DEFAULT = "sft,dpo,reward,ppo,grpo"
 WARMUP_STEPS = 1
-TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (2e-2, 1e-1)}  # of loss and gradient norm, relative
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-Result = dict[str, Any]
+WHOLE = "TRL, whole batch"  # in one forward
 
 
 class Finished(Exception):
@@ -104,58 +110,26 @@ def scripted(task: Task) -> Iterator[None]:
         yield
 
 
-def contestants(algorithm: str) -> dict[str, Contestant]:
+def contestants(task: Task) -> dict[str, Contestant]:
     """Returns the contestants of a case, ours first."""
+    case = task.case
     ours: dict[str, Contestant] = {OURS: llmtrain}
-    if algorithm not in peers_trl.TRAINERS:
+    if case.algorithm not in peers_trl.TRAINERS or not peers_trl.installed():
         return ours
-    if algorithm == "grpo":  # whose prompts are padded over all rows of a step, so that single rows save nothing
-        return ours | {"TRL": peers_trl.train}
-    free = {"TRL, padding-free": partial(peers_trl.train, padding_free=True)} if algorithm == "sft" else {}
-    return ours | {"TRL": peers_trl.train, **free, "TRL, row by row": partial(peers_trl.train, row_by_row=True)}
+    found = ours | {"TRL": peers_trl.train}
+    if case.algorithm == "grpo":  # whose prompts are padded over all rows of a step: single rows would save nothing
+        return found | {WHOLE: partial(peers_trl.train, rows=case.rows * case.samples)}
+    if case.algorithm == "sft":  # DPO's padding_free is switched off in TRL 1.16, the others have none
+        found["TRL, padding-free"] = partial(peers_trl.train, padding_free=True)
+    return found | {"TRL, row by row": partial(peers_trl.train, rows=1)}
 
 
-def summary(turns: list[dict], ours: list[dict]) -> Result:
-    """Returns medians over the rounds, and how ours compares: `ratio`, theirs to ours in CPU time, and `share`, ours
-    to theirs in peak memory."""
-    cpu = [turn["cpu_s"] for turn in turns]
-    peak, own = (max(t["peak_bytes"] + t["children_bytes"] for t in each) for each in (turns, ours))
-    return {
-        "cpu_s": statistics.median(cpu),
-        "least": min(cpu),
-        "most": max(cpu),
-        "wall_s": statistics.median(turn["wall_s"] for turn in turns),
-        "peak_bytes": peak,
-        "ratio": statistics.median(t["cpu_s"] / o["cpu_s"] for t, o in zip(turns, ours, strict=True)),
-        "share": own / peak,
-    }
-
-
-def check_same_work(runs: dict[str, list[dict]], precision: str) -> dict[str, list[dict]]:
-    """Returns loss and gradient norm of every step. Raises RuntimeError where a contestant differs from the first: a
-    loss by more than `TOLERANCE` of it or of 0.1, whichever is more, a norm by more than that of it."""
-    values = {name: [value for turn in turns for value in turn["values"]] for name, turns in runs.items()}
-    reference, (of_loss, of_norm) = next(iter(values)), TOLERANCE[precision]
-    for name, found in values.items():
-        for step, (value, right) in enumerate(zip(found, values[reference], strict=True), 1):
-            far = abs(value["loss"] - right["loss"]) > of_loss * max(abs(right["loss"]), 0.1)
-            if far or not abs(value["grad_norm"] - right["grad_norm"]) <= of_norm * right["grad_norm"]:
-                raise RuntimeError(f"{name}: {value} at step {step}, {reference} has {right}: other work")
-    return values
-
-
-def show(title: str, results: dict[str, Result], values: dict[str, list[dict]]) -> None:
-    head = f"{'CPU s':>8}{'min - max':>15}{'wall s':>8}{'peak MB':>9}{'ratio':>7}{'share':>7}"
-    print(f"\n{title}\n{'':20}{head}  loss, norm")
-    for name, r in results.items():
-        spread = f"{r['least']:.2f} - {r['most']:.2f}"
-        first = " ".join(f"{value['loss']:.5f}, {value['grad_norm']:.4f};" for value in values[name][:2])
-        figures = f"{r['cpu_s']:>8.2f}{spread:>15}{r['wall_s']:>8.2f}{r['peak_bytes'] / 1e6:>9.0f}"
-        print(f"{name:20}{figures}{r['ratio']:>7.2f}{r['share']:>7.2f}  {first}", flush=True)
-    best = [(r["ratio"], r["share"]) for name, r in results.items() if name != OURS]
-    if best and OURS in results:
-        speed, share = min(ratio for ratio, _ in best), max(share for _, share in best)
-        print(f"{OURS}: {speed:.2f} times as fast as the fastest of theirs, {share:.2f} of the least memory of theirs")
+def picked(task: Task, only: str | None) -> dict[str, Contestant]:
+    """Returns the contestants whose names contain one of `only`, separated by |; None: all but the whole batch."""
+    found = contestants(task)
+    if only is None:
+        return {name: run for name, run in found.items() if name != WHOLE}
+    return {name: run for name, run in found.items() if any(part in name for part in only.split("|"))}
 
 
 def measure(name: str, directories: dict[str, str], args: argparse.Namespace) -> Result:
@@ -172,19 +146,15 @@ def measure(name: str, directories: dict[str, str], args: argparse.Namespace) ->
         f"{name}: {task.case.rows} rows, {sum(map(len, answers))} answers, {sizes}, {total} in all, {task.precision}"
     )
     before = os.getloadavg()[0]
-    runs = compete(picked(task.case.algorithm, args.only), (task,), args.threads, WARMUP_STEPS, 1, args.rounds)
+    runs = compete(picked(task, args.only), (task,), args.threads, WARMUP_STEPS, 1, args.rounds)
     values = check_same_work(runs, task.precision)
     timed = {contestant: turns[WARMUP_STEPS:] for contestant, turns in runs.items()}
     results = {each: summary(turns, next(iter(timed.values()))) for each, turns in timed.items()}
     show(title, results, values)
-    record = {"case": name, **asdict(task.case), "tokens": total, "load_average_before": before}
+    if best := against_best(results):
+        show_best(best, task.case.algorithm)
+    record = {"case": name, **asdict(task.case), "tokens": total, "load_average_before": before, "best": best}
     return {**record, "results": results, "values": values, "rounds": timed}
-
-
-def picked(algorithm: str, only: str | None) -> dict[str, Contestant]:
-    """Returns the contestants whose names contain one of `only`, separated by |."""
-    found = contestants(algorithm)
-    return {name: run for name, run in found.items() if not only or any(part in name for part in only.split("|"))}
 
 
 def task_of(name: str, directories: dict[str, str], args: argparse.Namespace, steps: int) -> Task:
@@ -193,7 +163,7 @@ def task_of(name: str, directories: dict[str, str], args: argparse.Namespace, st
     if args.rows:
         case = case.with_rows(args.rows)
     kind = "scalar" if case.algorithm == "reward" else "lm"
-    return Task(case, directories[kind], scratch, args.precision, steps)
+    return Task(case, directories[kind], scratch, args.precision, steps, args.backend)
 
 
 def prepare(source: str | None, layers: int | None, scratch: str) -> dict[str, str]:
@@ -230,7 +200,7 @@ def prepare(source: str | None, layers: int | None, scratch: str) -> dict[str, s
 def write_profile(name: str, directories: dict[str, str], args: argparse.Namespace) -> None:
     """Profiles a step of each contestant, one process after the other, and says how much of it is matrix products."""
     task, found = task_of(name, directories, args, WARMUP_STEPS + 2), {}
-    for contestant, run in picked(task.case.algorithm, args.only).items():
+    for contestant, run in picked(task, args.only).items():
         with get_context("spawn").Pool(1) as pool:
             found[contestant] = pool.apply(profiled, (run, task, args.threads))
     lines = [f"{each}: {products(times):.0%} of {sum(times.values()) / 1e3:.1f} s" for each, times in found.items()]
@@ -249,12 +219,7 @@ def profiled(contestant: Contestant, task: Task, threads: int) -> dict[str, floa
     return turns.milliseconds()
 
 
-def products(times: dict[str, float]) -> float:
-    """Returns the share of the time that is in matrix products."""
-    return sum(times.get(name, 0.0) for name in PRODUCTS) / sum(times.values())
-
-
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.posttrain", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hugging Face directory of the Llama family (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--layers", type=int, help="take the first layers of the model alone, to try the benchmark")
@@ -262,15 +227,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", help="names of contestants that contain one of these, separated by |")
     parser.add_argument("--rows", type=int, help="demonstrations, pairs or prompts of a step, in all cases")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--backend", choices=["deepspeed", "fsdp"], default="deepspeed", help="ours")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", metavar="CASE", help="instead: operators of a step of the first two contestants")
     parser.add_argument("--out", help="JSON file to write")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    if not peers_trl.installed():
+        print("TRL is not installed, so ours alone: pip install -e '.[dev]' -c constraints.txt")
     os.environ.update(OMP_NUM_THREADS=str(args.threads), HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     os.environ.update(TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     with tempfile.TemporaryDirectory() as scratch:
@@ -282,7 +250,7 @@ def main() -> None:
         for name in args.cases.split(","):
             records.append(measure(name, directories, args))
             if args.out:  # written after every case, as the run is long
-                packages = ("torch", "deepspeed", *peers_trl.PACKAGES)
+                packages = ("torch", "deepspeed", *(peers_trl.PACKAGES if peers_trl.installed() else ()))
                 written = {**environment("benchmarks.posttrain", packages, args.threads), "cases": records}
                 Path(args.out).write_text(json.dumps(written, indent=2) + "\n")
 

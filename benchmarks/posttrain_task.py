@@ -66,14 +66,14 @@ class Case:
 
 
 PAIRS = (Lengths(8, 24, 64), Lengths(8, 24, 96), 1024)
-GROUPS = (Lengths(32, 64, 112), Lengths(4, 20, 48), 2048)
+GROUPS = (Lengths(24, 36, 56), Lengths(8, 20, 40), 1024)
 CASES = {
     "sft": Case("sft", 8, Lengths(8, 24, 64), Lengths(8, 32, 128), 1024),
     "dpo": Case("dpo", 4, *PAIRS),
     "reward": Case("reward", 4, *PAIRS),
-    "ppo": Case("ppo", 8, *GROUPS, samples=8, spread=8),
-    "grpo": Case("grpo", 8, *GROUPS, samples=8, spread=8),
-    "grpo-no-spread": Case("grpo", 8, *GROUPS, samples=8, spread=3),
+    "ppo": Case("ppo", 4, *GROUPS, samples=8, spread=4),
+    "grpo": Case("grpo", 4, *GROUPS, samples=8, spread=4),
+    "grpo-no-spread": Case("grpo", 4, *GROUPS, samples=8, spread=2),
     "grpo-long": Case("grpo", 2, GROUPS[0], Lengths(32, 96, 160), 2048, samples=8, spread=2),
 }
 
@@ -92,6 +92,7 @@ class Task:
     scratch: str  # where files may be written
     precision: str  # fp32 or bf16
     steps: int  # at least as many as are measured
+    backend: str = "deepspeed"  # ours
     rows: list[dict] = field(init=False)  # each step trains on all of them
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ class Task:
             "model": {"init_from": self.directory},
             "tokenizer": {"path": self.directory},
             "data": {"train": str(path), "pack": False},
-            "engine": {"precision": self.precision},
+            "engine": {"precision": self.precision, "backend": self.backend},
             "optim": OPTIM.model_dump(mode="json"),
             "train": {"steps": self.steps, "seq_len": case.micro_tokens, "micro_batch_tokens": case.micro_tokens}
             | {"global_batch_seqs": case.rows},
