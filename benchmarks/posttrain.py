@@ -44,6 +44,7 @@ from benchmarks.profile import Profiled, table
 
 DEFAULT = "sft,dpo,reward,ppo,grpo"
 WARMUP_STEPS = 1
+NOTED = ("loss", "grad_norm", "rollout_s", "score_s", "train_s", "sync_s")  # of our metrics
 WHOLE = "TRL, whole batch"  # in one forward
 
 
@@ -77,7 +78,7 @@ def in_turns(train: Callable, turns: Turns, job: Any, step_fn: Callable[[int], t
         if not turns.wait():
             raise Finished
         metrics, tokens = step_fn(number)
-        turns.done({name: metrics[name] for name in ("loss", "grad_norm")})
+        turns.done({name: metrics[name] for name in NOTED if name in metrics})
         return metrics, tokens
 
     train(job, step)

@@ -6,9 +6,9 @@ import statistics
 from typing import Any
 
 OURS = "llmtrain"
-TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (2e-2, 1e-1)}  # of loss and gradient norm, relative
+TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (5e-2, 1e-1)}  # of loss and gradient norm, relative
 TARGET = (5.0, 1 / 3)  # of grpo: least ratio, most share
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 Result = dict[str, Any]
 
 
