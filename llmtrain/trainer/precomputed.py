@@ -5,23 +5,20 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.arch.adapters import without_adapters
-from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.source import fingerprint, locate
 from llmtrain.data.pairs import Pairs, fill
 from llmtrain.engine.base import Scorer
 from llmtrain.engine.build import Role, build_frozen
 from llmtrain.losses.preference import pair_sums
-from llmtrain.observe.files import write_whole
 from llmtrain.observe.log import log
 from llmtrain.trainer.job import Job
+from llmtrain.trainer.kept import keep, path_of, recall
 from llmtrain.trainer.pairs import pair_microbatches
 from llmtrain.trainer.weights import start_source
 
@@ -39,12 +36,13 @@ def precompute(job: Job, files: dict[str, Pairs]) -> None:
     """
     place = locate(job.config.model.init_from, job.mesh)
     made_from = {name: origin(pairs, place, job.config.engine.precision) for name, pairs in files.items()}
-    tables = {name: kept(job, name, made_from[name]) for name in files}
+    tables = {name: recall(job, FILE.format(name=name), made_from[name], "logprobs") for name in files}
     if missing := [name for name, table in tables.items() if table is None]:
         reference = start_model(job)
         for name in missing:
             tables[name] = reference_sums(job, files[name], reference)
-            together(job.mesh, lambda name=name: keep(job, name, made_from[name], tables[name]))
+            keep(job, FILE.format(name=name), made_from[name], logprobs=tables[name])
+            log(f"log-probs of the reference for {len(tables[name])} pairs in {path_of(job, FILE.format(name=name))}")
         del reference
         gc.collect()  # modules and hooks refer to each other
     for name, pairs in files.items():
@@ -59,36 +57,6 @@ def origin(pairs: Pairs, place: str, precision: str) -> dict[str, str]:
     for sample in (sample for pair in pairs.pairs for sample in pair):
         digest.update(json.dumps([sample.prompt_ids, sample.ids, sample.trained]).encode())
     return {"tokens": digest.hexdigest(), "weights": fingerprint(place), "precision": precision}
-
-
-def path_of(job: Job, name: str) -> str:
-    """Returns where the sums of a file of pairs are kept."""
-    return os.path.join(job.config.directory, FILE.format(name=name))
-
-
-def kept(job: Job, name: str, made_from: dict[str, str]) -> list[list[float]] | None:
-    """Returns the sums that the first rank finds in the run directory, None if they are of something else (a
-    collective)."""
-
-    def read() -> list[list[float]] | None:
-        if job.mesh.rank or not os.path.isfile(path_of(job, name)):
-            return None
-        with open(path_of(job, name), encoding="utf-8") as file:
-            try:
-                held = json.load(file)
-                return held["logprobs"] if held["made_from"] == made_from else None
-            except (ValueError, KeyError, TypeError):
-                return None  # cut short by a full disk, or another's file: computed again
-
-    return together(job.mesh, read)[0]
-
-
-def keep(job: Job, name: str, made_from: dict[str, str], sums: Sequence[Sequence[float]]) -> None:
-    """Writes the sums, on the first rank."""
-    if job.mesh.rank == 0:
-        held = {"made_from": made_from, "logprobs": sums}
-        write_whole(path_of(job, name), json.dumps(held) + "\n")
-        log(f"log-probs of the reference for {len(sums)} pairs in {path_of(job, name)}")
 
 
 def start_model(job: Job) -> Scorer:
