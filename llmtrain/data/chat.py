@@ -29,6 +29,8 @@ Message = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 PROBE = "0123456789"  # an answer that is found again in the rendered text
+OPEN, CLOSE = "<think>", "</think>"  # around what a model thinks before it answers
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields in which templates read it
 
 
 class Turns(NamedTuple):
@@ -138,6 +140,8 @@ class Chat:
                     f"the chat template does not render turn {i + 1} behind the turns before it, so it cannot be "
                     "trained; set data.trained_turns=last, or give the row another form"
                 )
+            if not all(holds(full[start:stop], thought) for thought in thoughts(messages[i])):
+                raise ValueError(lost_thought(i + 1, last=i + 1 == len(messages)))
             spans.append((start, stop))
         text = full[: spans[-1][1]]
         return Turns(text, spans, self.ends_with_special(text))
@@ -189,7 +193,26 @@ def common(first: str, second: str) -> int:
 def written(message: Message) -> str:
     """Returns the text of a message that a template surely renders: without reasoning, which it may leave out."""
     content = message.get("content") or ""
-    return content.rpartition("</think>")[2].strip()
+    return content.rpartition(CLOSE)[2].strip()
+
+
+def thoughts(message: Message) -> list[str]:
+    """Returns what the assistant thinks in a turn: what stands before the last `</think>`, and in fields of their
+    own."""
+    content = message.get("content") or ""
+    before = content.rpartition(CLOSE)[0].strip().removeprefix(OPEN)
+    return [before, *(message[name] for name in THOUGHTS if isinstance(message.get(name), str))]
+
+
+def lost_thought(number: int, last: bool) -> str:
+    """Returns what a user is told of a trained turn whose thinking the template does not render."""
+    remedy = (
+        "give the answer as a text, in the field `completion` behind the messages, or set tokenizer.chat_template to "
+        "one that keeps it"
+        if last
+        else "set data.trained_turns=last, or `weight: 0` in that turn"
+    )
+    return f"the chat template leaves out what turn {number} thinks, so it would not be trained; {remedy}"
 
 
 def holds(turn: str, text: str) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import tokenizers
 
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.chat import Chat, Message
+from llmtrain.data.chat import OPEN, Chat, Message
 from llmtrain.data.faults import Faults
 from llmtrain.data.rows import Example, read_examples
 from llmtrain.data.special import SpecialText
@@ -78,12 +78,14 @@ class Encoder:
 
     def demonstration(self, example: Example) -> Draft:
         """Returns an example whose answer is trained, with the token that ends it. Raises ValueError, without a place,
-        when the chat template refuses it."""
+        when the chat template refuses it, or prompt and answer both open the thinking."""
         if example.turns:
             return self.conversation(example)
         if example.prompt is None:
             return self.whole_text(example)
         draft, (answer, ended) = self.prompt(example), self.answer(example)
+        if draft.pieces[-1].text.rstrip().endswith(OPEN) and answer.lstrip().startswith(OPEN):
+            raise ValueError(f"the prompt ends with {OPEN}, and the answer begins with it again; remove it there")
         end_ids = [] if ended else self.end_ids(example)
         return Draft([*draft.pieces, Piece(answer, [(0, len(answer))], goes_on=True)], draft.first_ids, end_ids)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.config.schema import DataConfig
+from llmtrain.data.chat import CHATML
 from llmtrain.data.encode import Encoded, encode_rows
 from llmtrain.data.faults import Faults
 from llmtrain.data.packing import Demonstrations
@@ -233,3 +234,59 @@ def test_weights_of_turns_and_conversations_without_one(made: dict[str, Tokenize
         encoded(tmp_path, made["qwen"], {"messages": silent[:2]}, trained_turns="all")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: messages hold nothing before the assistant's answer"):
         encoded(tmp_path, made["qwen"], {"messages": TALK[1:2]})
+
+
+THOUGHT = {"role": "assistant", "content": "<think>\n40 + 2\n</think>\n\nSo 42."}
+ASIDE = {"role": "assistant", "content": "So 42.", "reasoning_content": "40 + 2"}
+
+
+@pytest.mark.parametrize("last", [THOUGHT, ASIDE])
+def test_what_the_last_turn_thinks_is_trained_and_what_earlier_ones_thought_is_gone(
+    last: dict, made: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    """As the template of Qwen3 renders it, which leaves out what earlier turns thought: so does transformers."""
+    talk = [TALK[0], {**TALK[1], "content": "<think>\n3 + 4\n</think>\n\nThe answer is 7."}, TALK[2], last]
+    row = encoded(tmp_path, made["qwen3"], {"messages": talk})
+    assert trained_text(made["qwen3"], row) == ["<think>\n40 + 2\n</think>\n\nSo 42.<|im_end|>"]
+    assert row.ids == theirs(made["qwen3"], talk)[: len(row.ids)]
+    assert "3 + 4\n</think>" not in made["qwen3"].backend.decode(row.ids)
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the chat template leaves out what turn 2 thinks.*trained_tu"):
+        encoded(tmp_path, made["qwen3"], {"messages": talk}, trained_turns="all")
+    silent = [talk[0], {**talk[1], "weight": 0}, *talk[2:]]
+    assert encoded(tmp_path, made["qwen3"], {"messages": silent}, trained_turns="all").ids == row.ids
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "kwargs"),
+    [
+        ("r1", THOUGHT, {}),  # whose template drops it everywhere
+        ("qwen", ASIDE, {}),  # which does not know the field
+        ("qwen3", THOUGHT, {"enable_thinking": False}),  # the prompt ends with an empty thought
+        ("qwen3", {**THOUGHT, "content": "First. <think>1</think> a"}, {}),  # it keeps one of two parts
+    ],
+)
+def test_thinking_that_a_template_loses_is_refused(
+    name: str, last: dict, kwargs: dict, made: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    record = {"messages": [*TALK[:3], last], "chat_template_kwargs": kwargs}
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the chat template leaves out what turn 4 thinks, .*`completi"):
+        encoded(tmp_path, made[name], record)
+
+
+def test_a_prompt_that_opens_the_thinking(made: dict[str, Tokenizer], tmp_path: Path) -> None:
+    record = {"messages": TALK[:1], "completion": "3 + 4\n</think>\n\n7"}
+    row = encoded(tmp_path, made["r1"], record)
+    assert trained_text(made["r1"], row) == ["3 + 4\n</think>\n\n7<|end|>"]
+    assert made["r1"].backend.decode(row.ids).endswith("<think>\n3 + 4\n</think>\n\n7")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the prompt ends with <think>, and the answer begins with it"):
+        encoded(tmp_path, made["r1"], {**record, "completion": "<think>\n" + record["completion"]})
+    (tmp_path / "open.jinja").write_text(CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"))
+    opening = load_tokenizer(str(family_directory("qwen", tmp_path)), str(tmp_path / "open.jinja"))
+    row = encoded(tmp_path, opening, {"messages": [TALK[0], THOUGHT]})
+    assert trained_text(opening, row) == ["40 + 2\n</think>\n\nSo 42.<|im_end|>"]
+
+
+def test_thinking_without_an_end_is_text(made: dict[str, Tokenizer], tmp_path: Path) -> None:
+    turn = {"role": "assistant", "content": "<think>\n40 + 2"}
+    row = encoded(tmp_path, made["qwen"], {"messages": [TALK[0], turn]})
+    assert trained_text(made["qwen"], row) == ["<think>\n40 + 2<|im_end|>"]

@@ -41,8 +41,10 @@ GEMMA = (
 )
 QWEN3 = (  # reasoning of earlier turns is left out, and thinking can be switched off
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
-    "{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}"
-    "{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ said }}{% else %}{{ m.content }}{% endif %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}{% set thought = m.reasoning_content | default("
+    "m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content else '') %}"
+    "{% if loop.last %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}{{ said }}"
+    "{% else %}{{ m.content }}{% endif %}"
     "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
     "{% endif %}"
