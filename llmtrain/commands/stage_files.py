@@ -36,7 +36,7 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
         yield "data.train", data.train
     if (command == "eval" and config.eval.problems) or (recipe is not None and config.train.eval_every_steps):
         yield "data.held_out", data.held_out
-    if command in ("eval", "judge") or (recipe is not None and recipe.samples):
+    if command in ("eval", "judge") or (recipe is not None and recipe.reads_rewards):
         yield from ((f"rewards.{reward.name}", reward.model or reward.file) for reward in config.rewards)
     if command == "judge":
         yield "judge.rubric", config.judge.rubric

@@ -100,7 +100,7 @@ def _read_by(config: Config, command: str, weights: bool) -> list[tuple[str, str
 def _rewards(command: str, config: Config) -> bool:
     """Says whether a command reads the section `rewards`."""
     recipe = recipe_of(command, config)
-    return command in ("eval", "judge") or (recipe is not None and recipe.samples)
+    return command in ("eval", "judge") or (recipe is not None and recipe.reads_rewards)
 
 
 def _located_reward(reward: RewardConfig, run_dir: str | None) -> RewardConfig:

@@ -27,6 +27,10 @@ Columns = Callable[[Record], dict[str, float]]
 """Maps a row of a file to numbers, by their names in `Batch.extra`. Raises ValueError, without a place, for a row that
 it cannot read."""
 
+Choose = Callable[[list[Encoded]], list[Encoded]]
+"""Returns which rows of a file are trained, in their order, before any is left out or cut for its length. Raises
+ValueError when none is."""
+
 PADDING = {"labels": IGNORE, "segment_ids": -1}  # other columns: 0
 
 
@@ -170,8 +174,8 @@ class Demonstrations:
 
     With `pack`, several examples share a row, each its own segment; the seed decides which. The rows come in a new
     order in each epoch. `settings` says how rows are read, which turns are trained, and what becomes of an example that
-    is longer than a row; `columns` gives numbers for `Batch.extra`, each for all tokens of an example. Raises
-    ValueError with all faults of the file, each with its line.
+    is longer than a row; `columns` gives numbers for `Batch.extra`, each for all tokens of an example; `choose` says
+    which rows are trained at all. Raises ValueError with all faults of the file, each with its line.
     """
 
     def __init__(
@@ -183,9 +187,10 @@ class Demonstrations:
         pack: bool = True,
         settings: DataConfig = AS_IT_IS,
         columns: Columns | None = None,
+        choose: Choose | None = None,
     ) -> None:
         self.seq_len, self.pad_id, self.seed = seq_len, tokenizer.pad_id, derive(seed, "rows")
-        self.examples = read_demonstrations(path, tokenizer, seq_len, settings, columns)
+        self.examples = read_demonstrations(path, tokenizer, seq_len, settings, columns, choose)
         order = [permuted(i, len(self.examples), derive(seed, "packing")) for i in range(len(self.examples))]
         lengths = [len(self.examples[i]["labels"]) for i in order]
         plan = best_fit(lengths, seq_len) if pack else [[i] for i in range(len(order))]
@@ -219,12 +224,22 @@ class Demonstrations:
 
 
 def read_demonstrations(
-    path: str, tokenizer: Tokenizer, seq_len: int, settings: DataConfig, columns: Columns | None = None
+    path: str,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    settings: DataConfig,
+    columns: Columns | None = None,
+    choose: Choose | None = None,
 ) -> list[Row]:
     """Returns the examples of a file, without segment ids. Raises ValueError with all faults of the file."""
     faults = Faults(path)
     room = Room(seq_len, f"train.seq_len={seq_len}", settings.overlong, faults)
-    rows = map(room.demonstration, encode_rows(path, tokenizer, settings, faults, answered=True))
+    encoded = encode_rows(path, tokenizer, settings, faults, answered=True)
+    if choose is not None:
+        found = list(encoded)
+        faults.raise_any()  # it may take long, and needs all rows
+        encoded = iter(choose(found))
+    rows = map(room.demonstration, encoded)
     examples = [with_columns(row, columns, faults) for row in rows if row is not None]
     faults.raise_any()
     room.report(path, len(examples))

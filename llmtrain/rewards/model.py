@@ -46,6 +46,11 @@ class ModelScorer:
         except ValueError as error:
             raise ValueError(f"rewards.{self.name}.model: {error}") from None
 
+    def close(self) -> None:
+        """Lets all reward models of this process go; they are loaded again when they are asked."""
+        classifier_of.cache_clear()
+        reader_of.cache_clear()
+
     def score(self, pairs: Sequence[tuple[str, dict[str, Any]]]) -> list[Score]:
         """Returns the scores of (completion, row) pairs; equal pairs are scored once.
 

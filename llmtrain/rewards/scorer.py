@@ -86,6 +86,10 @@ class Scorer:
             remedy = f"; pip install {PACKAGE[self.name]}" if self.name in PACKAGE else ""
             raise ValueError(f"rewards: {self.name}: cannot be loaded{remedy}: {error}") from None
 
+    def close(self) -> None:
+        """Ends the workers; they start again when they are asked."""
+        self.pool.close()
+
     def run(self, calls: Sequence[Call]) -> list[Reply]:
         """Returns the replies to calls, starting the workers if they are not there."""
         self.start()

@@ -103,6 +103,11 @@ def samples(case: Case) -> bool:
     return case.recipe is not None and case.recipe.samples
 
 
+def reads_rewards(case: Case) -> bool:
+    """Holds for recipes that judge samples or rows by the section rewards."""
+    return case.recipe is not None and case.recipe.reads_rewards
+
+
 def command(*names: str) -> Where:
     """Returns a condition that holds for these commands."""
     return lambda case: case.command in names

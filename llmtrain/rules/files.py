@@ -12,7 +12,7 @@ from llmtrain.config.recipes import JUDGES, names_of, planned_recipes
 from llmtrain.config.rows import dangling, is_hub_name, split_path
 from llmtrain.config.schema import RewardConfig, TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
-from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, samples, trains, tunes
+from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, reads_rewards, samples, trains, tunes
 from llmtrain.rules.vocabulary import makes_tokenizer
 
 
@@ -234,7 +234,7 @@ FILE_RULES: Rules = (
     (trains, _learning_rate),
     (plans, _own_rules),
     (either(samples, _evaluates_problems, command(*JUDGES)), _completions),
-    (either(samples, command("eval", "judge")), _rewards),
+    (either(reads_rewards, command("eval", "judge")), _rewards),
     (trains, _spikes),
     (trains, _wandb),
     (either(trains, command("eval", "export", *JUDGES)), _init_from),

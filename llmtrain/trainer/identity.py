@@ -229,7 +229,7 @@ def _rewards(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterat
     """Yields the rewards if they judge otherwise; of a function in a file, and of a model, the contents are compared,
     not the path."""
     before, after = was.get("rewards", now["rewards"]), now["rewards"]
-    if not recipe.samples or (len(before) == len(after) and all(map(_judge_alike, before, after))):
+    if not recipe.reads_rewards or (len(before) == len(after) and all(map(_judge_alike, before, after))):
         return
     yield "rewards", *([{key: each.get(key) for key in JUDGING} for each in rewards] for rewards in (before, after))
 
@@ -251,7 +251,7 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
         places["data.held_out"] = (config.data.held_out, files_at(split_path(config.data.held_out)[0]))
     if (recipe.packs_text or config.data.replay_seqs) and os.path.isfile(os.path.join(data_dir, MANIFEST)):
         places["data.path"] = (data_dir, shard_files(data_dir))
-    if recipe.samples:
+    if recipe.reads_rewards:
         places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in config.rewards if each.file}
         models = [each for each in config.rewards if each.model]
         places |= {f"rewards.{each.name}": (each.model, weight_files(each.model)) for each in models}

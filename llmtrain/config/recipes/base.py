@@ -144,7 +144,8 @@ class Recipe:
     samples: bool = False  # has a generator: the sections rollout and rewards, rollout workers
     head: Literal["lm", "scalar"] = "lm"  # of the model that it trains (model.head)
     branches: bool = False  # rows hold several samples of a prompt (Batch.branch_ids)
-    judged: bool = True  # with `samples`: at least one reward must be named; else rewards are only recorded
+    judges_rows: bool = False  # has the section rewards without `samples`: they judge rows that are given
+    judged: bool = True  # with rewards: at least one must be named; else they are only recorded
     other_models: Callable[[Config], tuple[str, ...]] = lambda config: ()  # models beside the policy, for the planner
     weights: Callable[[Config], Mapping[str, str]] = lambda config: {}
     """Maps keys to directories of models that it reads beside `model.init_from`: they must be there, fit the layout,
@@ -161,6 +162,11 @@ class Recipe:
         """Returns the description as a document makes it, see `variant`."""
         changes = self.variant(config)
         return replace(self, **changes) if changes else self
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Says whether the section rewards counts."""
+        return self.samples or self.judges_rows
 
     @property
     def fixed_batch(self) -> bool:
