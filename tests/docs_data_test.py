@@ -13,9 +13,11 @@ from llmtrain.data.packing import Demonstrations
 from llmtrain.data.pairs import Pairs
 from llmtrain.data.prompts import PromptSet
 from llmtrain.data.rows import SHAPES
+from llmtrain.data.traces import thinks_and_answers
 from tests.data.families import family
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+SFT = (Path(__file__).parents[1] / "docs" / "posttraining" / "sft.md").read_text()
 ANSWERS = [" 4", "4", "5", "4", "4", "4", "2 + 2 = 4\n#### 4", "Two and two are four.", "yo"]
 
 
@@ -65,7 +67,17 @@ def test_every_shape_stands_in_the_table() -> None:
     assert [names for names, _ in SHAPES if not all(f"`{name}`" in table for name in names)] == []
 
 
-@pytest.mark.parametrize("document", blocks("yaml"))
+def test_the_traces_of_the_page_of_sft_think_and_then_answer(tmp_path: Path) -> None:
+    tokenizer = family("qwen3", tmp_path)
+    (rows,) = blocks("jsonl", SFT)
+    (tmp_path / "x.jsonl").write_text(rows)
+    data = Demonstrations(str(tmp_path / "x.jsonl"), tokenizer, 500, 0, pack=False)
+    trained = [tokenizer.decode([label for label in example["labels"] if label >= 0]) for example in data.examples]
+    assert [text.partition("</think>")[2].strip() for text in trained] == ["\\boxed{42}", "\\boxed{7}"]
+    assert all(map(thinks_and_answers, trained))
+
+
+@pytest.mark.parametrize("document", [*blocks("yaml"), *blocks("yaml", SFT)])
 def test_every_document_is_valid(document: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(document)
     assert isinstance(load(str(tmp_path / "x.yaml"), []).data, DataConfig)

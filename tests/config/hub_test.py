@@ -90,6 +90,13 @@ def test_a_model_in_a_list_is_fetched_and_keeps_its_name(there: Hub, tmp_path: P
     assert hub.located(config, "sft") == config
 
 
+def test_a_reward_model_is_fetched_where_rows_are_judged(there: Hub, tmp_path: Path) -> None:
+    text = "rewards: {model: a/judge}\n"
+    for setting, found in (("sft.min_reward=0.5", str(there.directory)), ("sft.min_trace_tokens=1", "a/judge")):
+        (reward,) = hub.located(document(tmp_path, text, setting), "sft").rewards
+        assert (reward.model, reward.name) == (found, "judge")
+
+
 def test_a_path_that_exists_wins_and_so_does_a_folder_of_the_organisation(there: Hub, tmp_path: Path) -> None:
     (tmp_path / "org/name").mkdir(parents=True)
     for path in ("org/name", "org/nmae", "/org/name", "a/b/c", "./org", "name"):

@@ -319,6 +319,7 @@ def test_ranks_agree_on_what_a_whim_keeps_and_a_run_goes_on_with_it(
     done = forked(2, WORKER, json.dumps([[*arguments, f"run_dir={whole}"]]), timeout_s=120)
     assert "exit codes [0]" in done.stdout, done.stdout[-3000:]
     choice = json.loads((whole / "rows-train.json").read_text())
+    assert "rewards.drawn" in json.loads((whole / "run.json").read_text())["contents"]
     assert 0 < choice["kept"] == 40 - len(choice["left_out"]["wrong"]) < 40
     for place in (again, lost):
         shutil.copytree(whole / "checkpoints/step-00000002", place / "checkpoints/step-00000002")
