@@ -217,6 +217,12 @@ def test_rows_are_judged_once(run: Callable, tmp_path: Path, monkeypatch: pytest
         run(*ALL)
 
 
+def test_nothing_is_judged_of_a_file_with_faults(run: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rows.jsonl:11: missing field"):
+        run(*ALL, rows=[*records(), {"more": 1}])
+    assert not (tmp_path / "run" / "rows-train.json").exists()
+
+
 def test_a_run_that_would_go_on_with_other_rows_is_refused(run: Callable, tmp_path: Path) -> None:
     job, _ = run(*ALL)
     (tmp_path / "run" / "rows-train.json").unlink()
