@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def loses_marks(text: str) -> bool:
     the character alone (docs/tokenizers.md)."""
     return any(
         unicodedata.category(after)[0] == "M" and unicodedata.normalize("NFKC", before) != before
-        for before, after in zip(text, text[1:], strict=False)
+        for before, after in pairwise(text)
     )
 
 
