@@ -25,6 +25,7 @@ TRAINING: tuple[Panel, ...] = (
 LINES = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 SHADES = ("#dbeafe", "#1d4ed8")  # of bars
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+MOST_POINTS = 32  # of a line among others
 SMOOTH_SHARE = 0.02  # a line's running mean spans this share of its steps
 
 
@@ -51,13 +52,13 @@ def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[st
 
 
 def plot_lines(path: str, title: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draws one plot with all lines, each of points (x, y)."""
+    """Draws one plot with all lines, each of points (x, y); of a long one the means over a few neighbours."""
     figure = _figure(10, 4)
     axes = figure.add_subplot()
     _style(axes, title)
     axes.set_xlabel(x_label, fontsize=8, color=FAINT)
     for i, (name, points) in enumerate(lines.items()):
-        _draw(axes, points, name.replace("$", r"\$"), f"C{i}")
+        _draw(axes, _means(points, MOST_POINTS), name.replace("$", r"\$"), f"C{i}")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)
 
@@ -151,6 +152,13 @@ def _draw(axes: Axes, points: Sequence[tuple[int, float]], name: str, color: str
         return
     axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
     axes.plot(steps, _running_mean(values, reach), color=color, linewidth=1.5, label=name)
+
+
+def _means(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """Returns at most `most` points, each the mean of as many neighbours."""
+    each = math.ceil(len(points) / most)
+    parts = [points[i : i + each] for i in range(0, len(points), each)]
+    return [(fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts]
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:

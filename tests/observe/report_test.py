@@ -10,7 +10,7 @@ import pytest
 
 from llmtrain.observe.experts import expert_records
 from llmtrain.observe.metrics import MetricsFile, Samples
-from llmtrain.observe.plots import _running_mean
+from llmtrain.observe.plots import _means, _running_mean
 from llmtrain.observe.report import read_stages, write_report
 
 NASTY = "<script>alert('1')</script> & <|user|>"
@@ -155,6 +155,13 @@ def test_nothing_to_report(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "empty" / "export").mkdir(parents=True)
     with pytest.raises(ValueError, match=reason):
         write_report(str(tmp_path / name))
+
+
+def test_a_long_line_among_others_is_thinned() -> None:
+    points = [(float(i), float(i % 2)) for i in range(7)]
+    assert _means(points, 7) == points
+    assert _means(points, 4) == [(0.5, 0.5), (2.5, 0.5), (4.5, 0.5), (6.0, 0.0)]
+    assert _means(points[:1], 4) == points[:1]
 
 
 def test_running_mean() -> None:
