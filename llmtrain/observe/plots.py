@@ -25,6 +25,7 @@ TRAINING: tuple[Panel, ...] = (
 LINES = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 SHADES = ("#dbeafe", "#1d4ed8")  # of bars
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+MOST_BESIDE = 6  # bars whose numbers fit beside each other
 MOST_POINTS = 32  # of a line among others
 SMOOTH_SHARE = 0.02  # a line's running mean spans this share of its steps
 
@@ -112,9 +113,10 @@ def _bars(
     for i, (label, row) in enumerate(rows.items()):
         xs = [x + (i - (len(rows) - 1) / 2) * width for x, name in enumerate(measures) if name in row]
         bars = axes.bar(xs, [row[name] for name in measures if name in row], width * 0.92, color=colors[label])
-        axes.bar_label(bars, fmt=f"%.{digits}f", fontsize=8, color=INK, padding=2)
+        upright = {"rotation": 90, "fontsize": 6} if len(rows) > MOST_BESIDE else {"fontsize": 8}
+        axes.bar_label(bars, fmt=f"%.{digits}f", color=INK, padding=2, **upright)
     axes.set_xticks(range(len(measures)), measures)
-    axes.margins(y=0.12)
+    axes.margins(y=0.16)
     axes.set_ylim(bottom=0)
 
 
