@@ -220,7 +220,20 @@ def override(document: Document, text: str, rename: Rename = as_it_is) -> None:
         _note(document, _assign(document.data, own, new, source), where, source)
         for at, chosen in stage_sets(document.data):
             if own[0] != "stages" and _has(chosen, own):
+                _check_rounds(document, at, chosen, own, source)
                 _note(document, (*at, *_assign(chosen, own, new, source)), where, source)
+
+
+def _check_rounds(document: Document, at: Keys, chosen: dict[str, Any], keys: Keys, source: str) -> None:
+    """Raises ConfigError if the override would make the rounds of a block the same in what tells them apart."""
+    value: Any = chosen
+    for key in keys:
+        value = value[key]
+    if isinstance(value, str) and ("{round}" in value or "{previous}" in value):
+        raise ConfigError(
+            f"{source}: {document.place((*at, *keys))} sets {'.'.join(keys)} to {value!r}, another value in each round, "
+            "and this would make all rounds alike; change it there, or for one round by stages.NAME.set."
+        )
 
 
 def _note(document: Document, keys: Keys, inner: dict[Keys, str], source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def test_a_second_block_begins_behind_the_first(tmp_path: Path) -> None:
     assert [s.name for s in config.stages[-3:]] == ["b-1", "b-2", "end"]
     starts = [stage_config(config, name).model.init_from for name in ("b-1", "b-2", "end")]
     assert starts == ["runs/loop/dpo-3", "runs/loop/dpo-3", "runs/loop/b-2"]
+
+
+def test_an_override_that_would_make_rounds_alike_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "seeds.yaml"
+    path.write_text(
+        "name: x\nmodel: {num_layers: 1}\nstages:\n- name: rounds\n  repeat: 2\n  stages:\n"
+        '  - {name: "eval-{round}", command: eval, set: {seed: "{round}", eval: {label: "r {round}", samples: 4}}}\n'
+    )
+    line = "sets seed to '{round}', another value in each round, and this would make all rounds alike"
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        load(str(path), ["seed=3"])
+    assert [stage.set["seed"] for stage in run(str(path), "eval.samples=2").stages] == [1, 2]
+    assert [stage.set["seed"] for stage in run(str(path), "stages.eval-2.set.seed=7").stages] == [1, 7]
 
 
 def test_overrides_reach_the_block_every_round_and_one_round(tmp_path: Path) -> None:
