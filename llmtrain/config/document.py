@@ -231,8 +231,8 @@ def _check_rounds(document: Document, at: Keys, chosen: dict[str, Any], keys: Ke
         value = value[key]
     if isinstance(value, str) and ("{round}" in value or "{previous}" in value):
         raise ConfigError(
-            f"{source}: {document.place((*at, *keys))} sets {'.'.join(keys)} to {value!r}, another value in each round, "
-            "and this would make all rounds alike; change it there, or for one round by stages.NAME.set."
+            f"{source}: {document.place((*at, *keys))} sets {'.'.join(keys)} to {value!r}, another value in each "
+            "round, and this would make all rounds alike; change it there, or for one round by stages.NAME.set."
         )
 
 

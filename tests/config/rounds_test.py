@@ -106,12 +106,14 @@ def test_overrides_reach_the_block_every_round_and_one_round(tmp_path: Path) -> 
     steps = [stage_config(c := run(path, "train.steps=2"), f"dpo-{i}").train.steps for i in (1, 2, 3)]
     assert steps == [2, 2, 2] and len(c.stages) == 8  # also what a stage of a block sets
     config = run(
-        *(path, "stages.dpo-2.set.train.steps=7", "stages.rounds.repeat=2", "model.init_from=z"),
+        *(path, "stages.dpo-2.set.train.steps=7", "stages.rounds.repeat=2", "rollout.stop=[z]"),
         *("stages.rounds.stages.dpo-{round}.set.train.steps=5", "stages.0.ranks=2", "stages.judge-1.ranks=3"),
     )
     assert [stage.name for stage in config.stages] == ["sft", "judge-1", "dpo-1", "judge-2", "dpo-2", "export"]
     assert [stage_config(config, name).train.steps for name in ("sft", "dpo-1", "dpo-2")] == [4, 5, 7]
-    assert [stage_config(config, f"dpo-{i}").model.init_from for i in (1, 2)] == ["z", "z"]  # over `first` too
+    assert [stage_config(config, f"dpo-{i}").rollout.stop for i in (1, 2)] == [["z"], ["z"]]  # over `first` too
+    line = "sets model.init_from to '{run}/dpo-{previous}', another value in each round"
+    assert line in "".join(faults(path, "model.init_from=z"))
     assert [stage.ranks for stage in config.stages] == [2, 3, 1, 1, 1, 1]
     assert faults(path, "stages.dpo-4.ranks=2") == [
         "override 'stages.dpo-4.ranks=2': stages has no entry 'dpo-4'; it has sft, judge-1, dpo-1, judge-2, dpo-2, "
