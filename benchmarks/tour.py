@@ -22,8 +22,8 @@ from llmtrain.observe.report import add_costs, evaluations, read_stages, reward_
 
 MEASURES = {"pass@1": 3, "pass@8": 3, "maj@8": 3, "greedy": 3, "entropy": 3, "perplexity": 1, "samples": 0, "cpu_s": 0}
 
-Seeds = dict[str, dict[str, list[float]]]
-"""The values of all seeds: {label: {measure: [one of each run]}}."""
+Seeds = dict[str, dict[str, list[float | None]]]
+"""The values of all seeds: {label: {measure: [one of each run]}}; None: not measured."""
 
 
 def gather(runs: Sequence[str]) -> Seeds:
@@ -31,16 +31,13 @@ def gather(runs: Sequence[str]) -> Seeds:
     found: list[Mapping[str, dict[str, Any]]] = []
     for run in runs:
         stages = read_stages(run)
-        add_costs(stages)
+        add_costs(run, stages)
         found.append(evaluations(stages))
         if list(found[0]) != list(found[-1]):
             raise ValueError(
                 f"{run}: has {', '.join(found[-1])}, but {runs[0]} {', '.join(found[0])}; finish both runs"
             )
-    return {
-        label: {name: [float(each[label].get(name) or 0.0) for each in found] for name in MEASURES}
-        for label in found[0]
-    }
+    return {label: {name: [each[label].get(name) for each in found] for name in MEASURES} for label in found[0]}
 
 
 def curves(runs: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
@@ -55,14 +52,16 @@ def curves(runs: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
     }
 
 
-def shown(values: Sequence[float], digits: int) -> str:
-    """Returns the mean, and the smallest and largest value where they differ."""
+def shown(values: Sequence[float | None], digits: int) -> str:
+    """Returns the mean, and the smallest and largest value where they differ; a dash where a run has none."""
+    if None in values:
+        return "–"
     mean, low, high = (f"{value:,.{digits}f}" for value in (fmean(values), min(values), max(values)))
     return mean if low == high else f"{mean} ({low}–{high})"
 
 
 def table(seeds: Seeds) -> str:
-    """Returns the table, best pass@1 last."""
+    """Returns the table, best pass@1 last. Raises ValueError where a run has no pass@1."""
     lines = ["| | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
     for label, measures in sorted(seeds.items(), key=lambda item: fmean(item[1]["pass@1"])):
         lines.append(f"| {label} | " + " | ".join(shown(measures[name], MEASURES[name]) for name in MEASURES) + " |")
@@ -87,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     panels = {"samples": "samples", "cpu_s": "CPU-seconds"}
-    points = {title: {label: (m[name], m["pass@1"]) for label, m in seeds.items()} for name, title in panels.items()}
+    points = {
+        title: {label: (m[name], m["pass@1"]) for label, m in seeds.items() if None not in m[name]}
+        for name, title in panels.items()
+    }
     path = str(options.out.with_name(options.out.stem + "_curves.png"))
     plot_lines(path, "Mean reward of the samples of a step", "samples so far", curves(options.runs))
     plot_marks(str(options.out.with_suffix(".png")), "Held-out pass@1", points)

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llmtrain.commands.stage_files import contents, made_by, made_tokenizer
+from llmtrain.commands.stage_files import contents, made_by, made_tokenizer, stages_read
 from llmtrain.config.load import dump, stage_config
 from llmtrain.config.schema import LogConfig, RunConfig, StageConfig
 from llmtrain.observe.contents import CACHE, Checksums
@@ -46,12 +46,18 @@ class StageRun:
     directory: str
     config: str  # YAML
     tokenizer: str | None  # that it is the first to make, in the run directory
+    made_from: list[str]  # stages whose files it reads
     hash: str  # of command, ranks, configuration, contents of data files, and the hash of the stage before
 
     @property
     def yaml(self) -> str:
         """Returns the path at which the stage's configuration is written."""
         return os.path.join(self.directory, "stage.yaml")
+
+    @property
+    def spent(self) -> str:
+        """Returns the path of the file that holds the CPU time of attempts that did not end well."""
+        return os.path.join(self.directory, "spent.json")
 
     @property
     def done(self) -> str:
@@ -90,17 +96,19 @@ def planned_runs(config: RunConfig) -> list[StageRun]:
     if not isinstance(config, RunConfig):
         raise ValueError(f"{config.name}: has no `stages:`; add them, or name the command of a single stage")
     stage_runs: list[StageRun] = []
-    made: list[str] = []
+    makers: dict[str, str] = {}  # directories that stages make: which stage
     checksums = Checksums(os.path.join(config.directory, CACHE))
     for stage in config.stages:
         staged = stage_config(config, stage.name)
-        tokenizer = made_tokenizer(stage.command, staged, config.directory, made)
-        made += made_by(stage.command, staged)
+        tokenizer = made_tokenizer(stage.command, staged, config.directory, [*makers])
+        made_from = stages_read(stage.command, staged, makers)
+        for directory in made_by(stage.command, staged):
+            makers.setdefault(directory, stage.name)
         before = stage_runs[-1].hash if stage_runs else ""
         content = [stage.command, stage.ranks, before, dump(staged.model_copy(update={"log": LogConfig()}))]
-        read = contents(stage.command, staged, made, checksums)
+        read = contents(stage.command, staged, [*makers], checksums)
         digest = hashlib.sha256(json.dumps([*content, read] if read else content).encode()).hexdigest()
-        stage_runs.append(StageRun(stage, staged.directory, dump(staged), tokenizer, digest))
+        stage_runs.append(StageRun(stage, staged.directory, dump(staged), tokenizer, made_from, digest))
     checksums.save()
     return stage_runs
 
@@ -135,15 +143,23 @@ def run_stage(stage_run: StageRun, title: str, held: int) -> int:
     start, cpu_start, command = time.monotonic(), children_cpu_s(), stage_command(stage_run)
     status = run_child(command, child_environment(stage_run.stage.ranks), held)
     seconds = round(time.monotonic() - start, 1)
+    cpu_s = round(children_cpu_s() - cpu_start + spent_before(stage_run), 1)
     if status:
+        write_whole(stage_run.spent, json.dumps({"hash": stage_run.hash, "cpu_s": cpu_s}))
         _say(f"{title}: ended with status {status} after {seconds} s; its files are in {stage_run.directory}")
         _say("the same command goes on from there")
         return status
-    cpu_s = round(children_cpu_s() - cpu_start, 1)
-    done = {"hash": stage_run.hash, "seconds": seconds, "cpu_s": cpu_s, "command": shlex.join(command)}
-    write_whole(stage_run.done, json.dumps(done, indent=1))
+    done = {"hash": stage_run.hash, "seconds": seconds, "cpu_s": cpu_s, "made_from": stage_run.made_from}
+    write_whole(stage_run.done, json.dumps({**done, "command": shlex.join(command)}, indent=1))
     _say(f"{title}: done in {seconds} s")
     return 0
+
+
+def spent_before(stage_run: StageRun) -> float:
+    """Returns the CPU time of attempts at this stage that did not end well; not of those whose `llmtrain run` was
+    killed too."""
+    found = _read_json(stage_run.spent) if os.path.exists(stage_run.spent) else {}
+    return found["cpu_s"] if found.get("hash") == stage_run.hash else 0.0
 
 
 def set_aside_other(stage_run: StageRun) -> None:

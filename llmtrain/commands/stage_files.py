@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from llmtrain.arch.resolve import newest_step
 from llmtrain.config.recipes import JUDGES, recipe_of
@@ -62,6 +62,13 @@ def made_by(command: str, config: Config) -> Iterator[str]:
         yield config.tokenizer.path or os.path.join(config.directory, "tokenizer")
     if command == "export" and config.export.path:
         yield config.export.path
+
+
+def stages_read(command: str, config: Config, makers: Mapping[str, str]) -> list[str]:
+    """Returns the stages in whose directories lies what a stage reads, of those that `makers` names by directory."""
+    paths = [path for _, path in read_paths(command, config) if path is not None]
+    found = [stage for directory, stage in makers.items() if any(inside(path, directory) for path in paths)]
+    return list(dict.fromkeys(found))
 
 
 def made_tokenizer(command: str, config: Config, run: str, made: list[str]) -> str | None:

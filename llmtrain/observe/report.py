@@ -27,11 +27,12 @@ SHOWN = 3  # samples from the start of a stage, and as many from its end
 
 @dataclass
 class StageRecord:
-    """Holds what one stage wrote: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, what judged, config.yaml,
-    done.json."""
+    """Holds what one stage wrote: metrics.jsonl, evaluations.jsonl, samples.jsonl, eval.json, what judged, config.yaml.
+
+    Example: StageRecord("sft", [{"step": 1, "loss": 2.0}], [{"step": 0, "loss": 2.1}], [], None, {}, [], "seed: 0")
+    """
 
     name: str
-    directory: str
     metrics: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -39,7 +40,6 @@ class StageRecord:
     judged: dict[str, Any]  # measures of judge.json or constitutional.json
     transcripts: list[dict[str, Any]]
     config: str | None
-    cpu_s: float | None  # of its processes; None: `llmtrain run` did not start it, or has not seen its end
 
 
 def write_report(run_dir: str) -> str:
@@ -54,7 +54,7 @@ def write_report(run_dir: str) -> str:
     stages, directory = read_stages(run_dir), os.path.join(run_dir, "report")
     _adopt_earlier(Path(directory))
     with replacing(directory, COMMAND, None) as out:
-        add_costs(stages)
+        add_costs(run_dir, stages)
         evaluated = evaluations(stages)
         page = (
             Environment(autoescape=True)
@@ -117,7 +117,6 @@ def _read_stage(name: str, path: str) -> StageRecord:
 
     return StageRecord(
         name,
-        path,
         metrics=find("metrics.jsonl", read_metrics, []),
         held_out=find("evaluations.jsonl", read_metrics, []),
         samples=find("samples.jsonl", read_lines, []),
@@ -125,7 +124,6 @@ def _read_stage(name: str, path: str) -> StageRecord:
         judged={name: value for file in JUDGED for name, value in find(file, read_object, {}).items()},
         transcripts=find("transcripts.jsonl", read_lines, []),
         config=find("config.yaml", _read, None),
-        cpu_s=find("done.json", read_object, {}).get("cpu_s"),
     )
 
 
@@ -145,21 +143,26 @@ def _read(path: str) -> str:
         return file.read()
 
 
-def add_costs(stages: Iterable[StageRecord]) -> None:
-    """Adds to each evaluation of what these stages made the `samples` and `cpu_s` that it took."""
-    placed = {os.path.realpath(stage.directory): stage for stage in stages}
-    known = {place: Cost(_sampled(stage), stage.cpu_s) for place, stage in placed.items()}
-    configs = {place: stage.config or "" for place, stage in placed.items()}
-    for place, stage in placed.items():
-        if stage.evaluation is not None:
-            cost = total_cost(place, known, configs)
-            stage.evaluation |= {"samples": cost.samples or None, "cpu_s": cost.cpu_s}
+def add_costs(run_dir: str, stages: Iterable[StageRecord]) -> None:
+    """Adds to each evaluation of a finished stage of a run the `samples` and `cpu_s` of the stages that what it
+    measured was made from."""
+    recorded = {stage.name: stage for stage in stages}
+    known = {}
+    for path in glob(os.path.join(glob_escape(run_dir), "*", "done.json")):
+        name, done = os.path.basename(os.path.dirname(path)), read_object(path)
+        sampled = _sampled(recorded[name]) if name in recorded else 0
+        if "made_from" in done:  # an earlier version did not write it
+            known[name] = Cost(sampled, done["cpu_s"], done["made_from"])
+    for name, stage in recorded.items():
+        if stage.evaluation is not None and name in known:
+            samples, cpu_s = total_cost(name, known)
+            stage.evaluation |= {"samples": samples, "cpu_s": cpu_s}
 
 
 def _sampled(stage: StageRecord) -> int:
     """Returns how many completions a stage sampled, to train on or to judge them."""
     counts = [record["samples"] for record in stage.metrics if record.get("samples") is not None]
-    return (counts[-1] if counts else 0) + stage.judged.get("samples", 0)
+    return (counts[-1] if counts else 0) + stage.judged.get("completions", stage.judged.get("samples", 0))
 
 
 def evaluations(stages: Iterable[StageRecord]) -> dict[str, dict[str, Any]]:

@@ -14,12 +14,12 @@ def run(directory: Path, labels: dict[str, float], samples: int = 0) -> Path:
     (directory / "raft" / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "samples": samples, "reward_mean": samples / 1000}) + "\n"
     )
-    (directory / "raft" / "done.json").write_text('{"cpu_s": 12.0}')
+    (directory / "raft" / "done.json").write_text('{"cpu_s": 12.0, "made_from": []}')
     for label, score in labels.items():
         stage = directory / f"eval-{label}"
         stage.mkdir()
         (stage / "eval.json").write_text(json.dumps({"label": label, "pass@1": score, "maj@8": 0.5}))
-        (stage / "config.yaml").write_text(f"model: {{init_from: {directory / label}}}")
+        (stage / "done.json").write_text(json.dumps({"cpu_s": 9.0, "made_from": [label]}))
     return directory
 
 
@@ -29,8 +29,8 @@ def test_a_table_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert seeds["raft"]["pass@1"] == [0.6, 0.61, 0.62] and seeds["raft"]["samples"] == [100, 101, 102]
     assert seeds["raft"]["cpu_s"] == [12.0] * 3 and seeds["start"]["samples"] == [0, 0, 0]
     lines = table(seeds).splitlines()
-    assert lines[2] == "| start | 0.400 | 0.000 | 0.500 | 0.000 | 0.000 | 0.0 | 0 | 0 |"
-    assert lines[3] == "| raft | 0.610 (0.600–0.620) | 0.000 | 0.500 | 0.000 | 0.000 | 0.0 | 101 (100–102) | 12 |"
+    assert lines[2] == "| start | 0.400 | – | 0.500 | – | – | – | 0 | 0 |"
+    assert lines[3] == "| raft | 0.610 (0.600–0.620) | – | 0.500 | – | – | – | 101 (100–102) | 12 |"
     out = tmp_path / "tour.json"
     main([*map(str, runs), "--out", str(out)])
     assert capsys.readouterr().out.splitlines()[3] == lines[3]

@@ -89,6 +89,21 @@ def test_a_failing_stage_stops_the_run_which_then_goes_on(
     assert [ran(tmp_path, s) for s in ("data", "pretrain", "eval-sft")] == [1, 2, 1]
 
 
+def test_a_stage_notes_what_it_was_made_from_and_the_time_of_all_attempts(
+    tmp_path: Path, bodies: dict[str, str]
+) -> None:
+    made = f"data.path={tmp_path}/q/shards", f"stages.eval-sft.set.model.init_from={tmp_path}/q/pretrain/export"
+    bodies["pretrain"] = "import time\nwhile time.process_time() < 1.5: pass\nsys.exit(7)"
+    assert run.main(document(tmp_path, *made)) == 7
+    bodies.clear()
+    assert run.main(document(tmp_path, *made)) == 0
+    done = {s: json.loads((tmp_path / "q" / s / "done.json").read_text()) for s in ("data", "pretrain", "eval-sft")}
+    assert [each["made_from"] for each in done.values()] == [[], ["data"], ["data", "pretrain"]]
+    assert done["pretrain"]["cpu_s"] >= 1.5 > done["data"]["cpu_s"]
+    assert run.main(document(tmp_path, *made, "stages.pretrain.set.train.steps=6")) == 0  # another stage owes nothing
+    assert json.loads((tmp_path / "q" / "pretrain" / "done.json").read_text())["cpu_s"] < 1.5
+
+
 def test_other_settings_start_anew_and_so_does_all_that_follows(
     tmp_path: Path, bodies: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

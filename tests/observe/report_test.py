@@ -99,14 +99,14 @@ def test_what_models_cost(tmp_path: Path) -> None:
     run = tmp_path / "quick"
     _stage(run / "raft", 3, reward_mean=0.5, samples=600)
     _stage(run / "ppo", 3, reward_mean=0.5, samples=64)
-    (run / "ppo" / "config.yaml").write_text(f"model: {{init_from: {run}/raft}}")
-    (run / "ppo" / "done.json").write_text('{"cpu_s": 20.0}')
-    (run / "raft" / "done.json").write_text('{"cpu_s": 13.0}')
+    made = {"raft": ["export"], "ppo": ["raft"], "export": [], "eval": ["ppo"]}  # an export records nothing else
+    (run / "export").mkdir()
     _evaluation(run / "eval", "ppo", **{"pass@1": 0.75})
-    (run / "eval" / "config.yaml").write_text(f"model: {{init_from: {run}/ppo}}")
+    for name, cpu_s in {"raft": 13.0, "ppo": 20.0, "export": 100.0, "eval": 1000.0}.items():
+        (run / name / "done.json").write_text(json.dumps({"cpu_s": cpu_s, "made_from": made[name]}))
     page = Page(write_report(str(run)))
     assert "samples.png" in page.images and "samples" in page.text and "cpu s" in page.text
-    assert page.text.count("664") == page.text.count("33") == 1
+    assert page.text.count("664") == page.text.count("133") == 1
     (run / "raft" / "metrics.jsonl").unlink()
     assert "samples.png" not in Page(write_report(str(run))).images  # one curve is compared with nothing
 
