@@ -94,17 +94,18 @@ def choose(job: Job, rows: list[Encoded]) -> list[Encoded]:
     Raises ValueError when none is left, or a row lacks what a reward needs; RewardsFail when a reward fails too often.
     """
     made_from = origin(job, rows)
-    left_out = recall(job, FILE, made_from, "left_out")
+    left_out = recall(job, FILE, made_from, "numbers")
     if left_out is None:
         left_out = judge(job, rows)
         count = len(rows) - sum(map(len, left_out.values()))
-        keep(job, FILE, made_from, rows=len(rows), kept=count, left_out=left_out)
+        places = {reason: [rows[i].where for i in each] for reason, each in left_out.items()}
+        keep(job, FILE, made_from, rows=len(rows), kept=count, left_out=places, numbers=left_out)
     report(job, len(rows), left_out)
-    places = set(chain.from_iterable(left_out.values()))
-    return [row for row in rows if row.where not in places]
+    gone = set(chain.from_iterable(left_out.values()))  # by number: several objects may stand on one line
+    return [row for i, row in enumerate(rows) if i not in gone]
 
 
-def report(job: Job, rows: int, left_out: dict[str, list[str]]) -> None:
+def report(job: Job, rows: int, left_out: dict[str, list[int]]) -> None:
     """Logs how many rows are left out, and why. Raises ValueError when none is left."""
     told = ", ".join(f"{len(each)} {reason}" for reason, each in left_out.items() if each) or "none left out"
     path, where, kept = job.config.data.train, path_of(job, FILE), rows - sum(map(len, left_out.values()))
@@ -131,22 +132,25 @@ def function_of(reward: RewardConfig) -> str | None:
     return reward.function if reward.file is None else (reward.function or "").rpartition(":")[2]
 
 
-def judge(job: Job, rows: Sequence[Encoded]) -> dict[str, list[str]]:
-    """Returns by reason the places of the rows that the section leaves out (a collective if it judges by reward)."""
-    left_out: dict[str, list[str]] = {reason: [] for reason in REASONS}
+def judge(job: Job, rows: Sequence[Encoded]) -> dict[str, list[int]]:
+    """Returns by reason the numbers of the rows that the section leaves out, from 0 in the order of the file (a
+    collective if it judges by reward)."""
+    left_out: dict[str, list[int]] = {reason: [] for reason in REASONS}
     fit, ends = [], end_ids(job.tokenizer, (job.config.model.init_from, tokenizer_dir(job.config)))
-    for row in rows:
+    for i, row in enumerate(rows):
         reason = unfit(job, row, ends)
         if reason is None:
-            fit.append(row)
+            fit.append(i)
         else:
-            left_out[reason].append(row.where)
+            left_out[reason].append(i)
     least = job.config.sft.min_reward
-    for row, sample in zip(fit, rewarded(job, fit), strict=True) if least is not None else ():
+    if least is None:
+        return left_out
+    for i, sample in zip(fit, rewarded(job, [rows[i] for i in fit]), strict=True):
         if sample.errors:
-            left_out[NOT_SCORED].append(row.where)
+            left_out[NOT_SCORED].append(i)
         elif sample.reward < least:
-            left_out[WRONG].append(row.where)
+            left_out[WRONG].append(i)
     return left_out
 
 

@@ -128,6 +128,7 @@ def test_rows_are_kept_by_length_thinking_and_reward(
         expected.get(reason, []).append(f"{file}:{i + 1}")
     found = held(tmp_path)
     assert (found["rows"], found["kept"], found["left_out"]) == (10, 3, expected)
+    assert sorted(i for each in found["numbers"].values() for i in each) == [1, 2, 3, 4, 5, 6, 7]
     assert not scorer_of(job.config.rewards[0]).pool.workers  # nothing is judged while it trains
     told = " ".join(capsys.readouterr().err.split())
     counts = "1 too short, 1 too long, 3 without whole thinking, 1 wrong, 1 not scored"
@@ -192,6 +193,46 @@ def test_a_row_that_is_left_out_need_not_fit(run: Callable, tmp_path: Path) -> N
     assert held(tmp_path)["kept"] == 8
 
 
+FAR, WRONG = "far " * 50 + "5", "<think> 2 </think> 6"
+
+
+def array(path: Path, texts: Sequence[str], a_line: int) -> Path:
+    """Writes a JSON array with several objects on each line."""
+    objects = [json.dumps({"prompt": f"{i}:", "completion": text, "wanted": "5"}) for i, text in enumerate(texts)]
+    path.write_text("[" + ",\n".join(", ".join(objects[i : i + a_line]) for i in range(0, len(texts), a_line)) + "]")
+    return path
+
+
+@pytest.mark.parametrize("a_line", [1, 3, 13])
+def test_rows_that_share_a_line_are_told_apart(run: Callable, tmp_path: Path, a_line: int) -> None:
+    texts = [FAR if i in (0, 4, 8, 12) else f"<think> {i} </think> {6 if i == 5 else 5}" for i in range(13)]
+    file = array(tmp_path / "x.json", texts, a_line)
+    kept = [text for i, text in enumerate(texts) if i not in (0, 4, 5, 8, 12)]
+    settings = ("sft={max_trace_tokens: 40, min_reward: 1.0}",)
+    job, (total_updates, *_) = run(f"data.train={file}", *settings)
+    assert taken(job) == set(kept) and total_updates == 8
+    found = held(tmp_path)
+    assert found["kept"] == 8 and found["numbers"]["too long"] == [0, 4, 8, 12] and found["numbers"]["wrong"] == [5]
+    assert found["left_out"]["too long"] == [f"{file}:{i // a_line + 1}" for i in (0, 4, 8, 12)]
+    again, _ = run(f"data.train={file}", *settings, state=dict(job.state))
+    assert taken(again) == set(kept)
+
+
+def test_rows_of_several_files_are_told_apart(run: Callable, tmp_path: Path) -> None:
+    """A directory of a file of lines, and of arrays; and what `overlong: drop` leaves out of what was chosen."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    array(folder / "a.json", ["1 5", FAR, "2 5", WRONG], 4)
+    write(folder / "b.jsonl", [{"prompt": "a:", "completion": text, "wanted": "5"} for text in ("3 5", "4 6")])
+    array(folder / "c.json", ["5 5", "far " * 200 + "5", "6 5", "7 6"], 2)
+    drop = ("data.overlong=drop", "sft.min_reward=1.0")
+    job, _ = run(f"data.train={folder}", *drop)
+    assert taken(job) == {"1 5", FAR, "2 5", "3 5", "5 5", "6 5"}
+    assert held(tmp_path)["numbers"]["wrong"] == [3, 5, 9] and held(tmp_path)["kept"] == 7
+    job, _ = run(f"data.train={folder}/[ab].json*", *drop)
+    assert taken(job) == {"1 5", FAR, "2 5", "3 5"} and held(tmp_path)["numbers"]["wrong"] == [3, 5]
+
+
 def test_held_out_rows_are_all_measured(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sft, "note_evaluation", lambda job, scores: None)
     path = write(tmp_path / "held.jsonl", [{"prompt": "a", "completion": "5"}] * 3)
@@ -228,7 +269,7 @@ def test_a_run_that_would_go_on_with_other_rows_is_refused(run: Callable, tmp_pa
     (tmp_path / "run" / "rows-train.json").unlink()
     run(*ALL, state=dict(job.state))  # judged again, and the same
     held_now = held(tmp_path)
-    held_now["left_out"]["wrong"] = []
+    held_now["numbers"]["wrong"] = []
     (tmp_path / "run" / "rows-train.json").write_text(json.dumps(held_now))
     with pytest.raises(ValueError, match=r"rows-train.json: other rows are kept than those that the run was trained"):
         run(*ALL, state=dict(job.state))
