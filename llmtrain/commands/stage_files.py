@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from llmtrain.arch.resolve import newest_step
 from llmtrain.config.recipes import JUDGES, recipe_of
 from llmtrain.config.rows import split_path
-from llmtrain.config.schema import Config
+from llmtrain.config.schema import Config, TokenizerConfig
 from llmtrain.observe.contents import Checksums, files_at
 
 MANIFEST_SUM = "manifest.sha256"  # of a checkpoint: covers all its files
@@ -50,8 +50,16 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
     if recipe is not None or command in ("eval", "export", *JUDGES):
         yield "tokenizer.path", config.tokenizer.path
         yield "model.init_from", config.model.init_from
+    if (recipe is not None and not recipe.packs_text) or command in ("eval", *JUDGES):
+        yield "tokenizer.chat_template", template_file(config.tokenizer)
     if recipe is not None:
         yield from recipe.weights(config).items()
+
+
+def template_file(tokenizer: TokenizerConfig) -> str | None:
+    """Returns the file that holds the chat template, None where it is one of the tokenizer's own."""
+    template = tokenizer.chat_template
+    return template if template is not None and os.path.isfile(template) else None
 
 
 def made_by(command: str, config: Config) -> Iterator[str]:

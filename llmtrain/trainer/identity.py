@@ -33,6 +33,7 @@ from llmtrain.observe.files import write_whole
 from llmtrain.observe.metrics import read_metrics
 from llmtrain.observe.owned import RUN_RECORD
 
+TEMPLATE = "tokenizer.chat_template"  # a name, or a file
 SAME = (
     "seed",
     "train.seq_len",
@@ -41,7 +42,7 @@ SAME = (
     "train.seq_ramp",
     "train.eval_seqs",
     "optim.name",
-    "tokenizer.chat_template",
+    TEMPLATE,
     "tokenizer.chat_template_kwargs",
 )
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
@@ -160,6 +161,8 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
     if was["recipe"] not in (None, now["recipe"]):
         found.append(("command", was["recipe"], now["recipe"]))
     for key in same_keys(now["config"], recipe):
+        if key == TEMPLATE and key in was["contents"] and key in now["contents"]:
+            continue  # a file before and now: what it holds is compared
         before, after = (_value(record["config"], key) for record in (was, now))
         if before is not ABSENT and before != after:
             found.append((key, before, after))
@@ -258,6 +261,9 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
     if config.model.init_from:
         places["model.init_from"] = (config.model.init_from, weight_files(config.model.init_from))
     places |= {key: (path, weight_files(path)) for key, path in recipe.weights(config).items()}
+    template = config.tokenizer.chat_template
+    if not recipe.packs_text and template is not None and os.path.isfile(template):
+        places[TEMPLATE] = (template, [template])
     for key, (path, files) in places.items():
         if files:
             found[key] = {"path": str(path), "sha256": checksums.of_all(files)}

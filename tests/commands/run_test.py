@@ -125,7 +125,7 @@ OUTSIDE = """
 name: q
 run_dir: {folder}/q
 data: {{train: {folder}/own.jsonl, held_out: "{{run}}/data/sums-held_out.jsonl"}}
-tokenizer: {{path: {folder}/tok}}
+tokenizer: {{path: {folder}/tok, chat_template: {folder}/chat.jinja}}
 model: {{init_from: {folder}/hf}}
 stages:
   - {{name: data, command: data, set: {{data: {{sources: [{{name: own, type: text, path: "{folder}/texts/*"}}]}}}}}}
@@ -137,7 +137,7 @@ stages:
 @pytest.fixture
 def outside(tmp_path: Path) -> RunConfig:
     """A run that reads files from outside its directory."""
-    for name in ("own.jsonl", "tok/tokenizer.json", "hf/model.safetensors", "texts/a.txt"):
+    for name in ("own.jsonl", "tok/tokenizer.json", "hf/model.safetensors", "texts/a.txt", "chat.jinja"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
     (tmp_path / "run.yaml").write_text(OUTSIDE.format(folder=tmp_path))
@@ -153,6 +153,7 @@ def outside(tmp_path: Path) -> RunConfig:
         ("hf/model.safetensors", ["sft", "eval-sft"]),
         ("texts/a.txt", ["data", "sft", "eval-sft"]),
         ("texts/b.txt", ["data", "sft", "eval-sft"]),
+        ("chat.jinja", ["sft", "eval-sft"]),
         ("hf/README.md", []),
         ("q/sft/metrics.jsonl", []),  # made by a stage
         ("q/data/sums-held_out.jsonl", []),

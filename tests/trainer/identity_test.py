@@ -22,6 +22,7 @@ from llmtrain.trainer.identity import (
     PLACES,
     SAME,
     Contents,
+    Record,
     as_record,
     changes,
     check_directory,
@@ -245,6 +246,36 @@ def test_contents_that_differ_are_told(files: Files) -> None:
     (files.folder / "hf" / "model.safetensors").write_bytes(b"Weights")
     (files.folder / "tok" / "chat_template.jinja").write_text("{{ messages }}")
     assert files.changed() == ["data.train", "model.init_from", "tokenizer's chat template"]
+
+
+def test_a_chat_template_in_a_file_counts_by_its_contents(files: Files) -> None:
+    """An edited one renders otherwise; a moved one does not. One of the tokenizer's own has no file."""
+
+    def made(template: str) -> Record:
+        config = files.config("d.jsonl", "hf")
+        tokenizer = config.tokenizer.model_copy(update={"chat_template": template})
+        config = config.model_copy(update={"tokenizer": tokenizer})
+        return record_of(config, SFT, files.contents(config))
+
+    place, moved = files.folder / "a.jinja", files.folder / "b.jinja"
+    for path in (place, moved):
+        path.write_text("{{ messages }}")
+    was, named = made(str(place)), made("default")
+    assert "tokenizer.chat_template" in was["contents"] and "tokenizer.chat_template" not in named["contents"]
+    assert differences(was, made(str(place)), SFT) == differences(was, made(str(moved)), SFT) == []
+    place.write_text("{{ messages[0] }}")
+    [(key, before, now)] = differences(was, made(str(place)), SFT)
+    assert key == "tokenizer.chat_template" and before["path"] == now["path"] == str(place)
+    assert [each[0] for each in differences(was, named, SFT)] == ["tokenizer.chat_template"]
+    assert [each[0] for each in differences(named, was, SFT)] == ["tokenizer.chat_template"]
+    earlier = {**was, "contents": files.first}  # of a version that did not look into the file
+    assert differences(earlier, made(str(place)), SFT) == []
+    assert [each[0] for each in differences(earlier, made(str(moved)), SFT)] == ["tokenizer.chat_template"]
+    config = files.config("d.jsonl", "hf")
+    template = config.tokenizer.model_copy(update={"chat_template": str(place)})
+    config = config.model_copy(update={"tokenizer": template})
+    read = contents_of(config, PRETRAIN, data_dir(config), tokenizer_dir(config), Checksums())
+    assert "tokenizer.chat_template" not in read  # text is not rendered
 
 
 def test_the_same_contents_elsewhere_are_the_same(files: Files) -> None:
