@@ -157,9 +157,10 @@ def test_a_majority_judges(scripted: Callable) -> None:
     """a: 1/4, 1/2, 1/2, 0; b: 1/2, 1/4, 1/2, 1/4, of which one was cut off and may only be rejected."""
     result, pairs, _, _ = scripted("majority", "judge.pairs_per_prompt=2", "judge.soft=0.5")
     labels = [row.pop("label") for row in pairs]
-    assert pairs == [pair("a", "2", "2", "x"), pair("b", "3", "3", "5")]
-    assert labels == pytest.approx([0.7310586, 0.6224593])  # sigmoid(0.5 / 0.5), sigmoid(0.25 / 0.5)
-    assert (result["agreement"], result["pairs_right"], result["ties"]) == (1.0, 2, 0)
+    assert pairs[:2] == [pair("a", "2", "2", "x"), pair("a", "2", "2", "1")]
+    assert pairs[2:] == [pair("b", "3", "3", "5"), pair("b", "3", "3", "4")]
+    assert labels == pytest.approx([0.7310586, *[0.6224593] * 3])  # sigmoid(0.5 / 0.5), sigmoid(0.25 / 0.5)
+    assert (result["agreement"], result["pairs_right"], result["ties"]) == (1.0, 4, 0)
 
 
 def test_the_greedy_answer_judges(scripted: Callable) -> None:
