@@ -11,18 +11,21 @@ from itertools import combinations
 Scores = Sequence[float | None]
 """Holds a judge's scores of the samples of one prompt; None: it has none."""
 
-NUMBER = r"-?\d+(?:\.\d+)?"
-SCORE = re.compile(rf"score[^\w-]{{0,8}}({NUMBER})", re.I)
+NUMBER = r"(?<![^\W_])-?\d+(?:\.\d+)?"  # not within a word, as in `step1`
+PARENTHESES = re.compile(r"\([^()]*\)")
+SCORE = re.compile(r"(?<![^\W_])score(?![^\W_])", re.I)
+TERM = rf"{NUMBER}[^\d+=.,;:]*"  # of a sum: a number, and words that say what it is for
+SUM = re.compile(rf"[^\d-]*(?:{TERM}(?:\+[^\d+=.,;:]*{TERM})+=\s*)+")
 
 
-def ranking(scores: Scores, texts: Sequence[str]) -> list[int]:
-    """Returns the numbers of the samples that have a score, best first; of equal texts the best alone, of equal
-    scores the earlier one before the later."""
+def ranking(scores: Scores, texts: Sequence[str], finished: Sequence[bool]) -> list[int]:
+    """Returns the numbers of the samples that have a score, best first, of equal scores the earlier one before the
+    later. Of equal texts there is one alone: the best of those that were not cut off, or else of all."""
     order = sorted((i for i, score in enumerate(scores) if score is not None), key=lambda i: -scores[i])
     firsts: dict[str, int] = {}
-    for i in order:
+    for i in sorted(order, key=lambda i: not finished[i]):
         firsts.setdefault(texts[i], i)
-    return list(firsts.values())
+    return [i for i in order if firsts[texts[i]] == i]
 
 
 def best_against_worst(
@@ -34,7 +37,7 @@ def best_against_worst(
     Scores that differ by `tie` or less are a tie, and no pair. What was cut off is never chosen, as its row would teach
     to end there. Example: best_against_worst([1, 3, 2], ["a", "b", "c"], [True] * 3, 1, 0.0) -> [(1, 0)]
     """
-    order = ranking(scores, texts)
+    order = ranking(scores, texts, finished)
     good, bad = [i for i in order if finished[i]], order[::-1]
     pairs = [
         *zip(good, bad, strict=False),
@@ -49,7 +52,7 @@ def best_of(
 ) -> list[int]:
     """Returns the numbers of at most `most` of the best samples that were not cut off, with a score of at least
     `least`."""
-    order = (i for i in ranking(scores, texts) if finished[i])
+    order = (i for i in ranking(scores, texts, finished) if finished[i])
     return [i for i in order if least is None or scores[i] >= least][:most]
 
 
@@ -90,8 +93,28 @@ def agrees_with_first(classes: Sequence[int | None]) -> list[float | None]:
 
 
 def rubric_score(reply: str, lowest: float, highest: float) -> float | None:
-    """Returns the score in a judgement: the last number behind the word `score`, else its last number; None where there
-    is none from `lowest` to `highest`. Example: rubric_score("Two of 3. Score: 4", 0, 5) -> 4.0"""
-    found = SCORE.findall(reply) or re.findall(NUMBER, reply)
-    value = float(found[-1]) if found else math.nan
+    """Returns the score in a judgement, None where there is none from `lowest` to `highest`.
+
+    Parentheses are left out. It is the first number behind the last word `score` that a number follows on its line; of
+    a sum what stands behind its last `=`. Without such a word it is the last number.
+    Example: rubric_score("Score (0-5): 1 + 1 = 2", 0, 5) -> 2.0
+    """
+    text = without_parentheses(reply)
+    behind = (text[word.end() :].partition("\n")[0] for word in SCORE.finditer(text))
+    told = [found for rest in behind if (found := re.findall(NUMBER, behind_sum(rest)))]
+    numbers = told[-1][:1] if told else re.findall(NUMBER, text)[-1:]
+    value = float(numbers[0]) if numbers else math.nan
     return value if lowest <= value <= highest else None
+
+
+def behind_sum(text: str) -> str:
+    """Returns what stands behind the last `=` of the sum that a text begins with, else the text."""
+    found = SUM.match(text)
+    return text if found is None else text[found.end() :]
+
+
+def without_parentheses(text: str) -> str:
+    """Returns a text without what stands in parentheses, and in parentheses within them."""
+    while (shorter := PARENTHESES.sub(" ", text)) != text:
+        text = shorter
+    return text

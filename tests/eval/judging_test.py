@@ -46,12 +46,23 @@ def test_best_against_worst() -> None:
 
 
 def test_the_best_of_a_group() -> None:
-    assert ranking([1.0, 2.0, None, 2.0], TEXTS) == [1, 3, 0]
-    assert ranking([1.0, 3.0, 2.0, 0.0], ["a", "b", "b", "a"]) == [1, 0]
+    assert ranking([1.0, 2.0, None, 2.0], TEXTS, DONE) == [1, 3, 0]
+    assert ranking([1.0, 3.0, 2.0, 0.0], ["a", "b", "b", "a"], DONE) == [1, 0]
     assert best_of([1.0, 2.0, None, 2.0], TEXTS, DONE, 2, None) == [1, 3]
     assert best_of([1.0, 2.0, None, 2.0], TEXTS, [True, False, True, True], 2, None) == [3, 0]
     assert best_of([1.0, 2.0, None, 2.0], TEXTS, DONE, 9, 1.5) == [1, 3]
     assert best_of([0.0] * 4, TEXTS, DONE, 9, 0.5) == []
+
+
+def test_a_text_that_was_cut_off_does_not_hide_the_same_one_finished() -> None:
+    """The same words, once with what ends them; whichever the judge likes better."""
+    assert best_of([1.0, 1.0], ["a", "a"], [False, True], 1, None) == [1]
+    assert best_of([3.0, 1.0], ["a", "a"], [False, True], 1, 2.0) == []  # its own score counts
+    assert best_of([1.0, 1.0, 2.0], ["a"] * 3, [False, True, True], 3, None) == [2]
+    assert ranking([1.0, 1.0], ["a", "a"], [False, False]) == [0]
+    twins = ([2.0, 2.0, 1.0], ["a", "a", "b"], [False, True, True])
+    assert best_against_worst(*twins, 9, 0.0) == [(1, 2)]
+    assert best_against_worst([0.0, 1.0, 0.0], ["a", "b", "a"], [False, True, True], 9, 0.0) == [(1, 2)]
 
 
 def test_agreement_counts_pairs_that_the_truth_orders() -> None:
@@ -76,6 +87,29 @@ def test_labels_votes_and_scores() -> None:
         "Score: 9": None,
         "Score: -1": None,
         "none": None,
+        "I would give it a score of 2 out of 5.": 2.0,
+        "Score (0-5): 4": 4.0,
+        "Score: 1 + 1 + 1 = 3": 3.0,
+        "Score: 4. (A perfect score: 5)": 4.0,
+        "Score: 4/5": 4.0,
+        "Score: 4 out of 5": 4.0,
+        "(The (highest (5) score) is 5.) 3": 3.0,
+        "Score: 1 for the task + 0 for the rest = 1, and 5 is the most": 1.0,
+        "The score is 1+1 = 2. Mind that x = 5": 2.0,
+        "Score: 1 + 1 = 1 + 1 + 0 = 2": 2.0,
+        "Score: 4, since 1 + 1 = 2 is right": 4.0,
+        "Score = 4": 4.0,
+        "Score: 3\nThat is my score.": 3.0,
+        "Score: 3\n5": 3.0,
+        "Score: 1 + 1\n= 2": 1.0,
+        "Score:\n3": 3.0,
+        "_Score_: __2__": 2.0,
+        "It scores well, 1 of 5 is wrong: 4": 4.0,
+        "Score of step1: 2": 2.0,
+        "3 (of 5)": 3.0,
+        "Score (0-5): 1 + 1 = 2 out of 5": 2.0,
+        "(" * 3000 + ")" * 3000 + "Score: 1": 1.0,
+        "Score: " + "1 + " * 3000 + "1": 1.0,
     }.items():
         assert rubric_score(reply, 0.0, 5.0) == score, reply
 
