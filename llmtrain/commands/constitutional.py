@@ -25,7 +25,7 @@ from llmtrain.observe.rows import own_directory, write_rows
 from llmtrain.trainer.completions import prompts_of
 from llmtrain.trainer.constitution import Comparison, Verdict, compared, revised
 from llmtrain.trainer.job import resolved
-from llmtrain.trainer.speaker import Said, Speaker, open_speaker
+from llmtrain.trainer.speaker import Said, Speaker, numbers_of, open_speaker
 
 COMMAND = "llmtrain constitutional"
 FILES = ("config.yaml", "constitutional.json", "sft.jsonl", "pairs.jsonl", "transcripts.jsonl")
@@ -51,9 +51,8 @@ def applied(speaker: Speaker, principles: list[Principle], directory: Path) -> d
     config, settings = speaker.config, speaker.config.constitutional
     given = read_preferences(settings.agreement) if settings.agreement else []
     prompts = prompts_of(config, config.data.train, speaker.tokenizer)
-    first = settings.first + settings.round * settings.prompts
-    numbers = range(first, first + settings.prompts)
-    result = {"principles": len(principles), "first": first, "round": settings.round, "prompts": len(numbers)}
+    numbers = numbers_of("constitutional", settings, prompts)
+    result = {"principles": len(principles), "first": numbers.start, "round": settings.round, "prompts": len(numbers)}
     transcripts: list[dict[str, Any]] = []
     if settings.revisions:
         rows, told, measures = demonstrations(speaker, principles, prompts, numbers)
@@ -122,7 +121,7 @@ def candidates(
     """Yields for each prompt its first and second sample, third and fourth, ..."""
     seed, count = speaker.config.seed, speaker.config.constitutional.pairs_per_prompt
     for number, group in zip(numbers, speaker.sample(prompts, numbers, "constitutional/pairs"), strict=True):
-        example = prompts.parsed[prompts.at(number, seed)]
+        example = prompts.parsed[prompts.around(number, seed)]
         answers = [speaker.said(sample) for sample in group[: 2 * count]]
         purposes = [f"pair/{number}/{i}" for i in range(count)]
         yield [

@@ -34,7 +34,7 @@ from llmtrain.rewards import build_reward, check_rows, scorer_of, stop_if_failin
 from llmtrain.rewards.check import row_faults
 from llmtrain.trainer.completions import prompts_of
 from llmtrain.trainer.job import resolved
-from llmtrain.trainer.speaker import Question, Said, Speaker, open_speaker
+from llmtrain.trainer.speaker import Question, Said, Speaker, numbers_of, open_speaker
 from llmtrain.types import Group
 
 COMMAND = "llmtrain judge"
@@ -86,14 +86,13 @@ def judged(config: Config, speaker: Speaker, directory: Path) -> dict[str, Any]:
     """Samples, judges, writes the rows, and returns the measures."""
     settings = config.judge
     prompts = prompts_of(config, config.data.train, speaker.tokenizer)
-    first = settings.first + settings.round * settings.prompts
-    numbers = range(first, first + settings.prompts)
+    numbers = numbers_of("judge", settings, prompts)
     judge, verifier = judge_of(speaker, prompts), verifier_of(config, prompts)
     groups = speaker.sample(prompts, numbers, "judge")
     texts = [[speaker.decode(sample.ids) for sample in group] for group in groups]
     scores = judge(groups, texts, numbers)
     truth = verified(config, verifier, groups, texts)
-    chosen = [prompts.at(number, config.seed) for number in numbers]
+    chosen = [prompts.around(number, config.seed) for number in numbers]
     cases = [Judged(*each) for each in zip(chosen, groups, texts, scores, truth, strict=True)]
     write_rows(
         directory / "samples.jsonl", chain.from_iterable(sample_rows(case, speaker, settings.by) for case in cases)
@@ -106,7 +105,7 @@ def judged(config: Config, speaker: Speaker, directory: Path) -> dict[str, Any]:
     rows = [asking(prompts.parsed[case.number], speaker.tokenizer.has_chat) for case in cases]
     write_rows(directory / "pairs.jsonl", (pair_row(config, *each) for each in flat(rows, cases, pairs)))
     write_rows(directory / "best.jsonl", ({**row, "completion": c.texts[i]} for row, c, i in flat(rows, cases, best)))
-    about = {"by": settings.by, "first": first, "round": settings.round, "prompts": len(cases)}
+    about = {"by": settings.by, "first": numbers.start, "round": settings.round, "prompts": len(cases)}
     return {**about, **counts(cases, pairs, best), **compared(cases, pairs, best, verifier)}
 
 
@@ -267,7 +266,7 @@ def by_rubric(
     settings, seed = speaker.config.judge, speaker.config.seed
     questions = []
     for number, own in zip(numbers, texts, strict=True):
-        example = prompts.parsed[prompts.at(number, seed)]
+        example = prompts.parsed[prompts.around(number, seed)]
         task = spoken(messages_of(example)) + example.prefill
         for i, text in enumerate(own):
             asked = filled(rubric, task, text)

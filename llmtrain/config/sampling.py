@@ -98,7 +98,7 @@ class JudgeConfig(Section):
     `data.train` and judges them; see docs/posttraining/judge.md."""
 
     by: Literal["reward", "model", "majority", "greedy", "logprob", "rubric"] = "greedy"  # who judges; see the page
-    prompts: PositiveInt = 64  # prompts that are judged
+    prompts: PositiveInt = 64  # prompts that are judged, at most the rows of data.train
     first: int = Field(0, ge=0)  # number of the first of them, in the order that `seed` gives
     round: int = Field(0, ge=0)  # they begin `round` x `prompts` further on, so that no round repeats another's
     pairs_per_prompt: PositiveInt = 1  # at most: best against worst, second best against second worst, ...
@@ -118,7 +118,7 @@ class ConstitutionalConfig(Section):
     prompts of `data.train`, and compares pairs of them; see docs/posttraining/constitutional.md."""
 
     principles: UserPath | None = None  # YAML with a list of principles; must be set
-    prompts: PositiveInt = 64  # prompts that are answered
+    prompts: PositiveInt = 64  # prompts that are answered, at most the rows of data.train
     first: int = Field(0, ge=0)  # number of the first of them, in the order that `seed` gives
     round: int = Field(0, ge=0)  # they begin `round` x `prompts` further on, so that no round repeats another's
     revisions: int = Field(2, ge=0)  # rounds of critique and revision; 0 = no sft.jsonl

@@ -48,3 +48,8 @@ class PromptSet:
     def at(self, global_index: int, seed: int) -> int:
         """Returns which example the run's `global_index`-th prompt is: each once an epoch, in a new order each time."""
         return permuted(global_index, len(self), seed)
+
+    def around(self, number: int, seed: int) -> int:
+        """Returns which example stands at a number in one order that begins again behind its end, so that no example
+        comes twice in `len` numbers in a row, wherever they begin."""
+        return self.at(number % len(self), seed)

@@ -84,7 +84,7 @@ def revised(speaker: Speaker, principles: list[Principle], prompts: PromptSet, n
     settings, seed = speaker.config.constitutional, speaker.config.seed
     drafts = []
     for number, group in zip(numbers, speaker.sample(prompts, numbers, "constitutional", samples=1), strict=True):
-        draft = Draft(number, prompts.parsed[prompts.at(number, seed)])
+        draft = Draft(number, prompts.parsed[prompts.around(number, seed)])
         draft.answer = draft.example.prefill + speaker.said(group[0]).text
         draft.add("answer", draft.answer)
         drafts.append(draft)

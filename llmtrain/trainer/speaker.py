@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
-from llmtrain.config.schema import Config
+from llmtrain.config.schema import Config, ConstitutionalConfig, JudgeConfig
 from llmtrain.data.asked import spoken
 from llmtrain.data.chat import Message
 from llmtrain.data.prompts import PromptSet
@@ -64,8 +64,8 @@ class Speaker:
         greedy: bool = False,
     ) -> list[Group]:
         """Returns a group of `samples` (None: `rollout.group_size`) for each of these numbers of prompts, in the order
-        of the document's seed, or one greedy sample each."""
-        chosen = [prompts.at(number, self.config.seed) for number in numbers]
+        of the document's seed (`PromptSet.around`), or one greedy sample each."""
+        chosen = [prompts.around(number, self.config.seed) for number in numbers]
         streams = [derive(self.config.seed, f"{purpose}/{number}") for number in numbers]
         asked = [Prompt(prompts.prompt_ids(i), stream) for i, stream in zip(chosen, streams, strict=True)]
         request = replace(self.sampling, num_samples=1 if greedy else samples or self.sampling.num_samples)
@@ -113,6 +113,18 @@ class Speaker:
         asked = list(chain.from_iterable(row for row, fit in zip(rows, fits, strict=True) if fit))
         values = iter(continuation_logprobs(self.generator.model, asked, self.generator.device))
         return [[next(values) for _ in choices] if fit else None for fit in fits]
+
+
+def numbers_of(name: str, settings: JudgeConfig | ConstitutionalConfig, prompts: PromptSet) -> range:
+    """Returns the numbers of the prompts that the section `name` asks for. Raises ValueError when it asks for more than
+    there are, as rows would be written twice."""
+    if settings.prompts > len(prompts):
+        raise ValueError(
+            f"{name}.prompts={settings.prompts}: must be at most {len(prompts)}, the rows of data.train that can be "
+            "used, as none is asked twice; lower it, or give more rows"
+        )
+    first = settings.first + settings.round * settings.prompts
+    return range(first, first + settings.prompts)
 
 
 def shared_length(rows: Sequence[list[int]]) -> int:

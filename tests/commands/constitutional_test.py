@@ -191,6 +191,14 @@ def test_pairs_with_labels(scripted: Callable, tmp_path: Path) -> None:
     assert not (tmp_path / "sft.jsonl").exists() and speaker.asked == []
 
 
+def test_a_prompt_is_asked_once(scripted: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^constitutional\.prompts=3: must be at most 2, the rows of data"):
+        scripted("constitutional.prompts=3")
+    scripted("constitutional.first=1", "constitutional.round=1")
+    for name in ("sft.jsonl", "pairs.jsonl"):
+        assert sorted(row["prompt"] for row in rows(tmp_path / name)) == ["one", "two"]
+
+
 def test_labels_behind_a_thought_are_clamped(scripted: Callable, tmp_path: Path) -> None:
     """0.9 and 0.3 become 0.6 and 0.4: 0.6."""
     more = ("constitutional.revisions=0", "constitutional.label=thought", "constitutional.thought_tokens=9")

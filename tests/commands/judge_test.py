@@ -78,7 +78,7 @@ class Scripted:
 
     def sample(self, prompts: PromptSet, numbers: Sequence[int], purpose: str, greedy: bool = False) -> list[Group]:
         assert purpose == "judge"
-        chosen = [prompts.examples[prompts.at(number, self.config.seed)] for number in numbers]
+        chosen = [prompts.examples[prompts.around(number, self.config.seed)] for number in numbers]
         return [
             self.group(row, [(GREEDY[row["prompt"]], True, -1.0)] if greedy else WRITTEN[row["prompt"]])
             for row in chosen
@@ -242,6 +242,20 @@ def test_rounds_take_other_prompts(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds pairs\.jsonl, which llmtrain did not write"):
         judge.main(document(start, tmp_path / "one", "judge.by=logprob", STOP))
     assert (tmp_path / "one" / "pairs.jsonl").read_text() == "mine"
+
+
+def test_a_prompt_is_judged_once(start: Path, tmp_path: Path, scripted: Callable) -> None:
+    """More prompts than rows are refused before anything is sampled; rounds go around, whatever divides what."""
+    message = r"^judge\.prompts=3: must be at most 2, the rows of data\.train that can be used, as none"
+    with pytest.raises(ValueError, match=message):
+        scripted("reward", "judge.prompts=3")
+    for first, number in ((1, 0), (0, 7)):
+        _, pairs, chosen, _ = scripted("reward", f"judge.first={first}", f"judge.round={number}")
+        assert [row["prompt"] for row in pairs] == [row["prompt"] for row in chosen] == ["a", "b"]
+    prompts = PromptSet(f"{start}/problems.jsonl", load_tokenizer(str(start / "hf")), 40)
+    for first in range(17):
+        assert {prompts.around(i, 5) for i in range(first, first + 8)} == set(range(8))
+    assert [prompts.around(i, 5) for i in range(8)] == [prompts.at(i, 5) for i in range(8)]
 
 
 @pytest.mark.parametrize("by", ["greedy", "majority", "rubric"])
