@@ -63,7 +63,8 @@ def applied(speaker: Speaker, principles: list[Principle], directory: Path) -> d
         write_rows(directory / "pairs.jsonl", rows)
         transcripts, result = transcripts + told, result | measures
     write_rows(directory / "transcripts.jsonl", transcripts)
-    return result | (agreement(speaker, principles, given) if given else {})
+    result |= agreement(speaker, principles, given) if given else {}
+    return {**result, "completions": speaker.completions}
 
 
 Made = tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]

@@ -106,6 +106,7 @@ def judged(config: Config, speaker: Speaker, directory: Path) -> dict[str, Any]:
     write_rows(directory / "pairs.jsonl", (pair_row(config, *each) for each in flat(rows, cases, pairs)))
     write_rows(directory / "best.jsonl", ({**row, "completion": c.texts[i]} for row, c, i in flat(rows, cases, best)))
     about = {"by": settings.by, "first": numbers.start, "round": settings.round, "prompts": len(cases)}
+    about["completions"] = speaker.completions
     return {**about, **counts(cases, pairs, best), **compared(cases, pairs, best, verifier)}
 
 

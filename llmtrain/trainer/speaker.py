@@ -54,6 +54,7 @@ class Speaker:
     generator: NativeGenerator
     sampling: Sampling  # as the section `rollout` says
     decode: Callable[[Sequence[int]], str]
+    completions: int = 0  # how many it has written
 
     def sample(
         self,
@@ -70,7 +71,7 @@ class Speaker:
         asked = [Prompt(prompts.prompt_ids(i), stream) for i, stream in zip(chosen, streams, strict=True)]
         request = replace(self.sampling, num_samples=1 if greedy else samples or self.sampling.num_samples)
         request = replace(request, temperature=0.0) if greedy else request
-        groups = self.generator.generate(asked, request)
+        groups = self.write(asked, request)
         for group, i in zip(groups, chosen, strict=True):
             for sample in group:
                 sample.example = prompts.examples[i]
@@ -83,9 +84,15 @@ class Speaker:
         fits = [i for i, each in enumerate(ids) if 0 < len(each) <= self.config.train.seq_len - tokens]
         ends = () if self.tokenizer.has_chat else (NEXT_TURN,)
         request = replace(self.sampling, max_new_tokens=tokens, num_samples=samples, stop_strings=ends)
-        groups = self.generator.generate([Prompt(ids[i], questions[i].seed) for i in fits], request) if fits else []
+        groups = self.write([Prompt(ids[i], questions[i].seed) for i in fits], request) if fits else []
         found = dict(zip(fits, groups, strict=True))
         return [[self.said(sample) for sample in found[i]] if i in found else None for i in range(len(ids))]
+
+    def write(self, prompts: Sequence[Prompt], request: Sampling) -> list[Group]:
+        """Returns a group of completions for each prompt, and counts them."""
+        groups = self.generator.generate(prompts, request)
+        self.completions += sum(map(len, groups))
+        return groups
 
     def said(self, sample: Sample) -> Said:
         """Returns an answer without what ended it."""

@@ -56,6 +56,7 @@ class Scripted:
         self.sampling = type("S", (), {"max_new_tokens": 8})
         self.asked: list[tuple[Question, int]] = []
         self.chosen: list[Question] = []
+        self.completions = 0
 
     def sample(
         self, prompts: PromptSet, numbers: Sequence[int], purpose: str, samples: int | None = None
@@ -67,6 +68,7 @@ class Scripted:
             ids = list(map(ord, text))
             return Sample([1], ids, [True] * len(ids), [0.0] * len(ids), [0] * len(ids), text != self.broken.get("cut"))
 
+        self.completions += len(texts) * len(numbers)
         return [[one(text) for text in texts] for _ in numbers]
 
     def said(self, sample: Sample) -> Said:
@@ -74,6 +76,7 @@ class Scripted:
 
     def answer(self, questions: Sequence[Question], tokens: int, samples: int = 1) -> list[list[Said] | None]:
         self.asked += [(question, tokens) for question in questions]
+        self.completions += len(questions)
         return [self.reply(question.messages) for question in questions]
 
     def reply(self, messages: list[dict]) -> list[Said] | None:
@@ -132,6 +135,7 @@ def test_critiques_and_revisions(scripted: Callable, tmp_path: Path) -> None:
         {"prompt": "two", "completion": "r0 better better"},
     ]
     assert (result["prompts"], result["revised"], result["lost_cut_off"], "pairs" in result) == (2, 2, 0, False)
+    assert result["completions"] == 2 + 2 * (2 + 2)  # answers, then critiques and revisions of two rounds
     prompts = PromptSet(f"{tmp_path}/rows.jsonl", speaker.tokenizer, 99)
     names = [prompts.examples[prompts.at(i, speaker.config.seed)]["prompt"] for i in range(2)]
     expected = []
@@ -182,6 +186,7 @@ def test_pairs_with_labels(scripted: Callable, tmp_path: Path) -> None:
     assert found == [{"prompt": "one", "answer": "1", **pair}, {"prompt": "two", **pair}]
     assert (result["pairs"], result["ties"], result["pairs_no_room"], result["pairs_cut_off"]) == (2, 0, 0, 0)
     assert result["letter_a"] == pytest.approx(0.6) and result["label_mean"] == pytest.approx(0.8)
+    assert result["completions"] == 4
     name = drawn(TWO, speaker.config.seed, "principle/pair/0/0").name
     about = {"conversation": speaker.chosen[0].messages[0]["content"].split("\n")[2], "question": f"which is {name}?"}
     asked = [question.messages[0]["content"] for question in speaker.chosen[:2]]
@@ -229,7 +234,10 @@ def test_agreement_with_given_preferences(scripted: Callable, tmp_path: Path) ->
     assert (result["agreement_low"], result["agreement_high"]) == pytest.approx((0.354, 0.879), abs=1e-3)
     assert result["agreement_letter_a"] == pytest.approx(0.6) and len(speaker.chosen) == 18
     few = scripted(*over, f"constitutional.agreement={tmp_path}/given.jsonl", "constitutional.agreement_pairs=4")[0]
-    assert few["agreement_pairs"] == 4
+    assert few["agreement_pairs"] == 4 and few["completions"] == 0
+    thought = ("constitutional.label=thought", "constitutional.thought_tokens=9")
+    thinking = scripted(*over, f"constitutional.agreement={tmp_path}/given.jsonl", *thought)[0]
+    assert thinking["completions"] == 18  # in both orders of nine pairs
 
 
 def test_the_command_and_its_report(start: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -71,6 +71,7 @@ class Scripted:
     def __init__(self, config: Config) -> None:
         self.config, self.sampling = config, SimpleNamespace(temperature=1.0)
         self.asked: list[Question] = []
+        self.completions = 0
         self.tokenizer = SimpleNamespace(has_chat=False)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -79,6 +80,7 @@ class Scripted:
     def sample(self, prompts: PromptSet, numbers: Sequence[int], purpose: str, greedy: bool = False) -> list[Group]:
         assert purpose == "judge"
         chosen = [prompts.examples[prompts.around(number, self.config.seed)] for number in numbers]
+        self.completions += len(chosen) * (1 if greedy else 4)
         return [
             self.group(row, [(GREEDY[row["prompt"]], True, -1.0)] if greedy else WRITTEN[row["prompt"]])
             for row in chosen
@@ -96,6 +98,7 @@ class Scripted:
     def answer(self, questions: Sequence[Question], tokens: int, samples: int) -> list[list[Said] | None]:
         assert (tokens, samples) == (7, 2)
         self.asked += questions
+        self.completions += samples * len(questions)
         texts = [question.messages[0]["content"].rpartition("|")[2] for question in questions]
         return [[Said(each, True) for each in REPLIES[text]] if text in REPLIES else None for text in texts]
 
@@ -136,6 +139,7 @@ def test_the_verifier_judges(scripted: Callable) -> None:
         "first": 0,
         "round": 0,
         "prompts": 2,
+        "completions": 8,
         "samples": 8,
         "unfinished": 1,
         "unscored": 0,
@@ -168,6 +172,7 @@ def test_the_greedy_answer_judges(scripted: Callable) -> None:
     result, pairs, chosen, _ = scripted("greedy", "judge.best_least=1", "judge.best_per_prompt=3")
     assert pairs == [pair("a", "2", "2", "x")] and chosen == [best("a", "2", "2")]
     assert (result["unscored"], result["ties"], result["pairs"]) == (4, 1, 1)
+    assert (result["samples"], result["completions"]) == (8, 10)
 
 
 def test_own_log_probs_judge(scripted: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +197,7 @@ def test_a_rubric_judges(scripted: Callable, tmp_path: Path) -> None:
     asked = {question.messages[0]["content"] for question in speaker.asked}
     assert asked == {"aa|1", "aa|2", "aa|x", "bb|3", "bb|4", "bb|5"}
     assert len({question.seed for question in speaker.asked}) == len(speaker.asked) == 8
+    assert (result["samples"], result["completions"]) == (8, 24)
 
 
 def test_a_model_judges_and_the_verifier_is_compared(scripted: Callable, tmp_path: Path) -> None:
@@ -258,12 +264,30 @@ def test_a_prompt_is_judged_once(start: Path, tmp_path: Path, scripted: Callable
     assert [prompts.around(i, 5) for i in range(8)] == [prompts.at(i, 5) for i in range(8)]
 
 
-@pytest.mark.parametrize("by", ["greedy", "majority", "rubric"])
-def test_the_command_with_a_model(start: Path, tmp_path: Path, by: str) -> None:
-    more = ("judge.rubric_tokens=8", "judge.votes=2", "train.seq_len=240")
+def test_all_that_is_written_is_counted(start: Path, tmp_path: Path) -> None:
+    speaker = open_speaker(document(start, tmp_path))
+    prompts = PromptSet(f"{start}/problems.jsonl", speaker.tokenizer, 40)
+    counts = [speaker.completions]
+    long, short = (Question([{"role": "user", "content": text}]) for text in ("x" * 99, "hi"))
+    for write in (
+        lambda: speaker.sample(prompts, range(3), "judge"),
+        lambda: speaker.sample(prompts, range(3), "judge", samples=2),
+        lambda: speaker.sample(prompts, range(3), "judge", greedy=True),
+        lambda: speaker.answer([short, long, short], 4, samples=2),  # nothing is written where there is no room
+        lambda: speaker.choose([short], ["A", "B"]),
+    ):
+        write()
+        counts.append(speaker.completions)
+    assert counts == [0, 12, 18, 21, 25, 25]
+
+
+@pytest.mark.parametrize(("by", "completions"), [("greedy", 20), ("majority", 16), ("rubric", 48)])
+def test_the_command_with_a_model(start: Path, tmp_path: Path, by: str, completions: int) -> None:
+    more = ("judge.rubric_tokens=8", "judge.votes=2", "train.seq_len=256")
     judge.main(document(start, tmp_path / "run", f"judge.by={by}", *more))
     told = json.loads((tmp_path / "run" / "judge.json").read_text())
     assert told["by"] == by and told["samples"] == 16 and told["verifier"] == "first_integer"
+    assert told["completions"] == completions
     assert {path.name for path in (tmp_path / "run").iterdir() if path.name[0] != "."} == set(judge.FILES)
 
 

@@ -107,6 +107,11 @@ def test_what_models_cost(tmp_path: Path) -> None:
     page = Page(write_report(str(run)))
     assert "samples.png" in page.images and "samples" in page.text and "cpu s" in page.text
     assert page.text.count("664") == page.text.count("133") == 1
+    (run / "ppo" / "judge.json").write_text('{"samples": 16, "completions": 20}')
+    assert Page(write_report(str(run))).text.count("684") == 1  # what judged was written too
+    (run / "ppo" / "judge.json").write_text('{"samples": 16}')  # of an earlier version
+    assert Page(write_report(str(run))).text.count("680") == 1
+    (run / "ppo" / "judge.json").unlink()
     (run / "raft" / "metrics.jsonl").unlink()
     assert "samples.png" not in Page(write_report(str(run))).images  # one curve is compared with nothing
 
