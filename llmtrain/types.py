@@ -117,7 +117,7 @@ class Sample:
     finished: bool  # a stop token or string was sampled (else: cut at a limit)
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)  # rewards by name, not yet multiplied by their weights
-    errors: dict[str, str] = field(default_factory=dict)  # why a reward failed, by its name; it counts 0
+    errors: dict[str, str] = field(default_factory=dict)  # why a reward failed, by its name
     columns: dict[str, list[float]] = field(default_factory=dict)  # for Batch.extra (advantages, returns, ...)
     example: dict[str, Any] = field(default_factory=dict)  # the line of the problem file that it answers
 

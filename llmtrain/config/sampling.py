@@ -42,7 +42,7 @@ class RewardConfig(Section):
     model: UserPath | None = None  # a sequence classifier with one output: an export, a directory, a hub name
     name: str = "reasoning_gym"  # reasoning_gym, first_integer, math; with `function` or `model`, in metrics, theirs
     weight: float = 1.0  # in the sum
-    deadline_s: DeadlineS = 5.0  # to score one completion; later it is an error, and the reward is 0; not: model
+    deadline_s: DeadlineS = 5.0  # to score one completion; later it is an error, see docs/rewards.md; not: model
     max_error_share: Share | None = None  # of a step; above it the run stops; None = 1, function and model: 0.5
     unsandboxed: bool = False  # run `function` with all that you may do: files, network, what it remembers
     device_map: Annotated[str, Field(pattern=DEVICE_MAP)] = "auto"  # model: GPU, then host memory; cpu, cuda:1, ...

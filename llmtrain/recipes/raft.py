@@ -90,7 +90,9 @@ def keep(group: Group, settings: RaftConfig) -> Group:
 
 
 def right(sample: Sample, settings: RaftConfig) -> bool:
-    """Says whether the reward of a sample is high enough."""
+    """Says whether the reward of a sample is high enough, and known: where a reward failed it is not."""
+    if sample.errors:
+        return False
     return settings.min_reward is None or sample.reward >= settings.min_reward
 
 

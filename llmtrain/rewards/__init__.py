@@ -23,6 +23,7 @@ __all__ = [
     "Scorer",
     "build_reward",
     "check_rows",
+    "count_failures",
     "extract_answer",
     "reward_fn",
     "reward_metrics",
@@ -67,6 +68,26 @@ def build_reward(rewards: Sequence[RewardConfig], decode: Callable[[list[int]], 
                     sample.errors[name] = score.error
 
     return reward
+
+
+def count_failures(rewards: Sequence[RewardConfig], groups: Sequence[Group]) -> None:
+    """Makes a failed score count what moves the sum least up: 0, or the worst that this reward gave in the groups.
+
+    Worst is lowest, and with a negative weight highest. A score of 0 would beat every negative one, and a policy would
+    learn to break its scorer. `groups` are all that were sampled together, on every rank, so that all ranks agree.
+
+    Example: scores -3 and -1 of a model that fails on a third sample -> the third counts -3
+    """
+    samples = list(chain.from_iterable(groups))
+    for reward in rewards:
+        given = [sample.parts[reward.name] for sample in samples if reward.name not in sample.errors]
+        worst = min([0.0, *given], key=lambda value: reward.weight * value)
+        for sample in samples:
+            if reward.name in sample.errors:
+                sample.parts[reward.name] = worst
+    for sample in samples:
+        if sample.errors:
+            sample.reward = sum(reward.weight * sample.parts[reward.name] for reward in rewards)
 
 
 def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -129,7 +129,7 @@ def warn_once(name: str, error: str) -> None:
     """Logs the first failure of a reward."""
     if name not in WARNED:
         WARNED.add(name)
-        logger.warning("reward %s failed on a completion, which counts 0 (see reward_errors): %s", name, error)
+        logger.warning("reward %s failed on a completion (see reward_errors): %s", name, error)
 
 
 def score_of(reply: Reply) -> Score:

@@ -12,7 +12,7 @@ from llmtrain.arch.adapters import without_adapters
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.model.decoder import Decoder
-from llmtrain.rewards import RewardsFail, build_reward, check_rows, reward_metrics, stop_if_failing
+from llmtrain.rewards import RewardsFail, build_reward, check_rows, count_failures, reward_metrics, stop_if_failing
 from llmtrain.rollout.generator import RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
@@ -60,6 +60,7 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
 
     def reward(groups: Sequence[Group]) -> None:
         shared(groups)
+        count_failures(config.rewards, groups)  # here, where every rank has all groups
         stop_if_failing(config.rewards, [sample.errors for group in groups for sample in group])
 
     return InStep(

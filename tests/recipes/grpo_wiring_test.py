@@ -226,6 +226,16 @@ def test_a_failing_reward_is_counted_with_an_example(start: Callable[..., Run], 
         assert len(told) == 1 and told[0]["score"].startswith("KeyError: ")
 
 
+def test_a_failing_reward_does_not_beat_a_negative_one(start: Callable[..., Run], tmp_path: Path) -> None:
+    """What scores is at -2, so what fails counts -2 too: no group has a spread, and nothing is learned."""
+    (tmp_path / "mine.py").write_text(OWN.replace("1.0", "-2.0"))
+    own = json.dumps([{"function": f"{tmp_path}/mine.py:score", "max_error_share": 1.0}])
+    run = start(f"rewards={own}").go()
+    assert run.engine.updates == [] and all(0 < metrics["reward_errors"] < 8 for metrics, _ in run.steps)
+    assert [metrics["reward_mean"] for metrics, _ in run.steps] == [-2.0] * 2
+    assert [metrics["reward/score"] for metrics, _ in run.steps] == [-2.0] * 2
+
+
 def test_a_reward_that_fails_too_often_stops_the_run(start: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN)
     own = json.dumps([{"function": f"{tmp_path}/mine.py:score", "max_error_share": 0.1}])

@@ -249,6 +249,27 @@ def test_what_is_chosen_of_a_group(
     assert [group[i].columns["advantages"] for i in kept] == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "failed", "kept"),
+    [
+        ((), [1], [2]),
+        (("raft.keep=best", "raft.min_reward=null"), [1], [2]),
+        (("raft.keep=best", "raft.min_reward=null"), [0, 1, 2], []),
+        (("raft.variant=reinforce-rej",), [1], [0, 1, 2]),
+        (("raft.variant=reinforce-rej",), [1, 2], []),  # all are wrong
+    ],
+)
+def test_what_a_reward_failed_on_is_never_right(
+    start: Callable[..., Run], overrides: tuple[str, ...], failed: list[int], kept: list[int]
+) -> None:
+    group = graded([0.0, 3.0, 1.0])
+    for i in failed:
+        group[i].errors = {"rm": "too long"}
+    chosen = raft.choose([group], start(*overrides).job.config.raft)
+    assert [[id(s) for s in g] for g in chosen] == ([[id(group[i]) for i in kept]] if kept else [])
+    assert [group[i].columns["advantages"] for i in kept] == [[1.0 if i == 2 else -1.0] * 2 for i in kept]
+
+
 def test_what_a_step_reports(start: Callable[..., Run]) -> None:
     run = start().go()
     for step, (metrics, tokens) in enumerate(run.steps):

@@ -15,6 +15,7 @@ from llmtrain.rewards import (
     Score,
     build_reward,
     check_rows,
+    count_failures,
     reward_metrics,
     scorer_of,
     stop_if_failing,
@@ -82,6 +83,33 @@ def test_weights_are_summed_and_parts_kept(own: Callable[..., RewardConfig]) -> 
         "reward/length": pytest.approx(1.75 / 3),
         "reward/first_integer": pytest.approx(1 / 3),
     }
+
+
+@pytest.mark.parametrize(
+    ("scores", "weight", "counted"),
+    [
+        ([-3.0, -1.0], 1.0, -3.0),  # 0 would be the best of all
+        ([0.0, 1.0], 1.0, 0.0),
+        ([0.5, 2.0], 1.0, 0.0),
+        ([0.5, 2.0], -1.0, 2.0),  # of a penalty the largest
+        ([-3.0, -1.0], -1.0, 0.0),
+        ([], 1.0, 0.0),
+    ],
+)
+def test_a_failure_counts_the_worst_of_what_was_sampled(
+    own: Callable[..., RewardConfig], scores: list[float], weight: float, counted: float
+) -> None:
+    """The samples lie in two groups; a second reward with weight 0.5 gives 4 to each."""
+    rewards = [own("odd", weight=weight), RewardConfig(name="first_integer", weight=0.5)]
+    (samples,) = groups_of(*["a"] * len(scores), "b")
+    for sample, score in zip(samples, [*scores, 0.0], strict=True):
+        sample.parts = {"odd": score, "first_integer": 4.0}
+        sample.reward = weight * score + 2.0
+    samples[-1].errors = {"odd": "broke"}
+    count_failures(rewards, [samples[:1], samples[1:]])
+    assert [sample.parts["odd"] for sample in samples] == [*scores, counted]
+    assert [sample.reward for sample in samples] == [weight * each + 2 for each in [*scores, counted]]
+    assert {sample.parts["first_integer"] for sample in samples} == {4.0}
 
 
 def test_a_failure_counts_nothing_and_is_told(own: Callable[..., RewardConfig]) -> None:

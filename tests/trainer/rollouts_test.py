@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from llmtrain.config.schema import RewardConfig
+from llmtrain.trainer import rollouts
 from llmtrain.trainer.rollouts import take_spread
+from llmtrain.types import Group, Sample
 
 
 class Source:
@@ -50,3 +59,38 @@ def test_the_next_step_takes_the_prompts_behind() -> None:
     assert taken({9, 10, 11}, 5, number=1, state={"prompts": 9}) == ([9, 10, 11], [[9, 10, 11]], {"prompts": 12})
     # a checkpoint that was made before prompts were counted
     assert taken({6, 7, 8}, 5, number=2) == ([6, 7, 8], [[6, 7, 8]], {"prompts": 9})
+
+
+def test_a_failed_score_counts_the_worst_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 scores the groups of -1 and of what fails, rank 1 that of -5: on both the failed one counts -5."""
+    barrier, said = Barrier(2), {}
+
+    def mesh(rank: int) -> Any:
+        def gather(part: Any) -> list[Any]:
+            said[rank] = part
+            barrier.wait(10)
+            return [said[0], said[1]]
+
+        return SimpleNamespace(rank=rank, size=2, all_gather_json=gather)
+
+    def build_reward(rewards: Any, decode: Any) -> Callable[[Sequence[Group]], None]:
+        def reward(groups: Sequence[Group]) -> None:
+            for (sample,) in groups:
+                sample.parts = {"rm": -float(sample.ids[0])}
+                sample.reward, sample.errors = 2 * sample.parts["rm"], {} if sample.ids[0] else {"rm": "too long"}
+
+        return reward
+
+    def rewarded(rank: int) -> list[tuple[float, dict[str, float]]]:
+        groups = [[Sample([9], [i], [True], [0.0], [0], True)] for i in (1, 5, 0)]
+        config = SimpleNamespace(rewards=[RewardConfig(model="rm", weight=2.0)], seed=1)
+        job = SimpleNamespace(config=config, tokenizer=None, mesh=mesh(rank))
+        rollouts.build_source(job, None, 3).reward(groups)
+        return [(sample.reward, sample.parts) for (sample,) in groups]
+
+    monkeypatch.setattr(rollouts, "build_reward", build_reward)
+    for name in ("build_generator", "completion_text", "sampling_of", "stop_if_failing"):
+        monkeypatch.setattr(rollouts, name, lambda *args: None)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(rewarded, range(2)))
+    assert both == [[(-2.0, {"rm": -1.0}), (-10.0, {"rm": -5.0}), (-10.0, {"rm": -5.0})]] * 2
