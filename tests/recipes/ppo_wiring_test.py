@@ -456,13 +456,23 @@ def test_two_models_with_a_schedule_each(
         ("ppo.minibatches=3", "ppo.prompts_per_step=32: must be a multiple of ppo.minibatches=3; change one of them"),
         ("ppo.critic_warmup_steps=6", "ppo.critic_warmup_steps=6: must be less than train.steps=6, or the policy is"),
         ("ppo.kl_target=6", "ppo.kl_target=6: needs a first ppo.kl_coef above 0, which it multiplies; set it"),
+        (
+            "ppo={kl_horizon: 127, kl_target: 6, kl_coef: 0.1}",
+            "ppo.kl_horizon=127: must be at least the samples of a step (prompts_per_step x group_size = 128), or the "
+            "coefficient could jump or turn negative; raise it",
+        ),
         ("ppo={policy_lambda: 1.0, length_alpha: 0.05}", "ppo.policy_lambda=1: ppo.length_alpha=0.05 gives the lambda"),
         ("ppo.mismatch_low=5", "ppo.mismatch_low=5: must be below ppo.mismatch_high=5; lower it"),
         ("guard.spike=skip", "guard.spike=skip: must be off in ppo"),
     ],
 )
 def test_what_cannot_work_is_refused(small: Path, override: str, message: str) -> None:
-    config = load(str(small), [override])
+    config = load(str(small), ["rollout.group_size=4", override])
     found = [line for rule in RECIPE.rules for line in rule(config)]
     assert len(found) == 1 and message in found[0]
-    assert not [line for rule in RECIPE.rules for line in rule(load(str(small), ["rollout.group_size=1"]))]
+    for fine in (
+        "rollout.group_size=1",
+        "ppo.kl_horizon=127",
+        "ppo={kl_horizon: 128, kl_target: 6, kl_coef: 0.1}",
+    ):
+        assert not [line for rule in RECIPE.rules for line in rule(load(str(small), ["rollout.group_size=4", fine]))]

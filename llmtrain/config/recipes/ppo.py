@@ -47,7 +47,7 @@ class PpoConfig(Section):
     kl_coef: float = Field(0.0, ge=0.0)  # of the KL to the weights at the start; 0 = there is no reference
     kl_in: Literal["reward", "loss"] = "reward"  # reward: -kl_coef k1 at each token; loss: kl_coef k3
     kl_target: PositiveFloat | None = None  # nats a sample to which kl_coef is adapted; None = kl_coef stays
-    kl_horizon: PositiveInt = 10_000  # samples in which kl_coef changes by at most a fifth or so
+    kl_horizon: PositiveInt = 10_000  # samples in which kl_coef moves by a fifth at most; a step has no more
     wait_on_host: bool = False  # models wait in host memory while another one works
 
 
@@ -87,6 +87,16 @@ def kl_is_there(config: Config) -> Iterator[str]:
         )
 
 
+def slow_enough(config: Config) -> Iterator[str]:
+    """Yields a line if a step could move the coefficient of the KL by more than a fifth, or below 0."""
+    p, samples = config.ppo, config.ppo.prompts_per_step * config.rollout.group_size
+    if p.kl_target is not None and p.kl_horizon < samples:
+        yield (
+            f"ppo.kl_horizon={p.kl_horizon}: must be at least the samples of a step (prompts_per_step x group_size = "
+            f"{samples}), or the coefficient could jump or turn negative; raise it"
+        )
+
+
 def one_lambda(config: Config) -> Iterator[str]:
     """Yields a line if two keys give the policy's lambda."""
     default = PpoConfig().policy_lambda  # a resolved document has every key written out
@@ -119,6 +129,7 @@ RECIPE = Recipe(
         whole_minibatches("ppo"),
         policy_learns,
         kl_is_there,
+        slow_enough,
         one_lambda,
         mismatch_bounds("ppo"),
         no_spikes("ppo", "is near 0 whatever happens"),
