@@ -200,6 +200,8 @@ def test_other_token_ids_are_refused(start: Path, small_data: Path, tmp_path: Pa
             ["distill.on_policy=true", "distill.estimate=sampled", "distill.divergence=forward"],
             r"distill.divergence=forward: not with distill.estimate=sampled, .*; remove one",
         ),
+        (["distill.beta=0.1"], r"distill.beta=0.1: is of distill.divergence=jsd, not forward; remove it, or set dis"),
+        (["distill.beta=0.1", "distill.on_policy=true"], r"distill.beta=0.1: is of .*=jsd, not reverse; remove it, or"),
         (["distill.on_policy=true", "guard.spike=skip"], r"guard.spike=skip: must be off with distill.on_policy, .*"),
         (["distill.on_policy=true", "train.epochs=1"], r"train.epochs=1: only .* counts epochs; set train.steps"),
         (["train.global_batch_seqs=7"], r"train.global_batch_seqs=7: must be a multiple of micro_batch_seqs"),
@@ -218,7 +220,8 @@ def test_what_cannot_work_is_refused_with_its_remedy(start: Path, overrides: lis
 def test_a_document_that_works_is_planned(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from llmtrain import cli
 
-    for more, words in ((ROWS, "8 x 64 tokens = 512 a step"), (OWN, "4 prompts x 2 samples x 12 tokens")):
+    jsd, rows = (*ROWS, "distill.divergence=jsd", "distill.beta=0.1"), "8 x 64 tokens = 512 a step"
+    for more, words in ((jsd, rows), (ROWS, rows), (OWN, "4 prompts x 2 samples x 12 tokens")):
         check(load(str(start / "small.yaml"), [*command(start)[2:], *more]), 1, "distill")
         assert cli.main(["plan", *command(start)[1:], *more]) == 0
         planned = capsys.readouterr().out

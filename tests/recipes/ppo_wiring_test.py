@@ -456,6 +456,7 @@ def test_two_models_with_a_schedule_each(
         ("ppo.minibatches=3", "ppo.prompts_per_step=32: must be a multiple of ppo.minibatches=3; change one of them"),
         ("ppo.critic_warmup_steps=6", "ppo.critic_warmup_steps=6: must be less than train.steps=6, or the policy is"),
         ("ppo.kl_target=6", "ppo.kl_target=6: needs a first ppo.kl_coef above 0, which it multiplies; set it"),
+        ("ppo.kl_in=loss", "ppo.kl_in=loss: there is no KL with ppo.kl_coef=0; remove it, or set kl_coef, such as"),
         (
             "ppo={kl_horizon: 127, kl_target: 6, kl_coef: 0.1}",
             "ppo.kl_horizon=127: must be at least the samples of a step (prompts_per_step x group_size = 128), or the "
@@ -473,6 +474,7 @@ def test_what_cannot_work_is_refused(small: Path, override: str, message: str) -
     for fine in (
         "rollout.group_size=1",
         "ppo.kl_horizon=127",
+        "ppo={kl_in: loss, kl_coef: 0.1}",
         "ppo={kl_horizon: 128, kl_target: 6, kl_coef: 0.1}",
     ):
         assert not [line for rule in RECIPE.rules for line in rule(load(str(small), ["rollout.group_size=4", fine]))]

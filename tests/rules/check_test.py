@@ -323,6 +323,23 @@ def test_one_broken_rule_is_one_line(
         ),
         (["grpo.dual_clip=3", "grpo.objective=gspo"], "grpo.dual_clip=3: is of grpo.objective=clip, not gspo; remove"),
         (["grpo.std_of=batch", "grpo.normalize_std=false"], "grpo.std_of=batch: .*normalize_std=false; remove one"),
+        (
+            ["grpo.objective=cispo", "grpo.clip_low=0.1"],
+            "grpo.clip_low=0.1: grpo.objective=cispo has no clipping but ratio_cap; remove it, or set grpo.objective",
+        ),
+        (
+            ["grpo.objective=cispo", "grpo.clip_high=0.28"],
+            "grpo.clip_high=0.28: grpo.objective=cispo has no clipping but ratio_cap; remove it, or set grpo.objective",
+        ),
+        (
+            ["grpo.ratio_cap=4", "grpo.objective=gspo"],
+            "grpo.ratio_cap=4: is of grpo.objective=cispo, not gspo; remove it, or set grpo.objective=cispo",
+        ),
+        (
+            ["grpo.kl_in=reward"],
+            "grpo.kl_in=reward: there is no KL with grpo.kl_coef=0; remove it, or set kl_coef, such as 0.01",
+        ),
+        (["grpo.kl_form=k1"], "grpo.kl_form=k1: there is no KL with grpo.kl_coef=0; remove it, or set kl_coef, such "),
         (["grpo.mismatch_low=5"], "grpo.mismatch_low=5: must be below grpo.mismatch_high=5; lower it"),
         (["rollout.group_size=1"], "rollout.group_size=1: must be at least 2"),
         (INTERLEAVED, "parallel.schedule=interleaved_1f1b: .* in grpo .*; use 1f1b or zbv"),
@@ -337,6 +354,9 @@ def test_keys_of_grpo_that_go_together(tmp_path: Path) -> None:
     for fine in (
         ["grpo.overlong_buffer=19", "rollout.max_new_tokens=19"],
         ["grpo.dual_clip=3", "grpo.std_of=batch", "grpo.mismatch_low=4.9"],
+        ["grpo.objective=gspo", "grpo.clip_low=0.1", "grpo.clip_high=0.28"],
+        ["grpo.objective=cispo", "grpo.ratio_cap=4", "grpo.clip_low=0.2"],
+        ["grpo.kl_coef=0.1", "grpo.kl_in=reward", "grpo.kl_form=k1"],
     ):
         lines = violations(config(*fine, f"model.init_from={tmp_path}", folder=tmp_path), 4, "grpo")
         assert not [line for line in lines if line.startswith("grpo.")]

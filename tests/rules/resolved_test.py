@@ -12,7 +12,11 @@ from llmtrain.rules.check import violations
 
 VARIANTS = {
     "dpo": (("dpo.loss=ipo",), ("dpo.loss=simpo",), ("dpo.length_normalized=true",)),
-    "ppo": (("ppo.length_alpha=0.05",), ("ppo.kl_coef=0.1", "ppo.kl_target=0.1"), ("ppo.kl_in=loss",)),
+    "ppo": (
+        ("ppo.length_alpha=0.05",),
+        ("ppo.kl_coef=0.1", "ppo.kl_target=0.1"),
+        ("ppo.kl_coef=0.1", "ppo.kl_in=loss"),
+    ),
     "grpo": tuple((f"grpo.objective={name}",) for name in ("clip", "gspo", "cispo")),
     "raft": tuple((f"raft.variant={name}",) for name in ("raft", "raft++", "reinforce-rej")),
     "distill": (("distill.on_policy=true",), ("distill.divergence=jsd",), ("distill.top_k=0",)),

@@ -6,7 +6,7 @@ descriptions; none of them names an algorithm. docs/recipes.md tells how to add 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -112,6 +112,19 @@ def no_spikes(name: str, loss: str) -> Rule:
             yield f"guard.spike={config.guard.spike}: must be off in {name}, whose loss {loss}; remove it"
 
     return rule
+
+
+def without_effect(config: Config, name: str, keys: Sequence[str], why: str, remedy: str) -> Iterator[str]:
+    """Yields a line for each of these keys of a section that is not at its default, as nothing reads it here: `why`.
+
+    A resolved document has every key written out, so that a default does not count as set.
+    """
+    section = getattr(config, name)
+    for key in keys:
+        value = getattr(section, key)
+        if value != type(section).model_fields[key].default:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            yield f"{name}.{key}={shown}: {why}; remove it, or {remedy}"
 
 
 def waiting_reference(name: str, used: Callable[[Config], bool]) -> Rule:

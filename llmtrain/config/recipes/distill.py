@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled
+from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled, without_effect
 from llmtrain.config.schema import Config
 from llmtrain.config.section import Count, DeadlineS, Section, UserPath
 
@@ -175,6 +175,13 @@ def on_given_rows(config: Config) -> Iterator[str]:
         )
 
 
+def beta_of_jsd(config: Config) -> Iterator[str]:
+    """Yields a line if the mixture of a divergence is set that has none."""
+    if (kind := config.distill.kind) != "jsd":
+        why = f"is of distill.divergence=jsd, not {kind}"
+        yield from without_effect(config, "distill", ("beta",), why, "set distill.divergence=jsd")
+
+
 def on_own_samples(config: Config) -> Iterator[str]:
     """Yields what does not go with samples of the student."""
     d, r = config.distill, config.rollout
@@ -203,7 +210,7 @@ RECIPE = Recipe(
     summary="learn from a teacher's distributions (starts under torchrun too)",
     main="llmtrain.recipes.distill:main",
     section=DistillConfig,
-    rules=(usable_teachers, usable_servers, on_given_rows, on_own_samples),
+    rules=(usable_teachers, usable_servers, on_given_rows, beta_of_jsd, on_own_samples),
     same=(
         "distill.teacher.name",
         "distill.teacher.weight",

@@ -18,6 +18,7 @@ from llmtrain.config.recipes.base import (
     sampled,
     waiting_reference,
     whole_minibatches,
+    without_effect,
 )
 from llmtrain.config.schema import Config, Section
 
@@ -102,6 +103,15 @@ def used_together(config: Config) -> Iterator[str]:
         yield f"grpo.dual_clip={g.dual_clip:g}: is of grpo.objective=clip, not {g.objective}; remove it"
     if g.std_of == "batch" and not g.normalize_std:
         yield "grpo.std_of=batch: nothing is divided by it with grpo.normalize_std=false; remove one of them"
+    if g.objective == "cispo":
+        why, remedy = "grpo.objective=cispo has no clipping but ratio_cap", "set grpo.objective=clip"
+        yield from without_effect(config, "grpo", ("clip_low", "clip_high"), why, remedy)
+    else:
+        why, remedy = f"is of grpo.objective=cispo, not {g.objective}", "set grpo.objective=cispo"
+        yield from without_effect(config, "grpo", ("ratio_cap",), why, remedy)
+    if g.kl_coef == 0:
+        why, remedy = "there is no KL with grpo.kl_coef=0", "set kl_coef, such as 0.01"
+        yield from without_effect(config, "grpo", ("kl_in", "kl_form"), why, remedy)
 
 
 def reward_as_list(name: Any) -> tuple[str, Any]:

@@ -18,6 +18,7 @@ from llmtrain.config.recipes.base import (
     no_spikes,
     sampled,
     whole_minibatches,
+    without_effect,
 )
 from llmtrain.config.schema import Config
 from llmtrain.config.section import Section, Share, UserPath
@@ -79,7 +80,10 @@ def policy_learns(config: Config) -> Iterator[str]:
 
 
 def kl_is_there(config: Config) -> Iterator[str]:
-    """Yields a line if a target is given for a KL that is not computed."""
+    """Yields a line for each key of a KL that is not computed."""
+    if config.ppo.kl_coef == 0:
+        why, remedy = "there is no KL with ppo.kl_coef=0", "set kl_coef, such as 0.01"
+        yield from without_effect(config, "ppo", ("kl_in",), why, remedy)
     if config.ppo.kl_target is not None and config.ppo.kl_coef == 0:
         yield (
             f"ppo.kl_target={config.ppo.kl_target:g}: needs a first ppo.kl_coef above 0, which it multiplies; set it, "
