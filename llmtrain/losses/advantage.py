@@ -15,7 +15,7 @@ def group_advantages(
     std_of: str = "group",
     eps: float = 0.0,
 ) -> Tensor:
-    """Returns the advantage of each sample over its group: [prompts, samples] -> the same shape.
+    """Returns the advantage of each sample over its group: [prompts, samples] -> the same shape and dtype.
 
     GRPO (arXiv 2402.03300, section 4.1.2): (r - mean) / (std + eps), with the sample standard deviation (n - 1) of the
     group. Dr. GRPO (arXiv 2503.20783), `normalize_std=False`: r - mean, so that easy and hard prompts are not weighted

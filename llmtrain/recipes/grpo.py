@@ -107,7 +107,8 @@ def credit(groups: Sequence[Group], settings: GrpoConfig) -> None:
     """Fills in the columns `advantages` and `weights` (of tokens, in the loss): one value a sample, for each token."""
     g = settings
     rewards = [[sample.reward - g.kl_coef * divergence(sample, g.kl_form) for sample in group] for group in groups]
-    advantages = group_advantages(torch.tensor(rewards), g.normalize_std, g.baseline, g.std_of, g.std_eps)
+    exact = torch.tensor(rewards, dtype=torch.float64)  # fp32 would lose the differences of large rewards
+    advantages = group_advantages(exact, g.normalize_std, g.baseline, g.std_of, g.std_eps)
     for sample, advantage in zip(chain.from_iterable(groups), advantages.flatten().tolist(), strict=True):
         sample.columns["advantages"] = [advantage] * len(sample.ids)
         if g.aggregate == "sequences":

@@ -13,7 +13,8 @@ import yaml
 
 from llmtrain.config.load import load
 from llmtrain.config.recipes import config_class
-from llmtrain.types import Batch, Prompt, Scores
+from llmtrain.recipes import grpo
+from llmtrain.types import Batch, Prompt, Sample, Scores
 from tests.conftest import ROOT
 from tests.recipes import grpo_wiring_test as wiring
 from tests.recipes.grpo_wiring_test import A, Run, labels_of, sampled_tokens
@@ -45,6 +46,14 @@ def advantages_of(run: Run) -> set[float]:
 def spread(run: Run, prompt: Prompt) -> bool:
     one, other = run.answers(prompt)
     return one != other
+
+
+def test_large_rewards_keep_their_differences(start: Callable[..., Run]) -> None:
+    """fp32 has no number between 1e8 and 1e8 + 8; the deviation of 1e8 and 1e8 + 1 is that of 0 and 1."""
+    for overrides, expected in (((), A), ((PLAIN,), 0.5), (("grpo.baseline=leave_one_out", PLAIN), 1.0)):
+        group = [Sample([1], [2], [True], [-1.0], [0], True, reward=reward) for reward in (1e8, 1e8 + 1)]
+        grpo.credit([group], start(*overrides).job.config.grpo)
+        assert [s.columns["advantages"] for s in group] == [[pytest.approx(-expected)], [pytest.approx(expected)]]
 
 
 def test_sampling_goes_on_until_enough_groups_have_a_spread(start: Callable[..., Run]) -> None:
