@@ -82,7 +82,7 @@ def read_ids(url: str, choice: dict[str, Any]) -> list[int]:
 
 def read_logprobs(url: str, choice: dict[str, Any], ids: Sequence[int]) -> list[float]:
     """Returns the log-probs of all `ids` but the first, whose choice this is. Raises ServerFault unless there is one of
-    each of them and a number that a log-prob can be."""
+    each of them and a number that a log-prob can be, and none of the first."""
     n, found = len(ids), choice.get("logprobs")
     if read_ids(url, choice) != list(ids):
         raise ServerFault(f"{url}: answers for other token ids than were sent")
@@ -91,6 +91,11 @@ def read_logprobs(url: str, choice: dict[str, Any], ids: Sequence[int]) -> list[
         count = len(said) if isinstance(said, list) else "no"
         raise ServerFault(f"{url}: answers with {count} log-probs to {n} tokens; it must give one of each (echo)")
     _check_names(url, found.get("tokens"), ids)
+    if said[0] is not None:
+        raise ServerFault(
+            f"{url}: the log-prob of the first token is {str(said[0])[:40]}, and must be null, as nothing stands "
+            "before it; the log-probs of the others may be shifted by one"
+        )
     for i, value in enumerate(said[1:n], 1):
         if type(value) not in (int, float) or not BELOW_ALL < value <= ABOVE_ZERO:  # NaN is neither
             raise ServerFault(

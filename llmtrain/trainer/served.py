@@ -8,6 +8,7 @@ from itertools import chain
 from llmtrain.checkpoint.group import together
 from llmtrain.data.prompts import PromptSet
 from llmtrain.parallel.mesh import Mesh
+from llmtrain.rollout.post import ServerFault
 from llmtrain.rollout.served import ServedModel
 from llmtrain.trainer.job import Job
 from llmtrain.types import Group, Sample
@@ -38,8 +39,8 @@ def ask_samples(
 
 
 def check_served(job: Job, key: str, model: ServedModel, prompts: PromptSet) -> None:
-    """Asks the server for what a run will ask it, before anything is trained: ids of texts, and the log-probs of the
-    longest sequence that there can be (a collective; one rank asks).
+    """Asks the server for what a run will ask it, before anything is trained: ids of texts, and the log-probs of one of
+    them and of the longest sequence that there can be (a collective; one rank asks).
 
     `key` names it in messages. Raises ValueError when its tokenizer gives other ids than the job's, OSError when it
     does not answer as it must. Tokens that no probed text has are not compared.
@@ -57,8 +58,13 @@ def _check(job: Job, key: str, model: ServedModel, prompts: PromptSet) -> None:
                 f"{_shown(own)}; both must be equal: serve a model of the same family, or fine-tune on text that it "
                 "sampled"
             )
-    longest = max(prompts.ids, key=len)
-    model.logprobs([longest + [job.tokenizer.eos_id] * job.config.rollout.max_new_tokens])
+    longest = max(prompts.ids, key=len) + [job.tokenizer.eos_id] * job.config.rollout.max_new_tokens
+    probed, _ = model.logprobs([job.tokenizer.encode(PROBE, parse_special=False), longest])
+    if len({*probed}) == 1:
+        raise ServerFault(
+            f"{key}={model.url}: gives every token of {PROBE[:18]!r}... the log-prob {probed[0]:g}, as no language "
+            "model does; mend the server, or give another one"
+        )
 
 
 def _shown(ids: Sequence[int]) -> str:

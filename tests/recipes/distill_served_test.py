@@ -26,7 +26,7 @@ from llmtrain.rules.check import check
 from llmtrain.trainer.batches import group_microbatches
 from llmtrain.trainer.frozen import build_scorer
 from llmtrain.trainer.job import start_directory
-from llmtrain.trainer.served import ask_samples
+from llmtrain.trainer.served import PROBE, ask_samples
 from llmtrain.types import Sample
 from tests.parity.layouts_worker import scores_of
 from tests.recipes.distill_test import CONTEXT, PIPELINE, WORKER, save_model
@@ -140,7 +140,8 @@ def test_the_same_as_a_teacher_whose_weights_are_here(
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-5, atol=1e-5)
     sent = [body["prompt"] for _, _, body in server.asked]
-    assert [type(prompt) for prompt in sent[:10]] == [str] * 9 + [list] and len(sent) <= 10 + 3 * 8  # of one teacher
+    assert [type(prompt) for prompt in sent[:11]] == [str] * 9 + [list] * 2
+    assert len(sent) <= 11 + 3 * 8  # of one teacher
     run(forked, 2, command(start, both, at(server), *CONTEXT, "train.steps=2"))
     run(forked, 4, command(start, four, at(server), *PIPELINE, "train.steps=2"))
     for layout in (both, four):
@@ -237,8 +238,9 @@ def test_a_server_must_show_that_it_can_answer(
     prompts = prompts_of(job.config, job.config.data.train, job.tokenizer)
     if fault is None:
         assert list(find_servers(job, prompts)) == [0]
-        longest = server.asked[-1][2]["prompt"][0]
-        assert len(longest) == max(map(len, prompts.ids)) + 44 and len(server.asked) == 10
+        lengths = sorted(len(body["prompt"][0]) for _, _, body in server.asked[9:])
+        probe = job.tokenizer.encode(PROBE, parse_special=False)
+        assert lengths == sorted([len(probe), max(map(len, prompts.ids)) + 44])
         return
     with pytest.raises((ValueError, OSError), match=fault):
         find_servers(job, prompts)

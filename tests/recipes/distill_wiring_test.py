@@ -17,6 +17,7 @@ from llmtrain.recipes import distill
 from llmtrain.trainer import rollouts
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
+from llmtrain.trainer.served import PROBE
 from llmtrain.types import Batch, Prompt, Scores
 from tests.recipes.conftest import run_steps
 from tests.recipes.stubs import LR, NORM, StubGenerator, StubScorer
@@ -71,14 +72,15 @@ class StubTeacher(StubScorer):
 
 
 class StubServer:
-    """Stands for a server: gives each token the log-prob -1.5, and texts the student's ids. Keeps what it was asked."""
+    """Stands for a server: gives each token the log-prob -1.5, but the second of a prompt -1, and texts the student's
+    ids. Keeps what it was asked."""
 
     def __init__(self, encode: Callable[[str], list[int]], *where: object) -> None:
         self.encode, self.where, self.asked, self.texts = encode, where, [], []
 
     def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         self.asked.append(sequences)
-        return [[-1.5] * (len(ids) - 1) for ids in sequences]
+        return [[-1.0, *[-1.5] * (len(ids) - 2)] for ids in sequences]
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         self.texts += texts
@@ -395,7 +397,8 @@ def test_a_server_is_asked_about_each_sample_of_its_teacher(
     assert server.where == ("http://host:1/v1", "big", "word", 3, 7.0) and run.built == [("distill.teacher.two", "two")]
     prompts = [run.job.tokenizer.encode(row["prompt"]) for row in rows]
     assert len(server.texts) == 1 + 4 and server.texts[1:] == [row["prompt"] for row in rows]
-    assert [len(ids) for ids in server.asked[0]] == [max(map(len, prompts)) + 7] and len(server.asked) == 1 + 2
+    probe, longest = server.asked[0]
+    assert probe == server.encode(PROBE) and len(longest) == max(map(len, prompts)) + 7 and len(server.asked) == 1 + 2
     wanted = [prompt + answer for i, prompt in enumerate(prompts) if i != 1 for answer in run.answers(Prompt([]))]
     for step, (metrics, _) in enumerate(run.steps):
         assert sorted(server.asked[1 + step]) == sorted(wanted)

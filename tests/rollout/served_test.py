@@ -19,6 +19,8 @@ FAULTS: dict[str, tuple[Callable[[dict], object], str]] = {
     "too few": (lambda c: c["logprobs"].update(token_logprobs=[None, -1]), "answers with 2 log-probs to 3 tokens"),
     "too many": (lambda c: c["logprobs"]["token_logprobs"].append(-1), "with 5 log-probs to 3 tokens"),
     "none": (lambda c: c.update(logprobs=None), "answers with no log-probs to 3 tokens; it must give one of each"),
+    "a first one": (lambda c: set_value(c, -2.5, 0), "the log-prob of the first token is -2.5, and must be null, as"),
+    "shifted": (lambda c: c["logprobs"]["token_logprobs"].pop(0), "of the first token is -0.7, and must be null"),
     "no list": (lambda c: c["logprobs"].update(token_logprobs={}), "answers with no log-probs"),
     "NaN": (lambda c: set_value(c, float("nan")), "the log-prob of token 7 at 1 is nan, and must be a number above"),
     "infinite": (lambda c: set_value(c, -float("inf")), "is -inf, and must"),
@@ -48,8 +50,8 @@ def choice_of(ids: list[int]) -> dict[str, Any]:
     return {"index": 0, "text": "", "logprobs": logprobs, "prompt_token_ids": ids, "token_ids": [3]}
 
 
-def set_value(choice: dict[str, Any], value: object) -> None:
-    choice["logprobs"]["token_logprobs"][1] = value
+def set_value(choice: dict[str, Any], value: object, place: int = 1) -> None:
+    choice["logprobs"]["token_logprobs"][place] = value
 
 
 def completing(change: Callable[[dict], object] = lambda choice: None) -> Answer:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmtrain.rollout.post import ServerFault
-from llmtrain.trainer.served import ask_samples, check_served
+from llmtrain.trainer.served import PROBE, ask_samples, check_served
 from llmtrain.types import Group, Sample
 from tests.checkpoint.conftest import ThreadGroup, run_ranks
 
@@ -17,14 +17,14 @@ class Server:
 
     url = "http://host/v1"
 
-    def __init__(self, more: int = 0) -> None:
-        self.asked, self.texts, self.more = [], [], more
+    def __init__(self, more: int = 0, constant: float | None = None) -> None:
+        self.asked, self.texts, self.more, self.constant = [], [], more, constant
 
     def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         self.asked.append(sequences)
         if any(66 in ids for ids in sequences):
             raise ServerFault("no answer")
-        return [[-i / 10 for i in ids[1:]] for ids in sequences]
+        return [[-i / 10 if self.constant is None else self.constant for i in ids[1:]] for ids in sequences]
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         self.texts += texts
@@ -69,29 +69,44 @@ def test_all_trainers_learn_that_one_got_no_answer() -> None:
     assert run_ranks(3, action) == ["told"] * 3  # the third sample is rank 2's
 
 
+def job_on(group: ThreadGroup) -> SimpleNamespace:
+    """A job whose tokens are the code points of a text."""
+    tokenizer = SimpleNamespace(
+        encode=lambda text, parse_special: [*map(ord, text)] * (not parse_special),
+        decode=lambda ids: "".join(map(chr, ids)),
+        eos_id=7,
+    )
+    config = SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=2))
+    return SimpleNamespace(mesh=group, tokenizer=tokenizer, config=config)
+
+
 @pytest.mark.parametrize("more", [0, 1, 2])
 def test_one_rank_compares_the_ids_of_texts_and_asks_for_the_longest_sequence(more: int) -> None:
     """A token that begins every text is the server's own affair; two are none."""
 
     def action(group: ThreadGroup) -> tuple[list, list]:
-        prompts = SimpleNamespace(ids=[[97, 98], [97, 98, 99], [100], *[[101]] * 9])
-        tokenizer = SimpleNamespace(
-            encode=lambda text, parse_special: [*map(ord, text)] * (not parse_special),
-            decode=lambda ids: "".join(map(chr, ids)),
-            eos_id=7,
-        )
-        config, server = SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=2)), Server(more)
-        job = SimpleNamespace(mesh=group, tokenizer=tokenizer, config=config)
+        prompts, server = SimpleNamespace(ids=[[97, 98], [97, 98, 99], [100], *[[101]] * 9]), Server(more)
         if more == 2:
             with pytest.raises(
                 ValueError, match=r"rank 0: key=http://host/v1: its .* and \d+ more; both must be equal"
             ):
-                check_served(job, "key", server, prompts)
+                check_served(job_on(group), "key", server, prompts)
         else:
-            check_served(job, "key", server, prompts)
+            check_served(job_on(group), "key", server, prompts)
         return server.texts, server.asked
 
     (texts, asked), other = run_ranks(2, action)
     assert other == ([], [])
-    assert asked == ([] if more == 2 else [[[97, 98, 99, 7, 7]]])
+    assert asked == ([] if more == 2 else [[[*map(ord, PROBE)], [97, 98, 99, 7, 7]]])
     assert texts[1:] == ["ab", "abc", "d", *["e"] * 5]
+
+
+@pytest.mark.parametrize("constant", [0.0, -2.5])
+def test_a_server_whose_log_probs_are_all_the_same_is_no_model(constant: float) -> None:
+    def action(group: ThreadGroup) -> str:
+        words = rf"rank 0: key=http://host/v1: gives every token of '12345 .* the log-prob {constant:g}, as no .*; mend"
+        with pytest.raises(OSError, match=words):
+            check_served(job_on(group), "key", Server(constant=constant), SimpleNamespace(ids=[[97, 98]]))
+        return "told"
+
+    assert run_ranks(2, action) == ["told"] * 2
