@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import chain, combinations
 
 Scores = Sequence[float | None]
 """Holds a judge's scores of the samples of one prompt; None: it has none."""
@@ -100,8 +100,8 @@ def rubric_score(reply: str, lowest: float, highest: float) -> float | None:
     Example: rubric_score("Score (0-5): 1 + 1 = 2", 0, 5) -> 2.0
     """
     text = without_parentheses(reply)
-    behind = (text[word.end() :].partition("\n")[0] for word in SCORE.finditer(text))
-    told = [found for rest in behind if (found := re.findall(NUMBER, behind_sum(rest)))]
+    behind = chain.from_iterable(SCORE.split(line)[1:] for line in text.split("\n"))
+    told = [found for part in behind if (found := re.findall(NUMBER, behind_sum(part)))]
     numbers = told[-1][:1] if told else re.findall(NUMBER, text)[-1:]
     value = float(numbers[0]) if numbers else math.nan
     return value if lowest <= value <= highest else None
