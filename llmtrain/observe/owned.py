@@ -24,7 +24,8 @@ from llmtrain.observe.contents import file_digest
 from llmtrain.observe.files import sync, write_whole
 
 MARKER = ".llmtrain.json"
-STAGE_FILES = {"stage.yaml", "done.json", ".llmtrain.lock"}  # a stage of a run may write into its own directory
+# What `llmtrain run` keeps in the directory of a stage, into which the stage may write too.
+STAGE_FILES = {"stage.yaml", "done.json", "spent.json", ".llmtrain.lock"}
 RUN_RECORD = "run.json"  # in the directory of a run that trains
 LEFTOVER = re.compile(r"\.llmtrain-[0-9a-f]{8}\.(tmp|old)")  # names of ours while a directory is written or replaced
 SHOWN = 3  # names in a message

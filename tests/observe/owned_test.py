@@ -283,9 +283,10 @@ def test_a_stage_may_write_into_its_own_directory(tmp_path: Path) -> None:
     for text in ("one", "two"):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "stage.yaml").write_text("# llmtrain run: export")
+        (tmp_path / "out" / "spent.json").write_text('{"cpu_s": 1.0}')  # of an attempt that failed
         write(tmp_path / "out", text)
         (tmp_path / "out" / "done.json").write_text("{}")
-        kept = {"stage.yaml": "# llmtrain run: export", "done.json": "{}"}
+        kept = {"stage.yaml": "# llmtrain run: export", "done.json": "{}", "spent.json": '{"cpu_s": 1.0}'}
         assert contents(tmp_path / "out") == {**written(text), **kept}
     (tmp_path / "out" / "thesis").write_text("")
     with pytest.raises(ValueError, match="holds thesis, which"):
