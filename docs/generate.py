@@ -104,7 +104,10 @@ def sections(name: str, prefix: str, classes: dict[str, Any], comments: dict[tup
     yield markdown(" ".join(doc.split())) + "\n"
     yield "| key | value | default | meaning |\n|---|---|---|---|"
     for key, spec in properties.items():
-        if meaning := comment(name, key, comments):  # a section of Config has none: its own heading follows
+        meaning = comment(name, key, comments)  # a section of Config has none: its own heading follows
+        if not (meaning or class_of(spec)):
+            raise ValueError(f"{name}.{key}: has no comment behind it on its last line; say what it means")
+        if meaning:
             yield f"| `{prefix}{key}` | {kind(spec)} | {default(spec)} | {markdown(meaning)} |"
     yield ""
     for key, spec in properties.items():

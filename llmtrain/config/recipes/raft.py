@@ -36,9 +36,7 @@ class RaftConfig(Section):
     min_reward: float | None = 1.0  # a sample is right from this reward on; null: any may be the best of its group
     clip_low: PositiveFloat = 0.2  # raft++, reinforce-rej: the ratio is clipped to 1 - clip_low ...
     clip_high: PositiveFloat = 0.2  # ... 1 + clip_high
-    mismatch: MismatchForm = (
-        "auto"  # with a ratio: corrects a generator that is not the trainer; auto: truncate, off in fp32
-    )
+    mismatch: MismatchForm = "auto"  # with a ratio: for a generator unlike the trainer; auto: truncate, off in fp32
     mismatch_cap: PositiveFloat = 2.0  # truncate, mask_seqs: p_trainer / p_generator counts at most this
     mismatch_low: PositiveFloat = 0.5  # mask: tokens, mask_seqs: sequences by their geometric mean, are left out below
     mismatch_high: PositiveFloat = 5.0  # ... mismatch_low, or above mismatch_high
