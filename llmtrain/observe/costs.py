@@ -16,9 +16,9 @@ class Cost:
     made_from: Sequence[str] = ()
 
 
-def total_cost(stage: str, known: Mapping[str, Cost]) -> tuple[int, float]:
+def total_cost(stage: str, known: Mapping[str, Cost]) -> tuple[int, float] | None:
     """Returns the samples and CPU-seconds of all stages that a stage was made from, and that these were made from in
-    turn, without its own.
+    turn, without its own; None where one of them is not known.
 
     A stage counts once, be it read for first weights, data, a teacher or a reward model. Stages of other runs are not
     counted.
@@ -27,7 +27,9 @@ def total_cost(stage: str, known: Mapping[str, Cost]) -> tuple[int, float]:
     waiting = [stage]
     while waiting:
         for source in known[waiting.pop()].made_from:
-            if source != stage and source not in found and source in known:
+            if source not in known:
+                return None
+            if source != stage and source not in found:
                 found[source] = None
                 waiting.append(source)
     return sum(known[source].samples for source in found), sum(known[source].cpu_s for source in found)

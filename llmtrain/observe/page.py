@@ -58,7 +58,9 @@ summary { cursor: pointer; font-weight: 500; }
 <h2 id="evaluation">Evaluation on held-out data</h2>
 {{- table(evaluations) }}
 {%- if evaluation_image %}{{ picture(evaluation_image) }}{% endif %}
+{%- if "cpu s" in evaluations[0] %}
 <p class="note">Samples and CPU-seconds are those of all stages of this run that a model was made from.</p>
+{%- endif %}
 {% endif %}
 {% if trained %}
 <h2 id="training">Training</h2>

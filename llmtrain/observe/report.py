@@ -154,9 +154,8 @@ def add_costs(run_dir: str, stages: Iterable[StageRecord]) -> None:
         if "made_from" in done:  # an earlier version did not write it
             known[name] = Cost(sampled, done["cpu_s"], done["made_from"])
     for name, stage in recorded.items():
-        if stage.evaluation is not None and name in known:
-            samples, cpu_s = total_cost(name, known)
-            stage.evaluation |= {"samples": samples, "cpu_s": cpu_s}
+        if stage.evaluation is not None and name in known and (cost := total_cost(name, known)):
+            stage.evaluation |= {"samples": cost[0], "cpu_s": cost[1]}
 
 
 def _sampled(stage: StageRecord) -> int:
@@ -222,7 +221,8 @@ def _samples_image(out: str, stages: Iterable[StageRecord]) -> dict[str, str] | 
 
 def reward_curve(stage: StageRecord) -> list[tuple[float, float]]:
     """Returns the points (samples so far, mean reward of a step) of a stage; none if it did not sample."""
-    return [(r["samples"], r["reward_mean"]) for r in stage.metrics if r.get("samples") and "reward_mean" in r]
+    points = ((record.get("samples"), record.get("reward_mean")) for record in stage.metrics)
+    return [(samples, reward) for samples, reward in points if samples and reward is not None]
 
 
 def _curves(out: str, stage: StageRecord) -> list[dict[str, str]]:

@@ -112,6 +112,9 @@ def test_what_models_cost(tmp_path: Path) -> None:
     (run / "ppo" / "judge.json").write_text('{"samples": 16}')  # of an earlier version
     assert Page(write_report(str(run))).text.count("680") == 1
     (run / "ppo" / "judge.json").unlink()
+    assert any("stages of this run that a model was made from" in text for text in page.text)
+    (run / "raft" / "done.json").unlink()
+    assert "cpu s" not in Page(write_report(str(run))).text  # a part of it would be too little
     (run / "raft" / "metrics.jsonl").unlink()
     assert "samples.png" not in Page(write_report(str(run))).images  # one curve is compared with nothing
 
