@@ -8,6 +8,7 @@ from llmtrain.engine.base import Scorer
 from llmtrain.engine.build import Role, build_frozen
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.lora import adapters_off
+from llmtrain.trainer.frozen import awake
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.weights import start_source
 from llmtrain.types import Batch, Scores
@@ -53,10 +54,8 @@ class Waiting:
 
     def score(self, microbatches: Sequence[Batch]) -> list[Scores]:
         """See Scorer."""
-        self.model.to_device()
-        scores = self.model.score(microbatches)
-        self.to_host()
-        return scores
+        with awake([self.model], wait=True):
+            return self.model.score(microbatches)
 
     def to_host(self) -> None:
         """See Scorer."""
