@@ -1,0 +1,32 @@
+"""Defines the keys of an entry of `data.collect`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from llmtrain.config.section import Section, UserPath
+
+Kind = Literal["web", "prose", "code", "dialogue"]
+"""Decides which cleaning steps a document goes through."""
+
+
+class CollectConfig(Section):
+    """Describes one input of raw documents."""
+
+    name: str  # names the input in the report, its output, and the source in `data.sources`
+    type: Literal["text", "markdown", "jsonl", "parquet", "csv", "warc", "wet", "html", "pdf", "code", "dialogue", "datasets"]
+    path: UserPath  # file, directory, glob, or URL that fsspec reads (s3://...); datasets: a name of the hub or directory
+    kind: Kind | None = None  # None = by type: warc, html, wet: web; code: code; dialogue: dialogue; others: prose
+    field: str = "text"  # jsonl, parquet, csv, datasets: the field that holds the text
+    id_field: str | None = None  # the field that holds an id; None = file and number of the row
+    licence: str | None = None  # of all documents, unless a row or repository names its own
+    language: str | None = None  # known language code of all documents; None = it is identified
+    date: str | None = None  # of all documents, unless they name their own
+    priority: int = 0  # of copies the one of the highest priority stays, then the first in the document's order
+    max_documents: PositiveInt | None = None  # read at most so many from each task's files
+    split: str = "train"  # datasets: the split
+    configuration: str | None = None  # datasets: the configuration
+    streamed: bool = False  # datasets: read from the hub as a stream, without a download
+    max_bytes: PositiveInt = Field(50_000_000)  # a document, page or row larger than this is skipped and counted
