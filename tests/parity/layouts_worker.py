@@ -335,7 +335,8 @@ def without_padding(scores: Scores, batch: Batch) -> Scores:
 
 
 def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tensor], config: ModelConfig) -> float:
-    """Returns the largest difference of a score to that of a plain decoder with the reference's weights."""
+    """Returns the largest difference of a score to that of a plain decoder with the reference's weights, where scores
+    are larger than 1 as a share of the largest: fp32 holds a log-prob of -10 to 1e-6 alone."""
     plain = Decoder(without_adapters(config))
     tied = {"head.weight": weights["embed.weight"]} if config.tie_embeddings else {}
     plain.load_state_dict({**weights, **tied})
@@ -346,8 +347,13 @@ def score_error(engine: Engine, mine: list[Batch], weights: dict[str, torch.Tens
         found, want = without_padding(found, batch), without_padding(want, batch)
         pairs = [(getattr(found, f.name), getattr(want, f.name)) for f in fields(Scores)]
         assert all((a is None) == (b is None) for a, b in pairs), "the same scores"
-        errors += [(a.cpu() - b).abs().nan_to_num(math.inf).max().item() for a, b in pairs if b is not None]
+        errors += [difference(a.cpu(), b) for a, b in pairs if b is not None]
     return max(errors)
+
+
+def difference(found: torch.Tensor, want: torch.Tensor) -> float:
+    """Returns the largest difference, as a share of the largest number where that is more than 1."""
+    return (found - want).abs().nan_to_num(math.inf).max().item() / max(1.0, want.abs().max().item())
 
 
 def main() -> None:
