@@ -13,7 +13,7 @@ from llmtrain.config.clean.content import (
     ToxicityConfig,
 )
 from llmtrain.config.clean.dedup import DedupConfig
-from llmtrain.config.clean.scale import ExecutorConfig
+from llmtrain.config.clean.scale import ExecutionConfig
 from llmtrain.config.clean.web import (
     C4Config,
     ExtractConfig,
@@ -27,7 +27,7 @@ from llmtrain.config.clean.web import (
 )
 from llmtrain.config.section import Section, Share, UserPath
 
-__all__ = ["CleanConfig", "CollectConfig", "ExecutorConfig"]
+__all__ = ["CleanConfig", "CollectConfig", "ExecutionConfig"]
 
 
 class CleanConfig(Section):

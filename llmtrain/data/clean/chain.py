@@ -36,7 +36,7 @@ STEPS = (
 )
 
 
-def chain(clean: CleanConfig, kind: str, dropped: DiskWriter | None) -> list[Step]:
+def chain(clean: CleanConfig, kind: str, dropped: DiskWriter | None, root: str) -> list[Step]:
     """Returns the steps that documents of a kind go through, those that are off left out."""
     chosen = [(step, getattr(clean, step.name)) for step in STEPS if kind in step.kinds.split()]
     return [
