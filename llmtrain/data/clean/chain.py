@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from datatrove.pipeline.writers.disk_base import DiskWriter
-
 from llmtrain.config.clean import CleanConfig
+from llmtrain.data.clean.files import writer
 from llmtrain.data.clean.step import Check, Step
 
 
@@ -36,11 +35,18 @@ STEPS = (
 )
 
 
-def chain(clean: CleanConfig, kind: str, dropped: DiskWriter | None, root: str) -> list[Step]:
-    """Returns the steps that documents of a kind go through, those that are off left out."""
+def chain(clean: CleanConfig, kind: str, dropped: str | None) -> list[Step]:
+    """Returns the steps that documents of a kind go through, those that are off left out. Examples of what each drops
+    are written into the folder `dropped`/STEP."""
     chosen = [(step, getattr(clean, step.name)) for step in STEPS if kind in step.kinds.split()]
     return [
-        Step(step.name, make, (step.name, settings, clean.words), dropped, clean.examples)
+        Step(
+            step.name,
+            make,
+            (step.name, settings, clean.words),
+            dropped and writer(f"{dropped}/{step.name}"),
+            clean.examples,
+        )
         for step, settings in chosen
         if settings is not None
     ]

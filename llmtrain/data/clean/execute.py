@@ -141,7 +141,7 @@ def run_slurm(job: Job, told: Told) -> None:
     tasks are left: the same command goes on with them."""
     left = list(unfinished(job, told))
     before = None
-    for name, ranks, tasks in left:
+    for name, ranks, _ in left:
         before = submit(job, name, ranks, before, wait=name == left[-1][0])
     for phase in phases(job):
         if ranks := pending(job.root, phase):

@@ -10,13 +10,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from datatrove.pipeline.writers.jsonl import JsonlWriter
-
 from llmtrain.config.clean import CleanConfig, CollectConfig, ExecutionConfig
 from llmtrain.config.clean.collect import kind_of
 from llmtrain.data.clean.chain import chain
 from llmtrain.data.clean.collect import Collect, task_count
 from llmtrain.data.clean.dedup import dedup_phases
+from llmtrain.data.clean.files import writer
 from llmtrain.data.clean.phases import Phase
 from llmtrain.observe.files import write_whole
 
@@ -67,16 +66,11 @@ def phases(job: Job) -> list[Phase]:
 
 def cleaning(job: Job, source: CollectConfig) -> Phase:
     """Returns the phase that reads and cleans one input."""
-    dropped = writer(f"{job.root}/dropped/{source.name}")
+    dropped = f"{job.root}/dropped/{source.name}"
     kept = "documents" if job.clean.dedup is None else "cleaned"
     steps = [
-        Collect(source, dropped, job.clean.examples),
-        *chain(job.clean, kind_of(source), dropped, job.root),
+        Collect(source, writer(f"{dropped}/collect"), job.clean.examples),
+        *chain(job.clean, kind_of(source), dropped),
         writer(f"{job.root}/{kept}/{source.name}"),
     ]
     return Phase(f"clean-{source.name}", steps, job.tasks[source.name])
-
-
-def writer(folder: str) -> JsonlWriter:
-    """Returns what writes documents into `folder`/RANK.jsonl.zst."""
-    return JsonlWriter(folder, output_filename="${rank}.jsonl", compression="zstd")

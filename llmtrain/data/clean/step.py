@@ -9,7 +9,8 @@ Example: `Step("short", lambda settings: lambda document: "empty" if not documen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
@@ -19,13 +20,14 @@ from datatrove.pipeline.writers.disk_base import DiskWriter
 Check = Callable[[Document], str | None]
 Maker = Callable[[Any], Check]
 
+EXCERPT_CHARS = 4000
 # Metadata that every document has: where it comes from and what is known of it. Others are a step's own.
 KEYS = ("source", "kind", "file", "date", "licence", "language")
 
 
 class Step(PipelineStep):
-    """Applies the check that `make(settings)` returns. Dropped documents, up to `examples` a task, go to `dropped`
-    with the reason in their metadata as `dropped_by` and `reason`."""
+    """Applies the check that `make(settings)` returns. Dropped documents, up to `examples` a task and cut after
+    EXCERPT_CHARS, go to `dropped` with `dropped_by` and `reason` in their metadata."""
 
     type = "clean"
 
@@ -38,17 +40,14 @@ class Step(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yields the documents that the check keeps."""
         check, left = self.make(self.settings), self.examples
-        try:
+        with closing_check(check), self.dropped or nullcontext():
             for document in data:
                 reason = self.counted(check, document)
                 if reason is None:
                     yield document
                 elif self.dropped is not None and left > 0:
                     left -= 1
-                    document.metadata |= {"dropped_by": self.name, "reason": reason}
-                    self.dropped.write(document, rank)
-        finally:
-            getattr(check, "close", lambda: None)()  # a check that holds a process ends it
+                    self.dropped.write(excerpt(document, self.name, reason), rank)
 
     def counted(self, check: Check, document: Document) -> str | None:
         """Returns the check's reason, and counts documents, UTF-8 bytes and seconds."""
@@ -62,6 +61,21 @@ class Step(PipelineStep):
         else:
             self.stat_update(f"dropped/{reason}")
         return reason
+
+
+@contextmanager
+def closing_check(check: Check) -> Iterator[None]:
+    """Closes the check at the end, where it holds a process or a file."""
+    try:
+        yield
+    finally:
+        getattr(check, "close", lambda: None)()
+
+
+def excerpt(document: Document, step: str, reason: str) -> Document:
+    """Returns what is kept of a dropped document to be looked at."""
+    metadata = document.metadata | {"dropped_by": step, "reason": reason}
+    return Document(document.text[:EXCERPT_CHARS], document.id, metadata=metadata)
 
 
 def utf8_bytes(text: str) -> int:
