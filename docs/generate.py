@@ -7,8 +7,10 @@ Names, types and defaults come from the classes, the words from the docstrings a
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import parameter_count, resolve_model
-from llmtrain.config import sampling, schema
+from llmtrain.config import clean, sampling, schema
 from llmtrain.config.recipes import RECIPES, Recipe, run_config_class
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -26,7 +28,7 @@ NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": 
 HEAD = """\
 # Every key of a configuration
 
-Generated from `llmtrain/config/schema.py`, `sampling.py` and `recipes` beside it by `python docs/generate.py`;
+Generated from `llmtrain/config/schema.py`, `sampling.py`, `clean` and `recipes` beside it by `python docs/generate.py`;
 `tests/docs_test.py` fails when it is stale.
 
 - A document is YAML. `llmtrain COMMAND CONFIG.yaml section.key=value ...` changes single keys; in a document with
@@ -59,8 +61,7 @@ PRESET_HEAD = """
 
 def render() -> str:
     """Returns the whole page."""
-    modules = [schema, sampling, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
-    comments = {key: text for module in modules for key, text in comments_of(module).items()}
+    comments = {key: text for module in documented() for key, text in comments_of(module).items()}
     definitions = run_config_class().model_json_schema()
     definitions["$defs"]["RunConfig"] = definitions
     blocks = schema.RepeatConfig.model_json_schema()
@@ -78,10 +79,18 @@ def recipe_row(recipe: Recipe) -> str:
     return f"| `{recipe.name}` | {recipe.summary} | {data} | {', '.join(needs) or '–'} | {same} |"
 
 
+def documented() -> list[Any]:
+    """Returns the modules that define sections."""
+    cleaning = [
+        importlib.import_module(f"{clean.__name__}.{each.name}") for each in pkgutil.iter_modules(clean.__path__)
+    ]
+    recipes = [inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None]
+    return [schema, sampling, clean, *cleaning, *recipes]
+
+
 def section_class(name: str) -> type:
     """Returns the class of a section of the document, of a recipe, or within one, by its name."""
-    modules = [schema, sampling, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
+    return next(getattr(module, name) for module in documented() if hasattr(module, name))
 
 
 def comments_of(module: Any) -> dict[tuple[str, str], str]:

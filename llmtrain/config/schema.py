@@ -12,6 +12,7 @@ from pydantic import (
     field_validator,
 )
 
+from llmtrain.config.clean import CleanConfig, CollectConfig, ExecutionConfig
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.sampling import ConstitutionalConfig, EvalConfig, JudgeConfig, RewardConfig, RolloutConfig
 from llmtrain.config.section import Count, Decay, Section, UserPath
@@ -173,6 +174,10 @@ class DataConfig(Section):
     """Says where text, demonstrations and prompts come from."""
 
     path: UserPath | None = None  # directory of token shards; None = <run directory>/data
+    collect: list[CollectConfig] = Field([])  # raw documents to clean; see docs/cleaning.md
+    clean: CleanConfig = CleanConfig()  # how they are cleaned
+    executor: Literal["local", "slurm", "ray"] = "local"  # what runs the tasks of cleaning
+    execution: ExecutionConfig = ExecutionConfig()  # how many tasks there are, and settings of the executor
     sources: list[SourceConfig] = Field([])  # text for pretraining
     tasks: list[TaskConfig] = Field([])  # problem sets to generate
     train: UserPath | None = None  # rows with prompt|messages, answer, ...; see docs/data.md; pretraining has none
