@@ -68,6 +68,27 @@ Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """The values of x and of y that belong together, by label."""
 
 
+def plot_measured(
+    path: str,
+    title: str,
+    x_label: str,
+    curve: Sequence[tuple[float, float]],
+    points: Sequence[tuple[float, float, float, float]],
+) -> None:
+    """Draws a curve that theory gives, and measured points (x, y, low, high) with the ends of their intervals."""
+    figure = _figure(6, 3.5)
+    axes = figure.add_subplot()
+    _style(axes, title)
+    axes.set_xlabel(x_label, fontsize=8, color=FAINT)
+    axes.plot(*zip(*curve, strict=True), color=LINES[0], linewidth=1.5, label="expected")
+    if points:
+        x, y, low, high = zip(*points, strict=True)
+        axes.vlines(x, low, high, color=LINES[1], linewidth=1.2)
+        axes.plot(x, y, "o", color=LINES[1], markersize=4, label="measured, 95 %")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.savefig(path)
+
+
 def plot_marks(path: str, y_label: str, panels: Mapping[str, Points]) -> None:
     """Draws panels side by side, by what x is: a labelled mark at each mean, a faint dot at each value."""
     figure = _figure(12, 5)
