@@ -119,7 +119,7 @@ def lengths(histograms: Mapping[str, Mapping[int, int]]) -> bytes:
     2^b."""
     figure = figure_of(10, 3.2)
     axes = figure.add_subplot()
-    style(axes, "Share of documents by characters")
+    style(axes, "Share of documents by characters, each bar up to twice its label")
     bins = [b for histogram in histograms.values() for b in histogram]
     span = range(min(bins), max(bins) + 1)
     for (name, histogram), color in zip(histograms.items(), LINES, strict=False):

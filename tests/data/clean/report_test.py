@@ -214,6 +214,11 @@ def test_in_mid_run_it_shows_what_is_done(tmp_path: Path) -> None:
     assert 7 <= numbers["looked_at"]["cleaned"]["web"]["documents"] < 14 and "before deduplication" in page.text
 
 
+def undrawn(*_: object) -> dict[str, bytes]:
+    """Stands for `drawn` where a test looks at numbers only: plots take seconds."""
+    return {}
+
+
 def edit(root: Path, phase: str, rank: int, block: int, label: str, value: Any) -> None:
     path = root / "logs" / phase / "stats" / f"{rank:05d}.json"
     blocks = json.loads(path.read_text())
@@ -221,7 +226,8 @@ def edit(root: Path, phase: str, rank: int, block: int, label: str, value: Any) 
     path.write_text(json.dumps(blocks))
 
 
-def test_what_does_not_add_up_is_told(tmp_path: Path) -> None:
+def test_what_does_not_add_up_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmtrain.data.clean.report.drawn", undrawn)
     for name in ("web", "book"):
         clean(tmp_path, name)
         dedup(tmp_path, name)
@@ -252,7 +258,7 @@ def test_what_does_not_add_up_is_told(tmp_path: Path) -> None:
     assert "Does not add up" in page.text and all(line in page.text for line in numbers["faults"])
 
 
-def test_phases_over_all_inputs(tmp_path: Path) -> None:
+def test_phases_over_all_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("web", "book"):
         clean(tmp_path, name, tasks=1)
     (tmp_path / "all").mkdir()
@@ -263,6 +269,7 @@ def test_phases_over_all_inputs(tmp_path: Path) -> None:
     _, numbers = report(tmp_path, **tasks)
     assert numbers["faults"] == [] and numbers["steps"][-1]["input"] == "all inputs"
     assert (numbers["steps"][-1]["documents_in"], numbers["steps"][-1]["documents_out"]) == (14, 12)
+    monkeypatch.setattr("llmtrain.data.clean.report.drawn", undrawn)
     edit(tmp_path, "near", 0, 1, "documents_in", 6)
     edit(tmp_path, "near", 0, 1, "documents_out", 5)
     _, numbers = report(tmp_path, **tasks)
