@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} · llmtrain report</title>
-<style>
+STYLE = """\
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1f2933; background: #fff;
        max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
 h1 { font-size: 1.9rem; letter-spacing: -.02em; margin: 0; }
@@ -30,7 +24,19 @@ pre { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 .facts .right { background: #d9f2e3; color: #14532d; } .facts .wrong { background: #fbe4e1; color: #7f1d1d; }
 details { border: 1px solid #e4e7eb; border-radius: 8px; padding: .5rem 1rem; margin: .5rem 0; }
 summary { cursor: pointer; font-weight: 500; }
-.note { color: #7b8794; font-size: .85rem; }
+.note { color: #7b8794; font-size: .85rem; }"""
+
+PAGE = (
+    """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }} · llmtrain report</title>
+<style>
+"""
+    + STYLE
+    + """
 </style>
 </head>
 <body>
@@ -125,3 +131,4 @@ tokens a second are the median of the steps.</p>
 </body>
 </html>
 """
+)

@@ -39,10 +39,10 @@ def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[st
     if not panels:
         return False
     columns = min(len(panels), 2)
-    figure = _figure(5 * columns, 2.7 * math.ceil(len(panels) / columns))
+    figure = figure_of(5 * columns, 2.7 * math.ceil(len(panels) / columns))
     for place, (title, lines) in enumerate(panels, start=1):
         axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, place)
-        _style(axes, title)
+        style(axes, title)
         axes.set_xlabel("step", fontsize=8, color=FAINT)
         for (key, name), color in zip(lines.items(), LINES, strict=False):
             _draw(axes, [(r["step"], r[key]) for r in metrics if r.get(key) is not None], name, color)
@@ -54,9 +54,9 @@ def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[st
 
 def plot_lines(path: str, title: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Draws one plot with all lines, each of points (x, y); of a long one the means over a few neighbours."""
-    figure = _figure(10, 4)
+    figure = figure_of(10, 4)
     axes = figure.add_subplot()
-    _style(axes, title)
+    style(axes, title)
     axes.set_xlabel(x_label, fontsize=8, color=FAINT)
     for i, (name, points) in enumerate(lines.items()):
         _draw(axes, _means(points, MOST_POINTS), name.replace("$", r"\$"), f"C{i}")
@@ -91,9 +91,9 @@ def plot_measured(
 
 def plot_marks(path: str, y_label: str, panels: Mapping[str, Points]) -> None:
     """Draws panels side by side, by what x is: a labelled mark at each mean, a faint dot at each value."""
-    figure = _figure(12, 5)
+    figure = figure_of(12, 5)
     for axes, (x_label, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _style(axes, y_label)
+        style(axes, y_label)
         axes.set_xlabel(x_label, fontsize=8, color=FAINT)
         for i, (label, (xs, ys)) in enumerate(points.items()):
             axes.plot(xs, ys, ".", color=f"C{i}", alpha=0.4, markersize=4)
@@ -111,10 +111,10 @@ def plot_bars(path: str, panels: Sequence[BarPanel]) -> None:
     labels = list(dict.fromkeys(label for _, rows, _ in panels for label in rows))
     colors = dict(zip(labels, _shades(len(labels)), strict=True))
     measures = [list(dict.fromkeys(m for row in rows.values() for m in row)) for _, rows, _ in panels]
-    figure = _figure(10, 3.2)
+    figure = figure_of(10, 3.2)
     grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=[len(names) for names in measures])[0]
     for axes, names, (title, rows, digits) in zip(grid, measures, panels, strict=True):
-        _style(axes, title)
+        style(axes, title)
         _bars(axes, names, rows, colors, digits)
     # a dollar sign would start a formula
     legend = [Patch(color=color, label=label.replace("$", r"\$")) for label, color in colors.items()]
@@ -149,14 +149,15 @@ def _shades(count: int) -> list[str]:
     return [to_hex(shades((i + 1) / count)) for i in range(count)]
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
     """Returns an empty figure. It is made without pyplot, which would keep global state and need a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=144, layout="constrained", facecolor="white")
 
 
-def _style(axes: Axes, title: str) -> None:
+def style(axes: Axes, title: str) -> None:
+    """Gives axes the look of all plots: a title at the left, faint lines, no frame."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

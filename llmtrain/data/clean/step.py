@@ -34,8 +34,8 @@ class Step(PipelineStep):
     def __init__(
         self, name: str, make: Maker, settings: Any, dropped: DiskWriter | None = None, examples: int = 0
     ) -> None:
-        super().__init__()
         self.name, self.make, self.settings, self.dropped, self.examples = name, make, settings, dropped, examples
+        super().__init__()  # after the name, which the counts of the step are saved under
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yields the documents that the check keeps."""
