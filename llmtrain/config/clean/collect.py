@@ -6,10 +6,12 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from llmtrain.config.section import Section, UserPath
+from llmtrain.config.section import DeadlineS, Section, UserPath
 
 Kind = Literal["web", "prose", "code", "dialogue"]
 """Decides which cleaning steps a document goes through."""
+BY_TYPE: dict[str, Kind] = {"warc": "web", "wet": "web", "html": "web", "code": "code", "dialogue": "dialogue"}
+"""The kind of documents of each type; those of others are prose."""
 
 
 class CollectConfig(Section):
@@ -34,3 +36,15 @@ class CollectConfig(Section):
     configuration: str | None = None  # datasets: the configuration
     streamed: bool = False  # datasets: read from the hub as a stream, without a download
     max_bytes: PositiveInt = Field(50_000_000)  # a document, page or row larger than this is skipped and counted
+    max_ratio: PositiveInt = (
+        200  # bytes that a compressed file may hold for each of its own, beyond the first max_bytes
+    )
+    max_pages: PositiveInt = 2000  # pdf: pages that are read, the rest of the document is left out and counted
+    timeout_s: DeadlineS = 30.0  # pdf: for one document; parquet: for one row
+    max_memory_bytes: PositiveInt = Field(4_000_000_000)  # pdf, parquet: memory of the process that reads them
+    max_copy_bytes: PositiveInt = Field(20_000_000_000)  # parquet, compressed or not local: disk for its temporary copy
+
+
+def kind_of(config: CollectConfig) -> Kind:
+    """Returns the kind of an input's documents: its own, or that of its type."""
+    return config.kind or BY_TYPE.get(config.type, "prose")
