@@ -2,7 +2,8 @@
 
 A cleaning step is a *check*: a function of a document that may change its text and metadata and returns why the
 document is dropped, or None to keep it. A *maker* builds the check from a section of the configuration; it is called in
-the worker, so that word lists, models and processes live there.
+the worker, so that word lists, models and processes live there. A check may have the attribute `counts`, a mapping of
+names to numbers that it counted itself; they join the step's own at the end of the task.
 
 Example: `Step("short", lambda settings: lambda document: "empty" if not document.text else None, settings, dropped)`.
 """
@@ -29,7 +30,9 @@ class Step(PipelineStep):
 
     type = "clean"
 
-    def __init__(self, name: str, make: Maker, settings: Any, dropped: DiskWriter | None = None, examples: int = 0) -> None:
+    def __init__(
+        self, name: str, make: Maker, settings: Any, dropped: DiskWriter | None = None, examples: int = 0
+    ) -> None:
         super().__init__()
         self.name, self.make, self.settings, self.dropped, self.examples = name, make, settings, dropped, examples
 
@@ -46,6 +49,8 @@ class Step(PipelineStep):
                     document.metadata |= {"dropped_by": self.name, "reason": reason}
                     self.dropped.write(document, rank)
         finally:
+            for name, value in getattr(check, "counts", {}).items():
+                self.stat_update(name, value=value)
             getattr(check, "close", lambda: None)()  # a check that holds a process ends it
 
     def counted(self, check: Check, document: Document) -> str | None:
