@@ -66,8 +66,9 @@ class ClassifierConfig(Section):
     """Keeps documents that a linear classifier over hashed words and pairs of words, trained here from seed documents
     (as fastText, arXiv 1607.01759), finds like the good ones. The score is the column `quality`."""
 
-    good: UserPath  # rows of good documents; all their texts are read
+    good: UserPath  # rows of good documents
     bad: UserPath  # rows of bad ones: a sample of the collected documents, or known rubbish
+    field: str = "text"  # field of the rows that holds the document
     path: UserPath | None = None  # directory of the trained classifier; None = <data.clean.path>/classifier
     threshold: Share = 0.5  # least score to stay; both seeds weigh the same, however many there are
     keep_share: Share | None = None  # in place of `threshold`: the score that this share of held-out bad seeds reaches
