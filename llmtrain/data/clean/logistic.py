@@ -45,7 +45,7 @@ def features(text: str, buckets: int, max_words: int) -> tuple[np.ndarray, np.nd
     words = [match[0] for match, _ in zip(WORD.finditer(text), range(max_words), strict=False)]
     hashes = word_hashes(words)
     both = np.concatenate([hashes, ngram_hashes(hashes, 2)])
-    # the upper bits: the lower ones of a sum of products are those of its words alone
+    # the upper half, as it depends on all bits of both words
     columns, counts = np.unique((both >> np.uint64(32)) % np.uint64(buckets), return_counts=True)
     return columns.astype(np.int64), np.sqrt(counts / max(1, counts.sum()))
 
@@ -66,7 +66,9 @@ def fit(rows: Rows, good: np.ndarray, buckets: int, l2: float, tolerance: float 
     signs = np.where(good, 1.0, -1.0)
     shares = np.where(good, 0.5 / good.sum(), 0.5 / (~good).sum())
     point, ahead, momentum = np.zeros(buckets + 1), np.zeros(buckets + 1), 1.0  # the bias is the last
-    for iteration in range(1, most + 1):
+    iteration, steepest = 0, float("inf")
+    while iteration < most:
+        iteration += 1
         margins = signs * (rows.times(ahead[:-1]) + ahead[-1])
         factors = -signs * shares * sigmoid(-margins)
         gradient = np.append(rows.transposed_times(factors, buckets) + l2 * ahead[:-1], factors.sum())
