@@ -2,7 +2,8 @@
 
 A cleaning step is a *check*: a function of a document that may change its text and metadata and returns why the
 document is dropped, or None to keep it. A *maker* builds the check from a section of the configuration; it is called in
-the worker, so that word lists, models and processes live there.
+the worker, so that word lists, models and processes live there. A check may have the attribute `counts`, a mapping of
+names to numbers that it counted itself; they join the step's own at the end of the task.
 
 Example: `Step("short", lambda settings: lambda document: "empty" if not document.text else None, settings, dropped)`.
 """
@@ -40,7 +41,7 @@ class Step(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yields the documents that the check keeps."""
         check, left = self.make(self.settings), self.examples
-        with closing_check(check), self.dropped or nullcontext():
+        with self.ending(check), self.dropped or nullcontext():
             for document in data:
                 reason = self.counted(check, document)
                 if reason is None:
@@ -48,6 +49,16 @@ class Step(PipelineStep):
                 elif self.dropped is not None and left > 0:
                     left -= 1
                     self.dropped.write(excerpt(document, self.name, reason), rank)
+
+    @contextmanager
+    def ending(self, check: Check) -> Iterator[None]:
+        """Adds what the check counted itself, and closes it, where it holds a process or a file."""
+        try:
+            yield
+        finally:
+            for name, value in getattr(check, "counts", {}).items():
+                self.stat_update(name, value=value)
+            getattr(check, "close", lambda: None)()
 
     def counted(self, check: Check, document: Document) -> str | None:
         """Returns the check's reason, and counts documents, UTF-8 bytes and seconds."""
@@ -61,15 +72,6 @@ class Step(PipelineStep):
         else:
             self.stat_update(f"dropped/{reason}")
         return reason
-
-
-@contextmanager
-def closing_check(check: Check) -> Iterator[None]:
-    """Closes the check at the end, where it holds a process or a file."""
-    try:
-        yield
-    finally:
-        getattr(check, "close", lambda: None)()
 
 
 def excerpt(document: Document, step: str, reason: str) -> Document:
