@@ -16,8 +16,12 @@ class CollectConfig(Section):
     """Describes one input of raw documents."""
 
     name: str  # names the input in the report, its output, and the source in `data.sources`
-    type: Literal["text", "markdown", "jsonl", "parquet", "csv", "warc", "wet", "html", "pdf", "code", "dialogue", "datasets"]
-    path: UserPath  # file, directory, glob, or URL that fsspec reads (s3://...); datasets: a name of the hub or directory
+    type: Literal[
+        "text", "markdown", "jsonl", "parquet", "csv", "warc", "wet", "html", "pdf", "code", "dialogue", "datasets"
+    ]
+    path: (
+        UserPath  # file, directory, glob, or URL that fsspec reads (s3://...); datasets: a name of the hub or directory
+    )
     kind: Kind | None = None  # None = by type: warc, html, wet: web; code: code; dialogue: dialogue; others: prose
     field: str = "text"  # jsonl, parquet, csv, datasets: the field that holds the text
     id_field: str | None = None  # the field that holds an id; None = file and number of the row

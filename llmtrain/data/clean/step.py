@@ -29,7 +29,9 @@ class Step(PipelineStep):
 
     type = "clean"
 
-    def __init__(self, name: str, make: Maker, settings: Any, dropped: DiskWriter | None = None, examples: int = 0) -> None:
+    def __init__(
+        self, name: str, make: Maker, settings: Any, dropped: DiskWriter | None = None, examples: int = 0
+    ) -> None:
         super().__init__()
         self.name, self.make, self.settings, self.dropped, self.examples = name, make, settings, dropped, examples
 
