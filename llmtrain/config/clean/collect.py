@@ -20,10 +20,8 @@ class CollectConfig(Section):
     name: str  # names the input in the report, its output, and the source in `data.sources`
     type: Literal[
         "text", "markdown", "jsonl", "parquet", "csv", "warc", "wet", "html", "pdf", "code", "dialogue", "datasets"
-    ]
-    path: (
-        UserPath  # file, directory, glob, or URL that fsspec reads (s3://...); datasets: a name of the hub or directory
-    )
+    ]  # form of the files; pydoc: none, pages made from Python's standard library
+    path: UserPath  # file, directory, glob, or URL that fsspec reads (s3://...); datasets: also a name of the hub
     kind: Kind | None = None  # None = by type: warc, html, wet: web; code: code; dialogue: dialogue; others: prose
     field: str = "text"  # jsonl, parquet, csv, datasets: the field that holds the text
     id_field: str | None = None  # the field that holds an id; None = file and number of the row
@@ -36,9 +34,7 @@ class CollectConfig(Section):
     configuration: str | None = None  # datasets: the configuration
     streamed: bool = False  # datasets: read from the hub as a stream, without a download
     max_bytes: PositiveInt = Field(50_000_000)  # a document, page or row larger than this is skipped and counted
-    max_ratio: PositiveInt = (
-        200  # bytes that a compressed file may hold for each of its own, beyond the first max_bytes
-    )
+    max_ratio: PositiveInt = 200  # bytes that a compressed file may hold for each of its own, beyond max_bytes
     max_pages: PositiveInt = 2000  # pdf: pages that are read, the rest of the document is left out and counted
     timeout_s: DeadlineS = 30.0  # pdf: for one document; parquet: for one row
     max_memory_bytes: PositiveInt = Field(4_000_000_000)  # pdf, parquet: memory of the process that reads them
