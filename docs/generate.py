@@ -16,7 +16,7 @@ from typing import Any
 
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import parameter_count, resolve_model
-from llmtrain.config import sampling, schema
+from llmtrain.config import data, sampling, schema
 from llmtrain.config.recipes import RECIPES, Recipe, run_config_class
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -59,8 +59,7 @@ PRESET_HEAD = """
 
 def render() -> str:
     """Returns the whole page."""
-    modules = [schema, sampling, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
-    comments = {key: text for module in modules for key, text in comments_of(module).items()}
+    comments = {key: text for module in section_modules() for key, text in comments_of(module).items()}
     definitions = run_config_class().model_json_schema()
     definitions["$defs"]["RunConfig"] = definitions
     blocks = schema.RepeatConfig.model_json_schema()
@@ -68,6 +67,11 @@ def render() -> str:
     parts = [HEAD, RECIPE_HEAD + "\n".join(map(recipe_row, RECIPES.values())) + "\n"]
     parts += [*sections("RunConfig", "", definitions["$defs"], comments), PRESET_HEAD.rstrip("\n")]
     return "\n".join(parts) + "\n" + "".join(map(preset_row, presets()))
+
+
+def section_modules() -> list[Any]:
+    """Returns the modules that define sections."""
+    return [schema, data, sampling, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
 
 
 def recipe_row(recipe: Recipe) -> str:
@@ -80,8 +84,7 @@ def recipe_row(recipe: Recipe) -> str:
 
 def section_class(name: str) -> type:
     """Returns the class of a section of the document, of a recipe, or within one, by its name."""
-    modules = [schema, sampling, *(inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None)]
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
+    return next(getattr(module, name) for module in section_modules() if hasattr(module, name))
 
 
 def comments_of(module: Any) -> dict[tuple[str, str], str]:
