@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmtrain.config.schema import Config
-from llmtrain.data.prepare import make_tokenizer, prepare, progress_bar
+from llmtrain.data.prepare import make_tokenizer, prepare, progress_bar, with_paths
 from llmtrain.observe.locks import locked
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.trainer.job import data_dir, tokenizer_dir
@@ -20,7 +20,7 @@ def data(config: Config) -> None:
 def tokenizer(config: Config) -> None:
     """Makes the tokenizer alone, from the data section's sources."""
     make_run_dir(config.directory)
-    sources = config.data.model_copy(update={"tasks": []})
+    sources = with_paths(config.data.model_copy(update={"tasks": []}), data_dir(config))
     with locked(config.directory), progress_bar() as bar:
         make_tokenizer(sources, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed, bar)
     log(f"tokenizer in {tokenizer_dir(config)}")

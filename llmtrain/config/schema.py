@@ -12,7 +12,9 @@ from pydantic import (
     field_validator,
 )
 
-from llmtrain.config.clean import CleanConfig, CollectConfig, ExecutionConfig
+from llmtrain.config.data import DataConfig
+from llmtrain.config.data import SourceConfig as SourceConfig
+from llmtrain.config.data import TaskConfig as TaskConfig
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.sampling import ConstitutionalConfig, EvalConfig, JudgeConfig, RewardConfig, RolloutConfig
 from llmtrain.config.section import Count, Decay, Section, UserPath
@@ -144,57 +146,6 @@ class TokenizerConfig(Section):
     chat: Literal["none", "chatml"] = "none"  # chatml: its template and tokens; turns and documents end with <|im_end|>
     chat_template: str | None = None  # name of one of several templates, or a file with one; None = the tokenizer's own
     chat_template_kwargs: dict[str, Any] = Field({})  # variables of the template, such as enable_thinking: false
-
-
-class SourceConfig(Section):
-    """Describes one source of documents for pretraining."""
-
-    name: str  # names its shards, and the source in overrides
-    type: Literal["stdlib", "topics", "arithmetic", "text", "jsonl", "rows"]  # stdlib, topics: Python's code and prose
-    path: UserPath | None = None  # text, jsonl: file, directory or glob; rows: whatever data.train may be
-    field: str = "text"  # jsonl, rows: the field that holds the document
-    weight: PositiveFloat = 1.0  # share of the samples, relative to the other sources
-    max_bytes: PositiveInt | None = None  # of UTF-8 text at most; None = all
-    held_out: float = Field(0.05, ge=0.0, lt=1.0)  # share of the documents kept for validation
-    count: PositiveInt = 2000  # arithmetic: number of documents
-    worked_share: float = Field(0.8, ge=0.0, le=1.0)  # arithmetic: share of sums worked by columns
-
-
-class TaskConfig(Section):
-    """Describes a generated problem set: JSONL of prompts and answers, every eighth expression held out."""
-
-    name: str  # files: <data directory>/<name>-train.jsonl and -held_out.jsonl
-    type: Literal["chain_sum", "largest"]  # chain_sum: a + b or a - b of two digits; largest: of three numbers
-    train: PositiveInt = 4000  # problems to train on
-    held_out: PositiveInt = 256  # problems to evaluate on
-    error_rate: float = Field(0.0, ge=0.0, lt=1.0)  # chance that one column sum of a demonstration is wrong
-
-
-class DataConfig(Section):
-    """Says where text, demonstrations and prompts come from."""
-
-    path: UserPath | None = None  # directory of token shards; None = <run directory>/data
-    collect: list[CollectConfig] = Field([])  # raw documents to clean; see docs/cleaning.md
-    clean: CleanConfig = CleanConfig()  # how they are cleaned
-    executor: Literal["local", "slurm", "ray"] = "local"  # what runs the tasks of cleaning
-    execution: ExecutionConfig = ExecutionConfig()  # how many tasks there are, and settings of the executor
-    sources: list[SourceConfig] = Field([])  # text for pretraining
-    tasks: list[TaskConfig] = Field([])  # problem sets to generate
-    train: UserPath | None = None  # rows with prompt|messages, answer, ...; see docs/data.md; pretraining has none
-    held_out: UserPath | None = None  # rows to evaluate on
-    fields: dict[str, str] = Field({})  # names of your fields by ours, as {prompt: question, answer: gold}
-    rendered: bool = False  # texts of rows are rendered already: special tokens that they spell are special
-    trained_turns: Literal["last", "all"] = "last"  # of a conversation: turns of the assistant that are trained
-    overlong: Literal["error", "drop", "truncate"] = "error"  # rows that do not fit; truncate: prompts at their start
-    pack: bool = True  # several demonstrations share a row, each with its own attention and positions
-    mask_documents: bool = True  # attention and positions restart at document boundaries
-    fim_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as fill-in-the-middle (arXiv 2207.14255)
-    fim_spm_share: float = Field(0.5, ge=0.0, le=1.0)  # share of these: suffix-prefix-middle, else prefix-suffix-middle
-    span_share: float = Field(0.0, ge=0.0, le=1.0)  # share of documents trained as span corruption (arXiv 1910.10683)
-    span_noise: float = Field(0.15, gt=0.0, lt=1.0)  # span corruption: share of the tokens that are hidden
-    span_mean_tokens: PositiveFloat = 3.0  # span corruption: mean length of a hidden span
-    replay_seqs: int = Field(0, ge=0)  # rows of pretraining text added to each update of a later recipe
-    replay_weight: float = Field(1.0, ge=0.0)  # weight of the mean loss of those rows
 
 
 class ParallelConfig(Section):

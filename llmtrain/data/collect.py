@@ -15,7 +15,7 @@ from llmtrain.config.rows import matches
 from llmtrain.config.schema import SourceConfig
 from llmtrain.data.arithmetic import arithmetic_documents
 from llmtrain.data.faults import Faults
-from llmtrain.data.files import BOM, read_rows, read_text
+from llmtrain.data.files import BOM, read_rows, read_text, unpacked_lines
 from llmtrain.data.jsonl import decode, parse_object
 from llmtrain.data.rows import found_fields, text_field
 
@@ -151,6 +151,27 @@ def arithmetic(source: SourceConfig, rng: random.Random) -> Iterator[str]:
     return arithmetic_documents(source.count, source.worked_share, rng)
 
 
+def cleaned(source: SourceConfig, rng: random.Random) -> Iterator[str]:
+    """Yields the texts that cleaning left. The seed decides the order of the files; within a file documents keep
+    theirs, so that one is held in memory at a time: rows are shuffled when they are trained on. Raises ValueError
+    at the first broken line or file."""
+    directory = needed_path(source)
+    files = sorted(Path(directory).rglob("*.jsonl.zst"))
+    if not files:
+        raise ValueError(
+            f"data source {source.name!r}: no *.jsonl.zst below {directory}; clean documents with `llmtrain data` and "
+            "data.collect first, or give the path of cleaned ones"
+        )
+    rng.shuffle(files)
+    for path in files:
+        for number, line in enumerate(unpacked_lines(str(path)), 1):
+            try:
+                text = document_in(line, source.field)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            yield text
+
+
 READERS: dict[str, Callable[[SourceConfig, random.Random], Iterator[str]]] = {
     "stdlib": stdlib,
     "topics": topics,
@@ -158,6 +179,7 @@ READERS: dict[str, Callable[[SourceConfig, random.Random], Iterator[str]]] = {
     "jsonl": jsonl,
     "rows": rows,
     "arithmetic": arithmetic,
+    "cleaned": cleaned,
 }
 
 

@@ -28,6 +28,7 @@ WIDE_TEXT = {  # byte order marks; that of UTF-32 begins with one of UTF-16
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
+PACKED_BYTES = 2**14  # unpacked at a time
 BOM = b"\xef\xbb\xbf"
 
 
@@ -136,6 +137,33 @@ def unpack_zstandard(data: bytes) -> bytes:
             raise EOFError("cut short")
         data = unpacker.unused_data
     return b"".join(content)
+
+
+def unpacked_lines(path: str) -> Iterator[bytes]:
+    """Yields the lines of a Zstandard file, one in memory at a time. Raises ValueError when it is broken or cut
+    short."""
+    import zstandard
+
+    rest: list[bytes] = []  # of a line; joined once, as a line may be long
+    unpacker = None
+    with open(path, "rb") as file:
+        while packed := file.read(PACKED_BYTES):
+            while packed:
+                unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    *lines, last = unpacker.decompress(packed).split(b"\n")
+                except zstandard.ZstdError as error:
+                    raise ValueError(f"{path}: not a whole .zst file ({error}); write it again") from None
+                for line in lines:
+                    yield b"".join((*rest, line))
+                    rest = []
+                rest.append(last)
+                packed = unpacker.unused_data
+                unpacker = None if unpacker.eof else unpacker
+    if unpacker is not None:
+        raise ValueError(f"{path}: not a whole .zst file (cut short); write it again")
+    if any(rest):
+        yield b"".join(rest)
 
 
 def file_rows(path: str, faults: Faults) -> Iterator[Record]:

@@ -10,13 +10,15 @@ import torch
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.encode import Encoded, encode_rows
 from llmtrain.data.faults import Faults
+from llmtrain.data.mix import Blocks, Mix, MixSettings
 from llmtrain.data.objectives import Objectives
 from llmtrain.data.prompts import AS_IT_IS
 from llmtrain.data.room import Room
 from llmtrain.data.rows import Record
-from llmtrain.data.sampler import derive, permuted, source_of
-from llmtrain.data.shards import ShardReader, open_shards
+from llmtrain.data.sampler import derive, permuted
+from llmtrain.data.shards import open_shards
 from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.whole import plan_rows, row_of
 from llmtrain.types import IGNORE, Batch
 
 Row = dict[str, list]
@@ -78,13 +80,14 @@ def best_fit(lengths: Sequence[int], width_tokens: int) -> list[list[int]]:
 
 
 class TextRows:
-    """Cuts pretraining text into rows of `seq_len` contiguous tokens, each with the token that follows.
+    """Makes rows of `seq_len` tokens of pretraining text: contiguous ones, each with the token that follows, or with
+    `whole` documents packed into rows by best fit.
 
-    Training: sample numbers have no end; sources are mixed by `weights` (by name; None = by size), each in a new order
-    in each of its epochs. Held out: samples 0..len-1 are the rows in one fixed order for every seed. With
-    `mask_documents` attention and positions restart at documents, and the first token of a document is not predicted
-    from the document before. `objectives` rearranges documents. Raises ValueError when a source is too short for one
-    row, or `weights` do not name the sources.
+    Training: sample numbers have no end; sources are mixed by `weights` (by name; None = by size) or as `mix` says,
+    each in a new order in each of its epochs. Held out: samples 0..len-1 are the rows in one fixed order for every
+    seed. With `mask_documents` attention and positions restart at documents, and the first token of a document is not
+    predicted from the document before; `whole` always does. `objectives` rearranges documents. Raises ValueError when a
+    source is too short for one row, the weights do not name the sources, or their rows do not suffice.
     """
 
     def __init__(
@@ -96,12 +99,16 @@ class TextRows:
         mask_documents: bool,
         weights: dict[str, float] | None = None,
         objectives: Objectives | None = None,
+        mix: MixSettings | None = None,
+        whole: bool = False,
     ) -> None:
         self.objectives = objectives
         self.seq_len, self.seed, self.mask_documents = seq_len, seed, mask_documents
         self.shuffled = split == "train"
         self.readers = open_shards(directory, split)
+        self.plans = {n: plan_rows(r.offsets, seq_len, directory) for n, r in self.readers.items()} if whole else {}
         self.rows = {name: max(0, len(r.tokens) - 1) // seq_len for name, r in self.readers.items()}
+        self.rows |= {name: len(plan) for name, plan in self.plans.items()}
         self.weights = dict(self.rows if weights is None else weights)
         where = f"{directory}, split {split}"
         short = [name for name, rows in self.rows.items() if rows == 0]
@@ -112,6 +119,12 @@ class TextRows:
             )
         if self.shuffled and self.weights.keys() != self.rows.keys():
             raise ValueError(f"{where}: weights for {sorted(self.weights)}, but the shards hold {sorted(self.rows)}")
+        self.mix = None if not self.shuffled else self._mixed(mix)
+
+    def _mixed(self, settings: MixSettings | None) -> Mix | Blocks:
+        if settings is not None:
+            return Mix(self.rows, settings, {name: len(reader.tokens) for name, reader in self.readers.items()})
+        return Blocks({name: self.weights[name] for name in self.rows}, derive(self.seed, "sources"))
 
     def __len__(self) -> int:
         """Returns the number of rows in all sources: an epoch."""
@@ -123,17 +136,26 @@ class TextRows:
         readers = self.readers.values()
         return sum(r.text_bytes for r in readers) / sum(len(r.tokens) for r in readers)
 
-    def locate(self, sample: int) -> tuple[ShardReader, int]:
+    def padding(self) -> dict[str, float]:
+        """Returns the share of padding in the rows of each source; {} where rows are full."""
+        return {name: plan.padding(self.seq_len) for name, plan in self.plans.items()}
+
+    def shares(self, samples: int) -> dict[str, float]:
+        """Returns which share of the first `samples` training samples came from each source."""
+        if self.mix is None or not samples:
+            return {}
+        return {n: count / samples for n, count in zip(self.mix.names, self.mix.counts(samples), strict=True)}
+
+    def locate(self, sample: int) -> tuple[str, int]:
         """Returns (source, row in it) of a sample."""
-        if self.shuffled:
-            names = list(self.rows)
-            source, ordinal = source_of(sample, [self.weights[n] for n in names], derive(self.seed, "sources"))
-            name = names[source]
-            return self.readers[name], permuted(ordinal, self.rows[name], derive(self.seed, name))
+        if self.mix is not None:
+            source, ordinal = self.mix.source_of(sample)
+            name = self.mix.names[source]
+            return name, permuted(ordinal, self.rows[name], derive(self.seed, name))
         row = permuted(sample, len(self), 0)
         for name, rows in self.rows.items():
             if row < rows:
-                return self.readers[name], row
+                return name, row
             row -= rows
         raise AssertionError("row lies in one of the sources")
 
@@ -141,7 +163,8 @@ class TextRows:
         """Returns the tokens of a sample with the one that follows, and which of them are trained, [seq_len + 1]
         each."""
         base, offset = divmod(sample * seq_len, self.seq_len)
-        reader, row = self.locate(base)
+        name, row = self.locate(base)
+        reader = self.readers[name]
         start = row * self.seq_len + offset
         tokens = reader.tokens[start : start + seq_len + 1].astype(np.int64)
         if self.objectives is None:
@@ -155,6 +178,8 @@ class TextRows:
         i always begins with token i * seq_len of the run, whatever the length of the samples before.
         """
         seq_len = seq_len or self.seq_len
+        if self.plans:
+            return self._whole_documents(samples, seq_len)
         tokens, trained = (
             torch.from_numpy(np.stack(x)) for x in zip(*(self.window(s, seq_len) for s in samples), strict=True)
         )
@@ -162,11 +187,56 @@ class TextRows:
         steps = torch.arange(seq_len).expand_as(ids)
         if not self.mask_documents:
             return Batch(ids, labels, labels != IGNORE, steps.clone())
-        ends = ids == next(iter(self.readers.values())).eos_id
+        ends = ids == self.eos_id
         starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
         positions = steps - torch.where(starts, steps, 0).cummax(1).values
         labels = labels.masked_fill(ends, IGNORE)
         return Batch(ids, labels, labels != IGNORE, positions, starts.long().cumsum(1))
+
+    def _whole_documents(self, samples: Sequence[int], seq_len: int) -> Batch:
+        """Returns rows of packed documents. What is behind them is padding, a segment of its own that no one trains."""
+        rows = {"input_ids": self.eos_id, "labels": IGNORE, "positions": 0, "segment_ids": -1}
+        columns = {name: np.full((len(samples), seq_len), fill, np.int64) for name, fill in rows.items()}
+        for at, sample in enumerate(samples):
+            base, offset = divmod(sample * seq_len, self.seq_len)
+            for name, values in zip(columns, self._packed(base, offset, seq_len), strict=True):
+                columns[name][at, : len(values)] = values
+        batch = {name: torch.from_numpy(values) for name, values in columns.items()}
+        return Batch(**batch, loss_mask=batch["labels"] != IGNORE)
+
+    def _packed(self, base: int, offset: int, seq_len: int) -> tuple[np.ndarray, ...]:
+        """Returns (tokens, labels, positions, segments) of a part of a packed row; positions of a document that the
+        part begins within start there."""
+        name, row = self.locate(base)
+        ids, labels, positions, segments = row_of(self.plans[name], row, self.readers[name].tokens)
+        if self.objectives is not None:
+            ids, labels = self._rearranged(ids, labels, segments, base)
+        part = slice(offset, offset + seq_len)
+        ids, labels, positions, segments = ids[part], labels[part], positions[part], segments[part]
+        first = np.where(segments == segments[:1], positions[:1], 0) if len(segments) else positions
+        return ids, labels, positions - first, segments - segments[:1]
+
+    def _rearranged(
+        self, ids: np.ndarray, labels: np.ndarray, segments: np.ndarray, base: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the row with its pieces rearranged, each by itself."""
+        ids, labels = ids.astype(np.int64), labels.astype(np.int64)
+        for piece, (start, end) in enumerate(runs(segments)):
+            tokens = np.append(ids[start:end], labels[end - 1])
+            tokens, trained = self.objectives.apply(tokens, base * self.seq_len + piece)
+            ids[start:end], labels[start:end] = tokens[:-1], np.where(trained[1:], tokens[1:], IGNORE)
+        return ids, labels
+
+    @property
+    def eos_id(self) -> int:
+        """Returns the id of the end of text."""
+        return next(iter(self.readers.values())).eos_id
+
+
+def runs(segments: np.ndarray) -> list[tuple[int, int]]:
+    """Returns [start, end) of each run of equal numbers."""
+    ends = [*(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 class Demonstrations:

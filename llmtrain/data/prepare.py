@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,42 +19,60 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from llmtrain.config.rows import split_path
 from llmtrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from llmtrain.config.specials import sentinels
+from llmtrain.data.clean.run import clean, clean_dir, identity
 from llmtrain.data.faults import Faults
 from llmtrain.data.files import read_rows
-from llmtrain.data.shards import ENDS, MANIFEST, SPLITS, split_documents, write_shards
+from llmtrain.data.megatron import export_megatron
+from llmtrain.data.shards import (
+    ENDS,
+    MANIFEST,
+    ONLY_TRAINING,
+    SPLITS,
+    shard_files,
+    split_documents,
+    verify_shards,
+    write_shards,
+)
 from llmtrain.data.tasks import write_task
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.data.tokenizer_base import tokenizer_from_base
 from llmtrain.data.tokenizer_train import train_tokenizer
 from llmtrain.observe.contents import CACHE, Checksums, files_at
-from llmtrain.observe.files import write_whole
+from llmtrain.observe.files import linked, write_whole
 from llmtrain.observe.locks import making
 from llmtrain.observe.owned import filling
 
 MARKER = "prepared.json"  # written last: all else is there
 UNWRITTEN = {"path", "chat_template", "chat_template_kwargs"}  # keys of the tokenizer that shards do not depend on
+PIECES = ".llmtrain-pieces"  # folder of what is tokenized so far
 EXCERPT_CHARS = 20_000  # characters of a document that train the tokenizer at most: variety over length
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int) -> None:
     """Writes the tasks and shards of `data` into `data_dir`, and trains the tokenizer unless `tokenizer_dir` exists.
 
-    Returns at once when that was done before; a run that was killed starts over. Raises ValueError when `data_dir` was
-    made with another configuration, tokenizer or contents of the sources, or holds files of these names that we did not
-    write; when another job prepares it; and when there is neither a tokenizer nor text to train one.
+    What was done before is not done again; a run that was killed goes on with what it had not tokenized. Raises
+    ValueError when `data_dir` was made with another configuration, tokenizer or contents of the sources, or holds files
+    of these names that we did not write; when another job prepares it; when there is neither a tokenizer nor text to
+    train one; and with `data.verify` when a shard is not what was written.
     """
-    settings = relevant(data, tokenizer, seed)
-    if is_prepared(data_dir, tokenizer_dir, settings, data, tokenizer):
-        return
-    with making(os.path.join(data_dir, MARKER)):
-        if not is_prepared(data_dir, tokenizer_dir, settings, data, tokenizer):
-            _prepare(data, tokenizer, data_dir, tokenizer_dir, seed, settings)
+    settings, data = relevant(data, tokenizer, seed), with_paths(data, data_dir)
+    if not is_prepared(data_dir, tokenizer_dir, settings, data, tokenizer):
+        with making(os.path.join(data_dir, MARKER)):
+            if not is_prepared(data_dir, tokenizer_dir, settings, data, tokenizer):
+                clean(data, data_dir, seed)
+                _prepare(data, tokenizer, data_dir, tokenizer_dir, seed, settings)
+    if data.sources and data.verify:
+        verify_shards(data_dir)
+    if data.sources and data.megatron:
+        with making(os.path.join(data_dir, MARKER)):
+            export_megatron(data_dir)
 
 
 def _prepare(
     data: DataConfig, tokenizer: TokenizerConfig, data_dir: str, tokenizer_dir: str, seed: int, settings: dict[str, Any]
 ) -> None:
-    read = contents(data, tokenizer, data_dir, tokenizer_dir)
+    read, pieces = contents(data, tokenizer, data_dir, tokenizer_dir), os.path.join(data_dir, PIECES)
     with filling(data_dir, "llmtrain data", written_names(data)) as staging, progress_bar() as progress:
         for task in data.tasks:
             with shown(progress, f"task {task.name}"):
@@ -61,9 +80,24 @@ def _prepare(
         loaded = make_tokenizer(data, tokenizer, str(staging), tokenizer_dir, seed, progress)
         if data.sources:
             with shown(progress, "tokens") as row:
-                report = partial(show_bytes, progress, row)
-                write_shards(data.sources, loaded, str(staging), seed, report)
+                report, sources = partial(show_bytes, progress, row), data.sources
+                write_shards(sources, loaded, pieces, seed, report, data.workers, json.dumps(read, sort_keys=True))
+            for path in shard_files(pieces):
+                linked(path, os.path.join(staging, os.path.basename(path)))
     write_marker(data_dir, settings | {"tokenizer": loaded.fingerprint, "contents": read})
+    shutil.rmtree(pieces, ignore_errors=True)
+
+
+def with_paths(data: DataConfig, data_dir: str) -> DataConfig:
+    """Returns the section with the paths of cleaned sources written out."""
+    cleaned = os.path.join(clean_dir(data, data_dir), "documents")
+    sources = [
+        source.model_copy(update={"path": os.path.join(cleaned, source.name)})
+        if source.type == "cleaned" and source.path is None
+        else source
+        for source in data.sources
+    ]
+    return data.model_copy(update={"sources": sources})
 
 
 def written_names(data: DataConfig) -> list[str]:
@@ -106,17 +140,19 @@ def show_bytes(progress: Progress, row: TaskID, source: str, text_bytes: int) ->
 
 
 def relevant(data: DataConfig, tokenizer: TokenizerConfig, seed: int) -> dict[str, Any]:
-    """Returns a hash of the settings that the written bytes depend on. The weights of the sources apply only in
+    """Returns a hash of the settings that the written bytes depend on. The shares of the sources apply only in
     training."""
     # Keys added later are hashed only where they differ from the default, so that older directories stay valid.
     sources = [
-        source.model_dump(exclude={"weight", "field"}) | source.model_dump(include={"field"}, exclude_defaults=True)
+        source.model_dump(exclude={"field", *ONLY_TRAINING})
+        | source.model_dump(include={"field"}, exclude_defaults=True)
         for source in data.sources
     ]
     tasks = [task.model_dump() for task in data.tasks]
     trained = tokenizer.model_dump(include={"vocab_size", "train_bytes"})
     trained |= tokenizer.model_dump(exclude=UNWRITTEN, exclude_defaults=True)
-    text = json.dumps([sources, tasks, trained, seed, *sentinels(data)], sort_keys=True)
+    cleaned = [identity(data, seed)] if data.collect else []
+    text = json.dumps([sources, tasks, trained, seed, *sentinels(data), *cleaned], sort_keys=True)
     return {"config": hashlib.sha256(text.encode()).hexdigest()}
 
 

@@ -45,17 +45,22 @@ def permuted(index: int, size: int, seed: int) -> int:
             return x
 
 
+def rounded_counts(weights: Sequence[float], total: int) -> tuple[int, ...]:
+    """Returns whole numbers that add up to `total`, in proportion to the weights, rounded by largest remainder."""
+    shares = [w / sum(weights) * total for w in weights]
+    counts = [int(share) for share in shares]
+    for i in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[: total - sum(counts)]:
+        counts[i] += 1
+    return tuple(counts)
+
+
 @lru_cache(maxsize=64)
 def block_counts(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """Returns how many of BLOCK samples come from each source: in proportion to the weights, rounded by largest
-    remainder."""
-    shares = [w / sum(weights) * BLOCK for w in weights]
-    counts = [int(share) for share in shares]
-    for i in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[: BLOCK - sum(counts)]:
-        counts[i] += 1
+    """Returns how many of BLOCK samples come from each source."""
+    counts = rounded_counts(weights, BLOCK)
     if min(counts) == 0:
         raise ValueError(f"data source weights {weights}: each must be at least 1/{BLOCK} of their sum")
-    return tuple(counts)
+    return counts
 
 
 def source_of(global_sample: int, weights: Sequence[float], seed: int) -> tuple[int, int]:

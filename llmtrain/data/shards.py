@@ -2,16 +2,19 @@
 
 `<source>-<split>.bin` holds the ids (uint16, or uint32 for a vocabulary above 65,536), every document with what the
 tokenizer puts before a text (BOS, if it does) and the end-of-text id behind it; `<source>-<split>.offsets.npy` the
-start of every document and the end of the last (int64); `shards.json` the counts, and the fingerprint of the tokenizer.
+start of every document and the end of the last (int64); `shards.json` the counts, the fingerprint of the tokenizer, and
+a checksum of each file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,13 @@ import numpy as np
 
 from llmtrain.config.schema import SourceConfig
 from llmtrain.data.collect import documents
+from llmtrain.data.pieces import Grown, SourceFiles, encoder, write_pieces
 from llmtrain.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "held_out")
 MANIFEST = "shards.json"
 ENDS = (".bin", ".offsets.npy")  # of the files of a source and split
-BATCH = 64  # documents tokenized together
+ONLY_TRAINING = ("weight", "max_epochs", "language")  # keys of a source that shards do not depend on
 
 
 @dataclass(frozen=True)
@@ -65,44 +69,71 @@ def write_shards(
     directory: str,
     seed: int,
     progress: Callable[[str, int], None] = lambda source, text_bytes: None,
+    workers: int = 1,
+    contents: str = "",
 ) -> None:
-    """Tokenizes every source. `progress` is called now and then with a source and the number of its bytes done.
+    """Tokenizes every source, in `workers` processes. `progress` is called now and then with a source and the number of
+    its bytes done. What an earlier call left that was killed is kept, if `contents` says the same of what the sources
+    hold.
 
     Raises ValueError for a source without text, or without a document left to train on.
     """
     os.makedirs(directory, exist_ok=True)
-    counts = {source.name: write_source(source, tokenizer, directory, seed, progress) for source in sources}
+    dtype, counts, sha256 = token_dtype(tokenizer.vocab_size), {}, {}
+    with encoder(tokenizer, dtype, workers) as encode_all:
+        for source in sources:
+            settings = source.model_dump(mode="json", exclude=set(ONLY_TRAINING))
+            made_from = json.dumps([settings, seed, tokenizer.fingerprint, contents], sort_keys=True)
+            key = hashlib.sha256(made_from.encode()).hexdigest()
+            files = SourceFiles(directory, source.name, SPLITS, np.dtype(dtype).itemsize, key)
+            write_pieces(files, split_documents(source, seed), encode_all, partial(progress, source.name))
+            counts[source.name] = {split: counted(grown) for split, grown in files.grown.items()}
+            sha256 |= write_offsets(files, source.name, directory)
     manifest = {
         "tokenizer": tokenizer.fingerprint,
         "eos_id": tokenizer.eos_id,
-        "dtype": token_dtype(tokenizer.vocab_size),
+        "dtype": dtype,
         "sources": counts,
+        "sha256": sha256,
     }
     Path(directory, MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def write_source(
-    source: SourceConfig, tokenizer: Tokenizer, directory: str, seed: int, progress: Callable[[str, int], None]
-) -> dict[str, dict[str, int]]:
-    """Writes the files of one source; returns documents, tokens and bytes by split."""
-    dtype, stream = token_dtype(tokenizer.vocab_size), split_documents(source, seed)
-    before = tokenizer.prefix_ids
-    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    text_bytes = dict.fromkeys(SPLITS, 0)
-    paths = {split: os.path.join(directory, f"{source.name}-{split}") for split in SPLITS}
-    with open(paths["train"] + ".bin", "wb") as train, open(paths["held_out"] + ".bin", "wb") as held_out:
-        files = {"train": train, "held_out": held_out}
-        while batch := list(islice(stream, BATCH)):
-            all_ids = tokenizer.encode_batch([text for _, text in batch], parse_special=False)
-            for (split, text), ids in zip(batch, all_ids, strict=True):
-                ids = [*before, *ids, tokenizer.eos_id]
-                files[split].write(np.array(ids, dtype))
-                lengths[split].append(len(ids))
-                text_bytes[split] += len(text.encode())
-            progress(source.name, sum(text_bytes.values()))
-    for split, path in paths.items():
-        np.save(path + ".offsets.npy", np.cumsum([0, *lengths[split]], dtype=np.int64), allow_pickle=False)
-    return {s: {"documents": len(lengths[s]), "tokens": sum(lengths[s]), "bytes": text_bytes[s]} for s in SPLITS}
+def counted(grown: Grown) -> dict[str, int]:
+    """Returns what shards.json says of a split."""
+    return {"documents": grown.documents, "tokens": grown.tokens, "bytes": grown.bytes}
+
+
+def write_offsets(files: SourceFiles, name: str, directory: str) -> dict[str, str]:
+    """Writes where the documents of a source begin; returns the checksums of all its files by their names."""
+    sha256 = {}
+    for split, grown in files.grown.items():
+        offsets = os.path.join(directory, f"{name}-{split}{ENDS[1]}")
+        np.save(offsets, np.concatenate([[0], np.cumsum(files.lengths(split))]).astype(np.int64), allow_pickle=False)
+        sha256[f"{name}-{split}{ENDS[0]}"] = grown.sha256.hexdigest()
+        sha256[os.path.basename(offsets)] = sha256_of(offsets)
+    return sha256
+
+
+def sha256_of(path: str) -> str:
+    """Returns the checksum of a whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_shards(directory: str) -> None:
+    """Reads all shards. Raises ValueError with a line for each file that is not what shards.json says."""
+    known = read_manifest(directory).get("sha256")
+    if known is None:
+        raise ValueError(
+            f"{directory}: an earlier version wrote shards.json, without checksums to verify; make the shards anew, or "
+            "set data.verify=false"
+        )
+    paths = {name: os.path.join(directory, name) for name in known}
+    wrong = [name for name, path in paths.items() if not os.path.isfile(path) or sha256_of(path) != known[name]]
+    if wrong:
+        remedy = f"is not what {MANIFEST} says of it, or missing; delete the directory and make the shards anew"
+        raise ValueError("\n".join(f"{paths[name]}: {remedy}" for name in wrong))
 
 
 def token_dtype(vocab_size: int) -> str:

@@ -76,9 +76,9 @@ def plot_measured(
     points: Sequence[tuple[float, float, float, float]],
 ) -> None:
     """Draws a curve that theory gives, and measured points (x, y, low, high) with the ends of their intervals."""
-    figure = _figure(6, 3.5)
+    figure = figure_of(6, 3.5)
     axes = figure.add_subplot()
-    _style(axes, title)
+    style(axes, title)
     axes.set_xlabel(x_label, fontsize=8, color=FAINT)
     axes.plot(*zip(*curve, strict=True), color=LINES[0], linewidth=1.5, label="expected")
     if points:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from llmtrain.config.ramp import Phase, phase_at, trained_model, with_rope
+from llmtrain.config.ramp import Phase, longest_row, phase_at, total_tokens, trained_model, with_rope
 from llmtrain.config.recipes.pretrain import RECIPE
 from llmtrain.config.schema import Config, ModelConfig, TrainConfig
+from llmtrain.data.ahead import Ahead
+from llmtrain.data.mix import Mix
 from llmtrain.data.packing import TextRows
 from llmtrain.data.shards import holds_out
 from llmtrain.losses.token import token_loss
@@ -15,14 +17,15 @@ from llmtrain.trainer.job import Job, data_dir, join
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import is_due, note_evaluation
 from llmtrain.trainer.weights import build_engine
-from llmtrain.types import Batch
 
 
 def main(config: Config) -> None:
     """Runs `llmtrain pretrain` on this rank."""
     job = join(config, RECIPE)
     settings, mesh = config.train, job.mesh
-    rows = text_rows(config, "train", job.tokenizer)
+    samples = -(-total_tokens(settings) // longest_row(settings))
+    rows = text_rows(config, "train", job.tokenizer, samples)
+    announce_rows(rows, samples)
     held_out = text_rows(config, "held_out", job.tokenizer) if holds_out(data_dir(config)) else None
     build_engine(job, settings.steps)
     model = job.model
@@ -40,12 +43,16 @@ def main(config: Config) -> None:
         announce(phase, number, settings)
         set_rope(job, with_rope(model, phase))
         skipped = job.guard.skipped_tokens(number)
-        microbatches = phase_batches(rows, phase, number, skipped, settings.micro_batch_seqs, mesh)
+        now, then = (step_rows(settings, each, skipped, mesh) for each in (number, number + 1))
+        microbatches = loader.take(now, then if number + 1 < settings.steps else [])
         stats = job.engine.train_step(microbatches, token_loss, count_trained(microbatches, mesh))
         shape = {"seq_len": phase.seq_len, "global_batch_seqs": phase.global_batch_seqs}
-        return {**stats.numbers(), **shape}, phase.tokens_per_step
+        taken = (phase.token_at(number + 1) + skipped) // rows.seq_len if is_due(number + 1, every_steps) else 0
+        return {**stats.numbers(), **shape, **noted_shares(rows, taken)}, phase.tokens_per_step
 
-    train(job, step)
+    every_steps = config.log.every_steps
+    with Ahead(lambda key: rows.batch(*key), config.data.loader_workers) as loader:
+        train(job, step)
     evaluate()
     shutdown()
 
@@ -61,14 +68,29 @@ def set_rope(job: Job, model: ModelConfig) -> None:
         part.config = part.config.model_copy(update=rope)
 
 
-def phase_batches(
-    rows: TextRows, phase: Phase, step: int, skipped_tokens: int, micro_seqs: int, mesh: Mesh
-) -> list[Batch]:
-    """Returns this rank's microbatches of a step of the phase. Shorter rows are pieces of the longest ones, in their
-    order, so over the steps every token of the data order comes once, but for those that rewinds skipped before."""
+def step_rows(train: TrainConfig, step: int, skipped_tokens: int, mesh: Mesh) -> list[tuple[range, int]]:
+    """Returns (samples, tokens a row) of this rank's microbatches of a step. Shorter rows are pieces of the longest
+    ones, in their order, so over the steps every token of the data order comes once, but for those that rewinds skipped
+    before."""
+    phase = phase_at(train, step)
     first = (phase.token_at(step) + skipped_tokens) // phase.seq_len
-    samples = samples_from(first, phase.global_batch_seqs, micro_seqs, mesh)
-    return [rows.batch(s, phase.seq_len) for s in samples]
+    samples = samples_from(first, phase.global_batch_seqs, train.micro_batch_seqs, mesh)
+    return [(each, phase.seq_len) for each in samples]
+
+
+def noted_shares(rows: TextRows, samples: int) -> dict[str, float]:
+    """Returns what metrics.jsonl says of where the first `samples` rows came from; {} where there is one source."""
+    shares = rows.shares(samples)
+    return {f"share/{name}": share for name, share in shares.items()} if len(shares) > 1 else {}
+
+
+def announce_rows(rows: TextRows, samples: int) -> None:
+    """Logs how the sources are mixed, and how much of the rows is padding."""
+    if isinstance(rows.mix, Mix):
+        for line in rows.mix.lines(rows.rows, samples):
+            log(line)
+    for name, share in rows.padding().items():
+        log(f"{name}: {rows.rows[name]:,} rows of whole documents, {share:.2%} padding")
 
 
 def announce(phase: Phase, step: int, train: TrainConfig) -> None:

@@ -17,13 +17,14 @@ from llmtrain.rules.files import FILE_RULES
 from llmtrain.rules.judging import JUDGING_RULES
 from llmtrain.rules.layout import LAYOUT_RULES
 from llmtrain.rules.lora import LORA_RULES
+from llmtrain.rules.mix import MIX_RULES
 from llmtrain.rules.model import MODEL_RULES
 from llmtrain.rules.others import other_models
 from llmtrain.rules.vocabulary import VOCABULARY_RULES
 
 RULES = (
     *(*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES),
-    *(*VOCABULARY_RULES, *FILE_RULES, *JUDGING_RULES),
+    *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *JUDGING_RULES),
 )
 
 

@@ -199,6 +199,8 @@ def _sources(case: Case) -> Iterator[str]:
         if source.type in ("text", "jsonl", "rows"):
             needed, key = f"a source of type {source.type} reads files", f"data.sources.{source.name}.path"
             yield from (_rows if source.type == "rows" else _existing)(case, key, source.path, needed)
+        elif source.type == "cleaned":
+            yield from _existing(case, f"data.sources.{source.name}.path", source.path, None)
 
 
 def _asked_file(case: Case) -> Iterator[str]:

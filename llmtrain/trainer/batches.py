@@ -12,10 +12,12 @@ from torch import Tensor
 
 from llmtrain.arch.attention import FLEX_TOKENS, TILE_TOKENS
 from llmtrain.arch.resolve import train_flops_per_token
-from llmtrain.config.ramp import longest_row
+from llmtrain.config.data import AnnealConfig, DataConfig
+from llmtrain.config.ramp import longest_row, phase_at
 from llmtrain.config.schema import Config, TrainConfig
 from llmtrain.data.groups import group_length, piece_batch, pieces, seen_pairs
 from llmtrain.data.microbatches import Layout, Limits, plan_fixed, plan_microbatches
+from llmtrain.data.mix import MixSettings
 from llmtrain.data.objectives import objectives
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.data.shards import check_tokenizer
@@ -50,20 +52,42 @@ def count_trained(microbatches: Sequence[Batch], mesh: Mesh) -> Tensor:
     return count
 
 
-def text_rows(config: Config, split: str, tokenizer: Tokenizer) -> TextRows:
-    """Returns the rows of the shards, mixed by the weights of `data.sources` where they are given.
+def text_rows(config: Config, split: str, tokenizer: Tokenizer, samples: int = 0) -> TextRows:
+    """Returns the rows of the shards, mixed as the data section says; training takes the first `samples` of them.
 
     For training they are as long as the longest row of the run, with the objectives of the data section; held-out rows
-    are always `train.seq_len` tokens of plain text, so their scores compare over a run. Raises ValueError when the
-    shards were made with another tokenizer, or it lacks a sentinel.
+    are always `train.seq_len` contiguous tokens of plain text, so their scores compare over a run. Raises ValueError
+    when the shards were made with another tokenizer, or it lacks a sentinel, or they do not suffice.
     """
     check_tokenizer(data_dir(config), tokenizer)
     weights = {source.name: source.weight for source in config.data.sources} or None
     mask = config.data.mask_documents
     if split == "held_out":
         return TextRows(data_dir(config), split, config.train.seq_len, config.seed, mask, weights)
-    rearranged = objectives(config.data, tokenizer, config.seed)
-    return TextRows(data_dir(config), split, longest_row(config.train), config.seed, mask, weights, rearranged)
+    rearranged, mix = objectives(config.data, tokenizer, config.seed), mix_settings(config.data, config.train, samples)
+    whole, longest = config.data.packing == "best_fit", longest_row(config.train)
+    return TextRows(data_dir(config), split, longest, config.seed, mask, weights, rearranged, mix, whole)
+
+
+def mix_settings(data: DataConfig, train: TrainConfig, samples: int) -> MixSettings | None:
+    """Returns how the sources are mixed over `samples` rows; None = as in a run without any key that changes shares."""
+    capped = {source.name: source.max_epochs for source in data.sources if source.max_epochs is not None}
+    changing = capped or data.anneal or data.temperature is not None
+    if data.mix != "even" and not changing:
+        return None
+    languages = {source.name: source.language for source in data.sources if source.language is not None}
+    weights = {source.name: source.weight for source in data.sources} or None
+    later = [(first_sample(entry, train), entry.weights) for entry in data.anneal]
+    return MixSettings(weights, capped, languages, data.temperature, later, samples)
+
+
+def first_sample(entry: AnnealConfig, train: TrainConfig) -> int:
+    """Returns the sample from which on the shares of an entry of `data.anneal` hold: the first row that begins with its
+    token, or its step, or after them."""
+    tokens = entry.from_tokens
+    if entry.from_step is not None:
+        tokens = phase_at(train, entry.from_step).token_at(entry.from_step)
+    return -(-tokens // longest_row(train))
 
 
 def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,7 +25,7 @@ from llmtrain.checkpoint.manifest import MANIFEST_SUM, list_checkpoints
 from llmtrain.config.load import load
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.rows import split_path
-from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.config.schema import Config, DataConfig, ModelConfig
 from llmtrain.data.shards import MANIFEST, shard_files
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.data.tokenizer_base import read_entries
@@ -48,12 +49,15 @@ SAME = (
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
 value would repeat some samples and skip others, or mix two measures under one name."""
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
+NO_ROWS = ("workers", "verify", "megatron", "loader_workers")  # of the section data: rows do not depend on them
+OF_SOURCES = ("weight", "max_epochs", "language")  # keys of a source that say which rows are taken, not what is in them
 JUDGING = ("name", "function", "weight", "deadline_s", "dtype", "render")  # of a reward
 PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
 STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
 WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory
 EARLIER = {"name", "model", "train"}  # keys of every config.yaml of a run
 ABSENT = object()
+DATA_DEFAULTS = DataConfig().model_dump(mode="json")
 
 Contents = dict[str, dict[str, str]]
 """Maps a key to path and sha256 of what is read there."""
@@ -164,6 +168,8 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
         if key == TEMPLATE and key in was["contents"] and key in now["contents"]:
             continue  # a file before and now: what it holds is compared
         before, after = (_value(record["config"], key) for record in (was, now))
+        if before is ABSENT and key.startswith("data."):  # of an earlier version, which did what the default does
+            before = DATA_DEFAULTS.get(key.removeprefix("data."), ABSENT)
         if before is not ABSENT and before != after:
             found.append((key, before, after))
     found += [*_source_weights(was["config"], now["config"], recipe), *_rewards(was["config"], now["config"], recipe)]
@@ -178,7 +184,8 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
 
 def same_keys(config: dict[str, Any], recipe: Recipe) -> list[str]:
     """Returns the keys whose values must stay."""
-    keys = [*SAME, *recipe.same, *(f"data.{name}" for name in config["data"] if name not in BY_CONTENTS)]
+    of_data = (f"data.{name}" for name in config["data"] if name not in (*BY_CONTENTS, *NO_ROWS))
+    keys = [*SAME, *recipe.same, *of_data]
     if recipe.samples:
         keys += [f"rollout.{name}" for name in config["rollout"] if name not in PLACES]
     return ["name", *keys] if config["run_dir"] else keys  # else the directory follows the name
@@ -217,15 +224,15 @@ def changes(was: Record, now: Record) -> dict[str, list[Any]]:
 
 
 def _source_weights(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterator[Difference]:
-    """Yields the weights of text sources that differ, where text is trained on."""
+    """Yields where the shares of text sources differ, where text is trained on."""
     if not (recipe.packs_text or now["data"]["replay_seqs"]):
         return
-    before, after = ({s["name"]: s["weight"] for s in config["data"].get("sources", [])} for config in (was, now))
+    before, after = ({s["name"]: s for s in config["data"].get("sources", [])} for config in (was, now))
     if before.keys() != after.keys():
         yield "data.sources", list(before), list(after)
-    for name in before.keys() & after.keys():
-        if before[name] != after[name]:
-            yield f"data.sources.{name}.weight", before[name], after[name]
+    for name, key in product(before.keys() & after.keys(), OF_SOURCES):
+        if before[name].get(key) != after[name].get(key):
+            yield f"data.sources.{name}.{key}", before[name].get(key), after[name].get(key)
 
 
 def _rewards(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterator[Difference]:

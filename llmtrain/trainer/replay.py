@@ -24,7 +24,8 @@ class Replay:
         config, self.mesh = job.config, job.mesh
         self.seqs, self.weight = config.data.replay_seqs, config.data.replay_weight
         self.micro_seqs = config.train.micro_batch_seqs
-        self.rows = text_rows(config, "train", job.tokenizer) if self.seqs else None
+        samples = config.train.steps * self.seqs
+        self.rows = text_rows(config, "train", job.tokenizer, samples) if self.seqs else None
 
     def mix(
         self, step: int, microbatches: Sequence[Batch], loss: LossFn, denominator: Tensor

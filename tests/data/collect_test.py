@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import gzip
+import json
+import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from llmtrain.config.schema import SourceConfig
 from llmtrain.data.collect import documents
@@ -105,3 +109,59 @@ def test_missing_and_empty_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"ok \xff")
     with pytest.raises(ValueError, match=r"x.txt: not UTF-8 text \(byte 3\)"):
         texts(type="text", path=str(tmp_path))
+
+
+def write_cleaned(path: Path, texts: list[str], frames: int = 1) -> None:
+    """Writes a file as cleaning does, in several frames if asked for."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    lines = [json.dumps({"text": text, "id": str(i), "metadata": {}}) + "\n" for i, text in enumerate(texts)]
+    parts = ["".join(lines[i::frames]) for i in range(frames)]
+    path.write_bytes(b"".join(zstandard.compress(part.encode()) for part in parts))
+
+
+def test_cleaned_documents_stream_file_by_file(tmp_path: Path) -> None:
+    for file in range(6):
+        write_cleaned(tmp_path / f"{file:05}.jsonl.zst", [f"{file}é{i}" for i in range(4)], frames=1 + file % 2)
+    found = texts(type="cleaned", path=str(tmp_path))
+    assert sorted(found) == sorted(f"{file}é{i}" for file in range(6) for i in range(4))
+    files = [text[0] for text in found[::4]]
+    assert (
+        sorted(files) == list("012345")
+        and files != list("012345")
+        and found == texts(type="cleaned", path=str(tmp_path))
+    )
+    assert files != [text[0] for text in texts(1, type="cleaned", path=str(tmp_path))[::4]]
+
+
+def test_cleaned_documents_are_held_one_at_a_time(tmp_path: Path) -> None:
+    """20 MB of text, of which a document has 100 kB."""
+    write_cleaned(tmp_path / "0.jsonl.zst", [random.Random(i).randbytes(50_000).hex() for i in range(200)])
+    tracemalloc.start()
+    found = sum(len(text) for text in documents(SourceConfig(name="s", type="cleaned", path=str(tmp_path)), 0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == 20_000_000 and peak < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("cut", r"0.jsonl.zst: not a whole .zst file \(cut short\); write it again"),
+        ("other", r"0.jsonl.zst: not a whole .zst file \(.*\); write it again"),
+        ("json", r"0.jsonl.zst:2: not valid JSON"),
+        ("none", r"no \*.jsonl.zst below .*; clean documents with `llmtrain data` and data.collect first"),
+    ],
+)
+def test_broken_cleaned_documents_are_told(tmp_path: Path, harm: str, message: str) -> None:
+    path = tmp_path / "0.jsonl.zst"
+    write_cleaned(path, ["one", "two"])
+    if harm == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif harm == "other":
+        path.write_text('{"text": "not compressed"}\n')
+    elif harm == "json":
+        path.write_bytes(zstandard.compress(b'{"text": "a"}\n{"text": \n'))
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=message):
+        texts(type="cleaned", path=str(tmp_path))

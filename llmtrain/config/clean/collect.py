@@ -8,9 +8,16 @@ from pydantic import Field, PositiveInt
 
 from llmtrain.config.section import DeadlineS, Section, UserPath
 
+RowType = Literal["jsonl", "parquet", "csv", "dialogue", "datasets"]
+FileType = Literal["text", "markdown", "warc", "wet", "html", "pdf", "code"]
+CollectType = RowType | FileType | Literal["pydoc"]
+"""The forms of files that are read; pydoc reads none and makes pages from Python's standard library."""
 Kind = Literal["web", "prose", "code", "dialogue"]
 """Decides which cleaning steps a document goes through."""
-BY_TYPE: dict[str, Kind] = {"warc": "web", "wet": "web", "html": "web", "code": "code", "dialogue": "dialogue"}
+BY_TYPE: dict[str, Kind] = {
+    **{"warc": "web", "wet": "web", "html": "web", "pydoc": "web"},
+    **{"code": "code", "dialogue": "dialogue"},
+}
 """The kind of documents of each type; those of others are prose."""
 
 
@@ -18,10 +25,8 @@ class CollectConfig(Section):
     """Describes one input of raw documents."""
 
     name: str  # names the input in the report, its output, and the source in `data.sources`
-    type: Literal[
-        "text", "markdown", "jsonl", "parquet", "csv", "warc", "wet", "html", "pdf", "code", "dialogue", "datasets"
-    ]  # form of the files; pydoc: none, pages made from Python's standard library
-    path: UserPath  # file, directory, glob, or URL that fsspec reads (s3://...); datasets: also a name of the hub
+    type: CollectType  # form of the files; pydoc: none, pages are made from Python's standard library
+    path: UserPath | None = None  # file, directory, glob, URL that fsspec reads (s3://...); datasets: or a hub name
     kind: Kind | None = None  # None = by type: warc, html, wet: web; code: code; dialogue: dialogue; others: prose
     field: str = "text"  # jsonl, parquet, csv, datasets: the field that holds the text
     id_field: str | None = None  # the field that holds an id; None = file and number of the row

@@ -23,6 +23,7 @@ from llmtrain.data.clean.read.files import html_file, pdf_file, text_file
 from llmtrain.data.clean.read.hub import dataset_file
 from llmtrain.data.clean.read.items import BrokenError, Found, Item, Skipped, UnusableError
 from llmtrain.data.clean.read.listing import is_regular, listing
+from llmtrain.data.clean.read.pydoc import pydoc_pages
 from llmtrain.data.clean.read.rows import row_file
 from llmtrain.data.clean.read.stream import local_path
 from llmtrain.data.clean.read.text import mended, shown
@@ -42,6 +43,7 @@ READERS: dict[str, Callable[[str, CollectConfig, Apart], Iterator[Item]]] = {
     "code": code_file,
     "dialogue": row_file,
     "datasets": dataset_file,
+    "pydoc": pydoc_pages,
 }
 
 
@@ -58,6 +60,10 @@ def task_count(config: CollectConfig) -> int:
 def refuse_unreadable(config: CollectConfig) -> None:
     """Raises ValueError, in one line, when an input has no file that can be read, or lacks a package that reads it."""
     key = f"data.collect.{config.name}.path={config.path}"
+    if config.type == "pydoc":
+        return
+    if config.path is None:
+        raise ValueError(f"{key}: type {config.type} reads files; give a file, a directory or a glob")
     if config.type == "pdf" and find_spec("pypdf") is None:
         raise ValueError(f"data.collect.{config.name}.type=pdf: it needs pypdf; `pip install 'llmtrain[data]'`")
     try:

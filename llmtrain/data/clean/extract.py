@@ -69,7 +69,7 @@ class Extractor:
         except (EOFError, OSError):
             self.close()
             raise RuntimeError(
-                f"data.clean.extract.memory_gib={self.settings.memory_gib}: the process that extracts text did not start; "
+                f"data.clean.extract.memory_gib={self.settings.memory_gib}: the extracting process did not start; "
                 "its error is above; allow more, or install the extra 'data'"
             ) from None
 

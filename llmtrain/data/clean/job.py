@@ -14,7 +14,7 @@ from llmtrain.config.clean import CleanConfig, CollectConfig, ExecutionConfig
 from llmtrain.config.clean.collect import kind_of
 from llmtrain.data.clean.chain import chain
 from llmtrain.data.clean.collect import Collect, task_count
-from llmtrain.data.clean.dedup import dedup_phases
+from llmtrain.data.clean.dedup.phases import dedup_phases
 from llmtrain.data.clean.files import writer
 from llmtrain.data.clean.phases import Phase
 from llmtrain.observe.files import write_whole
@@ -61,7 +61,8 @@ def phases(job: Job) -> list[Phase]:
     cleaned = [cleaning(job, each) for each in job.inputs]
     if job.clean.dedup is None:
         return cleaned
-    return [*cleaned, *dedup_phases(job.clean.dedup, job.inputs, job.root, job.tasks, job.clean)]
+    partitions, examples = job.execution.tasks, job.clean.examples
+    return [*cleaned, *dedup_phases(job.clean.dedup, job.inputs, job.root, job.tasks, partitions, examples)]
 
 
 def cleaning(job: Job, source: CollectConfig) -> Phase:

@@ -17,7 +17,8 @@ def make(settings: LanguageConfig, words: WordsConfig) -> Check:
     """Returns a check with the reasons `other` (a language that is not kept), `score` (too little) and `unknown` (none
     was found, as in a text without letters, where only some are kept).
 
-    What is identified stands in the metadata as `identified_language` and `language_score`. It becomes the `language` of
+    What is identified stands in the metadata as `identified_language` and `language_score`. It becomes the `language`
+    of
     a document that has none; a declared one stays, and is what `keep` is asked about, whatever the score.
     """
     identify = identifier()

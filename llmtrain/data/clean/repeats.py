@@ -59,7 +59,7 @@ class Grams:
         return self.walked(chosen.tolist(), n)
 
     def walked(self, places: list[int], n: int) -> int:
-        """Returns the characters of repeated n-grams among those that begin at these words: all that may be repeated."""
+        """Returns the characters of repeated n-grams among those beginning at these words: all that may be repeated."""
         seen, chars, free = set(), 0, 0
         for at in places:
             if at < free:

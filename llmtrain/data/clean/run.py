@@ -14,7 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.clean import CleanConfig
+from llmtrain.config.data import DataConfig
+from llmtrain.data.tasks import write_task
+from llmtrain.observe.contents import Checksums, files_at
 from llmtrain.observe.files import write_whole
 
 MARKER = "cleaned.json"  # written last: all documents and the report are there
@@ -27,27 +30,63 @@ def clean_dir(data: DataConfig, data_dir: str) -> str:
     return data.clean.path or os.path.join(data_dir, "clean")
 
 
-def clean(data: DataConfig, data_dir: str) -> None:
+def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     """Reads and cleans all inputs of `data.collect` and writes documents and a report into `clean_dir`.
 
     Returns at once when that was done before; a job that was killed goes on behind its finished tasks. Raises
     ValueError when an extra is missing, an input cannot be read, or the directory holds a job of other settings or
     other contents; RuntimeError for a task that fails again and again.
     """
+    if not data.collect:
+        return
     needed(data)
+    from llmtrain.data.clean.collect import refuse_unreadable
     from llmtrain.data.clean.execute import execute
-    from llmtrain.data.clean.job import make_job
+    from llmtrain.data.clean.job import make_job, phases
     from llmtrain.data.clean.report import write_report
 
+    for each in data.collect:
+        refuse_unreadable(each)
     root = os.path.abspath(clean_dir(data, data_dir))
     os.makedirs(root, exist_ok=True)
-    settings = {"settings": identity(data), "contents": contents(data)}
+    resolved = resolve(data, data_dir, root, seed)
+    settings = {"settings": identity(data, seed), "contents": contents(data, resolved)}
     if done(root, settings):
         return
+    train_classifier(resolved)
+    job = make_job(root, data.collect, resolved, data.execution)
     with shown() as told:
-        execute(make_job(root, data.collect, data.clean, data.execution), data.executor, told)
-    write_report(root, data.clean, data.collect)
+        execute(job, data.executor, told)
+    write_report(root, resolved, data.collect, {phase.name: phase.tasks for phase in phases(job)})
     write_whole(Path(root, MARKER), json.dumps(settings, indent=1) + "\n")
+
+
+def resolve(data: DataConfig, data_dir: str, root: str, seed: int) -> CleanConfig:
+    """Returns the settings of cleaning with the sets that documents must not hold, those of `data.tasks` written below
+    `root` first, and with the place of the classifier."""
+    from llmtrain.data.clean.evaluation_sets import evaluation_sets
+
+    found: dict[str, Any] = {}
+    if data.clean.contamination:
+        for task in data.tasks:
+            write_task(task, os.path.join(root, "evaluation"), seed)
+        made = {os.path.join(data_dir, f"{task.name}-held_out.jsonl") for task in data.tasks}
+        own = data.model_copy(update={"held_out": None}) if data.held_out in made else data
+        sets = evaluation_sets([(own, os.path.join(root, "evaluation"))], data.clean.contamination.sets)
+        found["contamination"] = data.clean.contamination.model_copy(update={"sets": sets})
+    if data.clean.classifier and data.clean.classifier.path is None:
+        path = os.path.join(root, "classifier")
+        found["classifier"] = data.clean.classifier.model_copy(update={"path": path})
+    return data.clean.model_copy(update=found)
+
+
+def train_classifier(resolved: CleanConfig) -> None:
+    """Trains the quality classifier, where there is to be one, unless it is there."""
+    if resolved.classifier:
+        from llmtrain.data.clean.classifier import train
+
+        assert resolved.classifier.path is not None
+        train(resolved.classifier, resolved.classifier.path)
 
 
 def needed(data: DataConfig) -> None:
@@ -58,18 +97,25 @@ def needed(data: DataConfig) -> None:
             raise ValueError(f"data.collect: needs the package {package}; install it: pip install 'llmtrain[{extra}]'")
 
 
-def identity(data: DataConfig) -> str:
+def identity(data: DataConfig, seed: int) -> str:
     """Returns a hash of the settings that cleaned documents depend on."""
     clean = data.clean.model_dump(exclude=REPORT_KEYS)
-    held = [[each.model_dump() for each in data.collect], clean, data.execution.tasks]
+    tasks = [task.model_dump() for task in data.tasks] if data.clean.contamination else []
+    held = [[each.model_dump() for each in data.collect], clean, data.execution.tasks, tasks, seed]
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
-def contents(data: DataConfig) -> dict[str, str]:
-    """Returns what tells that the files of an input are those of another time: a hash of their names, sizes and times."""
-    from llmtrain.data.clean.collect import fingerprint
+def contents(data: DataConfig, resolved: CleanConfig) -> dict[str, str]:
+    """Returns what tells that files are those of another time: of each input a hash of its files' names, sizes and
+    times, of sets of problems and seeds of the classifier the checksum."""
+    from llmtrain.data.clean.read.listing import fingerprint
 
-    return {each.name: fingerprint(each) for each in data.collect}
+    files = dict(resolved.contamination.sets) if resolved.contamination else {}
+    if resolved.classifier:
+        files |= {"classifier.good": resolved.classifier.good, "classifier.bad": resolved.classifier.bad}
+    checksums = Checksums()
+    read = {name: checksums.of_all(files_at(path)) for name, path in files.items() if files_at(path)}
+    return {each.name: fingerprint(each) for each in data.collect} | read
 
 
 def done(root: str, settings: dict[str, Any]) -> bool:

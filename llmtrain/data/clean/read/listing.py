@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import re
 import stat
 from collections.abc import Callable, Iterator
@@ -40,6 +42,8 @@ class Listed(NamedTuple):
 def listing(config: CollectConfig) -> list[Listed]:
     """Returns what lies at the path of an input, sorted: all that has an ending of its type below a directory, matches
     of a glob, or the file that it names."""
+    if config.type == "pydoc":
+        return [Listed("pydoc")]
     path = local_path(config.path)
     if path is None:
         return sorted(remote(config))
@@ -136,3 +140,16 @@ def is_regular(path: str) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
         return False
+
+
+def fingerprint(config: CollectConfig) -> str:
+    """Returns a hash of the names, sizes and times of an input's files, of remote ones the names alone: whether they
+    are those of another time is seen without reading them."""
+    if config.type == "pydoc":
+        return f"Python {platform.python_version()}"
+    lines = []
+    for path in (each.path for each in listing(config) if each.reason is None):
+        local = local_path(path)
+        state = os.stat(local) if local is not None and os.path.exists(local) else None
+        lines.append(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n" if state else f"{path}\n")
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

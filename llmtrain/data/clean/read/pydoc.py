@@ -14,6 +14,10 @@ import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from llmtrain.config.clean import CollectConfig
+from llmtrain.data.clean.read.apart import Apart
+from llmtrain.data.clean.read.items import Found, Item
+
 # Modules with a docstring of some length whose import does nothing else.
 MODULES = tuple(
     """
@@ -55,6 +59,12 @@ def pages(seed: int = 0) -> Iterator[Page]:
             yield Page(f"{HOST}/old/{name}.html", framed(altered(body, rng)), "near")
         if number % EMPTY_EVERY == 0:
             yield Page(f"{HOST}/missing/{name}.html", framed("<h1>404</h1><p>Not found. Try the menu.</p>"), "empty")
+
+
+def pydoc_pages(path: str, config: CollectConfig, _: Apart) -> Iterator[Item]:
+    """Yields the pages as a crawler would have found them."""
+    for number, page in enumerate(pages(), 1):
+        yield Found(number, page.text, {"url": page.url, "licence": "PSF-2.0", "planted": page.planted or None})
 
 
 def rendered(name: str) -> str:
