@@ -68,6 +68,7 @@ def resolve(data: DataConfig, data_dir: str, root: str, seed: int) -> CleanConfi
 
     found: dict[str, Any] = {}
     if data.clean.contamination:
+        os.makedirs(os.path.join(root, "evaluation"), exist_ok=True)
         for task in data.tasks:
             write_task(task, os.path.join(root, "evaluation"), seed)
         made = {os.path.join(data_dir, f"{task.name}-held_out.jsonl") for task in data.tasks}
