@@ -72,7 +72,9 @@ def rendered(name: str) -> str:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         body = pydoc.html.document(importlib.import_module(name), name)
-    return re.sub(r'<a href="file:[^"]*">[^<]*</a>', "", body)
+    body = re.sub(r'<a href="file:[^"]*">[^<]*</a>', "", body)
+    body = re.sub(r"<(/?)(?:table|tr|td)[^>]*>", r"<\1div>", body)  # its tables are there for their looks alone
+    return body.replace("&nbsp;", " ")
 
 
 def framed(body: str) -> str:
@@ -82,7 +84,7 @@ def framed(body: str) -> str:
 
 def altered(body: str, rng: random.Random) -> str:
     """Returns a body in which one word in a hundred of the text is another, as an older version of a page has it."""
-    return re.sub(r"(?<=&nbsp;)[a-z]{5,}(?=&nbsp;)", lambda word: changed(word[0], rng), body)
+    return re.sub(r"(?<= )[a-z]{5,}(?= )", lambda word: changed(word[0], rng), body)
 
 
 def changed(word: str, rng: random.Random) -> str:
