@@ -17,7 +17,7 @@ LABEL = r"[^\W_](?:[\w-]{0,61}[^\W_])?"
 DOMAIN = re.compile(rf"@((?:{LABEL}\.){{1,8}})([^\W\d_]{{2,24}}|xn--[a-z0-9-]{{2,59}})(?![\w-])")
 IP4 = re.compile(r"(?<![\w.])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\.?\w|-[A-Za-z])")
 NO_IP_BEFORE = re.compile(
-    r"(?:\b(?:versions?|ver|v|release|rel|section|sec|chapter|figure|fig|table|oid)|§|[=~<>!]=|[A-Za-z]-)[\s.:=]{0,3}$",
+    r"(?:\b(?:versions?|ver|v|release|rel|sections?|sec|chapter|figure|fig|table|oid)|§|[=~<>!]=|[A-Za-z]-)[\s.:='\"]{0,3}$",
     re.IGNORECASE,
 )  # what four numbers behind it are not
 BEFORE = 24  # characters that NO_IP_BEFORE looks at

@@ -54,6 +54,7 @@ def is_international(number: str) -> bool:
 
 
 def grouped(number: str) -> bool:
-    """Returns whether the digits stand in groups as people write them: at most two groups of a single digit."""
+    """Returns whether the digits stand in groups as people write them: at most two of a single digit, none at the
+    end."""
     groups = re.findall("[0-9]+", number)
-    return sum(len(group) == 1 for group in groups) <= 2
+    return sum(len(group) == 1 for group in groups) <= 2 and len(groups[-1]) > 1
