@@ -23,8 +23,7 @@ if $smollm2; then
   run "$venv/bin/llmtrain" run configs/posttrain-smollm2.yaml "$@"
   exit
 fi
-# shellcheck disable=SC2119 # no extras
-$dry_run || ensure_venv
+$dry_run || ensure_venv data
 if [[ ! -f runs/quickstart/sft/done.json ]]; then
   (run "$venv/bin/llmtrain" run configs/quickstart.yaml)
 fi

@@ -12,8 +12,7 @@ while [[ ${1:-} == -* ]]; do
   shift
 done
 cd "$root"
-# shellcheck disable=SC2119 # no extras
-$dry_run || ensure_venv
+$dry_run || ensure_venv data
 if [[ $(gpu_count) -gt 0 && $(gpu_count) -lt 4 ]]; then
   note "the quickstart starts four ranks, one a GPU: with fewer GPUs it runs on the CPU"
   export CUDA_VISIBLE_DEVICES=

@@ -53,6 +53,7 @@ PAGE = (
 {%- endmacro %}
 <h1>{{ title }}</h1>
 <nav>
+{%- for page in cleaning %}<a href="{{ page | urlencode }}">Data: what was cleaned</a>{% endfor %}
 {%- if evaluations %}<a href="#evaluation">Evaluation</a>{% endif %}
 {%- if trained %}<a href="#training">Training</a>{% endif %}
 {%- if judged %}<a href="#judged">Judging</a>{% endif %}

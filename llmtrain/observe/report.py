@@ -61,6 +61,7 @@ def write_report(run_dir: str) -> str:
             .from_string(PAGE)
             .render(
                 title=os.path.basename(os.path.abspath(run_dir)),
+                cleaning=_cleaning_pages(run_dir),
                 evaluations=_evaluation_rows(evaluated),
                 evaluation_image=_evaluation_image(str(out), evaluated),
                 samples_image=_samples_image(str(out), stages),
@@ -74,6 +75,12 @@ def write_report(run_dir: str) -> str:
         )
         (out / "index.html").write_text(page, encoding="utf-8")
     return os.path.join(directory, "index.html")
+
+
+def _cleaning_pages(run_dir: str) -> list[str]:
+    """Returns the pages on what was cleaned in the run's data directory, relative to the page of the run."""
+    pages = glob(os.path.join(glob_escape(run_dir), "data", "**", "report", "index.html"), recursive=True)
+    return [os.path.relpath(page, os.path.join(run_dir, "report")) for page in sorted(pages)]
 
 
 def _adopt_earlier(directory: Path) -> None:
