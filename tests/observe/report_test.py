@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
@@ -117,6 +118,16 @@ def test_what_models_cost(tmp_path: Path) -> None:
     assert "cpu s" not in Page(write_report(str(run))).text  # a part of it would be too little
     (run / "raft" / "metrics.jsonl").unlink()
     assert "samples.png" not in Page(write_report(str(run))).images  # one curve is compared with nothing
+
+
+def test_pages_on_cleaning_are_linked(tmp_path: Path) -> None:
+    _stage(tmp_path / "pretrain", 2)
+    page = tmp_path / "data/clean/report/index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("x")
+    links = re.findall('href="([^"]+)">Data', Path(write_report(str(tmp_path))).read_text())
+    assert links == ["../data/clean/report/index.html"]
+    assert (tmp_path / "report" / links[0]).resolve() == page.resolve()
 
 
 def test_order_of_stages(tmp_path: Path) -> None:

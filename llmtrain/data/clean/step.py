@@ -52,13 +52,13 @@ class Step(PipelineStep):
 
     @contextmanager
     def ending(self, check: Check) -> Iterator[None]:
-        """Adds what the check counted itself, and closes it, where it holds a process or a file."""
-        try:
-            yield
-        finally:
-            for name, value in getattr(check, "counts", {}).items():
-                self.stat_update(name, value=value)
-            getattr(check, "close", lambda: None)()
+        """Adds what the check counted itself at the end, and closes it."""
+        with closing_check(check):
+            try:
+                yield
+            finally:
+                for name, value in getattr(check, "counts", {}).items():
+                    self.stat_update(name, value=value)
 
     def counted(self, check: Check, document: Document) -> str | None:
         """Returns the check's reason, and counts documents, UTF-8 bytes and seconds."""
@@ -72,6 +72,15 @@ class Step(PipelineStep):
         else:
             self.stat_update(f"dropped/{reason}")
         return reason
+
+
+@contextmanager
+def closing_check(check: Check) -> Iterator[None]:
+    """Closes the check at the end, where it holds a process or a file."""
+    try:
+        yield
+    finally:
+        getattr(check, "close", lambda: None)()
 
 
 def excerpt(document: Document, step: str, reason: str) -> Document:
