@@ -19,7 +19,7 @@ from llmtrain.data.principles import Principle, drawn, read_principles
 from llmtrain.data.prompts import PromptSet
 from llmtrain.data.rows import Example
 from llmtrain.data.sampler import permuted
-from llmtrain.eval.interval import wilson
+from llmtrain.observe.interval import wilson
 from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.rows import own_directory, write_rows
 from llmtrain.trainer.completions import prompts_of

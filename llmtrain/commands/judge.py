@@ -17,7 +17,6 @@ from llmtrain.data.asked import asking, messages_of, spoken
 from llmtrain.data.prompts import PromptSet
 from llmtrain.data.sampler import derive
 from llmtrain.eval.continuations import continuation_logprobs
-from llmtrain.eval.interval import wilson
 from llmtrain.eval.judging import (
     Scores,
     agreement,
@@ -28,6 +27,7 @@ from llmtrain.eval.judging import (
     soft_label,
     votes,
 )
+from llmtrain.observe.interval import wilson
 from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.rows import own_directory, write_rows
 from llmtrain.rewards import build_reward, check_rows, scorer_of, stop_if_failing

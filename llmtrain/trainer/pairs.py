@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from llmtrain.data.pairs import Pairs
 from llmtrain.engine.base import LossFn
-from llmtrain.eval.interval import wilson
+from llmtrain.observe.interval import wilson
 from llmtrain.trainer.batches import group_microbatches
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import note_evaluation

@@ -10,7 +10,6 @@ import torch
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
 from llmtrain.eval.continuations import continuation_logprobs
-from llmtrain.eval.interval import wilson
 from llmtrain.eval.judging import (
     agreement,
     agrees_with_first,
@@ -22,6 +21,7 @@ from llmtrain.eval.judging import (
     votes,
 )
 from llmtrain.model.decoder import Decoder, initialize
+from llmtrain.observe.interval import wilson
 
 TEXTS = ["a", "b", "c", "d"]
 DONE = [True] * 4

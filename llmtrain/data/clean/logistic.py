@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmtrain.data.clean.ngrams import WORD, ngram_hashes, word_hashes
-from llmtrain.eval.interval import wilson
+from llmtrain.observe.interval import wilson
 
 
 @dataclass(frozen=True)

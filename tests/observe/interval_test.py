@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmtrain.eval.interval import wilson
+from llmtrain.observe.interval import wilson
 
 
 @pytest.mark.parametrize(
