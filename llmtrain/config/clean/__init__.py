@@ -3,6 +3,8 @@ stand in the order in which they run; a step that is null is off."""
 
 from __future__ import annotations
 
+from pydantic import Field, PositiveInt
+
 from llmtrain.config.clean.collect import CollectConfig
 from llmtrain.config.clean.content import (
     ClassifierConfig,
@@ -25,7 +27,7 @@ from llmtrain.config.clean.web import (
     UrlConfig,
     WordsConfig,
 )
-from llmtrain.config.section import Section, Share, UserPath
+from llmtrain.config.section import Section, UserPath
 
 __all__ = ["CleanConfig", "CollectConfig", "ExecutionConfig"]
 
@@ -51,6 +53,5 @@ class CleanConfig(Section):
     contamination: ContaminationConfig | None = ContaminationConfig()  # all: drop what holds evaluation problems
     pii: PiiConfig | None = PiiConfig()  # all: replace personal data by typed placeholders
     dedup: DedupConfig | None = DedupConfig()  # all: drop duplicates over all inputs
-    examples: int = 20  # dropped documents that the report shows for each step and task
-    dry_run_documents: int = 1000  # documents of a sample that `llmtrain data --dry-run` looks at
-    keep_share: Share = 1.0  # share of the input files that is read at all, for trials
+    examples: int = Field(20, ge=0)  # dropped documents that the report shows for each step and task
+    dry_run_documents: PositiveInt = 1000  # documents of a sample that `llmtrain data --dry-run` looks at

@@ -75,11 +75,12 @@ def named(job: Job, name: str) -> Phase:
 
 def run_processes(job: Job, name: str, ranks: list[int], tasks: int, told: Told) -> None:
     """Runs tasks in processes. One that dies is started again behind the others; at an error all others are ended."""
-    waiting, tries, running, done = list(ranks), dict.fromkeys(ranks, 0), dict[int, subprocess.Popen](), 0
+    waiting, tries, running, done = list(ranks), dict.fromkeys(ranks, 0), Running(), 0
     with ended(running):
         while waiting or running:
             while waiting and len(running) < job.execution.workers:
-                running[waiting[0]] = start(job.root, name, waiting.pop(0))
+                rank = waiting.pop(0)
+                running[rank] = start(job.root, name, rank)
             rank, status = first_to_end(running)
             if status == 0:
                 done += 1

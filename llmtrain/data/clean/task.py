@@ -51,9 +51,20 @@ def main(arguments: Sequence[str]) -> None:
     root, name, *rest = arguments
     if parent := os.environ.get(PARENT):
         Thread(target=end_with, args=(int(parent),), daemon=True).start()
-    phase = next(phase for phase in phases(read_job(root)) if phase.name == name)
+    phase = in_turn(root, name)
     for rank in map(int, rest) if rest else array_ranks(root, name):
         run_task(root, phase, rank)
+
+
+def in_turn(root: str, name: str) -> Phase:
+    """Returns the phase of a name. Raises RuntimeError while tasks of one before it are not done: Slurm lets an array
+    run behind one of which a task failed, where an array is cut into several."""
+    for phase in phases(read_job(root)):
+        if phase.name == name:
+            return phase
+        if left := pending(root, phase):
+            raise RuntimeError(f"{name}: waits for {phase.name}, of which {len(left)} tasks are not done")
+    raise RuntimeError(f"{name}: is no phase of {root}")
 
 
 def end_with(parent: int) -> None:
