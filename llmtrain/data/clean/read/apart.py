@@ -5,6 +5,7 @@ The process is started once and serves file after file. It is ended when it take
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,9 @@ class Apart:
         if self.pipe is None:
             self.pipe, theirs = Pipe()
             command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(self.memory_bytes)]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # Arrow's own reserves 1 GB at once
+            descriptors = [theirs.fileno()]
+            self.process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment)
             theirs.close()
             if not self.pipe.poll(START_S) or not self.received(self.pipe):
                 self.close()

@@ -81,7 +81,10 @@ def licence_of(path: str, config: CollectConfig) -> str | None:
         text = decode(whole(path, config)[:LICENCE_BYTES])[0]
     except (OSError, UnusableError, BrokenError):
         return None
-    words = " ".join(re.sub(r"[,*#]", " ", text.lower()).split())
-    return (
-        next((name for name, sentence in LICENCES if sentence.replace(",", " ") in words), "other") if words else None
-    )
+    words = plain(text)
+    return next((name for name, sentence in LICENCES if plain(sentence) in words), "other") if words else None
+
+
+def plain(text: str) -> str:
+    """Returns a text in small letters, without marks that copies of a licence have or lack, a blank between words."""
+    return " ".join(re.sub(r"[,*#]", " ", text.lower()).split())

@@ -88,11 +88,13 @@ class Unpacked(io.RawIOBase):
             piece = next(self.pieces, None)
             if piece is None:
                 return 0
-            self.left, self.bytes_out = memoryview(piece), self.bytes_out + len(piece)
-            if self.bytes_out > self.free_bytes + self.max_ratio * self.bytes_in:
-                raise BrokenError("bomb")
-        count = min(len(buffer), len(self.left))
+            self.left = memoryview(piece)
+        allowed = self.free_bytes + self.max_ratio * self.bytes_in - self.bytes_out
+        if allowed <= 0:
+            raise BrokenError("bomb")
+        count = min(len(buffer), len(self.left), allowed)
         buffer[:count], self.left = self.left[:count], self.left[count:]
+        self.bytes_out += count
         return count
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ META_BYTES = 4096  # where a page says its charset (browsers look at 1024)
 DETECTED_BYTES = 2**20  # what detection looks at
 CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
 MAX_CONTROLS, MAX_REPLACED = 0.01, 0.1  # shares of bytes, of characters, above which bytes are no text
+FEW_CONTROLS = 8  # as many make no row binary, however short it is
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -64,7 +65,7 @@ def decode(data: bytes, named: str | None = None) -> tuple[str, tuple[str, ...]]
     for mark, codec in MARKS:
         if data.startswith(mark):
             return replaced(data[len(mark) :], codec)
-    if len(data) - len(data.translate(None, CONTROLS)) > MAX_CONTROLS * len(data):
+    if len(data) - len(data.translate(None, CONTROLS)) > max(FEW_CONTROLS, MAX_CONTROLS * len(data)):
         raise UnusableError("binary")
     for codec in filter(None, (charset(named), "utf-8")):
         try:

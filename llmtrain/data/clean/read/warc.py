@@ -52,16 +52,15 @@ def archive(path: str, config: CollectConfig, document: Any) -> Iterator[Item]:
 def records(stream: io.BufferedReader, max_bytes: int) -> Iterator[Record | Skipped]:
     """Yields (number from 1, headers, content) of each record, or why it is skipped. Raises BrokenError where the file
     ends within a record."""
-    number, line = 0, stream.readline(PIECE_BYTES)
-    while line:
-        if not line.startswith(b"WARC/"):
-            lost = False
-            while line and not line.startswith(b"WARC/"):
-                lost, line = lost or bool(line.strip()), stream.readline(PIECE_BYTES)
-            if lost:
-                yield Skipped(None, "warc_between_records")
-            continue
-        number += 1
+    number = 0
+    line, known = stream.readline(PIECE_BYTES), False  # known: what is lost before the next record was counted
+    while True:
+        line, lost = next_record(line, stream)
+        if lost and not known:
+            yield Skipped(None, "warc_between_records")
+        if not line:
+            return
+        number, known = number + 1, True
         try:
             headers = parsed(header_block(line, stream), "warc")
             content = content_of(headers, stream, max_bytes)
@@ -73,7 +72,16 @@ def records(stream: io.BufferedReader, max_bytes: int) -> Iterator[Record | Skip
         if line.strip() and not line.startswith(b"WARC/"):  # the length is wrong, so the content is another's too
             yield from (Skipped(number, "warc_length") for _ in range(1 + content.count(b"\r\n\r\nWARC/1.")))
             continue
+        known = False
         yield number, headers, content
+
+
+def next_record(line: bytes, stream: io.BufferedReader) -> tuple[bytes, bool]:
+    """Returns (the next line that begins a record or nothing at the end, whether other lines stood before it)."""
+    lost = False
+    while line and not line.startswith(b"WARC/"):
+        lost, line = lost or bool(line.strip()), stream.readline(PIECE_BYTES)
+    return line, lost
 
 
 def header_block(line: bytes, stream: io.BufferedReader) -> bytes:
