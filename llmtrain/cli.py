@@ -21,7 +21,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.rules.check import check
 
 BEFORE: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does)
-    "data": ("llmtrain.commands.prepare:data", "collect text, make problems, tokenize into shards"),
+    "data": ("llmtrain.commands.prepare:data", "collect and clean text, make problems, tokenize into shards"),
     "tokenizer": ("llmtrain.commands.prepare:tokenizer", "train a byte-level BPE tokenizer"),
 }
 BEHIND: dict[str, tuple[str, str]] = {
@@ -36,6 +36,7 @@ BEHIND: dict[str, tuple[str, str]] = {
     "doctor": ("llmtrain.commands.doctor:main", "look at this machine (takes no configuration)"),
 }
 HELP = ("-h", "--help")
+OPTIONS = {("data", "--dry-run"): "llmtrain.commands.prepare:dry_run"}  # what else a command can do
 TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, or a run that must not go on
 EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"
 
@@ -60,7 +61,8 @@ def commands() -> dict[str, tuple[str, str]]:
 def usage() -> str:
     """Returns the help text."""
     lines = [f"  {name:<14} {summary}" for name, (_, summary) in commands().items()]
-    head = f"usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]\n       {CHAT_USAGE}\n       llmtrain doctor"
+    more_usage = f"       llmtrain data CONFIG.yaml --dry-run\n       {CHAT_USAGE}\n       llmtrain doctor"
+    head = f"usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]\n{more_usage}"
     more = "`llmtrain --help CONFIG.yaml` lists the recipes of the document's plugins too."
     return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}", "", more])
 
@@ -114,20 +116,22 @@ def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
         raise ConfigError(f"{command}: unknown command, {hint}")
     if command in OWN_ARGUMENTS:
         options = OWN_ARGUMENTS[command](rest)
-        return lambda: _function(command)(*options)
+        return lambda: _function(commands()[command][0])(*options)
+    chosen = [word for word in rest if (command, word) in OPTIONS]
+    rest = tuple(word for word in rest if word not in chosen)
     if not rest or "=" in rest[0]:
         raise ConfigError(f"{command}: needs a configuration file, as in: {EXAMPLE}")
     config = load(rest[0], list(rest[1:]))
     if not isinstance(config, RunConfig):
         config = located(config, command)
     check(config, int(os.environ.get("WORLD_SIZE", "1")), command)
-    return lambda: _function(command)(config)
+    return lambda: _function(OPTIONS[command, chosen[0]] if chosen else commands()[command][0])(config)
 
 
-def _function(command: str) -> Callable[..., int | None]:
+def _function(place: str) -> Callable[..., int | None]:
     """Imports and returns the function of a command. The garbage collector is off meanwhile and never looks at what was
     imported: its passes over hundreds of thousands of objects that all stay take about a fifth of the import."""
-    module, name = commands()[command][0].split(":")
+    module, name = place.split(":")
     gc.disable()
     try:
         return getattr(importlib.import_module(module), name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from llmtrain.config.schema import Config
 from llmtrain.data.prepare import make_tokenizer, prepare, progress_bar, with_paths
 from llmtrain.observe.locks import locked
@@ -15,6 +17,27 @@ def data(config: Config) -> None:
     with locked(config.directory):
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
     log(f"data in {data_dir(config)}, tokenizer in {tokenizer_dir(config)}")
+
+
+def dry_run(config: Config) -> None:
+    """Shows what each step of cleaning does to a sample, and what other thresholds would keep; writes nothing.
+
+    Raises ValueError when there is nothing to collect, or an input cannot be read.
+    """
+    if not config.data.collect:
+        raise ValueError("data.collect: is empty, so --dry-run has nothing to look at; list inputs of raw documents")
+    from rich.console import Console
+
+    from llmtrain.data.clean.collect import Collect, refuse_unreadable
+    from llmtrain.data.clean.dry_run import dry_run as tried
+    from llmtrain.data.clean.dry_run import shown
+    from llmtrain.data.clean.run import clean_dir, resolve
+
+    for each in config.data.collect:
+        refuse_unreadable(each)
+    data, place = config.data.model_copy(update={"tasks": []}), data_dir(config)  # whose problems are not written yet
+    clean = resolve(data, place, os.path.abspath(clean_dir(data, place)), config.seed)
+    Console().print(shown(tried(clean, data.collect, clean.dry_run_documents, Collect)))
 
 
 def tokenizer(config: Config) -> None:

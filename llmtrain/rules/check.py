@@ -13,6 +13,7 @@ from llmtrain.config.ramp import phases, trained_model, with_phase
 from llmtrain.config.schema import Config, ModelConfig, RunConfig, StageConfig
 from llmtrain.rules.attention import ATTENTION_RULES
 from llmtrain.rules.case import Case, Earlier, pretrains
+from llmtrain.rules.cleaning import CLEANING_RULES
 from llmtrain.rules.files import FILE_RULES
 from llmtrain.rules.judging import JUDGING_RULES
 from llmtrain.rules.layout import LAYOUT_RULES
@@ -24,7 +25,7 @@ from llmtrain.rules.vocabulary import VOCABULARY_RULES
 
 RULES = (
     *(*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES),
-    *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *JUDGING_RULES),
+    *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES),
 )
 
 

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,11 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     """Reads and cleans all inputs of `data.collect` and writes documents and a report into `clean_dir`.
 
     Returns at once when that was done before; a job that was killed goes on behind its finished tasks. Raises
-    ValueError when an extra is missing, an input cannot be read, or the directory holds a job of other settings or
+    ValueError when an input cannot be read, or the directory holds a job of other settings or
     other contents; RuntimeError for a task that fails again and again.
     """
     if not data.collect:
         return
-    needed(data)
     from llmtrain.data.clean.collect import refuse_unreadable
     from llmtrain.data.clean.execute import execute
     from llmtrain.data.clean.job import make_job, phases
@@ -68,8 +66,8 @@ def resolve(data: DataConfig, data_dir: str, root: str, seed: int) -> CleanConfi
 
     found: dict[str, Any] = {}
     if data.clean.contamination:
-        os.makedirs(os.path.join(root, "evaluation"), exist_ok=True)
         for task in data.tasks:
+            os.makedirs(os.path.join(root, "evaluation"), exist_ok=True)
             write_task(task, os.path.join(root, "evaluation"), seed)
         made = {os.path.join(data_dir, f"{task.name}-held_out.jsonl") for task in data.tasks}
         own = data.model_copy(update={"held_out": None}) if data.held_out in made else data
@@ -88,14 +86,6 @@ def train_classifier(resolved: CleanConfig) -> None:
 
         assert resolved.classifier.path is not None
         train(resolved.classifier, resolved.classifier.path)
-
-
-def needed(data: DataConfig) -> None:
-    """Raises ValueError when a package is missing."""
-    wanted = {"data": "datatrove"} | ({"ray": "ray"} if data.executor == "ray" else {})
-    for extra, package in wanted.items():
-        if find_spec(package) is None:
-            raise ValueError(f"data.collect: needs the package {package}; install it: pip install 'llmtrain[{extra}]'")
 
 
 def identity(data: DataConfig, seed: int) -> str:
