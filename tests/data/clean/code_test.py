@@ -67,6 +67,9 @@ def test_names_say_what_a_file_is(file: str | None, expected: str | None) -> Non
 def test_long_data_is_told_from_settings() -> None:
     assert reason("key: value\n" * 511, "a.yaml") is None and reason("key: value\n" * 512, "a.yaml") == "long_data_file"
     assert reason("key: value\n" * 512, "a.py") is None
+    assert (
+        reason(PLAIN, "a.Dump", data_files=["*.DUMP"]) == "data_file" and reason(PLAIN, "a.json", data_files=[]) is None
+    )
 
 
 def test_lines_are_measured() -> None:

@@ -172,16 +172,15 @@ def test_problems_of_gsm8k_are_found_where_they_are_planted(gsm8k: Decontaminato
 def test_near_misses_and_unrelated_text_are_not_found(gsm8k: Decontaminator) -> None:
     import pydoc_data.topics as topics
 
-    near, unchanged = [], 0
+    near = []
     for row in lines_of("test"):
         words = WORD.findall(row["question"])
-        unchanged += len(words) < 12
-        near.append(" ".join("other" if i % 12 == 11 else word for i, word in enumerate(words)))
+        near.append(" ".join("xylem" if i % 12 == 11 else word for i, word in enumerate(words)))
     shakespeare = shared_data("tinyshakespeare/input.txt").read_text(encoding="utf-8")
     unrelated = [*topics.topics.values(), *(shakespeare[i : i + 2000] for i in range(0, len(shakespeare), 2000))]
     hits = [sum(judged(gsm8k, text)[0] is not None for text in texts) for texts in (near, unrelated)]
     print(f"near misses found: {hits[0]} of {len(near)}, unrelated: {hits[1]} of {len(unrelated)}")
-    assert hits == [unchanged, 0] and unchanged == 5
+    assert hits == [0, 0]
     train = lines_of("train")
     both = sum(judged(gsm8k, f"{row['question']}\n{row['answer']}")[0] is not None for row in train)
     print(f"rows of the training split that share 13 words with the test split: {both} of {len(train)}")

@@ -44,6 +44,7 @@ OTHER = [
     "The band released its first album in 1987; the matrix of its vinyl is rare, and how much it costs varies.",
     "x = foo.bar(baz)\nif x == y and a <= b:\n    return {'key': value, 'other': [1, 2, 3]}\n# TODO: fix the log",
     "echo $HOME $PATH && export X=$Y; cp $SRC/*.txt $DST # copies files; see $1 and $2 in the manual",
+    "Fill in $name$ and $street$, then print the $letter$ and post it.",
     "Add 2 cups of flour, 1/2 cup of sugar and 3 eggs; bake at 180 °C for 35-40 minutes; serves 4 to 6 people.",
     "",
     "\0 \U0001f600 \ud800 \u202e",

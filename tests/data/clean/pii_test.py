@@ -38,6 +38,7 @@ WORKED = [
     ("SSN: 123 45 6789, 123-45-6789", "SSN: <SSN>, <SSN>", {"ssn": 2}),
     ("666-12-1234 000-12-1234 912-12-1234 123-00-1234 123-45-0000 123456789 2123-45-6789", None, {}),
     ('id AKIAIOSFODNN7EXAMPLE, api_key = "aB3dE5fG7hI9jK1lM3nO5"', 'id <KEY>, api_key = "<KEY>"', {"key": 2}),
+    ("auth = 'abcdefghijklmnopqrstuvwx' token: 'getTheTokenOfUser1'", None, {}),
     ("token = 'get_the_token_from_here' secret = \"aaaaaaaaaaaaaaaaaaaaaa11\" sk-learn-is-a-library-here", None, {}),
     ("", None, {}),
     ("\0 \U0001f600 \u202eabc\u202c \ud800 שלום", None, {}),
