@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from llmtrain.config.clean import CleanConfig
+from llmtrain.config.clean.collect import kind_of
 from llmtrain.config.data import DataConfig
 from llmtrain.data.tasks import write_task
 from llmtrain.observe.contents import Checksums, files_at
@@ -38,10 +39,12 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     """
     if not data.collect:
         return
+    from llmtrain.data.clean.chain import chain
     from llmtrain.data.clean.collect import refuse_unreadable
     from llmtrain.data.clean.execute import execute
     from llmtrain.data.clean.job import make_job, phases
     from llmtrain.data.clean.report import write_report
+    from llmtrain.data.clean.step import closing_check
 
     for each in data.collect:
         refuse_unreadable(each)
@@ -52,6 +55,11 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     if done(root, settings):
         return
     train_classifier(resolved)
+    for step in (step for each in data.collect for step in chain(resolved, kind_of(each), None)):
+        with closing_check(
+            step.make(step.settings)
+        ):  # word lists and sets that are broken are told here, not by a task
+            pass
     job = make_job(root, data.collect, resolved, data.execution)
     with shown() as told:
         execute(job, data.executor, told)

@@ -1,0 +1,127 @@
+"""Cleaning as a part of `llmtrain data`: done once, gone on with, and never mixed with other settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datatrove")
+
+from llmtrain.config.clean import CleanConfig, CollectConfig
+from llmtrain.config.data import DataConfig, SourceConfig, TaskConfig
+from llmtrain.config.schema import TokenizerConfig
+from llmtrain.data.clean.run import clean, clean_dir
+from llmtrain.data.prepare import prepare
+from llmtrain.data.shards import read_manifest
+from tests.conftest import ROOT
+
+OFF = dict.fromkeys(("repair", "repetition", "quality", "c4", "fineweb"))
+TEXT = "It is a truth that {} is known to all who have seen the sea and the ships that sail on it every day."
+
+
+def section(tmp_path: Path, **keys: object) -> DataConfig:
+    """A section with one input of rows, one of which holds a held-out problem and one a mail address."""
+    rows = tmp_path / "rows.jsonl"
+    if not rows.exists():
+        texts = [TEXT.format(word) for word in ("salt", "sand", "wind", "salt")] + ["Write to anna@example.com or not."]
+        rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    collect = [CollectConfig(name="rows", type="jsonl", path=str(rows))]
+    sources = [SourceConfig(name="rows", type="cleaned", held_out=0.0)]
+    return DataConfig(**{"collect": collect, "clean": CleanConfig(**OFF), "sources": sources} | keys)
+
+
+def texts(root: Path) -> list[str]:
+    import zstandard
+
+    found = []
+    for path in sorted((root / "documents").rglob("*.zst")):
+        with zstandard.open(path, "rt", encoding="utf-8") as lines:
+            found += [json.loads(line)["text"] for line in lines]
+    return found
+
+
+def test_from_rows_to_tokens(tmp_path: Path) -> None:
+    data, place = section(tmp_path), tmp_path / "data"
+    prepare(data, TokenizerConfig(vocab_size=300), str(place), str(tmp_path / "tokenizer"), 0)
+    left = texts(place / "clean")
+    assert left == [*(TEXT.format(word) for word in ("salt", "sand", "wind")), "Write to <EMAIL> or not."]
+    assert read_manifest(str(place))["sources"]["rows"]["train"]["documents"] == 4
+    assert "anna" not in (place / "clean/report/index.html").read_text(), "no personal data in the report"
+    before = (place / "clean/report/index.html").stat().st_mtime_ns
+    prepare(data, TokenizerConfig(vocab_size=300), str(place), str(tmp_path / "tokenizer"), 0)
+    assert (place / "clean/report/index.html").stat().st_mtime_ns == before
+
+
+def test_without_inputs_nothing_is_made(tmp_path: Path) -> None:
+    clean(DataConfig(), str(tmp_path / "data"), 0)
+    assert not (tmp_path / "data").exists()
+
+
+def test_held_out_problems_of_the_same_document_are_found(tmp_path: Path) -> None:
+    task = TaskConfig(name="sums", type="chain_sum", train=20, held_out=3)
+    probe = section(tmp_path, tasks=[task])
+    clean(probe, str(tmp_path / "probe"), 0)
+    problem = json.loads((tmp_path / "probe/clean/evaluation/sums-held_out.jsonl").read_text().splitlines()[0])
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXT.format("salt") + problem["prompt"]}) + "\n")
+    own = section(tmp_path, tasks=[task], held_out=str(tmp_path / "data/sums-held_out.jsonl"))
+    clean(own, str(tmp_path / "data"), 0)
+    held = json.loads((tmp_path / "data/clean/job.json").read_text())["clean"]["contamination"]["sets"]
+    assert held == {"task-sums": str(tmp_path / "data/clean/evaluation/sums-held_out.jsonl")}
+
+
+@pytest.mark.parametrize("change", ["clean", "execution", "rows"])
+def test_other_settings_or_contents_are_refused(tmp_path: Path, change: str) -> None:
+    data = section(tmp_path)
+    clean(data, str(tmp_path / "data"), 0)
+    other = {
+        "clean": lambda: section(tmp_path, clean=CleanConfig(**OFF, pii=None)),
+        "execution": lambda: section(tmp_path, execution={"tasks": 2}),
+        "rows": lambda: (tmp_path / "rows.jsonl").write_text('{"text": "new"}\n') and data,
+    }[change]()
+    told = "other contents of rows" if change == "rows" else "other settings of data.collect"
+    for marker in ("cleaned.json", "begun.json"):  # also where it was only begun
+        with pytest.raises(ValueError, match=told) as error:
+            clean(other, str(tmp_path / "data"), 0)
+        assert "or delete" in str(error.value)
+        (tmp_path / "data/clean" / marker).unlink()
+    assert len(texts(tmp_path / "data/clean")) == 4, "nothing was touched"
+
+
+def test_what_the_report_shows_may_change(tmp_path: Path) -> None:
+    clean(section(tmp_path), str(tmp_path / "data"), 0)
+    clean(section(tmp_path, clean=CleanConfig(**OFF, examples=3)), str(tmp_path / "data"), 0)
+    elsewhere = section(tmp_path, clean=CleanConfig(**OFF, path=str(tmp_path / "there")))
+    assert clean_dir(elsewhere, "data") == str(tmp_path / "there")
+    clean(elsewhere, str(tmp_path / "data"), 0)
+    assert len(texts(tmp_path / "there")) == 4
+
+
+def test_broken_word_lists_are_told_before_any_task(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    data = section(tmp_path, clean=CleanConfig(**OFF, toxicity={"word_lists": str(tmp_path / "lists")}))
+    with pytest.raises(ValueError, match="word_lists"):
+        clean(data, str(tmp_path / "data"), 0)
+    assert not (tmp_path / "data/clean/logs").exists()
+
+
+@pytest.mark.timeout(120)
+def test_the_command(tmp_path: Path) -> None:
+    """--dry-run writes nothing; a missing file is one line and exit status 2."""
+    document = tmp_path / "d.yaml"
+    section(tmp_path)
+    document.write_text(
+        f"run_dir: {tmp_path}/run\ntokenizer: {{vocab_size: 300}}\ndata:\n  collect: [{{name: rows, type: jsonl, path: "
+        f"{tmp_path}/rows.jsonl}}]\n  sources: [{{name: rows, type: cleaned}}]\n"
+    )
+    command = [sys.executable, "-m", "llmtrain", "data", str(document)]
+    dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert dry.returncode == 0, dry.stderr
+    assert "min_words" in dry.stdout and "a sample of 5 of the 5 documents" in dry.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.yaml", "rows.jsonl"]
+    missing = [*command, f"data.collect.rows.path={tmp_path}/none.jsonl"]
+    told = subprocess.run(missing, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert told.returncode == 2 and len(told.stderr.splitlines()) == 1 and "none.jsonl" in told.stderr
