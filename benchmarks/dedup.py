@@ -224,7 +224,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = MinhashConfig()
     record = {
-        "environment": environment("dedup", ("datatrove", "numpy", "xxhash"), 1),
+        "environment": environment("benchmarks.dedup", ("datatrove", "numpy", "xxhash"), 1),
         "quality": quality(args.passages, args.words, 0, settings),
         "signatures_mb_per_cpu_s": signature_speed(),
         "scale": [

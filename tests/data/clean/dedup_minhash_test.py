@@ -16,7 +16,7 @@ from datatrove.utils.text import simplify_text
 
 from benchmarks.dedup import found_pairs, planted, quality, similarities
 from llmtrain.config.clean.dedup import MinhashConfig
-from llmtrain.data.clean.dedup import hashing
+from llmtrain.data.clean.dedup import hashing, tables
 from llmtrain.data.clean.dedup.curve import Measured, draw_curve, interval, probability, threshold
 from llmtrain.data.clean.dedup.forest import joined, links
 from llmtrain.data.clean.dedup.hashing import Bands, digest, shingles, words
@@ -74,6 +74,8 @@ def test_words_are_those_of_datatroves_simplified_text() -> None:
         assert words(text) == simplify_text(text).split()
     assert words("Ça  coûte 1.234,5 € – “déjà”!") == simplify_text("Ça  coûte 1.234,5 € – “déjà”!").split()
     assert words("Page 1\nof 23") == ["page", "0", "of", "0"]
+    for text in ("naïve — «Ελληνικά», ½ x² …", "привет, мир! ёж №5", "한국어 문장입니다.", "e\u0301te\x07\x85 x"):
+        assert words(text) == simplify_text(text).split()
     assert words("我们 ok") == ["我", "们", "ok"]  # no spaces between words: each character is one
     assert words("\x00\ud800 x") == ["\ud800", "x"]
 
@@ -83,6 +85,16 @@ def test_shingles_are_equal_where_their_words_are_and_their_order() -> None:
     assert len(a) == 2 and a[1] == b[1] and a[0] != b[0] and c[0] != a[0]
     assert len(shingles(list("abcd"), 5)) == 0 and list(Bands(MinhashConfig()).keys("a b c d")) == []
     assert len(list(Bands(MinhashConfig()).keys("a b c d e"))) == 14
+
+
+def test_half_a_surrogate_pair_is_hashed_like_a_question_mark() -> None:
+    assert (shingles(["a", "\udc00"], 2) == shingles(["a", "?"], 2)).all()
+
+
+def test_keys_are_equal_only_in_both_halves() -> None:
+    keys = np.array([(1, 1, 5), (1, 2, 6), (1, 2, 7), (1, 2, 9), (2, 2, 1)], tables.PLACED)
+    assert [column.tolist() for column in tables.copies(keys)] == [[7, 9], [6, 6], [1, 1]]
+    assert [len(column) for column in tables.copies(keys[:0])] == [0, 0, 0]
 
 
 def test_a_signature_is_the_least_value_over_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

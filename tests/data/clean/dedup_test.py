@@ -22,7 +22,7 @@ from llmtrain.config.clean.dedup import DedupConfig, MinhashConfig, ParagraphCon
 from llmtrain.data.clean.dedup import tables
 from llmtrain.data.clean.dedup.drop import DropCopies
 from llmtrain.data.clean.dedup.hashing import Bands, normalized
-from llmtrain.data.clean.dedup.keys import FindCopies
+from llmtrain.data.clean.dedup.keys import FindCopies, WriteKeys
 from llmtrain.data.clean.dedup.parts import Part, RankWriter, read_part
 from llmtrain.data.clean.dedup.phases import dedup_phases
 from llmtrain.data.clean.phases import Phase
@@ -173,7 +173,7 @@ def test_how_ranks_cut_an_input_changes_neither_clusters_nor_the_number_kept(tmp
     assert numbers[0] == numbers[1] == len(set(clusters(texts, MinhashConfig())))
 
 
-@pytest.mark.parametrize("broken", [FindCopies, DropCopies])
+@pytest.mark.parametrize("broken", [WriteKeys, FindCopies, DropCopies])
 def test_a_killed_task_is_redone_alone_and_writes_the_same_bytes(
     tmp_path: Path, broken: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +222,24 @@ def test_paragraphs_of_dropped_copies_count_for_nothing(tmp_path: Path) -> None:
     settings = DedupConfig(minhash=None, paragraphs=ParagraphConfig(min_chars=20, min_words=3))
     (counts,) = run(tmp_path, settings, "a", {"a": 1})
     assert kept(tmp_path, "a", 1) == ["a/0/0"] and counts.get("paragraphs_removed") is None
+
+
+def test_paragraphs_of_near_copies_that_are_dropped_stay_elsewhere(tmp_path: Path) -> None:
+    page = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300))
+    line, own = "A line that only the copy has.", "The words of the third document."
+    write(tmp_path, "a", [page, f"{page}\n{line}", f"{line}\n{own}"])
+    settings = DedupConfig(paragraphs=ParagraphConfig(min_chars=20, min_words=3))
+    run(tmp_path, settings, "a", {"a": 1})
+    texts = [d.text for d in read_part(DataFolder(f"{tmp_path}/documents"), Part(0, "a", 0))]
+    assert texts == [page, f"{line}\n{own}"]
+
+
+@pytest.mark.parametrize("partitions", [3, 20, 300])
+def test_every_range_of_keys_has_its_task(tmp_path: Path, partitions: int) -> None:
+    texts = [f"text {number}" for number in range(3000)]
+    write(tmp_path, "a", texts, texts)
+    (counts,) = run(tmp_path, EXACT, "a", {"a": 2}, partitions=partitions)
+    assert counts["dropped/exact"] == 3000 and len(kept(tmp_path, "a", 2)) == 3000
 
 
 def test_blocks_end_at_blank_lines(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import count
 
 from datatrove.data import Document, DocumentsPipeline
@@ -42,8 +41,7 @@ class DropCopies(Step):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yields the documents that stay."""
         self.settings = self.parts[rank]
-        with self.dropped or nullcontext():
-            yield from super().run(data, rank, world_size)
+        return super().run(data, rank, world_size)
 
     def check(self, part: Part) -> Check:
         """Returns the check of a part's documents, which must come in their order."""

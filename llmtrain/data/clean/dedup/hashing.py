@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
 import regex
 import xxhash
-from datatrove.utils.text import TextNormConfig, simplify_text
+from datatrove.utils.text import PUNCTUATION, TextNormConfig, simplify_text
 
 from llmtrain.config.clean.dedup import MinhashConfig
 
-SIMPLER = TextNormConfig(norm_whitespace=False, norm_unicode_diacritics=False)  # both are done here, faster
+# White space and diacritics are left to `words`, which does them faster; so are punctuation marks where a text is not
+# ASCII, as Python's `translate` is slow there.
+ASCII = TextNormConfig(norm_whitespace=False, norm_unicode_diacritics=False)
+OTHER = TextNormConfig(norm_whitespace=False, norm_unicode_diacritics=False, remove_punctuation=False)
+PUNCTUATION_MARKS = re.compile(f"[{re.escape(PUNCTUATION)}]+")
 DIACRITICS = regex.compile(r"\p{Mn}+")
-UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+# Characters of scripts without spaces: Thai, Lao, Myanmar, Khmer, Japanese, Chinese.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd; combines the hashes of a shingle's words
 CHUNK = 4096  # shingles that are hashed at a time
 
@@ -32,17 +40,19 @@ def digest(text: str) -> bytes:
 def words(text: str) -> list[str]:
     """Returns the words that shingles are made of: of the text as datatrove simplifies it (lower case, numbers as 0, no
     punctuation or diacritics), split at white space, and at each character of scripts without spaces."""
-    text = simplify_text(text, SIMPLER)
-    if not text.isascii():
-        text = DIACRITICS.sub("", unicodedata.normalize("NFD", text))
-        text = UNSPACED.sub(r" \g<0> ", text)
-    return text.split()
+    if text.isascii():
+        return simplify_text(text, ASCII).split()
+    text = PUNCTUATION_MARKS.sub(" ", simplify_text(text, OTHER))
+    text = DIACRITICS.sub("", unicodedata.normalize("NFD", text))
+    return UNSPACED.sub(r" \g<0> ", text).split()
 
 
 def shingles(split: list[str], ngram_words: int) -> np.ndarray:
     """Returns the 64-bit hashes of all n-grams of words; none where there are fewer words."""
-    encoded = (word.encode("utf-8", "surrogatepass") for word in split)
-    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(split))
+    try:
+        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, split), np.uint64, len(split))
+    except UnicodeEncodeError:  # half a surrogate pair
+        return shingles([word.encode("utf-8", "replace").decode() for word in split], ngram_words)
     count = max(len(split) - ngram_words + 1, 0)
     mixed = np.zeros(count, np.uint64)
     for offset in range(ngram_words):

@@ -125,7 +125,7 @@ def read_keys(folder: DataFolder, names: Sequence[str], table: int, first: int, 
             for run in runs
         ]
         keys = np.concatenate(pieces)
-        yield keys[np.lexsort((keys["place"], keys["low"], keys["high"]))]
+        yield keys[np.lexsort((keys["low"], keys["high"]))]  # stable: equal keys stay in the order of places
 
 
 def placed(records: np.ndarray, part: int) -> np.ndarray:
