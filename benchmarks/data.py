@@ -106,7 +106,7 @@ def contestant(turns: Turns, parts: list[Pages], chain: Callable[[bool], list[Pi
     for number, part in enumerate(parts):
         turns.wait()
         before = [step.stats.time_stats.total for step in steps]
-        data = iter([Document(text, f"{number}/{place}", {"kind": "web"}) for place, text in enumerate(part)])
+        data = iter([Document(text, f"{number}/{place}", metadata={"kind": "web"}) for place, text in enumerate(part)])
         for step in steps:
             data = step.run(data)
         kept = [(document.id, document.text) for document in data]

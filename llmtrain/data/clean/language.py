@@ -9,12 +9,13 @@ from datatrove.data import Document
 
 from llmtrain.config.clean.web import LanguageConfig, WordsConfig
 from llmtrain.data.clean.step import Check
+from llmtrain.data.clean.words import base
 
 PIECE_CHARS = 50_000  # a longer text is identified by pieces, whose scores are weighted by their lengths
 
 
 def make(settings: LanguageConfig, words: WordsConfig) -> Check:
-    """Returns a check with the reasons `other` (a language that is not kept), `score` (too little) and `unknown` (none
+    """Returns a check with the reasons `other` (a language not to be kept), `score` (low) and `unknown` (none
     was found, as in a text without letters, where only some are kept).
 
     What is identified stands in the metadata as `identified_language` and `language_score`. It becomes the `language`
@@ -34,11 +35,6 @@ def make(settings: LanguageConfig, words: WordsConfig) -> Check:
         return judged(base(declared) if declared else found, None if declared else score, settings)
 
     return check
-
-
-def base(code: str) -> str:
-    """Returns the language of a code that also names a script or a country, such as en-GB."""
-    return code.replace("_", "-").split("-")[0].lower()
 
 
 def judged(language: str | None, score: float | None, settings: LanguageConfig) -> str | None:
