@@ -15,12 +15,11 @@ PIECE_CHARS = 50_000  # a longer text is identified by pieces, whose scores are 
 
 
 def make(settings: LanguageConfig, words: WordsConfig) -> Check:
-    """Returns a check with the reasons `other` (a language not to be kept), `score` (low) and `unknown` (none
-    was found, as in a text without letters, where only some are kept).
+    """Returns a check with the reasons `other` (a language not to be kept), `score` (too low) and `unknown` (none was
+    found, as in a text without letters, where only some are kept).
 
     What is identified stands in the metadata as `identified_language` and `language_score`. It becomes the `language`
-    of
-    a document that has none; a declared one stays, and is what `keep` is asked about, whatever the score.
+    of a document that has none; a declared one stays, and is what `keep` is asked about, whatever the score.
     """
     identify = identifier()
 
