@@ -106,7 +106,7 @@ def contestant(turns: Turns, parts: list[Pages], chain: Callable[[bool], list[Pi
     for number, part in enumerate(parts):
         turns.wait()
         before = [step.stats.time_stats.total for step in steps]
-        data = iter([Document(text, f"{number}/{place}", {"kind": "web"}) for place, text in enumerate(part)])
+        data = iter([Document(text, f"{number}/{place}", metadata={"kind": "web"}) for place, text in enumerate(part)])
         for step in steps:
             data = step.run(data)
         kept = [(document.id, document.text) for document in data]
@@ -168,7 +168,7 @@ def chain_case(pages: Pages, parts: int) -> dict[str, dict]:
         print(f"  {result['pages']} in, {result['survivors']} out, {result['mb_in']:.1f} MB; s in our steps: {steps}")
     verdict = "met" if found["pages"]["speed"] >= WANTED else "MISSED"
     median = statistics.median(found["pages"]["speed_rounds"])
-    print(f"wanted, the whole chain at least {WANTED}x: {verdict}; median of the rounds {median}x")
+    print(f"wanted, the whole chain at least {WANTED}x: {verdict}; median of the rounds {median:.2f}x")
     return found
 
 

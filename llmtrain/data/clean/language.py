@@ -9,17 +9,17 @@ from datatrove.data import Document
 
 from llmtrain.config.clean.web import LanguageConfig, WordsConfig
 from llmtrain.data.clean.step import Check
+from llmtrain.data.clean.words import base
 
 PIECE_CHARS = 50_000  # a longer text is identified by pieces, whose scores are weighted by their lengths
 
 
 def make(settings: LanguageConfig, words: WordsConfig) -> Check:
-    """Returns a check with the reasons `other` (a language that is not kept), `score` (too little) and `unknown` (none
-    was found, as in a text without letters, where only some are kept).
+    """Returns a check with the reasons `other` (a language not to be kept), `score` (too low) and `unknown` (none was
+    found, as in a text without letters, where only some are kept).
 
     What is identified stands in the metadata as `identified_language` and `language_score`. It becomes the `language`
-    of
-    a document that has none; a declared one stays, and is what `keep` is asked about, whatever the score.
+    of a document that has none; a declared one stays, and is what `keep` is asked about, whatever the score.
     """
     identify = identifier()
 
@@ -34,11 +34,6 @@ def make(settings: LanguageConfig, words: WordsConfig) -> Check:
         return judged(base(declared) if declared else found, None if declared else score, settings)
 
     return check
-
-
-def base(code: str) -> str:
-    """Returns the language of a code that also names a script or a country, such as en-GB."""
-    return code.replace("_", "-").split("-")[0].lower()
 
 
 def judged(language: str | None, score: float | None, settings: LanguageConfig) -> str | None:

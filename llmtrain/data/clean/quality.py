@@ -5,9 +5,9 @@ from __future__ import annotations
 from datatrove.data import Document
 
 from llmtrain.config.clean.web import QualityConfig, WordsConfig
-from llmtrain.data.clean.language import base
 from llmtrain.data.clean.step import Check
 from llmtrain.data.clean.thresholds import above, checked
+from llmtrain.data.clean.words import base
 
 
 def make(settings: QualityConfig, words: WordsConfig) -> Check:

@@ -20,7 +20,6 @@ from datatrove.utils.word_tokenizers import (
     WhitespaceTokenizer,
     WordTokenizer,
     load_tokenizer_assignments,
-    load_word_tokenizer,
 )
 
 from llmtrain.config.clean.web import WordsConfig
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
     from spacy.tokenizer import Tokenizer
 
 REMEMBERED_CHARS = 2_000_000  # of chunks by language and process; forgotten when more: some 50 MB
-BREAKS_SPACY = "IS_ALPHA"  # a name of spaCy's own, which it cannot read as text; datatrove then leaves it out
+BREAKS_SPACY = "IS_ALPHA"  # a name of spaCy's own, which may break its vocabulary; datatrove then leaves it out
+RULES = ("prefix_search", "suffix_search", "infix_finditer", "token_match", "url_match")  # of a spaCy tokenizer
 CHUNKS = re.compile(r"\S+")
 WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 SENTENCES = re.compile(r"\S.*?(?:[.!?…。！？]+[\"'”’)\]]*(?=\s|$)|$)", re.DOTALL)
@@ -40,7 +40,13 @@ def splitter(document: Document, settings: WordsConfig) -> WordTokenizer | None:
 
     All steps of a process get the same object, so that a text which several of them see is split once.
     """
-    return by_language(document.metadata.get("language") or settings.language, settings)
+    code = document.metadata.get("language") or settings.language
+    return by_language(code if code in load_tokenizer_assignments() else base(code), settings)
+
+
+def base(code: str) -> str:
+    """Returns the language of a code that also names a script or a country, such as en-GB."""
+    return code.replace("_", "-").split("-")[0].lower()
 
 
 @cache
@@ -50,7 +56,7 @@ def by_language(language: str, settings: WordsConfig) -> WordTokenizer | None:
         return RegexSplitter(language)
     if language in load_tokenizer_assignments():
         try:
-            return remembering(load_word_tokenizer(language))
+            return remembering(load_tokenizer_assignments()[language]())
         except ImportError:
             pass  # raised by the library's own check of packages
     return RegexSplitter(language) if settings.unknown == "regex" else None
@@ -71,13 +77,18 @@ class ChunkSplitter(WordTokenizer):
 
     def __init__(self, library: WordTokenizer, inner: SpaCyTokenizer) -> None:
         from spacy import attrs
+        from spacy.tokenizer import Tokenizer
+        from spacy.vocab import Vocab
 
         super().__init__(inner.language)
-        self.library, self.nlp = library, inner.tokenizer
+        self.library, nlp = library, inner.tokenizer
         self.own_sentences = library is inner  # else the library has a regular expression for them
-        self.marks = frozenset(self.nlp.get_pipe("sentencizer").punct_chars)
-        self.is_punct = self.nlp.vocab.lex_attr_getters[attrs.IS_PUNCT]
-        self.specials = SpecialCases(self.nlp.tokenizer)
+        self.marks = frozenset(nlp.get_pipe("sentencizer").punct_chars)
+        self.is_punct = nlp.vocab.lex_attr_getters[attrs.IS_PUNCT]
+        rules = {name: getattr(nlp.tokenizer, name) for name in RULES}
+        # Its own vocabulary computes no attributes of words, which take most of the time and change no piece.
+        self.tokenizer = Tokenizer(Vocab(), nlp.tokenizer.rules, **rules)
+        self.specials = SpecialCases(nlp.tokenizer)
         self.forget()
 
     def forget(self) -> None:
@@ -96,8 +107,8 @@ class ChunkSplitter(WordTokenizer):
         if not new:
             return
         self.chars += sum(map(len, new))
-        with self.nlp.memory_zone():  # what spaCy stores of these words is freed at the end
-            tokens = iter([token.text for token in self.nlp.tokenizer("\n".join(new))] + ["\n"])
+        with self.tokenizer.vocab.memory_zone():  # what spaCy stores of these words is freed at the end
+            tokens = iter([token.text for token in self.tokenizer("\n".join(new))] + ["\n"])
         for chunk in new:
             self.pieces[chunk] = pieces = tuple(iter(tokens.__next__, "\n"))
             if before := self.specials.before(chunk, pieces):
@@ -131,13 +142,16 @@ class ChunkSplitter(WordTokenizer):
     def word_tokenize(self, text: str) -> list[str]:
         """Returns the words and marks of a text."""
         if BREAKS_SPACY in text:
-            return self.library.word_tokenize(text)
-        return list(chain.from_iterable(map(self.pieces.__getitem__, self.runs(text))))
+            return SpaCyTokenizer(self.language).word_tokenize(text)  # a new one, which no other text sees
+        runs = self.runs(text)  # first: it may begin a new memory
+        return list(chain.from_iterable(map(self.pieces.__getitem__, runs)))
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
         """Returns where sentences begin and end."""
-        if BREAKS_SPACY in text or not self.own_sentences:
+        if not self.own_sentences:
             return self.library.span_tokenize(text)
+        if BREAKS_SPACY in text:
+            return SpaCyTokenizer(self.language).span_tokenize(text)
         return self.sentence_spans(text)
 
     def sent_tokenize(self, text: str) -> list[str]:
@@ -204,8 +218,7 @@ class SpecialCases:
         import ahocorasick
         from spacy.tokenizer import Tokenizer
 
-        rules = ("prefix_search", "suffix_search", "infix_finditer", "token_match", "url_match")
-        bare = Tokenizer(tokenizer.vocab, **{name: getattr(tokenizer, name) for name in rules})
+        bare = Tokenizer(tokenizer.vocab, **{name: getattr(tokenizer, name) for name in RULES})
         self.cases, self.firsts = set(tokenizer.rules), {}
         self.inside = ahocorasick.Automaton()
         for case in tokenizer.rules:
