@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from benchmarks.common import cpu_s, environment
 from llmtrain.config.schema import SourceConfig, TokenizerConfig
 from llmtrain.data.collect import documents
-from llmtrain.data.megatron import export_megatron
+from llmtrain.data.megatron import index
 from llmtrain.data.packing import TextRows
 from llmtrain.data.shards import SPLITS, write_shards
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -60,6 +61,18 @@ def ours(directory: str, seq_len: int, rows: int, mask: bool, whole: bool = Fals
     return lambda: text.batch(range((first := next(numbers) * rows), first + rows)).input_ids.numel()
 
 
+def ours_tokens(directory: str, seq_len: int, rows: int) -> Piece:
+    """Returns what loads the tokens of a batch alone, as the others do."""
+    text = TextRows(directory, "train", seq_len, 0, False)
+    numbers = count()
+
+    def load() -> int:
+        first = next(numbers) * rows
+        return torch.from_numpy(text.tokens(range(first, first + rows)))[:, :-1].numel()
+
+    return load
+
+
 def datatrove(directory: str, seq_len: int, rows: int, positions: bool) -> Piece:
     """Returns what loads a batch with datatrove's DatatroveFolderDataset, shuffled, and stacks it; with `positions`
     those that restart at the end of text."""
@@ -78,20 +91,46 @@ def datatrove(directory: str, seq_len: int, rows: int, positions: bool) -> Piece
     return load
 
 
-def megatron(directory: str, seq_len: int, rows: int) -> Piece:
-    """Returns what reads a batch of contiguous rows, in random order, by IndexedDataset.get, and stacks them. What
-    Megatron's GPTDataset does on top, which joins documents, is left out."""
+def gpt_dataset(directory: str, seq_len: int, rows: int) -> Piece:
+    """Returns what loads a batch with Megatron's GPTDataset and stacks it: tokens, labels, loss masks and positions,
+    which do not restart at documents."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
 
-    data = IndexedDataset(os.path.join(directory, "s-train_text_document"))
-    places = np.concatenate([[0], np.cumsum(data.sequence_lengths, dtype=np.int64)])
-    fitting = [i for i, n in enumerate(data.sequence_lengths) if n > seq_len]
-    order, numbers = np.random.default_rng(0).permutation(fitting), count()
-    assert places[-1] and len(order)
+    stem = os.path.join(directory, "gpt")
+    os.link(os.path.join(directory, "s-train.bin"), f"{stem}.bin")
+    Path(f"{stem}.idx").write_bytes(index(np.load(os.path.join(directory, "s-train.offsets.npy")), "uint16"))
+    indexed, size = IndexedDataset(stem), os.path.getsize(f"{stem}.bin") // 2
+    off = dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_attention_mask"), False)
+    tokenizer = SimpleNamespace(eod=EOS, pad=0, vocab_size=50_000, unique_identifiers={})
+    settings = {"split": "1", "tokenizer": tokenizer, "path_to_cache": directory}
+    config = GPTDatasetConfig(0, seq_len, blend=([stem], None), **settings, **off)
+    every = np.arange(len(indexed.sequence_lengths), dtype=np.int32)
+    data, numbers = GPTDataset(indexed, stem, every, size // seq_len - 1, Split.train, config), count()
 
     def load() -> int:
         first = next(numbers) * rows
-        items = [data.get(int(order[(first + i) % len(order)]), 0, seq_len + 1) for i in range(rows)]
+        items = [data[(first + i) % len(data)] for i in range(rows)]
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}["tokens"].numel()
+
+    return load
+
+
+def megatron(directory: str, seq_len: int, rows: int) -> Piece:
+    """Returns what reads a batch of contiguous rows anywhere in the file, in random order, by IndexedDataset.get, and
+    stacks them: tokens alone. What Megatron's GPTDataset does on top (labels, masks, positions) is left out."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    stem, size = os.path.join(directory, "megatron"), os.path.getsize(os.path.join(directory, "s-train.bin")) // 2
+    os.link(os.path.join(directory, "s-train.bin"), f"{stem}.bin")
+    Path(f"{stem}.idx").write_bytes(index(np.array([0, size]), "uint16"))
+    data, places = IndexedDataset(stem), (size - 1) // seq_len
+    order, numbers = np.random.default_rng(0).permutation(places), count()
+
+    def load() -> int:
+        first = next(numbers) * rows
+        items = [data.get(0, int(order[(first + i) % places]) * seq_len, seq_len + 1) for i in range(rows)]
         return torch.from_numpy(np.stack(items).astype(np.int64))[:, :-1].numel()
 
     return load
@@ -103,15 +142,16 @@ def loader_case(
     """Returns tokens a CPU-second of each loader, by its name; None for one that is not installed."""
     with tempfile.TemporaryDirectory() as directory:
         write_tokens(directory, tokens)
-        export_megatron(directory)
         args = (directory, seq_len, rows)
         contestants = {
+            "ours, tokens": ours_tokens(*args),
             "ours": ours(*args, mask=False),
             "ours, document masks": ours(*args, mask=True),
             "ours, best fit": ours(*args, mask=True, whole=True),
-            "datatrove": datatrove(*args, positions=False),
+            "datatrove, tokens": datatrove(*args, positions=False),
             "datatrove, positions": datatrove(*args, positions=True),
-            "megatron": megatron(*args) if find_spec("megatron") else None,
+            "megatron, tokens": megatron(*args) if find_spec("megatron") else None,
+            "megatron, GPTDataset": gpt_dataset(*args) if find_spec("megatron") else None,
         }
         return {
             "tokens": tokens,
