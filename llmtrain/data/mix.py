@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from llmtrain.data.sampler import BLOCK, block_counts, rounded_counts, source_of
+from llmtrain.data.sampler import BLOCK, block_counts, rounded_counts, source_of, sources_of
 
 PERIOD = 2**16  # samples after which an order of sources repeats; shares are rounded to whole parts of it
 
@@ -81,6 +81,11 @@ class Mix:
         order = order_of(segment.counts, segment.debts)
         source = int(order.sources[slot])
         return source, segment.taken[source] + period * segment.counts[source] + int(order.ordinals[slot])
+
+    def sources_of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `source_of` of each of an array of samples."""
+        pairs = np.array([self.source_of(sample) for sample in samples.tolist()], np.int64).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
 
     def counts(self, samples: int) -> list[int]:
         """Returns how many of the first `samples` samples come from each source."""
@@ -152,10 +157,15 @@ class Blocks:
 
     def __init__(self, weights: Mapping[str, float], seed: int) -> None:
         self.names, self.weights, self.seed = tuple(weights), tuple(weights.values()), seed
+        self.end = None  # samples never end
 
     def source_of(self, sample: int) -> tuple[int, int]:
         """Returns (source, number of the sample within that source); each number comes exactly once."""
         return source_of(sample, self.weights, self.seed)
+
+    def sources_of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `source_of` of each of an array of samples."""
+        return sources_of(samples, self.weights, self.seed)
 
     def counts(self, samples: int) -> list[int]:
         """Returns how many of the first `samples` samples come from each source."""
@@ -167,7 +177,7 @@ class Blocks:
 @lru_cache(maxsize=2)
 def block_sources(block: int, weights: tuple[float, ...], seed: int) -> np.ndarray:
     """Returns the source of each sample of a block, [BLOCK]."""
-    return np.array([source_of(block * BLOCK + slot, weights, seed)[0] for slot in range(BLOCK)])
+    return sources_of(block * BLOCK + np.arange(BLOCK), weights, seed)[0]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from llmtrain.data.objectives import Objectives
 from llmtrain.data.prompts import AS_IT_IS
 from llmtrain.data.room import Room
 from llmtrain.data.rows import Record
-from llmtrain.data.sampler import derive, permuted
+from llmtrain.data.sampler import derive, permuted, permuted_all
 from llmtrain.data.shards import open_shards
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.whole import plan_rows, row_of
@@ -33,6 +34,7 @@ Choose = Callable[[list[Encoded]], list[Encoded]]
 """Returns which rows of a file are trained, in their order, before any is left out or cut for its length. Raises
 ValueError when none is."""
 
+LOCATED, KEPT_BLOCKS = 1024, 8  # samples that are located together, and how many such blocks are remembered
 PADDING = {"labels": IGNORE, "segment_ids": -1}  # other columns: 0
 
 
@@ -106,6 +108,7 @@ class TextRows:
         self.seq_len, self.seed, self.mask_documents = seq_len, seed, mask_documents
         self.shuffled = split == "train"
         self.readers = open_shards(directory, split)
+        self.flat = {name: reader.tokens.view(np.ndarray) for name, reader in self.readers.items()}  # cut faster
         self.plans = {n: plan_rows(r.offsets, seq_len, directory) for n, r in self.readers.items()} if whole else {}
         self.rows = {name: max(0, len(r.tokens) - 1) // seq_len for name, r in self.readers.items()}
         self.rows |= {name: len(plan) for name, plan in self.plans.items()}
@@ -120,6 +123,7 @@ class TextRows:
         if self.shuffled and self.weights.keys() != self.rows.keys():
             raise ValueError(f"{where}: weights for {sorted(self.weights)}, but the shards hold {sorted(self.rows)}")
         self.mix = None if not self.shuffled else self._mixed(mix)
+        self._located = lru_cache(KEPT_BLOCKS)(self._locate_block)
 
     def _mixed(self, settings: MixSettings | None) -> Mix | Blocks:
         if settings is not None:
@@ -149,9 +153,10 @@ class TextRows:
     def locate(self, sample: int) -> tuple[str, int]:
         """Returns (source, row in it) of a sample."""
         if self.mix is not None:
-            source, ordinal = self.mix.source_of(sample)
-            name = self.mix.names[source]
-            return name, permuted(ordinal, self.rows[name], derive(self.seed, name))
+            if self.mix.end is not None and sample >= self.mix.end:
+                self.mix.source_of(sample)  # which says so
+            sources, rows = self._located(sample // LOCATED)
+            return self.mix.names[sources[sample % LOCATED]], rows[sample % LOCATED]
         row = permuted(sample, len(self), 0)
         for name, rows in self.rows.items():
             if row < rows:
@@ -159,17 +164,27 @@ class TextRows:
             row -= rows
         raise AssertionError("row lies in one of the sources")
 
-    def window(self, sample: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens of a sample with the one that follows, and which of them are trained, [seq_len + 1]
-        each."""
-        base, offset = divmod(sample * seq_len, self.seq_len)
-        name, row = self.locate(base)
-        reader = self.readers[name]
-        start = row * self.seq_len + offset
-        tokens = reader.tokens[start : start + seq_len + 1].astype(np.int64)
-        if self.objectives is None:
-            return tokens, np.ones(len(tokens), bool)
-        return self.objectives.apply(tokens, sample * seq_len)
+    def _locate_block(self, block: int) -> tuple[list[int], list[int]]:
+        """Returns (sources, rows in them) of LOCATED samples, of which one by one costs more than its tokens do."""
+        samples = np.arange(block * LOCATED, (block + 1) * LOCATED)
+        sources, ordinals = self.mix.sources_of(samples[: None if self.mix.end is None else self.mix.end - samples[0]])
+        rows = np.empty(len(sources), np.int64)
+        for source in np.unique(sources).tolist():
+            name, chosen = self.mix.names[source], sources == source
+            rows[chosen] = permuted_all(ordinals[chosen], self.rows[name], derive(self.seed, name))
+        return sources.tolist(), rows.tolist()
+
+    def tokens(self, samples: Sequence[int], seq_len: int | None = None) -> np.ndarray:
+        """Returns contiguous tokens of samples as they stand in the shards, each row with the token that follows,
+        [len(samples), seq_len + 1] int64."""
+        seq_len = seq_len or self.seq_len
+        tokens = np.empty((len(samples), seq_len + 1), np.int64)
+        for at, sample in enumerate(samples):
+            base, offset = divmod(sample * seq_len, self.seq_len)
+            name, row = self.locate(base)
+            start = row * self.seq_len + offset
+            tokens[at] = self.flat[name][start : start + seq_len + 1]
+        return tokens
 
     def batch(self, samples: Sequence[int], seq_len: int | None = None) -> Batch:
         """Returns the rows of these sample numbers, [len(samples), seq_len].
@@ -180,18 +195,22 @@ class TextRows:
         seq_len = seq_len or self.seq_len
         if self.plans:
             return self._whole_documents(samples, seq_len)
-        tokens, trained = (
-            torch.from_numpy(np.stack(x)) for x in zip(*(self.window(s, seq_len) for s in samples), strict=True)
-        )
-        ids, labels = tokens[:, :-1].clone(), tokens[:, 1:].masked_fill(~trained[:, 1:], IGNORE)
-        steps = torch.arange(seq_len).expand_as(ids)
-        if not self.mask_documents:
-            return Batch(ids, labels, labels != IGNORE, steps.clone())
-        ends = ids == self.eos_id
-        starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
-        positions = steps - torch.where(starts, steps, 0).cummax(1).values
-        labels = labels.masked_fill(ends, IGNORE)
-        return Batch(ids, labels, labels != IGNORE, positions, starts.long().cumsum(1))
+        tokens = self.tokens(samples, seq_len)
+        trained = None
+        if self.objectives is not None:
+            changed = [self.objectives.apply(row, s * seq_len) for row, s in zip(tokens, samples, strict=True)]
+            tokens, trained = (np.stack(part) for part in zip(*changed, strict=True))
+        ids, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        mask = np.ones(ids.shape, bool) if trained is None else trained[:, 1:].copy()
+        positions, segments = np.tile(np.arange(seq_len), (len(ids), 1)), None
+        if self.mask_documents:
+            ends = np.flatnonzero(ids == self.eos_id)
+            mask.reshape(-1)[ends] = False
+            positions, segments = restarted(ends, *ids.shape)
+        if not mask.all():
+            labels[~mask] = IGNORE
+        parts = (ids, labels, mask, positions, *(() if segments is None else (segments,)))
+        return Batch(*map(torch.from_numpy, parts))
 
     def _whole_documents(self, samples: Sequence[int], seq_len: int) -> Batch:
         """Returns rows of packed documents. What is behind them is padding, a segment of its own that no one trains."""
@@ -208,7 +227,7 @@ class TextRows:
         """Returns (tokens, labels, positions, segments) of a part of a packed row; positions of a document that the
         part begins within start there."""
         name, row = self.locate(base)
-        ids, labels, positions, segments = row_of(self.plans[name], row, self.readers[name].tokens)
+        ids, labels, positions, segments = row_of(self.plans[name], row, self.flat[name])
         if self.objectives is not None:
             ids, labels = self._rearranged(ids, labels, segments, base)
         part = slice(offset, offset + seq_len)
@@ -231,6 +250,18 @@ class TextRows:
     def eos_id(self) -> int:
         """Returns the id of the end of text."""
         return next(iter(self.readers.values())).eos_id
+
+
+def restarted(ends: np.ndarray, rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (positions, segments) of rows in which both go on anew behind `ends`, places in the rows laid one behind
+    the other. Segments count from 0 in each row."""
+    firsts = np.arange(rows) * seq_len
+    starts = np.union1d(firsts, ends[ends < rows * seq_len - 1] + 1)
+    lengths = np.diff(starts, append=rows * seq_len)
+    positions = np.arange(rows * seq_len) - np.repeat(starts, lengths)
+    number = np.arange(len(starts))
+    number -= np.searchsorted(starts, firsts)[starts // seq_len]
+    return positions.reshape(rows, seq_len), np.repeat(number, lengths).reshape(rows, seq_len)
 
 
 def runs(segments: np.ndarray) -> list[tuple[int, int]]:

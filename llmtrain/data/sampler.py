@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+
 BLOCK = 1000  # samples within which the sources are mixed exactly by weight
 ROUNDS = 6
 
@@ -35,14 +37,50 @@ def permuted(index: int, size: int, seed: int) -> int:
     """
     epoch, x = divmod(index, size)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
+    low, keys = (1 << half) - 1, round_keys(seed, epoch)
     while True:
         left, right = x >> half, x & low
-        for key in round_keys(seed, epoch):
-            left, right = right, left ^ (scramble(key ^ right) & low)
+        for key in keys:
+            y = key ^ right  # `scramble`, written out: it is most of the cost of a row
+            y = (y ^ (y >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            y = (y ^ (y >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ ((y ^ (y >> 31)) & low)
         x = left << half | right
         if x < size:
             return x
+
+
+MANY_EPOCHS = 8  # of an array; with more, its elements are taken one by one
+
+
+def permuted_all(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Returns `permuted` of each of an array of indices, int64, in a fraction of the time."""
+    epochs = indices // size
+    found = np.empty(len(indices), np.int64)
+    if len(np.unique(epochs)) > MANY_EPOCHS:
+        found[:] = [permuted(index, size, seed) for index in indices.tolist()]
+        return found
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    for epoch in np.unique(epochs).tolist():
+        left_over = np.flatnonzero(epochs == epoch)
+        x = (indices[left_over] % size).astype(np.uint64)
+        while len(left_over):
+            left, right = x >> half, x & low
+            for key in round_keys(seed, epoch):
+                left, right = right, left ^ (scramble_all(right ^ np.uint64(key)) & low)
+            x = left << half | right
+            done = x < size
+            found[left_over[done]] = x[done]
+            left_over, x = left_over[~done], x[~done]
+    return found
+
+
+def scramble_all(x: np.ndarray) -> np.ndarray:
+    """Returns `scramble` of each element of an array of uint64, whose products wrap around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def rounded_counts(weights: Sequence[float], total: int) -> tuple[int, ...]:
@@ -74,3 +112,11 @@ def source_of(global_sample: int, weights: Sequence[float], seed: int) -> tuple[
             return source, global_sample // BLOCK * count + slot
         slot -= count
     raise AssertionError("the counts add up to BLOCK")
+
+
+def sources_of(samples: np.ndarray, weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `source_of` of each of an array of samples."""
+    slots, counts = permuted_all(samples, BLOCK, seed), np.array(block_counts(tuple(weights)))
+    ends = np.cumsum(counts)
+    sources = np.searchsorted(ends, slots, side="right")
+    return sources, samples // BLOCK * counts[sources] + slots - (ends - counts)[sources]

@@ -143,7 +143,9 @@ def row_of(plan: Plan, row: int, tokens: np.ndarray) -> tuple[np.ndarray, np.nda
     """Returns (tokens, labels, positions, piece) of every position of a row, without padding."""
     first, end = int(plan.rows[row]), int(plan.rows[row + 1])
     starts, lengths = plan.starts[first:end], plan.lengths[first:end].astype(np.int64)
+    spans = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
+    ids = np.concatenate([tokens[start:stop] for start, stop in spans])
+    labels = np.concatenate([tokens[start + 1 : stop + 1] for start, stop in spans])
     before = np.cumsum(lengths) - lengths
-    positions = np.arange(lengths.sum()) - np.repeat(before, lengths)
-    at = positions + np.repeat(starts, lengths)
-    return tokens[at], tokens[at + 1], positions, np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.arange(len(ids)) - np.repeat(before, lengths)
+    return ids, labels, positions, np.repeat(np.arange(len(lengths)), lengths)

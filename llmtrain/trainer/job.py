@@ -22,6 +22,7 @@ from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.data.ends import generation_settings
 from llmtrain.data.prepare import prepare
+from llmtrain.data.shards import verify_shards
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.base import Engine
 from llmtrain.observe.contents import CACHE, Checksums
@@ -156,6 +157,8 @@ def start_directory(config: Config, recipe: Recipe) -> Contents:
     if config.data.sources or config.data.tasks:
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
         found = contents()
+    if config.data.verify and not config.data.sources and (recipe.packs_text or config.data.replay_seqs):
+        verify_shards(data_dir(config))  # `prepare` verifies those that it makes
     checksums.save()
     return found
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from llmtrain.config.schema import DataConfig, SourceConfig
+from llmtrain.data.ahead import Ahead
+from llmtrain.data.mix import MixSettings
 from llmtrain.data.objectives import Objectives
 from llmtrain.data.packing import Demonstrations, TextRows, best_fit
 from llmtrain.data.shards import SPLITS, open_shards, write_shards
@@ -270,3 +273,115 @@ def test_the_longest_example_that_fits(tokenizer: Tokenizer, tmp_path: Path) -> 
     batch = Demonstrations(str(tmp_path / "sft.jsonl"), tokenizer, 64, 0).batch([0])
     assert batch.loss_mask.all()
     assert math.prod(batch.input_ids.shape) == 64
+
+
+def whole_rows(shards: str, seq_len: int = 32, **more: object) -> TextRows:
+    return TextRows(shards, "train", seq_len, 0, True, {"a": 3.0, "b": 1.0}, whole=True, **more)
+
+
+def test_whole_documents_are_trained_once_an_epoch(shards: str, tokenizer: Tokenizer) -> None:
+    """Each by itself from position 0; behind them is padding, which nobody trains."""
+    rows = TextRows(shards, "train", 32, 0, True, {"a": 1.0, "b": 1.0}, whole=True)
+    wanted = {}
+    for name, reader in open_shards(shards, "train").items():
+        spans = zip(reader.offsets[:-1], reader.offsets[1:], strict=True)
+        wanted |= {tuple(reader.tokens[a:b].tolist()): name for a, b in spans}
+    found = Counter()
+    batch = rows.batch(range(1000))
+    for r in range(1000):
+        segments = batch.segment_ids[r]
+        for segment in range(int(segments.max()) + 1):
+            at = segments == segment
+            assert batch.positions[r][at].tolist() == list(range(int(at.sum()))) and batch.loss_mask[r][at].all()
+            ids, labels = batch.input_ids[r][at], batch.labels[r][at]
+            assert torch.equal(ids[1:], labels[:-1])
+            found[(*ids.tolist(), int(labels[-1]))] += 1
+        padding = segments == -1
+        assert (batch.labels[r][padding] == IGNORE).all() and (batch.input_ids[r][padding] == tokenizer.eos_id).all()
+        assert not padding[: int((~padding).sum())].any()
+    assert found.keys() == wanted.keys()  # none is longer than a row
+    for name in ("a", "b"):
+        times = [found[document] for document, owner in wanted.items() if owner == name]
+        assert min(times) > 5 and max(times) - min(times) <= 1
+    shares = rows.padding()
+    assert set(shares) == {"a", "b"} and all(0 <= share < 0.1 for share in shares.values())
+
+
+def test_long_documents_are_cut_into_pieces_that_go_on(shards: str) -> None:
+    rows = whole_rows(shards, 8)
+    batch = rows.batch(range(2000))
+    assert not (batch.loss_mask & (batch.segment_ids < 0)).any() and batch.positions.max() == 7
+    tokens = open_shards(shards, "train")["b"].tokens
+    pairs = {(int(x), int(y)) for x, y in pairwise(tokens) if x != rows.eos_id}
+    trained = batch.loss_mask
+    seen = set(zip(batch.input_ids[trained].tolist(), batch.labels[trained].tolist(), strict=True))
+    assert pairs <= seen and all(x != rows.eos_id for x, _ in seen)
+
+
+def test_pieces_of_whole_rows_are_the_same_row(shards: str) -> None:
+    whole = whole_rows(shards).batch(range(8))
+    for seq_len in (8, 16):
+        n = 32 // seq_len
+        batch = whole_rows(shards).batch(range(8 * n), seq_len)
+        for name in ("input_ids", "labels", "loss_mask"):
+            assert torch.equal(getattr(batch, name).view(8, 32), getattr(whole, name))
+        assert torch.equal(batch.segment_ids.view(8, 32) == -1, whole.segment_ids == -1)
+        first = batch.positions[:, 0]
+        assert not first.any()
+        for r, (segments, positions) in enumerate(zip(batch.segment_ids, batch.positions, strict=True)):
+            for segment in segments.unique().tolist():
+                length = int((segments == segment).sum())
+                assert segment == -1 or positions[segments == segment].tolist() == list(range(length)), r
+
+
+def test_whole_documents_are_rearranged_each_by_itself(shards: str, tokenizer: Tokenizer) -> None:
+    rearranged = Objectives(DataConfig(fim_share=1.0), (500, 501, 502), (), tokenizer.eos_id, seed=3)
+    plain, batch = (
+        whole_rows(shards, 64).batch(range(20)),
+        whole_rows(shards, 64, objectives=rearranged).batch(range(20)),
+    )
+    assert torch.equal(batch.segment_ids, plain.segment_ids) and torch.equal(batch.positions, plain.positions)
+    changed = 0
+    for r in range(20):
+        for segment in range(int(plain.segment_ids[r].max()) + 1):
+            at = plain.segment_ids[r] == segment
+            before, after = ([*b.input_ids[r][at].tolist(), int(b.labels[r][at][-1])] for b in (plain, batch))
+            assert after[-1] == tokenizer.eos_id and len(before) == len(after)
+            changed += after[0] == 500
+            assert (after[0] == 500) == (len(before) >= 16)
+            assert Counter(token for token in after if token < 500) <= Counter(before)
+    assert changed > 10
+
+
+def mixed_rows(directory: str, whole: bool) -> TextRows:
+    mix = MixSettings({"a": 3.0, "b": 1.0}, {"b": 9.0}, anneal=((64, {"a": 1.0, "b": 4.0}),))
+    return TextRows(directory, "train", T, 0, True, {"a": 3.0, "b": 1.0}, None, mix, whole)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_ranks_and_workers_do_not_change_the_rows(shards: str, whole: bool) -> None:
+    """48 rows a step, taken by 1 to 8 ranks with 0 to 4 workers each, and by a run that changes both at each step."""
+    expected = [mixed_rows(shards, whole).batch(range(48 * step, 48 * step + 48)) for step in range(3)]
+    kinds = [(ranks, workers) for ranks in (1, 2, 3, 4, 6, 8) for workers in (0, 1, 2, 4)]
+    changing = [[kinds[(7 * step + shift) % len(kinds)] for step in range(3)] for shift in range(4)]
+    for steps in [*([kind] * 3 for kind in kinds), *changing]:
+        for step, (ranks, workers) in enumerate(steps):
+            parts = []
+            for rank in range(ranks):
+                rows = mixed_rows(shards, whole)
+                with Ahead(lambda samples, rows=rows: rows.batch(samples), workers) as ahead:
+                    starts = range(48 * step + 2 * rank, 48 * step + 48, 2 * ranks)
+                    keys = [range(start, start + 2) for start in starts]
+                    later = [range(key.start + 48, key.stop + 48) for key in keys]
+                    parts += zip([key.start for key in keys], ahead.take(keys, later), strict=True)
+            batches = [batch for _, batch in sorted(parts, key=lambda part: part[0])]
+            for name in ("input_ids", "labels", "loss_mask", "positions", "segment_ids"):
+                joined = torch.cat([getattr(batch, name) for batch in batches])
+                assert torch.equal(joined, getattr(expected[step], name)), (steps, step, name)
+
+
+def test_shares_so_far(shards: str) -> None:
+    rows = mixed_rows(shards, False)
+    assert rows.shares(64) == {"a": 0.75, "b": 0.25} and rows.shares(0) == {}
+    names = [rows.locate(sample)[0] for sample in range(100)]
+    assert rows.shares(100) == {name: names.count(name) / 100 for name in ("a", "b")}

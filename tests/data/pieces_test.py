@@ -155,7 +155,5 @@ def test_checksums_are_those_of_the_files(sources: list[SourceConfig], tokenizer
         verify_shards(str(tmp_path))
     manifest = json.loads((tmp_path / "shards.json").read_text())
     (tmp_path / "shards.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}))
-    with pytest.raises(
-        ValueError, match=r"without checksums to verify; make the shards anew, or set data.verify=false"
-    ):
+    with pytest.raises(ValueError, match=r"without checksums to verify; make the shards anew, or set"):
         verify_shards(str(tmp_path))

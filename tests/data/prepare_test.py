@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from llmtrain.config.schema import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from llmtrain.config.specials import FIM
+from llmtrain.data import pieces
 from llmtrain.data import prepare as module
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.data.prepare import prepare
-from llmtrain.data.shards import check_tokenizer
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.shards import check_tokenizer, open_shards
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import ROOT
 
 DATA = DataConfig(
@@ -90,6 +93,63 @@ def test_a_killed_run_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run(tmp_path / "a")
     run(tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_what_a_killed_run_had_tokenized_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the second of two sources: the first is not tokenized again, and nothing of the way is left behind."""
+    encoded: list[int] = []
+    real = pieces.encode
+
+    def encode(tokenizer: Tokenizer, dtype: str, batch: list[tuple[str, str]]) -> pieces.Parts:
+        encoded.append(sum(len(text.encode()) for _, text in batch))
+        if sum(encoded) > 60_000:
+            raise KeyboardInterrupt
+        return real(tokenizer, dtype, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pieces, "encode", encode)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a")
+    assert sum(encoded) > 60_000
+    encoded.clear()
+    monkeypatch.setattr(pieces, "encode", encode)
+    run(tmp_path / "a")
+    assert 0 < sum(encoded) < 20_000
+    monkeypatch.undo()
+    run(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert not list(tmp_path.rglob(".llmtrain-pieces"))
+
+
+def test_cleaned_documents_lie_below_the_data(tmp_path: Path) -> None:
+    source = SourceConfig(name="web", type="cleaned")
+    with pytest.raises(ValueError, match=r"'web': no \*.jsonl.zst below .*/data/clean/documents/web; clean documents"):
+        run(tmp_path, DataConfig(sources=[source]))
+    folder = tmp_path / "data" / "clean" / "documents" / "web"
+    folder.mkdir(parents=True)
+    pages = [f"a page of the web, number {i} {random.Random(i).randbytes(99).hex()}" for i in range(40)]
+    lines = [json.dumps({"text": page}) + "\n" for page in pages]
+    (folder / "00000.jsonl.zst").write_bytes(zstandard.compress("".join(lines).encode()))
+    run(tmp_path, DataConfig(sources=[source]))
+    tokenizer, shard = load_tokenizer(str(tmp_path / "tokenizer")), open_shards(str(tmp_path / "data"), "train")["web"]
+    texts = [
+        tokenizer.decode(shard.tokens[a:b].tolist()) for a, b in zip(shard.offsets[:-1], shard.offsets[1:], strict=True)
+    ]
+    assert len(texts) == 38 and texts[0] == pages[0]
+    (folder / "00000.jsonl.zst").write_bytes(zstandard.compress("".join(lines[:-1]).encode()))
+    with pytest.raises(ValueError, match=r"was made from other contents of data.sources.web"):
+        run(tmp_path, DataConfig(sources=[source]))
+
+
+def test_shards_are_verified_when_it_is_asked_for(tmp_path: Path) -> None:
+    run(tmp_path)
+    path = tmp_path / "data" / "topics-train.bin"
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(content)
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"topics-train.bin: is not what shards.json says of it"):
+        run(tmp_path, DATA.model_copy(update={"verify": True}))
 
 
 def test_no_tokenizer_and_no_text(tmp_path: Path) -> None:

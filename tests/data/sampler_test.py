@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.sampler import BLOCK, permuted, source_of
+from llmtrain.data.sampler import BLOCK, permuted, permuted_all, source_of, sources_of
 
 
 @settings(max_examples=50, deadline=None)
@@ -45,3 +46,13 @@ def test_sources_are_mixed_exactly_and_each_number_comes_once() -> None:
 def test_a_share_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1/1000"):
         source_of(0, (1.0, 1e-6), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 10**12), seed=st.integers(0, 2**64 - 1), first=st.integers(0, 10**13))
+def test_many_at_once_are_the_same(size: int, seed: int, first: int) -> None:
+    indices = first + np.arange(50)
+    assert permuted_all(indices, size, seed).tolist() == [permuted(i, size, seed) for i in indices.tolist()]
+    sources, numbers = sources_of(indices, (3, 1, 2.5), seed)
+    pairs = list(zip(sources.tolist(), numbers.tolist(), strict=True))
+    assert pairs == [source_of(i, (3, 1, 2.5), seed) for i in indices.tolist()]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -89,3 +92,39 @@ def test_ramps_change_batch_rows_and_rope_together(run: Callable) -> None:
 def test_a_resumed_run_evaluates_with_the_rope_of_its_weights(run: Callable) -> None:
     job, _, noted = run(*RAMPS, "train.steps=4", "train.eval_every_steps=3", step=3)  # step 2 was the first of 50000
     assert [step for step, _ in noted] == [3, 4] and set(job.scored_with) == {50000.0}
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_rows_that_were_read_ahead_are_the_same(run: Callable, workers: int) -> None:
+    job, (_, *steps), _ = run(f"data.loader_workers={workers}", *RAMPS)
+    assert rows_taken(job, 1) == text(job, range(8, 16), 64, 128)
+    assert rows_taken(job, 2) == text(job, range(8, 24), 128, 128) and len(steps) == 3
+
+
+def test_rewinds_and_workers(run: Callable) -> None:
+    job, _, _ = run("data.loader_workers=2", rewinds=[[1, 2, 1024]])
+    assert rows_taken(job, 1) == text(job, range(24, 32)) and rows_taken(job, 2) == text(job, range(32, 40))
+
+
+def test_shares_are_noted_where_lines_are_written(run: Callable, tmp_path: Path, small_data: Path) -> None:
+    """Three rows of each of two sources, and from step 2 on one alone; a line every second step."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    manifest = json.loads((small_data / "shards" / "shards.json").read_text())
+    counts = manifest["sources"]["topics"]
+    for name in ("a", "b"):
+        for file in (small_data / "shards").glob("topics-*"):
+            shutil.copy(file, shards / file.name.replace("topics", name))
+    (shards / "shards.json").write_text(json.dumps(manifest | {"sources": {"a": counts, "b": counts}}))
+    sources = "[{name: a, type: topics, weight: 3.0}, {name: b, type: topics}]"
+    anneal = "data.anneal=[{from_step: 2, weights: {b: 1.0}}]"
+    _, (_, *steps), _ = run(
+        f"data.path={shards}", f"data.sources={sources}", anneal, "train.steps=4", "log.every_steps=2"
+    )
+    noted = [{name: value for name, value in metrics.items() if name.startswith("share/")} for metrics, _ in steps]
+    assert noted == [{}, {"share/a": 0.75, "share/b": 0.25}, {}, {"share/a": 0.375, "share/b": 0.625}]
+
+
+def test_a_source_that_does_not_last_is_refused_before_the_model_is_built(run: Callable) -> None:
+    with pytest.raises(ValueError, match=r"max_epochs leaves [\d,]+ rows, and the run takes 8,000; raise max_epochs"):
+        run("data.sources=[{name: topics, type: topics, max_epochs: 1.0}]", "train.steps=1000")

@@ -65,6 +65,16 @@ def told(folder: Path, recipe: Recipe, *overrides: str) -> list[tuple[str, Any, 
         (PRETRAIN, "data.mask_documents=false", ("data.mask_documents", True, False)),
         (PRETRAIN, "data.fim_share=0.5", ("data.fim_share", 0.0, 0.5)),
         (PRETRAIN, "data.sources.b.weight=9.0", ("data.sources.b.weight", 1.0, 9.0)),
+        (PRETRAIN, "data.sources.b.max_epochs=2", ("data.sources.b.max_epochs", None, 2.0)),
+        (PRETRAIN, "data.sources.b.language=en", ("data.sources.b.language", None, "en")),
+        (PRETRAIN, "data.packing=best_fit", ("data.packing", "cut", "best_fit")),
+        (PRETRAIN, "data.mix=even", ("data.mix", "auto", "even")),
+        (PRETRAIN, "data.temperature=2.0", ("data.temperature", None, 2.0)),
+        (
+            PRETRAIN,
+            "data.anneal=[{from_step: 3, weights: {a: 1.0}}]",
+            ("data.anneal", [], [{"from_tokens": None, "from_step": 3, "weights": {"a": 1.0}}]),
+        ),
         (PRETRAIN, "data.sources=[{name: a, type: topics}]", ("data.sources", ["a", "b"], ["a"])),
         (PRETRAIN, "data.sources=[]", ("data.sources", ["a", "b"], [])),
         (PRETRAIN, "model.norm_eps=0.1", ("model.norm_eps", 1e-5, 0.1)),
@@ -162,6 +172,10 @@ def test_the_code_of_a_reward_of_the_users_counts(tmp_path: Path) -> None:
         (PRETRAIN, "parallel.pp=2"),
         (PRETRAIN, "guard.spike=skip"),
         (PRETRAIN, "data.path=elsewhere"),  # its contents are compared
+        (PRETRAIN, "data.loader_workers=2"),
+        (PRETRAIN, "data.workers=2"),
+        (PRETRAIN, "data.verify=true"),
+        (PRETRAIN, "data.megatron=true"),
         (PRETRAIN, "rollout.group_size=4"),  # it does not sample
         (PRETRAIN, "rewards=[{name: math}]"),
         (SFT, "data.train=elsewhere.jsonl"),
@@ -204,6 +218,23 @@ def test_what_earlier_versions_did_not_say_is_not_compared(tmp_path: Path) -> No
     del config["rewards"]
     was = as_record({"config": config})
     assert was["recipe"] is None and differences(was, now, GRPO) == []
+
+
+def test_an_earlier_version_did_what_the_defaults_do(tmp_path: Path) -> None:
+    """Rows of a run that had no such keys are not those of another packing or mix."""
+    keys = ("packing", "mix", "anneal", "temperature")
+    for override, expected in (
+        (None, []),
+        ("data.packing=best_fit", ["data.packing"]),
+        ("data.mix=even", ["data.mix"]),
+    ):
+        now = record_of(resolved(document(tmp_path, *([override] if override else []))), PRETRAIN, {})
+        config = json.loads(json.dumps(now["config"]))
+        for key in keys:
+            del config["data"][key]
+        for source in config["data"]["sources"]:
+            del source["max_epochs"], source["language"]
+        assert [key for key, *_ in differences(as_record({"config": config}), now, PRETRAIN)] == expected
 
 
 class Files:
