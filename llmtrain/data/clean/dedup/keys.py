@@ -43,7 +43,7 @@ class WriteKeys(PipelineStep):
             IdWriter(self.folder, f"ids/{rank:05d}") as ids,
         ):
             for row, document in enumerate(data):
-                self.stat_update("documents_in")
+                self.stat_update("documents")
                 with self.track_time():
                     ids.add(document.id)
                     if equal:

@@ -54,7 +54,7 @@ class WriteParagraphs(PipelineStep):
         dropped = ByPart(self.folder, [self.forest] if self.forest else [], LINK, self.parts[rank])
         with KeyWriter(self.folder, f"paragraphs/{rank:05d}", 1) as keys:
             for row, document in enumerate(data):
-                self.stat_update("documents_in")
+                self.stat_update("documents")
                 with self.track_time():
                     found = () if len(dropped.of(row)) else paragraphs(document.text, self.settings)
                     for key in sorted({key for _, key in found if key is not None}):
