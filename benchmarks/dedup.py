@@ -32,7 +32,7 @@ from llmtrain.config.clean.collect import CollectConfig
 from llmtrain.config.clean.dedup import DedupConfig, MinhashConfig, ParagraphConfig
 from llmtrain.data.clean.dedup.curve import Measured, draw_curve, interval, probability
 from llmtrain.data.clean.dedup.hashing import Bands, words
-from llmtrain.data.clean.dedup.parts import RankWriter
+from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.dedup.phases import dedup_phases
 from llmtrain.data.clean.phases import Phase
 

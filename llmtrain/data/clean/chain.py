@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from llmtrain.config.clean import CleanConfig
-from llmtrain.data.clean.files import writer
+from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.step import Check, Step
 
 
@@ -44,7 +44,7 @@ def chain(clean: CleanConfig, kind: str, dropped: str | None) -> list[Step]:
             step.name,
             make,
             (step.name, settings, clean.words),
-            dropped and writer(f"{dropped}/{step.name}"),
+            dropped and RankWriter(f"{dropped}/{step.name}"),
             clean.examples,
         )
         for step, settings in chosen

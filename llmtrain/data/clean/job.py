@@ -15,7 +15,7 @@ from llmtrain.config.clean.collect import kind_of
 from llmtrain.data.clean.chain import chain
 from llmtrain.data.clean.collect import Collect, task_count
 from llmtrain.data.clean.dedup.phases import dedup_phases
-from llmtrain.data.clean.files import writer
+from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.phases import Phase
 from llmtrain.observe.files import write_whole
 
@@ -70,8 +70,8 @@ def cleaning(job: Job, source: CollectConfig) -> Phase:
     dropped = f"{job.root}/dropped/{source.name}"
     kept = "documents" if job.clean.dedup is None else "cleaned"
     steps = [
-        Collect(source, writer(f"{dropped}/collect"), job.clean.examples),
+        Collect(source, RankWriter(f"{dropped}/collect"), job.clean.examples),
         *chain(job.clean, kind_of(source), dropped),
-        writer(f"{job.root}/{kept}/{source.name}"),
+        RankWriter(f"{job.root}/{kept}/{source.name}"),
     ]
     return Phase(f"clean-{source.name}", steps, job.tasks[source.name])

@@ -23,8 +23,9 @@ from llmtrain.data.clean.dedup import tables
 from llmtrain.data.clean.dedup.drop import DropCopies
 from llmtrain.data.clean.dedup.hashing import Bands, normalized
 from llmtrain.data.clean.dedup.keys import FindCopies, WriteKeys
-from llmtrain.data.clean.dedup.parts import Part, RankWriter, read_part
+from llmtrain.data.clean.dedup.parts import Part, read_part
 from llmtrain.data.clean.dedup.phases import dedup_phases
+from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.phases import Phase
 
 NEAR = DedupConfig(exact=False)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.io import DataFolder
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.writers.jsonl import JsonlWriter
 
 from llmtrain.config.clean.collect import CollectConfig
 
@@ -63,13 +62,3 @@ class ReadPart(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yields the documents."""
         yield from read_part(self.folder, self.parts[rank])
-
-
-class RankWriter(JsonlWriter):
-    """Writes a file a rank. Nothing in a document's metadata can change its name, as it can in datatrove's writer."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder, "${rank}.jsonl.zst", compression="zstd")
-
-    def _get_output_filename(self, document: Document, rank: int | str = 0, **kwargs: object) -> str:
-        return self.output_filename.substitute(rank=str(rank).zfill(5))

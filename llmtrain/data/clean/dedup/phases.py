@@ -9,8 +9,9 @@ from llmtrain.config.clean.dedup import DedupConfig
 from llmtrain.data.clean.dedup.drop import DropCopies
 from llmtrain.data.clean.dedup.keys import FindCopies, MergeForests, WriteKeys
 from llmtrain.data.clean.dedup.paragraphs import MarkParagraphs, WriteParagraphs
-from llmtrain.data.clean.dedup.parts import Part, RankWriter, ReadPart, ordered_parts
+from llmtrain.data.clean.dedup.parts import Part, ReadPart, ordered_parts
 from llmtrain.data.clean.dedup.tables import RANGES
+from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.phases import Phase
 
 FAN_IN = 8  # forests that one task merges
