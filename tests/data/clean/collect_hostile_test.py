@@ -190,10 +190,9 @@ def test_a_broken_table_keeps_the_rows_before_the_break(tmp_path: Path) -> None:
     assert outcome("parquet", tmp_path / "a.parquet", b"")[1] == {"tables_broken": 1}
     assert outcome("parquet", tmp_path / "a.parquet", whole, field="other")[1] == {"no_field": 1}
     rows = pyarrow.table({"text": [f"row {i} " + os.urandom(50).hex() for i in range(4000)]})
-    pyarrow.parquet.write_table(
-        rows, tmp_path / "b.parquet", row_group_size=1000, compression="none", use_dictionary=False
-    )
-    data = bytearray((tmp_path / "b.parquet").read_bytes())
+    file = tmp_path / "b.parquet"
+    pyarrow.parquet.write_table(rows, file, row_group_size=1000, compression="none", use_dictionary=False)
+    data = bytearray(file.read_bytes())
     place = data.index(b"row 2000")
     data[place - 40 : place] = b"\xff" * 40  # the head of the third group's page
     texts, reasons = outcome("parquet", file, bytes(data))
@@ -245,13 +244,15 @@ def drawn(count: int, seed: int, timeout_s: float) -> dict:
     return said["counts"]
 
 
+def files(counts: dict[str, int]) -> int:
+    return sum(count for name, count in counts.items() if name.endswith("/files"))
+
+
 def test_500_drawn_files_are_read_or_counted() -> None:
-    counts = drawn(500, 0, 100)
-    assert sum(count for name, count in counts.items() if name.endswith("/files")) >= 450  # some endings are no code
+    assert files(drawn(500, 0, 100)) == 500
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
 def test_10000_drawn_files_are_read_or_counted() -> None:
-    counts = drawn(10_000, 1, 1200)
-    assert sum(count for name, count in counts.items() if name.endswith("/files")) >= 9_000
+    assert files(drawn(10_000, 1, 1200)) == 10_000

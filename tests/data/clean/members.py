@@ -34,7 +34,7 @@ def collected(type_: str, path: Path | str, **keys: Any) -> tuple[list[Document]
     """Returns (documents, counts, examples of what was skipped) of an input."""
     config = CollectConfig(name="input", type=type_, path=str(path), **keys)
     examples = Examples()
-    step = Collect(config, examples, 10_000)
+    step = Collect(config, examples, 10_000_000)
     documents = list(step.run())
     return documents, counts_of(step), examples.documents
 
