@@ -32,8 +32,8 @@ from llmtrain.config.clean.collect import CollectConfig
 from llmtrain.config.clean.dedup import DedupConfig, MinhashConfig, ParagraphConfig
 from llmtrain.data.clean.dedup.curve import Measured, draw_curve, interval, probability
 from llmtrain.data.clean.dedup.hashing import Bands, words
-from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.dedup.phases import dedup_phases
+from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.phases import Phase
 
 RATES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2)  # share of words that an edit touches
