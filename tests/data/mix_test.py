@@ -107,6 +107,15 @@ def test_later_mixes_begin_at_their_sample() -> None:
         assert sorted(n for s, n in picks if s == source) == list(range(mix.counts(4000)[source]))
 
 
+def test_many_mixes_do_not_add_up_their_errors() -> None:
+    """A phase of 7 samples after the other, with shares of thirds: each source stays within one sample of its shares,
+    though none of the phases can give it exactly."""
+    weights = [{"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.001}]
+    later = tuple((7 * i, weights[i % 2]) for i in range(1, 60))
+    mix = Mix(dict.fromkeys("abc", 50), MixSettings(weights[0], anneal=later))
+    assert len(mix.segments) == 60 and furthest(mix, 420)[0] < 1
+
+
 def test_counts_are_those_of_the_samples() -> None:
     rows = {"a": 30, "b": 700, "c": 900}
     mix = Mix(rows, MixSettings({"a": 1, "b": 2, "c": 3}, {"a": 2.0}, anneal=((777, {"b": 1.0, "c": 9.0}),)))

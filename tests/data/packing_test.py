@@ -353,6 +353,15 @@ def test_whole_documents_are_rearranged_each_by_itself(shards: str, tokenizer: T
     assert changed > 10
 
 
+def test_each_document_of_a_row_has_choices_of_its_own(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+    rearranged = Objectives(DataConfig(fim_share=1.0), (500, 501, 502), (), 1, seed=3)
+    real = Objectives.apply
+    monkeypatch.setattr(Objectives, "apply", lambda self, tokens, row: numbers.append(row) or real(self, tokens, row))
+    whole_rows(shards, 64, objectives=rearranged).batch(range(20))
+    assert len(numbers) == len(set(numbers)) > 40
+
+
 def mixed_rows(directory: str, whole: bool) -> TextRows:
     mix = MixSettings({"a": 3.0, "b": 1.0}, {"b": 9.0}, anneal=((64, {"a": 1.0, "b": 4.0}),))
     return TextRows(directory, "train", T, 0, True, {"a": 3.0, "b": 1.0}, None, mix, whole)
