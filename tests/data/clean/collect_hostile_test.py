@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -20,6 +21,7 @@ pytest.importorskip("pypdf")
 import pyarrow
 import pyarrow.parquet
 
+from llmtrain.data.clean.read.text import charset
 from tests.data.clean.members import (
     COMPRESSIONS,
     TEXTS,
@@ -48,8 +50,8 @@ def outcome(type_: str, path: Path, data: bytes | None = None, **keys: object) -
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_a_cut_file_keeps_the_rows_before_the_cut(ending: str, tmp_path: Path) -> None:
-    rng = random.Random(0)
-    lines = b"".join(b'{"text": "%d %s"}\n' % (i, rng.randbytes(20).hex().encode()) for i in range(20_000))
+    draw = random.Random(0)
+    lines = b"".join(b'{"text": "%d %s"}\n' % (i, draw.randbytes(20).hex().encode()) for i in range(20_000))
     packed = COMPRESSIONS[ending](lines)
     texts, reasons = outcome("jsonl", tmp_path / f"a.jsonl{ending}", packed[: len(packed) // 2])
     assert 5_000 < len(texts) < 15_000 and texts[0].startswith("0 ") and texts[-1].startswith(f"{len(texts) - 1} ")
@@ -57,8 +59,8 @@ def test_a_cut_file_keeps_the_rows_before_the_cut(ending: str, tmp_path: Path) -
     texts, reasons = outcome("jsonl", tmp_path / f"b.jsonl{ending}", packed + packed)
     assert len(texts) == 40_000 and not reasons  # members behind each other
     name = "gzip_broken" if ending == ".gz" else "zstd_broken"
-    texts, reasons = outcome("jsonl", tmp_path / f"c.jsonl{ending}", packed[:100] + b"\xff" * 50 + packed[150:])
-    assert reasons == {name: 1} or reasons.keys() <= {name, "json_broken", "not_an_object"}  # where it goes on
+    texts, reasons = outcome("jsonl", tmp_path / f"c.jsonl{ending}", packed[:-50_000] + b"\xff" * 50_000)
+    assert len(texts) > 10_000 and reasons[name] == 1
     assert outcome("jsonl", tmp_path / f"d.jsonl{ending}", ROW)[1] == {"not_compressed": 1}
 
 
@@ -80,6 +82,11 @@ def test_a_bomb_in_a_page_of_an_archive_costs_that_page(tmp_path: Path) -> None:
     data = b"".join([*bombs, response(page("next"))])
     texts, reasons = outcome("warc", tmp_path / "a.warc", data, max_bytes=100_000)
     assert texts == [page("next").decode()] and reasons.get("bomb", 0) + reasons["too_large"] == 2
+    tracemalloc.start()
+    outcome("warc", tmp_path / "a.warc", max_bytes=100_000)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 10_000_000
 
 
 def test_a_long_line_is_skipped_and_the_next_is_read(tmp_path: Path) -> None:
@@ -132,9 +139,20 @@ def test_bytes_that_are_no_text_are_replaced_or_skipped_and_counted(tmp_path: Pa
         assert documents[-1].text == "next" and counts["documents_out"] + sum(dropped(counts).values()) == 2
         assert expected is None or [each.text for each in documents[:-1]] == expected
         assert expected is None or any(name.startswith("mended/") for name in counts)
-    for data in (os.urandom(10_000), b"\0" * 10_000, b"a\0" * 100):
+    for data in (random.Random(0).randbytes(10_000), b"\0" * 10_000, b"a\0" * 100):
         assert outcome("text", tmp_path / "a.txt", data) == ([], {"binary": 1})
     assert outcome("text", tmp_path / "a.txt", "\ufeffé".encode("utf-16"))[0] == ["\ufeffé"]
+
+
+def test_only_charsets_that_are_safe_are_believed() -> None:
+    names = ("punycode", "idna", "zlib", "unicode_escape", "utf-7", "x" * 50, "a\0b", "")
+    assert [charset(name) for name in names] == [None] * 8
+    assert [charset(name) for name in ("Latin-1", "UTF8", "gbk", "windows-1251")] == [
+        "cp1252",
+        "utf-8",
+        "gb18030",
+        "cp1251",
+    ]
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -181,7 +199,7 @@ def test_wrong_lengths_in_an_archive_cost_their_records(tmp_path: Path) -> None:
         texts, reasons = outcome("warc", path, bad + other)
         assert texts == [page("other").decode()] and reasons["warc_length"] == 1
     many = b"WARC/1.0\r\n" + b"a: b\r\n" * 100_000 + b"\r\n"
-    assert outcome("warc", path, many + other)[0] == [page("other").decode()]
+    assert outcome("warc", path, many + other) == ([page("other").decode()], {"warc_headers": 1})
     assert outcome("warc", path, one[:-40]) == ([], {"warc_cut": 1})
 
 
@@ -191,7 +209,7 @@ def test_a_broken_table_keeps_the_rows_before_the_break(tmp_path: Path) -> None:
     assert outcome("parquet", tmp_path / "a.parquet", whole[:-9])[1] == {"tables_broken": 1}
     assert outcome("parquet", tmp_path / "a.parquet", b"")[1] == {"tables_broken": 1}
     assert outcome("parquet", tmp_path / "a.parquet", whole, field="other")[1] == {"no_field": 1}
-    rows = pyarrow.table({"text": [f"row {i} " + os.urandom(50).hex() for i in range(4000)]})
+    rows = pyarrow.table({"text": [f"row {i} " + random.Random(i).randbytes(50).hex() for i in range(4000)]})
     file = tmp_path / "b.parquet"
     pyarrow.parquet.write_table(rows, file, row_group_size=1000, compression="none", use_dictionary=False)
     data = bytearray(file.read_bytes())
@@ -208,7 +226,9 @@ def test_a_table_that_fills_the_memory_ends_its_process_only(tmp_path: Path) -> 
     texts, reasons = outcome("parquet", tmp_path, max_memory_bytes=400_000_000, max_bytes=1_000_000)
     assert texts[-3:] == TEXTS and set(reasons) <= {"too_large", "out_of_memory", "tables_broken", "reader_died"}
     copy = tmp_path / "c.parquet.gz"
-    assert outcome("parquet", copy, gzip.compress(os.urandom(50_000)), max_copy_bytes=10_000)[1] == {"too_large": 1}
+    assert outcome("parquet", copy, gzip.compress(random.Random(0).randbytes(50_000)), max_copy_bytes=10_000)[1] == {
+        "too_large": 1
+    }
 
 
 def test_a_pdf_that_loops_or_is_broken_costs_one_document(tmp_path: Path) -> None:
@@ -242,7 +262,7 @@ def drawn(count: int, seed: int, timeout_s: float) -> dict:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout)
-    assert said["peak_bytes"] < 600_000_000, said["peak_bytes"]
+    assert said["peak_bytes"] < 600_000_000 and said["slowest_batch_s"] < 60, said
     return said["counts"]
 
 
