@@ -166,6 +166,8 @@ def default(spec: dict[str, Any]) -> str:
     if "default" not in spec:
         return "–"
     value = spec["default"]
+    if class_of(spec) and isinstance(value, dict):
+        return "its defaults, below"
     if isinstance(value, list):
         value = [{k: v for k, v in e.items() if v not in (None, False)} if isinstance(e, dict) else e for e in value]
     return f"`{json.dumps(value)}`"
