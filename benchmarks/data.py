@@ -1,9 +1,10 @@
-"""Compares the cleaning chain with datatrove's own: CPU-seconds on the same pages, with the same survivors.
+"""Compares the cleaning chain with datatrove's own: CPU-seconds on the same pages, with the same survivors; and
+tokenizing and reading rows with their peers (benchmarks.data_loader).
 
 Pages come from a folder of `*.html` and `*.html.gz`, else from `pydoc`, which renders the standard library. Each is
 seen once: the first part warms up, the others are the rounds, so that words that a part brings anew are paid for in it.
 
-    python -m benchmarks.data --cases chain [--pages FOLDER] [--out benchmarks/results/data_chain.json]
+    python -m benchmarks.data [--cases chain,tokenize,loader] [--pages FOLDER] [--out benchmarks/results/data_chain.json]
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from datatrove.pipeline.filters import (
 from datatrove.pipeline.formatters import FTFYFormatter
 
 from benchmarks.common import Turns, compete, environment
+from benchmarks.data_loader import loader_case, tokenize_case
 from llmtrain.config.clean import CleanConfig
 from llmtrain.data.clean.chain import make
 from llmtrain.data.clean.step import Step
@@ -174,12 +176,16 @@ def chain_case(pages: Pages, parts: int) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="chain", help="chain")
+    parser.add_argument("--cases", default="chain,tokenize,loader", help="some of chain,tokenize,loader")
     parser.add_argument("--pages", help="folder of HTML pages; pydoc's of the standard library without it")
     parser.add_argument("--parts", type=int, default=5, help="one to warm up, the others are rounds")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
-    cases = {"chain": lambda: chain_case(folder_pages(args.pages) if args.pages else pydoc_pages(), args.parts)}
+    cases = {
+        "chain": lambda: chain_case(folder_pages(args.pages) if args.pages else pydoc_pages(), args.parts),
+        "tokenize": tokenize_case,
+        "loader": loader_case,
+    }
     if unknown := set(args.cases.split(",")) - set(cases):
         parser.error(f"--cases={args.cases}: {sorted(unknown)} is none of {sorted(cases)}")
     result = {name: cases[name]() for name in args.cases.split(",")}
