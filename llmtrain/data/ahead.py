@@ -45,7 +45,7 @@ class Ahead(AbstractContextManager, Generic[Key, Made]):
         try:
             return self.begun.pop(key).result()
         except Exception as error:
-            raise RuntimeError(f"a loader worker failed at rows {key}: {type(error).__name__}: {error}") from error
+            raise RuntimeError(f"a loader worker failed at {key}: {type(error).__name__}: {error}") from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.pool is not None:

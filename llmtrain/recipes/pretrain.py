@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llmtrain.config.ramp import Phase, longest_row, phase_at, total_tokens, trained_model, with_rope
 from llmtrain.config.recipes.pretrain import RECIPE
 from llmtrain.config.schema import Config, ModelConfig, TrainConfig
@@ -17,6 +19,7 @@ from llmtrain.trainer.job import Job, data_dir, join
 from llmtrain.trainer.loop import train
 from llmtrain.trainer.record import is_due, note_evaluation
 from llmtrain.trainer.weights import build_engine
+from llmtrain.types import Batch
 
 
 def main(config: Config) -> None:
@@ -43,15 +46,19 @@ def main(config: Config) -> None:
         announce(phase, number, settings)
         set_rope(job, with_rope(model, phase))
         skipped = job.guard.skipped_tokens(number)
-        now, then = (step_rows(settings, each, skipped, mesh) for each in (number, number + 1))
-        microbatches = loader.take(now, then if number + 1 < settings.steps else [])
+        coming = range(number + 1, min(number + 1 + config.data.loader_workers, settings.steps))
+        [microbatches] = loader.take([Place(number, skipped)], [Place(each, skipped) for each in coming])
         stats = job.engine.train_step(microbatches, token_loss, count_trained(microbatches, mesh))
         shape = {"seq_len": phase.seq_len, "global_batch_seqs": phase.global_batch_seqs}
         taken = (phase.token_at(number + 1) + skipped) // rows.seq_len if is_due(number + 1, every_steps) else 0
         return {**stats.numbers(), **shape, **noted_shares(rows, taken)}, phase.tokens_per_step
 
+    def load(place: Place) -> list[Batch]:
+        phase = phase_at(settings, place.step)
+        return phase_batches(rows, phase, place.step, place.skipped_tokens, settings.micro_batch_seqs, mesh)
+
     every_steps = config.log.every_steps
-    with Ahead(lambda key: rows.batch(*key), config.data.loader_workers) as loader:
+    with Ahead(load, config.data.loader_workers) as loader:
         train(job, step)
     evaluate()
     shutdown()
@@ -68,14 +75,21 @@ def set_rope(job: Job, model: ModelConfig) -> None:
         part.config = part.config.model_copy(update=rope)
 
 
-def step_rows(train: TrainConfig, step: int, skipped_tokens: int, mesh: Mesh) -> list[tuple[range, int]]:
-    """Returns (samples, tokens a row) of this rank's microbatches of a step. Shorter rows are pieces of the longest
-    ones, in their order, so over the steps every token of the data order comes once, but for those that rewinds skipped
-    before."""
-    phase = phase_at(train, step)
+class Place(NamedTuple):
+    """Says which rows a step takes: those of the step, after the tokens that rewinds skipped before."""
+
+    step: int
+    skipped_tokens: int
+
+
+def phase_batches(
+    rows: TextRows, phase: Phase, step: int, skipped_tokens: int, micro_seqs: int, mesh: Mesh
+) -> list[Batch]:
+    """Returns this rank's microbatches of a step of the phase. Shorter rows are pieces of the longest ones, in their
+    order, so over the steps every token of the data order comes once, but for those that rewinds skipped before."""
     first = (phase.token_at(step) + skipped_tokens) // phase.seq_len
-    samples = samples_from(first, phase.global_batch_seqs, train.micro_batch_seqs, mesh)
-    return [(each, phase.seq_len) for each in samples]
+    samples = samples_from(first, phase.global_batch_seqs, micro_seqs, mesh)
+    return [rows.batch(s, phase.seq_len) for s in samples]
 
 
 def noted_shares(rows: TextRows, samples: int) -> dict[str, float]:

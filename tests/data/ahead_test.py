@@ -56,7 +56,7 @@ def test_a_worker_that_fails_is_an_error_with_its_cause() -> None:
     began = time.monotonic()
     with Ahead(make, 2) as ahead:
         assert ahead.take([1], [2]) == [1]
-        with pytest.raises(RuntimeError, match="a loader worker failed at rows 2: OSError: stale file handle") as error:
+        with pytest.raises(RuntimeError, match="a loader worker failed at 2: OSError: stale file handle") as error:
             ahead.take([2], [3])
         assert isinstance(error.value.__cause__, OSError)
     assert time.monotonic() - began < 5

@@ -129,8 +129,11 @@ def test_a_process_that_is_killed_is_an_error(
     sources: list[SourceConfig], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kill_one(source: str, done: int) -> None:
-        os.kill(next(iter(pools[0]._processes)), signal.SIGKILL)
+        if not killed:
+            killed.append(next(iter(pools[0]._processes)))
+            os.kill(killed[0], signal.SIGKILL)
 
+    killed: list[int] = []
     pools: list = []
     pool_class = pieces.ProcessPoolExecutor
     monkeypatch.setattr(pieces, "ProcessPoolExecutor", lambda *args: pools.append(pool_class(*args)) or pools[0])
