@@ -59,7 +59,7 @@ class DataConfig(Section):
     workers: PositiveInt = 1  # processes that tokenize; the shards are the same whatever their number
     verify: bool = False  # read all shards before a start and compare them with the checksums in shards.json
     megatron: bool = False  # also write the shards as <source>-<split>_text_document.bin and .idx, which Megatron reads
-    mix: Literal["auto", "blocks", "even"] = "auto"  # blocks: shares exact in 1000 rows; even: always, within one row
+    mix: Literal["even", "blocks"] = "even"  # even: shares exact at any row, within one; blocks: in each 1000 rows
     temperature: PositiveFloat | None = None  # shares are tokens^(1 / this) of each language; None = by weight
     anneal: list[AnnealConfig] = Field([])  # pretraining: other shares later
     packing: Literal["cut", "best_fit"] = "cut"  # rows of text: contiguous, or whole documents (arXiv 2404.10830)

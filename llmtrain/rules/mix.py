@@ -50,7 +50,7 @@ def _blocks(case: Case) -> Iterator[str]:
     }
     if data.mix == "blocks" and any(used.values()):
         found = next(key for key, is_used in used.items() if is_used)
-        yield f"data.mix=blocks: not with {found}, which changes shares in the midst of a block; use auto or even"
+        yield f"data.mix=blocks: not with {found}, which changes shares in the midst of a block; use even"
 
 
 def _languages(case: Case) -> Iterator[str]:

@@ -70,10 +70,9 @@ def text_rows(config: Config, split: str, tokenizer: Tokenizer, samples: int = 0
 
 
 def mix_settings(data: DataConfig, train: TrainConfig, samples: int) -> MixSettings | None:
-    """Returns how the sources are mixed over `samples` rows; None = as in a run without any key that changes shares."""
+    """Returns how the sources are mixed over `samples` rows; None = at random in blocks."""
     capped = {source.name: source.max_epochs for source in data.sources if source.max_epochs is not None}
-    changing = capped or data.anneal or data.temperature is not None
-    if data.mix != "even" and not changing:
+    if data.mix == "blocks":
         return None
     languages = {source.name: source.language for source in data.sources if source.language is not None}
     weights = {source.name: source.weight for source in data.sources} or None

@@ -57,7 +57,7 @@ STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl"
 WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory
 EARLIER = {"name", "model", "train"}  # keys of every config.yaml of a run
 ABSENT = object()
-DATA_DEFAULTS = DataConfig().model_dump(mode="json")
+DATA_DEFAULTS = DataConfig().model_dump(mode="json") | {"mix": "blocks"}  # what earlier versions did
 
 Contents = dict[str, dict[str, str]]
 """Maps a key to path and sha256 of what is read there."""
@@ -168,7 +168,7 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
         if key == TEMPLATE and key in was["contents"] and key in now["contents"]:
             continue  # a file before and now: what it holds is compared
         before, after = (_value(record["config"], key) for record in (was, now))
-        if before is ABSENT and key.startswith("data."):  # of an earlier version, which did what the default does
+        if before is ABSENT and key.startswith("data."):  # of an earlier version, which had no such key
             before = DATA_DEFAULTS.get(key.removeprefix("data."), ABSENT)
         if before is not ABSENT and before != after:
             found.append((key, before, after))

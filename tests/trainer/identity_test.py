@@ -68,7 +68,7 @@ def told(folder: Path, recipe: Recipe, *overrides: str) -> list[tuple[str, Any, 
         (PRETRAIN, "data.sources.b.max_epochs=2", ("data.sources.b.max_epochs", None, 2.0)),
         (PRETRAIN, "data.sources.b.language=en", ("data.sources.b.language", None, "en")),
         (PRETRAIN, "data.packing=best_fit", ("data.packing", "cut", "best_fit")),
-        (PRETRAIN, "data.mix=even", ("data.mix", "auto", "even")),
+        (PRETRAIN, "data.mix=blocks", ("data.mix", "even", "blocks")),
         (PRETRAIN, "data.temperature=2.0", ("data.temperature", None, 2.0)),
         (
             PRETRAIN,
