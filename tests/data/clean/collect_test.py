@@ -182,7 +182,7 @@ MIT = (
 def test_code_has_its_language_and_the_nearest_licence(tmp_path: Path) -> None:
     files = {
         "one/LICENSE": MIT,
-        "one/a.py": b"pass",
+        "one/deep/inner/a.py": b"pass",
         "one/sub/COPYING": b"GNU GENERAL PUBLIC LICENSE\n Version 3, 29 June 2007",
         "one/sub/b.rs": b"fn main() {}",
         "one/c.c": b"/* SPDX-License-Identifier: BSD-2-Clause */",
@@ -201,7 +201,7 @@ def test_code_has_its_language_and_the_nearest_licence(tmp_path: Path) -> None:
         for d in documents
     }
     assert found == {
-        "one/a.py": ("python", "MIT"),
+        "one/deep/inner/a.py": ("python", "MIT"),
         "one/sub/b.rs": ("rust", "GPL-3.0"),
         "one/c.c": ("c", "BSD-2-Clause"),
         "two/Makefile": ("makefile", "other"),
