@@ -4,7 +4,7 @@ tokenizing and reading rows with their peers (benchmarks.data_loader).
 Pages come from a folder of `*.html` and `*.html.gz`, else from `pydoc`, which renders the standard library. Each is
 seen once: the first part warms up, the others are the rounds, so that words that a part brings anew are paid for in it.
 
-    python -m benchmarks.data [--cases chain,tokenize,loader] [--pages FOLDER] [--out benchmarks/results/data_chain.json]
+    python -m benchmarks.data [--cases chain] [--pages FOLDER] [--out benchmarks/results/data_chain.json]
 """
 
 from __future__ import annotations

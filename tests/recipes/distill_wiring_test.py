@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmtrain.config.recipes import RECIPES
+from llmtrain.data.mix import MixSettings
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.recipes import distill
 from llmtrain.trainer import rollouts
@@ -269,7 +270,7 @@ def test_replay_brings_text_by_its_weight(start: Callable[..., Run]) -> None:
     run = start("data.replay_seqs=4", "data.replay_weight=0.5")
     run.engine.scores = lambda b: says(STUDENT)(b) if "teacher_0" in b.extra else Scores(-3.0 * b.loss_mask)
     run.go()
-    text = TextRows(run.job.config.data.path, "train", 64, 1, True)
+    text = TextRows(run.job.config.data.path, "train", 64, 1, True, mix=MixSettings())
     for step, (metrics, tokens) in enumerate(run.steps):
         own, replayed = run.engine.updates[step][0][:4], run.engine.updates[step][0][4:]
         ids = [row for batch in replayed for row in batch.input_ids.tolist()]

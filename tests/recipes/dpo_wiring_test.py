@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.data.mix import MixSettings
 from llmtrain.data.packing import TextRows
 from llmtrain.data.pairs import Pairs
 from llmtrain.recipes import dpo
@@ -164,7 +165,7 @@ def test_replay_brings_text_by_its_weight(start: Callable[..., Run]) -> None:
     own = run.job.engine.scores
     run.job.engine.scores = lambda b: shifted(-3.0)(b) if "replay" in b.extra else own(b)
     run.go()
-    text = TextRows(run.job.config.data.path, "train", 64, 1, True)
+    text = TextRows(run.job.config.data.path, "train", 64, 1, True, mix=MixSettings())
     for step, (metrics, tokens) in enumerate(run.steps):
         batches, denominator, _ = run.job.engine.updates[step]
         replayed = [row for b in batches if "replay" in b.extra for row in b.input_ids.tolist()]

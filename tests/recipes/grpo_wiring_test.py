@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.data.mix import MixSettings
 from llmtrain.data.packing import TextRows
 from llmtrain.recipes import grpo
 from llmtrain.rewards import RewardsFail
@@ -257,7 +258,7 @@ def test_rows_that_cannot_be_rewarded_are_refused_first(start: Callable[..., Run
 def test_replay_is_mixed_in_by_its_weight(start: Callable[..., Run]) -> None:
     """log-probs of the text are -3: its mean loss is 3, weighted by 0.5 and on top of the policy's, which is 0."""
     run = start("data.replay_seqs=4", "data.replay_weight=0.5")
-    rows = TextRows(run.job.config.data.path, "train", 64, 1, True)  # the document's seed
+    rows = TextRows(run.job.config.data.path, "train", 64, 1, True, mix=MixSettings())  # the document's seed
     policy = shifted(0.0)
     run.engine.scores = lambda b: policy(b) if "old_logprobs" in b.extra else shifted(-3.0)(b)
     run.go()

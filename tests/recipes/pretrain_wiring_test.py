@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmtrain.data.mix import MixSettings
 from llmtrain.data.packing import TextRows
 from llmtrain.recipes import pretrain
 from llmtrain.trainer.job import Job
@@ -53,7 +54,7 @@ def rows_taken(job: Job, step: int) -> list[list[int]]:
 
 
 def text(job: Job, samples: range, seq_len: int = 64, longest: int = 64) -> list[list[int]]:
-    rows = TextRows(job.config.data.path, "train", longest, 1, True)  # the document's seed
+    rows = TextRows(job.config.data.path, "train", longest, 1, True, mix=MixSettings())  # the document's seed
     return rows.batch(samples, seq_len).input_ids.tolist()
 
 

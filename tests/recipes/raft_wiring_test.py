@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.data.mix import MixSettings
 from llmtrain.data.packing import TextRows
 from llmtrain.data.sampler import derive, permuted
 from llmtrain.recipes import raft
@@ -309,7 +310,7 @@ def test_with_nothing_to_keep_nothing_is_updated(start: Callable[..., Run]) -> N
 def test_replay_is_mixed_in_by_its_weight(start: Callable[..., Run]) -> None:
     """log-probs of the text are -3 and of the samples -1: the loss is 1 + 0.5 x 3."""
     run = start("data.replay_seqs=4", "data.replay_weight=0.5", "raft.minibatches=1", "raft.epochs=2")
-    rows, policy = TextRows(run.job.config.data.path, "train", 64, 1, True), shifted(0.0)
+    rows, policy = TextRows(run.job.config.data.path, "train", 64, 1, True, mix=MixSettings()), shifted(0.0)
     run.engine.scores = lambda b: policy(b) if "old_logprobs" in b.extra else shifted(-3.0)(b)
     run.go()
     assert run.engine.positions == [0, 1, 2, 3]

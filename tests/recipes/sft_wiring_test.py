@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.data.mix import MixSettings
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.recipes import sft
 from llmtrain.trainer.batches import demonstration_microbatches
@@ -67,7 +68,7 @@ def test_rows_that_a_rewind_skipped_are_not_taken_again(run: Callable) -> None:
 def test_replay_brings_text_by_its_weight(run: Callable) -> None:
     """All log-probs are -2: the mean loss is 2, and 0.25 x 2 for the text."""
     job, (_, *steps) = run("data.replay_seqs=4", "data.replay_weight=0.25", "train.steps=2")
-    text = TextRows(job.config.data.path, "train", 64, 1, True)
+    text = TextRows(job.config.data.path, "train", 64, 1, True, mix=MixSettings())
     for step, (metrics, tokens) in enumerate(steps):
         batches, denominator, _ = job.engine.updates[step]
         own, replayed = batches[:4], batches[4:]

@@ -38,7 +38,7 @@ def told(folder: Path, *overrides: str, command: str = "pretrain") -> list[str]:
         ),
         (
             ["data.mix=blocks", "data.temperature=2.0"],
-            "data.mix=blocks: not with data.temperature, .*; use auto or even",
+            "data.mix=blocks: not with data.temperature, .*; use even",
         ),
         (["data.mix=blocks", "data.sources.a.max_epochs=2"], "data.mix=blocks: not with max_epochs of a source"),
         (["data.sources.a.language=en"], "data.sources.a.language=en: only data.temperature asks for it"),

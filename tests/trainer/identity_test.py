@@ -220,13 +220,13 @@ def test_what_earlier_versions_did_not_say_is_not_compared(tmp_path: Path) -> No
     assert was["recipe"] is None and differences(was, now, GRPO) == []
 
 
-def test_an_earlier_version_did_what_the_defaults_do(tmp_path: Path) -> None:
-    """Rows of a run that had no such keys are not those of another packing or mix."""
+def test_what_an_earlier_version_did(tmp_path: Path) -> None:
+    """Rows of a run that had no such keys are those of the defaults, but for the mix, which was by blocks."""
     keys = ("packing", "mix", "anneal", "temperature")
     for override, expected in (
-        (None, []),
-        ("data.packing=best_fit", ["data.packing"]),
-        ("data.mix=even", ["data.mix"]),
+        ("data.mix=blocks", []),
+        ("data.packing=best_fit", ["data.packing", "data.mix"]),
+        (None, ["data.mix"]),
     ):
         now = record_of(resolved(document(tmp_path, *([override] if override else []))), PRETRAIN, {})
         config = json.loads(json.dumps(now["config"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from importlib.util import find_spec
 
 from datatrove.data import Document, DocumentsPipeline
@@ -103,7 +103,8 @@ class Collect(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yields the documents of this task's files, one at a time."""
         left, found = self.examples, 0
-        with closing(Apart(self.config.timeout_s, self.config.max_memory_bytes)) as apart:
+        limits = self.config.timeout_s, self.config.max_memory_bytes
+        with closing(Apart(*limits)) as apart, self.dropped or nullcontext():
             for path, item in self.items(rank, world_size, apart):
                 if isinstance(item, Found):
                     yield self.document(path, item)

@@ -26,6 +26,12 @@ class Examples:
     def __init__(self) -> None:
         self.documents: list[Document] = []
 
+    def __enter__(self) -> Examples:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
     def write(self, document: Document, rank: int = 0) -> None:
         self.documents.append(document)
 

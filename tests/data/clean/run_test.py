@@ -56,6 +56,15 @@ def test_from_rows_to_tokens(tmp_path: Path) -> None:
     assert (place / "clean/report/index.html").stat().st_mtime_ns == before
 
 
+def test_what_is_no_document_is_an_example_of_the_report(tmp_path: Path) -> None:
+    data = section(tmp_path)
+    with open(tmp_path / "rows.jsonl", "a") as rows:
+        rows.write('{"text": 5}\n{"text": "the last of these rows has no end\n')
+    clean(data, str(tmp_path / "data"), 0)
+    page = (tmp_path / "data/clean/report/index.html").read_text()
+    assert "rows.jsonl#6" in page and "not_text" in page and "json_broken" in page
+
+
 def test_without_inputs_nothing_is_made(tmp_path: Path) -> None:
     clean(DataConfig(), str(tmp_path / "data"), 0)
     assert not (tmp_path / "data").exists()
