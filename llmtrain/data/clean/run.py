@@ -39,12 +39,10 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     """
     if not data.collect:
         return
-    from llmtrain.data.clean.chain import chain
     from llmtrain.data.clean.collect import refuse_unreadable
     from llmtrain.data.clean.execute import execute
     from llmtrain.data.clean.job import make_job, phases
     from llmtrain.data.clean.report import write_report
-    from llmtrain.data.clean.step import closing_check
 
     for each in data.collect:
         refuse_unreadable(each)
@@ -55,11 +53,7 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     if done(root, settings):
         return
     train_classifier(resolved)
-    for step in (step for each in data.collect for step in chain(resolved, kind_of(each), None)):
-        with closing_check(
-            step.make(step.settings)
-        ):  # word lists and sets that are broken are told here, not by a task
-            pass
+    try_steps(data, resolved)
     job = make_job(root, data.collect, resolved, data.execution)
     with shown() as told:
         execute(job, data.executor, told)
@@ -85,6 +79,17 @@ def resolve(data: DataConfig, data_dir: str, root: str, seed: int) -> CleanConfi
         path = os.path.join(root, "classifier")
         found["classifier"] = data.clean.classifier.model_copy(update={"path": path})
     return data.clean.model_copy(update=found)
+
+
+def try_steps(data: DataConfig, resolved: CleanConfig) -> None:
+    """Makes each step once. Raises ValueError for word lists and sets of problems that are broken: no task has to."""
+    from llmtrain.data.clean.chain import chain
+    from llmtrain.data.clean.step import closing_check
+
+    for each in data.collect:
+        for step in chain(resolved, kind_of(each), None):
+            with closing_check(step.make(step.settings)):
+                pass
 
 
 def train_classifier(resolved: CleanConfig) -> None:
