@@ -21,6 +21,7 @@ from llmtrain.observe.contents import Checksums, files_at
 from llmtrain.observe.files import write_whole
 
 MARKER = "cleaned.json"  # written last: all documents and the report are there
+OURS = ".llmtrain-clean"  # written first: all else there is ours
 BEGUN = "begun.json"  # the same, before anything else is written
 REPORT_KEYS = {"path", "examples", "dry_run_documents"}  # keys of `data.clean` that documents do not depend on
 
@@ -47,7 +48,7 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     for each in data.collect:
         refuse_unreadable(each)
     root = os.path.abspath(clean_dir(data, data_dir))
-    os.makedirs(root, exist_ok=True)
+    own(root)
     resolved = resolve(data, data_dir, root, seed)
     settings = {"settings": identity(data, seed), "contents": contents(data, resolved)}
     if done(root, settings):
@@ -59,6 +60,18 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
         execute(job, data.executor, told)
     write_report(root, resolved, data.collect, {phase.name: phase.tasks for phase in phases(job)})
     write_whole(Path(root, MARKER), json.dumps(settings, indent=1) + "\n")
+
+
+def own(root: str) -> None:
+    """Makes the directory of a job. Raises ValueError when it holds files of others, or cannot be written."""
+    if os.path.lexists(root) and not os.path.isdir(root):
+        raise ValueError(f"data.clean.path={root}: is no directory; give another place")
+    os.makedirs(root, exist_ok=True)
+    if os.listdir(root) and not os.path.exists(os.path.join(root, OURS)):
+        raise ValueError(
+            f"data.clean.path={root}: holds files that cleaning did not write; give an empty or new directory"
+        )
+    write_whole(Path(root, OURS), "made by llmtrain data\n")
 
 
 def resolve(data: DataConfig, data_dir: str, root: str, seed: int) -> CleanConfig:

@@ -100,6 +100,17 @@ def test_other_settings_or_contents_are_refused(tmp_path: Path, change: str) -> 
     assert len(texts(tmp_path / "data/clean")) == 4, "nothing was touched"
 
 
+def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs/documents/rows"
+    theirs.mkdir(parents=True)
+    (theirs / "00000.jsonl.zst").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that cleaning did not write; give an empty or new directory"):
+        clean(section(tmp_path, clean=CleanConfig(**OFF, path=str(tmp_path / "theirs"))), str(tmp_path / "data"), 0)
+    assert [p.name for p in (tmp_path / "theirs").rglob("*")] == ["documents", "rows", "00000.jsonl.zst"]
+    with pytest.raises(ValueError, match="is no directory"):
+        clean(section(tmp_path, clean=CleanConfig(**OFF, path=str(tmp_path / "rows.jsonl"))), str(tmp_path / "data"), 0)
+
+
 def test_what_the_report_shows_may_change(tmp_path: Path) -> None:
     clean(section(tmp_path), str(tmp_path / "data"), 0)
     clean(section(tmp_path, clean=CleanConfig(**OFF, examples=3)), str(tmp_path / "data"), 0)
