@@ -97,7 +97,7 @@ def _rule(fault: dict[str, Any]) -> str:
         return f"must be one of {fault['ctx']['expected']}"
     if kind.endswith(("_type", "_parsing", "_from_float")):
         return rules.get(kind.split("_")[0], fault["msg"])
-    return fault["msg"].replace("Input should", "must")
+    return fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
 
 
 def _example(schema: type[BaseModel], keys: Keys) -> str:

@@ -158,10 +158,7 @@ def cleaned(source: SourceConfig, rng: random.Random) -> Iterator[str]:
     directory = needed_path(source)
     files = sorted(Path(directory).rglob("*.jsonl.zst"))
     if not files:
-        raise ValueError(
-            f"data source {source.name!r}: no *.jsonl.zst below {directory}; clean documents with `llmtrain data` and "
-            "data.collect first, or give the path of cleaned ones"
-        )
+        raise ValueError(f"data source {source.name!r}: {no_documents(Path(directory))}")
     rng.shuffle(files)
     for path in files:
         for number, line in enumerate(unpacked_lines(str(path)), 1):
@@ -181,6 +178,17 @@ READERS: dict[str, Callable[[SourceConfig, random.Random], Iterator[str]]] = {
     "arithmetic": arithmetic,
     "cleaned": cleaned,
 }
+
+
+def no_documents(directory: Path) -> str:
+    """Returns why there are no cleaned documents in a directory, and what to do."""
+    report = directory.parent.parent / "report" / "index.html"
+    if report.is_file():
+        return f"cleaning left no document of it, {report} says why; remove the source, or change data.clean"
+    return (
+        f"no *.jsonl.zst below {directory}; clean documents with `llmtrain data` and data.collect first, or give the "
+        "path of cleaned ones"
+    )
 
 
 def needed_path(source: SourceConfig) -> str:

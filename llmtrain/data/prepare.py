@@ -19,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from llmtrain.config.rows import split_path
 from llmtrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from llmtrain.config.specials import sentinels
-from llmtrain.data.clean.run import clean, clean_dir, identity
+from llmtrain.data.clean.run import check_unchanged, clean, clean_dir, identity
 from llmtrain.data.faults import Faults
 from llmtrain.data.files import read_rows
 from llmtrain.data.megatron import export_megatron
@@ -173,6 +173,7 @@ def is_prepared(
     now = contents(data, tokenizer, data_dir, tokenizer_dir)
     if changed := [key for key, was in done.get("contents", {}).items() if now.get(key, was) != was]:
         raise ValueError(f"{data_dir} was made from other contents of {', '.join(changed)}; {remedy}")
+    check_unchanged(data, data_dir)
     return True
 
 

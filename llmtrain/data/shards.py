@@ -132,7 +132,7 @@ def verify_shards(directory: str) -> None:
     paths = {name: os.path.join(directory, name) for name in known}
     wrong = [name for name, path in paths.items() if not os.path.isfile(path) or sha256_of(path) != known[name]]
     if wrong:
-        remedy = f"is not what {MANIFEST} says of it, or missing; delete the directory and make the shards anew"
+        remedy = f"is not what {MANIFEST} says of it, or missing; delete .bin, .npy and .json files and make them anew"
         raise ValueError("\n".join(f"{paths[name]}: {remedy}" for name in wrong))
 
 
@@ -184,7 +184,7 @@ def open_source(path: str, counts: dict[str, int], manifest: dict[str, Any]) -> 
     if size != counts["tokens"] * dtype.itemsize or not os.path.isfile(path + ".offsets.npy"):
         raise ValueError(
             f"{path}.bin: {size} bytes where {MANIFEST} says {counts['tokens'] * dtype.itemsize} (-1 = missing); "
-            "delete the directory and make the shards anew"
+            "delete its .bin, .npy and .json files (clean/ may stay) and make them anew"
         )
     # an empty file cannot be mapped
     tokens = np.memmap(path + ".bin", dtype, mode="r") if size else np.empty(0, dtype)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from llmtrain.rules.case import Case, Rules, command, either, pretrains
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of folders, and of phases in the jobs of a cluster
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of folders, and of phases in the jobs of a cluster
 OF_DATASETS = ("split", "configuration", "streamed")
 SLURM_NEEDS = ("partition", "time")
 
@@ -19,7 +19,7 @@ def _inputs(case: Case) -> Iterator[str]:
     for each in case.config.data.collect:
         key = f"data.collect.{each.name}"
         if not NAME.fullmatch(each.name):
-            yield f"{key}.name={each.name}: must be letters, digits, _, . and -, it names a folder; rename it"
+            yield f"{key}.name={each.name}: must be at most 100 letters, digits, _ . -, it names a folder; rename it"
         if each.type == "pydoc" and each.path is not None:
             yield f"{key}.path={each.path}: not with type pydoc, which reads no files; remove it"
         if each.type != "pydoc" and each.path is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from llmtrain.config.hub import is_name
 from llmtrain.config.machine import has_wandb_key
@@ -14,6 +15,21 @@ from llmtrain.config.schema import RewardConfig, TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
 from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, reads_rewards, samples, trains, tunes
 from llmtrain.rules.vocabulary import makes_tokenizer
+
+
+def _run_places(case: Case) -> Iterator[str]:
+    for key, text in _texts(case.config.model_dump(), ""):
+        if "{run}" in text and case.run_dir is None:
+            yield f"{key}={text}: only a document with stages knows its run; write the path out"
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yields every text below a value, with its key."""
+    if isinstance(value, str):
+        yield key, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        yield from _texts(inner, f"{key}.{name}".lstrip("."))
 
 
 def _one_process(case: Case) -> Iterator[str]:
@@ -228,6 +244,7 @@ def _evaluation_files(case: Case) -> Iterator[str]:
 
 
 FILE_RULES: Rules = (
+    (lambda case: True, _run_places),
     (command("data", "tokenizer", "eval", "export", "report", *JUDGES), _one_process),
     (plans, _positions),
     (plans, _ramps),

@@ -35,8 +35,9 @@ def test_what_works_is_not_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "collect, told",
     [
-        ([{"name": "../a", "type": "pydoc"}], "data.collect.../a.name=../a: must be letters"),
+        ([{"name": "../a", "type": "pydoc"}], "data.collect.../a.name=../a: must be at most 100 letters"),
         ([{"name": "", "type": "pydoc"}], "it names a folder; rename it"),
+        ([{"name": "a" * 101, "type": "pydoc"}], "it names a folder; rename it"),
         ([{"name": "a", "type": "pydoc"}] * 2, "data.collect: 'a' is named twice"),
         ([{"name": "a", "type": "pydoc", "path": "x"}], "data.collect.a.path=x: not with type pydoc"),
         ([{"name": "a", "type": "warc"}], "data.collect.a.path: must be set, type warc reads files"),
@@ -57,6 +58,11 @@ def test_all_faults_at_once() -> None:
 def test_a_cleaned_source_names_an_input() -> None:
     told = faults(collect=[PAGES], sources=[SourceConfig(name="page", type="cleaned")])
     assert told.startswith("data.sources.page: type cleaned has the name of an entry of data.collect, those are pages")
+
+
+def test_the_run_of_a_document_without_stages() -> None:
+    told = faults(collect=[PAGES], path="{run}/data")
+    assert told == "data.path={run}/data: only a document with stages knows its run; write the path out"
 
 
 def test_files_of_the_steps(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_what_an_earlier_version_did(tmp_path: Path) -> None:
     keys = ("packing", "mix", "anneal", "temperature")
     for override, expected in (
         ("data.mix=blocks", []),
-        ("data.packing=best_fit", ["data.packing", "data.mix"]),
+        ("data.packing=best_fit", ["data.mix", "data.packing"]),
         (None, ["data.mix"]),
     ):
         now = record_of(resolved(document(tmp_path, *([override] if override else []))), PRETRAIN, {})

@@ -10,7 +10,7 @@ from llmtrain.config.section import DeadlineS, Section, UserPath
 
 RowType = Literal["jsonl", "parquet", "csv", "dialogue", "datasets"]
 FileType = Literal["text", "markdown", "warc", "wet", "html", "pdf", "code"]
-CollectType = RowType | FileType | Literal["pydoc"]
+CollectType = Literal[RowType, FileType, "pydoc"]
 """The forms of files that are read; pydoc reads none and makes pages from Python's standard library."""
 Kind = Literal["web", "prose", "code", "dialogue"]
 """Decides which cleaning steps a document goes through."""
@@ -28,6 +28,7 @@ class CollectConfig(Section):
     type: CollectType  # form of the files; pydoc: none, pages are made from Python's standard library
     path: UserPath | None = None  # file, directory, glob, URL that fsspec reads (s3://...); datasets: or a hub name
     kind: Kind | None = None  # None = by type: warc, html, wet: web; code: code; dialogue: dialogue; others: prose
+    html: bool | None = None  # the text is HTML, of which web extracts the main part; None = of warc, html, pydoc
     field: str = "text"  # jsonl, parquet, csv, datasets: the field that holds the text
     id_field: str | None = None  # the field that holds an id; None = file and number of the row
     licence: str | None = None  # of all documents, unless a row or repository names its own
@@ -44,6 +45,15 @@ class CollectConfig(Section):
     timeout_s: DeadlineS = 30.0  # pdf: for one document; parquet: for one row
     max_memory_bytes: PositiveInt = Field(4_000_000_000)  # pdf, parquet: memory of the process that reads them
     max_copy_bytes: PositiveInt = Field(20_000_000_000)  # parquet, compressed or not local: disk for its temporary copy
+
+
+HTML = ("warc", "html", "pydoc")
+"""Types whose documents are HTML."""
+
+
+def is_html(config: CollectConfig) -> bool:
+    """Returns whether an input's documents are HTML."""
+    return config.type in HTML if config.html is None else config.html
 
 
 def kind_of(config: CollectConfig) -> Kind:

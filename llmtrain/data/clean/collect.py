@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from llmtrain.config.clean import CollectConfig
-from llmtrain.config.clean.collect import kind_of
+from llmtrain.config.clean.collect import is_html, kind_of
 from llmtrain.data.clean.read.apart import Apart
 from llmtrain.data.clean.read.code import code_file
 from llmtrain.data.clean.read.files import html_file, pdf_file, text_file
@@ -178,7 +179,8 @@ class Collect(PipelineStep):
         said = {"dropped_by": self.name, "reason": item.reason, "row": item.number}
         return Document("", f"{shown(path)}#{item.number or 0}", metadata=self.metadata(path) | said)
 
-    def metadata(self, path: str) -> dict[str, str | None]:
+    def metadata(self, path: str) -> dict[str, Any]:
         """Returns what the configuration says of every document of a file."""
         known = {"source": self.config.name, "kind": kind_of(self.config), "file": shown(path)}
+        known |= {"html": False} if known["kind"] == "web" and not is_html(self.config) else {}
         return known | {key: getattr(self.config, key) for key in ("date", "licence", "language")}

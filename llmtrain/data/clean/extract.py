@@ -28,7 +28,9 @@ class Extractor:
         self.settings, self.process = settings, None
 
     def __call__(self, document: Document) -> str | None:
-        """Returns why a page has no text, or None."""
+        """Returns why a page has no text, or None. What its input says is no HTML stays as it is."""
+        if document.metadata.get("html") is False:
+            return None
         try:
             kind, text = self.answer(document.text.encode("utf-8", "surrogatepass"))
         except TimeoutError:

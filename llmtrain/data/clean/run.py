@@ -135,6 +135,21 @@ def contents(data: DataConfig, resolved: CleanConfig) -> dict[str, str]:
     return {each.name: fingerprint(each) for each in data.collect} | read
 
 
+def check_unchanged(data: DataConfig, data_dir: str) -> None:
+    """Raises ValueError when finished cleaning read other files than there are now. Inputs that are gone, or lie on
+    other machines, are not looked at."""
+    from llmtrain.data.clean.read.listing import fingerprint, local_files
+
+    marker = Path(clean_dir(data, data_dir), MARKER)
+    was = json.loads(marker.read_text())["contents"] if data.collect and marker.is_file() else {}
+    for each in data.collect:
+        if each.name in was and local_files(each) and fingerprint(each) != was[each.name]:
+            raise ValueError(
+                f"{marker.parent} was cleaned from other contents of {each.name}; give another data.path, or delete "
+                f"{marker.parent} and the shards in {data_dir}"
+            )
+
+
 def done(root: str, settings: dict[str, Any]) -> bool:
     """Returns whether the documents are there. Raises ValueError when they, or a job that was begun, are from other
     settings or contents."""

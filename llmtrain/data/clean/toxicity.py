@@ -15,6 +15,7 @@ from llmtrain.config.clean.content import ToxicityConfig
 from llmtrain.config.clean.web import WordsConfig
 from llmtrain.data.clean.step import Check
 from llmtrain.data.clean.wordlist import read_lists
+from llmtrain.data.clean.words import base
 
 Judge = Callable[[Sequence[str]], Sequence[float]]
 LINE_CHARS = 10_000  # a longer line is judged in parts
@@ -48,12 +49,13 @@ class Toxicity:
         """Returns why the document is dropped: `listed_words`, `no_word_list`, `profane`."""
         language = document.metadata.get("language") or "unknown"
         reason = self.by_list(document, language) if self.settings.word_lists is not None else None
-        if reason is None and self.judge is not None and language == "en":
+        if reason is None and self.judge is not None and base(language) == "en":
             reason = self.by_model(document, self.judge)
         return reason
 
     def by_list(self, document: Document, language: str) -> str | None:
         """Returns why a document is dropped by the list of its language."""
+        language = language if language in self.lists else base(language)  # en-US, EN
         if language not in self.lists:
             self.counts[f"no_word_list/{language}"] += 1
             return "no_word_list" if self.settings.missing == "drop" else None

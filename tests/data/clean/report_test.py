@@ -20,7 +20,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from llmtrain.config.clean import CleanConfig, CollectConfig
 from llmtrain.data.clean import report_samples
-from llmtrain.data.clean.files import writer
+from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.report import merged, write_report
 from llmtrain.data.clean.report_plots import caught
 from llmtrain.data.clean.report_samples import Looked, Reservoir, look_at_kept, visible
@@ -87,14 +87,17 @@ def run(root: Path, name: str, steps: list, tasks: int) -> None:
 def clean(root: Path, name: str, tasks: int = 2) -> None:
     """10 documents a task are read, 3 have fewer than 20 characters."""
     dropped = f"{root}/dropped/{name}/quality"
-    steps = [Read(name), Step("quality", short, 20, writer(dropped), 20), Step("pii", Marked, None)]
-    run(root, f"clean-{name}", [*steps, writer(f"{root}/cleaned/{name}")], tasks)
+    steps = [Read(name), Step("quality", short, 20, RankWriter(dropped), 20), Step("pii", Marked, None)]
+    run(root, f"clean-{name}", [*steps, RankWriter(f"{root}/cleaned/{name}")], tasks)
 
 
 def dedup(root: Path, name: str, tasks: int = 2) -> None:
     """Each of the 7 documents of a task that are left comes in, one goes."""
-    steps = [Stored(root / "cleaned" / name), Step("dedup", copies, None, writer(f"{root}/dedup/dropped/{name}"), 20)]
-    run(root, f"dedup-{name}", [*steps, writer(f"{root}/documents/{name}")], tasks)
+    steps = [
+        Stored(root / "cleaned" / name),
+        Step("dedup", copies, None, RankWriter(f"{root}/dedup/dropped/{name}"), 20),
+    ]
+    run(root, f"dedup-{name}", [*steps, RankWriter(f"{root}/documents/{name}")], tasks)
 
 
 class Stored(PipelineStep):

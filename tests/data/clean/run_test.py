@@ -100,11 +100,38 @@ def test_other_settings_or_contents_are_refused(tmp_path: Path, change: str) -> 
     assert len(texts(tmp_path / "data/clean")) == 4, "nothing was touched"
 
 
+def test_new_files_are_seen_when_the_shards_are_there(tmp_path: Path) -> None:
+    data, places = section(tmp_path), (str(tmp_path / "data"), str(tmp_path / "tokenizer"))
+    prepare(data, TokenizerConfig(vocab_size=300), *places, 0)
+    (tmp_path / "rows.jsonl").write_text('{"text": "new"}\n')
+    with pytest.raises(ValueError, match="was cleaned from other contents of rows; give another"):
+        prepare(data, TokenizerConfig(vocab_size=300), *places, 0)
+    (tmp_path / "rows.jsonl").unlink()  # raw documents may go when they are cleaned
+    prepare(data, TokenizerConfig(vocab_size=300), *places, 0)
+
+
+def test_text_of_archives_is_no_html(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": TEXT.format("salt")}) + "\n")
+    held = []
+    for name, keys in (("text", {}), ("html", {"html": True})):
+        inputs = [CollectConfig(name="rows", type="jsonl", path=str(rows), kind="web", **keys)]
+        clean(section(tmp_path, collect=inputs), str(tmp_path / name), 0)
+        held.append(texts(tmp_path / name / "clean"))
+    assert held[0] == [TEXT.format("salt")] and held[1] != held[0]
+
+
+def test_an_input_of_which_nothing_is_left(tmp_path: Path) -> None:
+    data = section(tmp_path, clean=CleanConfig(**OFF | {"quality": {"min_words": 5000}}))
+    with pytest.raises(ValueError, match=r"'rows': cleaning left no document of it, .*index\.html says why; remove"):
+        prepare(data, TokenizerConfig(vocab_size=300), str(tmp_path / "data"), str(tmp_path / "tokenizer"), 0)
+
+
 def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs/documents/rows"
     theirs.mkdir(parents=True)
     (theirs / "00000.jsonl.zst").write_text("mine")
-    with pytest.raises(ValueError, match="holds files that cleaning did not write; give an empty or new directory"):
+    with pytest.raises(ValueError, match="holds files that cleaning did not write"):
         clean(section(tmp_path, clean=CleanConfig(**OFF, path=str(tmp_path / "theirs"))), str(tmp_path / "data"), 0)
     assert [p.name for p in (tmp_path / "theirs").rglob("*")] == ["documents", "rows", "00000.jsonl.zst"]
     with pytest.raises(ValueError, match="is no directory"):

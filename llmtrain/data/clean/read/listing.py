@@ -142,6 +142,13 @@ def is_regular(path: str) -> bool:
         return False
 
 
+def local_files(config: CollectConfig) -> list[str]:
+    """Returns the files of an input on this machine."""
+    if config.path is None or local_path(config.path) is None:
+        return []
+    return [each.path for each in listing(config) if each.reason is None and os.path.isfile(each.path)]
+
+
 def fingerprint(config: CollectConfig) -> str:
     """Returns a hash of the names, sizes and times of an input's files, of remote ones the names alone: whether they
     are those of another time is seen without reading them."""
