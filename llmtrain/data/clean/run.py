@@ -23,6 +23,7 @@ from llmtrain.observe.files import write_whole
 MARKER = "cleaned.json"  # written last: all documents and the report are there
 OURS = ".llmtrain-clean"  # written first: all else there is ours
 BEGUN = "begun.json"  # the same, before anything else is written
+COUNT_WORDS = {"repetition", "quality", "c4", "fineweb"}  # steps
 REPORT_KEYS = {"path", "examples", "dry_run_documents"}  # keys of `data.clean` that documents do not depend on
 
 
@@ -100,9 +101,24 @@ def try_steps(data: DataConfig, resolved: CleanConfig) -> None:
     from llmtrain.data.clean.step import closing_check
 
     for each in data.collect:
-        for step in chain(resolved, kind_of(each), None):
+        steps = chain(resolved, kind_of(each), None)
+        if COUNT_WORDS & {step.name for step in steps}:
+            refuse_unsplit(resolved)
+        for step in steps:
             with closing_check(step.make(step.settings)):
                 pass
+
+
+def refuse_unsplit(resolved: CleanConfig) -> None:
+    """Raises ValueError when a language is to be kept whose words cannot be counted here."""
+    from llmtrain.data.clean.words import base, by_language
+
+    for code in resolved.language.keep if resolved.language else ():
+        if by_language(base(code), resolved.words) is None:
+            raise ValueError(
+                f"data.clean.language.keep: {code}: its word splitter is not installed (datatrove's for this language); "
+                "install it, or set data.clean.words.unknown: regex"
+            )
 
 
 def train_classifier(resolved: CleanConfig) -> None:

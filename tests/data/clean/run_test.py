@@ -127,6 +127,16 @@ def test_an_input_of_which_nothing_is_left(tmp_path: Path) -> None:
         prepare(data, TokenizerConfig(vocab_size=300), str(tmp_path / "data"), str(tmp_path / "tokenizer"), 0)
 
 
+def test_languages_that_cannot_be_split_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtrain.data.clean import words
+
+    monkeypatch.setattr(words, "by_language", lambda code, settings: None if code == "th" else "splitter")
+    keep = {"language": {"keep": ["en", "th"]}, "quality": {"min_words": 3}}
+    with pytest.raises(ValueError, match="keep: th: its word splitter is not installed"):
+        clean(section(tmp_path, clean=CleanConfig(**OFF | keep)), str(tmp_path / "data"), 0)
+    clean(section(tmp_path, clean=CleanConfig(**OFF, language={"keep": ["th"]})), str(tmp_path / "other"), 0)
+
+
 def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs/documents/rows"
     theirs.mkdir(parents=True)
