@@ -116,7 +116,7 @@ def refuse_unsplit(resolved: CleanConfig) -> None:
     for code in resolved.language.keep if resolved.language else ():
         if by_language(base(code), resolved.words) is None:
             raise ValueError(
-                f"data.clean.language.keep: {code}: its word splitter is not installed (datatrove's for this language); "
+                f"data.clean.language.keep: {code}: its word splitter is not installed (datatrove's); "
                 "install it, or set data.clean.words.unknown: regex"
             )
 
