@@ -31,6 +31,7 @@ BEHIND: dict[str, tuple[str, str]] = {
     "export": ("llmtrain.commands.export:main", "write a Hugging Face directory"),
     "chat": ("llmtrain.commands.chat:main", "talk to a run or a Hugging Face directory"),
     "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
+    "scaling": ("llmtrain.commands.scaling:main", "fit scaling laws to the results of runs"),
     "plan": ("llmtrain.scaling.plan:main", "print ranks, batch and memory without starting anything"),
     "run": ("llmtrain.commands.run:main", "run a list of stages, going on where it was"),
     "doctor": ("llmtrain.commands.doctor:main", "look at this machine (takes no configuration)"),

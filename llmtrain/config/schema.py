@@ -17,6 +17,7 @@ from llmtrain.config.data import SourceConfig as SourceConfig
 from llmtrain.config.data import TaskConfig as TaskConfig
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.sampling import ConstitutionalConfig, EvalConfig, JudgeConfig, RewardConfig, RolloutConfig
+from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.section import Count, Decay, Section, UserPath
 
 
@@ -305,6 +306,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
+    scaling: ScalingConfig = ScalingConfig()
     log: LogConfig = LogConfig()
 
     @field_validator("rewards", mode="before")
