@@ -245,7 +245,7 @@ def _evaluation_files(case: Case) -> Iterator[str]:
 
 FILE_RULES: Rules = (
     (lambda case: True, _run_places),
-    (command("data", "tokenizer", "eval", "export", "report", *JUDGES), _one_process),
+    (command("data", "tokenizer", "eval", "export", "report", "scaling", *JUDGES), _one_process),
     (plans, _positions),
     (plans, _ramps),
     (trains, _objectives),

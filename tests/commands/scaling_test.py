@@ -57,6 +57,12 @@ def test_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Reward at the targets" in capsys.readouterr().out
 
 
+def test_it_is_one_process(document: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["scaling", str(document)]) == 2
+    assert "scaling runs in one process" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

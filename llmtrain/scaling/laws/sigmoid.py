@@ -19,7 +19,7 @@ NEAR = 0.9  # share of the gain that a point has to reach
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """Holds a fit; the intervals hold 95 % of the fits to points drawn again."""
+    """Holds a fit."""
 
     R_0: float
     R_max: float
@@ -43,6 +43,8 @@ def fit_sigmoid(compute: np.ndarray, reward: np.ndarray) -> tuple[Sigmoid, list[
     words = []
     if reached < NEAR:
         words.append(f"the last point has {reached:.0%} of the gain: the asymptote is extrapolated, add compute")
+    if fit.C_mid <= compute.min() * 1.001:
+        words.append("half of the gain lies before the first point: R_0 is extrapolated, add points of less compute")
     if fit.slope >= STEEPEST * 0.99 or fit.slope <= FLATTEST * 1.01:
         words.append(f"slope {fit.slope:.3g} is at the end of {FLATTEST:g} to {STEEPEST:g}: the points show no sigmoid")
     return fit, words

@@ -34,6 +34,12 @@ def test_a_curve_that_has_not_bent_says_so() -> None:
     assert "the asymptote is extrapolated" in warnings[0]
 
 
+def test_a_curve_that_has_bent_before_says_so() -> None:
+    late = COMPUTE[12:]
+    _, warnings = fit_sigmoid(late, Sigmoid(0.2, 0.65, 20.0, 0.9, 0.0).reward(late))
+    assert any("before the first point" in each for each in warnings)
+
+
 def test_points_count_as_often_as_drawn() -> None:
     noisy = KNOWN.reward(COMPUTE) + np.random.default_rng(1).normal(0, 0.01, 20)
     rows = np.random.default_rng(2).integers(0, 20, 20)
