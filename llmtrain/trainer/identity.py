@@ -49,7 +49,9 @@ SAME = (
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
 value would repeat some samples and skip others, or mix two measures under one name."""
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
-NO_ROWS = ("workers", "verify", "megatron", "loader_workers")  # of the section data: rows do not depend on them
+# Keys of the section data that rows do not depend on, or only through what stands in the shards.
+NO_ROWS = ("collect", "clean", "executor", "execution", "workers", "verify", "megatron", "loader_workers")
+OF_TEXT = ("mix", "temperature", "anneal", "packing")  # of the section data: which rows of text are taken
 OF_SOURCES = ("weight", "max_epochs", "language")  # keys of a source that say which rows are taken, not what is in them
 JUDGING = ("name", "function", "weight", "deadline_s", "dtype", "render")  # of a reward
 PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
@@ -182,9 +184,15 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
     return found
 
 
+def trains_text(config: dict[str, Any], recipe: Recipe) -> bool:
+    """Returns whether rows of the shards are trained on."""
+    return bool(recipe.packs_text or config["data"]["replay_seqs"])
+
+
 def same_keys(config: dict[str, Any], recipe: Recipe) -> list[str]:
     """Returns the keys whose values must stay."""
-    of_data = (f"data.{name}" for name in config["data"] if name not in (*BY_CONTENTS, *NO_ROWS))
+    free = (*BY_CONTENTS, *NO_ROWS, *(() if trains_text(config, recipe) else OF_TEXT))
+    of_data = (f"data.{name}" for name in config["data"] if name not in free)
     keys = [*SAME, *recipe.same, *of_data]
     if recipe.samples:
         keys += [f"rollout.{name}" for name in config["rollout"] if name not in PLACES]
@@ -225,7 +233,7 @@ def changes(was: Record, now: Record) -> dict[str, list[Any]]:
 
 def _source_weights(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterator[Difference]:
     """Yields where the shares of text sources differ, where text is trained on."""
-    if not (recipe.packs_text or now["data"]["replay_seqs"]):
+    if not trains_text(now, recipe):
         return
     before, after = ({s["name"]: s for s in config["data"].get("sources", [])} for config in (was, now))
     if before.keys() != after.keys():

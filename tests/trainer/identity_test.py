@@ -94,6 +94,32 @@ def test_what_must_stay(tmp_path: Path, recipe: Recipe, override: str, expected:
     assert told(tmp_path, recipe, override) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override"),
+    [
+        (PRETRAIN, "data.execution.workers=4"),
+        (PRETRAIN, "data.executor=ray"),
+        (PRETRAIN, "data.clean.examples=3"),
+        (PRETRAIN, "data.collect=[{name: a, type: pydoc}]"),
+        (PRETRAIN, "data.workers=2"),
+        (PRETRAIN, "data.loader_workers=2"),
+        (SFT, "data.mix=blocks"),
+        (GRPO, "data.packing=best_fit"),
+    ],
+)
+def test_what_may_change(tmp_path: Path, recipe: Recipe, override: str) -> None:
+    """How documents were cleaned stands in the shards, whose checksums are compared; without text no mix matters."""
+    assert told(tmp_path, recipe, override) == []
+
+
+def test_a_mix_matters_where_text_is_replayed(tmp_path: Path) -> None:
+    before, after = (
+        record_of(resolved(document(tmp_path, "data.replay_seqs=1", f"data.mix={mix}")), SFT, {})
+        for mix in ("even", "blocks")
+    )
+    assert differences(before, after, SFT) == [("data.mix", "even", "blocks")]
+
+
 LORA = {"rank": 2, "alpha": 16.0, "targets": ["q", "v"]}
 
 
