@@ -19,6 +19,7 @@ from llmtrain.config.data import DataConfig
 from llmtrain.data.tasks import write_task
 from llmtrain.observe.contents import Checksums, files_at
 from llmtrain.observe.files import write_whole
+from llmtrain.observe.locks import making
 
 MARKER = "cleaned.json"  # written last: all documents and the report are there
 OURS = ".llmtrain-clean"  # written first: all else there is ours
@@ -36,31 +37,36 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     """Reads and cleans all inputs of `data.collect` and writes documents and a report into `clean_dir`.
 
     Returns at once when that was done before; a job that was killed goes on behind its finished tasks. Raises
-    ValueError when an input cannot be read, or the directory holds a job of other settings or
-    other contents; RuntimeError for a task that fails again and again.
+    ValueError when an input cannot be read, another job is at work there, or the directory holds one of other settings
+    or other contents; RuntimeError for a task that fails again and again.
     """
     if not data.collect:
         return
     from llmtrain.data.clean.collect import refuse_unreadable
-    from llmtrain.data.clean.execute import execute
-    from llmtrain.data.clean.job import make_job, phases
-    from llmtrain.data.clean.report import write_report
 
     for each in data.collect:
         refuse_unreadable(each)
     root = os.path.abspath(clean_dir(data, data_dir))
     own(root)
-    resolved = resolve(data, data_dir, root, seed)
-    settings = {"settings": identity(data, seed), "contents": contents(data, resolved)}
-    if done(root, settings):
-        return
+    with making(os.path.join(root, MARKER)):
+        resolved = resolve(data, data_dir, root, seed)
+        settings = {"settings": identity(data, seed), "contents": contents(data, resolved)}
+        if not done(root, settings):
+            _clean(data, resolved, root)
+            write_whole(Path(root, MARKER), json.dumps(settings, indent=1) + "\n")
+
+
+def _clean(data: DataConfig, resolved: CleanConfig, root: str) -> None:
+    from llmtrain.data.clean.execute import execute
+    from llmtrain.data.clean.job import make_job, phases
+    from llmtrain.data.clean.report import write_report
+
     train_classifier(resolved)
     try_steps(data, resolved)
     job = make_job(root, data.collect, resolved, data.execution)
     with shown() as told:
         execute(job, data.executor, told)
     write_report(root, resolved, data.collect, {phase.name: phase.tasks for phase in phases(job)})
-    write_whole(Path(root, MARKER), json.dumps(settings, indent=1) + "\n")
 
 
 def own(root: str) -> None:
@@ -140,30 +146,45 @@ def identity(data: DataConfig, seed: int) -> str:
 
 def contents(data: DataConfig, resolved: CleanConfig) -> dict[str, str]:
     """Returns what tells that files are those of another time: of each input a hash of its files' names, sizes and
-    times, of sets of problems and seeds of the classifier the checksum."""
+    times, of all else that is read the checksum."""
     from llmtrain.data.clean.read.listing import fingerprint
 
-    files = dict(resolved.contamination.sets) if resolved.contamination else {}
-    if resolved.classifier:
-        files |= {"classifier.good": resolved.classifier.good, "classifier.bad": resolved.classifier.bad}
-    checksums = Checksums()
-    read = {name: checksums.of_all(files_at(path)) for name, path in files.items() if files_at(path)}
-    return {each.name: fingerprint(each) for each in data.collect} | read
+    return {each.name: fingerprint(each) for each in data.collect} | checksums(resolved)
+
+
+def checksums(clean: CleanConfig) -> dict[str, str]:
+    """Returns the checksums of the lists, sets of problems and seeds that steps read, by key, where they are there."""
+    named: dict[str, str | None] = {}
+    if clean.url:
+        named |= {f"url.{key}": getattr(clean.url, key) for key in ("blocked_domains", "blocked_words")}
+    if clean.classifier:
+        named |= {f"classifier.{key}": getattr(clean.classifier, key) for key in ("good", "bad")}
+    if clean.toxicity:
+        named["toxicity.word_lists"] = clean.toxicity.word_lists
+    if clean.contamination:
+        named |= {f"contamination.sets.{name}": path for name, path in clean.contamination.sets.items()}
+    found = {f"data.clean.{key}": files_at(path) for key, path in named.items() if path is not None}
+    seen = Checksums()
+    return {key: seen.of_all(files) for key, files in found.items() if files}
 
 
 def check_unchanged(data: DataConfig, data_dir: str) -> None:
-    """Raises ValueError when finished cleaning read other files than there are now. Inputs that are gone, or lie on
-    other machines, are not looked at."""
-    from llmtrain.data.clean.read.listing import fingerprint, local_files
+    """Raises ValueError when finished cleaning read other files than there are now. What is gone, or lies on other
+    machines, is not looked at."""
+    from llmtrain.data.clean.read.listing import fingerprint
+    from llmtrain.data.clean.read.stream import local_path
 
     marker = Path(clean_dir(data, data_dir), MARKER)
-    was = json.loads(marker.read_text())["contents"] if data.collect and marker.is_file() else {}
-    for each in data.collect:
-        if each.name in was and local_files(each) and fingerprint(each) != was[each.name]:
-            raise ValueError(
-                f"{marker.parent} was cleaned from other contents of {each.name}; give another data.path, or delete "
-                f"{marker.parent} and the shards in {data_dir}"
-            )
+    if not data.collect or not marker.is_file():
+        return
+    was = json.loads(marker.read_text())["contents"]
+    here = [each for each in data.collect if each.path is not None and local_path(each.path) is not None]
+    now = {each.name: fingerprint(each) for each in here} | checksums(data.clean)
+    if changed := [name for name, seen in now.items() if seen and was.get(name, seen) != seen]:
+        raise ValueError(
+            f"{marker.parent} was cleaned from other contents of {', '.join(changed)}; give another data.path, or "
+            f"delete {marker.parent} and the shards in {data_dir}"
+        )
 
 
 def done(root: str, settings: dict[str, Any]) -> bool:

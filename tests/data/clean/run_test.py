@@ -17,6 +17,7 @@ from llmtrain.config.schema import TokenizerConfig
 from llmtrain.data.clean.run import clean, clean_dir
 from llmtrain.data.prepare import prepare
 from llmtrain.data.shards import read_manifest
+from llmtrain.observe.locks import making
 from tests.conftest import ROOT
 
 OFF = dict.fromkeys(("repair", "repetition", "quality", "c4", "fineweb"))
@@ -108,6 +109,36 @@ def test_new_files_are_seen_when_the_shards_are_there(tmp_path: Path) -> None:
         prepare(data, TokenizerConfig(vocab_size=300), *places, 0)
     (tmp_path / "rows.jsonl").unlink()  # raw documents may go when they are cleaned
     prepare(data, TokenizerConfig(vocab_size=300), *places, 0)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    inputs = [CollectConfig(name="rows", type="jsonl", path=str(folder))]
+    data, places = section(tmp_path, collect=inputs), (str(tmp_path / "data2"), str(tmp_path / "tokenizer2"))
+    prepare(data, TokenizerConfig(vocab_size=300), *places, 0)
+    (folder / "a.jsonl").unlink()
+    prepare(data, TokenizerConfig(vocab_size=300), *places, 0)
+
+
+def test_other_word_lists_are_seen(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/en").write_text("salt\n")
+    toxicity = {"toxicity": {"word_lists": str(tmp_path / "lists")}, "language": {}}
+    data, places = section(tmp_path, clean=CleanConfig(**OFF | toxicity)), (str(tmp_path / "data"), str(tmp_path / "t"))
+    prepare(data, TokenizerConfig(vocab_size=300), *places, 0)
+    assert [("salt" in text) for text in texts(tmp_path / "data/clean")] == [False] * 3
+    (tmp_path / "lists/en").write_text("sand\n")
+    for call in (lambda: prepare(data, TokenizerConfig(vocab_size=300), *places, 0), lambda: clean(data, places[0], 0)):
+        with pytest.raises(ValueError, match=r"other contents of data\.clean\.toxicity\.word_lists"):
+            call()
+
+
+def test_two_jobs_do_not_clean_into_one_directory(tmp_path: Path) -> None:
+    place = tmp_path / "there"
+    data = section(tmp_path, clean=CleanConfig(**OFF, path=str(place)))
+    clean(data, str(tmp_path / "data"), 0)
+    (place / "cleaned.json").unlink()
+    with making(str(place / "cleaned.json")), pytest.raises(ValueError, match="another job is at work there"):
+        clean(data, str(tmp_path / "other"), 0)
 
 
 def test_text_of_archives_is_no_html(tmp_path: Path) -> None:

@@ -142,21 +142,19 @@ def is_regular(path: str) -> bool:
         return False
 
 
-def local_files(config: CollectConfig) -> list[str]:
-    """Returns the files of an input on this machine."""
-    if config.path is None or local_path(config.path) is None:
-        return []
-    return [each.path for each in listing(config) if each.reason is None and os.path.isfile(each.path)]
-
-
 def fingerprint(config: CollectConfig) -> str:
-    """Returns a hash of the names, sizes and times of an input's files, of remote ones the names alone: whether they
-    are those of another time is seen without reading them."""
+    """Returns a hash of the names, sizes and times of an input's files, of remote ones of the names alone, "" where
+    there is none: whether they are those of another time is seen without reading them."""
     if config.type == "pydoc":
         return f"Python {platform.python_version()}"
     lines = []
     for path in (each.path for each in listing(config) if each.reason is None):
         local = local_path(path)
-        state = os.stat(local) if local is not None and os.path.exists(local) else None
-        lines.append(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n" if state else f"{path}\n")
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+        if local is None or (
+            config.type == "datasets" and not os.path.lexists(local)
+        ):  # elsewhere, or a name of the hub
+            lines.append(f"{path}\n")
+        elif os.path.exists(local):
+            state = os.stat(local)
+            lines.append(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n")
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest() if lines else ""
