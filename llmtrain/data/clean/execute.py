@@ -16,11 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmtrain.data.clean.job import Job, phases
 from llmtrain.data.clean.phases import Phase
 from llmtrain.data.clean.task import PARENT, PENDING, logs, pending, run_task
 from llmtrain.observe.files import write_whole
+
+if TYPE_CHECKING:
+    from datatrove.executor.slurm import SlurmPipelineExecutor
 
 Told = Callable[[str, int, int], None]
 """Is told the name of a phase, and how many of its tasks are done, of how many."""
@@ -155,28 +159,55 @@ def run_slurm(job: Job, told: Told) -> None:
 
 def submit(job: Job, name: str, ranks: list[int], before: str | None, wait: bool) -> str:
     """Submits the tasks of a phase as one or more arrays; returns the number of the last job."""
-    from datatrove.executor.slurm import SlurmPipelineExecutor, launch_slurm_job
-
     folder = logs(job.root, name)
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder, PENDING), json.dumps(ranks))
-    settings = {"job_name": f"clean-{name}", "tasks": len(ranks), "workers": job.execution.workers}
-    slurm = SlurmPipelineExecutor([], logging_dir=folder, depends_job_id=before, **settings | job.execution.slurm)
+    slurm = slurm_executor(job, name, len(ranks), before)
     size = min(len(ranks), slurm.max_array_size if slurm.max_array_size != -1 else len(ranks))
     script = slurm.get_launch_file_contents(slurm.get_sbatch_args(size), shlex.join(command(job.root, name)))
     for first in range(0, len(ranks), size):
         last = first + size >= len(ranks)
         more = [f"--export=ALL,RUN_OFFSET={first}", "--kill-on-invalid-dep=yes", *(["--wait"] if wait and last else [])]
         after = [f"--dependency={slurm.dependency}"] if slurm.dependency else []
-        slurm.job_id = launch_slurm_job(script, slurm.job_id_retriever, *more, *after)
+        slurm.job_id = sbatch(script, slurm, [*more, *after], wait and last)
     return slurm.job_id
+
+
+def slurm_executor(job: Job, name: str, tasks: int, before: str | None) -> SlurmPipelineExecutor:
+    """Returns datatrove's executor, which writes scripts. Raises ValueError for a setting that it does not know."""
+    from datatrove.executor.slurm import SlurmPipelineExecutor
+
+    settings = {"job_name": name, "tasks": tasks, "workers": job.execution.workers} | job.execution.slurm
+    try:
+        return SlurmPipelineExecutor([], logging_dir=logs(job.root, name), depends_job_id=before, **settings)
+    except TypeError as error:
+        raise ValueError(f"data.execution.slurm: {error}; name what datatrove's Slurm executor takes") from None
+
+
+def sbatch(script: str, slurm: SlurmPipelineExecutor, arguments: list[str], waits: bool) -> str:
+    """Submits a script and returns the job's number. Raises RuntimeError when Slurm takes none; one that is waited for
+    ends with the status of its tasks, which are looked at afterwards."""
+    from datatrove.executor.slurm import launch_slurm_job
+
+    try:
+        return launch_slurm_job(script, slurm.job_id_retriever, *arguments)
+    except subprocess.CalledProcessError as error:
+        if waits and error.output:  # it was submitted
+            return slurm.job_id_retriever(error.output.decode())
+        raise RuntimeError(f"sbatch took no job (exit status {error.returncode}): {error.output.decode()}") from None
 
 
 def run_ray(job: Job, told: Told) -> None:
     """Runs the tasks of each phase on a Ray cluster, whose machines share this file system."""
     import ray
 
-    ray.init(address=job.execution.ray_address, log_to_driver=False, include_dashboard=False)
+    try:
+        ray.init(address=job.execution.ray_address, log_to_driver=False, include_dashboard=False)
+    except ConnectionError as error:
+        reason = " ".join(str(error).split())[:SAID_CHARS]
+        raise ValueError(
+            f"data.execution.ray_address={job.execution.ray_address}: no cluster there ({reason})"
+        ) from None
     try:
         remote = ray.remote(max_retries=job.execution.retries, retry_exceptions=True)(run_command)
         for name, left, tasks in unfinished(job, told):

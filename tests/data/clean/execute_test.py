@@ -149,13 +149,18 @@ number = sum(1 for _ in open(calls)) + 1 if os.path.exists(calls) else 1
 first, last = map(int, re.search(r"#SBATCH --array=(\\d+)-(\\d+)", script).groups())
 with open(calls, "a") as file:
     print(json.dumps([sys.argv[1:-1], script]), file=file)
+if os.environ.get("REFUSE"):
+    sys.exit(1)
+failed = 0
 offset = next(a.split("RUN_OFFSET=")[1] for a in sys.argv if "RUN_OFFSET=" in a)
 for task in range(first, last + 1):
     if os.environ.get("LOSE") == f"{number}:{task}":
         continue
-    subprocess.run(["bash", sys.argv[-1]], stderr=subprocess.DEVNULL,
-                   env=os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "RUN_OFFSET": offset})
+    done = subprocess.run(["bash", sys.argv[-1]], stderr=subprocess.DEVNULL,
+                          env=os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "RUN_OFFSET": offset})
+    failed = failed or done.returncode
 print(f"Submitted batch job {1000 + number}")
+sys.exit(failed if "--wait" in sys.argv else 0)  # as the real one does
 """
 
 
@@ -204,6 +209,14 @@ def test_arrays_are_cut_where_slurm_wants_it(tmp_path: Path, fake_sbatch: Path) 
     calls = [json.loads(line) for line in fake_sbatch.read_text().splitlines()]
     offsets = [a.split("RUN_OFFSET=")[1] for arguments, _ in calls[:2] for a in arguments if "RUN_OFFSET" in a]
     assert offsets == ["0", "3"], "four tasks, at most three in an array"
+
+
+def test_what_slurm_refuses_is_one_line(tmp_path: Path, fake_sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"data\.execution\.slurm: .*unexpected keyword argument 'queue'"):
+        execute(job(tmp_path, "a", slurm=SLURM | {"queue": "x"}), "slurm", told_into([]))
+    monkeypatch.setenv("REFUSE", "1")
+    with pytest.raises(RuntimeError, match=r"sbatch took no job \(exit status 1\)"):
+        execute(job(tmp_path, "b", slurm=SLURM), "slurm", told_into([]))
 
 
 def test_a_command_that_fails_says_why() -> None:
