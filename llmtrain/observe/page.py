@@ -26,28 +26,35 @@ details { border: 1px solid #e4e7eb; border-radius: 8px; padding: .5rem 1rem; ma
 summary { cursor: pointer; font-weight: 500; }
 .note { color: #7b8794; font-size: .85rem; }"""
 
-PAGE = (
+HEAD = (
     """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} · llmtrain report</title>
+<title>{{ title }} · {{ made_by }}</title>
 <style>
 """
     + STYLE
     + """
+{{ more_style }}
 </style>
 </head>
 <body>
-{%- macro table(rows) %}
-<div class="scroll"><table>
+{%- macro table(rows, kind="") %}
+<div class="scroll"><table class="{{ kind }}">
 <tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {%- for row in rows %}
 <tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>
 {%- endfor %}
 </table></div>
-{%- endmacro %}
+{%- endmacro %}"""
+)
+"""Begins every page, with the macro `table`. It asks for `title`, `made_by` and `more_style`."""
+
+PAGE = (
+    HEAD
+    + """
 {%- macro picture(image) %}
 <img src="{{ image.file | urlencode }}" alt="{{ image.alt }}">
 {%- endmacro %}

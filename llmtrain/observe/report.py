@@ -61,6 +61,7 @@ def write_report(run_dir: str) -> str:
             .from_string(PAGE)
             .render(
                 title=os.path.basename(os.path.abspath(run_dir)),
+                made_by=COMMAND,
                 cleaning=_cleaning_pages(run_dir),
                 evaluations=_evaluation_rows(evaluated),
                 evaluation_image=_evaluation_image(str(out), evaluated),

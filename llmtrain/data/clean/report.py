@@ -14,7 +14,7 @@ import yaml
 from llmtrain.config.clean import CleanConfig, CollectConfig
 from llmtrain.data.clean import report_plots as plots
 from llmtrain.data.clean.report_counts import Phase, Row, read_phases
-from llmtrain.data.clean.report_page import PAGE
+from llmtrain.data.clean.report_page import MORE_STYLE, PAGE
 from llmtrain.data.clean.report_samples import Looked, as_mapping, look_at_dropped, look_at_kept, visible
 from llmtrain.observe.owned import replacing
 
@@ -242,6 +242,8 @@ def rendered(
         .from_string(PAGE)
         .render(
             title=visible(title, 200),
+            made_by=COMMAND,
+            more_style=MORE_STYLE,
             images=images,
             faults=numbers["faults"],
             unfinished=numbers["unfinished"],

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from llmtrain.observe.page import STYLE
+from llmtrain.observe.page import HEAD
 
-PAGE = (
-    """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} · llmtrain data</title>
-<style>
-"""
-    + STYLE
-    + """
+MORE_STYLE = """\
 .warning { border-color: #f0b8b0; background: #fdf3f1; }
 .wide td:nth-child(2) { text-align: left; font-weight: 600; }
 .wide td:last-child { white-space: normal; text-align: left; }
-pre, bdi { unicode-bidi: isolate; }
-</style>
-</head>
-<body>
-{%- macro table(rows, kind="") %}
-<div class="scroll"><table class="{{ kind }}">
-<tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{%- for row in rows %}
-<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>
-{%- endfor %}
-</table></div>
-{%- endmacro %}
+pre, bdi { unicode-bidi: isolate; }"""
+
+PAGE = (
+    HEAD
+    + """
 {%- macro picture(name, alt) %}
 <img src="data:image/png;base64,{{ images[name] }}" alt="{{ alt }}">
 {%- endmacro %}
