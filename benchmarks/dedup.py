@@ -30,11 +30,12 @@ from datatrove.utils.hashing import HashConfig
 from benchmarks.common import environment, forget_peak, peak_bytes
 from llmtrain.config.clean.collect import CollectConfig
 from llmtrain.config.clean.dedup import DedupConfig, MinhashConfig, ParagraphConfig
-from llmtrain.data.clean.dedup.curve import Measured, draw_curve, interval, probability
+from llmtrain.data.clean.dedup.curve import Measured, draw_curve, probability
 from llmtrain.data.clean.dedup.hashing import Bands, words
 from llmtrain.data.clean.dedup.phases import dedup_phases
 from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.phases import Phase
+from llmtrain.observe.interval import wilson
 
 RATES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2)  # share of words that an edit touches
 BANDS = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0001)  # of similarity
@@ -131,7 +132,7 @@ def quality(count: int, passage_words: int, seed: int, settings: MinhashConfig) 
             "pairs": row.pairs,
             "found": row.found,
             "recall": round(row.found / row.pairs, 4),
-            "interval": [round(end, 4) for end in interval(row.found, row.pairs)],
+            "interval": [round(end, 4) for end in wilson(row.found / row.pairs, row.pairs)],
             "curve": round(probability(row.similarity, settings.buckets, settings.hashes), 4),
         }
         for row in rows

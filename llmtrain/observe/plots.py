@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from llmtrain.config.recipes import Panel
 
@@ -69,7 +69,7 @@ Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def plot_measured(
-    path: str,
+    file: str | IO[bytes],
     title: str,
     x_label: str,
     curve: Sequence[tuple[float, float]],
@@ -86,7 +86,7 @@ def plot_measured(
         axes.vlines(x, low, high, color=LINES[1], linewidth=1.2)
         axes.plot(x, y, "o", color=LINES[1], markersize=4, label="measured, 95 %")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    figure.savefig(path)
+    figure.savefig(file)
 
 
 def plot_marks(path: str, y_label: str, panels: Mapping[str, Points]) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from llmtrain.config.clean import CleanConfig, CollectConfig
 from llmtrain.data.clean import report_plots as plots
+from llmtrain.data.clean.dedup.curve import probability
 from llmtrain.data.clean.report_counts import Phase, Row, read_phases
 from llmtrain.data.clean.report_page import MORE_STYLE, PAGE
 from llmtrain.data.clean.report_samples import Looked, as_mapping, look_at_dropped, look_at_kept, visible
@@ -95,7 +96,7 @@ def numbers_of(
         "counters": counters(phases),
         "looked_at": {folder: {n: seen(each) for n, each in looks.items()} for folder, looks in kept.items()},
         "classifier": classifier(place),
-        "minhash": minhash and {s / 10: plots.caught(s / 10, minhash.buckets, minhash.hashes) for s in range(1, 10)},
+        "minhash": minhash and {s / 10: probability(s / 10, minhash.buckets, minhash.hashes) for s in range(1, 10)},
         "settings": settings.model_dump(mode="json"),
         "inputs": [each.model_dump(mode="json") for each in inputs],
     }

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from llmtrain.observe.plots import FAINT, GRID, INK, LINES, figure_of, style
+from llmtrain.data.clean.dedup.curve import draw_curve
+from llmtrain.observe.plots import FAINT, INK, LINES, figure_of, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,19 +131,8 @@ def lengths(histograms: Mapping[str, Mapping[int, int]]) -> bytes:
     return png(figure)
 
 
-def caught(similarity: float, buckets: int, hashes: int) -> float:
-    """Returns the probability that two documents of this Jaccard similarity share a band, 1 - (1 - s^hashes)^buckets
-    (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, section 3.4.2)."""
-    return 1 - (1 - similarity**hashes) ** buckets
-
-
 def curve(buckets: int, hashes: int) -> bytes:
     """Draws the probability that near duplicates are found over their similarity."""
-    figure = figure_of(6, 3.2)
-    axes = figure.add_subplot()
-    style(axes, f"Probability that a pair is found, {buckets} bands of {hashes} hashes")
-    similarities = [place / 200 for place in range(201)]
-    axes.plot(similarities, [caught(s, buckets, hashes) for s in similarities], color=LINES[0], linewidth=1.5)
-    axes.axhline(0.5, color=GRID, linewidth=0.8)
-    axes.set_xlabel("Jaccard similarity of two documents", fontsize=8, color=FAINT)
-    return png(figure)
+    file = io.BytesIO()
+    draw_curve(file, buckets, hashes)
+    return file.getvalue()

@@ -17,7 +17,7 @@ from datatrove.utils.text import simplify_text
 from benchmarks.dedup import found_pairs, planted, quality, similarities
 from llmtrain.config.clean.dedup import MinhashConfig
 from llmtrain.data.clean.dedup import hashing, tables
-from llmtrain.data.clean.dedup.curve import Measured, draw_curve, interval, probability, threshold
+from llmtrain.data.clean.dedup.curve import Measured, draw_curve, probability
 from llmtrain.data.clean.dedup.forest import joined, links
 from llmtrain.data.clean.dedup.hashing import Bands, digest, shingles, words
 
@@ -58,9 +58,6 @@ def test_the_curve() -> None:
     assert probability(0.8, 14, 8) == pytest.approx(0.92355, abs=1e-5)  # 1 - (1 - 0.16777216)^14
     assert probability(0.5, 14, 8) == pytest.approx(0.05332, abs=1e-5)
     assert (probability(0, 14, 8), probability(1, 14, 8)) == (0, 1)
-    assert threshold(14, 8) == pytest.approx(0.7190, abs=1e-4)
-    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert interval(0, 5)[0] == 0 and interval(5, 5)[1] == 1
 
 
 def test_the_curve_is_drawn(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from datatrove.pipeline.base import PipelineStep
 
 from llmtrain.config.clean import CleanConfig, CollectConfig
 from llmtrain.data.clean import report_samples
+from llmtrain.data.clean.dedup.curve import probability
 from llmtrain.data.clean.files import RankWriter
 from llmtrain.data.clean.report import merged, write_report
-from llmtrain.data.clean.report_plots import caught
 from llmtrain.data.clean.report_samples import Looked, Reservoir, look_at_kept, visible
 from llmtrain.data.clean.step import Step
 
@@ -338,5 +338,5 @@ def test_small_parts() -> None:
     assert visible("ab\n\tc\x1b[31m\u2066", 100) == "ab\n\tc\\u001b[31m\\u2066"
     assert visible("x" * 11, 10) == "x" * 10 + "…" and visible("x" * 10, 10) == "x" * 10
     assert merged([["a", "c"], ["a", "b", "c", "d"], []]) == ["a", "b", "c", "d"]
-    assert caught(1.0, 14, 8) == 1.0 and caught(0.0, 14, 8) == 0.0
-    assert caught(0.5, 2, 1) == 0.75
+    assert probability(1.0, 14, 8) == 1.0 and probability(0.0, 14, 8) == 0.0
+    assert probability(0.5, 2, 1) == 0.75
