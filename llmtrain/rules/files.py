@@ -19,7 +19,7 @@ from llmtrain.rules.vocabulary import makes_tokenizer
 
 def _run_places(case: Case) -> Iterator[str]:
     for key, text in _texts(case.config.model_dump(), ""):
-        if "{run}" in text and case.run_dir is None:
+        if text.startswith("{run}") and case.run_dir is None:  # a place; a prompt may spell it
             yield f"{key}={text}: only a document with stages knows its run; write the path out"
 
 

@@ -63,6 +63,7 @@ def test_a_cleaned_source_names_an_input() -> None:
 def test_the_run_of_a_document_without_stages() -> None:
     told = faults(collect=[PAGES], path="{run}/data")
     assert told == "data.path={run}/data: only a document with stages knows its run; write the path out"
+    assert faults(fields={"prompt": "the {run} of a horse"}) == ""
 
 
 def test_files_of_the_steps(tmp_path: Path) -> None:
