@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ Running = dict[int, subprocess.Popen]
 """Holds the processes of tasks by their numbers."""
 
 POLL_S = 0.05
+CONNECT_S = 10.0  # for a cluster to answer
 SAID_CHARS = 600  # of what a task wrote before it failed
 
 
@@ -201,13 +203,8 @@ def run_ray(job: Job, told: Told) -> None:
     """Runs the tasks of each phase on a Ray cluster, whose machines share this file system."""
     import ray
 
-    try:
-        ray.init(address=job.execution.ray_address, log_to_driver=False, include_dashboard=False)
-    except ConnectionError as error:
-        reason = " ".join(str(error).split())[:SAID_CHARS]
-        raise ValueError(
-            f"data.execution.ray_address={job.execution.ray_address}: no cluster there ({reason})"
-        ) from None
+    refuse_unreachable(job.execution.ray_address)
+    ray.init(address=job.execution.ray_address, log_to_driver=False, include_dashboard=False)
     try:
         remote = ray.remote(max_retries=job.execution.retries, retry_exceptions=True)(run_command)
         for name, left, tasks in unfinished(job, told):
@@ -220,6 +217,19 @@ def run_ray(job: Job, told: Told) -> None:
         raise RuntimeError(f"a task failed on Ray: {' '.join(str(error).split())[-SAID_CHARS:]}") from None
     finally:
         ray.shutdown()
+
+
+def refuse_unreachable(address: str | None) -> None:
+    """Raises ValueError when nothing listens at the address of a cluster, for which Ray waits for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # none, or "auto"
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"data.execution.ray_address={address}: nothing answers there ({error}); start the cluster, or correct it"
+        ) from None
 
 
 def run_command(words: list[str]) -> None:

@@ -16,7 +16,7 @@ from llmtrain.data.clean import report_plots as plots
 from llmtrain.data.clean.dedup.curve import probability
 from llmtrain.data.clean.report_counts import Phase, Row, read_phases
 from llmtrain.data.clean.report_page import MORE_STYLE, PAGE
-from llmtrain.data.clean.report_samples import Looked, as_mapping, look_at_dropped, look_at_kept, visible
+from llmtrain.data.clean.report_samples import Looked, as_mapping, look_at_dropped, look_at_kept, masked, visible
 from llmtrain.observe.owned import replacing
 
 COMMAND = "llmtrain data"
@@ -40,6 +40,7 @@ def write_report(
     phases, faults = read_phases(place, names, tasks or {})
     kept = {folder: looked_at(place / folder, names) for folder in FOLDERS}
     dropped = look_at_dropped([*files(place / "dropped"), *files(place / "dedup" / "dropped")], EXAMPLES)
+    dropped = masked(dropped, settings)
     pairs = pairs_of(place, dropped)
     numbers = numbers_of(place, settings, inputs, phases, faults, kept)
     numbers["unfinished"] = unfinished(phases, tasks or {})

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
+from datatrove.data import Document
+
+from llmtrain.config.clean import CleanConfig
+from llmtrain.data.clean import pii
 
 SEED = 0
 MOST_DOCUMENTS = 20_000  # looked at in a folder
@@ -144,6 +148,18 @@ def as_example(row: Mapping[str, Any]) -> dict[str, Any]:
     shown = {key: visible(str(data[key]), 200) for key in ("source", "url", "language", "copy_of") if data.get(key)}
     example = {"id": visible(str(row.get("id", "")), 200), **shown, "chars": len(text)}
     return {**example, "text": visible(text, EXCERPT_CHARS)}
+
+
+def masked(looked: Looked, clean: CleanConfig) -> Looked:
+    """Returns the examples with personal data replaced as in the documents that are kept: those that were dropped never
+    reached that step."""
+    if clean.pii is not None:
+        replace = pii.make(clean.pii, clean.words)
+        for example in (each for sample in looked.samples.values() for each in sample.kept):
+            document = Document(example["text"], "")
+            replace(document)
+            example["text"] = document.text
+    return looked
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:

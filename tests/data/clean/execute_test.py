@@ -18,7 +18,7 @@ pytest.importorskip("datatrove")
 
 from llmtrain.config.clean import CleanConfig, CollectConfig, ExecutionConfig
 from llmtrain.data.clean import execute as module
-from llmtrain.data.clean.execute import command, execute, failure, run_command
+from llmtrain.data.clean.execute import command, execute, failure, refuse_unreachable, run_command
 from llmtrain.data.clean.job import Job, make_job, phases, read_job
 from llmtrain.data.clean.task import pending
 from tests.conftest import ROOT
@@ -222,6 +222,15 @@ def test_what_slurm_refuses_is_one_line(tmp_path: Path, fake_sbatch: Path, monke
 def test_a_command_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="exit status 3: oh no"):
         run_command([sys.executable, "-c", "import sys; sys.stderr.write('oh no'); sys.exit(3)"])
+
+
+def test_a_cluster_that_does_not_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ray_address=127\.0\.0\.1:1: nothing answers there .*; start the cluster"):
+        refuse_unreachable("127.0.0.1:1")
+    with pytest.raises(ValueError, match="nothing answers"):
+        refuse_unreachable("ray://127.0.0.1:99999")
+    refuse_unreachable(None)
+    refuse_unreachable("auto")
 
 
 def test_commands_are_this_interpreter() -> None:

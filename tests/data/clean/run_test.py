@@ -66,6 +66,14 @@ def test_what_is_no_document_is_an_example_of_the_report(tmp_path: Path) -> None
     assert "rows.jsonl#6" in page and "not_text" in page and "json_broken" in page
 
 
+def test_personal_data_of_dropped_documents_is_not_on_the_page(tmp_path: Path) -> None:
+    data = section(tmp_path, clean=CleanConfig(**OFF | {"quality": {"min_words": 10}}))
+    clean(data, str(tmp_path / "data"), 0)
+    page = (tmp_path / "data/clean/report/index.html").read_text()
+    assert "Write to &lt;EMAIL&gt; or not." in page and "anna" not in page
+    assert "gopher_short_doc" in page
+
+
 def test_without_inputs_nothing_is_made(tmp_path: Path) -> None:
     clean(DataConfig(), str(tmp_path / "data"), 0)
     assert not (tmp_path / "data").exists()
