@@ -68,10 +68,25 @@ def unfinished(job: Job, told: Told) -> Iterator[tuple[str, list[int], int]]:
 
 
 def run_here(job: Job, name: str, ranks: list[int], tasks: int, told: Told) -> None:
-    """Runs tasks in this process, one after the other, each with counts of its own."""
+    """Runs tasks in this process, one after the other, each with counts of its own. Raises ValueError for what a task
+    tells the user, RuntimeError for any other failure, whose traceback is in the task's log."""
     for done, rank in enumerate(ranks, tasks - len(ranks) + 1):
-        run_task(job.root, named(job, name), rank)
+        try:
+            run_task(job.root, named(job, name), rank)
+        except ValueError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[-SAID_CHARS:]}"
+            raise RuntimeError(
+                f"{name}: task {rank} failed ({what}); its log is {log_of(job.root, name, rank)}, started again the "
+                "command goes on with it"
+            ) from None
         told(name, done, tasks)
+
+
+def log_of(root: str, phase: str, rank: int) -> str:
+    """Returns the file that a task logs to."""
+    return f"{logs(root, phase)}/logs/task_{rank:05d}.log"
 
 
 def named(job: Job, name: str) -> Phase:
@@ -138,7 +153,7 @@ def failure(root: str, phase: str, rank: int, status: int, tries: int) -> str:
     how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     last = said(root, phase, rank).read_text(errors="replace").strip()[-SAID_CHARS:]
     return (
-        f"{phase}: task {rank} failed {tries} times ({how}); its log is {logs(root, phase)}/logs/task_{rank:05d}.log, "
+        f"{phase}: task {rank} failed {tries} times ({how}); its log is {log_of(root, phase, rank)}, "
         f"started again the command goes on with it; its last words: {last or 'none'}"
     )
 

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from threading import Thread
 
@@ -40,10 +41,11 @@ def pending(root: str, phase: Phase) -> list[int]:
 
 def run_task(root: str, phase: Phase, rank: int) -> None:
     """Runs a task, unless it is done, and marks it as done. What a killed one left is written anew."""
-    quiet = os.environ.get("LLMTRAIN_CLEAN_VERBOSE") is None
-    if quiet:  # all goes to the task's own log
-        logger.remove()
-    executor(root, phase)._run_for_rank(rank, local_rank=1 if quiet else 0)
+    try:
+        with open(os.devnull, "w") as nothing, redirect_stderr(nothing):  # all goes to the task's own log
+            executor(root, phase)._run_for_rank(rank, local_rank=1)
+    finally:
+        logger.remove()  # datatrove has set up what writes to standard error again
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ pytest.importorskip("datatrove")
 
 from llmtrain.config.clean import CleanConfig, CollectConfig, ExecutionConfig
 from llmtrain.data.clean import execute as module
+from llmtrain.data.clean.collect import Collect
 from llmtrain.data.clean.execute import command, execute, failure, refuse_unreachable, run_command
 from llmtrain.data.clean.job import Job, make_job, phases, read_job
 from llmtrain.data.clean.task import pending
@@ -119,6 +121,22 @@ def test_a_task_that_always_fails_is_named_and_the_rest_stays(tmp_path: Path) ->
         finally:
             Job.write = real  # type: ignore[method-assign]
     assert time.monotonic() - started < 60
+
+
+def test_a_task_that_fails_here_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: Collect, *_: object) -> Iterator[None]:
+        raise error
+        yield
+
+    monkeypatch.setattr(Collect, "run", broken)
+    named = r"clean-rows: task 0 failed \(KeyError: 'oh no'\); its log is"
+    for error, told in ((KeyError("oh no"), named), (ValueError("x"), "^x$")):
+        with pytest.raises((RuntimeError, ValueError), match=told):
+            execute(job(tmp_path, type(error).__name__), "local", told_into([]))
+        assert capfd.readouterr().err == "", "no traceback on the screen"
+    assert "oh no" in (tmp_path / "KeyError/logs/clean-rows/logs/task_00000.log").read_text()
 
 
 def test_what_is_told_of_a_failure(tmp_path: Path) -> None:
