@@ -18,12 +18,12 @@ from llmtrain.config.clean import CollectConfig
 from llmtrain.data.clean.read.apart import Apart
 from llmtrain.data.clean.read.items import Found, Item
 
-# Modules with a docstring of some length whose import does nothing else.
+# Modules with a docstring of some length, whose import does nothing else and whose signatures name no path of here.
 MODULES = tuple(
     """
 base64 bdb bisect cmd code copy csv dataclasses datetime dis email fileinput filecmp fnmatch fractions functools
 gettext glob graphlib gzip hashlib heapq hmac importlib json linecache locale lzma mimetypes multiprocessing netrc
-numbers operator pickle pickletools pkgutil platform plistlib poplib pprint profile queue reprlib sched secrets
+numbers operator pickle pickletools pkgutil plistlib poplib pprint profile queue reprlib sched secrets
 shelve shlex shutil stat string struct subprocess symtable sysconfig tempfile textwrap timeit token tokenize trace
 traceback tracemalloc uuid venv warnings wave webbrowser zipimport zlib
 """.split()  # noqa: SIM905 - a list of so many texts would take a page
@@ -67,14 +67,24 @@ def pydoc_pages(path: str, config: CollectConfig, _: Apart) -> Iterator[Item]:
         yield Found(number, page.text, {"url": page.url, "licence": "PSF-2.0", "planted": page.planted or None})
 
 
+class Interface(pydoc.HTMLDoc):
+    """Renders what a module offers, without the values of its data, which are this process's own: paths, caches, the
+    environment."""
+
+    def docother(self, *_: object) -> str:
+        """Returns nothing for a value."""
+        return ""
+
+
 def rendered(name: str) -> str:
-    """Returns what pydoc makes of a module, without the path of its file on this machine."""
+    """Returns what pydoc makes of a module, without the path of its file on this machine and addresses in memory."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        body = pydoc.html.document(importlib.import_module(name), name)
+        body = Interface().document(importlib.import_module(name), name)
+    body = body.replace("&nbsp;", " ")
     body = re.sub(r'<a href="file:[^"]*">[^<]*</a>', "", body)
-    body = re.sub(r"<(/?)(?:table|tr|td)[^>]*>", r"<\1div>", body)  # its tables are there for their looks alone
-    return body.replace("&nbsp;", " ")
+    body = re.sub(r" at 0x[0-9a-f]+", "", body)
+    return re.sub(r"<(/?)(?:table|tr|td)[^>]*>", r"<\1div>", body)  # its tables are there for their looks alone
 
 
 def framed(body: str) -> str:
