@@ -106,7 +106,7 @@ def test_a_killed_task_is_redone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_task_that_always_fails_is_named_and_the_rest_stays(tmp_path: Path) -> None:
-    broken = job(tmp_path, "broken", workers=2, retries=1)
+    broken = job(tmp_path, "broken", tasks=1, workers=2, retries=1)
     broken.write()
     held = json.loads(Path(broken.root, "job.json").read_text())
     (tmp_path / "rows/0.jsonl").unlink()

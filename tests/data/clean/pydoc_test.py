@@ -21,7 +21,11 @@ CODE = (
 )
 
 
-def test_pages_are_the_same_in_every_process() -> None:
+def test_pages_are_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import csv
+
+    csv.register_dialect("mine", delimiter=";")
+    monkeypatch.setattr("textwrap.dedent", lambda text: text)  # as another package may change it
     own = hashlib.sha256("".join(map(str, pages())).encode()).hexdigest()
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "HOME": "/nowhere", "TMPDIR": "/dev/shm"}
     other = subprocess.run(

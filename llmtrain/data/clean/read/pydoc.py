@@ -3,15 +3,14 @@ near copies, pages without content, and personal data. Nothing is downloaded."""
 
 from __future__ import annotations
 
-import contextlib
 import html
-import importlib
-import io
-import pydoc
+import json
 import random
 import re
-import warnings
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from llmtrain.config.clean import CollectConfig
@@ -34,6 +33,7 @@ FRAME = (
     "<nav>{menu}</nav><main>{body}</main><footer>This site uses cookies. Read our <a href='terms.html'>terms of "
     "use</a> and our <a href='privacy.html'>privacy policy</a>. All rights reserved.</footer>"
 )
+LIMIT_S = 300.0  # to render them; it takes a second or two
 COPY_EVERY, NEAR_EVERY, PII_EVERY, EMPTY_EVERY = 6, 5, 4, 12  # one page in so many
 
 
@@ -48,8 +48,7 @@ class Page(NamedTuple):
 def pages(seed: int = 0) -> Iterator[Page]:
     """Yields the pages, the same for one version of Python and one seed."""
     rng = random.Random(f"pydoc:{seed}")
-    for number, name in enumerate(MODULES, 1):
-        body = rendered(name)
+    for number, (name, body) in enumerate(rendered().items(), 1):
         has_pii = number % PII_EVERY == 0
         page = framed(body + contact(rng) if has_pii else body)
         yield Page(f"{HOST}/{name}.html", page, "pii" if has_pii else "")
@@ -67,24 +66,11 @@ def pydoc_pages(path: str, config: CollectConfig, _: Apart) -> Iterator[Item]:
         yield Found(number, page.text, {"url": page.url, "licence": "PSF-2.0", "planted": page.planted or None})
 
 
-class Interface(pydoc.HTMLDoc):
-    """Renders what a module offers, without the values of its data, which are this process's own: paths, caches, the
-    environment."""
-
-    def docother(self, *_: object) -> str:
-        """Returns nothing for a value."""
-        return ""
-
-
-def rendered(name: str) -> str:
-    """Returns what pydoc makes of a module, without the path of its file on this machine and addresses in memory."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        body = Interface().document(importlib.import_module(name), name)
-    body = body.replace("&nbsp;", " ")
-    body = re.sub(r'<a href="file:[^"]*">[^<]*</a>', "", body)
-    body = re.sub(r" at 0x[0-9a-f]+", "", body)
-    return re.sub(r"<(/?)(?:table|tr|td)[^>]*>", r"<\1div>", body)  # its tables are there for their looks alone
+def rendered() -> dict[str, str]:
+    """Returns what pydoc makes of each module, in a process that has imported nothing else."""
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("pydoc_render.py")), *MODULES]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=LIMIT_S)
+    return json.loads(done.stdout)
 
 
 def framed(body: str) -> str:
