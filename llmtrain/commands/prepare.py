@@ -35,7 +35,8 @@ def dry_run(config: Config) -> None:
 
     for each in config.data.collect:
         refuse_unreadable(each)
-    data, place = config.data.model_copy(update={"tasks": []}), data_dir(config)  # whose problems are not written yet
+    unwritten = {"tasks": [], "sources": []}  # of which what is held out is written by cleaning
+    data, place = config.data.model_copy(update=unwritten), data_dir(config)
     clean = resolve(data, place, os.path.abspath(clean_dir(data, place)), config.seed)
     Console().print(shown(tried(clean, data.collect, clean.dry_run_documents, Collect)))
 

@@ -101,7 +101,8 @@ class ToxicityConfig(Section):
 
 
 class ContaminationConfig(Section):
-    """Drops or cuts documents that hold n-grams of evaluation problems (GPT-3: arXiv 2005.14165, appendix C)."""
+    """Drops or cuts documents that hold n-grams of evaluation problems, or of held-out text (GPT-3: arXiv 2005.14165,
+    appendix C)."""
 
     n: NgramWords = 13  # words of an n-gram (GPT-3), lower case, without punctuation
     n_by_set: dict[str, NgramWords] = Field({})  # by the name of a set, over `n`
@@ -112,6 +113,7 @@ class ContaminationConfig(Section):
     cut_chars: NonNegativeInt = 200  # cut: characters on either side that go, and shortest piece that stays (GPT-3)
     max_pieces: Count = 10  # cut: a document that falls into more pieces is dropped (GPT-3)
     max_ngrams: PositiveInt = 50_000_000  # of all sets; 16 bytes of memory each in every worker
+    text_ngrams: NonNegativeInt = 5_000_000  # of what data.sources hold out, beside `sets`; of more a share; 0 = none
 
 
 class PiiConfig(Section):

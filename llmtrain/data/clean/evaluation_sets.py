@@ -1,4 +1,4 @@
-"""Finds the sets of problems that documents evaluate on, and indexes the n-grams of their rows."""
+"""Finds the sets of problems that documents evaluate on, and indexes their n-grams and those of held-out text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy as np
 
 from llmtrain.config.clean.content import ContaminationConfig
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.clean.ngrams import WORD, ngram_hashes, word_hashes
+from llmtrain.data.clean.ngrams import WORD, Gathered, ngram_hashes, word_hashes
 from llmtrain.data.faults import Faults
 from llmtrain.data.files import read_rows
+
+HASHED = ".ngrams.npz"  # end of a file that holds a set's n-grams, by the number of their words, in place of its rows
 
 
 def evaluation_sets(documents: Iterable[tuple[DataConfig, str]], more: Mapping[str, str]) -> dict[str, str]:
@@ -52,12 +54,11 @@ class Index:
 
 def build_index(settings: ContaminationConfig) -> Index:
     """Returns the index of `settings.sets`. Raises ValueError when a set cannot be read, or they hold too much."""
-    index, parts = Index(list(settings.sets)), list[tuple[int, int, np.ndarray]]()
+    index, parts, total = Index(list(settings.sets)), list[tuple[int, int, np.ndarray]](), 0
     for number, (name, path) in enumerate(settings.sets.items()):
-        n = settings.n_by_set.get(name, settings.n)
-        found, index.counts[name] = set_hashes(rows_of(name, path), n, settings.min_words, settings.templates)
+        found, index.counts[name] = hashes_of(name, path, settings)
         parts += [(words, number, hashes) for words, hashes in found.items()]
-        total = sum(len(hashes) for _, _, hashes in parts)
+        total += 0 if path.endswith(HASHED) else index.counts[name]["ngrams"]
         if total > settings.max_ngrams:
             raise ValueError(
                 f"data.clean.contamination.max_ngrams={settings.max_ngrams}: the sets up to {name!r} hold {total} "
@@ -68,6 +69,17 @@ def build_index(settings: ContaminationConfig) -> Index:
         index.hashes[words], first = np.unique(np.concatenate([hashes for _, hashes in own]), return_index=True)
         index.owners[words] = np.repeat([number for number, _ in own], [len(hashes) for _, hashes in own])[first]
     return index
+
+
+def hashes_of(name: str, path: str, settings: ContaminationConfig) -> tuple[dict[int, np.ndarray], dict[str, int]]:
+    """Returns the hashes of a set by the number of their words, and what was counted. Raises ValueError when it is
+    missing, or a row is broken."""
+    if path.endswith(HASHED):
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {int(words): arrays[words] for words in arrays.files}
+        return found, {"ngrams": sum(map(len, found.values()))}
+    n = settings.n_by_set.get(name, settings.n)
+    return set_hashes(rows_of(name, path), n, settings.min_words, settings.templates)
 
 
 def rows_of(name: str, path: str) -> list[dict[str, Any]]:
@@ -82,23 +94,19 @@ def rows_of(name: str, path: str) -> list[dict[str, Any]]:
 
 
 def set_hashes(
-    rows: Iterable[dict[str, Any]], n: int, min_words: int, templates: int
+    rows: Iterable[dict[str, Any]], n: int, min_words: int, templates: int, most: int | None = None
 ) -> tuple[dict[int, np.ndarray], dict[str, int]]:
     """Returns the hashes of a set by the number of their words, without those of more than `templates` rows, and what
-    was counted."""
-    by_words: dict[int, list[np.ndarray]] = {}
-    counts = {"rows": 0, "rows_too_short": 0}
+    was counted. Of more than `most` hashes one in `one_in`, a power of two, is returned."""
+    gathered, counts = Gathered(most), {"rows": 0, "rows_too_short": 0}
     for row in rows:
         own = row_hashes(row, n, min_words)
         counts["rows"] += 1
         counts["rows_too_short"] += not own
-        for words, hashes in own.items():
-            by_words.setdefault(words, []).append(hashes)
-    found = {}
-    for words, hashes in by_words.items():
-        unique, in_rows = np.unique(np.concatenate(hashes), return_counts=True)
-        found[words] = unique[in_rows <= templates]
-    return found, counts | {"ngrams": sum(map(len, found.values()))}
+        gathered.add(own)
+    gathered.settle()
+    found = {words: hashes[in_rows <= templates] for words, (hashes, in_rows) in gathered.held.items()}
+    return found, counts | {"ngrams": sum(map(len, found.values())), "one_in": gathered.one_in}
 
 
 def row_hashes(row: dict[str, Any], n: int, min_words: int) -> dict[int, np.ndarray]:

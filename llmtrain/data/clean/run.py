@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llmtrain.config.clean import CleanConfig
 from llmtrain.config.clean.collect import kind_of
-from llmtrain.config.data import DataConfig
+from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.data.tasks import write_task
 from llmtrain.observe.contents import Checksums, files_at
 from llmtrain.observe.files import write_whole
@@ -25,6 +25,7 @@ MARKER = "cleaned.json"  # written last: all documents and the report are there
 OURS = ".llmtrain-clean"  # written first: all else there is ours
 BEGUN = "begun.json"  # the same, before anything else is written
 COUNT_WORDS = {"repetition", "quality", "c4", "fineweb"}  # steps
+HELD_OUT_BY = {"name", "type", "field", "max_bytes", "held_out", "count", "worked_share"}  # beside what files hold
 REPORT_KEYS = {"path", "examples", "dry_run_documents"}  # keys of `data.clean` that documents do not depend on
 
 
@@ -82,23 +83,41 @@ def own(root: str) -> None:
 
 
 def resolve(data: DataConfig, data_dir: str, root: str, seed: int) -> CleanConfig:
-    """Returns the settings of cleaning with the sets that documents must not hold, those of `data.tasks` written below
-    `root` first, and with the place of the classifier."""
-    from llmtrain.data.clean.evaluation_sets import evaluation_sets
-
+    """Returns the settings of cleaning with the sets that documents must not hold, and the place of the classifier."""
     found: dict[str, Any] = {}
     if data.clean.contamination:
-        for task in data.tasks:
-            os.makedirs(os.path.join(root, "evaluation"), exist_ok=True)
-            write_task(task, os.path.join(root, "evaluation"), seed)
-        made = {os.path.join(data_dir, f"{task.name}-held_out.jsonl") for task in data.tasks}
-        own = data.model_copy(update={"held_out": None}) if data.held_out in made else data
-        sets = evaluation_sets([(own, os.path.join(root, "evaluation"))], data.clean.contamination.sets)
+        sets = written_sets(data, data_dir, os.path.join(root, "evaluation"), root, seed)
         found["contamination"] = data.clean.contamination.model_copy(update={"sets": sets})
     if data.clean.classifier and data.clean.classifier.path is None:
         path = os.path.join(root, "classifier")
         found["classifier"] = data.clean.classifier.model_copy(update={"path": path})
     return data.clean.model_copy(update=found)
+
+
+def written_sets(data: DataConfig, data_dir: str, directory: str, root: str, seed: int) -> dict[str, str]:
+    """Writes what is held out of `data.tasks` and `data.sources` into `directory`; returns the paths of all sets that
+    documents must not hold, by name. Raises ValueError when a source cannot be read."""
+    from llmtrain.data.clean.evaluation_sets import evaluation_sets, free_name
+    from llmtrain.data.clean.held_out_text import write_held_out
+
+    assert data.clean.contamination is not None
+    for task in data.tasks:
+        os.makedirs(directory, exist_ok=True)
+        write_task(task, directory, seed)
+    made = {os.path.join(data_dir, f"{task.name}-held_out.jsonl") for task in data.tasks}
+    own = data.model_copy(update={"held_out": None}) if data.held_out in made else data
+    sets = evaluation_sets([(own, directory)], data.clean.contamination.sets)
+    for name, path in write_held_out(measured(data, root), seed, data.clean.contamination, directory).items():
+        sets[free_name(name, sets)] = path
+    return sets
+
+
+def measured(data: DataConfig, root: str) -> list[SourceConfig]:
+    """Returns the sources whose held-out text cleaned documents must not hold."""
+    from llmtrain.data.clean.held_out_text import holding_out
+
+    wanted = data.clean.contamination is not None and data.clean.contamination.text_ngrams
+    return holding_out(data.sources, root) if wanted else []
 
 
 def try_steps(data: DataConfig, resolved: CleanConfig) -> None:
@@ -140,7 +159,8 @@ def identity(data: DataConfig, seed: int) -> str:
     """Returns a hash of the settings that cleaned documents depend on."""
     clean = data.clean.model_dump(exclude=REPORT_KEYS)
     tasks = [task.model_dump() for task in data.tasks] if data.clean.contamination else []
-    held = [[each.model_dump() for each in data.collect], clean, data.execution.tasks, tasks, seed]
+    text = [source.model_dump(include=HELD_OUT_BY) for source in measured(data, "") if source.type != "cleaned"]
+    held = [[each.model_dump() for each in data.collect], clean, data.execution.tasks, tasks, text, seed]
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 

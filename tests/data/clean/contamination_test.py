@@ -14,10 +14,12 @@ from datatrove.data import Document
 
 from llmtrain.config.clean.content import ContaminationConfig
 from llmtrain.config.clean.web import WordsConfig
+from llmtrain.config.data import SourceConfig
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.clean.contamination import Decontaminator, make
 from llmtrain.data.clean.evaluation_sets import evaluation_sets
-from llmtrain.data.clean.ngrams import WORD, ngram_hashes, word_hashes
+from llmtrain.data.clean.held_out_text import write_held_out
+from llmtrain.data.clean.ngrams import WORD, Gathered, ngram_hashes, word_hashes
 from tests.shared_data import shared_data
 
 PROBLEM = "One two three four five six seven eight nine ten eleven twelve, thirteen fourteen; how many?"
@@ -52,7 +54,12 @@ def test_thirteen_words_in_a_row_are_found_and_twelve_are_not(rows: Callable) ->
     assert reason == "contaminated" and document.metadata["contaminated_by"] == ["mine"]
     assert own.counts == {"documents_with/mine": 1}
     assert judged(own, PROBLEM.replace("seven", "seven and"))[0] is None  # no run is longer than nine
-    assert own.index.counts["mine"] == {"rows": 1, "rows_too_short": 0, "ngrams": 4}  # 16 words, n-grams of 13
+    assert own.index.counts["mine"] == {
+        "rows": 1,
+        "rows_too_short": 0,
+        "ngrams": 4,
+        "one_in": 1,
+    }  # 16 words, n-grams of 13
 
 
 def test_n_is_set_for_all_and_by_set(rows: Callable) -> None:
@@ -70,7 +77,7 @@ def test_a_short_problem_is_found_as_a_whole(rows: Callable) -> None:
     own = check(sets={"mine": rows("a", {"q": "What is the sum of nine and four?", "a": "13"}, {"q": "Add 2 and 3."})})
     assert judged(own, "He asked: what is the sum of nine, and four? I said")[0] == "contaminated"
     assert judged(own, "what is the sum of nine and five")[0] is None and judged(own, "Add 2 and 3.")[0] is None
-    assert own.index.counts["mine"] == {"rows": 2, "rows_too_short": 1, "ngrams": 1}
+    assert own.index.counts["mine"] == {"rows": 2, "rows_too_short": 1, "ngrams": 1, "one_in": 1}
 
 
 def test_turns_and_answers_are_read_and_templates_are_not(rows: Callable) -> None:
@@ -119,6 +126,33 @@ def test_hashes_of_words_are_a_polynomial() -> None:
         (two * 0x9E3779B97F4A7C15 + three) % 2**64,
     ]
     assert WORD.findall("Don't, x_y 3.5 né") == ["Don", "t", "x", "y", "3", "5", "né"]
+
+
+def test_of_more_hashes_than_there_is_room_for_a_share_stays() -> None:
+    """Below 2^62 there are two of six, which is the first quarter that has three or fewer."""
+    values = [1, 2**61, 2**62, 2**62 + 5, 2**63 - 1, 2**64 - 1]
+    for order in (values, values[::-1]):
+        gathered = Gathered(most=3)
+        for value in order:
+            gathered.add({13: np.array([value], np.uint64)})
+            gathered.add({13: np.array([1], np.uint64)})
+            gathered.settle()
+        hashes, rows = gathered.held[13]
+        assert (hashes.tolist(), rows.tolist(), gathered.one_in) == ([1, 2**61], [7, 1], 4)
+    none = Gathered(most=0)
+    none.add({13: np.array([0, 5], np.uint64)})
+    none.settle()
+    assert none.held[13][0].tolist() == []
+
+
+def test_a_long_passage_is_found_where_one_in_many_ngrams_is_looked_up(rows: Callable, tmp_path: Path) -> None:
+    """4,000 words have 3,976 n-grams in two texts; with room for 200 one in 32 is looked up, about 124."""
+    lines = [" ".join(f"{part}{i}" for i in range(2000)) for part in "abcd"]
+    source = SourceConfig(name="s", type="jsonl", path=rows("s", *({"text": line} for line in lines)), held_out=0.5)
+    settings = ContaminationConfig(text_ngrams=200)
+    own = check(sets=write_held_out([source], 0, settings, str(tmp_path / "made")))
+    assert 90 < own.index.counts["text-s"]["ngrams"] <= 200
+    assert sum(judged(own, line)[0] == "contaminated" for line in lines) == 2  # every second one is held out
 
 
 def test_what_cannot_be_read_is_refused(rows: Callable, tmp_path: Path) -> None:

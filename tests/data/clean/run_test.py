@@ -14,9 +14,10 @@ pytest.importorskip("datatrove")
 from llmtrain.config.clean import CleanConfig, CollectConfig
 from llmtrain.config.data import DataConfig, SourceConfig, TaskConfig
 from llmtrain.config.schema import TokenizerConfig
+from llmtrain.data.clean.held_out_text import holding_out
 from llmtrain.data.clean.run import clean, clean_dir
-from llmtrain.data.prepare import prepare
-from llmtrain.data.shards import read_manifest
+from llmtrain.data.prepare import prepare, with_paths
+from llmtrain.data.shards import read_manifest, split_documents
 from llmtrain.observe.locks import making
 from tests.conftest import ROOT
 
@@ -89,6 +90,57 @@ def test_held_out_problems_of_the_same_document_are_found(tmp_path: Path) -> Non
     clean(own, str(tmp_path / "data"), 0)
     held = json.loads((tmp_path / "data/clean/job.json").read_text())["clean"]["contamination"]["sets"]
     assert held == {"task-sums": str(tmp_path / "data/clean/evaluation/sums-held_out.jsonl")}
+
+
+def books(tmp_path: Path, **keys: object) -> tuple[DataConfig, list[str]]:
+    """A section that also has a source of four texts, two of them held out; and which these are. The rows hold what
+    the books say, each behind a sentence of its own."""
+    lines = [" ".join(f"{letter}{i}" for i in range(20)) for letter in "abcd"]
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    pages = [f"{TEXT.format(line[:2])} {line}" for line in lines]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
+    source = SourceConfig(name="books", type="jsonl", path=str(tmp_path / "books.jsonl"), held_out=0.5)
+    own = section(tmp_path, **{"clean": CleanConfig(**OFF, dedup=None)} | keys)
+    held = [text for split, text in split_documents(source, 0) if split == "held_out"]
+    return own.model_copy(update={"sources": [*own.sources, source]}), held
+
+
+def test_pages_that_hold_held_out_text_of_another_source_are_dropped(tmp_path: Path) -> None:
+    data, held = books(tmp_path)
+    clean(with_paths(data, str(tmp_path / "data")), str(tmp_path / "data"), 0)
+    left = texts(tmp_path / "data/clean")
+    assert len(held) == 2 and len(left) == 2 and not any(text in page for text in held for page in left)
+    report = json.loads((tmp_path / "data/clean/report/report.json").read_text())
+    assert next(s["dropped"] for s in report["steps"] if s["step"] == "contamination") == {"contaminated": 2}
+    off, _ = books(tmp_path, clean=CleanConfig(**OFF, dedup=None, contamination={"text_ngrams": 0}))
+    clean(off, str(tmp_path / "off"), 0)
+    assert len(texts(tmp_path / "off/clean")) == 4
+
+
+def test_other_held_out_text_is_seen(tmp_path: Path) -> None:
+    data, _ = books(tmp_path)
+    clean(data, str(tmp_path / "data"), 0)
+    sources = [data.sources[0], data.sources[1].model_copy(update={"held_out": 0.3})]
+    with pytest.raises(ValueError, match=r"other settings of data\.collect"):
+        clean(data.model_copy(update={"sources": sources}), str(tmp_path / "data"), 0)
+    lines = [json.dumps({"text": " ".join(f"{letter}{i}" for i in range(20))}) for letter in "efgh"]
+    (tmp_path / "books.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"other contents of data\.clean\.contamination\.sets\.text-books"):
+        clean(data, str(tmp_path / "data"), 0)
+
+
+def test_only_text_that_is_there_before_cleaning_is_looked_up(tmp_path: Path) -> None:
+    """What this job cleans is held out later; documents that another job cleaned are as any others."""
+    own, root = SourceConfig(name="a", type="cleaned"), str(tmp_path / "clean")
+    sources = [
+        own,
+        own.model_copy(update={"path": f"{root}/documents/a"}),
+        own.model_copy(update={"path": f"{root}-2/documents/a"}),
+        SourceConfig(name="c", type="text", path=f"{root}/documents"),
+        SourceConfig(name="d", type="text", path=str(tmp_path), held_out=0.0),
+        SourceConfig(name="e", type="topics"),
+    ]
+    assert holding_out(sources, root) == [sources[2], sources[5]]
 
 
 @pytest.mark.parametrize("change", ["clean", "execution", "rows"])
