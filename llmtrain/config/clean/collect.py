@@ -39,6 +39,7 @@ class CollectConfig(Section):
     split: str = "train"  # datasets: the split
     configuration: str | None = None  # datasets: the configuration
     streamed: bool = False  # datasets: read from the hub as a stream, without a download
+    guess_charset: bool = True  # text in a charset that is not detected is taken for Windows-1252; false: is skipped
     max_bytes: PositiveInt = Field(50_000_000)  # a document, page or row larger than this is skipped and counted
     max_ratio: PositiveInt = 200  # bytes that a compressed file may hold for each of its own, beyond max_bytes
     max_pages: PositiveInt = 2000  # pdf: pages that are read, the rest of the document is left out and counted

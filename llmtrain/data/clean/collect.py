@@ -27,7 +27,7 @@ from llmtrain.data.clean.read.listing import is_regular, listing
 from llmtrain.data.clean.read.pydoc import pydoc_pages
 from llmtrain.data.clean.read.rows import row_file
 from llmtrain.data.clean.read.stream import local_path
-from llmtrain.data.clean.read.text import mended, shown
+from llmtrain.data.clean.read.text import GUESSED, mended, shown
 from llmtrain.data.clean.read.warc import warc_file, wet_file
 from llmtrain.data.clean.step import utf8_bytes
 
@@ -154,6 +154,8 @@ class Collect(PipelineStep):
     def checked(self, item: Found) -> Item:
         """Returns what was found as valid text, or skipped where it has none; counts what is yielded."""
         text, notes = mended(item.text)
+        if GUESSED in item.notes and not self.config.guess_charset:
+            return self.skipped(item.number, "binary")
         if not text.strip():
             return self.skipped(item.number, "empty")
         self.stat_update("documents_out")
@@ -170,6 +172,7 @@ class Collect(PipelineStep):
     def document(self, path: str, item: Found) -> Document:
         """Returns the document of what was found."""
         said = {key: mended(value)[0] if isinstance(value, str) else value for key, value in item.fields.items()}
+        said |= {"encoding": "cp1252"} if GUESSED in item.notes else {}
         said = {key: value.isoformat() if hasattr(value, "isoformat") else value for key, value in said.items()}
         id_ = said.pop("id", None) or f"{shown(path)}#{item.number}"
         return Document(item.text, id_, metadata=self.metadata(path) | {k: v for k, v in said.items() if v is not None})

@@ -1,4 +1,4 @@
-"""Decodes the bytes of pages and texts, by what they declare, then as UTF-8, then by detection."""
+"""Decodes the bytes of pages and texts, by what they declare, then as UTF-8, by detection, and as Windows-1252."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ META_BYTES = 4096  # where a page says its charset (browsers look at 1024)
 DETECTED_BYTES = 2**20  # what detection looks at
 CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
 MAX_CONTROLS, MAX_REPLACED = 0.01, 0.1  # shares of bytes, of characters, above which bytes are no text
+MIN_LETTERS = 0.5  # share of what is not white space, and share of the letters that are ASCII, in Western text
+GUESSED = "charset_guessed"
 FEW_CONTROLS = 8  # as many make no row binary, however short it is
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -60,7 +62,8 @@ def decode(data: bytes, named: str | None = None) -> tuple[str, tuple[str, ...]]
     """Returns (text, notes). `named`: the charset that the place says. Raises UnusableError("binary") when the bytes
     are no text.
 
-    A note says `charset_detected`, or `bytes_replaced` where U+FFFD stands for bytes that no charset explains.
+    A note says `charset_detected`, `charset_guessed` where that failed and Windows-1252 explains the bytes, or
+    `bytes_replaced` where U+FFFD stands for bytes that no charset explains.
     """
     for mark, codec in MARKS:
         if data.startswith(mark):
@@ -76,14 +79,40 @@ def decode(data: bytes, named: str | None = None) -> tuple[str, tuple[str, ...]]
 
 
 def detected(data: bytes) -> tuple[str, tuple[str, ...]]:
-    """Returns (text, notes) of bytes that are not in UTF-8, nor in what was declared."""
+    """Returns (text, notes) of bytes that are not wholly in UTF-8, nor in what was declared."""
     import cchardet
 
+    if is_mostly_utf8(data):
+        return replaced(data, "utf-8")
     codec = charset(cchardet.detect(data[:DETECTED_BYTES])["encoding"])
     try:
-        return (data.decode(codec), ("charset_detected",)) if codec else replaced(data, "utf-8")
+        if codec:
+            return data.decode(codec), ("charset_detected",)
     except UnicodeDecodeError:
-        return replaced(data, "utf-8")
+        pass
+    western = guessed(data)
+    return replaced(data, "utf-8") if western is None else (western, (GUESSED,))
+
+
+def is_mostly_utf8(data: bytes) -> bool:
+    """Returns whether of what is not ASCII more characters are valid UTF-8 than are not: detection and guesses would
+    make nonsense of these."""
+    text = data.decode("utf-8", "replace")
+    return len(text) - len(text.encode("ascii", "ignore")) > 2 * text.count("\ufffd")
+
+
+def guessed(data: bytes) -> str | None:
+    """Returns what bytes say in Windows-1252, which holds Latin-1's characters; None unless that is text: no control
+    character, mostly letters, and most of these ASCII, as in every Western language (another alphabet has none)."""
+    try:
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+    start = "".join(text[:DETECTED_BYTES].split())
+    letters = "".join(filter(str.isalpha, start))
+    is_text = len(data) == len(data.translate(None, CONTROLS)) and len(letters) >= MIN_LETTERS * len(start)
+    is_western = len(letters.encode("ascii", "ignore")) >= MIN_LETTERS * len(letters) > 0
+    return text if is_text and is_western else None
 
 
 def replaced(data: bytes, codec: str) -> tuple[str, tuple[str, ...]]:
