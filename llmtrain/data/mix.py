@@ -1,8 +1,9 @@
 """Decides which source a sample is taken from where shares change over a run: by caps on epochs, or by annealing.
 
-Each run of samples with the same shares is a `Segment`. Within it the sources come as evenly as they can: after any
-number of samples each source has had what its shares so far add up to, within one sample (a solution of the chairman
-assignment problem: Tijdeman, Discrete Mathematics 32, 1980). All are pure functions of the sample number.
+Each run of samples with the same shares is a `Segment`; where they lie follows from the weights and caps alone. The
+sources come as evenly as they can: after any number of samples each source has had what its shares so far add up to,
+within one sample, also where shares change (the chairman assignment problem: Tijdeman, Discrete Mathematics 32, 1980,
+whose weights may differ from one assignment to the next). All are pure functions of the sample number.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
 from llmtrain.data.sampler import BLOCK, block_counts, rounded_counts, source_of, sources_of
 
 PERIOD = 2**16  # samples after which an order of sources repeats; shares are rounded to whole parts of it
+NEVER = 2**62
+Span = TypeVar("Span", "Segment", "Chunk")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,18 @@ class Segment:
 
     first: int  # sample
     counts: tuple[int, ...]  # samples of each source in PERIOD samples; 0 = none
-    debts: tuple[int, ...]  # what each source lacks at `first`, in 1/PERIOD of a sample, as if all had been exact
+    asked: tuple[int, ...]  # what the shares of each source before `first` add up to, in 1/PERIOD of a sample
+    passing: bool = False  # one sample, of which the share of a source is what is left of its epochs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Holds an order of sources, which repeats until the next chunk."""
+
+    first: int  # sample
+    sources: np.ndarray  # [samples] uint16
+    ordinals: np.ndarray  # [samples] int32: how often the source came before in the order
+    counts: tuple[int, ...]  # samples of each source in the order
     taken: tuple[int, ...]  # samples of each source before `first`
 
 
@@ -66,6 +81,7 @@ class Mix:
                 f"{rows[none[0]]} rows; raise it, or remove the source"
             )
         self.segments, self.end = self._laid_out()
+        self.chunks = chunks_of(self.segments, self.end)
         if self.end is not None and self.end < settings.samples:
             raise ValueError(
                 f"data.sources: max_epochs leaves {self.end:,} rows, and the run takes {settings.samples:,}; raise "
@@ -76,11 +92,10 @@ class Mix:
         """Returns (source, number of the sample within that source); each number comes exactly once."""
         if self.end is not None and sample >= self.end:
             raise ValueError(f"sample {sample}: data.sources' max_epochs leaves only {self.end:,} rows; raise it")
-        segment = self.segments[bisect_right(self.segments, sample, key=lambda each: each.first) - 1]
-        period, slot = divmod(sample - segment.first, PERIOD)
-        order = order_of(segment.counts, segment.debts)
-        source = int(order.sources[slot])
-        return source, segment.taken[source] + period * segment.counts[source] + int(order.ordinals[slot])
+        chunk = at(self.chunks, sample)
+        repeat, slot = divmod(sample - chunk.first, len(chunk.sources))
+        source = int(chunk.sources[slot])
+        return source, chunk.taken[source] + repeat * chunk.counts[source] + int(chunk.ordinals[slot])
 
     def sources_of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns `source_of` of each of an array of samples."""
@@ -89,17 +104,20 @@ class Mix:
 
     def counts(self, samples: int) -> list[int]:
         """Returns how many of the first `samples` samples come from each source."""
-        return list(taken_until(self.segments, samples))
+        chunk = at(self.chunks, samples)
+        repeats, slots = divmod(samples - chunk.first, len(chunk.sources))
+        part = np.bincount(chunk.sources[:slots], minlength=len(self.names)).tolist()
+        return [had + repeats * n + more for had, n, more in zip(chunk.taken, chunk.counts, part, strict=True)]
 
     def shares(self, sample: int) -> dict[str, float]:
         """Returns the shares that hold at a sample."""
-        segment = self.segments[bisect_right(self.segments, sample, key=lambda each: each.first) - 1]
+        segment = at(self.segments, sample)
         return {name: count / PERIOD for name, count in zip(self.names, segment.counts, strict=True)}
 
     def lines(self, rows: Mapping[str, int], samples: int) -> Iterator[str]:
         """Yields what a user is told: the shares from each sample on, and the epochs over a run of `samples`."""
         for segment in self.segments:
-            if segment.first < max(1, samples):
+            if segment.first < max(1, samples) and not segment.passing:
                 shares = (f"{name} {share:.2%}" for name, share in self.shares(segment.first).items() if share)
                 yield f"mix from row {segment.first:,}: {', '.join(shares)}"
         epochs = (
@@ -107,28 +125,29 @@ class Mix:
         )
         yield f"epochs after {samples:,} rows: {', '.join(epochs)}"
 
-    def _laid_out(self) -> tuple[list[Segment], int | None]:
+    def _laid_out(self) -> tuple[tuple[Segment, ...], int | None]:
         """Returns all segments, and the number of samples behind which no source is left; None = there is no end."""
-        zero = (0,) * len(self.names)
-        segments, debts, taken = list[Segment](), zero, zero
+        segments, asked = list[Segment](), (0,) * len(self.names)
         for (start, weights), (stop, _) in zip(self.phases, [*self.phases[1:], (None, {})], strict=True):
             while stop is None or start < stop:
-                counts = self._counts(start, weights, taken)
-                if not any(counts):
-                    return segments, start
-                segments.append(Segment(start, counts, settled(debts, counts), taken))
-                end = min((at for at in (stop, self._exhausted(segments[-1])) if at is not None), default=None)
-                if end is None:
-                    return segments, None
-                taken = taken_until(segments, end)
-                debts = debts_until(segments[-1], end, taken)
-                start = end
+                room = [None if cap is None else cap * PERIOD - had for cap, had in zip(self.caps, asked, strict=True)]
+                counts = self._counts(start, weights, room)
+                whole = [left // n for left, n in zip(room, counts, strict=True) if left is not None and n]
+                passing = min(whole, default=1) == 0
+                counts = narrowed(counts, room) if passing else counts
+                if sum(counts) < PERIOD:
+                    return tuple(segments), start
+                segments.append(Segment(start, counts, asked, passing))
+                ends = [end for end in (stop, *(start + max(1, samples) for samples in whole)) if end is not None]
+                if not ends:
+                    return tuple(segments), None
+                samples, start = min(ends) - start, min(ends)
+                asked = tuple(had + samples * n for had, n in zip(asked, counts, strict=True))
         raise AssertionError("the last mix has no end but its caps")
 
-    def _counts(self, start: int, weights: Mapping[str, float], taken: Sequence[int]) -> tuple[int, ...]:
-        """Returns the samples of each source in a period: those that have had all of their epochs have none."""
-        over = [cap is not None and had >= cap for cap, had in zip(self.caps, taken, strict=True)]
-        left = [0.0 if full else weights.get(name, 0.0) for name, full in zip(self.names, over, strict=True)]
+    def _counts(self, start: int, weights: Mapping[str, float], room: Sequence[int | None]) -> tuple[int, ...]:
+        """Returns the samples of each source in a period: those without room for more epochs have none."""
+        left = [weights.get(name, 0.0) if each != 0 else 0.0 for name, each in zip(self.names, room, strict=True)]
         if not any(left):
             return (0,) * len(left)
         counts = rounded_counts(tuple(left), PERIOD)
@@ -139,16 +158,6 @@ class Mix:
                 f"{sum(left):g} in all: must be at least 1/{PERIOD} of the sum; raise it, or set the weight to 0"
             )
         return counts
-
-    def _exhausted(self, segment: Segment) -> int | None:
-        """Returns the sample from which on a source of the segment has no row left, None if there is no such."""
-        ends = []
-        for source, (cap, count) in enumerate(zip(self.caps, segment.counts, strict=True)):
-            if cap is not None and count:
-                period, ordinal = divmod(cap - segment.taken[source] - 1, count)
-                slots = np.flatnonzero(order_of(segment.counts, segment.debts).sources == source)
-                ends.append(segment.first + period * PERIOD + int(slots[ordinal]) + 1)
-        return min(ends, default=None)
 
 
 class Blocks:
@@ -180,76 +189,104 @@ def block_sources(block: int, weights: tuple[float, ...], seed: int) -> np.ndarr
     return sources_of(block * BLOCK + np.arange(BLOCK), weights, seed)[0]
 
 
-@dataclass(frozen=True)
-class Order:
-    """Holds the order of sources in a period."""
+def at(spans: Sequence[Span], sample: int) -> Span:
+    """Returns the segment or chunk that a sample lies in; the first before it, the last behind it."""
+    return spans[max(0, bisect_right(spans, sample, key=lambda each: each.first) - 1)]
 
-    sources: np.ndarray  # [PERIOD] uint16
-    ordinals: np.ndarray  # [PERIOD] int32: how often the source came before in the period
+
+def narrowed(counts: Sequence[int], room: Sequence[int | None]) -> tuple[int, ...]:
+    """Returns the counts of one sample, in which no source gets more than it has room for; the others share the rest.
+    They add up to less than PERIOD where no source has more."""
+    full: dict[int, int] = {}
+    while free := {source: n for source, n in enumerate(counts) if n and source not in full}:
+        shares = rounded_counts(tuple(free.values()), PERIOD - sum(full.values()))
+        given = dict(zip(free, shares, strict=True))
+        over = {source: left for source in free if (left := room[source]) is not None and given[source] > left}
+        if not over:
+            return tuple((full | given).get(source, 0) for source in range(len(counts)))
+        full |= over
+    return tuple(full.get(source, 0) for source in range(len(counts)))
 
 
 @lru_cache(maxsize=8)
-def order_of(counts: tuple[int, ...], debts: tuple[int, ...]) -> Order:
-    """Returns an order in which each source is never a whole sample behind or ahead of its share.
+def chunks_of(segments: tuple[Segment, ...], end: int | None) -> tuple[Chunk, ...]:
+    """Returns the order of the sources.
 
-    The j-th sample of a source may come when its share, with what it lacked at the start, has passed j - 1, and must
-    have come when it reaches j. Of those that may come the one that must come first is taken, which misses none: in any
-    span of slots no more samples must come than it has slots, and then earliest-deadline-first is a solution.
+    In a segment of more than two periods it repeats, up to the last but one, once each source has had its exact share
+    of a period: all is then as it was before, and what is due lies within the segment.
     """
-    sources, ordinals = np.empty(PERIOD, np.uint16), np.empty(PERIOD, np.int32)
-    waiting = [(release(1, counts[source], debts[source]), source, 1) for source in np.flatnonzero(counts).tolist()]
-    heapq.heapify(waiting)
-    ready: list[tuple[int, int, int]] = []
-    for slot in range(PERIOD):
-        while waiting and waiting[0][0] <= slot:
-            _, source, number = heapq.heappop(waiting)
-            heapq.heappush(ready, (deadline(number, counts[source], debts[source]), source, number))
-        _, source, number = heapq.heappop(ready)
-        sources[slot], ordinals[slot] = source, number - 1
-        if number < counts[source]:
-            heapq.heappush(waiting, (release(number + 1, counts[source], debts[source]), source, number + 1))
-    return Order(sources, ordinals)
+    chunks, taken, last = list[Chunk](), (0,) * len(segments[0].counts), segments[-1]
+    if end is not None:  # behind which nothing is asked
+        asked = (had + (end - last.first) * n for had, n in zip(last.asked, last.counts, strict=True))
+        segments = (*segments, Segment(end, (0,) * len(last.counts), tuple(asked)))
+    for number, segment in enumerate(segments if end is None else segments[:-1]):
+        stop = segments[number + 1].first if number + 1 < len(segments) else None
+        start = segment.first
+        while stop is None or start < stop:
+            samples = PERIOD if stop is None or stop - start > 2 * PERIOD else stop - start
+            chunk = ordered(segments, number, start, samples, taken)
+            chunks.append(chunk)
+            steady = samples == PERIOD and chunk.counts == segment.counts
+            if steady and stop is None:
+                break
+            repeats = (stop - start) // PERIOD - 1 if steady and stop - start > 2 * PERIOD else 1
+            start += repeats * samples
+            taken = tuple(had + repeats * n for had, n in zip(taken, chunk.counts, strict=True))
+    return tuple(chunks)
 
 
-def release(number: int, count: int, debt: int) -> int:
-    """Returns the first slot that may have the source's sample of this number, counted from 1."""
-    return max(0, (PERIOD * (number - 1) - debt) // count)
+def ordered(segments: Sequence[Segment], number: int, first: int, samples: int, taken: tuple[int, ...]) -> Chunk:
+    """Returns the order of so many samples of a segment, before which the sources had `taken`.
+
+    The j-th sample of a source may come when its shares pass j - 1, and must have come when they reach j. Of those that
+    may come the one that must come first is taken. This misses none: between two samples s < t those of a source that
+    may come from s on and must come by t are at most floor(x(t)) - ceil(x(s)), x being the sum of its shares, which
+    over all sources is at most t - s; then earliest-deadline-first is a solution. And one may always come: the sum of
+    ceil(x(t + 1)) is at least t + 1. A source whose share is now 0, but whose x is no whole number, may be owed a
+    sample: others come a little early in its place, and only where none of them has one left, it does.
+    """
+    sources, ordinals, had = np.empty(samples, np.uint16), np.empty(samples, np.int32), list(taken)
+    ready, waiting = list[tuple[int, int]](), list[tuple[int, int]]()
+
+    def wait(source: int) -> None:
+        begin = reached(segments, number, source, PERIOD * had[source] + 1) - 1
+        if begin < NEVER - 1:
+            heapq.heappush(waiting, (begin, source))
+
+    for source in np.flatnonzero(segments[number].counts).tolist():
+        wait(source)
+    for slot in range(samples):
+        while waiting and (waiting[0][0] <= first + slot or not ready):
+            source = heapq.heappop(waiting)[1]
+            heapq.heappush(ready, (reached(segments, number, source, PERIOD * (had[source] + 1)), source))
+        source = heapq.heappop(ready)[1] if ready else owed(segments[number], had)
+        sources[slot], ordinals[slot] = source, had[source] - taken[source]
+        had[source] += 1
+        if segments[number].counts[source]:
+            wait(source)
+    return Chunk(first, sources, ordinals, tuple(now - then for now, then in zip(had, taken, strict=True)), taken)
 
 
-def deadline(number: int, count: int, debt: int) -> int:
-    """Returns the number of slots within which the source's sample of this number must have come."""
-    return min(PERIOD, -((debt - PERIOD * number) // count))
+def reached(segments: Sequence[Segment], number: int, source: int, amount: int) -> int:
+    """Returns the sample before which the shares of a source add up to an amount, in 1/PERIOD of a sample, at the
+    earliest the first of the segment of this number; NEVER where they do not."""
+    for each in range(number, len(segments)):
+        segment = segments[each]
+        count, missing = segment.counts[source], amount - segment.asked[source]
+        if missing <= 0:
+            return segment.first
+        if count:
+            sample = segment.first - (-missing // count)
+            if each + 1 == len(segments) or sample <= segments[each + 1].first:
+                return sample
+    return NEVER
 
 
-def taken_until(segments: Sequence[Segment], sample: int) -> tuple[int, ...]:
-    """Returns how many of the samples before `sample` come from each source."""
-    segment = segments[max(0, bisect_right(segments, sample, key=lambda each: each.first) - 1)]
-    periods, slots = divmod(sample - segment.first, PERIOD)
-    part = np.bincount(order_of(segment.counts, segment.debts).sources[:slots], minlength=len(segment.counts))
-    return tuple(
-        had + periods * count + int(more) for had, count, more in zip(segment.taken, segment.counts, part, strict=True)
+def owed(segment: Segment, had: Sequence[int]) -> int:
+    """Returns the source without a share in the segment that lacks most."""
+    return max(
+        range(len(had)), key=lambda source: (not segment.counts[source], segment.asked[source] - PERIOD * had[source])
     )
-
-
-def debts_until(segment: Segment, sample: int, taken: Sequence[int]) -> tuple[int, ...]:
-    """Returns what each source lacks at a sample, the end of the segment."""
-    samples = sample - segment.first
-    return tuple(
-        debt + count * samples - PERIOD * (now - had)
-        for debt, count, had, now in zip(segment.debts, segment.counts, segment.taken, taken, strict=True)
-    )
-
-
-def settled(debts: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
-    """Returns the debts of the sources that go on, which add up to nothing: what the others had too much of, or lack,
-    is made up by those that lack most, or have had most."""
-    left = [debt if count else 0 for debt, count in zip(debts, counts, strict=True)]
-    surplus = sum(left)
-    sign = 1 if surplus > 0 else -1
-    for source in sorted(range(len(left)), key=lambda each: -sign * left[each]):
-        change = min(sign * surplus, max(0, sign * left[source]))
-        left[source], surplus = left[source] - sign * change, surplus - sign * change
-    return tuple(left)
 
 
 def first_weights(rows: Mapping[str, int], settings: MixSettings, tokens: Mapping[str, int]) -> Mapping[str, float]:
