@@ -69,8 +69,8 @@ def refuse_unreadable(config: CollectConfig) -> None:
         raise ValueError(f"data.collect.{config.name}.type=pdf: it needs pypdf; `pip install 'llmtrain[data]'`")
     try:
         listed = listing(config)
-    except (ImportError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # the libraries of file systems have errors of their own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{key}: it cannot be listed ({reason}); give a path that fsspec can read here") from None
     files = [each.path for each in listed if each.reason is None]
     if not files:

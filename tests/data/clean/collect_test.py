@@ -135,6 +135,8 @@ def test_files_of_another_file_system_are_read(tmp_path: Path) -> None:
     assert documents[0].id == "memory:///collect/a.jsonl#1"
     assert input_files(config("jsonl", "memory://collect/*.jsonl")) == ["memory:///collect/a.jsonl"]
     files.rm("/collect", recursive=True)
+    with pytest.raises(ValueError, match="no file of type jsonl, found 1 entries, all of them vanished; give a file"):
+        refuse_unreadable(config("jsonl", "memory://collect/a.jsonl"))
 
 
 def test_a_page_is_decoded_by_header_then_meta_then_detection(tmp_path: Path) -> None:

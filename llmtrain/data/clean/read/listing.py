@@ -129,9 +129,10 @@ def remote(config: CollectConfig) -> Iterator[Listed]:
             hidden = any(part.startswith(".") for part in file.removeprefix(path).split("/"))
             reason = "hidden" if hidden else None if fits(file, config.type) else "other_ending"
             yield Listed(files.unstrip_protocol(file), reason)
+    elif MAGIC.search(path):
+        yield from (Listed(files.unstrip_protocol(name)) for name in files.glob(path))
     else:
-        names = files.glob(path) if MAGIC.search(path) else [path]
-        yield from (Listed(files.unstrip_protocol(name)) for name in names)
+        yield Listed(files.unstrip_protocol(path), None if files.exists(path) else "vanished")
 
 
 def is_regular(path: str) -> bool:
