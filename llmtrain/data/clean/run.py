@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llmtrain.config.clean import CleanConfig
 from llmtrain.config.clean.collect import kind_of
-from llmtrain.config.data import DataConfig, SourceConfig
+from llmtrain.config.data import DataConfig
 from llmtrain.data.tasks import write_task
 from llmtrain.observe.contents import Checksums, files_at
 from llmtrain.observe.files import write_whole
@@ -98,26 +98,20 @@ def written_sets(data: DataConfig, data_dir: str, directory: str, root: str, see
     """Writes what is held out of `data.tasks` and `data.sources` into `directory`; returns the paths of all sets that
     documents must not hold, by name. Raises ValueError when a source cannot be read."""
     from llmtrain.data.clean.evaluation_sets import evaluation_sets, free_name
-    from llmtrain.data.clean.held_out_text import write_held_out
+    from llmtrain.data.clean.held_out_text import holding_out, write_held_out
 
-    assert data.clean.contamination is not None
+    settings = data.clean.contamination
+    assert settings is not None
     for task in data.tasks:
         os.makedirs(directory, exist_ok=True)
         write_task(task, directory, seed)
     made = {os.path.join(data_dir, f"{task.name}-held_out.jsonl") for task in data.tasks}
     own = data.model_copy(update={"held_out": None}) if data.held_out in made else data
-    sets = evaluation_sets([(own, directory)], data.clean.contamination.sets)
-    for name, path in write_held_out(measured(data, root), seed, data.clean.contamination, directory).items():
+    sets = evaluation_sets([(own, directory)], settings.sets)
+    sources = holding_out(data.sources, root) if settings.text_ngrams else []
+    for name, path in write_held_out(sources, seed, settings, directory).items():
         sets[free_name(name, sets)] = path
     return sets
-
-
-def measured(data: DataConfig, root: str) -> list[SourceConfig]:
-    """Returns the sources whose held-out text cleaned documents must not hold."""
-    from llmtrain.data.clean.held_out_text import holding_out
-
-    wanted = data.clean.contamination is not None and data.clean.contamination.text_ngrams
-    return holding_out(data.sources, root) if wanted else []
 
 
 def try_steps(data: DataConfig, resolved: CleanConfig) -> None:
@@ -159,7 +153,9 @@ def identity(data: DataConfig, seed: int) -> str:
     """Returns a hash of the settings that cleaned documents depend on."""
     clean = data.clean.model_dump(exclude=REPORT_KEYS)
     tasks = [task.model_dump() for task in data.tasks] if data.clean.contamination else []
-    text = [source.model_dump(include=HELD_OUT_BY) for source in measured(data, "") if source.type != "cleaned"]
+    looked_up = data.clean.contamination is not None and data.clean.contamination.text_ngrams
+    read = [source for source in data.sources if looked_up and source.held_out and source.type != "cleaned"]
+    text = [source.model_dump(include=HELD_OUT_BY) for source in read]
     held = [[each.model_dump() for each in data.collect], clean, data.execution.tasks, tasks, text, seed]
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 

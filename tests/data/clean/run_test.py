@@ -117,7 +117,8 @@ def test_pages_that_hold_held_out_text_of_another_source_are_dropped(tmp_path: P
     assert len(texts(tmp_path / "off/clean")) == 4
 
 
-def test_other_held_out_text_is_seen(tmp_path: Path) -> None:
+def test_other_held_out_text_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # wherever the sources lie
     data, _ = books(tmp_path)
     clean(data, str(tmp_path / "data"), 0)
     sources = [data.sources[0], data.sources[1].model_copy(update={"held_out": 0.3})]
