@@ -26,18 +26,22 @@ TWO_RANKS = [
     case({"dp_replicate": 2}, Z0, Z0),
     case({"tp": 2}, Z2, FSDP),
 ]
-FOUR_RANKS = [
-    case({"pp": 2, "dp_shard": 2}, Z1, Z3),
-    case({"tp": 2, **RING}, FSDP, Z1),
-    case({"tp": 2, "pp": 2}, Z3, Z2),
-]
+FOUR_RANKS = [case({"pp": 2, "dp_shard": 2}, Z1, Z3), case({"tp": 2, **RING}, FSDP, Z2)]  # every axis, every engine
 KINDS = [(Z1, Z1), (Z2, Z3), (Z3, FSDP), (FSDP, Z2)]
+FOUR_PAIRS = [case({"tp": 2, **RING}, Z1, FSDP), case({"pp": 2, "dp_shard": 2}, FSDP, Z2)]
 MORE_ON_TWO = [
-    case(mesh, *kinds)
-    for mesh in ({"dp_shard": 2}, {"tp": 2}, {"tp": 2, "sequence_parallel": False}, {"pp": 2}, RING)
-    for kinds in KINDS
+    *TWO_RANKS,
+    *(
+        case(mesh, *kinds)
+        for mesh in ({"dp_shard": 2}, {"tp": 2}, {"tp": 2, "sequence_parallel": False}, {"pp": 2}, RING)
+        for kinds in KINDS
+    ),
 ]
 MORE_ON_FOUR = [
+    *FOUR_RANKS,
+    *FOUR_PAIRS,
+    case({"tp": 2, **RING}, FSDP, Z1),
+    case({"tp": 2, "pp": 2}, Z3, Z2),
     case({"tp": 2, "dp_shard": 2}, Z3, Z1),
     case({"dp_replicate": 2, "dp_shard": 2}, FSDP, FSDP),
     case({"dp_replicate": 2, "tp": 2}, Z0, Z0),
@@ -50,6 +54,11 @@ MORE_ON_FOUR = [
     case({"tp": 4}, Z1, FSDP),
     case({"dp_shard": 4}, Z3, Z3),
 ]
+
+
+def quick(cases: list[dict]) -> list[dict]:
+    """The same with three steps: behind the first the models differ, behind the second the moments do."""
+    return [{**each, "steps": 3} for each in cases]
 
 
 def check(run: Callable, ranks: int, cases: list[dict], timeout_s: float, worker: Path = WORKER) -> None:
@@ -67,12 +76,11 @@ def check(run: Callable, ranks: int, cases: list[dict], timeout_s: float, worker
 
 @pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)])
 def test_three_models_in_one_job(forked: Callable, ranks: int, cases: list[dict]) -> None:
-    check(forked, ranks, cases, timeout_s=120)
+    check(forked, ranks, quick(cases), timeout_s=120)
 
 
 def test_preference_pairs_against_a_frozen_reference(forked: Callable) -> None:
-    cases = [case({"tp": 2, **RING}, Z1, FSDP), case({"pp": 2, "dp_shard": 2}, FSDP, Z2)]
-    check(forked, 4, cases, timeout_s=120, worker=PAIRS)
+    check(forked, 4, quick(FOUR_PAIRS), timeout_s=120, worker=PAIRS)
 
 
 @pytest.mark.slow

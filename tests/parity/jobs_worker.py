@@ -108,9 +108,10 @@ class Plain:
         return StepStats(value.item(), norm, 0.0)
 
 
-def plain_job(layouts: Mapping[str, dict], rows: int) -> dict[str, Plain]:
+def plain_job(layouts: Mapping[str, dict], rows: int, count: int) -> dict[str, Plain]:
+    """Takes `count` steps."""
     models = {name: Plain(layout, FACTORS[name]) for name, layout in layouts.items()}
-    for step in range(STEPS):
+    for step in range(count):
         batch = step_rows(step, rows)
         one_step(models, [batch], batch.loss_mask.sum())
     return models
@@ -143,13 +144,14 @@ def compare(case: dict, mesh: Mesh) -> dict:
     turns = max(2, mesh.sizes["pp"] * case["mesh"].get("virtual_stages", 1))
     rows = ROWS * turns * mesh.dp_size
     layouts = {name: {**model, **case["mesh"], **case.get(name, {})} for name, model in MODELS.items()}
-    plain = plain_job(layouts, rows)
+    count = case.get("steps", STEPS)
+    plain = plain_job(layouts, rows, count)
     models: dict[str, Scorer] = {name: parity.build(layouts[name], mesh) for name in LOSSES}
     models["reference"] = frozen(layouts["reference"], mesh, FACTORS["reference"])
     errors = {name: {"loss": 0.0, "norm": 0.0, "grad": 0.0, "worst": ""} for name in LOSSES}
     for name in LOSSES:
         watch(models[name], plain[name], errors[name])
-    for step in range(STEPS):
+    for step in range(count):
         whole = step_rows(step, rows)
         starts = [(turn * mesh.dp_size + mesh.dp_rank) * ROWS for turn in range(turns)]
         mine = [parity.rows_of(whole, slice(start, start + ROWS)) for start in starts]

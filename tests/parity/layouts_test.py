@@ -1,4 +1,5 @@
-"""Both engines on any mesh against one plain process: loss, every gradient, norm, weights after 5 steps, scores."""
+"""Both engines on any mesh against one plain process: loss, every gradient, norm, weights after 5 steps, by default
+after 3, scores."""
 
 from __future__ import annotations
 
@@ -90,6 +91,15 @@ def short(layouts: Iterable[dict]) -> list[dict]:
     return [layout if "pp" in layout else {"num_layers": 2, **layout} for layout in layouts]
 
 
+def shortest(layouts: Iterable[dict]) -> list[dict]:
+    """`short`, and three steps: at part of the learning rate, at all of it and behind its peak. The optimizer's first
+    step has no state and its third one what the second has left."""
+    return [{"steps": 3, **layout} for layout in short(layouts)]
+
+
+quick_and_whole = pytest.mark.parametrize("shorten", [shortest, pytest.param(short, marks=pytest.mark.slow)])
+
+
 def check(
     run: Callable,
     ranks: int,
@@ -117,10 +127,11 @@ def check_all(run: Callable, layouts: Iterable[dict], timeout_s: float, worker: 
         check(run, size, alike, timeout_s, worker=worker)
 
 
-def test_every_feature(forked: Callable) -> None:
+@quick_and_whole
+def test_every_feature(forked: Callable, shorten: Callable) -> None:
     """Few drawn layouts that together show every feature but compilation, which takes its time."""
     drawn = [layout_of(names) for names in covering(around_each(max_ranks=4), without=frozenset({"compile"}))]
-    check_all(forked, short([*PINNED, *drawn]), timeout_s=300)
+    check_all(forked, shorten([*PINNED, *drawn]), timeout_s=300)
 
 
 @pytest.mark.slow
@@ -128,12 +139,14 @@ def test_eight_ranks(forked: Callable) -> None:
     check(forked, 8, EIGHT, timeout_s=280)
 
 
-def test_three_ranks(forked: Callable) -> None:
-    check(forked, 3, short(THREE), timeout_s=150)
+@quick_and_whole
+def test_three_ranks(forked: Callable, shorten: Callable) -> None:
+    check(forked, 3, shorten(THREE), timeout_s=150)
 
 
-def test_sixteen_bits_differ_by_rounding_alone(forked: Callable) -> None:
-    check(forked, 4, short(SIXTEEN_BITS), timeout_s=200, tolerances=ROUNDING)
+@quick_and_whole
+def test_sixteen_bits_differ_by_rounding_alone(forked: Callable, shorten: Callable) -> None:
+    check(forked, 4, shorten(SIXTEEN_BITS), timeout_s=200, tolerances=ROUNDING)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Trains 5 steps on each layout and compares everything with one process. Runs on several ranks with a JSON list of
-layouts.
+"""Trains 5 steps, or so many as a layout says, on each layout and compares everything with one process. Runs on several
+ranks with a JSON list of layouts.
 
 Prints one JSON line a layout: the worst relative error of loss, metrics, gradient (by parameter), norm and weights.
 """
@@ -161,7 +161,7 @@ def reference(layout: dict, rows: int) -> tuple[list[dict], dict[str, torch.Tens
         p.data.copy_(initial(name, tuple(p.shape), config))
     opt = plain_optimizer(model, optim)
     history = []
-    for step in range(STEPS):
+    for step in range(layout.get("steps", STEPS)):
         b = task.batch(step, rows)
         denominator = task.denominator(b)
         start_auxiliary([model], 1 / float(denominator))
@@ -248,6 +248,7 @@ def clips_first(engine: Engine) -> bool:
 
 def told_by_rank_0(layout: dict, rows: int, mesh: Mesh) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Returns the reference, computed once for all ranks."""
+    steps = layout.get("steps", STEPS)
     data = torch.empty(0, dtype=torch.uint8)
     if mesh.rank == 0:
         history, weights = reference(layout, rows)
@@ -262,7 +263,7 @@ def told_by_rank_0(layout: dict, rows: int, mesh: Mesh) -> tuple[list[dict], dic
     def under(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-    numbers = [{name: tensors[f"{step}/{name}"].item() for name in ("loss", "norm")} for step in range(STEPS)]
+    numbers = [{name: tensors[f"{step}/{name}"].item() for name in ("loss", "norm")} for step in range(steps)]
     for step, each in enumerate(numbers):
         metrics = {name: x.item() for name, x in under(f"{step}/metrics/").items()}
         each |= {"grads": under(f"{step}/grads/"), "metrics": metrics}
@@ -292,8 +293,7 @@ def compare(layout: dict, mesh: Mesh) -> dict:
         grads_seen(engine, want["grads"], want["norm"], factor, errors)
 
     watch_updates(engine, look)
-    for step in range(STEPS):
-        want = history[step]
+    for step, want in enumerate(history):
         batch = task.batch(step, rows)
         starts = [(a * mesh.dp_size + mesh.dp_rank) * task.rows for a in range(accumulation)]
         mine = [rows_of(batch, slice(start, start + task.rows)) for start in starts]

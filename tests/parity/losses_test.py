@@ -1,6 +1,6 @@
 """Losses that the log-prob of one token does not make up: of groups with a shared prompt, of pairs, of values, of
 candidates. On any mesh, both engines, against one plain process: loss, metrics, every gradient, norm, weights after 5
-steps, scores."""
+steps, by default after 3, scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmtrain.types import Batch, Scores
-from tests.parity.layouts_test import check, check_all, short
+from tests.parity.layouts_test import check, check_all, quick_and_whole, short
 from tests.parity.losses_worker import BETA, TASKS, pair_loss, value_loss
 
 WORKER = Path(__file__).with_name("losses_worker.py")
@@ -113,8 +113,9 @@ ROUNDING = {"loss": 2e-2, "metric": 2e-2, "norm": 4e-2, "grad": 0.1, "weight": 1
 MANY = [*CONTEXT, *SCHEDULES, *DATA, *TENSOR, *LARGER]
 
 
-def test_few_layouts_with_every_axis(forked: Callable) -> None:
-    check(forked, 4, short(FEW), timeout_s=200, worker=WORKER)
+@quick_and_whole
+def test_few_layouts_with_every_axis(forked: Callable, shorten: Callable) -> None:
+    check(forked, 4, shorten(FEW), timeout_s=200, worker=WORKER)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from tests.parity import deepseek_test as deepseek
 from tests.parity import experts_test as experts
 from tests.parity import lora_test as lora
 from tests.parity import mup_test as mup
-from tests.parity.layouts_test import check, short
+from tests.parity.layouts_test import check, quick_and_whole
 
 
 def some(layouts: Sequence[dict], *numbers: int) -> list[dict]:
@@ -27,9 +27,11 @@ TWO = [
 FOUR = [*some(architectures.FOUR, 0, 1, 2, 4, 5), *some(experts.FOUR, 0, 2, 3, 4, 5), *lora.QUICK]
 
 
-def test_two_ranks(forked: Callable) -> None:
-    check(forked, 2, short(TWO), timeout_s=280)
+@quick_and_whole
+def test_two_ranks(forked: Callable, shorten: Callable) -> None:
+    check(forked, 2, shorten(TWO), timeout_s=280)
 
 
-def test_four_ranks(forked: Callable) -> None:
-    check(forked, 4, short(FOUR), timeout_s=280)
+@quick_and_whole
+def test_four_ranks(forked: Callable, shorten: Callable) -> None:
+    check(forked, 4, shorten(FOUR), timeout_s=280)

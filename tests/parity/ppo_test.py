@@ -9,14 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.parity import jobs_test
-from tests.parity.jobs_test import FSDP, MORE_ON_FOUR, MORE_ON_TWO, RING, Z1, Z2, Z3, case
+from tests.parity.jobs_test import FSDP, MORE_ON_FOUR, MORE_ON_TWO, RING, Z1, Z2, Z3, case, quick
 
 WORKER = Path(__file__).with_name("ppo_worker.py")
-FEW = [
-    case({"tp": 2, **RING}, Z1, FSDP),
-    case({"pp": 2, "tp": 2}, FSDP, Z2),
-    case({"dp_shard": 2, **RING}, Z3, Z1),
-]
+FEW = [case({"pp": 2, "tp": 2}, FSDP, Z2), case({"dp_shard": 2, **RING}, Z3, Z1)]
 
 
 def check(forked: Callable, ranks: int, cases: list[dict], timeout_s: float) -> None:
@@ -27,12 +23,12 @@ def check(forked: Callable, ranks: int, cases: list[dict], timeout_s: float) -> 
 
 
 def test_few_layouts_with_every_axis(forked: Callable) -> None:
-    check(forked, 4, FEW, timeout_s=120)
+    check(forked, 4, quick(FEW), timeout_s=120)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("ranks", "cases"), [(2, MORE_ON_TWO), (4, MORE_ON_FOUR)])
+@pytest.mark.parametrize(("ranks", "cases"), [(2, MORE_ON_TWO), (4, [*FEW, *MORE_ON_FOUR])])
 def test_many_layouts(forked: Callable, ranks: int, cases: list[dict]) -> None:
     for first in range(0, len(cases), 10):
         check(forked, ranks, cases[first : first + 10], timeout_s=400)

@@ -55,6 +55,7 @@ EXPERTS = [
     {"pp": 2, "tp": 2, "zero_stage": 2, "model": SIGMOID},
     {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 3, "model": SIGMOID},
 ]
+THREE_AFTER = {"after": 3}  # the first loss shows the weights, the second the moments, the third what was made of them
 QUICK = [(3, 4), (4, 3), (2, 3), (2, 2), (4, 4)]  # tensor to pipeline parallel, FSDP2 to ZeRO and back, and in place
 
 
@@ -92,11 +93,13 @@ def check(
 
 
 def test_between_engines_and_axes(forked: Callable, tmp_path: Path) -> None:
-    check(forked, tmp_path, QUICK, timeout_s=150, layouts=[{**layout, "num_layers": 2} for layout in LAYOUTS[:5]])
+    layouts = [{**layout, **THREE_AFTER, "num_layers": 2} for layout in LAYOUTS[:5]]
+    check(forked, tmp_path, QUICK, timeout_s=150, layouts=layouts)
 
 
 def test_experts_and_biases_of_routers(forked: Callable, tmp_path: Path) -> None:
-    check(forked, tmp_path, [(0, 1), (1, 2), (0, 0)], timeout_s=200, layouts=EXPERTS)
+    layouts = [{**layout, **THREE_AFTER} for layout in EXPERTS]
+    check(forked, tmp_path, [(0, 1), (1, 2), (0, 0)], timeout_s=200, layouts=layouts)
 
 
 @pytest.mark.slow

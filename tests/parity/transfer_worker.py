@@ -29,7 +29,7 @@ from tests.json_output import print_json
 from tests.parity.layouts_worker import Task, build, model_config, rows_of, settings_of, task_of
 from tests.parity.meshes import mesh_of
 
-BEFORE, AFTER = 3, 5  # steps before the save and after it
+BEFORE, AFTER = 3, 5  # steps before the save and, where a layout's `after` says nothing else, after it
 GLOBAL_SEQS = 48  # divides among 1, 2, 3, 4, 6 and 8 data-parallel ranks
 
 
@@ -51,7 +51,7 @@ def save(directory: str, number: int, layout: dict, mesh: Mesh) -> None:
     steps(engine, mesh, task, 0, BEFORE)
     place, state = os.path.join(directory, str(number)), {"step": BEFORE, "layout": layout}
     save_checkpoint(place, engine, state, mesh, 1, parameter_shapes(model_config(layout)))
-    uninterrupted = steps(engine, mesh, task, BEFORE, AFTER)
+    uninterrupted = steps(engine, mesh, task, BEFORE, layout.get("after", AFTER))
     if mesh.rank == 0:
         with open(os.path.join(place, "losses.json"), "w", encoding="utf-8") as file:
             json.dump(uninterrupted, file)
@@ -62,7 +62,7 @@ def load(directory: str, saved: int, number: int, layout: dict, mesh: Mesh) -> d
     engine = build(layout, mesh, factor=0.5)
     reader = CheckpointReader(newest_intact(place, mesh))
     engine.load_fragments(reader.read, BEFORE)
-    resumed = steps(engine, mesh, task_of(layout), BEFORE, AFTER)
+    resumed = steps(engine, mesh, task_of(layout), BEFORE, layout.get("after", AFTER))
     with open(os.path.join(place, "losses.json"), encoding="utf-8") as file:
         expected = json.load(file)
     pairs = [(a, b) for got, want in zip(resumed, expected, strict=True) for a, b in zip(got, want, strict=True)]
