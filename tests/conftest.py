@@ -24,6 +24,7 @@ TERM_GRACE_S = 40  # torchrun itself gives its workers 30 s between SIGTERM and 
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process of a test would compile llmtrain anew, half a second
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 # DeepSpeed's op builder leaves a lock file when it is killed, and the next user of that directory waits on it forever.
@@ -90,7 +91,7 @@ def torchrun() -> Torchrun:
 
 @pytest.fixture
 def forked() -> Torchrun:
-    """Provides `forked(ranks, module_or_script, *args, timeout_s=120)`: see `run_forked`."""
+    """Provides `forked(ranks, module_or_script, *args, timeout_s=120, env=None)`: see `run_forked`."""
     return run_forked
 
 

@@ -29,16 +29,17 @@ CONTEXT.set_forkserver_preload(
 
 
 def run_forked(
-    ranks: int, target: str | Path, *args: str | Path, timeout_s: float = 120
+    ranks: int, target: str | Path, *args: str | Path, timeout_s: float = 120, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs `target`, a module name or a path that ends in .py, on `ranks` local processes, with the environment and the
-    arguments that torchrun would give it.
+    arguments that torchrun would give it. `env` is added to the environment.
 
     Returns 0, or 1 as soon as one rank fails, and stdout and stderr of all together in `stdout`. Fails the test with
     the output so far when it takes longer than `timeout_s` seconds; no process is left behind.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    done = _run([_environment(rank, ranks, store.port) for rank in range(ranks)], target, args, timeout_s)
+    environments = [{**_environment(rank, ranks, store.port), **(env or {})} for rank in range(ranks)]
+    done = _run(environments, target, args, timeout_s)
     return subprocess.CompletedProcess(done.args, int(done.returncode != 0), done.stdout)
 
 
