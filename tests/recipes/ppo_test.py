@@ -18,6 +18,7 @@ SETTINGS = (
     *("ppo.prompts_per_step=32", "ppo.minibatches=2", "ppo.epochs=2", "ppo.critic_warmup_steps=1"),
     *("ppo.critic_lr=3e-3", "ppo.kl_coef=0.05", "ppo.kl_target=0.01", "ppo.kl_horizon=100", "ppo.mismatch=truncate"),
     *("checkpoint.every_steps=2", "optim.lr=1e-3", "optim.eps=1e-6", "optim.schedule=constant"),
+    "train.micro_batch_seqs=4",
 )
 NUMBERS = ("loss", "grad_norm", "critic_loss", "critic_grad_norm", "reward_mean", "response_tokens_mean")
 NUMBERS += ("value_mean", "return_mean", "kl_sample", "kl_coef")
