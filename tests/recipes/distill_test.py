@@ -23,7 +23,10 @@ from llmtrain.trainer.job import start_directory
 from llmtrain.types import Batch
 
 WORKER = Path(__file__).parents[1] / "several_runs.py"
-ROWS = ("train.steps=3", "checkpoint.every_steps=2", "distill.top_k=16", "optim.schedule=constant", "optim.lr=1e-3")
+ROWS = (
+    *("train.steps=3", "checkpoint.every_steps=2", "distill.top_k=16", "optim.schedule=constant", "optim.lr=1e-3"),
+    "train.micro_batch_seqs=4",
+)
 OWN = (
     *ROWS,
     *("distill.on_policy=true", "distill.prompts_per_step=4", "rollout.group_size=2", "rollout.max_new_tokens=12"),

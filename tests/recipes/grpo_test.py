@@ -28,6 +28,7 @@ SETTINGS = (
     "grpo.dynamic_rounds=2",
     "rollout.group_size=8",
     "rollout.max_new_tokens=24",
+    "train.micro_batch_seqs=4",
     "checkpoint.every_steps=2",
     "optim.lr=1e-3",
     "optim.schedule=constant",

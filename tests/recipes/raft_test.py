@@ -95,7 +95,7 @@ def test_equal_to_sft_on_the_chosen(stub_job: Callable[..., Job], tmp_path: Path
 SETTINGS = (
     *("train.steps=3", "rewards=[{name: first_integer}]", "raft.prompts_per_step=8", "raft.minibatches=2"),
     *("raft.epochs=2", "rollout.group_size=8", "rollout.max_new_tokens=24", "checkpoint.every_steps=2"),
-    *("optim.lr=1e-3", "optim.schedule=constant"),
+    *("optim.lr=1e-3", "optim.schedule=constant", "train.micro_batch_seqs=4"),
 )
 SEPARATE = ("rollout.placement=separate", "rollout.workers=1")
 LAYOUT = ("parallel.pp=2", "parallel.tp=2")
