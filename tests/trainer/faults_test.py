@@ -18,24 +18,27 @@ import pytest
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.observe.metrics import read_lines
 from tests.conftest import ROOT, run_torchrun, stop
+from tests.forked import run_forked
 from tests.small_run import DOCUMENT
 
 WORKER = Path(__file__).parent / "faults_worker.py"
+TORCHRUN = ("-m", "torch.distributed.run")
+SHORT_GRACE = (str(Path(__file__).parent / "short_grace.py"),)
 LAYOUT = ("parallel.pp=2",)
 TIMING = ("tokens_per_s", "step_s", "peak_bytes")
 POINTS = {"batch": 10, "write": 4, "publish": 2, "prune": 2, "log": 5, "step": 5, "random": 500}  # largest counts
 
 
-def command(config: Path, run_dir: Path, *overrides: str, restarts: int = 0) -> list[str | Path]:
+def command(
+    config: Path, run_dir: Path, *overrides: str, restarts: int = 0, launcher: tuple[str, ...] = TORCHRUN
+) -> list[str | Path]:
     """Under torchrun."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", str(restarts))
-    return [sys.executable, *launcher, WORKER, "pretrain", config, f"run_dir={run_dir}", *overrides]
+    launched = (*launcher, "--standalone", "--nproc_per_node", "2", "--max-restarts", str(restarts), WORKER)
+    return [sys.executable, *launched, "pretrain", config, f"run_dir={run_dir}", *overrides]
 
 
-def start(arguments: list[str | Path], output: Path, accidents: list[dict], grace_s: int = 30) -> subprocess.Popen:
-    """torchrun waits `grace_s` seconds between SIGTERM and SIGKILL (torch 2.11: always 30)."""
+def start(arguments: list[str | Path], output: Path, accidents: list[dict]) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCIDENTS": json.dumps(accidents)}
-    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_s)
     with open(output, "w") as file:
         return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
 
@@ -82,7 +85,7 @@ def config(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(config: Path) -> Path:
-    result = run_torchrun(2, "llmtrain", "pretrain", config, f"run_dir={config.parent / 'run'}", *LAYOUT)
+    result = run_forked(2, "llmtrain", "pretrain", config, f"run_dir={config.parent / 'run'}", *LAYOUT)
     assert result.returncode == 0, result.stdout[-3000:]
     return config.parent / "run"
 
@@ -111,7 +114,8 @@ def test_told_to_end_and_killed_the_run_is_the_same(config: Path, undisturbed: P
 def test_a_stopped_rank_is_named(config: Path, tmp_path: Path) -> None:
     """SIGSTOP to rank 1: who, in which step and collective the other waits; everything ends, with a failure."""
     output, accident = tmp_path / "output", {"attempt": 0, "rank": 1, "at": "step", "count": 2, "signal": "SIGSTOP"}
-    process = start(command(config, tmp_path / "run", "engine.timeout_s=20"), output, [accident], grace_s=2)
+    arguments = command(config, tmp_path / "run", "engine.timeout_s=20", launcher=SHORT_GRACE)
+    process = start(arguments, output, [accident])
     wait_for("accident", output, process)
     stopped = time.monotonic()
     place = "Rank 0 is in step 2, in all_reduce (llmtrain."
