@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 FEW = (
+    "data.collect.pages.max_documents=100",
     "data.sources.stdlib.max_bytes=300000",
     "data.sources.topics.max_bytes=200000",
     "data.sources.arithmetic.count=20",
