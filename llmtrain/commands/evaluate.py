@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
+from llmtrain.commands.testtime import accuracy_by_tokens
 from llmtrain.commands.weights import of_own_run
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
@@ -20,6 +22,7 @@ from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
+from llmtrain.eval.testtime.problems import Problems
 from llmtrain.model.decoder import Decoder
 from llmtrain.observe.evaluations import COMMAND, FILES, place_in_run
 from llmtrain.observe.locks import locked, making
@@ -47,7 +50,7 @@ def main(config: Config) -> None:
         (directory / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         if samples:
             write_samples(directory, config.eval.label, samples)
-    log(as_line(result))
+    log(as_line({name: value for name, value in result.items() if not isinstance(value, dict)}))
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[st
 
 def problem_scores(
     config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device
-) -> tuple[dict[str, float], list[dict]]:
+) -> tuple[dict[str, Any], list[dict]]:
     """Returns pass@k, majority vote and greedy accuracy on the first `eval.problems` held-out problems, and all
     completions."""
     r, reward = config.rollout, config.rewards[0]
@@ -112,15 +115,21 @@ def problem_scores(
         return scores
 
     prompts = [Prompt(problems.prompt_ids(i), derive(config.seed, f"eval/{i}")) for i in range(count)]
-    return evaluate_problems(
-        NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len, stop_text(tokenizer)),
+    generator = NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len, stop_text(tokenizer))
+    decode = completion_text(config, tokenizer)
+    scores, samples = evaluate_problems(
+        generator,
         prompts,
-        completion_text(config, tokenizer),
+        decode,
         judge,
         scorer.classes,
         config.eval.samples,
         sampling_of(config, tokenizer),
     )
+    if config.eval.test_time is not None:
+        asked = Problems(prompts, problems.examples[:count], decode, judge, scorer.classes)
+        scores["test_time"] = accuracy_by_tokens(config, tokenizer, generator, asked, problems.places[:count])
+    return scores, samples
 
 
 def write_samples(directory: Path, label: str, samples: list[dict]) -> None:

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from llmtrain.config.document import model_name
 from llmtrain.config.section import DeadlineS, Dtype, Section, Share, UserPath
+from llmtrain.config.testtime import TestTimeConfig
 
 
 class RolloutConfig(Section):
@@ -91,6 +92,7 @@ class EvalConfig(Section):
     problems: int = Field(256, ge=0)  # problems from `data.held_out` at most
     samples: PositiveInt = 8  # completions of each problem, for pass@k and maj@k
     label: str = "model"  # how the report names it
+    test_time: TestTimeConfig | None = None  # null = it is not measured
 
 
 class JudgeConfig(Section):

@@ -72,6 +72,7 @@ PAGE = (
 <h2 id="evaluation">Evaluation on held-out data</h2>
 {{- table(evaluations) }}
 {%- if evaluation_image %}{{ picture(evaluation_image) }}{% endif %}
+{%- for image in spent_images %}{{ picture(image) }}{% endfor %}
 {%- if "cpu s" in evaluations[0] %}
 <p class="note">Samples and CPU-seconds are those of all stages of this run that a model was made from.</p>
 {%- endif %}

@@ -89,6 +89,24 @@ def plot_measured(
     figure.savefig(file)
 
 
+def plot_spent(
+    path: str, title: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, float, float, float]]]
+) -> None:
+    """Draws lines of points (x, y, low, high) over the logarithm of x, with the ends of their intervals."""
+    figure = figure_of(10, 4.5)
+    axes = figure.add_subplot()
+    style(axes, title.replace("$", r"\$"))
+    axes.set_xlabel(x_label, fontsize=8, color=FAINT)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    for i, (name, points) in enumerate(lines.items()):
+        x, y, low, high = zip(*points, strict=True)
+        axes.vlines(x, low, high, color=f"C{i}", linewidth=0.8, alpha=0.5)
+        axes.plot(x, y, marker="o", markersize=4, linewidth=1.5, color=f"C{i}", label=name.replace("$", r"\$"))
+    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside right upper")
+    figure.savefig(path)
+
+
 def plot_marks(path: str, y_label: str, panels: Mapping[str, Points]) -> None:
     """Draws panels side by side, by what x is: a labelled mark at each mean, a faint dot at each value."""
     figure = figure_of(12, 5)

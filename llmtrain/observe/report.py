@@ -18,7 +18,7 @@ from llmtrain.observe.experts import EXPERTS, expert_records
 from llmtrain.observe.metrics import read_lines, read_metrics
 from llmtrain.observe.owned import adopt, replacing
 from llmtrain.observe.page import PAGE
-from llmtrain.observe.plots import TRAINING, plot_bars, plot_curves, plot_lines
+from llmtrain.observe.plots import TRAINING, plot_bars, plot_curves, plot_lines, plot_spent
 
 COMMAND = "llmtrain report"
 JUDGED = ("judge.json", "constitutional.json")
@@ -66,6 +66,7 @@ def write_report(run_dir: str) -> str:
                 evaluations=_evaluation_rows(evaluated),
                 evaluation_image=_evaluation_image(str(out), evaluated),
                 samples_image=_samples_image(str(out), stages),
+                spent_images=_spent_images(str(out), evaluated),
                 trained=[_training_row(s) for s in stages if s.metrics],
                 curves={s.name: _curves(str(out), s) for s in stages if s.metrics},
                 samples={s.name: _pick(s.samples) for s in stages if s.samples},
@@ -215,6 +216,22 @@ def _evaluation_image(out: str, evaluated: Mapping[str, dict[str, Any]]) -> dict
         return None
     plot_bars(os.path.join(out, "evaluation.png"), panels)
     return {"file": "evaluation.png", "alt": ", ".join(title for title, *_ in panels)}
+
+
+def _spent_images(out: str, evaluated: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """Draws accuracy against the tokens spent on a problem, a plot for each model whose test time was measured."""
+    images = []
+    for number, (label, evaluation) in enumerate(evaluated.items()):
+        if measured := evaluation.get("test_time"):
+            lines = {
+                name: [(point["tokens"], point["accuracy"], *point["interval"]) for point in points]
+                for name, points in measured.items()
+            }
+            title = f"{label}: share of problems solved, with intervals of 95 % over problems"
+            file = f"test_time-{number}.png"
+            plot_spent(os.path.join(out, file), title, "tokens spent on a problem", lines)
+            images.append({"file": file, "alt": title})
+    return images
 
 
 def _samples_image(out: str, stages: Iterable[StageRecord]) -> dict[str, str] | None:

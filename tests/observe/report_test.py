@@ -169,6 +169,15 @@ def test_two_evaluations_of_one_label_are_both_shown(tmp_path: Path) -> None:
     assert page.tags.count("tr") == 3 and "model" in page.text  # a head and two rows
 
 
+def test_accuracy_against_tokens_is_one_plot_of_a_model(tmp_path: Path) -> None:
+    points = [{"tokens": 20 * n, "accuracy": 0.4, "interval": [0.3, 0.5], "n": n} for n in (1, 2, 4)]
+    _evaluation(tmp_path / "run" / "a", FORMULA, test_time={"majority": points, "best of n by $\\x$": points[:1]})
+    _evaluation(tmp_path / "run" / "b", "other", perplexity=3.0)
+    page = Page(write_report(str(tmp_path / "run")))
+    assert [image for image in page.images if image.startswith("test_time")] == ["test_time-0.png"]
+    assert (tmp_path / "run" / "report" / "test_time-0.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize(("name", "reason"), [("missing", "no such run directory"), ("empty", "nothing to report")])
 def test_nothing_to_report(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "empty" / "export").mkdir(parents=True)
