@@ -6,11 +6,11 @@ from tests.eval.testtime.scripted import STOP, Scripted, decode, encode
 
 
 def test_each_is_cut_at_its_own_room_and_comes_back_in_order() -> None:
-    generator = Scripted({"a": ["12345$"], "b": ["12$"], "c": ["x$", "y$"]})
+    generator = Scripted({"a": ["12$"], "b": ["12$"], "c": ["x$", "y$"]})
     requests = [Request(encode("a"), 1, 2), Request(encode("c"), 2, 9, samples=2), Request(encode("b"), 3, 3)]
     groups = extend(generator, requests, Sampling(99, stop_ids=(STOP,)))
     assert [[(decode(s.ids), s.finished) for s in group] for group in groups] == [
-        [("12", False)],
+        [("12", False)],  # its end lies behind its room
         [("x$", True), ("y$", True)],
         [("12$", True)],  # it ends where its room does, by itself
     ]
