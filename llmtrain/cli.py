@@ -39,7 +39,7 @@ BEHIND: dict[str, tuple[str, str]] = {
 HELP = ("-h", "--help")
 OPTIONS = {  # what else a command can do, without the weights of models
     ("data", "--dry-run"): "llmtrain.commands.prepare:dry_run",
-    ("eval", "--show"): "llmtrain.commands.show_tasks:main",
+    ("eval", "--show"): "llmtrain.commands.tasks:show",
 }
 TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, or a run that must not go on
 EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"

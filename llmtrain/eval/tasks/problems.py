@@ -29,6 +29,7 @@ class Problem:
     gold: Any  # the right answer; of options the number of the right one
     options: list[str] = field(default_factory=list)  # texts that are scored behind the prompt
     ids: list[int] = field(default_factory=list)  # tokens of the prompt
+    text: str = ""  # what they spell, special tokens among them
     option_ids: list[tuple[list[int], list[int]]] = field(default_factory=list)  # (given, following) of each option
 
 
@@ -176,7 +177,7 @@ def encode_problems(task: EvalTask, problems: Sequence[Problem], tokenizer: Toke
             faults.add(problem.where, f"task {task.label}: {error}")
     faults.raise_any()
     for problem, (ids, _) in zip(problems, encoder.encode(drafts), strict=True):
-        problem.ids = ids
+        problem.ids, problem.text = ids, tokenizer.decode(ids, skip_special=False)
     _encode_options(problems, drafts, encoder)
     for problem in problems:
         room = _room_fault(task, problem, most_tokens)

@@ -104,7 +104,8 @@ def options_of(task: EvalTask, row: Mapping[str, Any], render: Callable[[str], s
 
 
 def right_option(answer: Any, texts: Sequence[str], labels: Sequence[str], first: int) -> int:
-    """Returns which option is right, from 0, of an answer that is a label, a letter, a number or the text of an option.
+    """Returns which option is right, from 0, of an answer that is a label, else the number of an option, a letter or a
+    text.
 
     `first` is the number of the first option. Raises ValueError, without a place, when it names none.
     Example: right_option("B", ["x", "y"], ["A", "B"], 0) -> 1
@@ -113,12 +114,12 @@ def right_option(answer: Any, texts: Sequence[str], labels: Sequence[str], first
     if not isinstance(answer, int | float) and told in labels:
         return labels.index(told)
     number = told.removesuffix(".0")
-    if number.isdecimal() and not isinstance(answer, bool):
-        if 0 <= int(number) - first < len(texts):
-            return int(number) - first
-    elif len(told) == 1 and told.upper() in LETTERS[: len(texts)]:
+    numeric = number.isdecimal() and not isinstance(answer, bool)
+    if numeric and 0 <= int(number) - first < len(texts):
+        return int(number) - first
+    if len(told) == 1 and told.upper() in LETTERS[: len(texts)]:
         return LETTERS.index(told.upper())
-    elif told in texts:
+    if told in texts:
         return list(texts).index(told)
     raise ValueError(
         f"the answer {answer!r:.60} ({kind(answer)}) names none of the {len(texts)} options {', '.join(labels)}; mend "

@@ -24,7 +24,7 @@ def shown(task: EvalTask, problems: Sequence[Problem], tokenizer: Tokenizer) -> 
         )
     for number, problem in enumerate(problems[:SHOWN]):
         yield f"-- problem {number} ({problem.where}), {len(problem.ids)} tokens"
-        yield tokenizer.decode(problem.ids, skip_special=False)
+        yield problem.text
         yield from _answers(problem, tokenizer)
 
 

@@ -94,14 +94,13 @@ def test_what_does_not_fit_is_told_for_every_row(task: EvalTask, tokenizer: Toke
     assert "with 512 of max_new_tokens it is longer than model.max_positions=64; lower few_shot" in lines[0]
 
 
-def test_a_chat_shows_examples_as_turns(task: EvalTask, tokenizer: Tokenizer) -> None:
+def test_a_chat_shows_examples_as_turns(task: EvalTask) -> None:
     keys = {"chat": True, "system": "Be brief.", "few_shot": 1, "solution": " {{worked}}", "max_new_tokens": 4}
     chat = changed(task, examples=[{"question": "0+7?", "worked": "7"}], **keys)
     problems = read_problems(chat, 0)
     assert [turn["role"] for turn in problems[0].prompt] == ["system", "user", "assistant", "user"]
     assert [turn["content"] for turn in problems[0].prompt][1:3] == ["Q: 0+7?\nA:", "7"]
-    with pytest.raises(ValueError, match=r"no chat template"):
-        encode_problems(chat, problems, tokenizer, 256)
+    assert [p.gold for p in problems] == [row["answer"] for row in ROWS]
 
 
 def test_options(tmp_path: Path, tokenizer: Tokenizer) -> None:

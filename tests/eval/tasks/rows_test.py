@@ -47,10 +47,11 @@ def test_a_missing_column_names_those_that_there_are() -> None:
         (1.0, ["A", "B", "C"], 0, 1),
         ("c", ["A", "B", "C"], 0, 2),
         ("two", ["A", "B", "C"], 0, 1),
+        ("7", ["A", "B", "C"], 0, 3),  # no number of an option, but its text
     ],
 )
 def test_the_right_option(answer: object, labels: list[str], first: int, right: int) -> None:
-    assert right_option(answer, ["one", "two", "three"], labels, first) == right
+    assert right_option(answer, ["one", "two", "three", "7"], labels, first) == right
 
 
 @pytest.mark.parametrize("answer", ["D", 3, "-1", "four", True, None, 1.5])
