@@ -30,7 +30,7 @@ def test_text_by_source_and_tasks(small: Path, small_data: Path, capsys: pytest.
     options = (
         "{name: o, kind: options, data: {generator: gcd, size: 4}, prompt: '{{question}}', choices: ['{{answer}}', x]}"
     )
-    keys = [f"data.path={base}/shards", "eval.problems=0", "eval.text_seqs=6", f"eval.tasks=[{sums}, {options}]"]
+    keys = [f"data.path={base}/shards", "eval.problems=0", "eval.text_seqs=1000", f"eval.tasks=[{sums}, {options}]"]
     keys += [f"run_dir={base}/run", f"model.init_from={base}/model", "model.num_layers=2", "train.seq_len=32"]
     evaluate.main(load(str(small), keys))
     found = json.loads((base / "run" / "eval.json").read_text())
@@ -38,7 +38,7 @@ def test_text_by_source_and_tasks(small: Path, small_data: Path, capsys: pytest.
     for own in [*found["text"].values(), found]:
         assert own["perplexity"] == pytest.approx(math.exp(own["loss"]))
     losses = [own["loss"] for own in found["text"].values()]
-    assert min(losses) <= found["loss"] <= max(losses) and losses[0] != losses[1]
+    assert min(losses) < found["loss"] < max(losses)  # the mean of all rows
     assert found["text"]["sums"]["bits_per_byte"] != found["text"]["prose"]["bits_per_byte"]
     assert found["tasks"]["chain_sum"]["problems"] == 5 and found["tasks"]["o"]["problems"] == 4
     assert found["tasks"]["chain_sum"]["interval"].keys() >= {"greedy", "pass@1", "pass@2", "pass@4", "avg@4", "maj@4"}
@@ -46,4 +46,4 @@ def test_text_by_source_and_tasks(small: Path, small_data: Path, capsys: pytest.
     samples = [json.loads(line) for line in (base / "run" / "samples.jsonl").read_text().splitlines()]
     assert [s["task"] for s in samples] == ["chain_sum"] * 25 + ["o"] * 4
     assert samples[0]["prompt"].endswith("Give the answer as <answer>number</answer>.\n")
-    assert "\nchain_sum: greedy 0 (0 to 0)" in capsys.readouterr().out
+    assert "\nchain_sum: greedy 0 (0 to 0)" in capsys.readouterr().err

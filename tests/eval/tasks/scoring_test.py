@@ -39,9 +39,9 @@ def gsm8k(limit: int | None) -> tuple[float, float, Judge]:
 
 
 def test_gsm8k_calls_its_gold_answers_right() -> None:
-    right, wrong, judge = gsm8k(60)
-    assert (right, wrong) == (60, 0)
-    assert judge.classes(["#### 7", "it is\n#### 7.0", "hm", "#### 8"]) == [0, 0, None, 1]
+    right, wrong, judge = gsm8k(40)
+    assert (right, wrong) == (40, 0)
+    assert judge.classes(["#### 7", "it is\n#### 7.0", "<think>7", "#### 8"]) == [0, 0, None, 1]
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_code_runs_against_the_tests_of_its_row() -> None:
 
 
 def test_generated_problems_have_their_own_scorer() -> None:
-    task = read_task(EvalTask(task="gcd", limit=3), "eval.tasks.0")
+    task = read_task(EvalTask(task="chain_sum", limit=3), "eval.tasks.0")
     problems = read_problems(task, 0)
     golds = [problem.values["answer"] for problem in problems]
     pairs = [(i, f"<answer>{gold}</answer>") for i, gold in enumerate(golds)]
