@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtrain.config.document import ConfigError
-from llmtrain.config.rows import is_hub_name, split_path, there
+from llmtrain.config.rows import is_hub_name, split_path
 from llmtrain.config.tasks import EvalTask, TaskData, read_task, same_names
 from llmtrain.rules.case import Case, Rules, command
 
@@ -36,7 +36,7 @@ def _place(case: Case, task: EvalTask, key: str, data: TaskData | None) -> Itera
         )
     if data.repo is not None and not is_hub_name(data.repo):
         yield f"{key}.repo={data.repo}: must be owner/name, and no folder here; correct it, or give path: FILE"
-    if data.path is not None and not there(split_path(data.path)[0]):
+    if data.path is not None and case.missing(split_path(data.path)[0]):
         yield f"{key}.path={data.path}: does not exist; give a file, directory or glob of rows"
 
 

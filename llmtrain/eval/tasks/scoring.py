@@ -9,9 +9,10 @@ from typing import Any
 
 from llmtrain.config.sampling import RewardConfig
 from llmtrain.config.tasks import EvalTask
+from llmtrain.data.faults import Faults
 from llmtrain.eval.tasks.answers import extractor, normal, until_stop, without_thoughts
 from llmtrain.eval.tasks.problems import Problem, render
-from llmtrain.eval.tasks.rows import options_of, right_option
+from llmtrain.eval.tasks.rows import LETTERS, options_of, right_option
 from llmtrain.rewards import Score, check_rows, scorer_of
 from llmtrain.rewards.extract import gold_text
 from llmtrain.rewards.scorer import workers_of_rank
@@ -77,7 +78,7 @@ def by_reward(name: str, task: EvalTask, problems: Sequence[Problem]) -> tuple[S
 def by_equality(task: EvalTask, problems: Sequence[Problem]) -> tuple[Scores, Classes]:
     """Returns how answers are compared as texts, their white space normal; of choices by their letter where `extract`
     finds letters."""
-    golds = [gold_of(task, problem) for problem in problems]
+    golds = for_all(task, problems, functools.partial(gold_of, task))
 
     def scores(pairs: Sequence[tuple[int, str]]) -> list[Score]:
         return [Score(float(normal(answer) == golds[i])) for i, answer in pairs]
@@ -86,23 +87,32 @@ def by_equality(task: EvalTask, problems: Sequence[Problem]) -> tuple[Scores, Cl
 
 
 def gold_of(task: EvalTask, problem: Problem) -> str:
-    """Returns the right answer as exact matching compares it. Raises ValueError, with the row, where there is none."""
-    try:
-        if task.extract == "letter" and (task.choices or "choices" in problem.values):
-            texts, labels = options_of(task, problem.values, functools.partial(render, values=problem.values))
-            return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[right_option(problem.gold, texts, labels, task.first_option)]
-        told = gold_text(problem.gold)
-        if told is None:
-            raise ValueError(f"the answer {problem.gold!r:.60} is no number or text that is not empty; mend the row")
-    except ValueError as error:
-        raise ValueError(f"{problem.where}: task {task.label}: {error}") from None
+    """Returns the right answer as exact matching compares it. Raises ValueError, without a place, where there is
+    none."""
+    if task.extract == "letter" and (task.choices or "choices" in problem.values):
+        texts, labels = options_of(task, problem.values, functools.partial(render, values=problem.values))
+        return LETTERS[right_option(problem.gold, texts, labels, task.first_option)]
+    told = gold_text(problem.gold)
+    if told is None:
+        raise ValueError(f"the answer {problem.gold!r:.60} is no number or text that is not empty; mend the row")
     return normal(told)
+
+
+def for_all(task: EvalTask, problems: Sequence[Problem], make: Callable[[Problem], str]) -> list[str]:
+    """Returns what `make` makes of each problem. Raises ValueError with a line for each on which it fails."""
+    faults, made = Faults(task.label), []
+    for problem in problems:
+        try:
+            made.append(make(problem))
+        except ValueError as error:
+            faults.add(problem.where, f"task {task.label}: {error}")
+    faults.raise_any()
+    return made
 
 
 def by_tests(task: EvalTask, problems: Sequence[Problem]) -> tuple[Scores, None]:
     """Returns how code is scored: right where the task's `program` runs to its end in the sandbox without an error."""
-    for problem in problems:
-        program_of(task, problem, "")
+    for_all(task, problems, lambda problem: program_of(task, problem, ""))
     pool = program_pool()
     pool.start()
 
@@ -129,12 +139,9 @@ def passed(value: Any, mark: str) -> bool:
 
 
 def program_of(task: EvalTask, problem: Problem, code: str) -> str:
-    """Returns the program of a task with what the model wrote. Raises ValueError, with the row, where it lacks
+    """Returns the program of a task with what the model wrote. Raises ValueError, without a place, where the row lacks
     something."""
-    try:
-        return render(task.program or "", {**problem.values, "completion": code})
-    except ValueError as error:
-        raise ValueError(f"{problem.where}: task {task.label}: program: {error}") from None
+    return render(task.program or "", {**problem.values, "completion": code})
 
 
 def _numbers(answers: Sequence[str]) -> list[int | None]:

@@ -85,7 +85,7 @@ def test_code_runs_against_the_tests_of_its_row() -> None:
         "",
     )
     assert found == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match=r"a:1: task c: program: the template .* reads test; found"):
+    with pytest.raises(ValueError, match=r"a:1: task c: the template .* reads test; found"):
         Judge(CODE, [Problem("a:1", {"question": "", "entry_point": "f"}, "q", None)])
 
 
