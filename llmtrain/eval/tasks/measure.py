@@ -39,6 +39,8 @@ def measure_generation(
     found, records = evaluate_problems(
         generator, prompts, decode, judge.score, classes, task.samples, sampling, task.greedy
     )
+    if task.extract == "reward":  # which keeps to itself what it read
+        return found, records
     return found, [{**each, "answer": judge.answer(each["completion"])} for each in records]
 
 
