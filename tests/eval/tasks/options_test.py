@@ -11,13 +11,13 @@ def problem(options: list[str], tokens: list[int], gold: int) -> Problem:
 def test_accuracies_by_hand() -> None:
     # sums -2, -3, -5.5; by tokens (1, 2, 4): -2, -1.5, -1.375; by bytes (2, 4, 3): -1, -0.75, -1.83
     first = problem([" ab", " abcd", " é1"], [1, 2, 4], 2)
-    # sums -1, -4, by tokens -1, -4, by bytes -1, -4
-    second = problem([" a", " b"], [1, 1], 0)
-    scores, records = measure_options([first, second], [[-2.0, -3.0, -5.5], [-1.0, -4.0]])
+    # sums -2.1, -4, by tokens the same, by bytes (1, 2; the space is none of them): -2.1, -2
+    second = problem([" a", " bb"], [1, 1], 0)
+    scores, records = measure_options([first, second], [[-2.0, -3.0, -5.5], [-2.1, -4.0]])
     assert {name: scores[name] for name in ("acc", "acc_tokens", "acc_bytes")} == {
         "acc": 0.5,
         "acc_tokens": 1.0,
-        "acc_bytes": 0.5,
+        "acc_bytes": 0.0,
     }
     assert scores["problems"] == 2 and scores["interval"]["acc"] == [0.0, 1.0]
     assert scores["interval"]["acc_tokens"] == [1.0, 1.0]
