@@ -81,6 +81,7 @@ setup(
     description="From raw text to a small reasoning model: one plain decoder, parallel by configuration",
     python_requires=">=3.11",
     packages=find_packages(include=["llmtrain", "llmtrain.*"]),
+    package_data={"llmtrain": ["eval/tasks/files/*.yaml"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["llmtrain=llmtrain.cli:entry"]},

@@ -1,5 +1,4 @@
-"""Writes docs/configuration.md from llmtrain/config/schema.py, sampling.py, testtime.py, scaling.py and the recipes
-beside them.
+"""Writes docs/configuration.md from the classes of llmtrain/config.
 
 Names, types and defaults come from the classes, the words from the docstrings and the comments behind the fields. Run
 `python docs/generate.py` after every change of the schema.
@@ -19,7 +18,7 @@ from typing import Any
 
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import parameter_count, resolve_model
-from llmtrain.config import clean, data, sampling, scaling, schema, testtime
+from llmtrain.config import clean, data, sampling, scaling, schema, tasks, testtime
 from llmtrain.config.recipes import RECIPES, Recipe, run_config_class
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -29,8 +28,8 @@ NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": 
 HEAD = """\
 # Every key of a configuration
 
-Generated from `llmtrain/config/schema.py`, `sampling.py`, `testtime.py`, `scaling.py`, `clean` and `recipes` beside it
-by `python docs/generate.py`; `tests/docs_test.py` fails when it is stale.
+Generated from the classes in `llmtrain/config` by `python docs/generate.py`;
+`tests/docs_test.py` fails when it is stale.
 
 - A document is YAML. `llmtrain COMMAND CONFIG.yaml section.key=value ...` changes single keys; in a document with
   `stages`, in each stage that sets the key too.
@@ -86,7 +85,7 @@ def documented() -> list[Any]:
         importlib.import_module(f"{clean.__name__}.{each.name}") for each in pkgutil.iter_modules(clean.__path__)
     ]
     recipes = [inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None]
-    return [schema, data, sampling, testtime, scaling, clean, *cleaning, *recipes]
+    return [schema, data, sampling, tasks, testtime, scaling, clean, *cleaning, *recipes]
 
 
 def section_class(name: str) -> type:

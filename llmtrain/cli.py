@@ -27,7 +27,7 @@ BEFORE: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does
 BEHIND: dict[str, tuple[str, str]] = {
     "judge": ("llmtrain.commands.judge:main", "sample, judge the samples, and write preference pairs"),
     "constitutional": ("llmtrain.commands.constitutional:main", "critique, revise and compare answers by principles"),
-    "eval": ("llmtrain.commands.evaluate:main", "perplexity, pass@k and majority vote"),
+    "eval": ("llmtrain.commands.evaluate:main", "perplexity, pass@k and majority vote, task files"),
     "export": ("llmtrain.commands.export:main", "write a Hugging Face directory"),
     "chat": ("llmtrain.commands.chat:main", "talk to a run or a Hugging Face directory"),
     "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
@@ -37,7 +37,10 @@ BEHIND: dict[str, tuple[str, str]] = {
     "doctor": ("llmtrain.commands.doctor:main", "look at this machine (takes no configuration)"),
 }
 HELP = ("-h", "--help")
-OPTIONS = {("data", "--dry-run"): "llmtrain.commands.prepare:dry_run"}  # what else a command can do
+OPTIONS = {  # what else a command can do, without the weights of models
+    ("data", "--dry-run"): "llmtrain.commands.prepare:dry_run",
+    ("eval", "--show"): "llmtrain.commands.tasks:show",
+}
 TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, or a run that must not go on
 EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"
 
@@ -62,7 +65,8 @@ def commands() -> dict[str, tuple[str, str]]:
 def usage() -> str:
     """Returns the help text."""
     lines = [f"  {name:<14} {summary}" for name, (_, summary) in commands().items()]
-    more_usage = f"       llmtrain data CONFIG.yaml --dry-run\n       {CHAT_USAGE}\n       llmtrain doctor"
+    options = "\n".join(f"       llmtrain {command} CONFIG.yaml {option}" for command, option in OPTIONS)
+    more_usage = f"{options}\n       {CHAT_USAGE}\n       llmtrain doctor"
     head = f"usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]\n{more_usage}"
     more = "`llmtrain --help CONFIG.yaml` lists the recipes of the document's plugins too."
     return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}", "", more])
@@ -124,7 +128,7 @@ def _prepare(command: str, *rest: str) -> Callable[[], int | None]:
         raise ConfigError(f"{command}: needs a configuration file, as in: {EXAMPLE}")
     config = load(rest[0], list(rest[1:]))
     if not isinstance(config, RunConfig):
-        config = located(config, command)
+        config = located(config, command, weights=not chosen)
     check(config, int(os.environ.get("WORLD_SIZE", "1")), command)
     return lambda: _function(OPTIONS[command, chosen[0]] if chosen else commands()[command][0])(config)
 

@@ -1,4 +1,4 @@
-"""Implements `llmtrain eval`: perplexity on held-out text, pass@k on held-out problems, in one process."""
+"""Implements `llmtrain eval`: perplexity on held-out text, pass@k on held-out problems, tasks, in one process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
+from llmtrain.commands.tasks import prepared, task_scores
 from llmtrain.commands.testtime import accuracy_by_tokens
 from llmtrain.commands.weights import of_own_run
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
+from llmtrain.data.packing import TextRows
 from llmtrain.data.sampler import derive
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.precision import compute_dtype
@@ -51,6 +53,8 @@ def main(config: Config) -> None:
         if samples:
             write_samples(directory, config.eval.label, samples)
     log(as_line({name: value for name, value in result.items() if not isinstance(value, dict)}))
+    for name, measures in {**result.get("text", {}), **result.get("tasks", {})}.items():
+        log(f"{name}: {with_intervals(measures)}")
 
 
 @contextmanager
@@ -74,26 +78,50 @@ def adopt_earlier(directory: Path) -> None:
             adopt(directory, COMMAND, FILES)
 
 
-def measured(config: Config) -> tuple[dict[str, object], list[dict]]:
+def measured(config: Config) -> tuple[dict[str, Any], list[dict]]:
     """Returns all measures, and all completions."""
     device = rank_device()
     dtype = compute_dtype(config.engine.precision)
-    model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
     tokenizer = open_tokenizer(config)
-    result: dict[str, object] = {"label": config.eval.label}
+    tasks = prepared(config, tokenizer)  # their rows may be faulty: before weights are loaded
+    model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
+    result: dict[str, Any] = {"label": config.eval.label}
     samples: list[dict] = []
     if config.eval.text:
         result |= text_scores(config, model, tokenizer)
     if config.eval.problems:
         scores, samples = problem_scores(config, model, tokenizer, device)
         result |= scores
+    if tasks:
+        result["tasks"], records = task_scores(config, tasks, model, tokenizer, device)
+        samples += records
     return result, samples
 
 
-def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, float]:
-    """Returns loss, perplexity and bits a byte on the held-out shards."""
+def with_intervals(measures: dict[str, Any]) -> str:
+    """Returns measures as one line, each with its interval. Example: {"acc": 0.5, "interval": {"acc": [0.4, 0.6]}} ->
+    "acc 0.5 (0.4 to 0.6)"."""
+    ends = measures.get("interval", {})
+    told = {name: f"{value:.4g}" for name, value in measures.items() if name != "interval"}
+    told |= {name: f"{told[name]} ({low:.4g} to {high:.4g})" for name, (low, high) in ends.items()}
+    return as_line(told)
+
+
+def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns loss, perplexity and bits a byte on the first `eval.text_seqs` held-out rows, and under `text` the same
+    of each source by itself, on as many of its rows."""
     rows = text_rows(config, "held_out", tokenizer)
-    numbers = range(min(config.eval.text_seqs, len(rows)))
+    sources = [name for name, count in rows.rows.items() if count]
+    total = rows_perplexity(model, rows, config.eval.text_seqs)
+    if len(sources) == 1:
+        return {**total, "text": {sources[0]: total}}
+    own = {name: rows_perplexity(model, rows.of_source(name), config.eval.text_seqs) for name in sources}
+    return {**total, "text": own}
+
+
+def rows_perplexity(model: Decoder, rows: TextRows, most: int) -> dict[str, float]:
+    """Returns loss, perplexity and bits a byte on the first rows, `most` at most."""
+    numbers = range(min(most, len(rows)))
     batches = (rows.batch(numbers[i : i + ROWS_A_BATCH]) for i in range(0, len(numbers), ROWS_A_BATCH))
     return perplexity(model, batches, rows.bytes_per_token)
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from llmtrain.config.document import model_name
 from llmtrain.config.section import DeadlineS, Dtype, Section, Share, UserPath
+from llmtrain.config.tasks import EvalTask
 from llmtrain.config.testtime import TestTimeConfig
 
 
@@ -91,6 +92,8 @@ class EvalConfig(Section):
     text_seqs: PositiveInt = 200  # held-out rows at most
     problems: int = Field(256, ge=0)  # problems from `data.held_out` at most
     samples: PositiveInt = 8  # completions of each problem, for pass@k and maj@k
+    tasks: list[EvalTask] = Field([])  # built-in task files, such as gsm8k, or your own; see docs/evaluation.md
+    hub: bool = False  # tasks whose data is not given as a path download it from the hub, once
     label: str = "model"  # how the report names it
     test_time: TestTimeConfig | None = None  # null = it is not measured
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -139,6 +140,13 @@ class TextRows:
         """Returns the mean UTF-8 bytes of text per token of the split: bits/byte = loss / ln 2 / bytes_per_token."""
         readers = self.readers.values()
         return sum(r.text_bytes for r in readers) / sum(len(r.tokens) for r in readers)
+
+    def of_source(self, name: str) -> TextRows:
+        """Returns the held-out rows of one source alone, in one fixed order."""
+        assert self.mix is None, "training rows are mixed"
+        own = copy.copy(self)
+        own.rows, own.readers = {name: self.rows[name]}, {name: self.readers[name]}
+        return own
 
     def padding(self) -> dict[str, float]:
         """Returns the share of padding in the rows of each source; {} where rows are full."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
-from llmtrain.eval.passk import majority, pass_at_k
+from llmtrain.eval.intervals import bootstrap
+from llmtrain.eval.passk import ks_up_to, majority, pass_at_k
 from llmtrain.rewards import Score
 from llmtrain.rollout.generator import Generator
-from llmtrain.types import Prompt, Sampling
+from llmtrain.types import Prompt, Sample, Sampling
 
 SOLVED = 1.0  # reward of a right answer; a lower one is partial credit and counts as wrong
+
+Records = list[dict[str, Any]]
+Classes = Callable[[Sequence[str]], Sequence[int | None]]
 
 
 def evaluate_problems(
@@ -21,44 +25,64 @@ def evaluate_problems(
     prompts: Sequence[Prompt],
     decode: Callable[[list[int]], str],
     judge: Callable[[Sequence[tuple[int, str]]], Sequence[Score]],
-    classes: Callable[[Sequence[str]], Sequence[int | None]],
+    classes: Classes | None,
     samples: int,
     sampling: Sampling,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Answers each prompt once greedily and `samples` times by `sampling`, whose `num_samples` is not used.
+    greedy: bool = True,
+) -> tuple[dict[str, Any], Records]:
+    """Answers each prompt once greedily, where `greedy` asks for it, and `samples` times by `sampling`, whose
+    `num_samples` is not used.
 
     `judge` scores pairs of (problem, completion); `classes` numbers the answers of completions, equal ones equally
-    (None: there is none). Returns means over the problems, `greedy`, `pass@1`, `pass@<samples>` and `maj@<samples>` (a
-    completion with the most frequent answer is right), with `entropy`, the mean of -log p over the sampled tokens
-    (nats), `problems`, their number, and `reward_errors`, on how many completions the scorer failed; and one record for
-    each completion, the greedy ones first: {"problem", "prompt", "completion", "reward", "greedy"}, and "reward_error"
-    where the scorer failed. Raises ValueError without prompts.
+    (None: there is none), and is None where answers cannot be compared. Returns what `measures` says, with `tokens`,
+    the mean length of all completions, `cut_off`, the share that no end stopped, `entropy`, the mean of -log p over the
+    sampled tokens, or over the greedy ones where nothing is sampled (nats), `problems`, their number, and
+    `reward_errors`, on how many completions the scorer failed; and one record for each completion, the greedy ones
+    first: {"problem", "prompt", "completion", "reward", "greedy"}, and "reward_error" where the scorer failed. Raises
+    ValueError without prompts.
     """
     if not prompts:
         raise ValueError("no problems to evaluate: raise eval.problems or fill data.held_out")
+    made: list[list[Sample]] = []  # of each call
 
-    def complete(request: Sampling) -> list[dict[str, Any]]:
+    def complete(request: Sampling, greedily: bool) -> Records:
         groups = generator.generate(prompts, request)
-        surprises.append([-logprob for group in groups for s in group for logprob in s.logprobs])
+        made.append(list(chain.from_iterable(groups)))
         answered = [(i, decode(s.prompt_ids), decode(s.ids)) for i, group in enumerate(groups) for s in group]
         scores = judge([(i, text) for i, _, text in answered])
-        return [record(*each, score) for each, score in zip(answered, scores, strict=True)]
+        return [record(*each, score) | {"greedy": greedily} for each, score in zip(answered, scores, strict=True)]
 
-    surprises: list[list[float]] = []  # of the tokens of each call
-    greedy = complete(replace(sampling, temperature=0.0, num_samples=1))
-    sampled = complete(replace(sampling, num_samples=samples))
-    groups = [[s for s in sampled if s["problem"] == i] for i in range(len(prompts))]
-    right = [sum(s["reward"] >= SOLVED for s in group) for group in groups]
-    scores = {
-        "greedy": fmean(s["reward"] >= SOLVED for s in greedy),
-        "pass@1": fmean(pass_at_k(samples, c, 1) for c in right),
-        f"pass@{samples}": fmean(pass_at_k(samples, c, samples) for c in right),
-        f"maj@{samples}": fmean(map(partial(majority_is_right, classes=classes), groups)),
-        "entropy": fmean(surprises[-1]),
+    first = complete(replace(sampling, temperature=0.0, num_samples=1), True) if greedy else []
+    sampled = complete(replace(sampling, num_samples=samples), False) if samples else []
+    every = list(chain.from_iterable(made))
+    scores = measures(first, sampled, len(prompts), samples, classes) | {
+        "entropy": fmean([-logprob for s in made[-1] for logprob in s.logprobs]),
+        "tokens": fmean(len(s.ids) for s in every),
+        "cut_off": fmean(not s.finished for s in every),
         "problems": len(prompts),
-        "reward_errors": sum("reward_error" in s for s in greedy + sampled),
+        "reward_errors": sum("reward_error" in s for s in first + sampled),
     }
-    return scores, [{**s, "greedy": True} for s in greedy] + [{**s, "greedy": False} for s in sampled]
+    return scores, first + sampled
+
+
+def measures(greedy: Records, sampled: Records, problems: int, samples: int, classes: Classes | None) -> dict[str, Any]:
+    """Returns means over the problems, and under `interval` the ends of their 95 % intervals (`bootstrap`).
+
+    They are `greedy`; `pass@k` for k of 1, 2, 4, ... and `samples`; `avg@<samples>`, the share of right samples, which
+    is pass@1 by another name; and `maj@<samples>`: whether a completion with the most frequent answer is right.
+    """
+    groups: list[Records] = [[] for _ in range(problems)]
+    for sample in sampled:
+        groups[sample["problem"]].append(sample)
+    values: dict[str, list[float]] = {"greedy": [float(s["reward"] >= SOLVED) for s in greedy]} if greedy else {}
+    right = [sum(s["reward"] >= SOLVED for s in group) for group in groups]
+    for k in ks_up_to(samples):
+        values[f"pass@{k}"] = [pass_at_k(samples, c, k) for c in right]
+    if samples:
+        values[f"avg@{samples}"] = [c / samples for c in right]
+    if samples and classes is not None:
+        values[f"maj@{samples}"] = [float(majority_is_right(group, classes)) for group in groups]
+    return {**{name: fmean(each) for name, each in values.items()}, "interval": bootstrap(values)}
 
 
 def record(problem: int, prompt: str, completion: str, score: Score) -> dict[str, Any]:
@@ -67,9 +91,7 @@ def record(problem: int, prompt: str, completion: str, score: Score) -> dict[str
     return {"problem": problem, "prompt": prompt, "completion": completion, "reward": score.value, **failed}
 
 
-def majority_is_right(
-    group: Sequence[dict[str, Any]], classes: Callable[[Sequence[str]], Sequence[int | None]]
-) -> bool:
+def majority_is_right(group: Sequence[dict[str, Any]], classes: Classes) -> bool:
     """Says whether the vote of one problem's completions is right, by the reward of the first that gave this answer."""
     winner = majority(classes([s["completion"] for s in group]))
     return winner is not None and group[winner]["reward"] >= SOLVED

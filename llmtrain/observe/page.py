@@ -76,6 +76,18 @@ PAGE = (
 {%- if "cpu s" in evaluations[0] %}
 <p class="note">Samples and CPU-seconds are those of all stages of this run that a model was made from.</p>
 {%- endif %}
+{%- if texts %}
+<h3>Held-out text by source</h3>
+{{- table(texts) }}
+{%- endif %}
+{%- for task, rows in tasks.items() %}
+<h3>{{ task }}</h3>
+{{- table(rows) }}
+{%- endfor %}
+{%- if passes_image %}{{ picture(passes_image) }}{% endif %}
+{%- if tasks or passes_image %}
+<p class="note">In parentheses, and as bands: 95 % intervals by bootstrap over the problems.</p>
+{%- endif %}
 {% endif %}
 {% if trained %}
 <h2 id="training">Training</h2>

@@ -122,6 +122,30 @@ def plot_marks(path: str, y_label: str, panels: Mapping[str, Points]) -> None:
     figure.savefig(path)
 
 
+Passes = Sequence[tuple[int, float, float, float]]
+"""The points (k, pass@k, low, high) of one model on one task, with the ends of their 95 % intervals."""
+
+
+def plot_passes(path: str, panels: Mapping[str, Mapping[str, Passes]]) -> None:
+    """Draws for each task the share of problems that one of k samples solves, over k, with a band for its interval."""
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure = figure_of(5 * columns, 2.9 * rows)
+    for place, (task, curves) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        style(axes, f"pass@k: {task}".replace("$", r"\$"))
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("k, samples", fontsize=8, color=FAINT)
+        for i, (label, points) in enumerate(curves.items()):
+            ks, values, low, high = zip(*points, strict=True)
+            axes.plot(ks, values, color=f"C{i}", marker="o", markersize=3, label=label.replace("$", r"\$"))
+            axes.fill_between(ks, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+        axes.set_xticks(ticks := sorted({k for points in curves.values() for k, *_ in points}), map(str, ticks))
+        axes.set_ylim(0, 1.02)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.savefig(path)
+
+
 def plot_bars(path: str, panels: Sequence[BarPanel]) -> None:
     """Draws the panels side by side under one legend."""
     from matplotlib.patches import Patch

@@ -18,6 +18,7 @@ from llmtrain.observe.experts import EXPERTS, expert_records
 from llmtrain.observe.metrics import read_lines, read_metrics
 from llmtrain.observe.owned import adopt, replacing
 from llmtrain.observe.page import PAGE
+from llmtrain.observe.passes import passes_image, task_tables, text_tables
 from llmtrain.observe.plots import TRAINING, plot_bars, plot_curves, plot_lines, plot_spent
 
 COMMAND = "llmtrain report"
@@ -65,6 +66,9 @@ def write_report(run_dir: str) -> str:
                 cleaning=_cleaning_pages(run_dir),
                 evaluations=_evaluation_rows(evaluated),
                 evaluation_image=_evaluation_image(str(out), evaluated),
+                tasks=task_tables(evaluated),
+                texts=text_tables(evaluated),
+                passes_image=passes_image(str(out), evaluated),
                 samples_image=_samples_image(str(out), stages),
                 spent_images=_spent_images(str(out), evaluated),
                 trained=[_training_row(s) for s in stages if s.metrics],

@@ -22,12 +22,14 @@ from llmtrain.rules.mix import MIX_RULES
 from llmtrain.rules.model import MODEL_RULES
 from llmtrain.rules.others import other_models
 from llmtrain.rules.scaling import SCALING_RULES
+from llmtrain.rules.tasks import TASK_RULES
 from llmtrain.rules.testtime import TEST_TIME_RULES
 from llmtrain.rules.vocabulary import VOCABULARY_RULES
 
 RULES = (
     *(*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES),
-    *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES, *TEST_TIME_RULES),
+    *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
+    *(*TASK_RULES, *TEST_TIME_RULES),
 )
 
 

@@ -170,6 +170,20 @@ def test_held_out_rows_come_once_whatever_the_seed(shards: str) -> None:
     assert rows.bytes_per_token == reader.text_bytes / len(reader.tokens)
 
 
+def test_held_out_rows_of_one_source(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name}{i} " * 9}) for i in range(40)))
+    sources = [SourceConfig(name=n, type="jsonl", path=f"{tmp_path}/{n}.jsonl", held_out=0.5) for n in ("a", "b")]
+    write_shards(sources, tokenizer, str(tmp_path), 0)
+    rows = TextRows(str(tmp_path), "held_out", T, seed=0, mask_documents=False)
+    for name, reader in open_shards(str(tmp_path), "held_out").items():
+        own = rows.of_source(name)
+        cut = [reader.tokens[i * T : (i + 1) * T].tolist() for i in range((len(reader.tokens) - 1) // T)]
+        assert sorted(own.batch(range(len(own))).input_ids.tolist()) == sorted(cut) and len(cut) > 3
+        assert own.bytes_per_token == reader.text_bytes / len(reader.tokens)
+    assert len(rows) == sum(len(rows.of_source(name)) for name in ("a", "b"))  # and `rows` is as it was
+
+
 def test_rows_that_cannot_be_are_refused(shards: str) -> None:
     with pytest.raises(ValueError, match=r"fewer than 9000 \+ 1 tokens, the longest row of train.seq_len"):
         TextRows(shards, "train", 9000, 0, True)

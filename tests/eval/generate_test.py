@@ -34,32 +34,47 @@ def judged(i: int, text: str) -> Score:
     return Score(1.0 if int(text) == GOLD[i] else 0.1)  # partial credit is not a solution
 
 
-def _evaluate(generator: Scripted, prompts: list[Prompt]) -> tuple[dict, list[dict]]:
-    return evaluate_problems(
-        generator,
-        prompts,
-        decode=lambda ids: " ".join(map(str, ids)),
-        judge=lambda pairs: [judged(i, text) for i, text in pairs],
-        classes=lambda texts: [None if text == "9" else int(text) for text in texts],
-        samples=4,
-        sampling=Sampling(max_new_tokens=3, num_samples=99, temperature=0.7, stop_ids=(2,)),
-    )
+def _evaluate(generator: Scripted, prompts: list[Prompt], **keys: object) -> tuple[dict, list[dict]]:
+    given = {
+        "decode": lambda ids: " ".join(map(str, ids)),
+        "judge": lambda pairs: [judged(i, text) for i, text in pairs],
+        "classes": lambda texts: [None if text == "9" else int(text) for text in texts],
+        "samples": 4,
+        "sampling": Sampling(max_new_tokens=3, num_samples=99, temperature=0.7, stop_ids=(2,)),
+    }
+    return evaluate_problems(generator, prompts, **{**given, **keys})
 
 
 def test_scores_by_hand() -> None:
-    # right samples 3, 1, 0 of 4: pass@1 = (3/4 + 1/4 + 0) / 3; two problems have one: pass@4 = 2/3;
+    # right samples 3, 1, 0 of 4: pass@1 = avg@4 = (3/4 + 1/4 + 0) / 3; two problems have one: pass@4 = 2/3;
+    # pass@2 = (1 + (1 - 3/6) + 0) / 3 = 1/2; 15 completions of one token, none cut off;
     # entropy (29 + 26 + 10) / 12 tokens / 8, of the sampled ones alone;
     # majorities 7 (gold), 6 (gold 5), 1 (gold 9): 1/3; greedy 7, 6, 1: 1/3
     generator = Scripted()
     scores, records = _evaluate(generator, [Prompt([100 + i], seed=i) for i in range(3)])
+    interval = scores.pop("interval")
     assert scores == pytest.approx(
-        {"pass@1": 1 / 3, "pass@4": 2 / 3, "maj@4": 1 / 3, "greedy": 1 / 3, "entropy": 65 / 12 / 8}
-        | {"problems": 3, "reward_errors": 1}
+        {"pass@1": 1 / 3, "pass@2": 1 / 2, "pass@4": 2 / 3, "avg@4": 1 / 3, "maj@4": 1 / 3, "greedy": 1 / 3}
+        | {"entropy": 65 / 12 / 8, "tokens": 1, "cut_off": 0, "problems": 3, "reward_errors": 1}
     )
+    assert interval.keys() == {"pass@1", "pass@2", "pass@4", "avg@4", "maj@4", "greedy"}
+    # of 3 problems a resample has none, or all, of the one right by chance 8/27 and 1/27, more than 2.5 %
+    assert interval["greedy"] == interval["maj@4"] == [0.0, 1.0] and interval["pass@1"] == [0.0, 0.75]
     assert [(r.temperature, r.num_samples, r.stop_ids) for r in generator.requests] == [(0.0, 1, (2,)), (0.7, 4, (2,))]
     assert [r["greedy"] for r in records] == [True] * 3 + [False] * 12
     assert records[1] == {"problem": 1, "prompt": "101", "completion": "6", "reward": 0.1, "greedy": True}
     assert records[3 + 4]["completion"] == "5" and records[3 + 4]["reward"] == 1.0
+
+
+def test_greedy_alone_and_samples_alone() -> None:
+    prompts = [Prompt([100 + i], seed=i) for i in range(3)]
+    generator = Scripted()
+    scores, records = _evaluate(generator, prompts, samples=0)
+    assert len(generator.requests) == 1 and [r["completion"] for r in records] == ["7", "6", "1"]
+    assert scores["greedy"] == pytest.approx(1 / 3) and not {"pass@1", "avg@0", "maj@0"} & scores.keys()
+    assert scores["entropy"] == pytest.approx(14 / 3 / 8)
+    scores, records = _evaluate(Scripted(), prompts, greedy=False, classes=None)
+    assert "greedy" not in scores and "maj@4" not in scores and len(records) == 12 and scores["pass@4"] > 0
 
 
 def test_no_problems_is_refused() -> None:

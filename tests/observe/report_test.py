@@ -82,7 +82,7 @@ def test_a_run_of_stages(tmp_path: Path) -> None:
     path = write_report(str(_run(tmp_path / "quick")))
     assert path == str(tmp_path / "quick" / "report" / "index.html")
     page = Page(path)
-    expected = ["evaluation.png", "pretrain.png", "grpo-rl.png", "grpo.png"]
+    expected = ["evaluation.png", "evaluation-passes.png", "pretrain.png", "grpo-rl.png", "grpo.png"]
     assert page.images == expected
     for image in expected:
         head = (tmp_path / "quick" / "report" / image).read_bytes()[:24]

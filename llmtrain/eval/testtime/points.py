@@ -12,11 +12,6 @@ Line = tuple[str, dict[str, Any]]
 """Holds the name of a line of the plot, and one of its points."""
 
 
-def sizes_of(samples: int) -> list[int]:
-    """Returns 1, 2, 4, ... and `samples` itself. sizes_of(6) = [1, 2, 4, 6]"""
-    return sorted({2**i for i in range(samples.bit_length())} | {samples})
-
-
 def point(tokens: Sequence[float], accuracy: Sequence[float], seed: int, **about: Any) -> dict[str, Any]:
     """Returns `about` with the means over the problems of tokens spent and accuracy, and the 95 % interval of the
     accuracy."""

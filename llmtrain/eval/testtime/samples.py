@@ -10,8 +10,9 @@ from typing import Any
 
 from llmtrain.config.testtime import TestTimeConfig
 from llmtrain.data.sampler import derive
+from llmtrain.eval.passk import ks_up_to
 from llmtrain.eval.testtime.best_of import best_of_accuracy
-from llmtrain.eval.testtime.points import Line, point, rows_of, sizes_of
+from llmtrain.eval.testtime.points import Line, point, rows_of
 from llmtrain.eval.testtime.problems import Graded, Problems, Spoken, Written, judged, weight_of
 from llmtrain.eval.testtime.vote import majority_accuracy, weighted_accuracy
 
@@ -28,7 +29,7 @@ class Sampled:
     @property
     def sizes(self) -> list[int]:
         """Returns the numbers of samples that choose."""
-        return sizes_of(len(self.right[0]))
+        return ks_up_to(len(self.right[0]))
 
     def rows(self, values: Sequence[Any]) -> list[Sequence[Any]]:
         """Returns a row for each problem of values of all samples."""

@@ -1,0 +1,77 @@
+"""Evaluates the tasks of a configuration, and implements `llmtrain eval CONFIG --show`, which prints their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from llmtrain.arch.resolve import resolve_model
+from llmtrain.commands.weights import of_own_run
+from llmtrain.config.schema import Config
+from llmtrain.config.tasks import EvalTask, read_task
+from llmtrain.data.sampler import derive
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.eval.continuations import continuation_logprobs
+from llmtrain.eval.tasks.measure import Measured, measure_generation, measure_likelihoods
+from llmtrain.eval.tasks.problems import Problem, encode_problems, read_problems
+from llmtrain.eval.tasks.show import shown
+from llmtrain.model.decoder import Decoder
+from llmtrain.rollout.native import NativeGenerator
+from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
+from llmtrain.trainer.job import open_tokenizer
+
+Prepared = tuple[EvalTask, list[Problem]]
+
+
+def show(config: Config) -> None:
+    """Prints the first prompts of each task, with their answers and tokens, without weights. Raises ValueError without
+    tasks."""
+    if not config.eval.tasks:
+        raise ValueError("eval.tasks: is empty, so --show has no prompts to show; name tasks, such as [gsm8k]")
+    meant = of_own_run(config)
+    tokenizer = open_tokenizer(meant)
+    for task, problems in prepared(meant, tokenizer):
+        print("\n".join(shown(task, problems, tokenizer)), flush=True)
+
+
+def prepared(config: Config, tokenizer: Tokenizer) -> list[Prepared]:
+    """Returns the tasks of a configuration, and their problems with tokens. Raises ValueError with all faults of the
+    rows of a task."""
+    most_tokens, found = resolve_model(config.model).max_positions, []
+    for i, entry in enumerate(config.eval.tasks):
+        task = read_task(entry, f"eval.tasks.{entry.name or i}")
+        problems = read_problems(task, config.seed)
+        encode_problems(task, problems, tokenizer, most_tokens)
+        found.append((task, problems))
+    return found
+
+
+def task_scores(
+    config: Config, tasks: Sequence[Prepared], model: Decoder, tokenizer: Tokenizer, device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns the measures of each task by its name, and the records of all, each with its `task`."""
+    scores, records = {}, []
+    for task, problems in tasks:
+        scores[task.label], own = task_score(config, task, problems, model, tokenizer, device)
+        records += [{"task": task.label, **each} for each in own]
+    return scores, records
+
+
+def task_score(
+    config: Config,
+    task: EvalTask,
+    problems: Sequence[Problem],
+    model: Decoder,
+    tokenizer: Tokenizer,
+    device: torch.device,
+) -> Measured:
+    """Returns the measures and the records of one task."""
+    if task.kind == "options":
+        return measure_likelihoods(problems, partial(continuation_logprobs, model, device=device))
+    generator = NativeGenerator(model, config.rollout.max_batch_seqs, device, decode=stop_text(tokenizer))
+    seeds = [derive(config.seed, f"eval/{task.label}/{i}") for i in range(len(problems))]
+    ends = sampling_of(config, tokenizer).stop_ids
+    return measure_generation(task, problems, generator, completion_text(config, tokenizer), ends, seeds)
