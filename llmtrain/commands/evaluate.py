@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
 from llmtrain.commands.testtime import accuracy_by_tokens
 from llmtrain.commands.weights import of_own_run
+from llmtrain.config.lm_eval import LmEvalConfig
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
+from llmtrain.data.ends import end_ids
 from llmtrain.data.sampler import derive
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.precision import compute_dtype
@@ -33,7 +36,7 @@ from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.batches import text_rows
 from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
-from llmtrain.trainer.job import open_tokenizer, resolved
+from llmtrain.trainer.job import open_tokenizer, resolved, tokenizer_dir
 from llmtrain.types import Prompt
 
 ROWS_A_BATCH = 16
@@ -78,6 +81,7 @@ def measured(config: Config) -> tuple[dict[str, object], list[dict]]:
     """Returns all measures, and all completions."""
     device = rank_device()
     dtype = compute_dtype(config.engine.precision)
+    harness = harness_of(config.eval.lm_eval)
     model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
     tokenizer = open_tokenizer(config)
     result: dict[str, object] = {"label": config.eval.label}
@@ -87,7 +91,21 @@ def measured(config: Config) -> tuple[dict[str, object], list[dict]]:
     if config.eval.problems:
         scores, samples = problem_scores(config, model, tokenizer, device)
         result |= scores
+    if harness is not None:
+        result["lm_eval"] = harness(
+            model, tokenizer, end_ids(tokenizer, (config.model.init_from, tokenizer_dir(config)))
+        )
     return result, samples
+
+
+def harness_of(section: LmEvalConfig) -> Callable[[Decoder, Tokenizer, Sequence[int]], dict[str, object]] | None:
+    """Returns what runs the tasks of the lm-evaluation-harness, None where none is named. Raises ValueError for a name
+    that it does not know, before a model is loaded."""
+    if not section.tasks:
+        return None
+    from llmtrain.eval.lm_eval import scores_of, tasks_of  # the library is an extra
+
+    return partial(scores_of, section, tasks_of(section))
 
 
 def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, float]:

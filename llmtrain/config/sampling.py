@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_va
 from pydantic_core import PydanticCustomError
 
 from llmtrain.config.document import model_name
+from llmtrain.config.lm_eval import LmEvalConfig
 from llmtrain.config.section import DeadlineS, Dtype, Section, Share, UserPath
 from llmtrain.config.testtime import TestTimeConfig
 
@@ -93,6 +94,7 @@ class EvalConfig(Section):
     samples: PositiveInt = 8  # completions of each problem, for pass@k and maj@k
     label: str = "model"  # how the report names it
     test_time: TestTimeConfig | None = None  # null = it is not measured
+    lm_eval: LmEvalConfig = LmEvalConfig()
 
 
 class JudgeConfig(Section):
