@@ -13,6 +13,7 @@ class LmEvalConfig(Section):
 
     tasks: list[str] = Field([])  # tasks, groups, tags or patterns such as mmlu_*; [] = none
     include_path: UserPath | None = None  # directory with task files of your own, before those of the library
+    include_defaults: bool = True  # the library's own tasks too; false starts some seconds sooner
     limit: PositiveInt | None = None  # first documents of each task; None = all
     num_fewshot: int | None = Field(None, ge=0)  # examples before a document; None = as the task says
     chat_template: bool = False  # prompts are conversations in the tokenizer's chat template

@@ -47,12 +47,14 @@ def continuations(
     """
     if not all(given and following for given, following in rows):
         raise ValueError("a continuation needs at least one token before it and one of its own")
+    if not rows:
+        return []
     leaves, owners = merged([(*given, *following[:-1]) for given, following in rows])
     of_leaf: list[list[int]] = [[] for _ in leaves]
     for number, owner in enumerate(owners):
         of_leaf[owner].append(number)
     root = plan(leaves, [min(len(rows[n][0]) - 1 for n in numbers) for numbers in of_leaf])
-    scoring, waiting = _Scoring(model, rows, of_leaf, device), [(root, None)] if rows else []
+    scoring, waiting = _Scoring(model, rows, of_leaf, device), [(root, None)]
     while waiting:
         node, stem = waiting.pop()
         if node.tokens:

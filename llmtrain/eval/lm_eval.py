@@ -209,7 +209,7 @@ def lm_of(model: Decoder, tokenizer: Tokenizer, ends: Sequence[int], **options: 
 
 def tasks_of(section: LmEvalConfig) -> TaskManager:
     """Returns the tasks that the section may name. Raises ValueError for one that there is not."""
-    manager = TaskManager(include_path=section.include_path)
+    manager = TaskManager(include_path=section.include_path, include_defaults=section.include_defaults)
     unknown = [name for name in section.tasks if not manager.match_tasks([name])]
     if unknown:
         raise ValueError(

@@ -305,6 +305,19 @@ def test_one_broken_rule_is_one_line(
     assert ";" in str(caught.value)
 
 
+def test_the_harness_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["eval.text=false", "eval.problems=0", f"model.init_from={tmp_path}", "parallel.pp=1", "parallel.tp=1"]
+    with_task = config(*overrides, "eval.lm_eval.tasks=[mmlu]", folder=tmp_path)
+    monkeypatch.setattr("llmtrain.rules.files.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^eval.lm_eval.tasks=mmlu: the .* not installed; pip install .*eval"):
+        check(with_task, 1, "eval")
+    check(config(*overrides, folder=tmp_path), 1, "eval")  # nothing is asked of it
+    monkeypatch.setattr("llmtrain.rules.files.find_spec", lambda name: name)
+    check(with_task, 1, "eval")
+    with pytest.raises(ConfigError, match=r"^eval.lm_eval.include_path=no/where: does not exist; give"):
+        check(config(*overrides, "eval.lm_eval.include_path=no/where", folder=tmp_path), 1, "eval")
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
