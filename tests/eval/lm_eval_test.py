@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from lm_eval.api.instance import Instance
 
-from llmtrain.eval.lm_eval import DecoderLM, open_lm, scores_of, tasks_of
+from llmtrain.eval.lm_eval import DecoderLM, open_lm, tasks_of
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 ALL = ("letters", "endings", "names", "last_word", "rolling", "shots", "short")
@@ -245,13 +247,26 @@ def test_scores_equal_those_of_hf_on_smollm2(task: str, tmp_path_factory: pytest
 
 
 @pytest.mark.slow
-def test_results_are_in_the_form_of_eval_json(tmp_path: Path) -> None:
+def test_the_command_writes_eval_json(tmp_path: Path) -> None:
     shared_data("gsm8k")
-    lm = open_lm(export(tmp_path))
-    section = LmEvalConfig(tasks=["llmtrain_endings"], include_path=str(TASKS), include_defaults=False, limit=4)
-    tokenizer = load_tokenizer(lm.tokenizer.name_or_path)
-    result = json.loads(json.dumps(scores_of(section, tasks_of(section), lm.model, tokenizer, lm.ends)))
-    assert set(result["tasks"]["llmtrain_endings"]) == {
+    directory = export(tmp_path)
+    section = {"tasks": ["llmtrain_endings"], "include_path": str(TASKS), "include_defaults": False, "limit": 4}
+    document = {
+        "name": "measured",
+        "run_dir": str(tmp_path / "run"),
+        "model": {"init_from": directory},
+        "tokenizer": {"path": directory},
+        "engine": {"precision": "fp32"},
+        "eval": {"text": False, "problems": 0, "lm_eval": section},
+    }
+    (tmp_path / "eval.yaml").write_text(json.dumps(document))  # JSON is YAML
+    command = [sys.executable, "-m", "llmtrain", "eval", str(tmp_path / "eval.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())["lm_eval"]["tasks"]["llmtrain_endings"]
+    assert set(result) == {
         "acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none", "problems", "version"
     }  # fmt: skip
-    assert result["tasks"]["llmtrain_endings"]["problems"] == 4
+    assert result["problems"] == 4
+    done = subprocess.run([*command, "eval.lm_eval.tasks=[no_such]"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "eval.lm_eval.tasks=no_such: lm_eval" in done.stderr + done.stdout
