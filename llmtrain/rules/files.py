@@ -249,7 +249,7 @@ def _evaluation_files(case: Case) -> Iterator[str]:
 def _harness(case: Case, section: LmEvalConfig) -> Iterator[str]:
     if section.tasks and find_spec("lm_eval") is None:
         yield (
-            f"eval.lm_eval.tasks={section.tasks[0]}: the lm-evaluation-harness is not installed; run "
+            f"eval.lm_eval.tasks={section.tasks[0]}: the lm-evaluation-harness is not installed; "
             "pip install 'llmtrain[eval]' -c constraints.txt, or remove the key"
         )
     if section.include_path is not None:
