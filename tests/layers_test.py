@@ -39,7 +39,12 @@ ONLY = {  # narrower than their level
     "scaling": {"config", "arch", "rules"},
     "cli": {"config", "rules"},
 }
-ONE_FILE = {"deepspeed": "engine/zero.py", "wandb": "observe/wandb.py", "vllm": "rollout/vllm.py"}
+ONE_FILE = {
+    "deepspeed": "engine/zero.py",
+    "wandb": "observe/wandb.py",
+    "vllm": "rollout/vllm.py",
+    "lm_eval": "eval/lm_eval.py",
+}
 TORCH_FREE = ("config", "sandbox", "arch", "rules", "rewards", "scaling", "cli")
 SINGLE_PROCESS = ("data", "model", "losses")
 WHOLE_CONFIG = (
@@ -156,7 +161,7 @@ def test_only_its_own_files_name_an_algorithm() -> None:
 
 
 def test_the_single_files_exist_and_import_what_is_theirs() -> None:
-    for library in ("deepspeed", "wandb"):
+    for library in ("deepspeed", "wandb", "lm_eval"):
         tree = ast.parse((ROOT / ONE_FILE[library]).read_text())
         assert any(name.partition(".")[0] == library for name in names(tree))
 
@@ -176,6 +181,7 @@ def test_the_single_files_exist_and_import_what_is_theirs() -> None:
         ("model/a.py", "from llmtrain.parallel.mesh import Mesh", "model may not import parallel"),
         ("parallel/a.py", "from llmtrain import engine", "parallel may not import engine"),
         ("engine/a.py", "from deepspeed.utils import groups", "only engine/zero.py imports deepspeed"),
+        ("commands/a.py", "import lm_eval", "only eval/lm_eval.py imports lm_eval"),
         ("trainer/a.py", "import wandb", "only observe/wandb.py imports wandb"),
         ("rollout/a.py", "from llmtrain.rewards import math", "rollout may not import rewards"),
         (

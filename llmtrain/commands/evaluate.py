@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from llmtrain.checkpoint.source import load_decoder
 from llmtrain.commands.tasks import prepared, task_scores
 from llmtrain.commands.testtime import accuracy_by_tokens
 from llmtrain.commands.weights import of_own_run
+from llmtrain.config.lm_eval import LmEvalConfig
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
+from llmtrain.data.ends import end_ids
 from llmtrain.data.packing import TextRows
 from llmtrain.data.sampler import derive
 from llmtrain.data.tokenizer import Tokenizer
@@ -35,7 +38,7 @@ from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.batches import text_rows
 from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
-from llmtrain.trainer.job import open_tokenizer, resolved
+from llmtrain.trainer.job import open_tokenizer, resolved, tokenizer_dir
 from llmtrain.types import Prompt
 
 ROWS_A_BATCH = 16
@@ -53,7 +56,8 @@ def main(config: Config) -> None:
         if samples:
             write_samples(directory, config.eval.label, samples)
     log(as_line({name: value for name, value in result.items() if not isinstance(value, dict)}))
-    for name, measures in {**result.get("text", {}), **result.get("tasks", {})}.items():
+    harness = result.get("lm_eval", {}).get("tasks", {})
+    for name, measures in {**result.get("text", {}), **result.get("tasks", {}), **harness}.items():
         log(f"{name}: {with_intervals(measures)}")
 
 
@@ -82,6 +86,7 @@ def measured(config: Config) -> tuple[dict[str, Any], list[dict]]:
     """Returns all measures, and all completions."""
     device = rank_device()
     dtype = compute_dtype(config.engine.precision)
+    harness = harness_of(config.eval.lm_eval)
     tokenizer = open_tokenizer(config)
     tasks = prepared(config, tokenizer)  # their rows may be faulty: before weights are loaded
     model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
@@ -95,7 +100,21 @@ def measured(config: Config) -> tuple[dict[str, Any], list[dict]]:
     if tasks:
         result["tasks"], records = task_scores(config, tasks, model, tokenizer, device)
         samples += records
+    if harness is not None:
+        result["lm_eval"] = harness(
+            model, tokenizer, end_ids(tokenizer, (config.model.init_from, tokenizer_dir(config)))
+        )
     return result, samples
+
+
+def harness_of(section: LmEvalConfig) -> Callable[[Decoder, Tokenizer, Sequence[int]], dict[str, object]] | None:
+    """Returns what runs the tasks of the lm-evaluation-harness, None where none is named. Raises ValueError for a name
+    that it does not know, before a model is loaded."""
+    if not section.tasks:
+        return None
+    from llmtrain.eval.lm_eval import scores_of, tasks_of  # the library is an extra
+
+    return partial(scores_of, section, tasks_of(section))
 
 
 def with_intervals(measures: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_va
 from pydantic_core import PydanticCustomError
 
 from llmtrain.config.document import model_name
+from llmtrain.config.lm_eval import LmEvalConfig
 from llmtrain.config.section import DeadlineS, Dtype, Section, Share, UserPath
 from llmtrain.config.tasks import EvalTask
 from llmtrain.config.testtime import TestTimeConfig
@@ -96,6 +97,7 @@ class EvalConfig(Section):
     hub: bool = False  # tasks whose data is not given as a path download it from the hub, once
     label: str = "model"  # how the report names it
     test_time: TestTimeConfig | None = None  # null = it is not measured
+    lm_eval: LmEvalConfig = LmEvalConfig()
 
 
 class JudgeConfig(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections import deque
@@ -15,6 +14,7 @@ from torch import Tensor
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.cache import KVCache, Recorder, round_up
 from llmtrain.rollout.sampling import check_sampling, sample
+from llmtrain.rollout.stem import STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
 from llmtrain.rollout.stop import Decode, Stop
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
@@ -192,15 +192,15 @@ class _Decoding:
 
     def __init__(self, model: Decoder, cache: KVCache, sampling: Sampling, slots: int) -> None:
         self.model, self.cache, self.sampling, self.slots = model, cache, sampling, slots
-        # The model's modules without the head, which prefill needs only for the last position of a prompt.
-        self.trunk = copy.copy(model)
-        self.trunk._modules = {**model._modules, "head": None}
+        self.trunk = without_head(model)  # prefill needs the head only for the last position of a prompt
+        self.stem: Stem | None = None  # what all prompts begin with
         self.active: list[_Sequence] = []
         self.prefills: dict[int, _Prefill] = {}  # by group, until its last sample has started
 
     def rounds(self, sequences: list[_Sequence]) -> Iterator[None]:
         """Completes all sequences, and yields whenever some have got their next token. Longest prompts start first:
         least padding, and least idle rows at the end."""
+        self.stem = self._common([s.prompt_ids for s in sequences])
         waiting = deque(sorted(sequences, key=lambda s: -len(s.prompt_ids)))
         while waiting or self.active:
             while waiting and len(self.active) < self.slots:
@@ -230,19 +230,41 @@ class _Decoding:
             self.prefills.update(zip(groups, self._forward_prompts(rows), strict=True))
             prompts = prompts[count:]
 
+    def _common(self, prompts: Sequence[list[int]]) -> Stem | None:
+        """Computes what the prompts begin with, where they differ and it is long enough: few-shot examples, a system
+        prompt. At least one token of each prompt is left for its own forward, which gives the logits behind it."""
+        first, last = min(prompts), max(prompts)  # of sorted rows these two have the least in common
+        count = min(shared_tokens(first, last), min(map(len, prompts)) - 1)
+        if first == last or count < STEM_TOKENS:
+            return None
+        return Stem(*self._recorded([first[:count]])[1:])
+
     def _forward_prompts(self, prompts: Sequence[list[int]]) -> list[_Prefill]:
         """Computes the prompts in one forward. Padding is on the right, where causal attention never sees it."""
-        lengths, device = [len(ids) for ids in prompts], self.cache.device
-        ids = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in prompts], device=device)
-        positions = torch.arange(ids.size(1), device=device).expand_as(ids)
-        recorder = Recorder()
-        hidden = self.trunk(ids, positions, caches=dict.fromkeys(self.model.layers, recorder))
-        logits = self.model.head(hidden[range(len(prompts)), [n - 1 for n in lengths]])
+        before = self.stem.tokens if self.stem else 0
+        hidden, *recorded = self._recorded([ids[before:] for ids in prompts])
+        lengths = [len(ids) for ids in prompts]
+        logits = self.model.head(hidden[range(len(prompts)), [n - 1 - before for n in lengths]])
 
         def own(blocks: list[Tensor], i: int) -> list[Tensor]:
             return [x[i, :, : lengths[i]] for x in blocks]
 
-        return [_Prefill(own(recorder.keys, i), own(recorder.values, i), logits[i]) for i in range(len(prompts))]
+        return [_Prefill(*(own(blocks, i) for blocks in recorded), logits[i]) for i in range(len(prompts))]
+
+    def _recorded(self, rows: Sequence[list[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Returns the last hidden states [B, T, hidden] of rows behind the stem, and for each layer the keys and values
+        of stem and rows, [B, heads, stem + T, dim]."""
+        width, device, recorder = max(map(len, rows)), self.cache.device, Recorder()
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+        if self.stem is None:
+            positions = torch.arange(width, device=device).expand_as(ids)
+            hidden = self.trunk(ids, positions, caches=dict.fromkeys(self.model.layers, recorder))
+            return hidden, recorder.keys, recorder.values
+        behind, before = Behind(self.stem), self.stem.tokens
+        positions = torch.arange(before, before + width, device=device).expand_as(ids)
+        masks = masks_behind(self.model, before, positions, torch.full_like(ids, width))
+        caches = dict.fromkeys(self.model.layers, lambda *kv: recorder(*behind(*kv)))
+        return self.trunk(ids, positions, masks=masks, caches=caches), recorder.keys, recorder.values
 
     def _decode(self) -> None:
         """Decodes one more token for every active sequence."""

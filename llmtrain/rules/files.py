@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from llmtrain.config.hub import is_name
+from llmtrain.config.lm_eval import LmEvalConfig
 from llmtrain.config.machine import has_wandb_key
 from llmtrain.config.ramp import ramp_faults
 from llmtrain.config.recipes import JUDGES, names_of, planned_recipes
@@ -241,6 +243,17 @@ def _evaluation_files(case: Case) -> Iterator[str]:
         place = data.path or (own if os.path.isdir(own) else None)
         why = "eval.text measures on the held-out shards there (not with eval.text=false)"
         yield from _existing(case, "data.path", place, why)
+    yield from _harness(case, evaluation.lm_eval)
+
+
+def _harness(case: Case, section: LmEvalConfig) -> Iterator[str]:
+    if section.tasks and find_spec("lm_eval") is None:
+        yield (
+            f"eval.lm_eval.tasks={section.tasks[0]}: the lm-evaluation-harness is not installed; "
+            "pip install 'llmtrain[eval]' -c constraints.txt, or remove the key"
+        )
+    if section.include_path is not None:
+        yield from _existing(case, "eval.lm_eval.include_path", section.include_path, None)
 
 
 FILE_RULES: Rules = (

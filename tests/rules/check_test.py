@@ -305,6 +305,22 @@ def test_one_broken_rule_is_one_line(
     assert ";" in str(caught.value)
 
 
+def test_the_harness_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faults(*overrides: str) -> list[str]:
+        with pytest.raises(ConfigError) as caught:  # there is no model either
+            check(config("eval.text=false", "eval.problems=0", *overrides, folder=tmp_path), 1, "eval")
+        return [line for line in str(caught.value).splitlines() if line.startswith("eval.lm_eval")]
+
+    monkeypatch.setattr("llmtrain.rules.files.find_spec", lambda name: None)
+    (line,) = faults("eval.lm_eval.tasks=[mmlu]")
+    assert re.match(r"eval.lm_eval.tasks=mmlu: the .* is not installed; pip install .*eval", line)
+    assert faults() == []  # nothing is asked of it
+    monkeypatch.setattr("llmtrain.rules.files.find_spec", lambda name: name)
+    assert faults("eval.lm_eval.tasks=[mmlu]") == []
+    (line,) = faults("eval.lm_eval.include_path=no/where")
+    assert line.startswith("eval.lm_eval.include_path=no/where: does not exist; give")
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
