@@ -1,53 +1,75 @@
-"""Implements `llmtrain eval`: perplexity on held-out text, pass@k on held-out problems, in one process."""
+"""Implements `llmtrain eval`: perplexity on held-out text, pass@k on held-out problems, on one rank or several."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
-import torch
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
 from llmtrain.commands.weights import of_own_run
 from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
-from llmtrain.data.sampler import derive
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.precision import compute_dtype
-from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
+from llmtrain.eval.ranks import IDLE_S, Agreeing, agreed, lead
 from llmtrain.model.decoder import Decoder
 from llmtrain.observe.evaluations import COMMAND, FILES, place_in_run
 from llmtrain.observe.locks import locked, making
 from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.owned import adopt, filling, is_run, replacing
 from llmtrain.parallel.device import rank_device
-from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
+from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown
+from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.worker import ColocatedGenerator
 from llmtrain.trainer.batches import text_rows
-from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
+from llmtrain.trainer.completions import stop_text
+from llmtrain.trainer.evaluating import problem_scores as sampled_scores
+from llmtrain.trainer.evaluating import read_problems, sharded_text
 from llmtrain.trainer.job import open_tokenizer, resolved
-from llmtrain.types import Prompt
 
 ROWS_A_BATCH = 16
 
 
 def main(config: Config) -> None:
     """Writes eval.json, samples.jsonl and config.yaml: into the run directory, or where that holds a run which trains
-    (or evaluations that lie apart) into its eval/<label>/."""
-    make_run_dir(config.directory)
-    meant = of_own_run(config)
-    with results(config) as directory:
-        result, samples = measured(meant)
-        (directory / "config.yaml").write_text(dump(resolved(meant)), encoding="utf-8")
-        (directory / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-        if samples:
-            write_samples(directory, config.eval.label, samples)
+    (or evaluations that lie apart) into its eval/<label>/. Under torchrun the ranks share the work, and rank 0
+    writes."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    mesh = init_mesh(config.parallel, None, config.engine.timeout_s) if several else None
+    with ExitStack() as stack:
+        meant, directory = opened(config, mesh, stack)
+        result, samples = measured(meant, mesh)
+        if directory is not None:
+            (directory / "config.yaml").write_text(dump(resolved(meant)), encoding="utf-8")
+            (directory / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+            if samples:
+                write_samples(directory, config.eval.label, samples)
     log(as_line(result))
+    shutdown()
+
+
+def opened(config: Config, mesh: Mesh | None, stack: ExitStack) -> tuple[Config, Path | None]:
+    """Returns the configuration with the weights that it means, and the directory to write into, on other ranks than 0
+    None (a collective); `stack` ends it."""
+    found: list[Config] = []
+
+    def open_() -> None:
+        make_run_dir(config.directory)
+        found.append(of_own_run(config))
+
+    if mesh is None:
+        open_()
+        return found[0], stack.enter_context(results(config))
+    agreed(mesh, open_)
+    places: list[Path] = []
+    agreed(mesh, lambda: places.append(stack.enter_context(results(config))) if mesh.rank == 0 else None)
+    return found[0], next(iter(places), None)
 
 
 @contextmanager
@@ -71,20 +93,31 @@ def adopt_earlier(directory: Path) -> None:
             adopt(directory, COMMAND, FILES)
 
 
-def measured(config: Config) -> tuple[dict[str, object], list[dict]]:
-    """Returns all measures, and all completions."""
-    device = rank_device()
-    dtype = compute_dtype(config.engine.precision)
-    model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
-    tokenizer = open_tokenizer(config)
-    result: dict[str, object] = {"label": config.eval.label}
+def measured(config: Config, mesh: Mesh | None) -> tuple[dict[str, object], list[dict]]:
+    """Returns all measures, and all completions; of those that are sampled on rank 0 alone (a collective)."""
+    tokenizer, asked = open_tokenizer(config), config.eval
+    result: dict[str, object] = {"label": asked.label}
     samples: list[dict] = []
-    if config.eval.text:
+    if asked.text and mesh is not None:
+        result |= sharded_text(config, tokenizer, mesh)
+    model = whole_model(config, mesh) if mesh is None or asked.problems else None
+    if asked.text and mesh is None:
         result |= text_scores(config, model, tokenizer)
-    if config.eval.problems:
-        scores, samples = problem_scores(config, model, tokenizer, device)
+    if asked.problems:
+        scores, samples = problem_scores(config, model, tokenizer, mesh)
         result |= scores
     return result, samples
+
+
+def whole_model(config: Config, mesh: Mesh | None) -> Decoder:
+    """Returns the model, whole on each rank, on its device (a collective)."""
+    device, dtype, loaded = rank_device(), compute_dtype(config.engine.precision), list[Decoder]()
+
+    def load() -> None:
+        loaded.append(load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval())
+
+    load() if mesh is None else agreed(mesh, load)
+    return loaded[0]
 
 
 def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, float]:
@@ -96,31 +129,20 @@ def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[st
 
 
 def problem_scores(
-    config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device
+    config: Config, model: Decoder, tokenizer: Tokenizer, mesh: Mesh | None
 ) -> tuple[dict[str, float], list[dict]]:
     """Returns pass@k, majority vote and greedy accuracy on the first `eval.problems` held-out problems, and all
-    completions."""
-    r, reward = config.rollout, config.rewards[0]
-    problems = prompts_of(config, config.data.held_out, tokenizer)
-    count = min(config.eval.problems, len(problems))
-    check_rows([reward], problems.examples[:count], problems.places[:count])
-    scorer = scorer_of(reward)
+    completions; nothing on other ranks than 0. Each rank answers its share (a collective)."""
+    r, device = config.rollout, rank_device()
+    generator = NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len, stop_text(tokenizer))
 
-    def judge(pairs: Sequence[tuple[int, str]]) -> list[Score]:
-        scores = scorer.score([(text, problems.examples[i]) for i, text in pairs])
-        stop_if_failing([reward], [{} if s.error is None else {reward.name: s.error} for s in scores])
-        return scores
+    def work(answering: Generator) -> tuple[dict[str, float], list[dict]]:
+        return sampled_scores(config, read_problems(config, tokenizer), tokenizer, answering)
 
-    prompts = [Prompt(problems.prompt_ids(i), derive(config.seed, f"eval/{i}")) for i in range(count)]
-    return evaluate_problems(
-        NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len, stop_text(tokenizer)),
-        prompts,
-        completion_text(config, tokenizer),
-        judge,
-        scorer.classes,
-        config.eval.samples,
-        sampling_of(config, tokenizer),
-    )
+    if mesh is None:
+        return work(generator)
+    shared = ColocatedGenerator(Agreeing(generator, mesh), mesh)
+    return lead(mesh.side_group(IDLE_S), shared, work) or ({}, [])
 
 
 def write_samples(directory: Path, label: str, samples: list[dict]) -> None:

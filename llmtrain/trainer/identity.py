@@ -263,11 +263,14 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
     """Returns path and checksum of what a run reads, by key; what is not there yet is left out."""
     found: Contents = {}
     places: dict[str, tuple[str | None, list[str]]] = {}
+    own_rows = not recipe.packs_text and config.train.eval_every_steps
     if not recipe.packs_text and config.data.train:
         places["data.train"] = (config.data.train, files_at(split_path(config.data.train)[0]))
-    if not recipe.packs_text and config.train.eval_every_steps and config.data.held_out:
+    beside = config.eval.every_steps > 0
+    if config.data.held_out and (own_rows or (beside and config.eval.problems)):
         places["data.held_out"] = (config.data.held_out, files_at(split_path(config.data.held_out)[0]))
-    if (recipe.packs_text or config.data.replay_seqs) and os.path.isfile(os.path.join(data_dir, MANIFEST)):
+    text = recipe.packs_text or config.data.replay_seqs or (beside and config.eval.text and config.data.path)
+    if text and os.path.isfile(os.path.join(data_dir, MANIFEST)):
         places["data.path"] = (data_dir, shard_files(data_dir))
     if recipe.reads_rewards:
         places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in config.rewards if each.file}
