@@ -3,8 +3,9 @@ done once, on rank 0."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from llmtrain.checkpoint.group import CheckpointGroup
 from llmtrain.rollout.generator import Generator, Weights
@@ -13,6 +14,7 @@ from llmtrain.types import Group, Prompt, Sampling
 
 T = TypeVar("T")
 
+LEAVE_S = 1.0
 KINDS = {"ValueError": ValueError, "OSError": OSError, "RuntimeError": RuntimeError}
 TOLD = (*KINDS.values(), FloatingPointError)  # what llmtrain raises to tell the user something
 IDLE_S = 86400  # how long a rank waits to be asked, while rank 0 judges; the launcher ends it when rank 0 is gone
@@ -39,8 +41,14 @@ def agreed(group: CheckpointGroup, action: Callable[[], T]) -> list[T]:
     if error is not None and not isinstance(error, TOLD):
         raise error
     if group.rank:
-        raise SystemExit(exit_code(raised)) from error
+        leave(exit_code(raised))
     raise raised from error
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a rank, silently, whose error rank 0 tells: a little later, as the launcher ends all when one has left."""
+    time.sleep(LEAVE_S)
+    raise SystemExit(code)
 
 
 def kind_of(error: Exception) -> str:
@@ -125,4 +133,4 @@ def serve(group: CheckpointGroup, generator: Generator) -> None:
     while "exit_code" not in (request := group.all_gather_json(None)[0]):
         generator.generate(*asked_by(request))
     if request["exit_code"]:
-        raise SystemExit(request["exit_code"])
+        leave(request["exit_code"])

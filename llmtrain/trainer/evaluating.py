@@ -18,7 +18,7 @@ from llmtrain.data.shards import holds_out
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.build import Role, build_frozen
 from llmtrain.eval.generate import evaluate_problems
-from llmtrain.eval.ranks import IDLE_S, Agreeing, lead
+from llmtrain.eval.ranks import IDLE_S, Agreeing, agreed, lead
 from llmtrain.observe.beside import PREFIX
 from llmtrain.observe.log import as_line, log
 from llmtrain.parallel.mesh import Mesh
@@ -30,15 +30,16 @@ from llmtrain.trainer.completions import completion_text, prompts_of, sampling_o
 from llmtrain.trainer.job import Job, data_dir
 from llmtrain.trainer.record import is_due
 from llmtrain.trainer.rollouts import local_generator
-from llmtrain.types import Prompt
+from llmtrain.types import Prompt, WeightSource
 
 
 def sharded_text(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, float]:
     """Returns loss, perplexity and bits a byte on the held-out shards of `model.init_from`, a model that is divided
     among the ranks as the section `parallel` says, and sharded over all data-parallel ones (a collective)."""
     model = resolve_model(config.model).model_copy(update={"lora": None, "mtp_layers": 0})
-    source = weight_source(config.model.init_from, model, mesh)
-    scorer = build_frozen(Role("model", model, config.parallel, config.engine, source), mesh)
+    found: list[WeightSource] = []
+    agreed(mesh, lambda: found.append(weight_source(config.model.init_from, model, mesh)))
+    scorer = build_frozen(Role("model", model, config.parallel, config.engine, found[0]), mesh)
     rows = text_rows(config, "held_out", tokenizer)
     return evaluate_text(scorer, rows, config.eval.text_seqs, config.train.micro_batch_seqs, mesh)
 

@@ -9,10 +9,16 @@ from typing import Any
 
 import pytest
 
+from llmtrain.eval import ranks
 from llmtrain.eval.ranks import Agreeing, Leading, agreed, lead
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
 SIZE = 3
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "LEAVE_S", 0.0)
 
 
 class Rank:
