@@ -48,6 +48,7 @@ SAME = (
 )
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
 value would repeat some samples and skip others, or mix two measures under one name."""
+MEASURED = ("eval.text_seqs", "eval.problems", "eval.samples")  # as SAME, of a run that is measured beside its training
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
 # Keys of the section data that rows do not depend on, or only through what stands in the shards.
 NO_ROWS = ("collect", "clean", "executor", "execution", "workers", "verify", "megatron", "loader_workers")
@@ -166,7 +167,8 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
     found: list[Difference] = []
     if was["recipe"] not in (None, now["recipe"]):
         found.append(("command", was["recipe"], now["recipe"]))
-    for key in same_keys(now["config"], recipe):
+    beside = all(record["config"].get("eval", {}).get("every_steps") for record in (was, now))
+    for key in (*same_keys(now["config"], recipe), *(MEASURED if beside else ())):
         if key == TEMPLATE and key in was["contents"] and key in now["contents"]:
             continue  # a file before and now: what it holds is compared
         before, after = (_value(record["config"], key) for record in (was, now))

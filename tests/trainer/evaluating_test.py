@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from llmtrain.config.load import load
+from llmtrain.config.recipes import RECIPES
 from llmtrain.rules.check import violations
 from llmtrain.trainer import evaluating
 from llmtrain.trainer.evaluating import Evaluation
-from llmtrain.trainer.job import Job
+from llmtrain.trainer.identity import Record as RunRecord
+from llmtrain.trainer.identity import differences, record_of
+from llmtrain.trainer.job import Job, resolved
 from llmtrain.trainer.record import Record
 from llmtrain.types import Batch, Prompt, Scores
 from tests.recipes.conftest import one_rank, stub_job  # noqa: F401  fixtures
@@ -175,6 +178,22 @@ def test_what_cannot_be_measured_is_refused(small: Path, command: str, keys: lis
     assert any(re.match(message, line) for line in found), found
     off = violations(load(str(small), ["model.init_from=null", *keys]), 1, command)
     assert not any(re.match("eval.every_steps", line) for line in off)
+
+
+def test_a_run_that_goes_on_measures_the_same(small: Path) -> None:
+    """What is not measured may change: the keys are also those of `llmtrain eval`."""
+
+    def record(*keys: str) -> RunRecord:
+        return record_of(resolved(load(str(small), list(keys))), RECIPES["pretrain"], {})
+
+    def other(was: list[str], now: list[str]) -> list[tuple]:
+        return differences(record(*was), record(*now), RECIPES["pretrain"])
+
+    on, more = "eval.every_steps=2", "eval.problems=5"
+    assert other([on], [on, more]) == [("eval.problems", 256, 5)]
+    assert (
+        other([on], ["eval.every_steps=3"]) == other([], [on, more]) == other([on], [more]) == other([], [more]) == []
+    )
 
 
 def test_text_that_nothing_holds_out_is_refused(start: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
