@@ -29,7 +29,7 @@ def test_panels_have_what_was_measured_by_k() -> None:
 
 def test_levels_are_those_of_step_0_alone() -> None:
     assert start_levels(METRICS) == {"eval/pass@8": 0.5, "eval/pass@1": 0.125, "eval/loss": 3.0}
-    assert start_levels(METRICS[1:]) == start_levels([]) == {}
+    assert start_levels(METRICS[1:]) == start_levels(METRICS[2:]) == start_levels([]) == {}
     assert start_levels([{"step": 0, "eval/loss": None}]) == {}
 
 
