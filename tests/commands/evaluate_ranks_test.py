@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,18 +22,9 @@ def evaluation(small: Path, run: Path, label: str, *more: str) -> list[str]:
 def results(run: Path, label: str) -> tuple[dict, list[dict]]:
     place = run / "eval" / label
     lines = (place / "samples.jsonl").read_text().splitlines() if (place / "samples.jsonl").exists() else []
-    samples = [{**json.loads(line), "label": None} for line in lines]
-    return {**json.loads((place / "eval.json").read_text()), "label": None}, samples
-
-
-def broken(run: Path) -> Path:
-    """A copy of the run's checkpoint with a byte changed."""
-    place = run / "checkpoints" / "step-00000001"
-    shutil.copytree(run / "checkpoints" / "step-00000002", place)
-    data = bytearray((place / "rank-00000.safetensors").read_bytes())
-    data[-1] ^= 1
-    (place / "rank-00000.safetensors").write_bytes(data)
-    return place
+    samples, measures = [json.loads(line) for line in lines], json.loads((place / "eval.json").read_text())
+    assert {each.pop("label") for each in (measures, *samples)} == {label}
+    return measures, samples
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +41,14 @@ def test_two_ranks_measure_what_one_does(small: Path, trained: Path, forked: Cal
     shared = [
         evaluation(small, trained, "dp"),
         evaluation(small, trained, "tp", "parallel.tp=2", "eval.problems=0"),
-        evaluation(small, trained, "broken", f"model.init_from={broken(trained)}"),
     ]
     ranks = forked(2, WORKER, json.dumps(shared), timeout_s=120)
-    assert "exit codes [0, 0, 2]" in ranks.stdout, ranks.stdout[-3000:]
+    assert "exit codes [0, 0]" in ranks.stdout, ranks.stdout[-3000:]
     (one, samples), (two, own) = results(trained, "one"), results(trained, "dp")
     assert own == samples and len(samples) == 5 * 4
     assert two == pytest.approx(one, rel=1e-5) and two["entropy"] == one["entropy"]
-    text = {name: one[name] for name in ("label", "loss", "perplexity", "bits_per_byte")}
+    text = {name: one[name] for name in ("loss", "perplexity", "bits_per_byte")}
     assert results(trained, "tp") == (pytest.approx(text, rel=1e-5), [])
-    assert ranks.stdout.count("step-00000001") == ranks.stdout.count("rank-00000.safetensors") == 1
-    assert not (trained / "eval" / "broken").exists()
 
 
 @pytest.mark.slow
@@ -83,9 +70,17 @@ def test_a_model_that_four_ranks_share_is_measured_as_one_process_does(
         (4, ["parallel.tp=2"], "parallel.tp=2: must be 1 where eval samples, from a whole model on each rank; set it"),
         (4, ["parallel.pp=2", "eval.text=false"], "parallel.pp=2: must be 1 where eval samples"),
         (2, ["parallel.cp=2"], "parallel.cp=2: must be 1 where eval samples"),
-        (3, ["parallel.tp=2", "eval.problems=0"], "ranks=3: "),
-        (2, ["parallel.pp=8", "eval.problems=0"], "parallel.pp x virtual_stages=8: must be at most"),
-        (3, ["parallel.tp=3", "eval.problems=0"], "model.num_heads=4: must be a multiple of parallel.tp=3"),
+        (
+            3,
+            ["parallel.tp=2", "eval.problems=0"],
+            "parallel: pp 1 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 2 = 2 ranks: must be the 3",
+        ),
+        (
+            2,
+            ["parallel.pp=8", "eval.problems=0"],
+            "parallel: pp 8 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 1 = 8 ranks: must be the 2",
+        ),
+        (3, ["parallel.tp=3", "eval.problems=0"], "train.seq_len=64: must be a multiple of parallel.tp=3"),
         (2, ["parallel.cp=2", "eval.problems=0", "train.seq_len=62"], "train.seq_len=62: must be a multiple of 4"),
     ],
 )
