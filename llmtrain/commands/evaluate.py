@@ -1,16 +1,14 @@
-"""Implements `llmtrain eval`: perplexity on held-out text, pass@k on held-out problems, tasks, in one process."""
+"""Implements `llmtrain eval`: perplexity on held-out text, held-out problems, tasks, on one rank or several."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
@@ -22,43 +20,77 @@ from llmtrain.config.load import dump
 from llmtrain.config.schema import Config
 from llmtrain.data.ends import end_ids
 from llmtrain.data.packing import TextRows
-from llmtrain.data.sampler import derive
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.precision import compute_dtype
-from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.perplexity import perplexity
-from llmtrain.eval.testtime.problems import Problems
+from llmtrain.eval.ranks import IDLE_S, Agreeing, agreed, lead
 from llmtrain.model.decoder import Decoder
 from llmtrain.observe.evaluations import COMMAND, FILES, place_in_run
 from llmtrain.observe.locks import locked, making
 from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.owned import adopt, filling, is_run, replacing
 from llmtrain.parallel.device import rank_device
-from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
+from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown
+from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.worker import ColocatedGenerator
 from llmtrain.trainer.batches import text_rows
-from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
+from llmtrain.trainer.completions import stop_text
+from llmtrain.trainer.evaluating import by_source, posed, read_problems, sharded_text
+from llmtrain.trainer.evaluating import problem_scores as sampled_scores
 from llmtrain.trainer.job import open_tokenizer, resolved, tokenizer_dir
-from llmtrain.types import Prompt
 
 ROWS_A_BATCH = 16
+T = TypeVar("T")
+Scored = tuple[dict[str, Any], list[dict[str, Any]]]
+"""Holds measures by name, and a record of each completion."""
 
 
 def main(config: Config) -> None:
     """Writes eval.json, samples.jsonl and config.yaml: into the run directory, or where that holds a run which trains
-    (or evaluations that lie apart) into its eval/<label>/."""
-    make_run_dir(config.directory)
-    meant = of_own_run(config)
-    with results(config) as directory:
-        result, samples = measured(meant)
-        (directory / "config.yaml").write_text(dump(resolved(meant)), encoding="utf-8")
-        (directory / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-        if samples:
-            write_samples(directory, config.eval.label, samples)
+    (or evaluations that lie apart) into its eval/<label>/. Under torchrun the ranks share the work, and rank 0
+    writes."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    mesh = init_mesh(config.parallel, None, config.engine.timeout_s) if several else None
+    with ExitStack() as stack:
+        meant, directory = opened(config, mesh, stack)
+        result, samples = measured(meant, mesh)
+        if directory is not None:
+            (directory / "config.yaml").write_text(dump(resolved(meant)), encoding="utf-8")
+            (directory / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+            if samples:
+                write_samples(directory, config.eval.label, samples)
+    tell(result)
+    shutdown()
+
+
+def tell(result: dict[str, Any]) -> None:
+    """Logs the measures: those of the whole in one line, then a line for each source of text and each task."""
     log(as_line({name: value for name, value in result.items() if not isinstance(value, dict)}))
     harness = result.get("lm_eval", {}).get("tasks", {})
     for name, measures in {**result.get("text", {}), **result.get("tasks", {}), **harness}.items():
         log(f"{name}: {with_intervals(measures)}")
+
+
+def together(mesh: Mesh | None, action: Callable[[], T]) -> T:
+    """Returns what `action` makes on this rank. Where it fails on one rank, all end (a collective)."""
+    made: list[T] = []
+    if mesh is None:
+        return action()
+    agreed(mesh, lambda: made.append(action()))
+    return made[0]
+
+
+def opened(config: Config, mesh: Mesh | None, stack: ExitStack) -> tuple[Config, Path | None]:
+    """Returns the configuration with the weights that it means, and the directory to write into, on other ranks than 0
+    None (a collective); `stack` ends it."""
+
+    def meant() -> Config:
+        make_run_dir(config.directory)
+        return of_own_run(config)
+
+    found, writes = together(mesh, meant), mesh is None or mesh.rank == 0
+    return found, together(mesh, lambda: stack.enter_context(results(config)) if writes else None)
 
 
 @contextmanager
@@ -82,28 +114,27 @@ def adopt_earlier(directory: Path) -> None:
             adopt(directory, COMMAND, FILES)
 
 
-def measured(config: Config) -> tuple[dict[str, Any], list[dict]]:
-    """Returns all measures, and all completions."""
-    device = rank_device()
-    dtype = compute_dtype(config.engine.precision)
-    harness = harness_of(config.eval.lm_eval)
-    tokenizer = open_tokenizer(config)
-    tasks = prepared(config, tokenizer)  # their rows may be faulty: before weights are loaded
-    model = load_decoder(config.model.init_from, resolve_model(config.model), dtype).to(device).eval()
-    result: dict[str, Any] = {"label": config.eval.label}
-    samples: list[dict] = []
-    if config.eval.text:
+def measured(config: Config, mesh: Mesh | None) -> Scored:
+    """Returns all measures, and all completions; of those that are sampled on rank 0 alone (a collective)."""
+    asked, harness, tokenizer = config.eval, harness_of(config.eval.lm_eval), open_tokenizer(config)
+    tasks = together(mesh, lambda: prepared(config, tokenizer))  # their rows may be faulty: before weights are loaded
+    result: dict[str, Any] = {"label": asked.label}
+    samples: list[dict[str, Any]] = []
+    if asked.text and mesh is not None:
+        result |= sharded_text(config, tokenizer, mesh)
+    model = whole_model(config, mesh) if mesh is None or asked.problems or tasks else None
+    if asked.text and mesh is None:
         result |= text_scores(config, model, tokenizer)
-    if config.eval.problems:
-        scores, samples = problem_scores(config, model, tokenizer, device)
+    if asked.problems:
+        scores, samples = problem_scores(config, model, tokenizer, mesh)
         result |= scores
     if tasks:
-        result["tasks"], records = task_scores(config, tasks, model, tokenizer, device)
+        work = partial(task_scores, config, tasks, model, tokenizer)
+        result["tasks"], records = led(config, model, tokenizer, mesh, None, work)
         samples += records
-    if harness is not None:
-        result["lm_eval"] = harness(
-            model, tokenizer, end_ids(tokenizer, (config.model.init_from, tokenizer_dir(config)))
-        )
+    if harness is not None:  # in one process, see the rules
+        ends = end_ids(tokenizer, (config.model.init_from, tokenizer_dir(config)))
+        result["lm_eval"] = harness(model, tokenizer, ends)
     return result, samples
 
 
@@ -126,16 +157,17 @@ def with_intervals(measures: dict[str, Any]) -> str:
     return as_line(told)
 
 
+def whole_model(config: Config, mesh: Mesh | None) -> Decoder:
+    """Returns the model, whole on each rank, on its device (a collective)."""
+    device, dtype = rank_device(), compute_dtype(config.engine.precision)
+    load = partial(load_decoder, config.model.init_from, resolve_model(config.model), dtype)
+    return together(mesh, lambda: load().to(device).eval())
+
+
 def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns loss, perplexity and bits a byte on the first `eval.text_seqs` held-out rows, and under `text` the same
-    of each source by itself, on as many of its rows."""
+    """Returns loss, perplexity and bits a byte on the first `eval.text_seqs` held-out rows, and by source."""
     rows = text_rows(config, "held_out", tokenizer)
-    sources = [name for name, count in rows.rows.items() if count]
-    total = rows_perplexity(model, rows, config.eval.text_seqs)
-    if len(sources) == 1:
-        return {**total, "text": {sources[0]: total}}
-    own = {name: rows_perplexity(model, rows.of_source(name), config.eval.text_seqs) for name in sources}
-    return {**total, "text": own}
+    return by_source(rows, lambda part: rows_perplexity(model, part, config.eval.text_seqs))
 
 
 def rows_perplexity(model: Decoder, rows: TextRows, most: int) -> dict[str, float]:
@@ -145,38 +177,40 @@ def rows_perplexity(model: Decoder, rows: TextRows, most: int) -> dict[str, floa
     return perplexity(model, batches, rows.bytes_per_token)
 
 
-def problem_scores(
-    config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device
-) -> tuple[dict[str, Any], list[dict]]:
-    """Returns pass@k, majority vote and greedy accuracy on the first `eval.problems` held-out problems, and all
-    completions."""
-    r, reward = config.rollout, config.rewards[0]
-    problems = prompts_of(config, config.data.held_out, tokenizer)
-    count = min(config.eval.problems, len(problems))
-    check_rows([reward], problems.examples[:count], problems.places[:count])
-    scorer = scorer_of(reward)
+def problem_scores(config: Config, model: Decoder, tokenizer: Tokenizer, mesh: Mesh | None) -> Scored:
+    """Returns what is measured on the first `eval.problems` held-out problems, and all completions; nothing on other
+    ranks than 0 (a collective)."""
+    most_tokens = min(config.train.seq_len, model.config.max_positions)
 
-    def judge(pairs: Sequence[tuple[int, str]]) -> list[Score]:
-        scores = scorer.score([(text, problems.examples[i]) for i, text in pairs])
-        stop_if_failing([reward], [{} if s.error is None else {reward.name: s.error} for s in scores])
-        return scores
+    def work(generator: Generator) -> Scored:
+        rows = read_problems(config, tokenizer)
+        problems = posed(config, rows, tokenizer)
+        scores, samples = sampled_scores(config, problems, tokenizer, generator)
+        if config.eval.test_time is not None:
+            places = rows.places[: len(problems.prompts)]
+            scores["test_time"] = accuracy_by_tokens(config, tokenizer, generator, most_tokens, problems, places)
+        return scores, samples
 
-    prompts = [Prompt(problems.prompt_ids(i), derive(config.seed, f"eval/{i}")) for i in range(count)]
-    generator = NativeGenerator(model, r.max_batch_seqs, device, config.train.seq_len, stop_text(tokenizer))
-    decode = completion_text(config, tokenizer)
-    scores, samples = evaluate_problems(
-        generator,
-        prompts,
-        decode,
-        judge,
-        scorer.classes,
-        config.eval.samples,
-        sampling_of(config, tokenizer),
-    )
-    if config.eval.test_time is not None:
-        asked = Problems(prompts, problems.examples[:count], decode, judge, scorer.classes)
-        scores["test_time"] = accuracy_by_tokens(config, tokenizer, generator, asked, problems.places[:count])
-    return scores, samples
+    return led(config, model, tokenizer, mesh, most_tokens, work)
+
+
+def led(
+    config: Config,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    mesh: Mesh | None,
+    most_tokens: int | None,
+    work: Callable[[Generator], Scored],
+) -> Scored:
+    """Returns what `work` makes with a generator of `model`, on sequences of `most_tokens` at most (None: the model's
+    limit). Each rank answers its share of what it asks for; the rest is done on rank 0, and others get nothing (a
+    collective)."""
+    decode = stop_text(tokenizer)
+    generator = NativeGenerator(model, config.rollout.max_batch_seqs, rank_device(), most_tokens, decode)
+    if mesh is None:
+        return work(generator)
+    shared = ColocatedGenerator(Agreeing(generator, mesh), mesh)
+    return lead(mesh.side_group(IDLE_S), shared, work) or ({}, [])
 
 
 def write_samples(directory: Path, label: str, samples: list[dict]) -> None:

@@ -34,7 +34,8 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
         yield from ((f"data.sources.{source.name}", source.path) for source in data.sources)
     if (recipe is not None and not recipe.packs_text) or command in JUDGES:
         yield "data.train", data.train
-    if (command == "eval" and config.eval.problems) or (recipe is not None and config.train.eval_every_steps):
+    evaluates = command == "eval" or (recipe is not None and config.eval.every_steps)
+    if (evaluates and config.eval.problems) or (recipe is not None and config.train.eval_every_steps):
         yield "data.held_out", data.held_out
     if command in ("eval", "judge") or (recipe is not None and recipe.reads_rewards):
         yield from ((f"rewards.{reward.name}", reward.model or reward.file) for reward in config.rewards)
@@ -45,7 +46,7 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
         yield "constitutional.agreement", config.constitutional.agreement
     if recipe is not None and (recipe.packs_text or data.replay_seqs):
         yield "data.path", data.path
-    if command == "eval" and config.eval.text:
+    if evaluates and config.eval.text:
         yield "data.path", data.path
     if recipe is not None or command in ("eval", "export", *JUDGES):
         yield "tokenizer.path", config.tokenizer.path

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.commands.weights import of_own_run
 from llmtrain.config.schema import Config
@@ -19,8 +17,9 @@ from llmtrain.eval.tasks.measure import Measured, measure_generation, measure_li
 from llmtrain.eval.tasks.problems import Problem, encode_problems, read_problems
 from llmtrain.eval.tasks.show import shown
 from llmtrain.model.decoder import Decoder
-from llmtrain.rollout.native import NativeGenerator
-from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
+from llmtrain.parallel.device import rank_device
+from llmtrain.rollout.generator import Generator
+from llmtrain.trainer.completions import completion_text, sampling_of
 from llmtrain.trainer.job import open_tokenizer
 
 Prepared = tuple[EvalTask, list[Problem]]
@@ -50,12 +49,13 @@ def prepared(config: Config, tokenizer: Tokenizer) -> list[Prepared]:
 
 
 def task_scores(
-    config: Config, tasks: Sequence[Prepared], model: Decoder, tokenizer: Tokenizer, device: torch.device
+    config: Config, tasks: Sequence[Prepared], model: Decoder, tokenizer: Tokenizer, generator: Generator
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns the measures of each task by its name, and the records of all, each with its `task`."""
+    """Returns the measures of each task by its name, and the records of all, each with its `task`. `generator` samples
+    from `model`, which itself scores options."""
     scores, records = {}, []
     for task, problems in tasks:
-        scores[task.label], own = task_score(config, task, problems, model, tokenizer, device)
+        scores[task.label], own = task_score(config, task, problems, model, tokenizer, generator)
         records += [{"task": task.label, **each} for each in own]
     return scores, records
 
@@ -66,12 +66,11 @@ def task_score(
     problems: Sequence[Problem],
     model: Decoder,
     tokenizer: Tokenizer,
-    device: torch.device,
+    generator: Generator,
 ) -> Measured:
     """Returns the measures and the records of one task."""
     if task.kind == "options":
-        return measure_likelihoods(problems, partial(continuation_logprobs, model, device=device))
-    generator = NativeGenerator(model, config.rollout.max_batch_seqs, device, decode=stop_text(tokenizer))
+        return measure_likelihoods(problems, partial(continuation_logprobs, model, device=rank_device()))
     seeds = [derive(config.seed, f"eval/{task.label}/{i}") for i in range(len(problems))]
     ends = sampling_of(config, tokenizer).stop_ids
     return measure_generation(task, problems, generator, completion_text(config, tokenizer), ends, seeds)

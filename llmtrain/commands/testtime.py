@@ -14,15 +14,21 @@ from llmtrain.eval.testtime.problems import Grade, Graded, Problems, Spoken, by_
 from llmtrain.eval.testtime.run import measured
 from llmtrain.observe.log import as_line, log
 from llmtrain.rewards import check_rows
-from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.generator import Generator
 from llmtrain.trainer.completions import sampling_of, stop_text
 
 
 def accuracy_by_tokens(
-    config: Config, tokenizer: Tokenizer, generator: NativeGenerator, problems: Problems, places: Sequence[str]
+    config: Config,
+    tokenizer: Tokenizer,
+    generator: Generator,
+    room_tokens: int,
+    problems: Problems,
+    places: Sequence[str],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns the points of each method by the name of its line, and logs them. `places` are the file and line of each
-    problem. Raises ValueError for rows that a reward cannot read, before anything is sampled."""
+    """Returns the points of each method by the name of its line, and logs them. Prompt and completion have
+    `room_tokens` at most; `places` are the file and line of each problem. Raises ValueError for rows that a reward
+    cannot read, before anything is sampled."""
     settings = config.eval.test_time
     assert settings is not None
     searches = "search" in settings.methods
@@ -32,7 +38,7 @@ def accuracy_by_tokens(
     graded = {name: graded_by(config, tokenizer, problems, name) for name in (settings.scores if ranks else ())}
     guide = graded_by(config, tokenizer, problems, settings.search.score, settings.search.read) if searches else None
     sampling = sampling_of(config, tokenizer)
-    model = Spoken(generator, sampling, tokenizer.encode, stop_text(tokenizer), generator.max_seq_tokens)
+    model = Spoken(generator, sampling, tokenizer.encode, stop_text(tokenizer), room_tokens)
     lines = measured(settings, config.seed, model, problems, graded, guide)
     for name, points in lines.items():
         for point in points:

@@ -30,9 +30,11 @@ MOST_POINTS = 32  # of a line among others
 SMOOTH_SHARE = 0.02  # a line's running mean spans this share of its steps
 
 
-def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[str, Any]]) -> bool:
-    """Draws one small plot over the steps for each panel that has data. Returns False, and writes no file, if none
-    has."""
+def plot_curves(
+    path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[str, Any]], levels: Mapping[str, float] | None = None
+) -> bool:
+    """Draws one small plot over the steps for each panel that has data, and a level line for each key that has one.
+    Returns False, and writes no file, if none has data."""
     present = {key for record in metrics for key, value in record.items() if value is not None}
     panels = [(title, {k: n for k, n in lines.items() if k in present}) for title, lines in panels]
     panels = [panel for panel in panels if panel[1]]
@@ -46,7 +48,9 @@ def plot_curves(path: str, panels: Sequence[Panel], metrics: Sequence[Mapping[st
         axes.set_xlabel("step", fontsize=8, color=FAINT)
         for (key, name), color in zip(lines.items(), LINES, strict=False):
             _draw(axes, [(r["step"], r[key]) for r in metrics if r.get(key) is not None], name, color)
-        if len(lines) > 1:
+            if levels and key in levels:
+                axes.axhline(levels[key], color=color, linewidth=1, linestyle="--", label=f"{name} before training")
+        if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)
     return True

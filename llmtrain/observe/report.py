@@ -13,6 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from llmtrain.config.recipes import RECIPES, Panel
+from llmtrain.observe.beside import evaluation_panels, start_levels
 from llmtrain.observe.costs import Cost, total_cost
 from llmtrain.observe.experts import EXPERTS, expert_records
 from llmtrain.observe.metrics import read_lines, read_metrics
@@ -259,11 +260,13 @@ def _curves(out: str, stage: StageRecord) -> list[dict[str, str]]:
     plots: list[tuple[str, tuple[Panel, ...], list[dict[str, Any]]]] = [(f"{stage.name}.png", TRAINING, records)]
     own = {suffix: panels for recipe in RECIPES.values() for suffix, panels in recipe.plots.items()}
     plots = [(f"{stage.name}-{suffix}.png", panels, records) for suffix, panels in own.items()] + plots
+    plots.append((f"{stage.name}-eval.png", evaluation_panels(stage.metrics), stage.metrics))
     plots.append((f"{stage.name}-experts.png", EXPERTS, expert_records(stage.metrics)))
+    levels = start_levels(stage.metrics)
     return [
         {"file": file, "alt": f"{stage.name}: " + ", ".join(title for title, _ in panels)}
         for file, panels, shown in plots
-        if plot_curves(os.path.join(out, file), panels, shown)
+        if plot_curves(os.path.join(out, file), panels, shown, levels)
     ]
 
 

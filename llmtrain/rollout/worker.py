@@ -3,8 +3,9 @@ rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +57,7 @@ class RemoteGenerator:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Returns all groups, on every trainer; all pass the same prompts."""
-        request = {"prompts": [asdict(p) for p in prompts], "sampling": asdict(sampling)}
-        self.link.broadcast_json({"command": "generate", **request}, ROOT)
+        self.link.broadcast_json({"command": "generate", **request_of(prompts, sampling)}, ROOT)
         parts = self.link.all_gather_bytes(pack({}))
         return _merge(parts[self.num_trainers :], prompts)
 
@@ -87,10 +87,7 @@ def serve(link: Link, generator: Generator, worker: int, num_workers: int) -> No
         request = link.broadcast_json(None, ROOT)
         match request["command"]:
             case "generate":
-                prompts = [Prompt(**p) for p in request["prompts"]]
-                asked = request["sampling"]
-                stops = {name: tuple(asked[name]) for name in ("stop_ids", "stop_strings")}
-                sampling = Sampling(**{**asked, **stops})
+                prompts, sampling = asked_by(request)
                 mine = generator.generate(prompts[worker::num_workers], sampling)
                 link.all_gather_bytes(_packed(mine, worker, num_workers))
             case "load_weights":
@@ -102,6 +99,18 @@ def serve(link: Link, generator: Generator, worker: int, num_workers: int) -> No
             case "close":
                 generator.close()
                 return
+
+
+def request_of(prompts: Sequence[Prompt], sampling: Sampling) -> dict[str, Any]:
+    """Returns what is asked of a generator, as JSON."""
+    return {"prompts": [asdict(p) for p in prompts], "sampling": asdict(sampling)}
+
+
+def asked_by(request: Mapping[str, Any]) -> tuple[list[Prompt], Sampling]:
+    """Returns what `request_of` was given."""
+    asked = request["sampling"]
+    stops = {name: tuple(asked[name]) for name in ("stop_ids", "stop_strings")}
+    return [Prompt(**p) for p in request["prompts"]], Sampling(**{**asked, **stops})
 
 
 def _receive(link: Link) -> Iterator[tuple[str, Tensor]]:

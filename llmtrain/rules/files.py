@@ -111,8 +111,9 @@ def _learning_rate(case: Case) -> Iterator[str]:
 
 
 def _evaluates_problems(case: Case) -> bool:
-    """Holds for evaluations that sample answers to problems."""
-    return case.command == "eval" and case.config.eval.problems > 0
+    """Holds for evaluations that sample answers to problems, among them those beside training."""
+    beside = case.recipe is not None and case.config.eval.every_steps > 0 and case.config.data.held_out is not None
+    return case.config.eval.problems > 0 and (case.command == "eval" or beside)
 
 
 def _completions(case: Case) -> Iterator[str]:
@@ -133,7 +134,7 @@ def _rewards(case: Case) -> Iterator[str]:
         yield from _reward_model(case, reward)
         if reward.unsandboxed and reward.function is None:
             yield f"rewards.{reward.name}.unsandboxed=true: only a function of your own may run outside; remove it"
-    if not names and (case.recipe is None or case.recipe.judged):
+    if not names and (case.recipe is None or case.recipe.judged or _evaluates_problems(case)):
         yield "rewards=[]: must name at least one reward; add one, such as {name: math}"
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield f"rewards: {twice[0]} is named twice; remove one, or raise its weight; a function may have another `name`"
@@ -148,7 +149,7 @@ def _reward_model(case: Case, reward: RewardConfig) -> Iterator[str]:
         yield f"{key}: not with function={reward.function}, a reward is one of the two; remove one of them"
     if case.missing(reward.model) and not is_name(reward.model):
         yield f"{key}: does not exist; give an export of a reward model, a Hugging Face directory or a name on the hub"
-    if case.command == "eval" and case.config.rewards[0] is reward and case.config.eval.problems:
+    if case.config.rewards[0] is reward and _evaluates_problems(case):
         yield f"{key}: eval calls an answer right by its first reward, and a model knows no right; put another first"
 
 
@@ -256,9 +257,28 @@ def _harness(case: Case, section: LmEvalConfig) -> Iterator[str]:
         yield from _existing(case, "eval.lm_eval.include_path", section.include_path, None)
 
 
+def _beside_training(case: Case) -> Iterator[str]:
+    data, e = case.config.data, case.config.eval
+    key = f"eval.every_steps={e.every_steps}"
+    if not e.every_steps or case.recipe is None:
+        return
+    if case.recipe.head == "scalar":
+        yield f"{key}: {case.command} trains a model that writes no tokens; use train.eval_every_steps, which it can"
+        return
+    if not _evaluates_problems(case) and not (e.text and (case.recipe.packs_text or data.path)):
+        yield (
+            f"{key}: has nothing to measure; set data.path for the held-out text there (eval.text), data.held_out for "
+            "problems (eval.problems), or 0"
+        )
+    if e.text and not case.recipe.packs_text:
+        yield from _existing(case, "data.path", data.path, None)
+    if _evaluates_problems(case):
+        yield from _rows(case, "data.held_out", data.held_out, "eval.problems are read there")
+
+
 FILE_RULES: Rules = (
     (lambda case: True, _run_places),
-    (command("data", "tokenizer", "eval", "export", "report", "scaling", *JUDGES), _one_process),
+    (command("data", "tokenizer", "export", "report", "scaling", *JUDGES), _one_process),
     (plans, _positions),
     (plans, _ramps),
     (trains, _objectives),
@@ -266,7 +286,7 @@ FILE_RULES: Rules = (
     (trains, _learning_rate),
     (plans, _own_rules),
     (either(samples, _evaluates_problems, command(*JUDGES)), _completions),
-    (either(reads_rewards, command("eval", "judge")), _rewards),
+    (either(reads_rewards, _evaluates_problems, command("eval", "judge")), _rewards),
     (trains, _spikes),
     (trains, _wandb),
     (either(trains, command("eval", "export", *JUDGES)), _init_from),
@@ -277,4 +297,5 @@ FILE_RULES: Rules = (
     (tunes, _train_file),
     (command(*JUDGES), _asked_file),
     (command("eval"), _evaluation_files),
+    (trains, _beside_training),
 )

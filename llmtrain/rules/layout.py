@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from llmtrain.arch.mesh import mesh_sizes
 from llmtrain.arch.pipeline import plan_stages
 from llmtrain.config.machine import torch_version
-from llmtrain.rules.case import Case, Rules, plans, samples, trains, tunes
+from llmtrain.rules.case import Case, Rules, either, plans, samples, trains, tunes
 
 ZERO_BUBBLE_TORCH = (2, 13)
 
@@ -45,6 +45,20 @@ def _expert_ranks(case: Case) -> Iterator[str]:
             "gather experts at different times and would wait for each other; use engine.backend=fsdp, or "
             "zero_stage 1 or 2"
         )
+
+
+def _whole_models(case: Case) -> Iterator[str]:
+    """An evaluation on several ranks samples from whole models, one a rank."""
+    e = case.config.eval
+    for axis in ("tp", "pp", "cp"):
+        size = getattr(case.config.parallel, axis)
+        if size > 1 and (e.problems or e.tasks):
+            yield (
+                f"parallel.{axis}={size}: must be 1 where eval samples, from a whole model on each rank; set it to 1, "
+                "or measure the text alone (eval.problems=0, no eval.tasks)"
+            )
+    if e.lm_eval.tasks:
+        yield f"eval.lm_eval: runs in one process, not on {case.world_size} ranks; start one, or remove its tasks"
 
 
 def _placement(case: Case) -> Iterator[str]:
@@ -315,13 +329,19 @@ def fixed_batch(case: Case) -> bool:
     return case.recipe is not None and case.recipe.fixed_batch
 
 
+def evaluates_on_ranks(case: Case) -> bool:
+    """Holds for an evaluation on several ranks, which reads the section parallel; in one process nothing does."""
+    return case.command == "eval" and case.world_size > 1
+
+
 LAYOUT_RULES: Rules = (
-    (trains, _ranks),
-    (plans, _expert_ranks),
+    (either(trains, evaluates_on_ranks), _ranks),
+    (either(plans, evaluates_on_ranks), _expert_ranks),
+    (evaluates_on_ranks, _whole_models),
     (samples, _placement),
-    (plans, _tensor_parallel),
-    (plans, _context_parallel),
-    (plans, _pipeline),
+    (either(plans, evaluates_on_ranks), _tensor_parallel),
+    (either(plans, evaluates_on_ranks), _context_parallel),
+    (either(plans, evaluates_on_ranks), _pipeline),
     (plans, _schedule),
     (trains, _rounds),
     (plans, _tokens),

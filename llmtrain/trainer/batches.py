@@ -22,7 +22,7 @@ from llmtrain.data.objectives import objectives
 from llmtrain.data.packing import Demonstrations, TextRows
 from llmtrain.data.shards import check_tokenizer
 from llmtrain.data.tokenizer import Tokenizer
-from llmtrain.engine.base import Engine
+from llmtrain.engine.base import Scorer
 from llmtrain.losses.token import perplexity_of, text_measures
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.trainer.job import Job, data_dir
@@ -89,20 +89,20 @@ def first_sample(entry: AnnealConfig, train: TrainConfig) -> int:
     return -(-tokens // longest_row(train))
 
 
-def evaluate_text(engine: Engine, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
+def evaluate_text(engine: Scorer, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
     """Returns the mean loss (nats a token), perplexity and bits a byte over the first held-out rows (a collective)."""
     loss = mean_loss(engine, rows, num_rows, micro_seqs, mesh)
     return text_measures(loss, rows.bytes_per_token)
 
 
-def held_out_loss(engine: Engine, rows: Demonstrations, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
+def held_out_loss(engine: Scorer, rows: Demonstrations, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
     """Returns the mean loss (nats a token) and perplexity of what is trained in the first held-out rows (a
     collective)."""
     loss = mean_loss(engine, rows, num_rows, micro_seqs, mesh)
     return {"loss": loss, "perplexity": perplexity_of(loss)}
 
 
-def mean_loss(engine: Engine, rows: TextRows | Demonstrations, num_rows: int, micro_seqs: int, mesh: Mesh) -> float:
+def mean_loss(engine: Scorer, rows: TextRows | Demonstrations, num_rows: int, micro_seqs: int, mesh: Mesh) -> float:
     """Returns the mean loss (nats a token) over the first rows (a collective)."""
     num_rows = min(num_rows, len(rows))
     # Equal numbers of microbatches everywhere, at least one a pipeline stage; rows past the end count nothing.

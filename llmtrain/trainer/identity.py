@@ -48,6 +48,7 @@ SAME = (
 )
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
 value would repeat some samples and skip others, or mix two measures under one name."""
+MEASURED = ("eval.text_seqs", "eval.problems", "eval.samples")  # as SAME, of a run that is measured beside its training
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
 # Keys of the section data that rows do not depend on, or only through what stands in the shards.
 NO_ROWS = ("collect", "clean", "executor", "execution", "workers", "verify", "megatron", "loader_workers")
@@ -166,7 +167,8 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
     found: list[Difference] = []
     if was["recipe"] not in (None, now["recipe"]):
         found.append(("command", was["recipe"], now["recipe"]))
-    for key in same_keys(now["config"], recipe):
+    beside = all(record["config"].get("eval", {}).get("every_steps") for record in (was, now))
+    for key in (*same_keys(now["config"], recipe), *(MEASURED if beside else ())):
         if key == TEMPLATE and key in was["contents"] and key in now["contents"]:
             continue  # a file before and now: what it holds is compared
         before, after = (_value(record["config"], key) for record in (was, now))
@@ -263,11 +265,14 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
     """Returns path and checksum of what a run reads, by key; what is not there yet is left out."""
     found: Contents = {}
     places: dict[str, tuple[str | None, list[str]]] = {}
+    own_rows = not recipe.packs_text and config.train.eval_every_steps
     if not recipe.packs_text and config.data.train:
         places["data.train"] = (config.data.train, files_at(split_path(config.data.train)[0]))
-    if not recipe.packs_text and config.train.eval_every_steps and config.data.held_out:
+    beside = config.eval.every_steps > 0
+    if config.data.held_out and (own_rows or (beside and config.eval.problems)):
         places["data.held_out"] = (config.data.held_out, files_at(split_path(config.data.held_out)[0]))
-    if (recipe.packs_text or config.data.replay_seqs) and os.path.isfile(os.path.join(data_dir, MANIFEST)):
+    text = recipe.packs_text or config.data.replay_seqs or (beside and config.eval.text and config.data.path)
+    if text and os.path.isfile(os.path.join(data_dir, MANIFEST)):
         places["data.path"] = (data_dir, shard_files(data_dir))
     if recipe.reads_rewards:
         places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in config.rewards if each.file}

@@ -32,6 +32,7 @@ from llmtrain.observe.locks import hold
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.watch import Watch
+from llmtrain.rollout.generator import Generator
 from llmtrain.trainer.identity import Contents, check_directory, check_files, contents_of, record_of
 
 
@@ -87,6 +88,7 @@ class Job:
     contents: Contents = field(default_factory=dict)  # of what this run reads
     base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop
+    generator: Generator | None = None  # of a recipe that samples: has the weights that were published last
     padding: float = 0.0  # share of the tokens in this rank's last microbatches, see trainer.waste
 
     @property

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llmtrain.observe.log import log, progress
 from llmtrain.parallel.mesh import Mesh
+from llmtrain.trainer.evaluating import Evaluation
 from llmtrain.trainer.guard import Guard
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import Record, is_due
@@ -30,8 +31,9 @@ def train(job: Job, step_fn: StepFn) -> None:
     OSError on all ranks when the last save fails (or any, with `checkpoint.on_error: stop`)."""
     steps, name = job.config.train.steps, job.config.name
     guard, stop = Guard(job), StopSignal(job.mesh)
-    job.saver, waste = make_saver(job), Waste(job)
+    job.saver, waste, evaluation = make_saver(job), Waste(job), Evaluation(job)
     with Record(job) as record, job.saver, progress(steps, job.step, name) as bar:
+        record.write_start(evaluation.at_start())
         while job.step < steps:
             began, job.watch.step = time.perf_counter(), job.step + 1
             metrics, tokens = step_fn(job.step)
@@ -42,7 +44,8 @@ def train(job: Job, step_fn: StepFn) -> None:
                 continue
             job.step += 1
             waste.look(metrics)
-            record.write(job, metrics | guard.report(), tokens, time.perf_counter() - began, bar)
+            step_s = time.perf_counter() - began
+            record.write(job, metrics | guard.report(), tokens, step_s, bar, evaluation.after_step())
             save_or_stop(job, stop)
         job.saver.close()
 

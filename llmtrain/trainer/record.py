@@ -6,7 +6,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from types import TracebackType
 
@@ -42,20 +42,35 @@ class Record:
         config, directory = job.config, job.config.directory
         self.path = os.path.join(directory, "metrics.jsonl")
         self.patient = config.checkpoint.on_error == "warn"
-        self.file = MetricsFile(self.path, job.step, self.patient)
+        self.file = MetricsFile(self.path, job.step or -1, self.patient)  # at step 0 a line of before is written again
         settings = config.model_dump(mode="json")
         self.sink = wandb.start(config.log.wandb, config.log.project, config.name, directory, settings, job.step > 0)
 
-    def write(self, job: Job, metrics: dict[str, float], tokens: int, step_s: float, bar: Callable) -> None:
-        """Writes the metrics of `job.step`, in which `tokens` were seen, with what every recipe shares."""
+    def write_start(self, measured: Mapping[str, float]) -> None:
+        """Writes what was measured before the first step, if anything was."""
+        if self.main and measured:
+            self.file.write({"step": 0, **measured})
+            self.sink.log(0, measured)
+
+    def write(
+        self,
+        job: Job,
+        metrics: dict[str, float],
+        tokens: int,
+        step_s: float,
+        bar: Callable,
+        measured: Mapping[str, float],
+    ) -> None:
+        """Writes the metrics of `job.step`, in which `tokens` were seen, with what every recipe shares, and what was
+        `measured` after it, whose line is never left out."""
         job.tokens += tokens
         if STEP_SAMPLES in metrics:
             job.state[SAMPLES] = job.state.get(SAMPLES, 0) + metrics[STEP_SAMPLES]
-        if not self.main or not is_due(job.step, self.every_steps):
+        if not self.main or not (measured or is_due(job.step, self.every_steps)):
             return
         timing = {"tokens_per_s": tokens / step_s, "step_s": step_s, "peak_bytes": peak_bytes()}
         sampled = {SAMPLES: job.state[SAMPLES]} if STEP_SAMPLES in metrics else {}
-        line = {**metrics, "tokens": job.tokens, **sampled, **timing}
+        line = {**metrics, "tokens": job.tokens, **sampled, **timing, **measured}
         self.file.write({"step": job.step, **line})
         self.sink.log(job.step, line)
         bar(job.step, {name: line[name] for name in SHOWN if name in line})

@@ -63,9 +63,8 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
         count_failures(config.rewards, groups)  # here, where every rank has all groups
         stop_if_failing(config.rewards, [sample.errors for group in groups for sample in group])
 
-    return InStep(
-        build_generator(job), prompts, prompts_per_step, sampling_of(config, job.tokenizer), reward, config.seed
-    )
+    job.generator, sampling = build_generator(job), sampling_of(config, job.tokenizer)
+    return InStep(job.generator, prompts, prompts_per_step, sampling, reward, config.seed)
 
 
 def take_spread(

@@ -1,0 +1,203 @@
+"""What a run measures beside its training, when, and where it is written, in absolute values."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.config.load import load
+from llmtrain.config.recipes import RECIPES
+from llmtrain.rules.check import violations
+from llmtrain.trainer import evaluating
+from llmtrain.trainer.evaluating import Evaluation
+from llmtrain.trainer.identity import Record as RunRecord
+from llmtrain.trainer.identity import differences, record_of
+from llmtrain.trainer.job import Job, resolved
+from llmtrain.trainer.record import Record
+from llmtrain.types import Batch, Prompt, Scores
+from tests.recipes.conftest import one_rank, stub_job  # noqa: F401  fixtures
+from tests.recipes.stubs import StubGenerator, shifted
+
+PROBLEMS = 4
+SETTINGS = ("rewards=[{name: first_integer}]", f"eval.problems={PROBLEMS}", "eval.samples=2", "eval.text_seqs=3")
+
+
+class Answers(StubGenerator):
+    """Answers problem i rightly once greedily; sampled once rightly and once wrongly, of every second one both
+    wrongly."""
+
+    def sleep(self) -> None:
+        self.slept = True
+
+    def wake(self) -> None:
+        self.slept = False
+
+
+def answering(job: Job) -> Answers:
+    encode = job.tokenizer.encode
+    numbers = {tuple(encode(f"say {i}:", parse_special=False)): i for i in range(PROBLEMS + 1)}
+
+    def answers(prompt: Prompt) -> list[list[int]]:
+        number = numbers[tuple(prompt.ids)]
+        right, wrong = (encode(text, parse_special=False) for text in (str(number), "99"))
+        if generator.asked[-1][1].temperature == 0:
+            return [right]
+        return [right if number % 2 == 0 else wrong, wrong]
+
+    generator = Answers(answers, job.tokenizer.eos_id)
+    generator.loaded.append((0, 0))
+    return generator
+
+
+@pytest.fixture
+def start(stub_job: Callable[..., Job], tmp_path: Path) -> Callable[..., Job]:  # noqa: F811
+    """start(recipe, *overrides) -> a job whose log-probs are -2, with problems and a generator."""
+    path = tmp_path / "problems.jsonl"
+    rows = [{"prompt": f"say {i}:", "answer": str(i)} for i in range(PROBLEMS + 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(recipe: str, *overrides: str) -> Job:
+        job = stub_job(recipe, *SETTINGS, f"data.held_out={path}", *overrides)
+        job.engine.scores = shifted(-2.0)
+        job.generator = answering(job)
+        return job
+
+    return make
+
+
+def measured(job: Job) -> dict[int, dict[str, float]]:
+    """What each step of a run measures, by its number."""
+    evaluation = Evaluation(job)
+    found = {0: evaluation.at_start()}
+    while job.step < job.config.train.steps:
+        job.step += 1
+        found[job.step] = evaluation.after_step()
+    return {step: each for step, each in found.items() if each}
+
+
+def test_the_measures_by_hand(start: Callable[..., Job]) -> None:
+    """All greedy answers are right. Of two samples of the problems 0 to 3, one, none, one, none is: pass@1 1/4, pass@2
+    1/2; the first of two answers that tie decides: majority 1/2. All log-probs of text are -2."""
+    job = start("grpo", "eval.every_steps=3", "train.steps=3")
+    found = measured(job)
+    assert list(found) == [0, 3]
+    values = found[3]
+    assert values.pop("eval_s") >= 0 and values.pop("eval/bits_per_byte") > 0
+    assert values == pytest.approx(
+        {"eval/loss": 2.0, "eval/perplexity": math.exp(2), "eval/greedy": 1.0, "eval/pass@1": 0.25}
+        | {"eval/pass@2": 0.5, "eval/maj@2": 0.5, "eval/entropy": 1.0, "eval/problems": 4, "eval/reward_errors": 0}
+        | {"eval/avg@2": 0.25, "eval/tokens": (4 + 2 + 6 * 2) / 12, "eval/cut_off": 1.0}  # 99 is two tokens
+    )
+    assert sum(int(batch.loss_mask.sum()) for batch in job.engine.scored[0]) == 3 * 64  # eval.text_seqs rows
+    assert [len(prompts) for prompts, _ in job.generator.asked] == [4, 4] * 2
+    assert job.generator.slept is False and not job.generator.closed
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "first", "expected"),
+    [(0, 0, []), (2, 0, [0, 2, 4, 5]), (5, 0, [0, 5]), (9, 0, [0, 5]), (2, 2, [4, 5]), (2, 3, [4, 5]), (2, 5, [])],
+)
+def test_a_run_measures_at_its_steps_also_when_it_goes_on(
+    start: Callable[..., Job], every_steps: int, first: int, expected: list[int]
+) -> None:
+    job = start("sft", f"eval.every_steps={every_steps}", "train.steps=5", "eval.problems=0")
+    job.step = first
+    assert list(measured(job)) == expected
+    assert all(set(each) > {"eval/loss"} and "eval/pass@1" not in each for each in measured(job).values())
+
+
+def test_nothing_is_left_behind(start: Callable[..., Job]) -> None:
+    """Random streams go on where they were, whatever is drawn from them meanwhile, and the recipe's state stays."""
+
+    def scores(batch: Batch) -> Scores:
+        random.random()
+        torch.rand(3)
+        return shifted(-2.0)(batch)
+
+    job = start("grpo", "eval.every_steps=1", "train.steps=2")
+    job.engine.scores, job.state = scores, {"prompts": 8}
+    random.seed(3)
+    torch.manual_seed(3)
+    expected = random.random(), torch.rand(2).tolist()
+    random.seed(3)
+    torch.manual_seed(3)
+    measured(job)
+    assert (random.random(), torch.rand(2).tolist()) == expected
+    assert job.state == {"prompts": 8} and job.engine.updates == [] and job.generator.loaded == [(0, 0)]
+
+
+def test_a_recipe_that_samples_nothing_gets_a_whole_model_for_the_evaluation(
+    start: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = start("pretrain", "eval.every_steps=2", "train.steps=2", "eval.text=false")
+    generator, job.generator, made = job.generator, None, []
+    monkeypatch.setattr(evaluating, "whole_model", lambda job: made.append(job.step) or generator)
+    found = measured(job)
+    assert made == [0, 2] and found[2]["eval/pass@1"] == 0.25 and "eval/loss" not in found[2]
+
+
+def test_every_measure_has_its_line(start: Callable[..., Job]) -> None:
+    """Also before the first step, and where log.every_steps leaves a step out. A run that starts anew writes the first
+    line again."""
+    job, bar = start("grpo", "log.every_steps=4"), []
+    for _ in range(2):
+        job.step = job.tokens = 0
+        with Record(job) as record:
+            record.write_start({"eval/pass@1": 0.5})
+            for job.step in (1, 2, 3, 4):
+                own = {"eval/pass@1": 0.75} if job.step == 2 else {}
+                record.write(job, {"loss": 1.0}, 10, 0.5, lambda *shown: bar.append(shown), own)
+    lines = [json.loads(line) for line in (Path(job.config.directory) / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("loss"), line.get("eval/pass@1")) for line in lines] == [
+        (0, None, 0.5),
+        (2, 1.0, 0.75),
+        (4, 1.0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "keys", "message"),
+    [
+        ("sft", ["data.path=null", "eval.problems=0"], "eval.every_steps=2: has nothing to measure; set data.path for"),
+        ("sft", ["data.path=null", "data.held_out=null"], "eval.every_steps=2: has nothing to measure; set data.path"),
+        ("reward", [], "eval.every_steps=2: reward trains a model that writes no tokens; use train.eval_every_steps"),
+        ("sft", ["data.held_out=no.jsonl"], "data.held_out=no.jsonl: does not exist"),
+        ("pretrain", ["rewards=[]"], r"rewards=\[\]: must name at least one reward"),
+        ("pretrain", ["rollout.max_new_tokens=64"], "rollout.max_new_tokens=64: must be less than train.seq_len=64"),
+        ("sft", ["rewards=[{model: a/b}]"], "rewards.b.model=a/b: eval calls an answer right by its first reward"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(small: Path, command: str, keys: list[str], message: str) -> None:
+    found = violations(load(str(small), ["eval.every_steps=2", "model.init_from=null", *keys]), 1, command)
+    assert any(re.match(message, line) for line in found), found
+    off = violations(load(str(small), ["model.init_from=null", *keys]), 1, command)
+    assert not any(re.match("eval.every_steps", line) for line in off)
+
+
+def test_a_run_that_goes_on_measures_the_same(small: Path) -> None:
+    """What is not measured may change: the keys are also those of `llmtrain eval`."""
+
+    def record(*keys: str) -> RunRecord:
+        return record_of(resolved(load(str(small), list(keys))), RECIPES["pretrain"], {})
+
+    def other(was: list[str], now: list[str]) -> list[tuple]:
+        return differences(record(*was), record(*now), RECIPES["pretrain"])
+
+    on, more = "eval.every_steps=2", "eval.problems=5"
+    assert other([on], [on, more]) == [("eval.problems", 256, 5)]
+    assert (
+        other([on], ["eval.every_steps=3"]) == other([], [on, more]) == other([on], [more]) == other([], [more]) == []
+    )
+
+
+def test_text_that_nothing_holds_out_is_refused(start: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluating, "holds_out", lambda directory: False)
+    with pytest.raises(ValueError, match=r"eval.every_steps=2: .* holds no text out .*; raise data.sources"):
+        Evaluation(start("pretrain", "eval.every_steps=2", "eval.problems=0"))
