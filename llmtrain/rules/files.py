@@ -258,7 +258,7 @@ def _harness(case: Case, section: LmEvalConfig) -> Iterator[str]:
 
 FILE_RULES: Rules = (
     (lambda case: True, _run_places),
-    (command("data", "tokenizer", "eval", "export", "report", "scaling", *JUDGES), _one_process),
+    (command("data", "tokenizer", "eval", "export", "report", "scaling", "ladder", *JUDGES), _one_process),
     (plans, _positions),
     (plans, _ramps),
     (trains, _objectives),
