@@ -32,6 +32,7 @@ BEHIND: dict[str, tuple[str, str]] = {
     "chat": ("llmtrain.commands.chat:main", "talk to a run or a Hugging Face directory"),
     "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
     "scaling": ("llmtrain.commands.scaling:main", "fit scaling laws to the results of runs"),
+    "ladder": ("llmtrain.commands.ladder:main", "train sizes at budgets of compute, and fit scaling laws to them"),
     "plan": ("llmtrain.scaling.plan:main", "print ranks, batch and memory without starting anything"),
     "run": ("llmtrain.commands.run:main", "run a list of stages, going on where it was"),
     "doctor": ("llmtrain.commands.doctor:main", "look at this machine (takes no configuration)"),
@@ -39,6 +40,7 @@ BEHIND: dict[str, tuple[str, str]] = {
 HELP = ("-h", "--help")
 OPTIONS = {  # what else a command can do, without the weights of models
     ("data", "--dry-run"): "llmtrain.commands.prepare:dry_run",
+    ("ladder", "--dry-run"): "llmtrain.commands.ladder:dry_run",
     ("eval", "--show"): "llmtrain.commands.tasks:show",
 }
 TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, or a run that must not go on

@@ -221,15 +221,15 @@ def run_child(command: list[str], environment: dict[str, str], held: int) -> int
         stdin=subprocess.DEVNULL,
         pass_fds=(held,),
         process_group=0,
-        preexec_fn=lambda: _die_with(parent),
+        preexec_fn=lambda: die_with(parent),
     )
     asked: list[tuple[float, int]] = []  # when, which signal
 
     def stop(number: int, frame: object) -> None:
         asked.append((time.monotonic(), number))
-        _signal_group(child.pid, signal.SIGTERM)
+        signal_group(child.pid, signal.SIGTERM)
 
-    with _handlers(stop):
+    with handlers(stop):
         status = _wait(child, asked)
     if asked:
         return 128 + asked[0][1]
@@ -242,16 +242,16 @@ def _wait(child: subprocess.Popen, asked: list[tuple[float, int]]) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(timeout=1.0)
         if asked and time.monotonic() > asked[0][0] + GRACE_S:
-            _signal_group(child.pid, signal.SIGKILL)
+            signal_group(child.pid, signal.SIGKILL)
 
 
-def _signal_group(group: int, number: int) -> None:
+def signal_group(group: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
 
 
 @contextlib.contextmanager
-def _handlers(handler: Any) -> Iterator[None]:
+def handlers(handler: Any) -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGINT)
     previous = [signal.signal(number, handler) for number in numbers]
     try:
@@ -261,7 +261,7 @@ def _handlers(handler: Any) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Lets the child, in which this runs, get SIGTERM when its parent dies: else two trainers would write one directory
     after a restart."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -52,7 +52,7 @@ def _losses(config: Config, directory: Path) -> dict[str, Any]:
 def _rewards(config: Config, directory: Path) -> dict[str, Any]:
     columns = read_columns(config.scaling.points, ("flops", "reward"), config.scaling.fields)
     result = fit_rewards(columns, config.scaling, config.seed)
-    plot_rewards(str(directory / "rewards.png"), columns, result)
+    plot_rewards(str(directory / "rewards.png"), columns, result, config.scaling.fields.get("flops", "FLOPs"))
     return {"methods": {"sigmoid": result}}
 
 

@@ -68,8 +68,8 @@ def _minima(axes: Axes, fit: Mapping[str, Any], axis: str, color: str) -> None:
     axes.plot([each["flops"] for each in used], own, "o", color=color, markersize=4)
 
 
-def plot_rewards(path: str, columns: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> None:
-    """Draws rewards over compute with the sigmoid, its asymptote and the interval of that."""
+def plot_rewards(path: str, columns: Mapping[str, np.ndarray], result: Mapping[str, Any], compute: str) -> None:
+    """Draws rewards over compute, called `compute`, with the sigmoid, its asymptote and the interval of that."""
     figure = figure_of(8, 4)
     axes = figure.add_subplot()
     style(axes, "Reward")
@@ -81,7 +81,7 @@ def plot_rewards(path: str, columns: Mapping[str, np.ndarray], result: Mapping[s
     axes.axhline(fit.R_max, color=FAINT, linestyle=":", label="asymptote")
     if interval is not None:
         axes.axhspan(*interval, color=FAINT, alpha=0.12)
-    _logarithmic(axes, "FLOPs")
+    _logarithmic(axes, compute)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)
 

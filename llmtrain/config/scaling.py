@@ -15,7 +15,7 @@ Method = Literal["parabolas", "parametric", "projection", "kaplan", "sigmoid"]
 class ScalingConfig(Section):
     """Configures `llmtrain scaling`, which fits laws to the results of runs; see docs/scaling.md."""
 
-    points: UserPath | None = None  # CSV with a header; columns params, tokens, loss, flops; sigmoid: flops, reward
+    points: UserPath | None = None  # CSV or .jsonl; columns params, tokens, loss, flops; sigmoid: flops, reward
     fields: dict[Column, str] = Field({})  # names of your columns by ours, as {flops: budget_flops}
     method: list[Method] = Field(["parabolas", "parametric"], min_length=1)  # side by side; sigmoid stands alone
     axis: Literal["params", "tokens"] = "params"  # what the parabolas are drawn over, as a logarithm

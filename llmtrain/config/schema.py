@@ -15,6 +15,7 @@ from pydantic import (
 from llmtrain.config.data import DataConfig
 from llmtrain.config.data import SourceConfig as SourceConfig
 from llmtrain.config.data import TaskConfig as TaskConfig
+from llmtrain.config.ladder import LadderConfig
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.sampling import ConstitutionalConfig, EvalConfig, JudgeConfig, RewardConfig, RolloutConfig
 from llmtrain.config.scaling import ScalingConfig
@@ -307,6 +308,7 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
     scaling: ScalingConfig = ScalingConfig()
+    ladder: LadderConfig = LadderConfig()
     log: LogConfig = LogConfig()
 
     @field_validator("rewards", mode="before")

@@ -16,6 +16,7 @@ from llmtrain.rules.case import Case, Earlier, pretrains
 from llmtrain.rules.cleaning import CLEANING_RULES
 from llmtrain.rules.files import FILE_RULES
 from llmtrain.rules.judging import JUDGING_RULES
+from llmtrain.rules.ladder import LADDER_RULES
 from llmtrain.rules.layout import LAYOUT_RULES
 from llmtrain.rules.lora import LORA_RULES
 from llmtrain.rules.mix import MIX_RULES
@@ -29,7 +30,7 @@ from llmtrain.rules.vocabulary import VOCABULARY_RULES
 RULES = (
     *(*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES),
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
-    *(*TASK_RULES, *TEST_TIME_RULES),
+    *(*TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES),
 )
 
 

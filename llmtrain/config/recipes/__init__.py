@@ -37,7 +37,8 @@ RECIPES: dict[str, Recipe] = {
 }
 JUDGES = ("judge", "constitutional")  # commands that sample from a model, in one process, and write rows
 OTHER_STAGES = (("data", "tokenizer"), (*JUDGES, "eval", "export", "report"))  # before and behind the recipes, in a run
-COMMANDS = ("chat", "doctor", "index", "plan", "run", "scaling", "serve")  # commands that are no stages, or will be
+# commands that are no stages, or will be
+COMMANDS = ("chat", "doctor", "index", "ladder", "plan", "run", "scaling", "serve")
 
 
 def register(recipe: Recipe) -> None:

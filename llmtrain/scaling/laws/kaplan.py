@@ -1,4 +1,4 @@
-"""Fits L(N, D) = [(N_c / N)^(alpha_N / alpha_D) + D_c / D]^alpha_D (arXiv 2001.08361, equation 1.5).
+"""Fits L(N, D) = [(N_c / N)^(alpha_N / alpha_D) + D_c / D]^alpha_D (arXiv 2001.08361).
 
 N there is without embeddings; here it is what the file holds. It has no irreducible loss: for large N and D it goes to
 zero.

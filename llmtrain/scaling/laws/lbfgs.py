@@ -1,4 +1,4 @@
-"""Minimises a function from many starts at once, by L-BFGS (Nocedal, Wright: Numerical Optimization, section 7.2)."""
+"""Minimises a function from many starts at once, by L-BFGS (Nocedal and Wright, Numerical Optimization)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fits L(N, D) = E + A / N^alpha + B / D^beta (arXiv 2203.15556, section 3.3 and equations 2 to 4).
+"""Fits L(N, D) = E + A / N^alpha + B / D^beta (arXiv 2203.15556, section 3.3).
 
 Both ways minimise one objective: the sum over the points of the Huber loss (delta 1e-3) of log L(N, D) - log loss. Its
-sum, not its mean: the mean's gradients are so small that an optimiser stops early (arXiv 2404.10102, appendix).
+sum, not its mean: the mean's gradients are so small that an optimiser stops early (arXiv 2404.10102).
 """
 
 from __future__ import annotations

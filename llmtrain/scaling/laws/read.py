@@ -1,8 +1,9 @@
-"""Reads the points of scaling laws from CSV files."""
+"""Reads the points of scaling laws from CSV files, or from the metrics.jsonl of a run."""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ def read_points(path: str, fields: Mapping[str, str]) -> Points:
 def read_columns(
     path: str, names: Sequence[str], fields: Mapping[str, str], optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Returns columns of numbers by our names. Raises ValueError as `read_points` does."""
-    header, rows = _rows(path)
+    """Returns columns of numbers by our names, of a CSV file or one of JSON objects (.jsonl). Raises ValueError as
+    `read_points` does."""
+    header, rows = _objects(path) if path.endswith(".jsonl") else _rows(path)
     found = {name: fields.get(name, name) for name in names if name not in optional or name in header}
     faults = [
         f"{path}:1: has no column {column}; its columns are {', '.join(header)}, name yours in scaling.fields.{name}"
@@ -83,6 +85,24 @@ def _rows(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise ValueError(f"{path}: is no CSV file in UTF-8: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}; name a CSV file in scaling.points") from None
+
+
+def _objects(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Returns the keys of the first object, and (line, fields) of each object; '' where one lacks a key."""
+    header, rows = list[str](), list[tuple[int, list[str]]]()
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line, text in enumerate(file, 1):
+                found = json.loads(text)
+                if not isinstance(found, dict):
+                    raise TypeError(f"it is a {type(found).__name__}")
+                header = header or list(found)
+                rows.append((line, [str(found.get(name, "")) for name in header]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}:{len(rows) + 1}: is no JSON object: {error}; correct or remove the line") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}; name a file in scaling.points") from None
+    return header, rows
 
 
 def _kind(name: str) -> str:

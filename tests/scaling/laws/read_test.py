@@ -58,6 +58,30 @@ def test_a_column_that_is_named_must_be_there(tmp_path: Path) -> None:
         read_points(str(tmp_path / "points.csv"), {"flops": "C"})
 
 
+def test_the_metrics_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "tokens": 10, "reward_mean": 0.25}\n{"tokens": 30, "step": 2, "reward_mean": -1}\n')
+    found = read_columns(str(path), ("flops", "reward"), {"flops": "tokens", "reward": "reward_mean"})
+    assert found["flops"].tolist() == [10, 30] and found["reward"].tolist() == [0.25, -1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ('{"flops": 1, "reward": 1}\n{"flops": 2}', r":2: reward='': must be a finite number"),
+        ('{"flops": 1, "reward": null}', r":1: reward='None': must be a finite number"),
+        ('{"flops": 1, "reward": 1}\n{"flops": 2, "rew', ":2: is no JSON object: .*; correct or remove the line"),
+        ('{"flops": 1, "reward": 1}\n[]', ":2: is no JSON object: it is a list"),
+        ("", ":1: has no column flops"),
+    ],
+)
+def test_broken_lines_of_metrics(tmp_path: Path, lines: str, words: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines)
+    with pytest.raises(ValueError, match=f"metrics.jsonl{words}"):
+        read_columns(str(path), ("flops", "reward"), {})
+
+
 def test_rewards_may_be_negative(tmp_path: Path) -> None:
     (tmp_path / "points.csv").write_text("flops,reward\n1,-0.5\n2,0\n")
     assert read_columns(str(tmp_path / "points.csv"), ("flops", "reward"), {})["reward"].tolist() == [-0.5, 0]
