@@ -18,7 +18,7 @@ from typing import Any
 
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import parameter_count, resolve_model
-from llmtrain.config import clean, data, ladder, lm_eval, sampling, scaling, schema, tasks, testtime
+from llmtrain.config import clean, data, ladder, lm_eval, plan, sampling, scaling, schema, tasks, testtime
 from llmtrain.config.recipes import RECIPES, Recipe, run_config_class
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -85,7 +85,7 @@ def documented() -> list[Any]:
         importlib.import_module(f"{clean.__name__}.{each.name}") for each in pkgutil.iter_modules(clean.__path__)
     ]
     recipes = [inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None]
-    return [schema, data, sampling, lm_eval, tasks, testtime, scaling, ladder, clean, *cleaning, *recipes]
+    return [schema, data, plan, sampling, lm_eval, tasks, testtime, scaling, ladder, clean, *cleaning, *recipes]
 
 
 def section_class(name: str) -> type:

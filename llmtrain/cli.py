@@ -33,7 +33,7 @@ BEHIND: dict[str, tuple[str, str]] = {
     "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
     "scaling": ("llmtrain.commands.scaling:main", "fit scaling laws to the results of runs"),
     "ladder": ("llmtrain.commands.ladder:main", "train sizes at budgets of compute, and fit scaling laws to them"),
-    "plan": ("llmtrain.scaling.plan:main", "print ranks, batch and memory without starting anything"),
+    "plan": ("llmtrain.scaling.describe:main", "print what a document needs: memory, messages, time, cost"),
     "run": ("llmtrain.commands.run:main", "run a list of stages, going on where it was"),
     "doctor": ("llmtrain.commands.doctor:main", "look at this machine (takes no configuration)"),
 }

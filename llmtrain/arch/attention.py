@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import NamedTuple
 
+from llmtrain.arch.parameters import layer_type
 from llmtrain.config.schema import ModelConfig
 
 FLASH_WIDTH = 256  # the widest head that FlashAttention 2 has kernels for
@@ -22,6 +24,35 @@ def head_widths(model: ModelConfig) -> tuple[int, int]:
         return model.mla.nope_head_dim + model.mla.rope_head_dim, model.mla.v_head_dim
     width = model.head_dim or model.hidden_size // model.num_heads
     return width, width
+
+
+BUCKET_TOKENS = 64  # attended lengths of a KV cache are rounded up to this: few shapes, little masked work
+
+
+class CacheRow(NamedTuple):
+    """Describes what the KV cache keeps of one sequence in one layer: [heads, tokens, key_dim] and values alike."""
+
+    heads: int
+    key_dim: int
+    value_dim: int  # 0 with latent attention, whose values are in the keys
+    tokens: int
+    window: int | None  # number of tokens that a token attends to; None = all
+
+
+def round_up(tokens: int) -> int:
+    """Returns the number of tokens, rounded up to a multiple of BUCKET_TOKENS."""
+    return -(-tokens // BUCKET_TOKENS) * BUCKET_TOKENS
+
+
+def cache_row(model: ModelConfig, layer: int, tokens: int) -> CacheRow:
+    """Returns what the KV cache keeps of a sequence of at most `tokens`, in a window as many as that is wide."""
+    if model.attention == "mla":
+        assert model.mla is not None
+        return CacheRow(1, model.mla.kv_rank + model.mla.rope_head_dim, 0, tokens, None)
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    window = model.sliding_window if layer_type(model, layer) == "sliding" else None
+    places = tokens if window is None else min(round_up(window), tokens)
+    return CacheRow(model.num_kv_heads, head_dim, head_dim, places, window)
 
 
 def flex_faults(model: ModelConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from llmtrain.arch.families import family_of
 from llmtrain.config.schema import ModelConfig
@@ -38,6 +39,7 @@ PLAN = {
 TP_DIM = {"vocab": 0, "column": 0, "row": 1, "expert": 0}
 
 
+@lru_cache(maxsize=8192)
 def kind_of(module: str) -> str | None:
     """Returns the kind that `PLAN` gives a module, None if no pattern matches its name."""
     return next((kind for pattern, kind in PLAN.items() if re.fullmatch(pattern, module)), None)

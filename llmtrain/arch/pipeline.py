@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
-from llmtrain.arch.parameters import head_rows, layer_shapes
+from llmtrain.arch.parameters import has_experts, head_rows, layer_shapes
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 
 
@@ -63,11 +64,19 @@ def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> StagePlan:
 
 
 def _multiplied(model: ModelConfig) -> float:
-    """Returns the number of matrix elements that one token is multiplied with in all blocks."""
+    """Returns the number of matrix elements that one token is multiplied with in all blocks. There are two kinds of
+    blocks, with experts and without."""
     chosen = 1.0 if model.moe is None else model.moe.top_k / model.moe.num_experts
-    blocks = (layer_shapes(model, layer) for layer in range(model.num_layers))
-    shapes = [shape for block in blocks for shape in block.values() if len(shape) > 1]
-    return sum(math.prod(shape) * (chosen if len(shape) == 3 else 1.0) for shape in shapes)
+    layers = range(model.num_layers)
+    sparse = [layer for layer in layers if has_experts(model, layer)]
+    dense = next((layer for layer in layers if not has_experts(model, layer)), None)
+    kinds = [(sparse[0], len(sparse))] if sparse else []
+    kinds += [] if dense is None else [(dense, model.num_layers - len(sparse))]
+    total = 0.0
+    for layer, count in kinds:
+        shapes = [shape for shape in layer_shapes(model, layer).values() if len(shape) > 1]
+        total += count * sum(math.prod(shape) * (chosen if len(shape) == 3 else 1.0) for shape in shapes)
+    return total
 
 
 def _balanced(model: ModelConfig, num_stages: int) -> list[int]:
@@ -83,10 +92,16 @@ def _balanced(model: ModelConfig, num_stages: int) -> list[int]:
     if num_stages == 1:
         return [model.num_layers]
     head = head_rows(model) * model.hidden_size * model.num_layers / _multiplied(model)
+    return list(_spread(model.num_layers, num_stages, head))
+
+
+@lru_cache(maxsize=1024)
+def _spread(num_layers: int, num_stages: int, head: float) -> tuple[int, ...]:
+    """Returns the layers of each stage; `head` is what the head takes in units of a layer."""
 
     def slowest(last: int) -> tuple[float, int]:
-        return max(-(-(model.num_layers - last) // (num_stages - 1)), last + head), -last
+        return max(-(-(num_layers - last) // (num_stages - 1)), last + head), -last
 
-    last = min(range(1, model.num_layers - num_stages + 2), key=slowest)
-    base, longer = divmod(model.num_layers - last, num_stages - 1)
-    return [base + (stage < longer) for stage in range(num_stages - 1)] + [last]
+    last = min(range(1, num_layers - num_stages + 2), key=slowest)
+    base, longer = divmod(num_layers - last, num_stages - 1)
+    return (*(base + (stage < longer) for stage in range(num_stages - 1)), last)

@@ -245,6 +245,14 @@ def active_parameter_count(model: ModelConfig) -> int:
     return parameter_count(m) - idle * sum(has_experts(m, layer) for layer in range(m.num_layers))
 
 
+def multiplied_parameters(model: ModelConfig) -> int:
+    """Returns the number of active parameters that a token is multiplied with: embeddings are only looked up, but for
+    one that is the head too."""
+    m = resolve_model(model)
+    looked_up = numel(outer_shapes(m)[0].values()) - (m.vocab_size * m.hidden_size if m.tie_embeddings else 0)
+    return active_parameter_count(m) - looked_up
+
+
 def chunk_tokens(engine: EngineConfig, rows: int, gpu: bool) -> int:
     """Returns for how many tokens logits are held at a time, each `rows` wide (this rank's part of the vocabulary).
 
@@ -266,9 +274,6 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     the row or of its window. Multi-token prediction modules are not counted.
     """
     m = resolve_model(model)
-    looked_up = sum(numel([shape]) for shape in outer_shapes(m)[0].values())
-    if m.tie_embeddings:
-        looked_up -= m.vocab_size * m.hidden_size
     assert m.head_dim is not None
     value_dim = m.mla.v_head_dim if m.attention == "mla" and m.mla else m.head_dim
     pairs = 0.0
@@ -276,7 +281,7 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
         window = m.sliding_window if layer_type(m, layer) == "sliding" and m.sliding_window else seq_len
         window = min(window, seq_len)
         pairs += window - window * (window - 1) / (2 * seq_len)  # keys that a query sees, on average
-    return 6 * (active_parameter_count(m) - looked_up) + 6 * m.num_heads * (m.head_dim + value_dim) * pairs
+    return 6 * multiplied_parameters(m) + 6 * m.num_heads * (m.head_dim + value_dim) * pairs
 
 
 def _weights(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:

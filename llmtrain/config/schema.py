@@ -17,6 +17,7 @@ from llmtrain.config.data import SourceConfig as SourceConfig
 from llmtrain.config.data import TaskConfig as TaskConfig
 from llmtrain.config.ladder import LadderConfig
 from llmtrain.config.machine import fast_precision
+from llmtrain.config.plan import PlanConfig
 from llmtrain.config.sampling import ConstitutionalConfig, EvalConfig, JudgeConfig, RewardConfig, RolloutConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.section import Count, Decay, Section, UserPath
@@ -309,6 +310,7 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     scaling: ScalingConfig = ScalingConfig()
     ladder: LadderConfig = LadderConfig()
+    plan: PlanConfig = PlanConfig()
     log: LogConfig = LogConfig()
 
     @field_validator("rewards", mode="before")

@@ -12,16 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmtrain.arch.attention import cache_row, round_up
 from llmtrain.arch.parameters import layer_type
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import LayerCache
-
-BUCKET_TOKENS = 64  # attended lengths are rounded up to this: few shapes, little masked work
-
-
-def round_up(tokens: int) -> int:
-    """Returns the number of tokens, rounded up to a multiple of BUCKET_TOKENS."""
-    return -(-tokens // BUCKET_TOKENS) * BUCKET_TOKENS
 
 
 class Recorder:
@@ -69,14 +63,7 @@ class Kept:
 
 def kept(config: ModelConfig, layer: int, tokens: int) -> Kept:
     """Returns the description of a layer's rows for sequences of at most `tokens`."""
-    kind = layer_type(config, layer)
-    if config.attention == "mla":
-        assert config.mla is not None
-        return Kept(kind, 1, config.mla.kv_rank + config.mla.rope_head_dim, 0, tokens, None)
-    head_dim = config.head_dim or config.hidden_size // config.num_heads
-    window = config.sliding_window if kind == "sliding" else None
-    places = tokens if window is None else min(round_up(window), tokens)
-    return Kept(kind, config.num_kv_heads, head_dim, head_dim, places, window)
+    return Kept(layer_type(config, layer), *cache_row(config, layer, tokens))
 
 
 class KVCache:

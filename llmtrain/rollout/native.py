@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from llmtrain.arch.attention import round_up
 from llmtrain.model.decoder import Decoder
-from llmtrain.rollout.cache import KVCache, Recorder, round_up
+from llmtrain.rollout.cache import KVCache, Recorder
 from llmtrain.rollout.sampling import check_sampling, sample
 from llmtrain.rollout.stem import STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
 from llmtrain.rollout.stop import Decode, Stop

@@ -12,7 +12,7 @@ from llmtrain.config.load import ConfigError, stage_config
 from llmtrain.config.ramp import phases, trained_model, with_phase
 from llmtrain.config.schema import Config, ModelConfig, RunConfig, StageConfig
 from llmtrain.rules.attention import ATTENTION_RULES
-from llmtrain.rules.case import Case, Earlier, pretrains
+from llmtrain.rules.case import Case, Earlier, Rules, pretrains
 from llmtrain.rules.cleaning import CLEANING_RULES
 from llmtrain.rules.files import FILE_RULES
 from llmtrain.rules.judging import JUDGING_RULES
@@ -22,15 +22,17 @@ from llmtrain.rules.lora import LORA_RULES
 from llmtrain.rules.mix import MIX_RULES
 from llmtrain.rules.model import MODEL_RULES
 from llmtrain.rules.others import other_models
+from llmtrain.rules.plan import PLAN_RULES
 from llmtrain.rules.scaling import SCALING_RULES
 from llmtrain.rules.tasks import TASK_RULES
 from llmtrain.rules.testtime import TEST_TIME_RULES
 from llmtrain.rules.vocabulary import VOCABULARY_RULES
 
+SHAPE_RULES = (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES)  # what does not look at files
 RULES = (
-    *(*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES),
+    *SHAPE_RULES,
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
-    *(*TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES),
+    *(*TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES, *PLAN_RULES),
 )
 
 
@@ -72,8 +74,13 @@ def violations(
     return found
 
 
-def _broken(case: Case) -> Iterator[str]:
-    for holds, rule in RULES:
+def layout_violations(case: Case) -> list[str]:
+    """Returns the broken rules about model, layout and engine of a recipe, files apart."""
+    return list(_broken(case, SHAPE_RULES))
+
+
+def _broken(case: Case, rules: Rules = RULES) -> Iterator[str]:
+    for holds, rule in rules:
         if holds(case):
             yield from rule(case)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from llmtrain.arch.parameters import Shape, numel
@@ -97,7 +98,7 @@ def _zero(shapes: Sequence[Shape], ranks: int, engine: EngineConfig, muon: Seque
     weights, gradients, state = zero_bytes(total, engine.zero_stage, ranks, engine.precision)
     gathered = 0
     if engine.zero_stage in (1, 2):  # at ZeRO stage 1, too, gradients of other ranks' parameters are dropped
-        gradients = value * max(_touched(optimizer_groups(shapes, muon), ranks, rank) for rank in range(ranks))
+        gradients = value * _most_touched(optimizer_groups(shapes, muon), ranks)
     elif engine.zero_stage == 3:
         kept = numel(shape for shape in shapes if math.prod(shape) <= PERSISTENT)
         weights += value * kept if ranks > 1 else 0  # a single rank has them whole anyway
@@ -113,20 +114,21 @@ def _of_adapters(shapes: Sequence[Shape], parallel: ParallelConfig, engine: Engi
     return States(4 * own, 4 * own, 8 * own, _value(engine) * total, 4 * (total - own))
 
 
-def _touched(groups: Sequence[Sequence[Shape]], ranks: int, rank: int) -> int:
-    """Returns the elements of the parameters that ZeRO stages 1 and 2 give a rank a part of: it holds their gradients
-    whole.
+def _most_touched(groups: Sequence[Sequence[Shape]], ranks: int) -> int:
+    """Returns the elements of the parameters that ZeRO stages 1 and 2 give a rank a part of, for the rank with most: it
+    holds their gradients whole.
 
     The parameters of an optimizer group are concatenated and split into equal runs.
     """
-    total = 0
+    changes = [0] * (ranks + 1)  # of the total, from one rank to the next
     for group in groups:
         run, start = -(-numel(group) // (2 * ranks)) * 2, 0
         for shape in group:
             size = math.prod(shape)
-            total += size if start < (rank + 1) * run and start + size > rank * run else 0
+            changes[start // run] += size
+            changes[(start + size - 1) // run + 1] -= size
             start += size
-    return total
+    return max(accumulate(changes[:-1]))
 
 
 def _fsdp(

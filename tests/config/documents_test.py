@@ -12,7 +12,7 @@ import pytest
 from llmtrain.config.load import dump, load
 from llmtrain.config.schema import Config, RunConfig
 from llmtrain.rules.check import planned_stages, violations
-from llmtrain.scaling.plan import main
+from llmtrain.scaling.describe import main
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "principles.yaml")

@@ -12,7 +12,8 @@ from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
 from llmtrain.config.schema import ParallelConfig
 from llmtrain.parallel.schedules import SCHEDULES
-from llmtrain.scaling.plan import bubble_share, in_flight
+from llmtrain.scaling.activations import in_flight
+from llmtrain.scaling.plan import bubble_share
 from tests.parallel import bubble_worker
 
 WORKER = Path(__file__).with_name("bubble_worker.py")

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.parallel.remat import compile_block, remat_blocks
-from llmtrain.scaling.plan import kept_activations
+from llmtrain.scaling.activations import kept_activations
 
 MODEL = ModelConfig(num_layers=3, hidden_size=64, ffn_size=192, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=64)
 ROWS, WIDTH = 2, 64

@@ -13,8 +13,10 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES, config_class
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
+from llmtrain.scaling.activations import activation_bytes
 from llmtrain.scaling.attention import attention_bytes
-from llmtrain.scaling.plan import activation_bytes, bubble_share, main, plan
+from llmtrain.scaling.describe import main
+from llmtrain.scaling.plan import bubble_share, plan
 
 
 def test_parameters_of_the_fullest_rank() -> None:
@@ -184,7 +186,7 @@ def test_a_run_is_planned_stage_by_stage_without_torch(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
     code = (
-        "import sys; from llmtrain.config.load import load; from llmtrain.scaling.plan import main;"
+        "import sys; from llmtrain.config.load import load; from llmtrain.scaling.describe import main;"
         f"main(load({str(path)!r}, [])); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

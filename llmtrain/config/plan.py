@@ -1,0 +1,37 @@
+"""Defines the keys of the section plan, and those of a file that describes hardware."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from llmtrain.config.section import Section, UserPath
+
+
+class HardwareConfig(Section):
+    """Describes a GPU and how it is joined to others. Bandwidths are of one GPU in one direction."""
+
+    name: str  # as `llmtrain plan` prints it
+    bf16_tflops: PositiveFloat  # peak of dense matrix products, 1e12 a second
+    fp8_tflops: PositiveFloat | None = None  # the same in fp8; null = there is no fp8
+    fp32_tflops: PositiveFloat | None = None  # the same in fp32, not TF32; null = as in bf16
+    reached_share: float | None = Field(None, gt=0.0, le=1.0)  # of these in training; null = that of docs/plan.md
+    memory_gb: PositiveFloat  # 1e9 bytes
+    memory_gb_per_s: PositiveFloat  # 1e9 bytes a second between memory and cores
+    node_gb_per_s: PositiveFloat | None = None  # to the other GPUs of a node; null = not known
+    network_gb_per_s: PositiveFloat | None = None  # to other nodes; null = not known
+    gpus_per_node: PositiveInt = 8  # joined without the network
+    watts: PositiveFloat | None = None  # limit of one GPU; null = no energy is told
+    source: str = ""  # where these figures are from
+
+
+class PlanConfig(Section):
+    """Configures what `llmtrain plan` counts time, energy and dollars for; see docs/plan.md."""
+
+    hardware: UserPath | None = None  # a100, h100, h200, b200, or a file of these keys; null = no time is told
+    gpus: PositiveInt | None = None  # ranks of a single stage; null = WORLD_SIZE, else as few as the mesh takes
+    reserve_gb: float = Field(4.0, ge=0.0)  # of each GPU for the CUDA context, NCCL's buffers and fragmentation
+    price_per_gpu_hour: PositiveFloat | None = None  # dollars; null = no costs are told
+    gpu_mttf_hours: PositiveFloat | None = None  # mean hours until a failure of one GPU stops the job; null = none do
+    restart_s: float = Field(600.0, ge=0.0)  # from a failure until the job trains again
+    save_s: PositiveFloat = 30.0  # pause of the job for a checkpoint
+    power_factor: float = Field(1.0, ge=1.0)  # energy of servers and cooling too, over that of GPUs at their limit

@@ -1,0 +1,100 @@
+"""Computes what a microbatch leaves behind for its backward pass, and the logits of a chunk."""
+
+from __future__ import annotations
+
+import math
+
+from llmtrain.arch.parameters import has_experts
+from llmtrain.arch.resolve import chunk_tokens
+from llmtrain.config.ramp import microbatch_tokens
+from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
+
+
+def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> int:
+    """Returns the activations kept for the backward pass on the first pipeline stage, which holds most microbatches.
+
+    Rows are the longest of the run. Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each
+    layer keeps what `kept_activations` says, and one layer at a time is whole.
+    """
+    tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
+    value = 4 if config.engine.precision == "fp32" else 2
+    tokens = microbatch_tokens(config.train) // mesh["cp"]
+    layers = kept_layers(config, model, mesh, accumulation)
+    block = block_activations(model, tp, sequence_parallel)
+    if config.engine.remat == "none":
+        return int(tokens * value * layers * block)
+    kept = kept_activations(model, tp, sequence_parallel, config.engine.remat)
+    return int(tokens * value * (layers * kept + block))
+
+
+def kept_layers(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> float:
+    """Returns the layers of the first pipeline stage, times the microbatches that it holds."""
+    return math.ceil(model.num_layers / mesh["pp"]) * in_flight(config.parallel, accumulation)
+
+
+def in_flight(parallel: ParallelConfig, accumulation: float | None) -> float:
+    """Returns how many microbatches the schedule lets the fullest pipeline rank hold activations of at a time."""
+    most = parallel.pp
+    if parallel.schedule == "interleaved_1f1b":  # P (v + 1) - 1 chunks of 1 / v, arXiv 2104.04473, 2.2.2
+        most += (parallel.pp - 1) / parallel.virtual_stages
+    return most if accumulation is None else min(most, math.ceil(accumulation))
+
+
+def kept_activations(model: ModelConfig, tp: int, sequence_parallel: bool, remat: str) -> float:
+    """Returns the values a token that one block keeps with recomputation.
+
+    Full: its input. Selective: the inputs of attention and feed-forward layer and, sharded, q, k, v, attention's output
+    and the results of the products in front of the activation.
+    """
+    hidden = model.hidden_size / (tp if sequence_parallel else 1)
+    if remat == "full":
+        return hidden
+    return 2 * hidden + (attention_values(model) + (2 if model.gated else 1) * inner_width(model)) / tp
+
+
+def block_activations(model: ModelConfig, tp: int, sequence_parallel: bool) -> float:
+    """Returns the values a token that one block keeps without recomputation.
+
+    They are its input and the norm's output, twice (whole on each rank without sequence parallelism), and, sharded: q,
+    k, v, attention's output, gate, up, silu(gate) and their product. SwiGLU and grouped K/V replace the paper's GELU
+    and full heads; there is no dropout, and attention scores are recomputed, not kept.
+    """
+    outside = 4 * model.hidden_size / (tp if sequence_parallel else 1)
+    return outside + (attention_values(model) + (4 if model.gated else 2) * inner_width(model) + copies(model)) / tp
+
+
+def attention_values(model: ModelConfig) -> int:
+    """Returns the number of values of q, k, v and the output in all heads, a token; with latent attention also the
+    latents."""
+    assert model.head_dim is not None
+    if model.mla is None:
+        return 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
+    latents = (model.mla.q_rank or 0) + model.mla.kv_rank
+    return 2 * model.num_heads * (model.head_dim + model.mla.v_head_dim) + latents
+
+
+def inner_width(model: ModelConfig) -> float:
+    """Returns the inner width of the feed-forward layers that a token passes, on average over the blocks."""
+    e = model.moe
+    if e is None:
+        return model.ffn_size
+    sparse = sum(has_experts(model, layer) for layer in range(model.num_layers)) / model.num_layers
+    return sparse * (e.top_k * e.expert_ffn_size + e.shared_ffn_size) + (1 - sparse) * model.ffn_size
+
+
+def copies(model: ModelConfig) -> float:
+    """Returns the number of values in the copies of a token's hidden state, one for each of its experts."""
+    if model.moe is None:
+        return 0.0
+    sparse = sum(has_experts(model, layer) for layer in range(model.num_layers)) / model.num_layers
+    return sparse * model.moe.top_k * model.hidden_size
+
+
+def logits_bytes(config: Config, model: ModelConfig, mesh: dict[str, int]) -> int:
+    """Returns the bytes of one chunk of logits and its gradient on the last pipeline stage, on a GPU: fp32 if not
+    compiled."""
+    if model.head == "scalar":
+        return 0
+    rows, tokens = model.vocab_size // mesh["tp"], microbatch_tokens(config.train)
+    value = 2 if config.engine.compile and config.engine.precision != "fp32" else 4
+    return 2 * value * min(tokens // mesh["cp"], chunk_tokens(config.engine, rows, gpu=True)) * rows

@@ -1,0 +1,154 @@
+"""Prints plans: what each stage of a document will need, a line for each figure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from llmtrain.arch.resolve import resolve_model
+from llmtrain.config.ramp import Phase, phases
+from llmtrain.config.recipes import Recipe, StepSize, planned_recipes, recipe_of
+from llmtrain.config.schema import Config, RunConfig, TrainConfig
+from llmtrain.rules.case import Earlier
+from llmtrain.rules.check import planned_stages
+from llmtrain.scaling.plan import Plan, plan, rollout_workers
+from llmtrain.scaling.rollouts import turn_seconds
+from llmtrain.scaling.speed import speed_lines
+from llmtrain.scaling.turns import Turn, heaviest, other_models, turns_of
+
+
+def main(config: Config) -> None:
+    """Prints the plan of a stage, or of every training stage of a run. Raises ValueError when some cannot be planned,
+    after the plans of the others; weights that are not there yet are no fault of the document, and said in its place.
+    """
+    faults: list[str] = []
+    for recipe, staged, world_size, earlier in planned(config):
+        print(f"{staged.name} ({recipe.name})")
+        try:
+            lines = describe(staged, plan(staged, world_size, recipe, earlier), recipe, earlier)
+        except ValueError as error:
+            start, said = staged.model.init_from, str(error).splitlines()
+            waits = start is not None and not os.path.exists(start)
+            lines = ["cannot be planned yet", *said] if waits else ["cannot be planned"]
+            faults += [] if waits else [f"{staged.name} ({recipe.name}): {line}" for line in said]
+        print("\n".join(f"  {line}" for line in lines))
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def planned(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
+    """Yields (recipe, configuration, ranks, earlier stages) of every stage that trains."""
+    if isinstance(config, RunConfig):
+        for stage, staged, earlier in planned_stages(config):
+            if (recipe := recipe_of(stage.command, staged)) is not None:
+                yield recipe, staged, stage.ranks, earlier
+    else:
+        for recipe in planned_recipes(config):
+            ranks = config.plan.gpus or int(os.environ.get("WORLD_SIZE", least_ranks(config, recipe)))
+            yield recipe, config, ranks, {}
+
+
+def least_ranks(config: Config, recipe: Recipe) -> int:
+    """Returns the smallest number of ranks that the mesh fits."""
+    p = config.parallel
+    return p.pp * p.dp_replicate * max(1, p.dp_shard) * p.cp * p.tp + rollout_workers(config, recipe)
+
+
+def describe(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[str]:
+    """Returns the lines of a plan as text."""
+    engine, most = config.engine, "" if recipe.fixed_batch else " at most"
+    axes = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
+    others = recipe.other_models(config)
+    alone = f"; of the policy alone, beside it {' and '.join(others)}" if others else ""
+    turns, lines = _turns(config, p, recipe, earlier)
+    active = f" ({p.active_parameters:,} active)" if p.active_parameters < p.parameters else ""
+    backend = f"ZeRO {engine.zero_stage}" if engine.backend == "deepspeed" else "FSDP2"
+    return [
+        f"ranks        {p.ranks}: {axes}" + (f", and {p.rollout_ranks} for rollouts" if p.rollout_ranks else ""),
+        f"parameters   {p.parameters:,}{active}, {p.parameters_per_rank:,} on the fullest rank before ZeRO or FSDP2",
+        *_work_lines(p),
+        f"batch        {_batch_line(recipe.step_size(config), p)}",
+        *_phase_lines(config.train),
+        _total_line(config.train, p) + most,
+        f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
+        f"             by the rule of 18 bytes a parameter, all ranks hold {gigabytes(18 * p.parameters)} of states",
+        f"             ({engine.precision}, {backend}, offload {engine.offload}, remat {engine.remat}{alone})",
+        *_sent_lines(p),
+        *([] if p.bubble is None else [f"bubble       {p.bubble:.1%} of the ideal time"]),
+        *lines,
+        *speed_lines(config, p, turns[heaviest(turns)[0]] if turns else None),
+    ]
+
+
+def _work_lines(p: Plan) -> list[str]:
+    """Returns the line with the FLOPs of a token."""
+    w = p.work
+    parts = f"{w.model - 3 * w.attention:.4g} of weights ({2 * w.passes} N), {3 * w.attention:.4g} of attention"
+    return [f"work         {w.model:.4g} FLOPs a token: {parts}; with what is computed again {w.hardware:.4g}"]
+
+
+def _turns(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> tuple[dict[str, Turn], list[str]]:
+    """Returns the turns of the models of a step, and the lines about them, the heaviest turn first."""
+    model = resolve_model(config.model, earlier)
+    try:
+        models = other_models(config, model, recipe, earlier)
+    except ValueError as error:  # a directory that a command before makes
+        return {}, [f"turns        cannot be told yet: {line}" for line in str(error).splitlines()]
+    turns = turns_of(config, model, recipe, p, models)
+    lines = []
+    for name, turn in sorted(turns.items(), key=lambda entry: -sum(entry[1].values())):
+        parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in turn.items())
+        first = " (the heaviest)" if not lines else ""
+        lines.append(f"{'' if lines else 'turns':<13}{name} {gigabytes(sum(turn.values()))}{first}: {parts}")
+    if turns and p.hardware is not None and p.time is None:
+        seconds = turn_seconds(config, model, recipe, p, models)
+        each = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
+        lines.append(f"step         at most {sum(seconds.values()):.3g} s: {each} (estimated, see docs/plan.md)")
+    return turns, lines
+
+
+def _batch_line(size: StepSize, p: Plan) -> str:
+    if p.accumulation is None:
+        return size.words
+    fits = "" if p.accumulation.is_integer() else " (not whole: training will refuse)"
+    return f"{size.words}, accumulation {p.accumulation:g}{fits}"
+
+
+def _phase_lines(train: TrainConfig) -> list[str]:
+    """Returns the lines that say where batch size and row length change; none without ramps."""
+    table = phases(train)
+    return [_phase_line(phase, "phases" if i == 0 else "") for i, phase in enumerate(table) if len(table) > 1]
+
+
+def _phase_line(phase: Phase, title: str) -> str:
+    shape = f"{phase.global_batch_seqs} x {phase.seq_len} = {phase.tokens_per_step:,} tokens a step"
+    theta = "" if phase.rope_theta is None else f", rope_theta {phase.rope_theta:g}"
+    factor = "" if phase.rope_scaling is None else f", rope_scaling.factor {phase.rope_scaling.factor:g}"
+    return f"{title:<13}from step {phase.first_step:,}, token {phase.first_token:,}: {shape}{theta}{factor}"
+
+
+def _total_line(train: TrainConfig, p: Plan) -> str:
+    if train.epochs is not None:
+        return f"total        {train.epochs:g} epochs, whose steps follow from the number of rows"
+    return f"total        {train.steps:,} steps, {p.total_tokens:,} tokens"
+
+
+def _sent_lines(p: Plan) -> list[str]:
+    """Returns the line that says what a ring moves over a rank's links in a step."""
+    if not p.sent_bytes:
+        return []
+    each = ", ".join(f"{axes} {gigabytes(size)}" for axes, size in p.sent_bytes.items())
+    return [f"sent         {gigabytes(sum(p.sent_bytes.values()))} a step and rank: {each}"]
+
+
+def _memory_line(p: Plan) -> str:
+    parts = ("weights", "gradients", "optimizer", "buffers", "activations", "attention", "logits")
+    return ", ".join(f"{part} {gigabytes(getattr(p, f'{part}_bytes'))}" for part in parts)
+
+
+def gigabytes(size: int) -> str:
+    """Returns bytes in units of 1e9, as the papers do, of 1e12 or 1e6. Example: gigabytes(16_600_000_000) -> '16.6
+    GB'"""
+    if size >= 1e12:
+        return f"{size / 1e12:.3g} TB"
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

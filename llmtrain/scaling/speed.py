@@ -1,0 +1,135 @@
+"""Says in lines how fast a plan is, what its run costs, and whether it fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from llmtrain.arch.hardware import peak_flops
+from llmtrain.config.schema import Config
+from llmtrain.scaling.failures import best_interval_s, goodput, job_mttf_s
+from llmtrain.scaling.plan import Plan
+
+PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "attention", "logits")
+REMEDIES = {
+    "policy": "shard it: engine.zero_stage=3, engine.backend=fsdp; or use more ranks",
+    "generator": "give it ranks of its own, rollout.placement=separate",
+    "KV cache": "lower rollout.max_batch_seqs or rollout.max_new_tokens and train.seq_len",
+    "prompts": "lower train.seq_len or rollout.max_batch_seqs",
+    "frozen models": "let them wait in host memory (reference_waits, teachers_wait, wait_on_host), or use more ranks",
+    "critics": "let models wait in host memory (wait_on_host), or use more ranks",
+    "gathered": "raise parallel.tp",
+    "weights": "raise parallel.tp or pp, or shard them: engine.zero_stage=3, engine.backend=fsdp",
+    "gradients": "shard them: engine.zero_stage=2, engine.backend=fsdp; or raise parallel.tp or pp",
+    "optimizer": "shard it over more data-parallel ranks, or raise parallel.tp or pp",
+    "buffers": "free weights after use: engine.reshard=true; or raise parallel.tp or pp",
+    "activations": "compute more of them again: engine.remat=selective or full; or lower train.micro_batch_seqs, or "
+    "raise parallel.tp or cp",
+    "attention": "use parallel.context=ring, engine.attention=flex, or raise parallel.cp",
+    "logits": "lower engine.logprob_chunk_tokens or raise parallel.tp",
+}
+
+
+def mfu(p: Plan, config: Config) -> float:
+    """Returns the share of the peak that the model's own FLOPs reach (arXiv 2204.02311, appendix B)."""
+    assert p.hardware is not None
+    return tflops_per_gpu(p) * 1e12 / peak_flops(p.hardware, config.engine.precision)
+
+
+def tflops_per_gpu(p: Plan) -> float:
+    """Returns the model's own FLOPs a second and rank, in units of 1e12."""
+    assert p.time is not None
+    return p.work.model * p.tokens_per_step / (p.time.total_s * p.ranks) / 1e12
+
+
+def run_seconds(p: Plan) -> float:
+    """Returns the time of all steps at the speed of those at the start."""
+    assert p.time is not None
+    return p.total_tokens / p.tokens_per_step * p.time.total_s
+
+
+def room_bytes(config: Config, p: Plan, parts: Mapping[str, int] | None = None) -> float:
+    """Returns the bytes of a GPU that are left beside the plan, or beside these `parts`; negative where it does not
+    fit."""
+    assert p.hardware is not None
+    taken = p.memory_bytes if parts is None else sum(parts.values())
+    return (p.hardware.memory_gb - config.plan.reserve_gb) * 1e9 - taken
+
+
+def fit_line(config: Config, p: Plan, parts: Mapping[str, int] | None = None) -> str:
+    """Returns whether the plan, or these parts of a turn, fit, with the largest part and a remedy where they do not."""
+    assert p.hardware is not None
+    room, reserve = room_bytes(config, p, parts), config.plan.reserve_gb
+    of = f"{p.hardware.memory_gb:g} GB less {reserve:g} (plan.reserve_gb)"
+    if room >= 0:
+        return f"fits         {room / 1e9:.3g} GB of {of} are left"
+    part, size = largest_part(p, parts)
+    return f"does not fit {-room / 1e9:.3g} GB more than {of}; most are {part}, {size:.3g} GB: {REMEDIES[part]}"
+
+
+def largest_part(p: Plan, parts: Mapping[str, int] | None = None) -> tuple[str, float]:
+    """Returns the name of the largest part of the memory, and its size in GB."""
+    sizes = {name: getattr(p, f"{name}_bytes") for name in PARTS} if parts is None else parts
+    part = max(sizes, key=lambda name: sizes[name])
+    return part, sizes[part] / 1e9
+
+
+def speed_lines(config: Config, p: Plan, parts: Mapping[str, int] | None = None) -> list[str]:
+    """Returns the lines about hardware, none where none is named; time is told only where a step's size is known."""
+    if p.hardware is None:
+        return []
+    nodes = -(-p.ranks // p.hardware.gpus_per_node)
+    head = [f"hardware     {p.ranks:,} x {p.hardware.name}, {nodes:,} nodes", fit_line(config, p, parts)]
+    if p.time is None:
+        return head
+    spent = ", ".join(f"{name.removesuffix('_s')} {value:.3g}" for name, value in vars(p.time).items() if value > 0)
+    tokens = p.tokens_per_step / p.time.total_s
+    return [
+        *head,
+        f"step         {p.time.total_s:.3g} s: {spent} (estimated, see docs/plan.md)",
+        f"speed        {tokens:,.0f} tokens/s, {tflops_per_gpu(p):.0f} TFLOP/s a GPU, MFU {mfu(p, config):.1%}",
+        f"run          {cost(config, p)}",
+        *failure_lines(config, p),
+    ]
+
+
+def failure_lines(config: Config, p: Plan) -> list[str]:
+    """Returns the line about failures; none where no rate is given. A GPU's failure stops the job."""
+    s = config.plan
+    if s.gpu_mttf_hours is None:
+        return []
+    mttf = job_mttf_s(s.gpu_mttf_hours, p.ranks)
+    interval = best_interval_s(s.save_s, mttf)
+    share = goodput(interval, s.save_s, s.restart_s, mttf)
+    days = run_seconds(p) / 86_400 / share if share else math.inf
+    often = f"one in {mttf / 3600:.3g} h, a checkpoint every {interval:.3g} s of work loses least"
+    return [f"failures     {often}; {share:.1%} of the time is work that lasts, the run takes {days:.3g} days"]
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds in the unit that fits. Example: duration(5400) -> '1.5 hours'"""
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def amount(number: float) -> str:
+    """Returns a number in whole units, or with three digits where it is small. Example: amount(116711.4) ->
+    '116,711'"""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def cost(config: Config, p: Plan) -> str:
+    """Returns the days, the energy and, with a price, the dollars of the whole run."""
+    assert p.hardware is not None
+    if config.train.epochs is not None:
+        return "its steps follow from the number of rows"
+    hours = run_seconds(p) / 3600
+    said = f"{duration(run_seconds(p))}, {amount(hours * p.ranks)} GPU hours"
+    if p.hardware.watts is not None:
+        energy = hours * p.ranks * p.hardware.watts * config.plan.power_factor / 1000
+        more = "" if config.plan.power_factor == 1 else f" x {config.plan.power_factor:g}"
+        said += f", {amount(energy)} kWh at {p.hardware.watts:g} W a GPU{more}"
+    price = config.plan.price_per_gpu_hour
+    return said if price is None else f"{said}, {amount(hours * p.ranks * price)} dollars at {price:g} a GPU hour"
