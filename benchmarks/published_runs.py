@@ -10,6 +10,7 @@ the three layouts of Llama 3 405B; the other runs were looked at afterwards.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llmtrain.arch.hardware import peak_flops
@@ -71,7 +72,7 @@ LLAMA_LONG = {"preset": "llama3.1-405b"}
 MEGATRON = "arXiv 2205.05198, tables 3 and 5"
 TITAN = "TorchTitan, benchmarks of December 2024 (arXiv 2410.06511)"
 TITAN_A100 = "TorchTitan, docs/performance.md of 2024"
-TITAN_H100 = "benchmarks/hardware/h100_500w.yaml"
+TITAN_H100 = str(Path(__file__).parent / "hardware" / "h100_500w.yaml")
 COMPILED = {"compile": True}
 FSDP = {"backend": "fsdp", "reshard": True, "remat": "selective"}
 

@@ -38,24 +38,27 @@ BEHIND: dict[str, tuple[str, str]] = {
     "doctor": ("llmtrain.commands.doctor:main", "look at this machine (takes no configuration)"),
 }
 HELP = ("-h", "--help")
+MEASURE = "--measure"
 OPTIONS = {  # what else a command can do, without the weights of models
     ("data", "--dry-run"): "llmtrain.commands.prepare:dry_run",
     ("ladder", "--dry-run"): "llmtrain.commands.ladder:dry_run",
     ("eval", "--show"): "llmtrain.commands.tasks:show",
+    ("plan", "--search"): "llmtrain.scaling.layouts:main",
 }
 TOLD = (ValueError, FloatingPointError, RuntimeError, OSError)  # wrong input, or a run that must not go on
 EXAMPLE = "llmtrain pretrain configs/pretrain/tiny.yaml train.steps=50 optim.lr=1e-3"
 
 
-def _no_arguments(rest: Sequence[str]) -> tuple[()]:
-    if rest:
-        raise ConfigError(f"doctor: takes no arguments, got {' '.join(rest)}")
-    return ()
+def _doctor_arguments(rest: Sequence[str]) -> tuple[str, ...]:
+    """Returns the file that is to hold what is measured, if that is asked for."""
+    if rest and (rest[0] != MEASURE or len(rest) != 2):
+        raise ConfigError(f"doctor: takes no arguments but {MEASURE} FILE.yaml, got {' '.join(rest)}")
+    return tuple(rest[1:])
 
 
 OWN_ARGUMENTS: dict[str, Callable[[Sequence[str]], tuple]] = {  # in place of a configuration: what reads them
     "chat": lambda rest: (chat_options(rest),),
-    "doctor": _no_arguments,
+    "doctor": _doctor_arguments,
 }
 
 
@@ -68,7 +71,7 @@ def usage() -> str:
     """Returns the help text."""
     lines = [f"  {name:<14} {summary}" for name, (_, summary) in commands().items()]
     options = "\n".join(f"       llmtrain {command} CONFIG.yaml {option}" for command, option in OPTIONS)
-    more_usage = f"{options}\n       {CHAT_USAGE}\n       llmtrain doctor"
+    more_usage = f"{options}\n       {CHAT_USAGE}\n       llmtrain doctor [{MEASURE} FILE.yaml]"
     head = f"usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]\n{more_usage}"
     more = "`llmtrain --help CONFIG.yaml` lists the recipes of the document's plugins too."
     return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}", "", more])

@@ -60,7 +60,7 @@ def test_the_command_gets_the_configuration(tiny: str, pretrain: types.ModuleTyp
         (["qqqq"], "qqqq: unknown command, choose one of data, tokenizer, "),
         (["pretrain"], "pretrain: needs a configuration file, as in: llmtrain pretrain configs/"),
         (["pretrain", "train.steps=3"], "pretrain: needs a configuration file"),
-        (["doctor", "x"], "doctor: takes no arguments, got x"),
+        (["doctor", "x"], "doctor: takes no arguments but --measure FILE.yaml, got x"),
         (["chat"], "chat: the following arguments are required: RUN|DIRECTORY; llmtrain chat RUN|DIRECTORY"),
         (["chat", "no/where/x"], "no/where/x: no such directory; give that of a run or of a Hugging Face model"),
         (

@@ -21,8 +21,13 @@ TESTED = {"torch": "2.13.", "deepspeed": "0.19.8"}  # deepspeed: private names a
 GIB = 2**30
 
 
-def main() -> int:
-    """Prints what was found and every problem with its remedy; returns 1 if there is one."""
+def main(measured: str | None = None) -> int:
+    """Prints what was found and every problem with its remedy; returns 1 if there is one. With a file, measures this
+    machine instead and writes it there."""
+    if measured is not None:
+        from llmtrain.commands.measure import measure  # needs torch, of which the doctor may find that it is not there
+
+        return _print_measured(measured, measure(measured).model_dump(exclude_none=True))
     facts = {**versions(), **devices(), **resources(), **sandbox()}
     table = Table(show_header=False)
     for name, value in facts.items():
@@ -33,6 +38,14 @@ def main() -> int:
         print(f"problem: {line}")
     print("no problems found" if not found else f"{len(found)} to mend")
     return 1 if found else 0
+
+
+def _print_measured(path: str, figures: dict[str, object]) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        for name, value in figures.items():
+            print(f"{name:<18}{value:.4g}" if isinstance(value, float) else f"{name:<18}{value}")
+        print(f"written: {path}; use it as plan.hardware={path}")
+    return 0
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,104 @@
+"""Prints the layouts that a search finds, the best first, and why each is as fast as it is."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from llmtrain.config.recipes import Recipe
+from llmtrain.config.schema import Config
+from llmtrain.rules.case import Earlier
+from llmtrain.scaling.describe import planned
+from llmtrain.scaling.plan import Plan, plan
+from llmtrain.scaling.search import Found, Layout, search
+from llmtrain.scaling.speed import largest_part, mfu, room_bytes
+
+SHOWN = 10
+WIDTH = 150  # columns of the table; a narrower terminal folds its lines
+AXES = ("tp", "pp", "cp", "ep", "dp_shard", "dp_replicate")
+
+
+def main(config: Config) -> None:
+    """Prints a table for each training stage of a document. Raises ValueError when no layout fits."""
+    console = Console(width=max(WIDTH, Console().width))
+    for recipe, staged, ranks, earlier in planned(config):
+        console.print(f"{staged.name} ({recipe.name}), {ranks:,} GPUs", highlight=False)
+        found = search(staged, recipe, ranks, earlier)
+        if not found.best:
+            raise ValueError(nothing_fits(staged, found, ranks))
+        console.print(table(found.best[:SHOWN], recipe, ranks, earlier))
+        for line in (*summary(found), f"the first: {overrides(found.best[0].config)}"):
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def table(layouts: list[Layout], recipe: Recipe, ranks: int, earlier: Earlier) -> Table:
+    """Returns the layouts as rows, with what `llmtrain plan` says of each."""
+    found = Table(*AXES, "schedule", "states", "remat", "rows", "GB", "step s", "MFU", "bound by", box=None)
+    for layout in layouts:
+        config, p = layout.config, plan(layout.config, ranks, recipe, earlier)
+        sizes = [str(getattr(config.parallel, axis)) for axis in AXES]
+        kept = [schedule(config), states(config), config.engine.remat, str(config.train.micro_batch_seqs)]
+        figures = [f"{p.memory_bytes / 1e9:.1f}", f"{layout.seconds:.3g}", f"{mfu(p, config):.1%}"]
+        found.add_row(*sizes, *kept, *figures, reasons(config, p))
+    return found
+
+
+def schedule(config: Config) -> str:
+    """Returns the schedule in short: "–" without a pipeline, "1f1b", or "interleaved 4" with 4 stages a rank."""
+    p = config.parallel
+    if p.pp == 1:
+        return "–"
+    return p.schedule if p.virtual_stages == 1 else f"{p.schedule.partition('_')[0]} {p.virtual_stages}"
+
+
+def states(config: Config) -> str:
+    """Returns how states are sharded, in short."""
+    e = config.engine
+    return f"ZeRO {e.zero_stage}" if e.backend == "deepspeed" else "FSDP2" + ("" if e.reshard else ", kept")
+
+
+def reasons(config: Config, p: Plan) -> str:
+    """Returns what a step spends most time on beside products, and how much memory is left."""
+    assert p.time is not None
+    spent = {name.removesuffix("_s"): value for name, value in vars(p.time).items() if name != "products_s"}
+    first, second = sorted(spent.items(), key=lambda entry: -entry[1])[:2]
+    shares = ", ".join(f"{name} {value / p.time.total_s:.0%}" for name, value in (first, second))
+    return f"{shares}; {room_bytes(config, p) / 1e9:.1f} GB left"
+
+
+def summary(found: Found) -> list[str]:
+    """Returns how many layouts there were, and the fastest that does not fit."""
+    lines = [f"{len(found.best):,} fit; {found.tried:,} were tried, {found.refused:,} of them refused by a rule"]
+    if found.misfit is not None:
+        size = found.misfit.memory_bytes / 1e9
+        lines.append(f"the fastest that does not fit: {size:.1f} GB, {found.misfit.seconds:.3g} s a step: ")
+        lines[-1] += overrides(found.misfit.config)
+    return lines
+
+
+def overrides(config: Config) -> str:
+    """Returns the layout as arguments of a command."""
+    p, e = config.parallel, config.engine
+    keys = {f"parallel.{axis}": getattr(p, axis) for axis in AXES}
+    keys |= {"parallel.schedule": p.schedule, "parallel.virtual_stages": p.virtual_stages}
+    own = (
+        {"engine.zero_stage": e.zero_stage} if e.backend == "deepspeed" else {"engine.reshard": str(e.reshard).lower()}
+    )
+    keys |= {**own, "engine.remat": e.remat, "train.micro_batch_seqs": config.train.micro_batch_seqs}
+    return " ".join(f"{key}={value}" for key, value in keys.items())
+
+
+def nothing_fits(config: Config, found: Found, ranks: int) -> str:
+    """Returns the line that says what the smallest of the layouts needs."""
+    if found.smallest is None:
+        return (
+            f"--search: the rules refuse every layout of {ranks} GPUs, whose number must divide into axes and whose "
+            "batch into microbatches; change plan.gpus or train.global_batch_seqs"
+        )
+    p = plan(found.smallest.config, ranks)
+    part, size = largest_part(p)
+    return (
+        f"--search: no layout of {ranks} GPUs fits {p.hardware.memory_gb:g} GB less plan.reserve_gb; the smallest "
+        f"needs {p.memory_bytes / 1e9:.3g} GB, most of it {part}, {size:.3g} GB; use more GPUs, other plan.hardware, "
+        "or engine.offload"
+    )

@@ -1,0 +1,150 @@
+"""Simulates pipelines and collectives event by event, where the closed forms of a plan assume equal parts.
+
+A pipeline rank works off its schedule in order; each forward waits for the one before it to arrive, each backward for
+the one behind it. A ring passes chunks from rank to rank, each link as fast as it is: a slow link or a late rank shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from llmtrain.arch.pipeline import StagePlan
+from llmtrain.config.plan import HardwareConfig
+from llmtrain.scaling.links import bandwidths
+
+NODE_LATENCY_S, NETWORK_LATENCY_S = 3e-6, 15e-6  # of one message, within a node and between nodes; by assumption
+
+
+class Op(NamedTuple):
+    """Describes one piece of work of a pipeline rank."""
+
+    backward: bool
+    stage: int
+    microbatch: int
+
+
+def plain_order(rank: int, pp: int, microbatches: int) -> list[Op]:
+    """Returns the work of a rank under 1F1B (arXiv 2104.04473, figure 4): a warmup of forwards, then by turns."""
+    warmup = min(microbatches, pp - 1 - rank)
+    forwards = [Op(False, rank, m) for m in range(microbatches)]
+    backwards = [Op(True, rank, m) for m in range(microbatches)]
+    return _alternated(forwards, backwards, warmup)
+
+
+def interleaved_order(rank: int, pp: int, virtual_stages: int, microbatches: int) -> list[Op]:
+    """Returns the work of a rank under interleaved 1F1B (arXiv 2104.04473, section 2.2): rounds of pp microbatches pass
+    the rank's first stage, then its second, and so on.
+
+    Raises ValueError unless pp divides the microbatches.
+    """
+    if microbatches % pp:
+        raise ValueError(f"microbatches={microbatches}: must be a multiple of pp={pp} when interleaved; change one")
+    v, total = virtual_stages, microbatches * virtual_stages
+    forwards, backwards = [], []
+    for k in range(total):
+        chunk, microbatch = k // pp % v, k // (pp * v) * pp + k % pp
+        forwards.append(Op(False, chunk * pp + rank, microbatch))
+        backwards.append(Op(True, (v - 1 - chunk) * pp + rank, microbatch))
+    return _alternated(forwards, backwards, min(total, 2 * (pp - rank - 1) + (v - 1) * pp))
+
+
+def _alternated(forwards: list[Op], backwards: list[Op], warmup: int) -> list[Op]:
+    steady = [op for pair in zip(forwards[warmup:], backwards, strict=False) for op in pair]
+    return forwards[:warmup] + steady + backwards[len(forwards) - warmup :]
+
+
+def pipeline_seconds(
+    plan: StagePlan, microbatches: int, forward_s: Sequence[float], backward_s: Sequence[float], send_s: float
+) -> float:
+    """Returns the time from the start of the first rank to the end of the last, given the seconds of each stage's
+    forward and backward and of a send between ranks.
+
+    Raises ValueError for a schedule other than 1f1b and interleaved_1f1b.
+    """
+    pp, stages = plan.pp, len(plan.layers)
+    if plan.schedule not in ("1f1b", "interleaved_1f1b"):
+        raise ValueError(f"parallel.schedule={plan.schedule}: is not simulated; use 1f1b or interleaved_1f1b")
+    plain = plan.schedule == "1f1b"
+    orders = [
+        plain_order(rank, pp, microbatches) if plain else interleaved_order(rank, pp, stages // pp, microbatches)
+        for rank in range(pp)
+    ]
+    ends: dict[Op, float] = {}
+    free, place = [0.0] * pp, [0] * pp
+    waiting = set(range(pp))
+    while waiting:
+        moved = False
+        for rank in sorted(waiting):
+            while place[rank] < len(orders[rank]):
+                op = orders[rank][place[rank]]
+                ready = _ready(op, ends, plan, send_s)
+                if ready is None:
+                    break
+                duration = (backward_s if op.backward else forward_s)[op.stage]
+                free[rank] = ends[op] = max(free[rank], ready) + duration
+                place[rank], moved = place[rank] + 1, True
+            if place[rank] == len(orders[rank]):
+                waiting.discard(rank)
+        assert moved, "the schedule waits for itself"
+    return max(free)
+
+
+def _ready(op: Op, ends: dict[Op, float], plan: StagePlan, send_s: float) -> float | None:
+    """Returns when what an operation needs has arrived; None while that is not known."""
+    last = len(plan.layers) - 1
+    if op.backward and op.stage == last:
+        return ends.get(Op(False, last, op.microbatch))
+    if not op.backward and op.stage == 0:
+        return 0.0
+    source = op._replace(stage=op.stage + (1 if op.backward else -1))
+    if source not in ends:
+        return None
+    return ends[source] + (send_s if plan.rank_of(source.stage) != plan.rank_of(op.stage) else 0.0)
+
+
+def ring_seconds(size_bytes: float, link_s_per_byte: np.ndarray, latency_s: np.ndarray, late_s: np.ndarray) -> float:
+    """Returns the time of a ring all-reduce, step by step: 2 (n - 1) sends of 1 / n of the message from each rank to
+    the next. The arrays, [n], are of the link behind each rank and of when the rank starts."""
+    n = len(link_s_per_byte)
+    if n == 1:
+        return float(late_s[0])
+    each = size_bytes / n * link_s_per_byte + latency_s
+    ready = late_s.astype(np.float64)
+    for _ in range(2 * (n - 1)):
+        sent = ready + each  # when what a rank sends is with the next one
+        ready = np.maximum(np.roll(sent, 1), sent)
+    return float(ready.max())
+
+
+def ring_over_nodes(size_bytes: float, ranks: int, hardware: HardwareConfig, near: int) -> float:
+    """Returns the time of one ring over nodes of `near` ranks: every near-th link is the network."""
+    network = np.arange(ranks) % near == near - 1 if ranks > near else np.zeros(ranks, dtype=bool)
+    inside, outside = bandwidths(hardware, True, ranks > near)
+    rates = np.where(network, outside, inside)
+    return ring_seconds(size_bytes, 1 / rates, np.where(network, NETWORK_LATENCY_S, NODE_LATENCY_S), np.zeros(ranks))
+
+
+def hierarchical_seconds(size_bytes: float, ranks: int, hardware: HardwareConfig, near: int) -> float:
+    """Returns the time of an all-reduce in three parts: a reduce-scatter in each node, rings between nodes side by
+    side, an all-gather in each node."""
+    if ranks <= near:
+        return ring_over_nodes(size_bytes, ranks, hardware, near)
+    nodes = ranks // near
+    network = np.full(nodes, 1 / bandwidths(hardware)[1])
+    between = ring_seconds(size_bytes / near, network, np.full(nodes, NETWORK_LATENCY_S), np.zeros(nodes))
+    return ring_over_nodes(size_bytes, near, hardware, near) + between
+
+
+def tree_seconds(size_bytes: float, ranks: int, hardware: HardwareConfig, near: int, chunks: int = 64) -> float:
+    """Returns the time of an all-reduce up a binary tree of nodes and down again, in chunks that follow each other. In
+    a node the ranks form a chain."""
+    nodes = math.ceil(ranks / near)
+    inside, outside = bandwidths(hardware)
+    network = size_bytes / chunks / outside + NETWORK_LATENCY_S
+    node = size_bytes / chunks / inside + NODE_LATENCY_S
+    hops = [node] * (min(near, ranks) - 1) + [network] * math.ceil(math.log2(nodes))
+    return 2 * (sum(hops) + (chunks - 1) * max(hops, default=0.0))

@@ -1,0 +1,102 @@
+"""The search: what it finds is what the plan says of it, what the rules refuse is not there, and it takes seconds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from llmtrain import cli
+from llmtrain.config.load import load
+from llmtrain.config.recipes import RECIPES
+from llmtrain.config.schema import Config, EngineConfig, ModelConfig, TrainConfig
+from llmtrain.scaling.layouts import overrides
+from llmtrain.scaling.plan import plan
+from llmtrain.scaling.search import Found, search
+from llmtrain.scaling.speed import room_bytes
+
+TEXT = RECIPES["pretrain"]
+
+
+def config_of(preset: str, backend: str, batch: int, hardware: str = "h100") -> Config:
+    train = TrainConfig(seq_len=8192, global_batch_seqs=batch)
+    engine = EngineConfig(backend=backend)
+    return Config(model=ModelConfig(preset=preset), engine=engine, train=train, plan={"hardware": hardware})
+
+
+@pytest.fixture(scope="module")
+def eight() -> Found:
+    return search(config_of("llama3-8b", "deepspeed", 64), TEXT, 8)
+
+
+def test_figures_are_those_of_the_plan(eight: Found) -> None:
+    for layout in (*eight.best[:3], eight.misfit):
+        p = plan(layout.config, 8)
+        assert (layout.memory_bytes, layout.seconds) == (p.memory_bytes, pytest.approx(p.time.total_s))
+        assert (room_bytes(layout.config, p) >= 0) == (layout is not eight.misfit)
+    assert [x.seconds for x in eight.best] == sorted(x.seconds for x in eight.best)
+
+
+def test_a_layout_that_fits_is_not_given_with_more_recomputation(eight: Found) -> None:
+    layouts = [(x.config.parallel.model_dump_json(), x.config.train, x.config.engine.zero_stage) for x in eight.best]
+    assert all(layouts.count(layout) == 1 for layout in layouts)
+
+
+def test_rules_hold(eight: Found) -> None:
+    """ZeRO stage 3 has no selective recomputation, and a pipeline at least as many microbatches as ranks."""
+    assert eight.refused > 0
+    for layout in eight.best:
+        engine, p, train = layout.config.engine, layout.config.parallel, layout.config.train
+        assert not (engine.zero_stage == 3 and engine.remat == "selective")
+        assert 64 // (train.micro_batch_seqs * p.dp_shard) >= p.pp
+
+
+def test_the_best_may_be_given_on_the_command_line(eight: Found, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("model: {preset: llama3-8b}\ntrain: {seq_len: 8192, global_batch_seqs: 64}\n")
+    best = eight.best[0]
+    config = load(str(tmp_path / "x.yaml"), [*overrides(best.config).split(), "plan.hardware=h100"])
+    assert plan(config, 8).time.total_s == pytest.approx(best.seconds)
+
+
+def test_experts_are_spread() -> None:
+    config = config_of("mixtral-8x7b", "fsdp", 8)
+    small = config.model_copy(update={"model": ModelConfig(preset="mixtral-8x7b", num_layers=4)})
+    found = search(small, TEXT, 8)
+    assert {x.config.parallel.ep for x in found.best} == {1, 2, 4, 8}
+
+
+@pytest.mark.slow
+def test_sixteen_thousand_gpus_take_seconds() -> None:
+    began = time.process_time()
+    found = search(config_of("llama3-405b", "fsdp", 2048), TEXT, 16_384)
+    assert time.process_time() - began < 30
+    best = found.best[0]
+    p = best.config.parallel
+    assert p.tp >= 4 and p.pp >= 8 and best.seconds < 6.46  # the published layout took that long
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {preset: smollm2-135m}\ntrain: {global_batch_seqs: 8}\nplan: {hardware: a100, gpus: 2}\n")
+    assert cli.main(["plan", str(path), "--search"]) == 0
+    out = capsys.readouterr().out
+    assert "run (pretrain), 2 GPUs" in out and "bound by" in out and "the first: parallel.tp=1 " in out
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("plan: {gpus: 2}", "plan.hardware=null: must be set for --search"),
+        ("plan: {hardware: a100}\nsft: {}", "train.micro_batch_tokens=4096: not with --search"),
+        ("plan: {gpus: 64, hardware: a100}", "--search: the rules refuse every layout of 64 GPUs"),
+        ("plan: {gpus: 8, hardware: a100}\nrollout: {group_size: 4}\nraft: {}", "--search: not for raft, whose microb"),
+        ("plan: {gpus: 1, hardware: a100, reserve_gb: 79.5}", "--search: no layout of 1 GPUs fits 80 GB less"),
+    ],
+)
+def test_what_cannot_be_searched(lines: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    more = ", micro_batch_tokens: 4096" if "tokens" in told else ""
+    path.write_text(f"model: {{preset: smollm2-135m}}\ntrain: {{global_batch_seqs: 8{more}}}\n{lines}\n")
+    assert cli.main(["plan", str(path), "--search"]) == 2
+    assert capsys.readouterr().err.startswith(told)
