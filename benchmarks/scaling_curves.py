@@ -10,8 +10,6 @@ GPT-3 175B from 96 to 4,608 GPUs, whose layouts Megatron-LM's README does not sa
 from __future__ import annotations
 
 from benchmarks.published_runs import CUT, KEPT, RUNS, gpt
-from llmtrain.arch.parameters import head_rows
-from llmtrain.arch.pipeline import plan_stages
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -19,9 +17,10 @@ from llmtrain.scaling.failures import best_interval_s, goodput, job_mttf_s
 from llmtrain.scaling.layouts import overrides
 from llmtrain.scaling.plan import Plan, plan
 from llmtrain.scaling.search import search
-from llmtrain.scaling.simulate import hierarchical_seconds, pipeline_seconds, ring_over_nodes, tree_seconds
+from llmtrain.scaling.simulate import hierarchical_seconds, ring_over_nodes, simulated_bubble, tree_seconds
 from llmtrain.scaling.speed import mfu, tflops_per_gpu
 
+MODEL, LAYOUT = resolve_model(RUNS[0].config().model), ParallelConfig(**CUT)
 LLAMA_MTTF_HOURS = 54 * 24 / 419 * 16_384  # unexpected interruptions, arXiv 2407.21783, section 3.3.4
 SAVE_S, RESTART_S = 16 * 405e9 / 2e12, 600.0  # 16 bytes a parameter at the published 2 TB/s; the restart is assumed
 
@@ -32,19 +31,6 @@ def planned(gpus: int, rows: int) -> tuple[Config, Plan]:
     return config, plan(config, gpus)
 
 
-def simulated_bubble(p: Plan) -> float:
-    """Returns the bubble of the pipeline with its stages as uneven as they are, over the time of the slowest rank."""
-    model = resolve_model(RUNS[0].config().model)
-    cut = plan_stages(model, ParallelConfig(**CUT))
-    each = (p.work.hardware_blocks + p.work.hardware_attention) / model.num_layers
-    seconds = [len(layers) * each for layers in cut.layers]
-    seconds[-1] += p.work.hardware_head * (head_rows(model) > 1)
-    microbatches = int(p.accumulation or 1)
-    ranks = [sum(seconds[stage] for stage in cut.stages_of(rank)) for rank in range(cut.pp)]
-    total = pipeline_seconds(cut, microbatches, [s / 3 for s in seconds], [2 * s / 3 for s in seconds], 0.0)
-    return total / (microbatches * max(ranks)) - 1
-
-
 def main() -> None:
     print(f"{KEPT} {CUT}")
     print("gpus     rows  step s  TFLOP/s  MFU     bubble  simulated   goodput")
@@ -53,8 +39,9 @@ def main() -> None:
             config, p = planned(gpus, rows)
             mttf = job_mttf_s(LLAMA_MTTF_HOURS, gpus)
             share = goodput(best_interval_s(SAVE_S, mttf), SAVE_S, RESTART_S, mttf)
+            simulated = simulated_bubble(MODEL, LAYOUT, p.work, int(p.accumulation or 1))
             figures = f"{p.time.total_s:>6.2f}  {tflops_per_gpu(p):>7.0f}  {mfu(p, config):>5.1%}"
-            print(f"{gpus:<8} {rows:<5} {figures}  {p.bubble:>6.1%}  {simulated_bubble(p):>9.1%}  {share:>8.1%}")
+            print(f"{gpus:<8} {rows:<5} {figures}  {p.bubble:>6.1%}  {simulated:>9.1%}  {share:>8.1%}")
     print("GPT-3 175B, 1,152 rows of 4,096 tokens on H100, the best layout of a search (published: MFU 47 % to 42 %)")
     for gpus in (96, 4608):
         config = Config(

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.arch.pipeline import StagePlan
+from llmtrain.arch.pipeline import StagePlan, plan_stages
 from llmtrain.config.plan import HardwareConfig
+from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.scaling.links import bandwidths
+from llmtrain.scaling.work import Work
 
 NODE_LATENCY_S, NETWORK_LATENCY_S = 3e-6, 15e-6  # of one message, within a node and between nodes; by assumption
 
@@ -104,6 +106,21 @@ def _ready(op: Op, ends: dict[Op, float], plan: StagePlan, send_s: float) -> flo
     if source not in ends:
         return None
     return ends[source] + (send_s if plan.rank_of(source.stage) != plan.rank_of(op.stage) else 0.0)
+
+
+def simulated_bubble(model: ModelConfig, parallel: ParallelConfig, work: Work, microbatches: int) -> float:
+    """Returns the idle share of the pipeline with its stages as uneven as they are, over the time of the slowest rank:
+    layers take equally long, the head as its products do, backwards twice a forward. `model` is resolved.
+
+    Raises ValueError for a schedule that is not simulated.
+    """
+    plan = plan_stages(model, parallel)
+    each = (work.hardware_blocks + work.hardware_attention) / model.num_layers
+    seconds = [len(layers) * each for layers in plan.layers]
+    seconds[-1] += work.hardware_head
+    ranks = [sum(seconds[stage] for stage in plan.stages_of(rank)) for rank in range(plan.pp)]
+    parts = [s / 3 for s in seconds], [2 * s / 3 for s in seconds]
+    return pipeline_seconds(plan, microbatches, *parts, 0.0) / (microbatches * max(ranks)) - 1
 
 
 def ring_seconds(size_bytes: float, link_s_per_byte: np.ndarray, latency_s: np.ndarray, late_s: np.ndarray) -> float:

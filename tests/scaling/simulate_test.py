@@ -9,6 +9,8 @@ import pytest
 
 from llmtrain.arch.hardware import HARDWARE
 from llmtrain.arch.pipeline import StagePlan
+from llmtrain.arch.resolve import resolve_model
+from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.scaling.links import LINK
 from llmtrain.scaling.plan import bubble_share
 from llmtrain.scaling.simulate import (
@@ -20,8 +22,10 @@ from llmtrain.scaling.simulate import (
     plain_order,
     ring_over_nodes,
     ring_seconds,
+    simulated_bubble,
     tree_seconds,
 )
+from llmtrain.scaling.work import work_of
 
 H100 = HARDWARE["h100"]
 
@@ -55,6 +59,16 @@ def test_sends_and_a_slow_stage_by_hand() -> None:
     assert pipeline_seconds(cut(2), 1, [1.0, 1.0], [2.0, 2.0], 0.5) == 7.0
     # the slow second stage works without a pause: 1 + 4 x (2 + 4), and the first stage's last backward behind it
     assert pipeline_seconds(cut(2), 4, [1.0, 2.0], [2.0, 4.0], 0.0) == 1 + 4 * 6 + 2
+
+
+def test_stages_that_are_not_equal() -> None:
+    """8 layers on 2 ranks are equal but for the head: (P - 1) / m. Of 3 layers the first rank has two, and waits only
+    once, for the second rank's forward and backward but for its own second forward: (1 - 2 / 3) / (4 x 2)."""
+    shape = {"num_kv_heads": 4, "vocab_size": 16, "tie_embeddings": False}
+    for layers, expected in ((8, 1 / 4), (3, 1 / 24)):
+        model = resolve_model(ModelConfig(num_layers=layers, **shape))
+        work = work_of(model, 128, EngineConfig())
+        assert simulated_bubble(model, ParallelConfig(pp=2), work, 4) == pytest.approx(expected, rel=0.05)
 
 
 def test_what_cannot_be_simulated() -> None:
