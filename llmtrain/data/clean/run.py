@@ -25,7 +25,7 @@ from llmtrain.observe.locks import making
 
 MARKER = "cleaned.json"  # written last: all documents and the report are there
 OURS = ".llmtrain-clean"  # written first: all else there is ours
-BEGUN = "begun.json"  # the same, before anything else is written
+BEGUN = "begun.json"  # the same, before the first task: what is refused before may be corrected
 COUNT_WORDS = {"repetition", "quality", "c4", "fineweb"}  # steps
 HELD_OUT_BY = {"name", "type", "field", "max_bytes", "held_out", "count", "worked_share"}  # beside what files hold
 REPORT_KEYS = {"path", "examples", "dry_run_documents"}  # keys of `data.clean` that documents do not depend on
@@ -56,17 +56,18 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
         refuse_unknown(resolved.contamination)
         settings = {"settings": identity(data, seed), "contents": contents(data, resolved)}
         if not done(root, settings):
-            _clean(data, resolved, root)
+            _clean(data, resolved, root, settings)
             write_whole(Path(root, MARKER), json.dumps(settings, indent=1) + "\n")
 
 
-def _clean(data: DataConfig, resolved: CleanConfig, root: str) -> None:
+def _clean(data: DataConfig, resolved: CleanConfig, root: str, settings: dict[str, Any]) -> None:
     from llmtrain.data.clean.execute import execute
     from llmtrain.data.clean.job import make_job, phases
     from llmtrain.data.clean.report import write_report
 
     train_classifier(resolved)
     try_steps(data, resolved)
+    write_whole(Path(root, BEGUN), json.dumps(settings, indent=1) + "\n")
     job = make_job(root, data.collect, resolved, data.execution)
     with shown() as told:
         execute(job, data.executor, told)
@@ -246,7 +247,6 @@ def done(root: str, settings: dict[str, Any]) -> bool:
     settings or contents."""
     path = next((path for name in (MARKER, BEGUN) if (path := Path(root, name)).is_file()), None)
     if path is None:
-        write_whole(Path(root, BEGUN), json.dumps(settings, indent=1) + "\n")
         return False
     was = json.loads(path.read_text())
     remedy = f"give another data.clean.path (or data.path), or delete {root}"

@@ -282,6 +282,8 @@ def test_broken_word_lists_are_told_before_any_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="word_lists"):
         clean(data, str(tmp_path / "data"), 0)
     assert not (tmp_path / "data/clean/logs").exists()
+    (tmp_path / "lists/en").write_text("salt\n")
+    clean(data, str(tmp_path / "data"), 0)  # the same directory takes what was corrected
 
 
 @pytest.mark.timeout(120)
