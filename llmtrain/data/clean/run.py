@@ -65,7 +65,7 @@ def _clean(data: DataConfig, resolved: CleanConfig, root: str, settings: dict[st
     from llmtrain.data.clean.job import make_job, phases
     from llmtrain.data.clean.report import write_report
 
-    train_classifier(resolved)
+    train_classifier(resolved, Path(root))
     try_steps(data, resolved)
     write_whole(Path(root, BEGUN), json.dumps(settings, indent=1) + "\n")
     job = make_job(root, data.collect, resolved, data.execution)
@@ -162,13 +162,16 @@ def refuse_unsplit(resolved: CleanConfig) -> None:
             )
 
 
-def train_classifier(resolved: CleanConfig) -> None:
-    """Trains the quality classifier, where there is to be one, unless it is there."""
+def train_classifier(resolved: CleanConfig, root: Path) -> None:
+    """Trains the quality classifier, where there is to be one, unless it is there, and writes what was measured below
+    `root` for the report."""
     if resolved.classifier:
         from llmtrain.data.clean.classifier import train
 
         assert resolved.classifier.path is not None
-        train(resolved.classifier, resolved.classifier.path)
+        measured = train(resolved.classifier, resolved.classifier.path)
+        (root / "classifier").mkdir(exist_ok=True)
+        write_whole(root / "classifier" / "measured.json", json.dumps(measured, indent=1) + "\n")
 
 
 def identity(data: DataConfig, seed: int) -> str:

@@ -286,6 +286,18 @@ def test_broken_word_lists_are_told_before_any_task(tmp_path: Path) -> None:
     clean(data, str(tmp_path / "data"), 0)  # the same directory takes what was corrected
 
 
+@pytest.mark.parametrize("place", [None, "elsewhere"])
+def test_the_report_says_how_many_seeds_the_classifier_keeps(tmp_path: Path, place: str | None) -> None:
+    settings: dict[str, object] = {"held_out": 0.3, "buckets": 4096, "path": place and str(tmp_path / place)}
+    for kind in ("good", "bad"):
+        lines = [json.dumps({"text": f"{kind} {n} " + TEXT.format(kind)}) for n in range(60)]
+        settings[kind] = str(tmp_path / f"{kind}.jsonl")
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines))
+    clean(section(tmp_path, clean=CleanConfig(**OFF, language=None, classifier=settings)), str(tmp_path / "data"), 0)
+    found = json.loads((tmp_path / "data/clean/report/report.json").read_text())["classifier"]
+    assert (found["auc"], found["kept_share.good"], found["kept_share.bad"], found["threshold"]) == (1.0, 1.0, 0.0, 0.5)
+
+
 @pytest.mark.timeout(120)
 def test_the_command(tmp_path: Path) -> None:
     """--dry-run writes nothing; a missing file is one line and exit status 2."""
