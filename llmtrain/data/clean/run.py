@@ -194,8 +194,14 @@ def contents(data: DataConfig, resolved: CleanConfig) -> dict[str, str]:
 
 
 def checksums(clean: CleanConfig) -> dict[str, str]:
-    """Returns the checksums of the lists, sets of problems and seeds that steps read, by key, where they are there; the
-    split that is named is a part of it."""
+    """Returns the checksums of `lists_read`, by key, where they are there; the split that is named is a part of it."""
+    split = {key: split_path(path) for key, path in lists_read(clean).items()}
+    found, seen = {key: (files_at(path), parts) for key, (path, parts) in split.items()}, Checksums()
+    return {key: ":".join([seen.of_all(files), *parts]) for key, (files, parts) in found.items() if files}
+
+
+def lists_read(clean: CleanConfig) -> dict[str, str]:
+    """Returns the paths of the lists, sets of problems and seeds that steps read, by key."""
     named: dict[str, str | None] = {}
     if clean.url:
         named |= {f"url.{key}": getattr(clean.url, key) for key in ("blocked_domains", "blocked_words")}
@@ -205,9 +211,19 @@ def checksums(clean: CleanConfig) -> dict[str, str]:
         named["toxicity.word_lists"] = clean.toxicity.word_lists
     if clean.contamination:
         named |= {f"contamination.sets.{name}": path for name, path in clean.contamination.sets.items()}
-    split = {f"data.clean.{key}": split_path(path) for key, path in named.items() if path is not None}
-    found, seen = {key: (files_at(path), parts) for key, (path, parts) in split.items()}, Checksums()
-    return {key: ":".join([seen.of_all(files), *parts]) for key, (files, parts) in found.items() if files}
+    return {f"data.clean.{key}": path for key, path in named.items() if path is not None}
+
+
+def input_contents(data: DataConfig, data_dir: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (key, path, fingerprint) of the inputs on this machine; of one that is gone what finished cleaning saw."""
+    from llmtrain.data.clean.read.listing import fingerprint
+    from llmtrain.data.clean.read.stream import local_path
+
+    marker = Path(clean_dir(data, data_dir), MARKER)
+    was = json.loads(marker.read_text())["contents"] if marker.is_file() else {}
+    for each in data.collect:
+        if each.path is not None and local_path(each.path) is not None:
+            yield f"data.collect.{each.name}", each.path, fingerprint(each) or was.get(each.name, "")
 
 
 def check_unchanged(data: DataConfig, data_dir: str) -> None:
