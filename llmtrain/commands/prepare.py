@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from llmtrain.config.schema import Config
+from llmtrain.data.clean.run import check_held_out
 from llmtrain.data.prepare import make_tokenizer, prepare, progress_bar, with_paths
 from llmtrain.observe.locks import locked
 from llmtrain.observe.log import log, make_run_dir
@@ -15,6 +16,8 @@ def data(config: Config) -> None:
     """Makes problem sets, tokenizer and token shards, as the data section says."""
     make_run_dir(config.directory)
     with locked(config.directory):
+        if config.data.collect:
+            check_held_out(config.data, data_dir(config))
         prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
     log(f"data in {data_dir(config)}, tokenizer in {tokenizer_dir(config)}")
 

@@ -9,6 +9,7 @@ from llmtrain.arch.resolve import newest_step
 from llmtrain.config.recipes import JUDGES, recipe_of
 from llmtrain.config.rows import split_path
 from llmtrain.config.schema import Config, TokenizerConfig
+from llmtrain.data.clean.run import input_contents, lists_read
 from llmtrain.observe.contents import Checksums, files_at
 
 MANIFEST_SUM = "manifest.sha256"  # of a checkpoint: covers all its files
@@ -23,6 +24,10 @@ def contents(command: str, config: Config, made: list[str], checksums: Checksums
         if path is not None and not any(inside(path, directory) for directory in made):
             place = split_path(path)[0]  # a path of rows may name a split
             found[key] = checksums.of_all(weight_files(path) if key in weights else files_at(place))
+    if makes_data(command, config):
+        for key, path, fingerprint in input_contents(config.data, data_dir(config)):
+            if not any(inside(path, directory) for directory in made):
+                found[key] = fingerprint
     return found
 
 
@@ -32,6 +37,9 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
     if makes_data(command, config):
         yield "tokenizer.base", config.tokenizer.base
         yield from ((f"data.sources.{source.name}", source.path) for source in data.sources)
+        yield from lists_read(data.clean).items() if data.collect else ()
+        if data.collect and data.clean.contamination:
+            yield "data.held_out", data.held_out
     if (recipe is not None and not recipe.packs_text) or command in JUDGES:
         yield "data.train", data.train
     evaluates = command == "eval" or (recipe is not None and config.eval.every_steps)
@@ -67,10 +75,15 @@ def made_by(command: str, config: Config) -> Iterator[str]:
     """Yields the directories that a stage makes."""
     yield config.directory
     if makes_data(command, config):
-        yield config.data.path or os.path.join(config.directory, "data")
+        yield data_dir(config)
         yield config.tokenizer.path or os.path.join(config.directory, "tokenizer")
     if command == "export" and config.export.path:
         yield config.export.path
+
+
+def data_dir(config: Config) -> str:
+    """Returns the directory of the data that a stage makes."""
+    return config.data.path or os.path.join(config.directory, "data")
 
 
 def stages_read(command: str, config: Config, makers: Mapping[str, str]) -> list[str]:

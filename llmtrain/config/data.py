@@ -19,7 +19,7 @@ class SourceConfig(Section):
     ]  # stdlib, topics: Python's code and prose; cleaned: what cleaning left, a directory of .jsonl.zst
     path: UserPath | None = None  # text, jsonl: file, directory or glob; rows: whatever data.train may be; see cleaned
     field: str = "text"  # jsonl, rows: the field that holds the document
-    weight: PositiveFloat = 1.0  # share of the samples, relative to the other sources; with data.temperature of tokens
+    weight: float = Field(1.0, ge=0.0)  # share of the samples, relative to the others; 0 = none before data.anneal
     max_epochs: PositiveFloat | None = None  # times that it is seen at most; then the others share its part; None = any
     language: str | None = None  # with data.temperature sources of one language count as one; None = by itself
     max_bytes: PositiveInt | None = None  # of UTF-8 text at most; None = all

@@ -309,6 +309,6 @@ def tempered(
         totals[groups[name]] += size
     largest = max(totals.values())  # so that no power overflows
     return {
-        name: size / totals[groups[name]] * (totals[groups[name]] / largest) ** (1 / temperature)
+        name: size / totals[groups[name]] * (totals[groups[name]] / largest) ** (1 / temperature) if size else 0.0
         for name, size in grown.items()
     }

@@ -32,6 +32,21 @@ def _anneal(case: Case) -> Iterator[str]:
         yield f"data.anneal: must be empty, only {have} anneals; remove it from {case.command}"
 
 
+def _weights(case: Case) -> Iterator[str]:
+    data = case.config.data
+    if tunes(case) and not data.replay_seqs:
+        return  # it reads no text
+    if data.sources and not any(source.weight for source in data.sources):
+        yield "data.sources: must give at least one source a weight above 0; raise one"
+    later = {name for entry in data.anneal for name, weight in entry.weights.items() if weight}
+    for source in data.sources:
+        if not source.weight and source.name not in later:
+            yield (
+                f"data.sources.{source.name}.weight=0: must be above 0, no entry of data.anneal gives it a share; "
+                "raise it, or remove the source"
+            )
+
+
 def _starts(data: DataConfig, train: TrainConfig) -> list[int]:
     """Returns the tokens of the run before each entry of `data.anneal` holds."""
     steps = (entry.from_step or 0 for entry in data.anneal)
@@ -71,4 +86,4 @@ def _packing(case: Case) -> Iterator[str]:
         )
 
 
-MIX_RULES: Rules = ((plans, _anneal), (trains, _blocks), (trains, _languages), (trains, _packing))
+MIX_RULES: Rules = ((plans, _anneal), (trains, _blocks), (trains, _weights), (trains, _languages), (trains, _packing))

@@ -46,6 +46,14 @@ def test_shares_are_right_at_every_sample(weights: dict[str, float]) -> None:
         assert samples < 1000 or wrong / samples <= 0.001
 
 
+def test_a_source_may_come_in_the_last_mix_alone() -> None:
+    rows, weights = {"a": 9, "b": 9, "c": 9}, {"a": 1, "b": 1, "c": 0}
+    for temperature in (None, 2.0):
+        mix = Mix(rows, MixSettings(weights, temperature=temperature, anneal=[(6, {"c": 1, "a": 1})]))
+        assert Counter(mix.source_of(n)[0] for n in range(6)) == {0: 3, 1: 3}
+        assert Counter(mix.source_of(n)[0] for n in range(6, 12)) == {0: 3, 2: 3}
+
+
 def test_an_order_by_hand() -> None:
     mix = Mix({"a": 9, "b": 9, "c": 9}, MixSettings({"a": 2, "b": 1, "c": 1}))
     assert [mix.source_of(n) for n in range(8)] == [(0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1), (0, 3), (2, 1)]

@@ -41,6 +41,15 @@ def told(folder: Path, *overrides: str, command: str = "pretrain") -> list[str]:
             "data.mix=blocks: not with data.temperature, .*; use even",
         ),
         (["data.mix=blocks", "data.sources.a.max_epochs=2"], "data.mix=blocks: not with max_epochs of a source"),
+        (["data.sources.a.weight=0"], "data.sources.a.weight=0: must be above 0, no entry of data.anneal gives"),
+        (
+            [
+                "data.sources.a.weight=0",
+                "data.sources.b.weight=0",
+                "data.anneal=[{from_step: 2, weights: {a: 1, b: 1}}]",
+            ],
+            "data.sources: must give at least one source a weight above 0; raise one",
+        ),
         (["data.sources.a.language=en"], "data.sources.a.language=en: only data.temperature asks for it"),
         (
             ["data.packing=best_fit", "data.mask_documents=false"],
@@ -63,6 +72,7 @@ def test_what_can_be_is_let_through(tmp_path: Path) -> None:
         "data.packing=best_fit",
     ]
     assert told(tmp_path, anneal, *more, "data.mix=even") == []
+    assert told(tmp_path, anneal, "data.sources.b.weight=0") == []
 
 
 def test_only_pretraining_anneals(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llmtrain.config.clean import CleanConfig
 from llmtrain.config.clean.collect import kind_of
+from llmtrain.config.clean.content import ContaminationConfig
 from llmtrain.config.data import DataConfig
+from llmtrain.config.rows import split_path
 from llmtrain.data.tasks import write_task
 from llmtrain.observe.contents import Checksums, files_at
 from llmtrain.observe.files import write_whole
@@ -23,7 +25,7 @@ from llmtrain.observe.locks import making
 
 MARKER = "cleaned.json"  # written last: all documents and the report are there
 OURS = ".llmtrain-clean"  # written first: all else there is ours
-BEGUN = "begun.json"  # the same, before anything else is written
+BEGUN = "begun.json"  # the same, before the first task: what is refused before may be corrected
 COUNT_WORDS = {"repetition", "quality", "c4", "fineweb"}  # steps
 HELD_OUT_BY = {"name", "type", "field", "max_bytes", "held_out", "count", "worked_share"}  # beside what files hold
 REPORT_KEYS = {"path", "examples", "dry_run_documents"}  # keys of `data.clean` that documents do not depend on
@@ -51,19 +53,21 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     own(root)
     with making(os.path.join(root, MARKER)):
         resolved = resolve(data, data_dir, root, seed)
+        refuse_unknown(resolved.contamination)
         settings = {"settings": identity(data, seed), "contents": contents(data, resolved)}
         if not done(root, settings):
-            _clean(data, resolved, root)
+            _clean(data, resolved, root, settings)
             write_whole(Path(root, MARKER), json.dumps(settings, indent=1) + "\n")
 
 
-def _clean(data: DataConfig, resolved: CleanConfig, root: str) -> None:
+def _clean(data: DataConfig, resolved: CleanConfig, root: str, settings: dict[str, Any]) -> None:
     from llmtrain.data.clean.execute import execute
     from llmtrain.data.clean.job import make_job, phases
     from llmtrain.data.clean.report import write_report
 
-    train_classifier(resolved)
+    train_classifier(resolved, Path(root))
     try_steps(data, resolved)
+    write_whole(Path(root, BEGUN), json.dumps(settings, indent=1) + "\n")
     job = make_job(root, data.collect, resolved, data.execution)
     with shown() as told:
         execute(job, data.executor, told)
@@ -74,7 +78,10 @@ def own(root: str) -> None:
     """Makes the directory of a job. Raises ValueError when it holds files of others, or cannot be written."""
     if os.path.lexists(root) and not os.path.isdir(root):
         raise ValueError(f"data.clean.path={root}: is no directory; give another place")
-    os.makedirs(root, exist_ok=True)
+    try:
+        os.makedirs(root, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.clean.path={root}: cannot be made: {error.strerror}; give another place") from None
     if os.listdir(root) and not os.path.exists(os.path.join(root, OURS)):
         raise ValueError(
             f"data.clean.path={root}: holds files that cleaning did not write; give an empty or new directory"
@@ -97,7 +104,7 @@ def resolve(data: DataConfig, data_dir: str, root: str, seed: int) -> CleanConfi
 def written_sets(data: DataConfig, data_dir: str, directory: str, root: str, seed: int) -> dict[str, str]:
     """Writes what is held out of `data.tasks` and `data.sources` into `directory`; returns the paths of all sets that
     documents must not hold, by name. Raises ValueError when a source cannot be read."""
-    from llmtrain.data.clean.evaluation_sets import evaluation_sets, free_name
+    from llmtrain.data.clean.evaluation_sets import free_name
     from llmtrain.data.clean.held_out_text import holding_out, write_held_out
 
     settings = data.clean.contamination
@@ -105,13 +112,28 @@ def written_sets(data: DataConfig, data_dir: str, directory: str, root: str, see
     for task in data.tasks:
         os.makedirs(directory, exist_ok=True)
         write_task(task, directory, seed)
-    made = {os.path.join(data_dir, f"{task.name}-held_out.jsonl") for task in data.tasks}
-    own = data.model_copy(update={"held_out": None}) if data.held_out in made else data
-    sets = evaluation_sets([(own, directory)], settings.sets)
+    sets = problem_sets(data, data_dir, directory)
     sources = holding_out(data.sources, root) if settings.text_ngrams else []
     for name, path in write_held_out(sources, seed, settings, directory).items():
         sets[free_name(name, sets)] = path
     return sets
+
+
+def problem_sets(data: DataConfig, data_dir: str, directory: str) -> dict[str, str]:
+    """Returns the paths of the sets of problems by name; those of `data.tasks` lie in `directory`."""
+    from llmtrain.data.clean.evaluation_sets import evaluation_sets
+
+    assert data.clean.contamination is not None
+    made = {os.path.join(data_dir, f"{task.name}-held_out.jsonl") for task in data.tasks}
+    own = data.model_copy(update={"held_out": None}) if data.held_out in made else data
+    return evaluation_sets([(own, directory)], data.clean.contamination.sets)
+
+
+def refuse_unknown(settings: ContaminationConfig | None) -> None:
+    """Raises ValueError when `n_by_set` names no set."""
+    if settings and (unknown := sorted(settings.n_by_set.keys() - settings.sets.keys())):
+        known = ", ".join(settings.sets) or "none"
+        raise ValueError(f"data.clean.contamination.n_by_set.{unknown[0]}: is no set, those are {known}; correct it")
 
 
 def try_steps(data: DataConfig, resolved: CleanConfig) -> None:
@@ -140,13 +162,16 @@ def refuse_unsplit(resolved: CleanConfig) -> None:
             )
 
 
-def train_classifier(resolved: CleanConfig) -> None:
-    """Trains the quality classifier, where there is to be one, unless it is there."""
+def train_classifier(resolved: CleanConfig, root: Path) -> None:
+    """Trains the quality classifier, where there is to be one, unless it is there, and writes what was measured below
+    `root` for the report."""
     if resolved.classifier:
         from llmtrain.data.clean.classifier import train
 
         assert resolved.classifier.path is not None
-        train(resolved.classifier, resolved.classifier.path)
+        measured = train(resolved.classifier, resolved.classifier.path)
+        (root / "classifier").mkdir(exist_ok=True)
+        write_whole(root / "classifier" / "measured.json", json.dumps(measured, indent=1) + "\n")
 
 
 def identity(data: DataConfig, seed: int) -> str:
@@ -169,7 +194,14 @@ def contents(data: DataConfig, resolved: CleanConfig) -> dict[str, str]:
 
 
 def checksums(clean: CleanConfig) -> dict[str, str]:
-    """Returns the checksums of the lists, sets of problems and seeds that steps read, by key, where they are there."""
+    """Returns the checksums of `lists_read`, by key, where they are there; the split that is named is a part of it."""
+    split = {key: split_path(path) for key, path in lists_read(clean).items()}
+    found, seen = {key: (files_at(path), parts) for key, (path, parts) in split.items()}, Checksums()
+    return {key: ":".join([seen.of_all(files), *parts]) for key, (files, parts) in found.items() if files}
+
+
+def lists_read(clean: CleanConfig) -> dict[str, str]:
+    """Returns the paths of the lists, sets of problems and seeds that steps read, by key."""
     named: dict[str, str | None] = {}
     if clean.url:
         named |= {f"url.{key}": getattr(clean.url, key) for key in ("blocked_domains", "blocked_words")}
@@ -179,9 +211,19 @@ def checksums(clean: CleanConfig) -> dict[str, str]:
         named["toxicity.word_lists"] = clean.toxicity.word_lists
     if clean.contamination:
         named |= {f"contamination.sets.{name}": path for name, path in clean.contamination.sets.items()}
-    found = {f"data.clean.{key}": files_at(path) for key, path in named.items() if path is not None}
-    seen = Checksums()
-    return {key: seen.of_all(files) for key, files in found.items() if files}
+    return {f"data.clean.{key}": path for key, path in named.items() if path is not None}
+
+
+def input_contents(data: DataConfig, data_dir: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (key, path, fingerprint) of the inputs on this machine; of one that is gone what finished cleaning saw."""
+    from llmtrain.data.clean.read.listing import fingerprint
+    from llmtrain.data.clean.read.stream import local_path
+
+    marker = Path(clean_dir(data, data_dir), MARKER)
+    was = json.loads(marker.read_text())["contents"] if marker.is_file() else {}
+    for each in data.collect:
+        if each.path is not None and local_path(each.path) is not None:
+            yield f"data.collect.{each.name}", each.path, fingerprint(each) or was.get(each.name, "")
 
 
 def check_unchanged(data: DataConfig, data_dir: str) -> None:
@@ -203,12 +245,27 @@ def check_unchanged(data: DataConfig, data_dir: str) -> None:
         )
 
 
+def check_held_out(data: DataConfig, data_dir: str) -> None:
+    """Raises ValueError when finished cleaning did not look for the problems that `data.held_out` has now."""
+    root = clean_dir(data, data_dir)
+    marker = Path(root, MARKER)
+    if not data.collect or data.clean.contamination is None or not marker.is_file():
+        return
+    sets = problem_sets(data, data_dir, os.path.join(root, "evaluation"))
+    found = data.clean.contamination.model_copy(update={"sets": {n: p for n, p in sets.items() if p == data.held_out}})
+    now = checksums(CleanConfig(contamination=found))
+    if now.items() - json.loads(marker.read_text())["contents"].items():
+        raise ValueError(
+            f"data.held_out={data.held_out}: {root} was cleaned before it had these problems; give another data.path, "
+            f"or delete {root} and the shards in {data_dir}"
+        )
+
+
 def done(root: str, settings: dict[str, Any]) -> bool:
     """Returns whether the documents are there. Raises ValueError when they, or a job that was begun, are from other
     settings or contents."""
     path = next((path for name in (MARKER, BEGUN) if (path := Path(root, name)).is_file()), None)
     if path is None:
-        write_whole(Path(root, BEGUN), json.dumps(settings, indent=1) + "\n")
         return False
     was = json.loads(path.read_text())
     remedy = f"give another data.clean.path (or data.path), or delete {root}"

@@ -113,6 +113,12 @@ def test_rows_without_a_text_are_counted_by_what_is_wrong(tmp_path: Path) -> Non
     assert examples[0].metadata["dropped_by"] == "collect" and examples[0].metadata["file"] == str(path)
 
 
+@pytest.mark.parametrize("first", [b"[1, 2]", b"[", b'[{"text": "in a list"}]'])
+def test_a_list_in_the_first_line_costs_no_other_line(first: bytes, tmp_path: Path) -> None:
+    documents, counts, _ = collected("jsonl", write(tmp_path / "a.jsonl", first + b"\n" + json_lines()))
+    assert [document.text for document in documents] == TEXTS and sum(dropped(counts).values()) == 1
+
+
 def test_tasks_read_every_file_once_in_sorted_order(tmp_path: Path) -> None:
     for name in ("b/2", "a/1", "c", "b/10"):
         write(tmp_path / f"{name}.txt", name.encode())

@@ -15,7 +15,7 @@ from llmtrain.config.clean import CleanConfig, CollectConfig
 from llmtrain.config.data import DataConfig, SourceConfig, TaskConfig
 from llmtrain.config.schema import TokenizerConfig
 from llmtrain.data.clean.held_out_text import holding_out
-from llmtrain.data.clean.run import clean, clean_dir
+from llmtrain.data.clean.run import check_held_out, clean, clean_dir
 from llmtrain.data.prepare import prepare, with_paths
 from llmtrain.data.shards import read_manifest, split_documents
 from llmtrain.observe.locks import making
@@ -90,6 +90,32 @@ def test_held_out_problems_of_the_same_document_are_found(tmp_path: Path) -> Non
     clean(own, str(tmp_path / "data"), 0)
     held = json.loads((tmp_path / "data/clean/job.json").read_text())["clean"]["contamination"]["sets"]
     assert held == {"task-sums": str(tmp_path / "data/clean/evaluation/sums-held_out.jsonl")}
+
+
+def test_an_n_of_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    contamination = {"sets": {"own": str(tmp_path / "rows.jsonl")}, "n_by_set": {"own": 5, "owm": 5}}
+    with pytest.raises(ValueError, match=r"n_by_set\.owm: is no set, those are own; correct it"):
+        clean(section(tmp_path, clean=CleanConfig(**OFF, contamination=contamination)), str(tmp_path / "data"), 0)
+
+
+@pytest.mark.parametrize("split", ["", ":train"])
+def test_other_problems_are_seen_when_all_is_cleaned(tmp_path: Path, split: str) -> None:
+    (tmp_path / "asked").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "asked" / f"{name}.jsonl").write_text('{"prompt": "How salt is the sea?", "answer": "Very."}\n')
+    path = str(tmp_path / "asked" / ("train.jsonl" if not split else "")).rstrip("/")
+    data, place = section(tmp_path, held_out=path + split), str(tmp_path / "data")
+    clean(data, place, 0)
+    check_held_out(data, place)
+    check_held_out(section(tmp_path), place)
+    others = [path.replace("train", "test") + split.replace("train", "test")] if split else []
+    (tmp_path / "more.jsonl").write_text('{"prompt": "How wide is the sea?", "answer": "Very."}\n')
+    for other in (*others, str(tmp_path / "more.jsonl")):
+        with pytest.raises(ValueError, match="was cleaned before it had these problems; give another"):
+            check_held_out(section(tmp_path, held_out=other), place)
+    (tmp_path / "asked/train.jsonl").write_text('{"prompt": "How deep is the sea?", "answer": "Very."}\n')
+    with pytest.raises(ValueError, match="was cleaned before"):
+        check_held_out(data, place)
 
 
 def books(tmp_path: Path, **keys: object) -> tuple[DataConfig, list[str]]:
@@ -236,8 +262,9 @@ def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds files that cleaning did not write"):
         clean(section(tmp_path, clean=CleanConfig(**OFF, path=str(tmp_path / "theirs"))), str(tmp_path / "data"), 0)
     assert [p.name for p in (tmp_path / "theirs").rglob("*")] == ["documents", "rows", "00000.jsonl.zst"]
-    with pytest.raises(ValueError, match="is no directory"):
-        clean(section(tmp_path, clean=CleanConfig(**OFF, path=str(tmp_path / "rows.jsonl"))), str(tmp_path / "data"), 0)
+    for place, told in (("rows.jsonl", "is no directory"), ("rows.jsonl/clean", "cannot be made: Not a directory")):
+        with pytest.raises(ValueError, match=told):
+            clean(section(tmp_path, clean=CleanConfig(**OFF, path=str(tmp_path / place))), str(tmp_path / "data"), 0)
 
 
 def test_what_the_report_shows_may_change(tmp_path: Path) -> None:
@@ -255,6 +282,20 @@ def test_broken_word_lists_are_told_before_any_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="word_lists"):
         clean(data, str(tmp_path / "data"), 0)
     assert not (tmp_path / "data/clean/logs").exists()
+    (tmp_path / "lists/en").write_text("salt\n")
+    clean(data, str(tmp_path / "data"), 0)  # the same directory takes what was corrected
+
+
+@pytest.mark.parametrize("place", [None, "elsewhere"])
+def test_the_report_says_how_many_seeds_the_classifier_keeps(tmp_path: Path, place: str | None) -> None:
+    settings: dict[str, object] = {"held_out": 0.3, "buckets": 4096, "path": place and str(tmp_path / place)}
+    for kind in ("good", "bad"):
+        lines = [json.dumps({"text": f"{kind} {n} " + TEXT.format(kind)}) for n in range(60)]
+        settings[kind] = str(tmp_path / f"{kind}.jsonl")
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines))
+    clean(section(tmp_path, clean=CleanConfig(**OFF, language=None, classifier=settings)), str(tmp_path / "data"), 0)
+    found = json.loads((tmp_path / "data/clean/report/report.json").read_text())["classifier"]
+    assert (found["auc"], found["kept_share.good"], found["kept_share.bad"], found["threshold"]) == (1.0, 1.0, 0.0, 0.5)
 
 
 @pytest.mark.timeout(120)

@@ -27,7 +27,7 @@ BOM = b"\xef\xbb\xbf"
 
 def row_file(path: str, config: CollectConfig, apart: Apart) -> Iterator[Item]:
     """Yields the rows of a file, whose form follows from its ending; without a known one it is JSON lines."""
-    bare = path.removesuffix(".gz").removesuffix(".zst").lower()
+    bare = bare_name(path)
     if bare.endswith(".parquet"):
         return parquet_file(path, config, apart)
     if bare.endswith(".arrow"):
@@ -35,10 +35,15 @@ def row_file(path: str, config: CollectConfig, apart: Apart) -> Iterator[Item]:
     return csv_file(path, config, apart) if bare.endswith((".csv", ".tsv")) else json_file(path, config, apart)
 
 
+def bare_name(path: str) -> str:
+    """Returns the path in lower case, without the ending of a compression."""
+    return path.removesuffix(".gz").removesuffix(".zst").lower()
+
+
 def json_file(path: str, config: CollectConfig, _: Apart) -> Iterator[Item]:
-    """Yields the rows of JSON lines, or of one array if it is no larger than max_bytes."""
+    """Yields the rows of JSON lines, or of one array in a `.json` file if it is no larger than max_bytes."""
     with open_bytes(path, config) as stream:
-        if stream.peek(1).removeprefix(BOM).lstrip()[:1] == b"[":
+        if bare_name(path).endswith(".json") and stream.peek(1).removeprefix(BOM).lstrip()[:1] == b"[":
             yield from array_rows(path, config)
             return
         for number, line in bounded_lines(stream, config.max_bytes):
@@ -98,7 +103,7 @@ def refuse_many(data: bytes, marks: bytes) -> None:
 def csv_file(path: str, config: CollectConfig, _: Apart) -> Iterator[Item]:
     """Yields the rows of a CSV file, whose first row names the fields."""
     csv.field_size_limit(max(csv.field_size_limit(), config.max_bytes))
-    delimiter = "\t" if path.removesuffix(".gz").removesuffix(".zst").lower().endswith(".tsv") else ","
+    delimiter = "\t" if bare_name(path).endswith(".tsv") else ","
     names: list[str] | None = None
     with open_bytes(path, config) as stream:
         for number, piece in csv_pieces(stream, config.max_bytes):
