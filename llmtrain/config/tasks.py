@@ -37,9 +37,16 @@ def environment() -> Any:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    found = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    found = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
     found.filters["without"] = lambda text, pattern: re.sub(pattern, "", text)
     return found
+
+
+def _not_null(value: Any) -> Any:
+    """Returns what a template writes. Raises ValueError for a null, which would be written as the word None."""
+    if value is None:
+        raise ValueError("a value is null")
+    return value
 
 
 def names_in(template: str) -> set[str]:
@@ -124,7 +131,7 @@ class EvalTask(Section):
     top_k: int = Field(0, ge=0)  # of the samples: most likely tokens kept; 0 = all
     choices: list[Template] = Field([])  # options: written out; empty = the row's field `choices`
     option: Template = " {{choice}}"  # options: the text that is scored behind the prompt; {{letter}} is A, B, ...
-    first_option: int = Field(0, ge=0, le=1)  # number of the first option where a row's answer is a number
+    first_option: int | None = Field(0, ge=0, le=1)  # number of the first option where answers are numbers; null: never
 
     @model_validator(mode="before")
     @classmethod
