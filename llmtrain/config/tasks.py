@@ -70,6 +70,12 @@ Template = Annotated[str, AfterValidator(_template)]
 """Text in which {{name}} stands for a field of the row; `x | without("regex")` leaves out what a pattern matches."""
 
 
+Text = Annotated[str, Field(min_length=1)]
+Marks = Annotated[
+    list[Text], Field(min_length=2, max_length=2)
+]  # what opens and what closes; no tuple, which is no JSON
+
+
 Extract = Literal["reward", "whole", "boxed", "hashes", "letter", "number", "regex", "code"]
 
 
@@ -117,8 +123,8 @@ class EvalTask(Section):
     thinking: Literal["none", "zero_shot", "worked"] = "none"  # zero_shot: {{think}} is said; worked: examples show how
     think: str = "Let's think step by step."  # zero_shot: what {{think}} stands for; else it is empty
     max_new_tokens: PositiveInt = 512  # generate: longest completion
-    stop: list[Annotated[str, Field(min_length=1)]] = Field([])  # generate: texts that end a completion, left out of it
-    thoughts: list[tuple[str, str]] = Field([("<think>", "</think>")])  # around reasoning that is not scored
+    stop: list[Text] = Field([])  # generate: texts that end a completion, left out of it
+    thoughts: list[Marks] = Field([["<think>", "</think>"]])  # around reasoning that is not scored
     extract: Extract = "reward"  # the part of a completion that is its answer; reward: as docs/rewards.md says
     pattern: str | None = None  # extract regex: its last match, group 1 if there is one
     score: Literal["math", "exact", "code", "reasoning_gym"] = "math"  # what compares it with the row's answer
