@@ -94,7 +94,7 @@ class TaskData(Section):
     @property
     def place(self) -> str:
         """Returns the path for `data.files.read_rows`, with the split behind a colon."""
-        parts = [self.path or self.repo or "", self.config if self.repo else None, self.split]
+        parts = [self.path or self.repo or self.generator or "", self.config if self.repo else None, self.split]
         return ":".join(part for part in parts if part)
 
 
