@@ -167,14 +167,14 @@ def whole_model(config: Config, mesh: Mesh | None) -> Decoder:
 def text_scores(config: Config, model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns loss, perplexity and bits a byte on the first `eval.text_seqs` held-out rows, and by source."""
     rows = text_rows(config, "held_out", tokenizer)
-    return by_source(rows, lambda part: rows_perplexity(model, part, config.eval.text_seqs))
+    return by_source(rows, lambda part: rows_perplexity(model, part, config.eval.text_seqs, tokenizer))
 
 
-def rows_perplexity(model: Decoder, rows: TextRows, most: int) -> dict[str, float]:
+def rows_perplexity(model: Decoder, rows: TextRows, most: int, tokenizer: Tokenizer) -> dict[str, float]:
     """Returns loss, perplexity and bits a byte on the first rows, `most` at most."""
     numbers = range(min(most, len(rows)))
     batches = (rows.batch(numbers[i : i + ROWS_A_BATCH]) for i in range(0, len(numbers), ROWS_A_BATCH))
-    return perplexity(model, batches, rows.bytes_per_token)
+    return perplexity(model, batches, rows.bytes_per_token(most, tokenizer.decode))
 
 
 def problem_scores(config: Config, model: Decoder, tokenizer: Tokenizer, mesh: Mesh | None) -> Scored:

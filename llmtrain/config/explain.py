@@ -140,8 +140,8 @@ def nearest(schema: type[BaseModel], keys: Keys) -> Keys | None:
     meant = SYNONYMS.get(word, word)
     section = _section(schema, keys[:-1])
     siblings = list(section.model_fields) if section else []
-    elsewhere = [path for path in _leaves(schema) if path[-1] == meant]
-    if meant not in siblings and len(elsewhere) == 1:
+    elsewhere = sorted((p for p in _leaves(schema) if p[-1] == meant and not _section(schema, p)), key=len)
+    if meant not in siblings and elsewhere and len(elsewhere[0]) < min(map(len, elsewhere[1:]), default=99):
         return elsewhere[0]
     if close := [meant] if meant in siblings else difflib.get_close_matches(word, siblings, 1):
         return (*keys[:-1], close[0])

@@ -37,9 +37,16 @@ def environment() -> Any:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    found = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    found = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
     found.filters["without"] = lambda text, pattern: re.sub(pattern, "", text)
     return found
+
+
+def _not_null(value: Any) -> Any:
+    """Returns what a template writes. Raises ValueError for a null, which would be written as the word None."""
+    if value is None:
+        raise ValueError("a value is null")
+    return value
 
 
 def names_in(template: str) -> set[str]:
@@ -63,6 +70,12 @@ Template = Annotated[str, AfterValidator(_template)]
 """Text in which {{name}} stands for a field of the row; `x | without("regex")` leaves out what a pattern matches."""
 
 
+Text = Annotated[str, Field(min_length=1)]
+Marks = Annotated[
+    list[Text], Field(min_length=2, max_length=2)
+]  # what opens and what closes; no tuple, which is no JSON
+
+
 Extract = Literal["reward", "whole", "boxed", "hashes", "letter", "number", "regex", "code"]
 
 
@@ -81,7 +94,7 @@ class TaskData(Section):
     @property
     def place(self) -> str:
         """Returns the path for `data.files.read_rows`, with the split behind a colon."""
-        parts = [self.path or self.repo or "", self.config if self.repo else None, self.split]
+        parts = [self.path or self.repo or self.generator or "", self.config if self.repo else None, self.split]
         return ":".join(part for part in parts if part)
 
 
@@ -110,8 +123,8 @@ class EvalTask(Section):
     thinking: Literal["none", "zero_shot", "worked"] = "none"  # zero_shot: {{think}} is said; worked: examples show how
     think: str = "Let's think step by step."  # zero_shot: what {{think}} stands for; else it is empty
     max_new_tokens: PositiveInt = 512  # generate: longest completion
-    stop: list[Annotated[str, Field(min_length=1)]] = Field([])  # generate: texts that end a completion, left out of it
-    thoughts: list[tuple[str, str]] = Field([("<think>", "</think>")])  # around reasoning that is not scored
+    stop: list[Text] = Field([])  # generate: texts that end a completion, left out of it
+    thoughts: list[Marks] = Field([["<think>", "</think>"]])  # around reasoning that is not scored
     extract: Extract = "reward"  # the part of a completion that is its answer; reward: as docs/rewards.md says
     pattern: str | None = None  # extract regex: its last match, group 1 if there is one
     score: Literal["math", "exact", "code", "reasoning_gym"] = "math"  # what compares it with the row's answer
@@ -124,7 +137,7 @@ class EvalTask(Section):
     top_k: int = Field(0, ge=0)  # of the samples: most likely tokens kept; 0 = all
     choices: list[Template] = Field([])  # options: written out; empty = the row's field `choices`
     option: Template = " {{choice}}"  # options: the text that is scored behind the prompt; {{letter}} is A, B, ...
-    first_option: int = Field(0, ge=0, le=1)  # number of the first option where a row's answer is a number
+    first_option: int | None = Field(0, ge=0, le=1)  # number of the first option where answers are numbers; null: never
 
     @model_validator(mode="before")
     @classmethod

@@ -135,11 +135,14 @@ class TextRows:
         """Returns the number of rows in all sources: an epoch."""
         return sum(self.rows.values())
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Returns the mean UTF-8 bytes of text per token of the split: bits/byte = loss / ln 2 / bytes_per_token."""
-        readers = self.readers.values()
-        return sum(r.text_bytes for r in readers) / sum(len(r.tokens) for r in readers)
+    def bytes_per_token(self, count: int, decode: Callable[[list[int]], str]) -> float:
+        """Returns the mean UTF-8 bytes of text per token that the first `count` rows predict, as `decode` spells them:
+        bits/byte = loss / ln 2 / bytes_per_token. Tokens without text, as ends of documents, have no bytes, and a
+        character that the edge of a row cuts counts as one."""
+        batch = self.batch(range(min(count, len(self))))
+        predicted = [row[mask].tolist() for row, mask in zip(batch.labels, batch.loss_mask, strict=True)]
+        texts = [decode(ids).replace("\ufffd", "?") for ids in predicted]
+        return sum(len(text.encode()) for text in texts) / max(1, sum(map(len, predicted)))
 
     def of_source(self, name: str) -> TextRows:
         """Returns the held-out rows of one source alone, in one fixed order."""

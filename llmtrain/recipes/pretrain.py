@@ -37,7 +37,8 @@ def main(config: Config) -> None:
         if held_out is None:
             return
         set_rope(job, trained_model(model, settings, job.step))  # what the weights were trained with
-        note_evaluation(job, evaluate_text(job.engine, held_out, settings.eval_seqs, settings.micro_batch_seqs, mesh))
+        seqs, micro = settings.eval_seqs, settings.micro_batch_seqs
+        note_evaluation(job, evaluate_text(job.engine, held_out, seqs, micro, mesh, job.tokenizer))
 
     def step(number: int) -> tuple[dict[str, float], int]:
         if number == 0 or is_due(number, settings.eval_every_steps):

@@ -25,6 +25,12 @@ def _tasks(case: Case) -> Iterator[str]:
         yield f"eval.tasks: two are called {name!r}, which names their results; give one another `name`"
 
 
+def _nothing(case: Case) -> Iterator[str]:
+    asked = case.config.eval
+    if not (asked.text or asked.problems or asked.tasks or asked.lm_eval.tasks):
+        yield "eval.text=false: and no problems, tasks or lm_eval.tasks: nothing is measured; name one"
+
+
 def _place(case: Case, task: EvalTask, key: str, data: TaskData | None) -> Iterator[str]:
     """Yields a line where rows are not there, or would be downloaded and nobody asked for it."""
     if data is None or (key.endswith("examples_from") and not task.few_shot):
@@ -40,4 +46,4 @@ def _place(case: Case, task: EvalTask, key: str, data: TaskData | None) -> Itera
         yield f"{key}.path={data.path}: does not exist; give a file, directory or glob of rows"
 
 
-TASK_RULES: Rules = ((command("eval"), _tasks),)
+TASK_RULES: Rules = ((command("eval"), _tasks), (command("eval"), _nothing))

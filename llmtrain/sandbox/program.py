@@ -31,17 +31,19 @@ class Output(io.TextIOBase):
 
 
 def run(source: str, stdin: str = "") -> dict[str, Any]:
-    """Returns {"output": what the program printed, "error": the last line of its traceback or None}.
+    """Returns {"output": what the program printed, "error": the last line of its traceback or None, "ended": whether it
+    reached its end}.
 
-    SystemExit with code 0 or None is no error.
+    SystemExit with code 0 or None is no error, but no end either.
     """
-    output, error = Output(), None
+    output, error, ended = Output(), None, False
     sys.stdin = io.StringIO(stdin)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+            ended = True
         except SystemExit as told:
             error = f"SystemExit: {told.code}" if told.code else None
         except BaseException as raised:
             error = traceback.format_exception_only(raised)[-1].strip()
-    return {"output": output.text, "error": error}
+    return {"output": output.text, "error": error, "ended": ended}

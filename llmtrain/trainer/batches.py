@@ -89,10 +89,12 @@ def first_sample(entry: AnnealConfig, train: TrainConfig) -> int:
     return -(-tokens // longest_row(train))
 
 
-def evaluate_text(engine: Scorer, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:
+def evaluate_text(
+    engine: Scorer, rows: TextRows, num_rows: int, micro_seqs: int, mesh: Mesh, tokenizer: Tokenizer
+) -> dict[str, float]:
     """Returns the mean loss (nats a token), perplexity and bits a byte over the first held-out rows (a collective)."""
     loss = mean_loss(engine, rows, num_rows, micro_seqs, mesh)
-    return text_measures(loss, rows.bytes_per_token)
+    return text_measures(loss, rows.bytes_per_token(num_rows, tokenizer.decode))
 
 
 def held_out_loss(engine: Scorer, rows: Demonstrations, num_rows: int, micro_seqs: int, mesh: Mesh) -> dict[str, float]:

@@ -43,7 +43,7 @@ def sharded_text(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, 
     scorer = build_frozen(Role("model", model, config.parallel, config.engine, found[0]), mesh)
     rows = text_rows(config, "held_out", tokenizer)
     seqs, micro = config.eval.text_seqs, config.train.micro_batch_seqs
-    return by_source(rows, lambda part: evaluate_text(scorer, part, seqs, micro, mesh))
+    return by_source(rows, lambda part: evaluate_text(scorer, part, seqs, micro, mesh, tokenizer))
 
 
 def by_source(rows: TextRows, measure: Callable[[TextRows], dict[str, float]]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Evaluation:
         found: dict[str, float] = {}
         if self.rows is not None:
             seqs, micro = job.config.eval.text_seqs, job.config.train.micro_batch_seqs
-            found |= evaluate_text(job.engine, self.rows, seqs, micro, job.mesh)
+            found |= evaluate_text(job.engine, self.rows, seqs, micro, job.mesh, job.tokenizer)
         if self.problems is not None:
             found |= self.solved(self.problems)
         set_random_state(state)

@@ -27,9 +27,8 @@ def test_text_by_source_and_tasks(small: Path, small_data: Path, capsys: pytest.
     tokenizer = TokenizerConfig(vocab_size=512)
     prepare(DataConfig(sources=sources), tokenizer, str(base / "shards"), str(small_data / "tokenizer"), seed=1)
     sums = "{task: chain_sum, limit: 5, samples: 4, max_new_tokens: 6}"
-    options = (
-        "{name: o, kind: options, data: {generator: gcd, size: 4}, prompt: '{{question}}', choices: ['{{answer}}', x]}"
-    )
+    choices = "choices: ['{{answer}}', x], first_option: null"
+    options = f"{{name: o, kind: options, data: {{generator: gcd, size: 4}}, prompt: '{{{{question}}}}', {choices}}}"
     keys = [f"data.path={base}/shards", "eval.problems=0", "eval.text_seqs=1000", f"eval.tasks=[{sums}, {options}]"]
     keys += [f"run_dir={base}/run", f"model.init_from={base}/model", "model.num_layers=2", "train.seq_len=32"]
     evaluate.main(load(str(small), keys))

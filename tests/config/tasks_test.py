@@ -33,6 +33,15 @@ def test_an_entry_is_laid_over_its_file(tmp_path: Path) -> None:
     assert task.data is not None and task.data.place == "sums.jsonl" and task.max_new_tokens == 512
 
 
+def test_marks_of_reasoning_can_be_written_anywhere(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(GOOD + 'thoughts: [["<a>", "</a>"]]\n')
+    assert read_task(EvalTask(file=str(tmp_path / "my.yaml")), "eval.tasks.0").thoughts == [["<a>", "</a>"]]
+    entry = load(str(small), [f'eval.tasks=[{{file: {tmp_path}/my.yaml, thoughts: [["(", ")"]]}}]']).eval.tasks[0]
+    assert read_task(entry, "eval.tasks.0").thoughts == [["(", ")"]]
+    for marks in ('["<a>"]', '["", "</a>"]'):  # an empty one stands everywhere: no completion would have an answer
+        assert faults_of(tmp_path, GOOD + f"thoughts: [{marks}]\n")[0].startswith("my.yaml:6: thoughts.0")
+
+
 def test_all_built_in_files_are_whole() -> None:
     assert set(built_in_tasks()) >= {"gsm8k", "math500", "aime24", "aime25", "amc", "humaneval", "mgsm", "chain_sum"}
     places = {name: read_task(EvalTask(task=name), "").data for name in built_in_tasks()}
@@ -117,6 +126,11 @@ def test_data_that_is_not_here(small: Path, capsys: pytest.CaptureFixture) -> No
     assert "eval.tasks.1.data.path=gone.jsonl: does not exist" in lines[2]
     assert "eval.tasks: two are called 'gsm8k'" in lines[3]
     assert lines[0].startswith("model.init_from: must be set")
+
+
+def test_an_evaluation_of_nothing_is_refused(small: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["eval", str(small), "model.init_from=x", "eval.text=false", "eval.problems=0"]) == 2
+    assert "nothing is measured; name one" in capsys.readouterr().err
 
 
 def test_names_of_a_template() -> None:

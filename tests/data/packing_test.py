@@ -166,8 +166,6 @@ def test_held_out_rows_come_once_whatever_the_seed(shards: str) -> None:
     assert len(ids.unique(dim=0)) == len(rows) > 3
     other = TextRows(shards, "held_out", T, seed=9, mask_documents=True)
     assert torch.equal(ids, other.batch(range(len(rows))).input_ids)
-    reader = open_shards(shards, "held_out")["a"]
-    assert rows.bytes_per_token == reader.text_bytes / len(reader.tokens)
 
 
 def test_held_out_rows_of_one_source(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -180,8 +178,19 @@ def test_held_out_rows_of_one_source(tokenizer: Tokenizer, tmp_path: Path) -> No
         own = rows.of_source(name)
         cut = [reader.tokens[i * T : (i + 1) * T].tolist() for i in range((len(reader.tokens) - 1) // T)]
         assert sorted(own.batch(range(len(own))).input_ids.tolist()) == sorted(cut) and len(cut) > 3
-        assert own.bytes_per_token == reader.text_bytes / len(reader.tokens)
     assert len(rows) == sum(len(rows.of_source(name)) for name in ("a", "b"))  # and `rows` is as it was
+
+
+def test_bytes_per_token_are_of_the_rows_that_are_measured(shards: str, tokenizer: Tokenizer) -> None:
+    rows, readers, found = TextRows(shards, "held_out", T, 0, True), open_shards(shards, "held_out").values(), []
+    for count in (1, 2, 10_000):
+        batch = rows.batch(range(min(count, len(rows))))
+        texts = [tokenizer.decode(row[mask].tolist()) for row, mask in zip(batch.labels, batch.loss_mask, strict=True)]
+        found.append(rows.bytes_per_token(count, tokenizer.decode))
+        assert found[-1] == len("".join(texts).encode()) / int(batch.loss_mask.sum())
+    assert found[-1] == pytest.approx(sum(r.text_bytes for r in readers) / sum(len(r.tokens) for r in readers), rel=0.1)
+    assert len(set(found)) > 1
+    assert rows.bytes_per_token(1, lambda ids: "a\ufffd") == 2 / int(rows.batch([0]).loss_mask.sum())  # a cut character
 
 
 def test_rows_that_cannot_be_are_refused(shards: str) -> None:

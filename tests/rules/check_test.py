@@ -281,7 +281,12 @@ def config(*overrides: str, folder: Path) -> Config:
         ("sft", 4, ["tokenizer.path="], "tokenizer.path: must be set, sft uses the tokenizer that the model knows"),
         ("sft", 4, ["model.init_from=no"], "model.init_from=no: does not exist; give the directory of a model"),
         ("grpo", 4, ["rollout.max_new_tokens=9"], "model.init_from: must be set, grpo starts from a trained model"),
-        ("eval", 1, ["eval.text=false", "eval.problems=0"], "model.init_from: must be set, eval starts"),
+        (
+            "eval",
+            1,
+            ["eval.text=false", "eval.problems=0", "eval.tasks=[gcd]"],
+            "model.init_from: must be set, eval starts",
+        ),
         ("sft", 4, ["train.eval_every_steps=1"], "data.held_out: must be set, train.eval_every_steps measures the"),
         ("sft", 4, ["train.epochs=2", "train.steps=5"], "train.epochs=2: not together with train.steps=5; remove one"),
         (

@@ -79,7 +79,8 @@ def test_nothing_gets_out(attack: Attack, pool: Pool, world: World) -> None:
     assert time.monotonic() - began < DEADLINE_S + SLACK_S
     assert attack.harmless or refused(reply, attack), reply
     assert SECRET not in repr(reply)
-    assert after == Reply({"output": "42\n", "error": None}, None)  # by the same worker, which knows nothing of it
+    answer = {"output": "42\n", "error": None, "ended": True}
+    assert after == Reply(answer, None)  # by the same worker, which knows nothing of it
     assert world.harm() == []
 
 

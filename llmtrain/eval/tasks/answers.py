@@ -11,8 +11,8 @@ from llmtrain.rewards.number import option
 FENCED = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
 IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 
-Thoughts = Sequence[tuple[str, str]]
-"""Holds what opens and what closes reasoning, as ("<think>", "</think>")."""
+Thoughts = Sequence[Sequence[str]]
+"""Holds what opens and what closes reasoning, as ["<think>", "</think>"]."""
 
 
 def without_thoughts(completion: str, thoughts: Thoughts, prompt: str = "") -> str:

@@ -17,8 +17,8 @@ def measure_options(problems: Sequence[Problem], logprobs: Sequence[Sequence[flo
 
     `logprobs` holds for each problem the sums of the log-probs of its options, in nats. `acc` compares the sums,
     `acc_tokens` the sums by the number of tokens, `acc_bytes` by the UTF-8 bytes of the option without the spaces
-    before it. Options that differ by no more than 1e-6 nats a token are a tie, which the first of them wins. `interval`
-    holds the ends of the 95 % intervals (`bootstrap`).
+    before it. Options that differ by no more than 1e-6 nats a token are a tie, which the first of them wins; an option
+    with the text of the right one is right. `interval` holds the ends of the 95 % intervals (`bootstrap`).
     """
     values: dict[str, list[float]] = {"acc": [], "acc_tokens": [], "acc_bytes": []}
     records = []
@@ -27,7 +27,7 @@ def measure_options(problems: Sequence[Problem], logprobs: Sequence[Sequence[flo
         sizes = {"acc": [1] * len(sums), "acc_tokens": tokens, "acc_bytes": [bytes_of(o) for o in problem.options]}
         chosen = {name: likeliest(sums, tokens, size) for name, size in sizes.items()}
         for name, option in chosen.items():
-            values[name].append(float(option == problem.gold))
+            values[name].append(float(problem.options[option] == problem.options[problem.gold]))
         told = {"problem": i, "prompt": problem.text, "completion": problem.options[chosen["acc"]]}
         records.append({**told, "reward": values["acc"][-1], "logprobs": list(sums), "right": problem.gold})
     means = {name: fmean(each) for name, each in values.items()}

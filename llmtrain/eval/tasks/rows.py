@@ -42,14 +42,16 @@ class Fields:
         raise ValueError(f"no column for {name!r}: missing {wanted}, {told}; found {found_fields(row)}")
 
     def known(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns all columns of a row, and by our names those that are there."""
+        """Returns all columns of a row, and by our names what `get` finds; a name for which it finds nothing is none,
+        even where the row has a column of that name."""
         ours: dict[str, Any] = {}
         for name in {**ALIASES, **self.fields}:
             try:
                 ours[name] = self.get(row, name)
             except ValueError:
                 continue
-        return {**row, **ours}
+        lacking = {name for name in {**ALIASES, **self.fields} if name not in ours}  # an empty column of that name
+        return {**{name: value for name, value in row.items() if name not in lacking}, **ours}
 
 
 def rows_of(data: TaskData, limit: int | None = None) -> list[Record]:
@@ -89,33 +91,45 @@ def options_of(task: EvalTask, row: Mapping[str, Any], render: Callable[[str], s
         found: Any = [render(each) for each in task.choices]
     else:
         found = Fields(task.fields).get(row, "choices")
-    if isinstance(found, Mapping) and {"text", "label"} <= found.keys():
-        texts, labels = list(found["text"]), list(map(str, found["label"]))
-    elif isinstance(found, Mapping):
-        texts, labels = list(found.values()), list(map(str, found))
-    else:
-        texts = list(found) if isinstance(found, list | tuple) else []
-        labels = list(LETTERS[: len(texts)])
+    texts, labels = texts_and_labels(found)
     if not all(isinstance(text, str) and text.strip() for text in texts) or len(texts) < 2:
         raise ValueError(f"the choices must be two or more texts that are not empty, found {found!r:.80}; mend the row")
+    if len(texts) > len(LETTERS):
+        raise ValueError(f"the choices are {len(texts)}: at most {len(LETTERS)} have a letter; give fewer")
     if len(labels) != len(texts):
         raise ValueError(f"the choices have {len(texts)} texts and {len(labels)} labels; mend the row")
     return texts, labels
 
 
-def right_option(answer: Any, texts: Sequence[str], labels: Sequence[str], first: int) -> int:
+def texts_and_labels(found: Any) -> tuple[list[Any], list[str]]:
+    """Returns (texts, labels) of options in any of their forms, unchecked; nothing of another form."""
+
+    def entries(value: Any) -> list[Any]:
+        return list(value) if isinstance(value, list | tuple) else []
+
+    if isinstance(found, Mapping) and {"text", "label"} <= found.keys():
+        return entries(found["text"]), list(map(str, entries(found["label"])))
+    if isinstance(found, Mapping):
+        return list(found.values()), list(map(str, found))
+    return entries(found), list(LETTERS[: len(entries(found))])
+
+
+def right_option(answer: Any, texts: Sequence[str], labels: Sequence[str], first: int | None) -> int:
     """Returns which option is right, from 0, of an answer that is a label, else the number of an option, a letter or a
     text.
 
-    `first` is the number of the first option. Raises ValueError, without a place, when it names none.
+    `first` is the number of the first option, None where answers are no numbers of options. Raises ValueError, without
+    a place, when it names none, or when a text is the number of one option and the text of another.
     Example: right_option("B", ["x", "y"], ["A", "B"], 0) -> 1
     """
     told = str(answer).strip()
-    if not isinstance(answer, int | float) and told in labels:
-        return labels.index(told)
     number = told.removesuffix(".0")
     numeric = number.isdecimal() and not isinstance(answer, bool)
-    if numeric and 0 <= int(number) - first < len(texts):
+    for label in (told, number):
+        if label in labels:
+            return labels.index(label)
+    if first is not None and numeric and 0 <= int(number) - first < len(texts):
+        _told_apart(answer, texts, int(number) - first)
         return int(number) - first
     if len(told) == 1 and told.upper() in LETTERS[: len(texts)]:
         return LETTERS.index(told.upper())
@@ -125,6 +139,16 @@ def right_option(answer: Any, texts: Sequence[str], labels: Sequence[str], first
         f"the answer {answer!r:.60} ({kind(answer)}) names none of the {len(texts)} options {', '.join(labels)}; mend "
         "it, or set first_option where they are counted from 1"
     )
+
+
+def _told_apart(answer: Any, texts: Sequence[str], option: int) -> None:
+    """Raises ValueError, without a place, when a text that is the number of an option is the text of another one."""
+    told = str(answer).strip()
+    if isinstance(answer, str) and told in texts and texts[option] != told:
+        raise ValueError(
+            f"the answer {told!r} is the number of the option {texts[option]!r:.40} and the text of another; set "
+            "first_option: null where answers are texts, else give letters"
+        )
 
 
 def examples_of(task: EvalTask, rows: Sequence[Record], seed: int) -> list[Record]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ from llmtrain.rewards.scorer import workers_of_rank
 from llmtrain.sandbox.pool import Call, Pool
 
 NO_ANSWER = Score(0.0)  # of a completion in which no answer is found
-BEHIND = "\nprint({mark!r})\n"  # behind a program: one that ends early, as with sys.exit(0), has not passed
 
 Scores = Callable[[Sequence[tuple[int, str]]], list[Score]]
 """Scores pairs of (problem, answer)."""
@@ -117,10 +115,9 @@ def by_tests(task: EvalTask, problems: Sequence[Problem]) -> tuple[Scores, None]
     pool.start()
 
     def scores(pairs: Sequence[tuple[int, str]]) -> list[Score]:
-        mark = secrets.token_hex(16)  # what a model wrote cannot know it
-        programs = [program_of(task, problems[i], code) + BEHIND.format(mark=mark) for i, code in pairs]
+        programs = [program_of(task, problems[i], code) for i, code in pairs]
         replies = pool.run([Call("run", (program,), task.deadline_s) for program in programs])
-        return [Score(float(passed(reply.value, mark))) for reply in replies]
+        return [Score(float(passed(reply.value))) for reply in replies]
 
     return scores, None
 
@@ -131,11 +128,10 @@ def program_pool() -> Pool:
     return Pool({"run": "llmtrain.sandbox.program:run"}, workers_of_rank())
 
 
-def passed(value: Any, mark: str) -> bool:
-    """Says whether a program ran to its end without an error; one that took too long has no value."""
-    if not isinstance(value, dict) or value.get("error") is not None:
-        return False
-    return str(value.get("output")).rstrip().endswith(mark)
+def passed(value: Any) -> bool:
+    """Says whether a program reached its end without an error. One that ends early, as with sys.exit(0), has not, and
+    one that took too long has no value."""
+    return isinstance(value, dict) and value.get("ended") is True and value.get("error") is None
 
 
 def program_of(task: EvalTask, problem: Problem, code: str) -> str:

@@ -56,16 +56,24 @@ def kept(points: Points, least: float | None) -> tuple[Points, int]:
 
 
 def fit_optimum(method: str, points: Points, settings: ScalingConfig) -> Optimum:
-    """Returns the fit of a method that has an optimum."""
-    return fit_parabolas(points, settings.axis) if method == "parabolas" else FITS[method](points)
+    """Returns the fit of a method that has an optimum. Raises ValueError where the points show none."""
+    if method == "parabolas":
+        return fit_parabolas(points, settings.axis)
+    law = FITS[method](points)
+    if not law.has_optimum:
+        raise ValueError(
+            f"scaling.method={method}: alpha={law.alpha:.3g}, beta={law.beta:.3g}: a loss that does not fall with both "
+            "size and tokens has no best size; add runs or leave the method out"
+        )
+    return law
 
 
 def redrawn(law: Optimum, points: Points, rows: np.ndarray) -> list[Optimum]:
-    """Returns the fits to points drawn again; draws whose parabolas have no law are not among them."""
+    """Returns the fits to points drawn again; draws whose fits have no law of a best size are not among them."""
     if not len(rows):
         return []
     if isinstance(law, Parametric):
-        return list(refit(points, counts_of(rows, len(points)), law))
+        return [each for each in refit(points, counts_of(rows, len(points)), law) if each.has_optimum]
     found = []
     for each in rows:
         try:

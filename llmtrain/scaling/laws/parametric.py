@@ -6,6 +6,7 @@ sum, not its mean: the mean's gradients are so small that an optimiser stops ear
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -21,6 +22,7 @@ OFFSETS = np.arange(-1, 1.01, 0.5)  # log E
 FACTORS = np.arange(0, 25.01, 5)  # log A, log B
 FIRST, LAST, KEPT = 60, 3000, 100  # iterations of all starts, and of the KEPT best ones
 LEAST = 6  # points, for five parameters
+LARGEST = 300.0  # of the logarithm of a best size
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,15 @@ class Parametric:
     alpha: float
     beta: float
     objective: float
+
+    @property
+    def has_optimum(self) -> bool:
+        """Says whether the loss falls with size and with tokens, so that a budget has a best size that is a number."""
+        if min(self.A, self.B, self.alpha, self.beta) <= 0:
+            return False
+        log = math.log
+        ratio = log(self.alpha) + log(self.A) - log(self.beta) - log(self.B)
+        return abs(ratio) < LARGEST * (self.alpha + self.beta)  # no infinity either
 
     @property
     def params_exponent(self) -> float:
@@ -99,7 +110,8 @@ def _vector(fit: Parametric) -> np.ndarray:
 
 
 def _result(x: np.ndarray, value: float) -> Parametric:
-    E, A, B = (float(each) for each in np.exp(x[:3]))
+    with np.errstate(over="ignore"):  # what is infinite has no optimum
+        E, A, B = (float(each) for each in np.exp(x[:3]))
     return Parametric(E, A, B, float(x[3]), float(x[4]), float(value))
 
 

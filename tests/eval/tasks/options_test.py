@@ -32,3 +32,8 @@ def test_ties_go_to_the_first() -> None:
     assert likeliest([-2.000002, -2.0], [1, 1], [1, 1]) == 1
     assert likeliest([-2.000002, -2.0], [3, 3], [1, 1]) == 0  # 1e-6 nats a token
     assert likeliest([-3.0, -2.0, -2.0], [1, 1, 1], [1, 1, 1]) == 1
+
+
+def test_an_option_with_the_text_of_the_right_one_is_right() -> None:
+    scores, records = measure_options([problem([" x", " x", " y"], [1, 1, 1], 1)], [[-1.0, -1.0, -2.0]])
+    assert scores["acc"] == 1.0 and records[0]["right"] == 1

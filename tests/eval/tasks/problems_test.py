@@ -75,6 +75,20 @@ def test_missing_columns_name_row_and_columns(task: EvalTask) -> None:
         read_problems(changed(task, prompt="{{question + 1}}"), 0)
 
 
+def test_a_null_is_no_text(task: EvalTask, tmp_path: Path) -> None:
+    (tmp_path / "null.jsonl").write_text('{"question": null, "problem": "p", "hint": null, "answer": "1"}\n')
+    nulls = changed(task, data=TaskData(path=str(tmp_path / "null.jsonl")))
+    assert read_problems(nulls, 0)[0].prompt == "Q: p\nA:"  # the alias that is not null
+    for prompt, fields, told in (
+        ("{{hint}} {{question}}", {}, r"cannot be filled in \(a value is null\)"),
+        ("{{question}}", {"question": "hint"}, "reads question"),
+        ("{{question}}", {"question": "problm"}, "reads question"),  # though there is a column of that name
+    ):
+        with pytest.raises(ValueError, match=told):
+            read_problems(changed(nulls, prompt=prompt, fields=fields), 0)
+    assert read_problems(changed(nulls, prompt="{{hint or 'none'}}"), 0)[0].prompt == "none"
+
+
 def test_tokens_and_show(task: EvalTask, tokenizer: Tokenizer) -> None:
     problems = read_problems(task, 0)
     encode_problems(changed(task, max_new_tokens=8), problems, tokenizer, 64)

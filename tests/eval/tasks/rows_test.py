@@ -48,6 +48,9 @@ def test_a_missing_column_names_those_that_there_are() -> None:
         ("c", ["A", "B", "C"], 0, 2),
         ("two", ["A", "B", "C"], 0, 1),
         ("7", ["A", "B", "C"], 0, 3),  # no number of an option, but its text
+        (2, ["1", "2", "3"], 0, 1),  # a label too
+        (2.0, ["1", "2", "3"], 0, 1),
+        ("two", ["A", "B", "C"], None, 1),
     ],
 )
 def test_the_right_option(answer: object, labels: list[str], first: int, right: int) -> None:
@@ -60,6 +63,14 @@ def test_an_answer_that_is_no_option(answer: object) -> None:
         right_option(answer, ["one", "two", "three"], ["A", "B", "C"], 0)
 
 
+def test_a_number_and_a_text_are_told_apart() -> None:
+    texts, labels = ["2", "3", "4"], ["A", "B", "C"]
+    with pytest.raises(ValueError, match=r"'2' is the number of the option '4' and the text of another; .*null"):
+        right_option("2", texts, labels, 0)
+    assert right_option("2", texts, labels, None) == 0
+    assert right_option(2, texts, labels, 0) == 2 and right_option("1", ["0", "1"], labels[:2], 0) == 1
+
+
 def test_forms_of_choices() -> None:
     task = EvalTask(kind="options")
     assert options_of(task, {"choices": {"text": ["x", "y"], "label": ["1", "2"]}}, str) == (["x", "y"], ["1", "2"])
@@ -67,9 +78,14 @@ def test_forms_of_choices() -> None:
     assert options_of(task, {"endings": ["x", "y"]}, str) == (["x", "y"], ["A", "B"])
     own = EvalTask(kind="options", choices=["no", "{{b}}"])
     assert options_of(own, {}, lambda text: text.replace("{{b}}", "yes")) == (["no", "yes"], ["A", "B"])
-    for broken in ("xy", ["x"], ["x", ""], ["x", 3]):
+    empty: list = [{"text": None, "label": ["A"]}, {"text": 5, "label": 6}]
+    for broken in ("xy", ["x"], ["x", ""], ["x", 3], *empty):
         with pytest.raises(ValueError, match=r"must be two or more texts"):
             options_of(task, {"choices": broken}, str)
+    with pytest.raises(ValueError, match=r"2 texts and 0 labels"):
+        options_of(task, {"choices": {"text": ["x", "y"], "label": None}}, str)
+    with pytest.raises(ValueError, match=r"the choices are 27: at most 26 have a letter"):
+        options_of(task, {"choices": ["x"] * 27}, str)
     with pytest.raises(ValueError, match=r"missing 'choices' or 'options' or 'endings'.*found 'question'"):
         options_of(task, {"question": "q"}, str)
 

@@ -81,10 +81,12 @@ def test_code_runs_against_the_tests_of_its_row() -> None:
         "    return max(x\n",
         "    raise SystemExit(0)\n",
         "    import os\n    os._exit(0)\n",
+        "    pass\nimport sys\nprint(*sys._getframe().f_code.co_consts, sep='\\n')\nsys.exit(0)\n",
+        "    print('x' * 70_000)\n    return max(x)\n",
         "    while True:\n        pass\n",
         "",
     )
-    assert found == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert found == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     with pytest.raises(ValueError, match=r"a:1: task c: the template .* reads test; found"):
         Judge(CODE, [Problem("a:1", {"question": "", "entry_point": "f"}, "q", None)])
 

@@ -7,7 +7,8 @@ import pytest
 
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.scaling.laws.bootstrap import counts_of, drawn_rows, interval
-from llmtrain.scaling.laws.fit import fit_losses, fit_rewards, kept
+from llmtrain.scaling.laws.fit import FITS, fit_losses, fit_rewards, kept
+from llmtrain.scaling.laws.parametric import Parametric
 from llmtrain.scaling.laws.read import Points
 
 CHANGES = np.array([0.1, 0.3, 0.5, 0.75, 1.0, 1.3, 2.0, 3.0, 10.0])
@@ -94,3 +95,23 @@ def test_the_asymptote_has_an_interval() -> None:
 def test_a_sigmoid_stands_alone() -> None:
     with pytest.raises(ValueError, match="document of its own"):
         ScalingConfig(method=["sigmoid", "parabolas"])
+
+
+def test_a_law_without_a_best_size() -> None:
+    """A short ladder, whose small budgets have their lowest loss at the smallest size."""
+    losses = [5.0620, 5.0791, 5.5135, 4.5977, 4.7402, 5.2987, 4.0825, 4.1666, 5.0018]
+    flops, params = np.repeat([1e10, 2e10, 4e10], 3), np.tile([45408.0, 58016.0, 166208.0], 3)
+    points = Points(params, flops / (6 * params), flops, np.array(losses))
+    asked = ScalingConfig(method=["projection"], bootstrap=20, min_tokens_per_param=None, held_out=False)
+    found = fit_losses(points, asked, 0)["methods"]["projection"]
+    assert any("of 20 draws of the points have no law" in each for each in found["warnings"])
+    assert not Parametric(1.0, 400.0, 400.0, -0.3, 0.4, 0.0).has_optimum
+    assert not Parametric(1.0, float("inf"), 400.0, 0.3, 0.4, 0.0).has_optimum
+
+
+def test_a_rising_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FITS, "parametric", lambda points: Parametric(1.0, 400.0, 400.0, -0.3, 0.4, 0.0))
+    with pytest.raises(
+        ValueError, match=r"scaling.method=parametric: alpha=-0.3, .*has no best size; add runs or leave"
+    ):
+        fit_losses(runs(0.0), ScalingConfig(method=["parametric"], bootstrap=0, held_out=False), 0)
