@@ -57,7 +57,8 @@ def _rewards(config: Config, directory: Path) -> dict[str, Any]:
 
 
 def warnings_of(result: dict[str, Any]) -> Iterator[str]:
-    """Yields what is doubtful about the fits."""
+    """Yields what is doubtful about the fits, and which methods found none."""
+    yield from (f"{method}: no law: {reason}" for method, reason in result.get("failed", {}).items())
     for method, found in result["methods"].items():
         yield from (f"{method}: {each}" for each in found["warnings"])
     for method, found in result.get("held_out", {}).get("methods", {}).items():

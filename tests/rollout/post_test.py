@@ -51,7 +51,10 @@ def test_json_there_and_back_with_the_token_in_its_header() -> None:
 def test_a_busy_server_is_asked_again_until_the_deadline(status: int) -> None:
     with serving(statuses(status, status)) as server:
         assert ask(server.url) == {"a": [1, None]} and len(server.asked) == 3
-    with serving(statuses(*[status] * 1000)) as server, pytest.raises(ServerFault, match="no answer until the deadl"):
+    with (
+        serving(statuses(*[status] * 1000)) as server,
+        pytest.raises(ServerFault, match="no (whole )?answer until the deadl"),
+    ):
         start = time.monotonic()
         ask(server.url, deadline_s=0.5)
     assert time.monotonic() - start < 2 and len(server.asked) > 2
@@ -81,7 +84,7 @@ def test_nobody_listens() -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     start = time.monotonic()
-    with pytest.raises(ServerFault, match=r"no answer until the deadline, last: .*[Rr]efused"):
+    with pytest.raises(ServerFault, match=r"no (whole )?answer until the deadline, last: .*[Rr]efused"):
         ask(url, deadline_s=0.4)
     assert 0.2 < time.monotonic() - start < 2
 
@@ -157,7 +160,7 @@ def test_what_is_no_http_and_what_is_no_name() -> None:
         ask(server.url)
     with pytest.raises(ServerFault, match=r"no-such-host\.invalid"):
         ask("http://no-such-host.invalid")
-    with pytest.raises(ServerFault, match="no answer until the deadline"):
+    with pytest.raises(ServerFault, match="no (whole )?answer until the deadline"):
         ask("http://127.0.0.1", deadline_s=-1)
 
 

@@ -25,23 +25,37 @@ FITS: dict[str, Callable[[Points], Parametric]] = {"parametric": fit_parametric,
 
 def fit_losses(points: Points, settings: ScalingConfig, seed: int) -> dict[str, Any]:
     """Returns the fits of all methods by name, with intervals, best sizes of the targets and of all budgets, what the
-    lower budgets predict of the largest, and warnings. Raises ValueError where there are too few points."""
+    lower budgets predict of the largest, and warnings; methods that found no law are in `failed`, with the reason. Raises
+    ValueError where all fail, as with too few points."""
     points, left_out = kept(points, settings.min_tokens_per_param)
     groups = budgets_of(points.flops)
     rows = drawn_rows(groups, settings.bootstrap, seed)
     budgets = [budget(points.flops[group]) for group in groups]
     flops = [*budgets, *settings.target_flops]
     result: dict[str, Any] = {"points": len(points), "left_out": left_out, "budgets": budgets, "methods": {}}
+    failed: dict[str, str] = {}
     for method in settings.method:
-        if method == "kaplan":
-            result["methods"][method] = {"fit": asdict(fit_kaplan(points)), "warnings": []}
-            continue
-        law = fit_optimum(method, points, settings)
-        again = redrawn(law, points, rows)
-        result["methods"][method] = described(law, again, flops, len(rows))
+        try:
+            result["methods"][method] = fitted(method, points, settings, rows, flops)
+        except ValueError as error:
+            failed[method] = str(error)
+    if not result["methods"]:
+        raise ValueError("\n".join(failed.values()))
+    result |= {"failed": failed} if failed else {}
     if settings.held_out:
         result["held_out"] = held_out(points, groups, settings)
     return result
+
+
+def fitted(
+    method: str, points: Points, settings: ScalingConfig, rows: np.ndarray, flops: Sequence[float]
+) -> dict[str, Any]:
+    """Returns the fit of one method as plain data; `rows` are the points drawn again. Raises ValueError where the points
+    show no law."""
+    if method == "kaplan":
+        return {"fit": asdict(fit_kaplan(points)), "warnings": []}
+    law = fit_optimum(method, points, settings)
+    return described(law, redrawn(law, points, rows), flops, len(rows))
 
 
 def kept(points: Points, least: float | None) -> tuple[Points, int]:

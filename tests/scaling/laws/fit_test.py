@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llmtrain.commands.scaling import warnings_of
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.scaling.laws.bootstrap import counts_of, drawn_rows, interval
 from llmtrain.scaling.laws.fit import FITS, fit_losses, fit_rewards, kept
@@ -115,3 +116,11 @@ def test_a_rising_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"scaling.method=parametric: alpha=-0.3, .*has no best size; add runs or leave"
     ):
         fit_losses(runs(0.0), ScalingConfig(method=["parametric"], bootstrap=0, held_out=False), 0)
+
+
+def test_a_method_without_a_law_keeps_no_other_from_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FITS, "parametric", lambda points: Parametric(1.0, 400.0, 400.0, -0.3, 0.4, 0.0))
+    asked = ScalingConfig(method=["parametric", "parabolas"], bootstrap=0, held_out=False)
+    found = fit_losses(runs(0.0), asked, 0)
+    assert list(found["methods"]) == ["parabolas"] and "has no best size" in found["failed"]["parametric"]
+    assert list(warnings_of(found))[0].startswith("parametric: no law: scaling.method=parametric: alpha=-0.3")
