@@ -53,7 +53,7 @@ def test_a_busy_server_is_asked_again_until_the_deadline(status: int) -> None:
         assert ask(server.url) == {"a": [1, None]} and len(server.asked) == 3
     with (
         serving(statuses(*[status] * 1000)) as server,
-        pytest.raises(ServerFault, match="no (whole )?answer until the deadl"),
+        pytest.raises(ServerFault, match=r"no (whole )?answer until the deadl"),
     ):
         start = time.monotonic()
         ask(server.url, deadline_s=0.5)
@@ -160,7 +160,7 @@ def test_what_is_no_http_and_what_is_no_name() -> None:
         ask(server.url)
     with pytest.raises(ServerFault, match=r"no-such-host\.invalid"):
         ask("http://no-such-host.invalid")
-    with pytest.raises(ServerFault, match="no (whole )?answer until the deadline"):
+    with pytest.raises(ServerFault, match="no answer until the deadline"):
         ask("http://127.0.0.1", deadline_s=-1)
 
 

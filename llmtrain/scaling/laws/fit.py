@@ -25,8 +25,8 @@ FITS: dict[str, Callable[[Points], Parametric]] = {"parametric": fit_parametric,
 
 def fit_losses(points: Points, settings: ScalingConfig, seed: int) -> dict[str, Any]:
     """Returns the fits of all methods by name, with intervals, best sizes of the targets and of all budgets, what the
-    lower budgets predict of the largest, and warnings; methods that found no law are in `failed`, with the reason. Raises
-    ValueError where all fail, as with too few points."""
+    lower budgets predict of the largest, and warnings; methods that found no law are in `failed`, with the reason.
+    Raises ValueError where all fail, as with too few points."""
     points, left_out = kept(points, settings.min_tokens_per_param)
     groups = budgets_of(points.flops)
     rows = drawn_rows(groups, settings.bootstrap, seed)
@@ -50,8 +50,8 @@ def fit_losses(points: Points, settings: ScalingConfig, seed: int) -> dict[str, 
 def fitted(
     method: str, points: Points, settings: ScalingConfig, rows: np.ndarray, flops: Sequence[float]
 ) -> dict[str, Any]:
-    """Returns the fit of one method as plain data; `rows` are the points drawn again. Raises ValueError where the points
-    show no law."""
+    """Returns the fit of one method as plain data; `rows` are the points drawn again. Raises ValueError where the
+    points show no law."""
     if method == "kaplan":
         return {"fit": asdict(fit_kaplan(points)), "warnings": []}
     law = fit_optimum(method, points, settings)
