@@ -48,8 +48,15 @@ def planned(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
                 yield recipe, staged, stage.ranks, earlier
     else:
         for recipe in planned_recipes(config):
-            ranks = config.plan.gpus or int(os.environ.get("WORLD_SIZE", least_ranks(config, recipe)))
-            yield recipe, config, ranks, {}
+            yield recipe, config, config.plan.gpus or _launched() or least_ranks(config, recipe), {}
+
+
+def _launched() -> int | None:
+    """Returns the ranks that the environment names. Raises ValueError where it names no number of them."""
+    said = os.environ.get("WORLD_SIZE")
+    if said is not None and not (said.isascii() and said.isdigit() and int(said) > 0):
+        raise ValueError(f"WORLD_SIZE={said}: must be a positive number of ranks; unset it or set plan.gpus")
+    return None if said is None else int(said)
 
 
 def least_ranks(config: Config, recipe: Recipe) -> int:
