@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from llmtrain.arch.hardware import peak_flops
@@ -86,24 +85,32 @@ def speed_lines(config: Config, p: Plan, parts: Mapping[str, int] | None = None)
     tokens = p.tokens_per_step / p.time.total_s
     return [
         *head,
-        f"step         {p.time.total_s:.3g} s: {spent} (estimated, see docs/plan.md)",
+        f"step         {p.time.total_s:.3g} s: {spent} (estimated, see docs/plan.md{_offloaded(config)})",
         f"speed        {tokens:,.0f} tokens/s, {tflops_per_gpu(p):.0f} TFLOP/s a GPU, MFU {mfu(p, config):.1%}",
-        f"run          {cost(config, p)}",
-        *failure_lines(config, p),
+        f"run          {cost(config, p, run_seconds(p))}",
+        *failure_lines(config, p, run_seconds(p)),
     ]
 
 
-def failure_lines(config: Config, p: Plan) -> list[str]:
-    """Returns the line about failures; none where no rate is given. A GPU's failure stops the job."""
+def _offloaded(config: Config) -> str:
+    offload = config.engine.offload
+    return "" if offload == "none" else f"; without the traffic and updates of engine.offload={offload}"
+
+
+def failure_lines(config: Config, p: Plan, seconds: float) -> list[str]:
+    """Returns the line about failures in a run of `seconds`; none where no rate is given. A GPU's failure stops the
+    job."""
     s = config.plan
     if s.gpu_mttf_hours is None:
         return []
     mttf = job_mttf_s(s.gpu_mttf_hours, p.ranks)
     interval = best_interval_s(s.save_s, mttf)
     share = goodput(interval, s.save_s, s.restart_s, mttf)
-    days = run_seconds(p) / 86_400 / share if share else math.inf
     often = f"one in {mttf / 3600:.3g} h, a checkpoint every {interval:.3g} s of work loses least"
-    return [f"failures     {often}; {share:.1%} of the time is work that lasts, the run takes {days:.3g} days"]
+    whole = f"the run takes {duration(seconds / share)}" if share else "the run never ends"
+    if config.train.epochs is not None:
+        whole = "the run takes as much longer"
+    return [f"failures     {often}; {share:.1%} of the time is work that lasts, {whole}"]
 
 
 def duration(seconds: float) -> str:
@@ -120,13 +127,13 @@ def amount(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def cost(config: Config, p: Plan) -> str:
-    """Returns the days, the energy and, with a price, the dollars of the whole run."""
+def cost(config: Config, p: Plan, seconds: float) -> str:
+    """Returns the days, the energy and, with a price, the dollars of a run of `seconds`."""
     assert p.hardware is not None
     if config.train.epochs is not None:
         return "its steps follow from the number of rows"
-    hours = run_seconds(p) / 3600
-    said = f"{duration(run_seconds(p))}, {amount(hours * p.ranks)} GPU hours"
+    hours = seconds / 3600
+    said = f"{duration(seconds)}, {amount(hours * p.ranks)} GPU hours"
     if p.hardware.watts is not None:
         energy = hours * p.ranks * p.hardware.watts * config.plan.power_factor / 1000
         more = "" if config.plan.power_factor == 1 else f" x {config.plan.power_factor:g}"

@@ -9,7 +9,7 @@ import pytest
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, TrainConfig
 from llmtrain.scaling import links, steptime
 from llmtrain.scaling.plan import Plan, plan
-from llmtrain.scaling.speed import cost, failure_lines, fit_line, mfu, run_seconds
+from llmtrain.scaling.speed import cost, failure_lines, fit_line, mfu, run_seconds, speed_lines
 
 MODEL = ModelConfig(preset="llama3-8b")
 FILE = """
@@ -84,17 +84,28 @@ def test_what_a_run_costs(hardware: str) -> None:
     config, p = planned(hardware, 8, tp=8)
     hours = 1000 * p.time.total_s / 3600
     assert run_seconds(p) == pytest.approx(hours * 3600)
-    assert f"{8 * hours:,.0f} GPU hours, {8 * hours * 0.5:,.0f} kWh" in cost(config, p)
-    assert cost(config, p).endswith(f"{16 * hours:,.0f} dollars at 2 a GPU hour")
+    assert f"{8 * hours:,.0f} GPU hours, {8 * hours * 0.5:,.0f} kWh" in cost(config, p, run_seconds(p))
+    assert cost(config, p, run_seconds(p)).endswith(f"{16 * hours:,.0f} dollars at 2 a GPU hour")
     assert mfu(p, config) == pytest.approx(64 * 8192 * p.work.model / (8 * p.time.total_s * 100e12))
 
 
 def test_failures_make_it_longer(hardware: str) -> None:
     config, p = planned(hardware, 8, tp=8)
-    assert failure_lines(config, p) == []
+    assert failure_lines(config, p, 1e6) == []
     often = config.model_copy(update={"plan": config.plan.model_copy(update={"gpu_mttf_hours": 80.0})})
-    (line,) = failure_lines(often, p)  # one in 10 h: tau 1,470 s, and 30 s for a checkpoint, 600 s for a restart
+    (line,) = failure_lines(
+        often, p, 0.944 * 86_400
+    )  # one in 10 h: tau 1,470 s, and 30 s for a checkpoint, 600 s for a restart
     assert line.startswith("failures     one in 10 h, a checkpoint every 1.47e+03 s of work loses least; 94.4% of")
+    assert line.endswith("the run takes 1 days")
+    never = config.model_copy(update={"plan": config.plan.model_copy(update={"gpu_mttf_hours": 1e-3})})
+    assert failure_lines(never, p, 1.0)[0].endswith("; 0.0% of the time is work that lasts, the run never ends")
+
+
+def test_the_step_says_that_offloading_is_not_timed(hardware: str) -> None:
+    config, p = planned(hardware, 8, {"zero_stage": 2, "offload": "optimizer"}, dp_shard=8)
+    (step,) = (line for line in speed_lines(config, p) if line.startswith("step "))
+    assert step.endswith("; without the traffic and updates of engine.offload=optimizer)")
 
 
 def test_what_does_not_fit_names_its_largest_part(hardware: str) -> None:
