@@ -86,7 +86,7 @@ def speed_lines(config: Config, p: Plan, parts: Mapping[str, int] | None = None)
     return [
         *head,
         f"step         {p.time.total_s:.3g} s: {spent} (estimated, see docs/plan.md{_offloaded(config)})",
-        f"speed        {tokens:,.0f} tokens/s, {tflops_per_gpu(p):.0f} TFLOP/s a GPU, MFU {mfu(p, config):.1%}",
+        f"speed        {tokens:,.0f} tokens/s, {amount(tflops_per_gpu(p))} TFLOP/s a GPU, MFU {mfu(p, config):.1%}",
         f"run          {cost(config, p, run_seconds(p))}",
         *failure_lines(config, p, run_seconds(p)),
     ]

@@ -102,6 +102,14 @@ def test_failures_make_it_longer(hardware: str) -> None:
     assert failure_lines(never, p, 1.0)[0].endswith("; 0.0% of the time is work that lasts, the run never ends")
 
 
+def test_slow_hardware_has_a_rate_of_three_digits(tmp_path: Path) -> None:
+    """A peak of 0.1 TFLOP/s, as a CPU's, does not print as 0."""
+    path = tmp_path / "slow.yaml"
+    path.write_text("{name: slow, bf16_tflops: 0.1, memory_gb: 500, memory_gb_per_s: 20}")
+    config, p = planned(str(path), 1)
+    assert f", {mfu(p, config) / 10:.3g} TFLOP/s a GPU" in "".join(speed_lines(config, p))
+
+
 def test_the_step_says_that_offloading_is_not_timed(hardware: str) -> None:
     config, p = planned(hardware, 8, {"zero_stage": 2, "offload": "optimizer"}, dp_shard=8)
     (step,) = (line for line in speed_lines(config, p) if line.startswith("step "))
