@@ -26,7 +26,7 @@ def main(config: Config) -> None:
         console.print(f"{staged.name} ({recipe.name}), {ranks:,} GPUs", highlight=False)
         found = search(staged, recipe, ranks, earlier)
         if not found.best:
-            raise ValueError(nothing_fits(staged, found, ranks))
+            raise ValueError(nothing_fits(found, recipe, ranks, earlier))
         console.print(table(found.best[:SHOWN], recipe, ranks, earlier))
         for line in (*summary(found, staged), f"the first: {overrides(found.best[0].config, staged)}", UNEVEN):
             console.print(line, highlight=False, soft_wrap=True)
@@ -91,14 +91,14 @@ def overrides(config: Config, document: Config | None = None) -> str:
     return " ".join(f"{key}={value}" for key, value in keys.items())
 
 
-def nothing_fits(config: Config, found: Found, ranks: int) -> str:
+def nothing_fits(found: Found, recipe: Recipe, ranks: int, earlier: Earlier) -> str:
     """Returns the line that says what the smallest of the layouts needs."""
     if found.smallest is None:
         return (
             f"--search: the rules refuse every layout of {ranks} GPUs, whose number must divide into axes and whose "
             "batch into microbatches; change plan.gpus or train.global_batch_seqs"
         )
-    p = plan(found.smallest.config, ranks)
+    p = plan(found.smallest.config, ranks, recipe, earlier)
     part, size = largest_part(p)
     return (
         f"--search: no layout of {ranks} GPUs fits {p.hardware.memory_gb:g} GB less plan.reserve_gb; the smallest "

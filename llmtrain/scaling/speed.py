@@ -63,7 +63,14 @@ def fit_line(config: Config, p: Plan, parts: Mapping[str, int] | None = None) ->
     if room >= 0:
         return f"fits         {room / 1e9:.3g} GB of {of} are left"
     part, size = largest_part(p, parts)
-    return f"does not fit {-room / 1e9:.3g} GB more than {of}; most are {part}, {size:.3g} GB: {REMEDIES[part]}"
+    return f"does not fit {-room / 1e9:.3g} GB more than {of}; most are {part}, {size:.3g} GB: {_remedy(config, part)}"
+
+
+def _remedy(config: Config, part: str) -> str:
+    """Returns what makes a part smaller, without what the document does already."""
+    if part == "activations" and config.engine.remat == "full":
+        return "lower train.micro_batch_seqs, or raise parallel.tp or cp"
+    return REMEDIES[part]
 
 
 def largest_part(p: Plan, parts: Mapping[str, int] | None = None) -> tuple[str, float]:

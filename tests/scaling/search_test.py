@@ -96,6 +96,20 @@ def test_stages_of_the_document_are_taken_back(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["plan", str(path), *first.removeprefix("the first: ").split()]) == 0
 
 
+def test_a_stage_that_starts_from_one_before_may_fit_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: q\nmodel: {preset: smollm2-135m}\nplan: {hardware: a100}\nstages:\n"
+        "  - {name: a, command: pretrain, ranks: 1}\n"
+        "  - {name: b, command: pretrain, ranks: 1, set: {plan: {reserve_gb: 79.5}, "
+        'model: {preset: null, init_from: "{run}/a"}}}\n'
+    )
+    assert cli.main(["plan", str(path), "--search"]) == 2
+    assert capsys.readouterr().err.startswith("--search: no layout of 1 GPUs fits 80 GB less plan.reserve_gb")
+
+
 def test_the_misfit_is_called_what_it_is(eight: Found) -> None:
     """Only the nearest to fit are timed; others may be faster."""
     assert "the fastest of the 30 that fail to fit by least: " in summary(eight, eight.best[0].config)[1]

@@ -126,6 +126,12 @@ def test_what_does_not_fit_names_its_largest_part(hardware: str) -> None:
     assert fit_line(config, p) == f"fits         {left / 1e9:.3g} GB of 50 GB less 0 (plan.reserve_gb) are left"
 
 
+def test_a_remedy_is_not_what_is_done_already(hardware: str) -> None:
+    config, p = planned(hardware, 8, {"remat": "full", "zero_stage": 3}, dp_shard=8)
+    said = fit_line(config, p, {"activations": 10**12})
+    assert said.endswith("most are activations, 1e+03 GB: lower train.micro_batch_seqs, or raise parallel.tp or cp")
+
+
 def test_there_is_no_fp8_on_an_a100() -> None:
     with pytest.raises(ValueError, match=r"engine.precision=fp8: A100 SXM 80 GB has no fp8; use bf16"):
         planned("a100", 1, {"precision": "fp8"})
