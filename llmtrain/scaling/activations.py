@@ -14,7 +14,7 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
     """Returns the activations kept for the backward pass on the first pipeline stage, which holds most microbatches.
 
     Rows are the longest of the run. Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each
-    layer keeps what `kept_activations` says, and one layer at a time is whole.
+    layer keeps what `kept_activations` says, and one layer at a time is whole, which has what it keeps in it.
     """
     tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
     value = 4 if config.engine.precision == "fp32" else 2
@@ -24,7 +24,7 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
     if config.engine.remat == "none":
         return int(tokens * value * layers * block)
     kept = kept_activations(model, tp, sequence_parallel, config.engine.remat)
-    return int(tokens * value * (layers * kept + block))
+    return int(tokens * value * ((layers - 1) * kept + block))
 
 
 def kept_layers(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> float:

@@ -15,7 +15,7 @@ from llmtrain.rules.check import planned_stages
 from llmtrain.scaling.plan import Plan, plan, rollout_workers
 from llmtrain.scaling.rollouts import turn_seconds
 from llmtrain.scaling.simulate import simulated_bubble
-from llmtrain.scaling.speed import speed_lines
+from llmtrain.scaling.speed import cost, failure_lines, speed_lines
 from llmtrain.scaling.turns import Turn, heaviest, other_models, turns_of
 
 MOST_SIMULATED = 50_000  # microbatches x stages of a pipeline: a second
@@ -48,8 +48,15 @@ def planned(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
                 yield recipe, staged, stage.ranks, earlier
     else:
         for recipe in planned_recipes(config):
-            ranks = config.plan.gpus or int(os.environ.get("WORLD_SIZE", least_ranks(config, recipe)))
-            yield recipe, config, ranks, {}
+            yield recipe, config, config.plan.gpus or _launched() or least_ranks(config, recipe), {}
+
+
+def _launched() -> int | None:
+    """Returns the ranks that the environment names. Raises ValueError where it names no number of them."""
+    said = os.environ.get("WORLD_SIZE")
+    if said is not None and not (said.isascii() and said.isdigit() and int(said) > 0):
+        raise ValueError(f"WORLD_SIZE={said}: must be a positive number of ranks; unset it or set plan.gpus")
+    return None if said is None else int(said)
 
 
 def least_ranks(config: Config, recipe: Recipe) -> int:
@@ -117,11 +124,21 @@ def _turns(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> tuple[d
         parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in turn.items())
         first = " (the heaviest)" if not lines else ""
         lines.append(f"{'' if lines else 'turns':<13}{name} {gigabytes(sum(turn.values()))}{first}: {parts}")
-    if turns and p.hardware is not None and p.time is None:
-        seconds = turn_seconds(config, model, recipe, p, models)
-        each = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
-        lines.append(f"step         at most {sum(seconds.values()):.3g} s: {each} (estimated, see docs/plan.md)")
+    if p.hardware is not None and p.time is None:
+        lines += _turn_time_lines(config, p, turn_seconds(config, model, recipe, p, models))
     return turns, lines
+
+
+def _turn_time_lines(config: Config, p: Plan, seconds: dict[str, float]) -> list[str]:
+    """Returns the lines about the time of a step whose lengths are not known, and of the run, from that of its turns,
+    all lengths being the longest."""
+    step = sum(seconds.values())
+    each = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
+    return [
+        f"step         {step:.3g} s at full lengths: {each} (estimated, see docs/plan.md)",
+        f"run          {cost(config, p, config.train.steps * step)}, at full lengths",
+        *failure_lines(config, p, config.train.steps * step),
+    ]
 
 
 def _batch_line(size: StepSize, p: Plan) -> str:

@@ -10,7 +10,7 @@ from llmtrain.config.schema import Config
 from llmtrain.rules.case import Earlier
 from llmtrain.scaling.describe import planned
 from llmtrain.scaling.plan import Plan, plan
-from llmtrain.scaling.search import Found, Layout, search
+from llmtrain.scaling.search import NEAREST, Found, Layout, search
 from llmtrain.scaling.speed import largest_part, mfu, room_bytes
 
 SHOWN = 10
@@ -26,9 +26,9 @@ def main(config: Config) -> None:
         console.print(f"{staged.name} ({recipe.name}), {ranks:,} GPUs", highlight=False)
         found = search(staged, recipe, ranks, earlier)
         if not found.best:
-            raise ValueError(nothing_fits(staged, found, ranks))
+            raise ValueError(nothing_fits(found, recipe, ranks, earlier))
         console.print(table(found.best[:SHOWN], recipe, ranks, earlier))
-        for line in (*summary(found), f"the first: {overrides(found.best[0].config)}", UNEVEN):
+        for line in (*summary(found, staged), f"the first: {overrides(found.best[0].config, staged)}", UNEVEN):
             console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -67,18 +67,18 @@ def reasons(config: Config, p: Plan) -> str:
     return f"{shares}; {room_bytes(config, p) / 1e9:.1f} GB left"
 
 
-def summary(found: Found) -> list[str]:
-    """Returns how many layouts there were, and the fastest that does not fit."""
+def summary(found: Found, document: Config) -> list[str]:
+    """Returns how many layouts there were, and the fastest of those that miss the memory by least."""
     lines = [f"{len(found.best):,} fit; {found.tried:,} were tried, {found.refused:,} of them refused by a rule"]
     if found.misfit is not None:
         size = found.misfit.memory_bytes / 1e9
-        lines.append(f"the fastest that does not fit: {size:.1f} GB, {found.misfit.seconds:.3g} s a step: ")
-        lines[-1] += overrides(found.misfit.config)
+        lines.append(f"the fastest of the {NEAREST} that fail to fit by least: {size:.1f} GB, ")
+        lines[-1] += f"{found.misfit.seconds:.3g} s a step: {overrides(found.misfit.config, document)}"
     return lines
 
 
-def overrides(config: Config) -> str:
-    """Returns the layout as arguments of a command."""
+def overrides(config: Config, document: Config | None = None) -> str:
+    """Returns the layout as arguments of a command, for a `document` whose own `stage_layers` would not fit it."""
     p, e = config.parallel, config.engine
     keys = {f"parallel.{axis}": getattr(p, axis) for axis in AXES}
     keys |= {"parallel.schedule": p.schedule, "parallel.virtual_stages": p.virtual_stages}
@@ -86,17 +86,19 @@ def overrides(config: Config) -> str:
         {"engine.zero_stage": e.zero_stage} if e.backend == "deepspeed" else {"engine.reshard": str(e.reshard).lower()}
     )
     keys |= {**own, "engine.remat": e.remat, "train.micro_batch_seqs": config.train.micro_batch_seqs}
+    if document is not None and document.parallel.stage_layers is not None:
+        keys["parallel.stage_layers"] = "null"
     return " ".join(f"{key}={value}" for key, value in keys.items())
 
 
-def nothing_fits(config: Config, found: Found, ranks: int) -> str:
+def nothing_fits(found: Found, recipe: Recipe, ranks: int, earlier: Earlier) -> str:
     """Returns the line that says what the smallest of the layouts needs."""
     if found.smallest is None:
         return (
             f"--search: the rules refuse every layout of {ranks} GPUs, whose number must divide into axes and whose "
             "batch into microbatches; change plan.gpus or train.global_batch_seqs"
         )
-    p = plan(found.smallest.config, ranks)
+    p = plan(found.smallest.config, ranks, recipe, earlier)
     part, size = largest_part(p)
     return (
         f"--search: no layout of {ranks} GPUs fits {p.hardware.memory_gb:g} GB less plan.reserve_gb; the smallest "

@@ -120,9 +120,13 @@ def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier:
 
 
 def step_of(config: Config, parallel: ParallelConfig, microbatches: int) -> Step:
-    """Returns the work of a rank in a step at the start of the run, of full rows. Every token is trained."""
+    """Returns the work of a rank in a step at the start of the run, of full rows. Every token is trained. Where
+    microbatches hold so many tokens, they have no more rows than the step deals out."""
     train = config.train
-    rows = (train.micro_batch_tokens or train.micro_batch_seqs * train.seq_len) // train.seq_len
+    rows = train.micro_batch_seqs
+    if train.micro_batch_tokens is not None:
+        dealt = math.ceil(train.global_batch_seqs / (parallel.dp_replicate * parallel.dp_shard * microbatches))
+        rows = max(1, min(train.micro_batch_tokens // train.seq_len, dealt))
     tokens = microbatches * rows * train.seq_len // parallel.cp
     return Step(microbatches, rows, train.seq_len, tokens, int(config.data.mask_documents))
 

@@ -41,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Found:
-    """Holds what a search found: layouts that fit, the fastest first, and the fastest of those that do not."""
+    """Holds what a search found: layouts that fit, the fastest first, and the fastest of the NEAREST that do not."""
 
     best: list[Layout]
     misfit: Layout | None

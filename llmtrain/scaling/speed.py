@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from llmtrain.arch.hardware import peak_flops
@@ -64,7 +63,14 @@ def fit_line(config: Config, p: Plan, parts: Mapping[str, int] | None = None) ->
     if room >= 0:
         return f"fits         {room / 1e9:.3g} GB of {of} are left"
     part, size = largest_part(p, parts)
-    return f"does not fit {-room / 1e9:.3g} GB more than {of}; most are {part}, {size:.3g} GB: {REMEDIES[part]}"
+    return f"does not fit {-room / 1e9:.3g} GB more than {of}; most are {part}, {size:.3g} GB: {_remedy(config, part)}"
+
+
+def _remedy(config: Config, part: str) -> str:
+    """Returns what makes a part smaller, without what the document does already."""
+    if part == "activations" and config.engine.remat == "full":
+        return "lower train.micro_batch_seqs, or raise parallel.tp or cp"
+    return REMEDIES[part]
 
 
 def largest_part(p: Plan, parts: Mapping[str, int] | None = None) -> tuple[str, float]:
@@ -86,24 +92,32 @@ def speed_lines(config: Config, p: Plan, parts: Mapping[str, int] | None = None)
     tokens = p.tokens_per_step / p.time.total_s
     return [
         *head,
-        f"step         {p.time.total_s:.3g} s: {spent} (estimated, see docs/plan.md)",
-        f"speed        {tokens:,.0f} tokens/s, {tflops_per_gpu(p):.0f} TFLOP/s a GPU, MFU {mfu(p, config):.1%}",
-        f"run          {cost(config, p)}",
-        *failure_lines(config, p),
+        f"step         {p.time.total_s:.3g} s: {spent} (estimated, see docs/plan.md{_offloaded(config)})",
+        f"speed        {tokens:,.0f} tokens/s, {amount(tflops_per_gpu(p))} TFLOP/s a GPU, MFU {mfu(p, config):.1%}",
+        f"run          {cost(config, p, run_seconds(p))}",
+        *failure_lines(config, p, run_seconds(p)),
     ]
 
 
-def failure_lines(config: Config, p: Plan) -> list[str]:
-    """Returns the line about failures; none where no rate is given. A GPU's failure stops the job."""
+def _offloaded(config: Config) -> str:
+    offload = config.engine.offload
+    return "" if offload == "none" else f"; without the traffic and updates of engine.offload={offload}"
+
+
+def failure_lines(config: Config, p: Plan, seconds: float) -> list[str]:
+    """Returns the line about failures in a run of `seconds`; none where no rate is given. A GPU's failure stops the
+    job."""
     s = config.plan
     if s.gpu_mttf_hours is None:
         return []
     mttf = job_mttf_s(s.gpu_mttf_hours, p.ranks)
     interval = best_interval_s(s.save_s, mttf)
     share = goodput(interval, s.save_s, s.restart_s, mttf)
-    days = run_seconds(p) / 86_400 / share if share else math.inf
     often = f"one in {mttf / 3600:.3g} h, a checkpoint every {interval:.3g} s of work loses least"
-    return [f"failures     {often}; {share:.1%} of the time is work that lasts, the run takes {days:.3g} days"]
+    whole = f"the run takes {duration(seconds / share)}" if share else "the run never ends"
+    if config.train.epochs is not None:
+        whole = "the run takes as much longer"
+    return [f"failures     {often}; {share:.1%} of the time is work that lasts, {whole}"]
 
 
 def duration(seconds: float) -> str:
@@ -120,13 +134,13 @@ def amount(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def cost(config: Config, p: Plan) -> str:
-    """Returns the days, the energy and, with a price, the dollars of the whole run."""
+def cost(config: Config, p: Plan, seconds: float) -> str:
+    """Returns the days, the energy and, with a price, the dollars of a run of `seconds`."""
     assert p.hardware is not None
     if config.train.epochs is not None:
         return "its steps follow from the number of rows"
-    hours = run_seconds(p) / 3600
-    said = f"{duration(run_seconds(p))}, {amount(hours * p.ranks)} GPU hours"
+    hours = seconds / 3600
+    said = f"{duration(seconds)}, {amount(hours * p.ranks)} GPU hours"
     if p.hardware.watts is not None:
         energy = hours * p.ranks * p.hardware.watts * config.plan.power_factor / 1000
         more = "" if config.plan.power_factor == 1 else f" x {config.plan.power_factor:g}"

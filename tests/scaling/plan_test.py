@@ -16,7 +16,7 @@ from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelCo
 from llmtrain.scaling.activations import activation_bytes
 from llmtrain.scaling.attention import attention_bytes
 from llmtrain.scaling.describe import main
-from llmtrain.scaling.plan import bubble_share, plan
+from llmtrain.scaling.plan import bubble_share, plan, step_of
 
 
 def test_parameters_of_the_fullest_rank() -> None:
@@ -44,10 +44,12 @@ def test_activations_by_hand() -> None:
         4 * 128 + (values - 4 * 128) // 2
     )
     remat = config.model_copy(update={"engine": EngineConfig(remat="full")})
-    assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (4 * 128 + values)
+    assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (3 * 128 + values)
     remat = config.model_copy(update={"engine": EngineConfig(remat="selective")})
     kept = 2 * 128 + 32 * (4 + 2 + 2) + 4 * 32 + 2 * 384
-    assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (4 * kept + values)
+    assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (
+        3 * kept + values
+    )  # what the whole layer keeps is in it
 
 
 def test_attention_by_hand() -> None:
@@ -124,6 +126,14 @@ def test_logits_of_one_chunk() -> None:
     assert plan(Config(model=ModelConfig(head="scalar")), 1).logits_bytes == 0
 
 
+def test_large_microbatches_hold_no_more_rows_than_there_are() -> None:
+    """8 rows over 4 ranks are 2 a rank, in one microbatch, which has room for 8 of them."""
+    for tokens, rows in ((512, 2), (128, 2), (64, 1)):
+        train = TrainConfig(seq_len=64, global_batch_seqs=8, micro_batch_tokens=tokens)
+        parallel = ParallelConfig(dp_shard=4)
+        assert step_of(Config(train=train), parallel, 2 // rows).rows == rows
+
+
 def test_offloaded_optimizer_state_is_not_on_the_device() -> None:
     config = Config(engine=EngineConfig(zero_stage=2, offload="optimizer"))
     assert plan(config, 2).optimizer_bytes == 0
@@ -139,6 +149,10 @@ def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("WORLD_SIZE", "8")
     main(config_class()(parallel=ParallelConfig(pp=2, tp=2)))
     assert "ranks        8: pp 2 x dp_replicate 1 x dp_shard 2" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(ValueError, match=r"^WORLD_SIZE=many: must be a positive number of ranks; unset it"):
+        main(config_class()())
+    monkeypatch.delenv("WORLD_SIZE")
     main(Config(model=ModelConfig(init_from="not/there")))  # an earlier stage may make it
     assert "cannot be planned yet\n  model.init_from=not/there: has neither" in capsys.readouterr().out
 

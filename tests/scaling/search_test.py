@@ -11,7 +11,7 @@ from llmtrain import cli
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, TrainConfig
-from llmtrain.scaling.layouts import overrides
+from llmtrain.scaling.layouts import overrides, summary
 from llmtrain.scaling.plan import plan
 from llmtrain.scaling.search import Found, search
 from llmtrain.scaling.speed import room_bytes
@@ -82,6 +82,37 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["plan", str(path), "--search"]) == 0
     out = capsys.readouterr().out
     assert "run (pretrain), 2 GPUs" in out and "bound by" in out and "the first: parallel.tp=1 " in out
+
+
+def test_stages_of_the_document_are_taken_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is accepted by the document that names the layers of each stage."""
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "model: {preset: smollm2-135m}\ntrain: {global_batch_seqs: 8}\nplan: {hardware: a100, gpus: 2}\n"
+        "parallel: {pp: 2, stage_layers: [14, 16]}\n"
+    )
+    assert cli.main(["plan", str(path), "--search"]) == 0
+    (first,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("the first: "))
+    assert cli.main(["plan", str(path), *first.removeprefix("the first: ").split()]) == 0
+
+
+def test_a_stage_that_starts_from_one_before_may_fit_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: q\nmodel: {preset: smollm2-135m}\nplan: {hardware: a100}\nstages:\n"
+        "  - {name: a, command: pretrain, ranks: 1}\n"
+        "  - {name: b, command: pretrain, ranks: 1, set: {plan: {reserve_gb: 79.5}, "
+        'model: {preset: null, init_from: "{run}/a"}}}\n'
+    )
+    assert cli.main(["plan", str(path), "--search"]) == 2
+    assert capsys.readouterr().err.startswith("--search: no layout of 1 GPUs fits 80 GB less plan.reserve_gb")
+
+
+def test_the_misfit_is_called_what_it_is(eight: Found) -> None:
+    """Only the nearest to fit are timed; others may be faster."""
+    assert "the fastest of the 30 that fail to fit by least: " in summary(eight, eight.best[0].config)[1]
 
 
 @pytest.mark.parametrize(

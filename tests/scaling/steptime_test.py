@@ -9,7 +9,7 @@ import pytest
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, TrainConfig
 from llmtrain.scaling import links, steptime
 from llmtrain.scaling.plan import Plan, plan
-from llmtrain.scaling.speed import cost, failure_lines, fit_line, mfu, run_seconds
+from llmtrain.scaling.speed import cost, failure_lines, fit_line, mfu, run_seconds, speed_lines
 
 MODEL = ModelConfig(preset="llama3-8b")
 FILE = """
@@ -84,17 +84,36 @@ def test_what_a_run_costs(hardware: str) -> None:
     config, p = planned(hardware, 8, tp=8)
     hours = 1000 * p.time.total_s / 3600
     assert run_seconds(p) == pytest.approx(hours * 3600)
-    assert f"{8 * hours:,.0f} GPU hours, {8 * hours * 0.5:,.0f} kWh" in cost(config, p)
-    assert cost(config, p).endswith(f"{16 * hours:,.0f} dollars at 2 a GPU hour")
+    assert f"{8 * hours:,.0f} GPU hours, {8 * hours * 0.5:,.0f} kWh" in cost(config, p, run_seconds(p))
+    assert cost(config, p, run_seconds(p)).endswith(f"{16 * hours:,.0f} dollars at 2 a GPU hour")
     assert mfu(p, config) == pytest.approx(64 * 8192 * p.work.model / (8 * p.time.total_s * 100e12))
 
 
 def test_failures_make_it_longer(hardware: str) -> None:
     config, p = planned(hardware, 8, tp=8)
-    assert failure_lines(config, p) == []
+    assert failure_lines(config, p, 1e6) == []
     often = config.model_copy(update={"plan": config.plan.model_copy(update={"gpu_mttf_hours": 80.0})})
-    (line,) = failure_lines(often, p)  # one in 10 h: tau 1,470 s, and 30 s for a checkpoint, 600 s for a restart
+    (line,) = failure_lines(
+        often, p, 0.944 * 86_400
+    )  # one in 10 h: tau 1,470 s, and 30 s for a checkpoint, 600 s for a restart
     assert line.startswith("failures     one in 10 h, a checkpoint every 1.47e+03 s of work loses least; 94.4% of")
+    assert line.endswith("the run takes 1 days")
+    never = config.model_copy(update={"plan": config.plan.model_copy(update={"gpu_mttf_hours": 1e-3})})
+    assert failure_lines(never, p, 1.0)[0].endswith("; 0.0% of the time is work that lasts, the run never ends")
+
+
+def test_slow_hardware_has_a_rate_of_three_digits(tmp_path: Path) -> None:
+    """A peak of 0.1 TFLOP/s, as a CPU's, does not print as 0."""
+    path = tmp_path / "slow.yaml"
+    path.write_text("{name: slow, bf16_tflops: 0.1, memory_gb: 500, memory_gb_per_s: 20}")
+    config, p = planned(str(path), 1)
+    assert f", {mfu(p, config) / 10:.3g} TFLOP/s a GPU" in "".join(speed_lines(config, p))
+
+
+def test_the_step_says_that_offloading_is_not_timed(hardware: str) -> None:
+    config, p = planned(hardware, 8, {"zero_stage": 2, "offload": "optimizer"}, dp_shard=8)
+    (step,) = (line for line in speed_lines(config, p) if line.startswith("step "))
+    assert step.endswith("; without the traffic and updates of engine.offload=optimizer)")
 
 
 def test_what_does_not_fit_names_its_largest_part(hardware: str) -> None:
@@ -105,6 +124,12 @@ def test_what_does_not_fit_names_its_largest_part(hardware: str) -> None:
     config, p = planned(hardware, 8, {"remat": "full", "zero_stage": 3}, dp_shard=8)
     left = 50e9 - p.memory_bytes
     assert fit_line(config, p) == f"fits         {left / 1e9:.3g} GB of 50 GB less 0 (plan.reserve_gb) are left"
+
+
+def test_a_remedy_is_not_what_is_done_already(hardware: str) -> None:
+    config, p = planned(hardware, 8, {"remat": "full", "zero_stage": 3}, dp_shard=8)
+    said = fit_line(config, p, {"activations": 10**12})
+    assert said.endswith("most are activations, 1e+03 GB: lower train.micro_batch_seqs, or raise parallel.tp or cp")
 
 
 def test_there_is_no_fp8_on_an_a100() -> None:

@@ -104,4 +104,14 @@ def test_the_heaviest_turn_decides_what_fits(tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert "turns        sampling 57.9 GB (the heaviest): policy 6.02 GB, generator 16.1 GB, KV cache 34.4 GB" in out
     assert "most are KV cache, 34.4 GB: lower rollout.max_batch_seqs" in out
-    assert "step         at most " in out
+    assert " s at full lengths: sampling " in out and "run          2.02 hours, 32.2 GPU hours, 22.6 kWh" in out
+
+
+def test_pairs_without_other_models_have_a_time_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 pairs, each a row of 4,096 tokens at most, 100 steps."""
+    config, _, p = found(tmp_path, "reward: {}", "plan.gpus=16", "plan.price_per_gpu_hour=1e6")
+    main(config)
+    seconds = 8 * 4096 * p.work.hardware / (16 * 989.4e12 * REACHED)
+    out = capsys.readouterr().out
+    assert f"step         {seconds:.3g} s at full lengths: updating {seconds:.3g} (" in out
+    assert f"{16e6 * 100 * seconds / 3600:,.0f} dollars at 1e+06 a GPU hour, at full lengths" in out
