@@ -26,10 +26,12 @@ def measure(path: str) -> HardwareConfig:
     """Returns the hardware of this rank and, on rank 0, writes it to `path`; started on several ranks, with the links
     between them.
 
-    Raises ValueError when there is a file already.
+    Raises ValueError when there is a file already, or no directory for it.
     """
     if os.path.exists(path):
         raise ValueError(f"{path}: is there already; remove it or give another name")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"{path}: its directory does not exist; make it, or give another name")
     device, ranks = rank_device(), int(os.environ.get("WORLD_SIZE", "1"))
     links = _links(device) if ranks > 1 else {}
     hardware = HardwareConfig(

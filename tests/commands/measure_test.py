@@ -48,3 +48,5 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path, capsys: pytest
     (tmp_path / "x.yaml").write_text("mine")
     assert cli.main(["doctor", "--measure", str(tmp_path / "x.yaml")]) == 2
     assert "x.yaml: is there already; remove it or give another name" in capsys.readouterr().err
+    assert cli.main(["doctor", "--measure", str(tmp_path / "none" / "x.yaml")]) == 2
+    assert "x.yaml: its directory does not exist; make it" in capsys.readouterr().err

@@ -123,4 +123,4 @@ def test_a_method_without_a_law_keeps_no_other_from_its_own(monkeypatch: pytest.
     asked = ScalingConfig(method=["parametric", "parabolas"], bootstrap=0, held_out=False)
     found = fit_losses(runs(0.0), asked, 0)
     assert list(found["methods"]) == ["parabolas"] and "has no best size" in found["failed"]["parametric"]
-    assert list(warnings_of(found))[0].startswith("parametric: no law: scaling.method=parametric: alpha=-0.3")
+    assert next(iter(warnings_of(found))).startswith("parametric: no law: scaling.method=parametric: alpha=-0.3")
