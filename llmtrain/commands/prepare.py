@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from llmtrain.config.schema import Config
+from llmtrain.config.schema import Config, DataConfig
+from llmtrain.config.tasks import tasks_of
 from llmtrain.data.clean.run import check_held_out
 from llmtrain.data.prepare import make_tokenizer, prepare, progress_bar, with_paths
 from llmtrain.observe.locks import locked
@@ -16,10 +17,28 @@ def data(config: Config) -> None:
     """Makes problem sets, tokenizer and token shards, as the data section says."""
     make_run_dir(config.directory)
     with locked(config.directory):
-        if config.data.collect:
-            check_held_out(config.data, data_dir(config))
-        prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
+        section = with_tasks(config)
+        if section.collect:
+            check_held_out(section, data_dir(config))
+        prepare(section, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
     log(f"data in {data_dir(config)}, tokenizer in {tokenizer_dir(config)}")
+
+
+def with_tasks(config: Config) -> DataConfig:
+    """Returns the section `data`, whose cleaning looks for the problems of `eval.tasks` too, those in files.
+
+    Raises ConfigError when a task file is faulty.
+    """
+    data = config.data
+    if not data.collect or data.clean.contamination is None:
+        return data
+    places = {
+        f"eval-{task.label}": task.data.place for task in tasks_of(config.eval.tasks) if task.data and task.data.path
+    }
+    own = data.clean.contamination.sets
+    sets = own | {name: place for name, place in places.items() if name not in own and place not in own.values()}
+    contamination = data.clean.contamination.model_copy(update={"sets": sets})
+    return data.model_copy(update={"clean": data.clean.model_copy(update={"contamination": contamination})})
 
 
 def dry_run(config: Config) -> None:
@@ -39,7 +58,7 @@ def dry_run(config: Config) -> None:
     for each in config.data.collect:
         refuse_unreadable(each)
     unwritten = {"tasks": [], "sources": []}  # of which what is held out is written by cleaning
-    data, place = config.data.model_copy(update=unwritten), data_dir(config)
+    data, place = with_tasks(config).model_copy(update=unwritten), data_dir(config)
     clean = resolve(data, place, os.path.abspath(clean_dir(data, place)), config.seed)
     Console().print(shown(tried(clean, data.collect, clean.dry_run_documents, Collect)))
 

@@ -9,6 +9,7 @@ from llmtrain.arch.resolve import newest_step
 from llmtrain.config.recipes import JUDGES, recipe_of
 from llmtrain.config.rows import split_path
 from llmtrain.config.schema import Config, TokenizerConfig
+from llmtrain.config.tasks import files_of
 from llmtrain.data.clean.run import input_contents, lists_read
 from llmtrain.observe.contents import Checksums, files_at
 
@@ -40,11 +41,15 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
         yield from lists_read(data.clean).items() if data.collect else ()
         if data.collect and data.clean.contamination:
             yield "data.held_out", data.held_out
+            yield from files_of(config.eval.tasks)
     if (recipe is not None and not recipe.packs_text) or command in JUDGES:
         yield "data.train", data.train
     evaluates = command == "eval" or (recipe is not None and config.eval.every_steps)
     if (evaluates and config.eval.problems) or (recipe is not None and config.train.eval_every_steps):
         yield "data.held_out", data.held_out
+    if command == "eval":
+        yield from files_of(config.eval.tasks)
+        yield "eval.lm_eval.include_path", config.eval.lm_eval.include_path
     if command in ("eval", "judge") or (recipe is not None and recipe.reads_rewards):
         yield from ((f"rewards.{reward.name}", reward.model or reward.file) for reward in config.rewards)
     if command == "judge":

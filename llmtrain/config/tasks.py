@@ -288,3 +288,17 @@ def same_names(tasks: Sequence[EvalTask]) -> Iterator[str]:
     """Yields the names that several tasks have."""
     names = [task.label for task in tasks]
     yield from sorted({name for name in names if names.count(name) > 1})
+
+
+def tasks_of(entries: Sequence[EvalTask]) -> list[EvalTask]:
+    """Returns the entries of `eval.tasks` with the keys of their files. Raises ConfigError as `read_task`."""
+    return [read_task(entry, f"eval.tasks.{entry.name or i}") for i, entry in enumerate(entries)]
+
+
+def files_of(entries: Sequence[EvalTask]) -> Iterator[tuple[str, str]]:
+    """Yields (key, path) of the files that tasks read: a user's task files, rows and examples."""
+    for i, (entry, task) in enumerate(zip(entries, tasks_of(entries), strict=True)):
+        at = f"eval.tasks.{entry.name or i}"
+        paths = {"file": entry.file, "data": task.data and task.data.path}
+        paths["examples_from"] = task.examples_from and task.examples_from.path
+        yield from ((f"{at}.{key}", path) for key, path in paths.items() if path is not None)

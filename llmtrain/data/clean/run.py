@@ -246,18 +246,18 @@ def check_unchanged(data: DataConfig, data_dir: str) -> None:
 
 
 def check_held_out(data: DataConfig, data_dir: str) -> None:
-    """Raises ValueError when finished cleaning did not look for the problems that `data.held_out` has now."""
+    """Raises ValueError when finished cleaning did not look for the problems that documents evaluate on now."""
     root = clean_dir(data, data_dir)
-    marker = Path(root, MARKER)
+    marker, own = Path(root, MARKER), os.path.join(root, "evaluation")
     if not data.collect or data.clean.contamination is None or not marker.is_file():
         return
-    sets = problem_sets(data, data_dir, os.path.join(root, "evaluation"))
-    found = data.clean.contamination.model_copy(update={"sets": {n: p for n, p in sets.items() if p == data.held_out}})
-    now = checksums(CleanConfig(contamination=found))
-    if now.items() - json.loads(marker.read_text())["contents"].items():
+    sets = {name: path for name, path in problem_sets(data, data_dir, own).items() if os.path.dirname(path) != own}
+    now = checksums(CleanConfig(contamination=data.clean.contamination.model_copy(update={"sets": sets})))
+    seen = json.loads(marker.read_text())["contents"]
+    if new := [sets[name.rpartition(".sets.")[2]] for name, sum_ in now.items() if seen.get(name) != sum_]:
         raise ValueError(
-            f"data.held_out={data.held_out}: {root} was cleaned before it had these problems; give another data.path, "
-            f"or delete {root} and the shards in {data_dir}"
+            f"{', '.join(new)}: {root} was cleaned before it had these problems; give another data.path, or delete "
+            f"{root} and the shards in {data_dir}"
         )
 
 

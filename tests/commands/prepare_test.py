@@ -1,0 +1,38 @@
+"""What `llmtrain data` takes from other sections of the document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmtrain.commands.prepare import with_tasks
+from llmtrain.commands.stage_files import read_paths
+from llmtrain.config.load import load
+
+TASK = "data: {path: %s}\nprompt: '{{question}}'\n"
+DOCUMENT = """
+data:
+  collect: [{name: pages, type: pydoc}]
+  clean: {contamination: {sets: {mine: more.jsonl}}}
+eval:
+  tasks:
+    - {file: own.yaml}
+    - {task: gsm8k, data: {path: "rows:test"}}
+    - {task: arc_challenge, data: {path: more.jsonl}}
+    - gcd
+"""
+
+
+def test_cleaning_looks_for_the_rows_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator has no rows, and those of arc_challenge are a set already."""
+    (tmp_path / "own.yaml").write_text(TASK % "asked.jsonl")
+    (tmp_path / "x.yaml").write_text(DOCUMENT)
+    monkeypatch.chdir(tmp_path)
+    config = load("x.yaml", [])
+    found = with_tasks(config).clean.contamination.sets
+    assert found == {"mine": "more.jsonl", "eval-own": "asked.jsonl", "eval-gsm8k": "rows:test"}
+    files = {"own.yaml", "asked.jsonl", "rows:test", "more.jsonl"}
+    assert files <= {path for _, path in read_paths("eval", config)} & {path for _, path in read_paths("data", config)}
+    off = load("x.yaml", ["data.clean.contamination=null"])
+    assert with_tasks(off) == off.data
