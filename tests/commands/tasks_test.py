@@ -43,7 +43,7 @@ def test_gsm8k_as_the_model_gets_it(small: Path, shape: Path, capsys: pytest.Cap
 
 
 def test_without_tasks_there_is_nothing_to_show(small: Path, shape: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(arguments(small, shape, "[]")) == 2
+    assert main([*arguments(small, shape, "[]"), "eval.text=true"]) == 2
     assert capsys.readouterr().err == (
         "eval.tasks: is empty, so --show has no prompts to show; name tasks, such as [gsm8k]\n"
     )
