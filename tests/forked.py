@@ -76,8 +76,9 @@ def _run(
                 process.start()
             in_time = _await(processes, time.monotonic() + timeout_s)
         finally:
+            crashed = {p.exitcode for p in processes if p.exitcode is not None and p.exitcode < 0}
             _kill(processes) if kill else _end(processes)
-        said = output.read()
+        said = output.read() + (f"processes died of signals: {sorted(-code for code in crashed)}\n" if crashed else "")
     if kill and not in_time:
         return subprocess.CompletedProcess(argv, -signal.SIGKILL, stdout=said)
     if not in_time:
