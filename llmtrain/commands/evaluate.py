@@ -152,7 +152,8 @@ def with_intervals(measures: dict[str, Any]) -> str:
     """Returns measures as one line, each with its interval. Example: {"acc": 0.5, "interval": {"acc": [0.4, 0.6]}} ->
     "acc 0.5 (0.4 to 0.6)"."""
     ends = measures.get("interval", {})
-    told = {name: f"{value:.4g}" for name, value in measures.items() if name != "interval"}
+    shown = {name: value for name, value in measures.items() if name != "interval"}
+    told = {name: f"{value:.4g}" if isinstance(value, int | float) else str(value) for name, value in shown.items()}
     told |= {name: f"{told[name]} ({low:.4g} to {high:.4g})" for name, (low, high) in ends.items()}
     return as_line(told)
 

@@ -46,3 +46,9 @@ def test_text_by_source_and_tasks(small: Path, small_data: Path, capsys: pytest.
     assert [s["task"] for s in samples] == ["chain_sum"] * 25 + ["o"] * 4
     assert samples[0]["prompt"].endswith("Give the answer as <answer>number</answer>.\n")
     assert "\nchain_sum: greedy 0 (0 to 0)" in capsys.readouterr().err
+
+
+def test_measures_of_any_kind_are_told() -> None:
+    """The harness's tasks have a version, which is a number or a text, and counts that may be unknown."""
+    told = {"acc,none": 0.25, "problems": None, "version": "1.0", "interval": {"acc,none": [0.1, 0.5]}}
+    assert evaluate.with_intervals(told) == "acc,none 0.25 (0.1 to 0.5)  problems None  version 1.0"
