@@ -44,14 +44,16 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
             yield from files_of(config.eval.tasks)
     if (recipe is not None and not recipe.packs_text) or command in JUDGES:
         yield "data.train", data.train
-    evaluates = command == "eval" or (recipe is not None and config.eval.every_steps)
+    evaluates = command == "eval" or (recipe is not None and config.eval.every_steps > 0)
     if (evaluates and config.eval.problems) or (recipe is not None and config.train.eval_every_steps):
         yield "data.held_out", data.held_out
     if command == "eval":
         yield from files_of(config.eval.tasks)
         yield "eval.lm_eval.include_path", config.eval.lm_eval.include_path
-    if command in ("eval", "judge") or (recipe is not None and recipe.reads_rewards):
-        yield from ((f"rewards.{reward.name}", reward.model or reward.file) for reward in config.rewards)
+    judges = command in ("eval", "judge") or (recipe is not None and recipe.reads_rewards)
+    first = int(evaluates and config.eval.problems > 0)  # beside training it alone judges
+    rewards = config.rewards if judges else config.rewards[:first]
+    yield from ((f"rewards.{reward.name}", reward.model or reward.file) for reward in rewards)
     if command == "judge":
         yield "judge.rubric", config.judge.rubric
     if command == "constitutional":

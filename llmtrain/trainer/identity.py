@@ -49,6 +49,7 @@ SAME = (
 """Keys that say which sample a step takes or what a number means, beside `Recipe.same` and whole sections: another
 value would repeat some samples and skip others, or mix two measures under one name."""
 MEASURED = ("eval.text_seqs", "eval.problems", "eval.samples")  # as SAME, of a run that is measured beside its training
+ANSWERS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "skip_special_tokens")  # the same, of rollout
 BY_CONTENTS = ("path", "sources", "tasks", "train", "held_out")  # of the section data: the files count, not their names
 # Keys of the section data that rows do not depend on, or only through what stands in the shards.
 NO_ROWS = ("collect", "clean", "executor", "execution", "workers", "verify", "megatron", "loader_workers")
@@ -167,8 +168,10 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
     found: list[Difference] = []
     if was["recipe"] not in (None, now["recipe"]):
         found.append(("command", was["recipe"], now["recipe"]))
-    beside = all(record["config"].get("eval", {}).get("every_steps") for record in (was, now))
-    for key in (*same_keys(now["config"], recipe), *(MEASURED if beside else ())):
+    kept = (was["config"], now["config"])
+    beside, answers = (all(map(holds, kept)) for holds in (measures, measures_problems))
+    measured = (*(MEASURED if beside else ()), *(f"rollout.{name}" for name in ANSWERS if answers))
+    for key in dict.fromkeys((*same_keys(now["config"], recipe), *measured)):
         if key == TEMPLATE and key in was["contents"] and key in now["contents"]:
             continue  # a file before and now: what it holds is compared
         before, after = (_value(record["config"], key) for record in (was, now))
@@ -176,7 +179,9 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
             before = DATA_DEFAULTS.get(key.removeprefix("data."), ABSENT)
         if before is not ABSENT and before != after:
             found.append((key, before, after))
-    found += [*_source_weights(was["config"], now["config"], recipe), *_rewards(was["config"], now["config"], recipe)]
+    found += _source_weights(*kept, recipe)
+    if recipe.reads_rewards or answers:
+        found += _rewards(*kept, None if recipe.reads_rewards else 1)
     models = (was["config"]["model"], now["config"]["model"])
     found += [*other_function(*models, ramped=bool(now["config"]["train"]["seq_ramp"])), *other_adapters(*models)]
     for key, content in now["contents"].items():
@@ -184,6 +189,16 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
         if before["sha256"] != content["sha256"]:
             found.append((key, before, content))
     return found
+
+
+def measures(config: dict[str, Any]) -> bool:
+    """Returns whether a run is measured beside its training."""
+    return bool(config.get("eval", {}).get("every_steps"))
+
+
+def measures_problems(config: dict[str, Any]) -> bool:
+    """Returns whether it answers problems for that, which the first reward judges."""
+    return measures(config) and bool(config["eval"]["problems"] and config["data"]["held_out"])
 
 
 def trains_text(config: dict[str, Any], recipe: Recipe) -> bool:
@@ -245,11 +260,11 @@ def _source_weights(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) ->
             yield f"data.sources.{name}.{key}", before[name].get(key), after[name].get(key)
 
 
-def _rewards(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterator[Difference]:
-    """Yields the rewards if they judge otherwise; of a function in a file, and of a model, the contents are compared,
-    not the path."""
-    before, after = was.get("rewards", now["rewards"]), now["rewards"]
-    if not recipe.reads_rewards or (len(before) == len(after) and all(map(_judge_alike, before, after))):
+def _rewards(was: dict[str, Any], now: dict[str, Any], count: int | None) -> Iterator[Difference]:
+    """Yields the rewards, the first `count` of them (None: all), if they judge otherwise; of a function in a file, and
+    of a model, the contents are compared, not the path."""
+    before, after = was.get("rewards", now["rewards"])[:count], now["rewards"][:count]
+    if len(before) == len(after) and all(map(_judge_alike, before, after)):
         return
     yield "rewards", *([{key: each.get(key) for key in JUDGING} for each in rewards] for rewards in (before, after))
 
@@ -269,15 +284,15 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
     if not recipe.packs_text and config.data.train:
         places["data.train"] = (config.data.train, files_at(split_path(config.data.train)[0]))
     beside = config.eval.every_steps > 0
-    if config.data.held_out and (own_rows or (beside and config.eval.problems)):
+    answers = beside and config.eval.problems > 0 and config.data.held_out is not None
+    if config.data.held_out and (own_rows or answers):
         places["data.held_out"] = (config.data.held_out, files_at(split_path(config.data.held_out)[0]))
     text = recipe.packs_text or config.data.replay_seqs or (beside and config.eval.text and config.data.path)
     if text and os.path.isfile(os.path.join(data_dir, MANIFEST)):
         places["data.path"] = (data_dir, shard_files(data_dir))
-    if recipe.reads_rewards:
-        places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in config.rewards if each.file}
-        models = [each for each in config.rewards if each.model]
-        places |= {f"rewards.{each.name}": (each.model, weight_files(each.model)) for each in models}
+    rewards = config.rewards if recipe.reads_rewards else config.rewards[:answers]
+    places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in rewards if each.file}
+    places |= {f"rewards.{each.name}": (each.model, weight_files(each.model)) for each in rewards if each.model}
     if config.model.init_from:
         places["model.init_from"] = (config.model.init_from, weight_files(config.model.init_from))
     places |= {key: (path, weight_files(path)) for key, path in recipe.weights(config).items()}

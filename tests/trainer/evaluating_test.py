@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.commands.stage_files import read_paths
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES
+from llmtrain.observe.contents import Checksums
 from llmtrain.rules.check import violations
 from llmtrain.trainer import evaluating
 from llmtrain.trainer.evaluating import Evaluation
 from llmtrain.trainer.identity import Record as RunRecord
-from llmtrain.trainer.identity import differences, record_of
+from llmtrain.trainer.identity import contents_of, differences, record_of
 from llmtrain.trainer.job import Job, resolved
 from llmtrain.trainer.record import Record
 from llmtrain.types import Batch, Prompt, Scores
@@ -195,6 +197,42 @@ def test_a_run_that_goes_on_measures_the_same(small: Path) -> None:
     assert (
         other([on], ["eval.every_steps=3"]) == other([], [on, more]) == other([on], [more]) == other([], [more]) == []
     )
+
+
+def test_answers_are_sampled_and_judged_as_before(small: Path) -> None:
+    """By the first reward, also where the recipe itself neither samples nor judges; where no problem is answered,
+    nothing of it counts."""
+
+    def other(*keys: str, shared: str = "eval.problems=4") -> list[str]:
+        on = ("eval.every_steps=2", shared, "rewards=[{name: math}]")
+        was, now = (record_of(resolved(load(str(small), [*on, *more])), RECIPES["sft"], {}) for more in ((), keys))
+        return [key for key, *_ in differences(was, now, RECIPES["sft"])]
+
+    changed = ("rollout.temperature=0.5", "rollout.max_new_tokens=4", "rewards=[{name: first_integer}]")
+    assert other(*changed) == ["rollout.max_new_tokens", "rollout.temperature", "rewards"]
+    assert other(*changed, shared="eval.problems=0") == other(*changed, "data.held_out=null") == []
+    assert other("rollout.group_size=2", "rewards=[{name: math}, {name: first_integer}]") == []
+
+
+def test_the_code_that_judges_the_answers_is_noted(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(): return 1")
+    rewards = f"rewards=[{{function: {tmp_path}/mine.py:score}}]"
+
+    def noted(*keys: str) -> list[str]:
+        config = load(str(small), [rewards, *keys])
+        found = contents_of(config, RECIPES["pretrain"], str(tmp_path), str(tmp_path), Checksums())
+        return [key for key in found if key.startswith("rewards")]
+
+    assert (
+        noted("eval.every_steps=2")
+        == ["rewards.score"]
+        == [
+            key
+            for key, _ in read_paths("pretrain", load(str(small), [rewards, "eval.every_steps=2"]))
+            if "rewards" in key
+        ]
+    )
+    assert noted() == noted("eval.every_steps=2", "eval.problems=0") == []
 
 
 def test_text_that_nothing_holds_out_is_refused(start: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
