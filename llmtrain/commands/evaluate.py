@@ -23,7 +23,7 @@ from llmtrain.data.packing import TextRows
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.eval.perplexity import perplexity
-from llmtrain.eval.ranks import IDLE_S, Agreeing, agreed, lead
+from llmtrain.eval.ranks import IDLE_S, agreed, lead, sharing
 from llmtrain.model.decoder import Decoder
 from llmtrain.observe.evaluations import COMMAND, FILES, place_in_run
 from llmtrain.observe.locks import locked, making
@@ -33,7 +33,6 @@ from llmtrain.parallel.device import rank_device
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown
 from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.native import NativeGenerator
-from llmtrain.rollout.worker import ColocatedGenerator
 from llmtrain.trainer.batches import text_rows
 from llmtrain.trainer.completions import stop_text
 from llmtrain.trainer.evaluating import by_source, posed, read_problems, sharded_text
@@ -74,11 +73,7 @@ def tell(result: dict[str, Any]) -> None:
 
 def together(mesh: Mesh | None, action: Callable[[], T]) -> T:
     """Returns what `action` makes on this rank. Where it fails on one rank, all end (a collective)."""
-    made: list[T] = []
-    if mesh is None:
-        return action()
-    agreed(mesh, lambda: made.append(action()))
-    return made[0]
+    return action() if mesh is None else agreed(mesh, action)
 
 
 def opened(config: Config, mesh: Mesh | None, stack: ExitStack) -> tuple[Config, Path | None]:
@@ -210,8 +205,7 @@ def led(
     generator = NativeGenerator(model, config.rollout.max_batch_seqs, rank_device(), most_tokens, decode)
     if mesh is None:
         return work(generator)
-    shared = ColocatedGenerator(Agreeing(generator, mesh), mesh)
-    return lead(mesh.side_group(IDLE_S), shared, work) or ({}, [])
+    return lead(mesh.side_group(IDLE_S), sharing(generator, mesh), work) or ({}, [])
 
 
 def write_samples(directory: Path, label: str, samples: list[dict]) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 from llmtrain.checkpoint.group import CheckpointGroup
-from llmtrain.rollout.generator import Generator, Weights
-from llmtrain.rollout.worker import asked_by, request_of
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.rollout.generator import Generator
+from llmtrain.rollout.worker import ColocatedGenerator, asked_by, request_of
 from llmtrain.types import Group, Prompt, Sampling
 
 T = TypeVar("T")
@@ -20,8 +21,8 @@ TOLD = (*KINDS.values(), FloatingPointError)  # what llmtrain raises to tell the
 IDLE_S = 86400  # how long a rank waits to be asked, while rank 0 judges; the launcher ends it when rank 0 is gone
 
 
-def agreed(group: CheckpointGroup, action: Callable[[], T]) -> list[T]:
-    """Runs `action` on every rank and returns the (JSON) results of all (a collective).
+def agreed(group: CheckpointGroup, action: Callable[[], T]) -> T:
+    """Runs `action` on every rank and returns what it makes on this one (a collective).
 
     Where it fails on any rank, all of them end: rank 0 raises ValueError, OSError or RuntimeError, naming the ranks
     that failed, and the others SystemExit with the exit code of that error, so that one line tells of it. What llmtrain
@@ -32,10 +33,10 @@ def agreed(group: CheckpointGroup, action: Callable[[], T]) -> list[T]:
         result = action()
     except Exception as e:  # any kind: the other ranks must learn of it, or they wait for this rank
         error = e
-    outcomes = group.all_gather_json([result, None if error is None else (str(error) or repr(error), kind_of(error))])
-    failures = [(f"rank {rank}: {each[0]}", *each) for rank, (_, each) in enumerate(outcomes) if each is not None]
+    outcomes = group.all_gather_json(None if error is None else (str(error) or repr(error), kind_of(error)))
+    failures = [(f"rank {rank}: {each[0]}", *each) for rank, each in enumerate(outcomes) if each is not None]
     if not failures:
-        return [value for value, _ in outcomes]
+        return result
     told, alone, kind = zip(*failures, strict=True)
     raised = KINDS[kind[0]](alone[0] if len(failures) == group.size and len(set(alone)) == 1 else "; ".join(told))
     if error is not None and not isinstance(error, TOLD):
@@ -61,36 +62,14 @@ def exit_code(error: Exception) -> int:
     return 2 if isinstance(error, ValueError) else 1
 
 
-class Agreeing:
-    """Implements `Generator` on one rank of several: what fails on one of them ends all, see `agreed`.
+def sharing(local: Generator, mesh: Mesh) -> ColocatedGenerator:
+    """Returns a generator of all ranks, each of which answers its share by `local`; what fails on one of them ends all,
+    see `agreed`."""
 
-    Every call of `generate` is a collective.
-    """
+    def answer(prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        return agreed(mesh, lambda: local.generate(prompts, sampling))
 
-    def __init__(self, local: Generator, group: CheckpointGroup) -> None:
-        self.local, self.group = local, group
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Returns the groups of this rank's own prompts; see Generator."""
-        found: list[Group] = []
-        agreed(self.group, lambda: found.extend(self.local.generate(prompts, sampling)))
-        return found
-
-    def load_weights(self, weights: Weights, version: int) -> None:
-        """See Generator."""
-        self.local.load_weights(weights, version)
-
-    def sleep(self) -> None:
-        """See Generator."""
-        self.local.sleep()
-
-    def wake(self) -> None:
-        """See Generator."""
-        self.local.wake()
-
-    def close(self) -> None:
-        """See Generator."""
-        self.local.close()
+    return ColocatedGenerator(local, mesh, answer)
 
 
 class Leading:

@@ -3,7 +3,7 @@ rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,8 @@ from llmtrain.rollout.generator import Generator, Weights
 from llmtrain.rollout.wire import pack, unpack
 from llmtrain.types import Group, Prompt, Sampling
 
+Answer = Callable[[Sequence[Prompt], Sampling], list[Group]]
+"""Takes what `Generator.generate` takes, and returns what it returns."""
 ROOT = 0  # the trainer whose requests and weights are broadcast
 
 
@@ -22,15 +24,16 @@ class ColocatedGenerator:
     """Generates on the trainers, which take turns at it: every rank holds a whole generator beside its part of the
     trained model."""
 
-    def __init__(self, local: Generator, mesh: Mesh) -> None:
-        self.local, self.mesh = local, mesh
+    def __init__(self, local: Generator, mesh: Mesh, answer: Answer | None = None) -> None:
+        """`answer` calls `local.generate` and does more; None = it alone."""
+        self.local, self.mesh, self.answer = local, mesh, answer or local.generate
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Returns all groups, on every trainer (a collective; all pass the same prompts). The cache is freed while they
         train."""
         rank, size = self.mesh.rank, self.mesh.size
         self.local.wake()
-        mine = self.local.generate(prompts[rank::size], sampling)
+        mine = self.answer(prompts[rank::size], sampling)
         self.local.sleep()
         return _merge(self.mesh.all_gather_bytes(_packed(mine, rank, size)), prompts)
 

@@ -18,7 +18,7 @@ from llmtrain.data.shards import holds_out
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.build import Role, build_frozen
 from llmtrain.eval.generate import evaluate_problems
-from llmtrain.eval.ranks import IDLE_S, Agreeing, agreed, lead
+from llmtrain.eval.ranks import IDLE_S, agreed, lead, sharing
 from llmtrain.eval.testtime.problems import Problems
 from llmtrain.observe.beside import PREFIX
 from llmtrain.observe.log import as_line, log
@@ -31,16 +31,15 @@ from llmtrain.trainer.completions import completion_text, prompts_of, sampling_o
 from llmtrain.trainer.job import Job, data_dir
 from llmtrain.trainer.record import is_due
 from llmtrain.trainer.rollouts import local_generator
-from llmtrain.types import Prompt, WeightSource
+from llmtrain.types import Prompt
 
 
 def sharded_text(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, float]:
     """Returns loss, perplexity and bits a byte on the held-out shards of `model.init_from`, a model that is divided
     among the ranks as the section `parallel` says, and sharded over all data-parallel ones (a collective)."""
     model = resolve_model(config.model).model_copy(update={"lora": None, "mtp_layers": 0})
-    found: list[WeightSource] = []
-    agreed(mesh, lambda: found.append(weight_source(config.model.init_from, model, mesh)))
-    scorer = build_frozen(Role("model", model, config.parallel, config.engine, found[0]), mesh)
+    weights = agreed(mesh, lambda: weight_source(config.model.init_from, model, mesh))
+    scorer = build_frozen(Role("model", model, config.parallel, config.engine, weights), mesh)
     rows = text_rows(config, "held_out", tokenizer)
     seqs, micro = config.eval.text_seqs, config.train.micro_batch_seqs
     return by_source(rows, lambda part: evaluate_text(scorer, part, seqs, micro, mesh, tokenizer))
@@ -166,6 +165,6 @@ def held_out_problems(job: Job) -> PromptSet | None:
 def whole_model(job: Job) -> ColocatedGenerator:
     """Returns a generator with the newest weights, whole on every trainer (a collective): for a recipe that samples
     nothing itself. Whoever drops it frees them."""
-    generator = ColocatedGenerator(Agreeing(local_generator(job), job.mesh), job.mesh)
+    generator = sharing(local_generator(job), job.mesh)
     generator.load_weights(job.engine.full_weights(), job.step)
     return generator

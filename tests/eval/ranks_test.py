@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmtrain.eval import ranks
-from llmtrain.eval.ranks import Agreeing, Leading, agreed, lead
+from llmtrain.eval.ranks import Leading, agreed, lead, sharing
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
 SIZE = 3
@@ -102,8 +102,8 @@ def fails_on(broken: dict[int, Exception]) -> Callable[[Rank], Any]:
     return action
 
 
-def test_agreed_ranks_know_all_results() -> None:
-    assert on_ranks(fails_on({})) == [[0, 1, 2]] * SIZE
+def test_each_rank_gets_its_own_result() -> None:
+    assert on_ranks(fails_on({})) == [0, 1, 2]
 
 
 def test_one_line_names_the_ranks_that_failed() -> None:
@@ -131,13 +131,16 @@ def test_a_rank_whose_generator_fails_ends_the_evaluation_on_all() -> None:
         def __init__(self, rank: Rank) -> None:
             self.rank = rank
 
+        def wake(self) -> None:
+            pass
+
         def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
             if self.rank.rank == 2:
                 raise FloatingPointError("the logits are not finite")
             return []
 
     def action(rank: Rank) -> Any:
-        return lead(rank, Agreeing(Local(rank), rank), lambda g: g.generate([Prompt([1])], Sampling(4)))
+        return lead(rank, sharing(Local(rank), rank), lambda g: g.generate([Prompt([1])], Sampling(4)))
 
     first, *others = on_ranks(action)
     assert type(first) is RuntimeError and str(first) == "rank 2: the logits are not finite"
