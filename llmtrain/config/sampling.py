@@ -87,7 +87,8 @@ class RewardConfig(Section):
 
 class EvalConfig(Section):
     """Sets what `llmtrain eval` measures: on the newest checkpoint of the run directory, where that holds a run that
-    trains, else on `model.init_from`. With `every_steps` a run measures the same while it trains."""
+    trains, else on `model.init_from`. With `every_steps` a run measures text and problems while it
+    trains, nothing else of this section."""
 
     every_steps: int = Field(0, ge=0)  # steps between measurements beside training, with the first and last; 0 = never
     text: bool = True  # perplexity on the held-out shards of `data.path`
