@@ -108,6 +108,7 @@ def test_told_to_end_and_killed_the_run_is_the_same(config: Path, undisturbed: P
     process = start(command(config, run_dir, *LAYOUT, restarts=1), output, killed)
     said = finish(process, output, 150)
     assert process.returncode == 0 and "step-00000003" in said, said[-3000:]
+    assert "(exitcode: -9) local_rank: 0 " in said, said[-3000:]  # the launcher names the rank that died
     assert_equal_runs(run_dir, undisturbed)
 
 
