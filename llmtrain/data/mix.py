@@ -20,6 +20,7 @@ import numpy as np
 from llmtrain.data.sampler import BLOCK, block_counts, rounded_counts, source_of, sources_of
 
 PERIOD = 2**16  # samples after which an order of sources repeats; shares are rounded to whole parts of it
+ORDER = 2  # of sources where shares change, a part of what a run is: raised when it changes
 NEVER = 2**62
 Span = TypeVar("Span", "Segment", "Chunk")
 

@@ -26,6 +26,7 @@ from llmtrain.config.load import load
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.rows import split_path
 from llmtrain.config.schema import Config, DataConfig, ModelConfig
+from llmtrain.data.mix import ORDER
 from llmtrain.data.shards import MANIFEST, shard_files
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.data.tokenizer_base import read_entries
@@ -73,6 +74,7 @@ class Record(TypedDict):
     recipe: str | None  # None: not known
     config: dict[str, Any]
     contents: Contents
+    order: int  # `data.mix.ORDER` of the version; 1: of those that did not write it
 
 
 Difference = tuple[str, Any, Any]  # key, as it was, as it is now
@@ -80,7 +82,7 @@ Difference = tuple[str, Any, Any]  # key, as it was, as it is now
 
 def record_of(config: Config, recipe: Recipe, contents: Contents) -> Record:
     """Returns the record of a run as it is to be now, from its resolved configuration."""
-    return {"recipe": recipe.name, "config": config.model_dump(mode="json"), "contents": contents}
+    return {"recipe": recipe.name, "config": config.model_dump(mode="json"), "contents": contents, "order": ORDER}
 
 
 def recorded(directory: str) -> Record | None:
@@ -98,7 +100,8 @@ def recorded(directory: str) -> Record | None:
 def as_record(state: dict[str, Any]) -> Record:
     """Returns the record in what a checkpoint says beside its tensors, or in run.json."""
     config = {**state["config"], "model": state.get("model", state["config"]["model"])}  # a checkpoint's is resolved
-    return {"recipe": state.get("recipe"), "config": config, "contents": state.get("contents", {})}
+    recipe, contents = state.get("recipe"), state.get("contents", {})
+    return {"recipe": recipe, "config": config, "contents": contents, "order": state.get("order", 1)}
 
 
 def write_record(directory: str, record: Record) -> None:
@@ -179,6 +182,7 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
             before = DATA_DEFAULTS.get(key.removeprefix("data."), ABSENT)
         if before is not ABSENT and before != after:
             found.append((key, before, after))
+    found += _order(was, now, recipe)
     found += _source_weights(*kept, recipe)
     if recipe.reads_rewards or answers:
         found += _rewards(*kept, None if recipe.reads_rewards else 1)
@@ -246,6 +250,16 @@ def changes(was: Record, now: Record) -> dict[str, list[Any]]:
     """Returns key -> [was, now] of every setting that differs."""
     before, after = (dict(_flat(record["config"], "")) for record in (was, now))
     return {key: [before[key], value] for key, value in after.items() if key in before and before[key] != value}
+
+
+def _order(was: Record, now: Record, recipe: Recipe) -> Iterator[Difference]:
+    """Yields a line where the version that made a run took other rows of text: where shares of sources change."""
+    data, even = now["config"]["data"], was["config"]["data"].get("mix") == "even"
+    if was["order"] == now["order"] or not even or not trains_text(now["config"], recipe):
+        return  # blocks and even shares are as they were
+    capped = [f"data.sources.{each['name']}.max_epochs" for each in data["sources"] if each["max_epochs"] is not None]
+    for key in [*capped, *(["data.anneal"] if data["anneal"] else [])][:1]:
+        yield f"order of rows with {key}", f"number {was['order']}", f"number {now['order']} in this version"
 
 
 def _source_weights(was: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> Iterator[Difference]:

@@ -17,6 +17,7 @@ from llmtrain.checkpoint.manifest import newest_intact
 from llmtrain.checkpoint.roles import MAIN, Roles, held_roles, joined_shapes, joined_states, read_role
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config.load import dump
+from llmtrain.data.mix import ORDER
 from llmtrain.model.decoder import trained_shapes
 from llmtrain.observe.files import write_whole
 from llmtrain.observe.log import log
@@ -121,6 +122,7 @@ def save(job: Job, last: bool = False) -> None:
         "recipe": job.recipe.name,
         "config": job.config.model_dump(mode="json"),
         "contents": job.contents,
+        "order": ORDER,
         "versions": {"llmtrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
         **joined_states({role: state_of(job, role) for role in job.engines}),
     }

@@ -263,6 +263,30 @@ def test_what_an_earlier_version_did(tmp_path: Path) -> None:
         assert [key for key, *_ in differences(as_record({"config": config}), now, PRETRAIN)] == expected
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "key"),
+    [
+        (PRETRAIN, ["data.sources.b.max_epochs=2"], "data.sources.b.max_epochs"),
+        (PRETRAIN, ["data.anneal=[{from_step: 3, weights: {a: 1.0}}]"], "data.anneal"),
+        (SFT, ["data.replay_seqs=1", "data.sources.b.max_epochs=2"], "data.sources.b.max_epochs"),
+        (SFT, ["data.sources.b.max_epochs=2"], None),
+        (PRETRAIN, [], None),
+        (PRETRAIN, ["data.temperature=2.0"], None),
+        (PRETRAIN, ["data.mix=blocks"], None),
+    ],
+)
+def test_a_run_in_an_order_that_is_no_more(
+    tmp_path: Path, recipe: Recipe, overrides: list[str], key: str | None
+) -> None:
+    """Versions that wrote no order took other rows where shares change; elsewhere the order has stayed."""
+    now = record_of(resolved(document(tmp_path, *overrides)), recipe, {})
+    write_record(str(tmp_path), now)
+    assert recorded(str(tmp_path)) == now and differences(now, now, recipe) == []
+    earlier = as_record({name: value for name, value in now.items() if name != "order"})
+    found = [(f"order of rows with {key}", "number 1", "number 2 in this version")] if key else []
+    assert differences(earlier, now, recipe) == found
+
+
 class Files:
     """A document of sft on files of its own, whose contents can be changed."""
 
@@ -286,7 +310,8 @@ class Files:
         """Returns the keys whose contents are not those of the first look."""
         config = self.config(train, weights)
         dumped = config.model_dump(mode="json")
-        was, now = ({"recipe": "sft", "config": dumped, "contents": c} for c in (self.first, self.contents(config)))
+        seen = (self.first, self.contents(config))
+        was, now = (as_record({"recipe": "sft", "config": dumped, "contents": each}) for each in seen)
         return [key for key, *_ in differences(was, now, SFT)]
 
 

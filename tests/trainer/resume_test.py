@@ -11,6 +11,7 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.load import CheckpointReader
 from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import Config, ModelConfig, OptimConfig
+from llmtrain.data.mix import ORDER
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.trainer import resume
 from llmtrain.trainer.job import GuardState, Job
@@ -159,4 +160,4 @@ def test_a_save_holds_what_the_recipe_carries() -> None:
     job.engines = {"policy": engine}
     job.saver = SimpleNamespace(save=lambda state, last: saved.append(state))
     resume.save(job)
-    assert saved[0]["recipe_state"] == {"kl": 0.5}
+    assert saved[0]["recipe_state"] == {"kl": 0.5} and saved[0]["order"] == ORDER
