@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 
-from llmtrain.config.schema import Config, DataConfig
-from llmtrain.config.tasks import tasks_of
+from llmtrain.config.schema import Config
 from llmtrain.data.clean.run import check_held_out
 from llmtrain.data.prepare import make_tokenizer, prepare, progress_bar, with_paths
 from llmtrain.observe.locks import locked
 from llmtrain.observe.log import log, make_run_dir
-from llmtrain.trainer.job import data_dir, tokenizer_dir
+from llmtrain.trainer.job import data_dir, tokenizer_dir, with_tasks
 
 
 def data(config: Config) -> None:
@@ -22,23 +21,6 @@ def data(config: Config) -> None:
             check_held_out(section, data_dir(config))
         prepare(section, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
     log(f"data in {data_dir(config)}, tokenizer in {tokenizer_dir(config)}")
-
-
-def with_tasks(config: Config) -> DataConfig:
-    """Returns the section `data`, whose cleaning looks for the problems of `eval.tasks` too, those in files.
-
-    Raises ConfigError when a task file is faulty.
-    """
-    data = config.data
-    if not data.collect or data.clean.contamination is None:
-        return data
-    places = {
-        f"eval-{task.label}": task.data.place for task in tasks_of(config.eval.tasks) if task.data and task.data.path
-    }
-    own = data.clean.contamination.sets
-    sets = own | {name: place for name, place in places.items() if name not in own and place not in own.values()}
-    contamination = data.clean.contamination.model_copy(update={"sets": sets})
-    return data.model_copy(update={"clean": data.clean.model_copy(update={"contamination": contamination})})
 
 
 def dry_run(config: Config) -> None:

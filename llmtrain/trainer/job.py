@@ -19,7 +19,8 @@ from llmtrain.checkpoint.group import together
 from llmtrain.checkpoint.roles import MAIN
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config.recipes import Recipe
-from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.config.schema import Config, DataConfig, ModelConfig
+from llmtrain.config.tasks import tasks_of
 from llmtrain.data.ends import generation_settings
 from llmtrain.data.prepare import prepare
 from llmtrain.data.shards import verify_shards
@@ -157,12 +158,29 @@ def start_directory(config: Config, recipe: Recipe) -> Contents:
     found = contents()
     check_directory(config.directory, record_of(resolved(config), recipe, found), recipe)
     if config.data.sources or config.data.tasks:
-        prepare(config.data, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
+        prepare(with_tasks(config), config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
         found = contents()
     if config.data.verify and not config.data.sources and (recipe.packs_text or config.data.replay_seqs):
         verify_shards(data_dir(config))  # `prepare` verifies those that it makes
     checksums.save()
     return found
+
+
+def with_tasks(config: Config) -> DataConfig:
+    """Returns the section `data`, whose cleaning looks for the problems of `eval.tasks` too, those in files.
+
+    Raises ConfigError when a task file is faulty.
+    """
+    data = config.data
+    if not data.collect or data.clean.contamination is None:
+        return data
+    places = {
+        f"eval-{task.label}": task.data.place for task in tasks_of(config.eval.tasks) if task.data and task.data.path
+    }
+    own = data.clean.contamination.sets
+    sets = own | {name: place for name, place in places.items() if name not in own and place not in own.values()}
+    contamination = data.clean.contamination.model_copy(update={"sets": sets})
+    return data.model_copy(update={"clean": data.clean.model_copy(update={"contamination": contamination})})
 
 
 def keep_generation(config: Config) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.commands.prepare import with_tasks
+from llmtrain.commands import prepare
 from llmtrain.commands.stage_files import read_paths
 from llmtrain.config.load import load
+from llmtrain.config.recipes import RECIPES
+from llmtrain.trainer import job
+from llmtrain.trainer.job import with_tasks
 
 TASK = "data: {path: %s}\nprompt: '{{question}}'\n"
 DOCUMENT = """
@@ -36,3 +39,15 @@ def test_cleaning_looks_for_the_rows_of_tasks(tmp_path: Path, monkeypatch: pytes
     assert files <= {path for _, path in read_paths("eval", config)} & {path for _, path in read_paths("data", config)}
     off = load("x.yaml", ["data.clean.contamination=null"])
     assert with_tasks(off) == off.data
+
+
+def test_training_on_what_data_has_made_asks_for_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document that both commands are given: with other sets to look for the second would refuse the data."""
+    (tmp_path / "x.yaml").write_text(DOCUMENT.replace("    - {file: own.yaml}\n", ""))
+    monkeypatch.chdir(tmp_path)
+    config, asked = load("x.yaml", ["data.sources=[{name: pages, type: cleaned}]"]), []
+    for module in (prepare, job):
+        monkeypatch.setattr(module, "prepare", lambda data, *_: asked.append(data))
+    prepare.data(config)
+    job.start_directory(config, RECIPES["pretrain"])
+    assert asked == [with_tasks(config)] * 2 != [config.data] * 2
