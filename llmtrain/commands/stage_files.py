@@ -41,7 +41,8 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
         yield from lists_read(data.clean).items() if data.collect else ()
         if data.collect and data.clean.contamination:
             yield "data.held_out", data.held_out
-            yield from files_of(config.eval.tasks)
+            # its rows alone: another prompt, or other examples, change no document
+            yield from ((key, path) for key, path in files_of(config.eval.tasks) if key.endswith(".data"))
     if (recipe is not None and not recipe.packs_text) or command in JUDGES:
         yield "data.train", data.train
     evaluates = command == "eval" or (recipe is not None and config.eval.every_steps > 0)
