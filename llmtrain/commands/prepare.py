@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from llmtrain.config.schema import Config
+from llmtrain.config.tasks import tasks_of
 from llmtrain.data.clean.run import check_held_out
 from llmtrain.data.prepare import make_tokenizer, prepare, progress_bar, with_paths
 from llmtrain.observe.locks import locked
@@ -19,8 +20,19 @@ def data(config: Config) -> None:
         section = with_tasks(config)
         if section.collect:
             check_held_out(section, data_dir(config))
+            tell_unseen(config)
         prepare(section, config.tokenizer, data_dir(config), tokenizer_dir(config), config.seed)
     log(f"data in {data_dir(config)}, tokenizer in {tokenizer_dir(config)}")
+
+
+def tell_unseen(config: Config) -> None:
+    """Says which tasks of evaluations cleaning does not look for: those on the hub, and those of the harness."""
+    unseen = [task.label for task in tasks_of(config.eval.tasks) if task.data and task.data.repo]
+    if config.data.clean.contamination and (names := [*unseen, *config.eval.lm_eval.tasks]):
+        log(
+            f"cleaning does not look for the rows of {', '.join(names)}, whose files it does not know; give them as "
+            "data.clean.contamination.sets"
+        )
 
 
 def dry_run(config: Config) -> None:

@@ -52,3 +52,16 @@ def test_training_on_what_data_has_made_asks_for_the_same(tmp_path: Path, monkey
     prepare.data(config)
     job.start_directory(config, RECIPES["pretrain"])
     assert asked == [with_tasks(config)] * 2 != [config.data] * 2
+
+
+def test_tasks_that_cleaning_does_not_look_for_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "x.yaml").write_text(DOCUMENT.replace("    - {file: own.yaml}\n", "    - math500\n"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "prepare", lambda *_: None)
+    line = "cleaning does not look for the rows of math500, lambada_openai, whose files it does not know"
+    prepare.data(load("x.yaml", ["eval.lm_eval.tasks=[lambada_openai]"]))
+    assert line in " ".join(capsys.readouterr().err.split())
+    prepare.data(load("x.yaml", ["data.clean.contamination=null"]))
+    assert "look for" not in capsys.readouterr().err
