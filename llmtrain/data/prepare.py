@@ -167,7 +167,8 @@ def is_prepared(
     done = json.loads(marker.read_text())
     remedy = f"give another data.path (and tokenizer.path), or delete {data_dir} and {tokenizer_dir}"
     if done["config"] != settings["config"]:
-        raise ValueError(f"{data_dir} was made with other data, tokenizer or seed settings; {remedy}")
+        cleaned = ", or cleaned by an earlier version" if data.collect else ""
+        raise ValueError(f"{data_dir} was made with other data, tokenizer or seed settings{cleaned}; {remedy}")
     if done["tokenizer"] != load_tokenizer(tokenizer_dir).fingerprint:
         raise ValueError(f"{data_dir} was made with another tokenizer than {tokenizer_dir}; {remedy}")
     now = contents(data, tokenizer, data_dir, tokenizer_dir)

@@ -26,6 +26,7 @@ from llmtrain.observe.locks import making
 MARKER = "cleaned.json"  # written last: all documents and the report are there
 OURS = ".llmtrain-clean"  # written first: all else there is ours
 BEGUN = "begun.json"  # the same, before the first task: what is refused before may be corrected
+OTHER = "give another data.clean.path (or data.path), or delete {}"
 COUNT_WORDS = {"repetition", "quality", "c4", "fineweb"}  # steps
 HELD_OUT_BY = {"name", "type", "field", "max_bytes", "held_out", "count", "worked_share"}  # beside what files hold
 REPORT_KEYS = {"path", "examples", "dry_run_documents"}  # keys of `data.clean` that documents do not depend on
@@ -52,10 +53,12 @@ def clean(data: DataConfig, data_dir: str, seed: int) -> None:
     root = os.path.abspath(clean_dir(data, data_dir))
     own(root)
     with making(os.path.join(root, MARKER)):
+        same = identity(data, seed)
+        refuse_other(root, same)  # before sets are written over those that are there
         resolved = resolve(data, data_dir, root, seed)
         refuse_unknown(resolved.contamination)
-        settings = {"settings": identity(data, seed), "contents": contents(data, resolved)}
-        if not done(root, settings):
+        settings = {"settings": same, "contents": contents(data, resolved)}
+        if not done(root, settings["contents"]):
             _clean(data, resolved, root, settings)
             write_whole(Path(root, MARKER), json.dumps(settings, indent=1) + "\n")
 
@@ -261,20 +264,30 @@ def check_held_out(data: DataConfig, data_dir: str) -> None:
         )
 
 
-def done(root: str, settings: dict[str, Any]) -> bool:
+def begun(root: str) -> Path | None:
+    """Returns the file that says of which settings and contents the job of a directory is; None if there is no job."""
+    return next((path for name in (MARKER, BEGUN) if (path := Path(root, name)).is_file()), None)
+
+
+def refuse_other(root: str, settings: str) -> None:
+    """Raises ValueError when the documents, or a job that was begun, are from other settings."""
+    path = begun(root)
+    if path is not None and json.loads(path.read_text())["settings"] != settings:
+        raise ValueError(
+            f"{root} was cleaned with other settings of data.collect, data.clean, data.execution or seed, with other "
+            f"data.tasks or other held-out text of data.sources, or by an earlier version; {OTHER.format(root)}"
+        )
+
+
+def done(root: str, contents: dict[str, str]) -> bool:
     """Returns whether the documents are there. Raises ValueError when they, or a job that was begun, are from other
-    settings or contents."""
-    path = next((path for name in (MARKER, BEGUN) if (path := Path(root, name)).is_file()), None)
+    contents."""
+    path = begun(root)
     if path is None:
         return False
-    was = json.loads(path.read_text())
-    remedy = f"give another data.clean.path (or data.path), or delete {root}"
-    if was["settings"] != settings["settings"]:
-        raise ValueError(
-            f"{root} was cleaned with other settings of data.collect, data.clean or data.execution; {remedy}"
-        )
-    if changed := [name for name, seen in was["contents"].items() if settings["contents"].get(name) != seen]:
-        raise ValueError(f"{root} was cleaned from other contents of {', '.join(changed)}; {remedy}")
+    was = json.loads(path.read_text())["contents"]
+    if changed := [name for name, seen in was.items() if contents.get(name) != seen]:
+        raise ValueError(f"{root} was cleaned from other contents of {', '.join(changed)}; {OTHER.format(root)}")
     return path.name == MARKER
 
 

@@ -98,6 +98,18 @@ def test_an_n_of_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
         clean(section(tmp_path, clean=CleanConfig(**OFF, contamination=contamination)), str(tmp_path / "data"), 0)
 
 
+def test_what_is_refused_touches_nothing(tmp_path: Path) -> None:
+    """Nor does it read the sources to say so."""
+    task, place = TaskConfig(name="sums", type="chain_sum", train=20, held_out=3), str(tmp_path / "data")
+    clean(section(tmp_path, tasks=[task]), place, 0)
+    files = {path: path.read_bytes() for path in (tmp_path / "data/clean").rglob("*") if path.is_file()}
+    gone = SourceConfig(name="books", type="jsonl", path=str(tmp_path / "gone.jsonl"))
+    for other, seed in ((section(tmp_path, tasks=[task]), 1), (section(tmp_path, tasks=[task], sources=[gone]), 0)):
+        with pytest.raises(ValueError, match=r"clean was cleaned with other settings of .* or by an earlier version"):
+            clean(other, place, seed)
+    assert files == {path: path.read_bytes() for path in files}
+
+
 @pytest.mark.parametrize("split", ["", ":train"])
 def test_other_problems_are_seen_when_all_is_cleaned(tmp_path: Path, split: str) -> None:
     (tmp_path / "asked").mkdir()
