@@ -1,7 +1,7 @@
 """What made a run: recipe, settings, and the contents of what it read. A run goes on only with the same.
 
 `run.json` in the run directory holds it, and so does every checkpoint. What an earlier version did not write down is
-not compared.
+not compared, but for what it is known to have done.
 """
 
 from __future__ import annotations
