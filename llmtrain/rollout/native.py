@@ -15,7 +15,7 @@ from llmtrain.arch.attention import round_up
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.cache import KVCache, Recorder
 from llmtrain.rollout.sampling import check_sampling, sample
-from llmtrain.rollout.stem import STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
+from llmtrain.rollout.stem import STEM_SHARE, STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
 from llmtrain.rollout.stop import Decode, Stop
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
@@ -235,8 +235,8 @@ class _Decoding:
         """Computes what the prompts begin with, where they differ and it is long enough: few-shot examples, a system
         prompt. At least one token of each prompt is left for its own forward, which gives the logits behind it."""
         first, last = min(prompts), max(prompts)  # of sorted rows these two have the least in common
-        count = min(shared_tokens(first, last), min(map(len, prompts)) - 1)
-        if first == last or count < STEM_TOKENS:
+        count, longest = min(shared_tokens(first, last), min(map(len, prompts)) - 1), max(map(len, prompts))
+        if first == last or count < max(STEM_TOKENS, STEM_SHARE * longest):
             return None
         return Stem(*self._recorded([first[:count]])[1:])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmtrain.model.decoder import Decoder
 
 STEM_TOKENS = 32  # a shorter beginning costs more to keep than to compute with every row
+STEM_SHARE = 1 / 4  # of the longest prompt: rows behind a stem need a mask [T, S], without which attention is faster
 
 
 @dataclass(frozen=True)
