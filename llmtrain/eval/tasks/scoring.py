@@ -17,8 +17,6 @@ from llmtrain.rewards.extract import gold_text
 from llmtrain.rewards.scorer import workers_of_rank
 from llmtrain.sandbox.pool import Call, Pool
 
-NO_ANSWER = Score(0.0)  # of a completion in which no answer is found
-
 Scores = Callable[[Sequence[tuple[int, str]]], list[Score]]
 """Scores pairs of (problem, answer)."""
 Classes = Callable[[Sequence[str]], Sequence[int | None]]
@@ -33,21 +31,29 @@ class Judge:
 
     def __init__(self, task: EvalTask, problems: Sequence[Problem]) -> None:
         self.task, self.problems = task, problems
-        self.extract = extractor(task.extract, task.pattern)
+        self.extract = extractor(task.extract, task.pattern, task.deadline_s)
+        self.read = functools.cache(self._read)  # answers are read to score, to vote and for the records
         self.prompt = problems[0].text  # all prompts of a task end alike, and so does what they open
         self.compare, self.number = MAKERS[task.score](task, problems)
 
     def answer(self, completion: str) -> str | None:
         """Returns the answer in a completion: up to a stop text, behind its reasoning, by the rule `extract`."""
+        return self.read(completion)[0]
+
+    def _read(self, completion: str) -> tuple[str | None, str | None]:
+        """Returns (answer, why the task's pattern found none in time)."""
         ended = until_stop(completion, self.task.stop)
-        return self.extract(without_thoughts(ended, self.task.thoughts, self.prompt))
+        try:
+            return self.extract(without_thoughts(ended, self.task.thoughts, self.prompt)), None
+        except TimeoutError:
+            return None, f"pattern: took longer than {self.task.deadline_s:g} s"
 
     def score(self, pairs: Sequence[tuple[int, str]]) -> list[Score]:
-        """Returns the scores of pairs of (problem, completion); 1 is right."""
-        answers = [(i, self.answer(text)) for i, text in pairs]
-        found = [(i, answer) for i, answer in answers if answer is not None]
+        """Returns the scores of pairs of (problem, completion); 1 is right, and 0 is one without an answer."""
+        answers = [(i, *self.read(text)) for i, text in pairs]
+        found = [(i, answer) for i, answer, _ in answers if answer is not None]
         scores = iter(self.compare(found)) if found else iter(())
-        return [NO_ANSWER if answer is None else next(scores) for _, answer in answers]
+        return [Score(0.0, error) if answer is None else next(scores) for _, answer, error in answers]
 
     def classes(self, completions: Sequence[str]) -> list[int | None]:
         """Returns for each completion the number of its answer, equal ones equal; None: it has none."""

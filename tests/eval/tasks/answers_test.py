@@ -56,13 +56,21 @@ def test_stop_texts_are_left_out() -> None:
     ],
 )
 def test_rules(rule: str, text: str, answer: str | None) -> None:
-    assert extractor(rule, None)(text) == answer
+    assert extractor(rule, None, 5.0)(text) == answer
 
 
 def test_regular_expressions() -> None:
-    assert extractor("regex", r"so (\w+)")("so x, so y!") == "y"
-    assert extractor("regex", r"\d\d")("12 34 5") == "34"
-    assert extractor("regex", r"\d\d")("no") is None and extractor("regex", r"(a)|b")("b") is None
+    def read(pattern: str, text: str) -> str | None:
+        return extractor("regex", pattern, 5.0)(text)
+
+    assert read(r"so (\w+)", "so x, so y!") == "y"
+    assert read(r"\d\d", "12 34 5") == "34"
+    assert read(r"\d\d", "no") is None and read(r"(a)|b", "b") is None
+
+
+def test_a_pattern_that_backtracks_has_a_deadline() -> None:
+    with pytest.raises(TimeoutError):
+        extractor("regex", r"(?:a|aa)+$", 0.05)("a" * 60 + "b")
 
 
 def test_code() -> None:

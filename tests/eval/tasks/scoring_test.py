@@ -9,6 +9,7 @@ from llmtrain.data.faults import Faults
 from llmtrain.data.files import read_rows
 from llmtrain.eval.tasks.problems import Problem, read_problems
 from llmtrain.eval.tasks.scoring import Judge
+from llmtrain.rewards import Score
 from tests.shared_data import shared_data
 
 PROGRAM = "{{question}}{{completion}}\n\n{{test}}\n\ncheck({{entry_point}})\n"
@@ -106,3 +107,15 @@ def test_generated_problems_have_their_own_scorer() -> None:
 def test_rows_that_cannot_be_scored_are_named() -> None:
     with pytest.raises(ValueError, match=r"a:7: reward math: field 'answer' is \[1\]"):
         Judge(EvalTask(name="m"), [Problem("a:7", {}, "q", [1])])
+
+
+def test_a_pattern_that_takes_too_long_is_an_error_of_the_scorer() -> None:
+    task = EvalTask(name="p", extract="regex", pattern=r"(?:a|aa)+$", score="exact", deadline_s=0.05)
+    judge = Judge(task, [Problem("a:1", {}, "q", "aaa")])
+    late = "a" * 60 + "b"
+    assert judge.score([(0, "aaa"), (0, late), (0, "b")]) == [
+        Score(1.0),
+        Score(0.0, "pattern: took longer than 0.05 s"),
+        Score(0.0),
+    ]
+    assert judge.answer(late) is None and judge.classes([late, "aaa"]) == [None, 0]
