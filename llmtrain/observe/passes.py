@@ -14,10 +14,16 @@ DIGITS = {"entropy": 3, "tokens": 1, "cut_off": 3, "problems": 0, "reward_errors
 
 
 def task_tables(evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:
-    """Returns a table for each task, with a row for each model that was measured on it: shares as `0.513 (0.44 to
-    0.58)`."""
+    """Returns a table for each task, and behind them each of the lm-evaluation-harness, with a row for each model that
+    was measured on it: shares as `0.513 (0.44 to 0.58)`, the harness's measures under its own names."""
+    measured = {label: {**e.get("tasks", {}), **_harness(e)} for label, e in evaluated.items()}
     names = dict.fromkeys(name for e in evaluated.values() for name in e.get("tasks", {}))
-    return {name: _rows({label: e["tasks"][name] for label, e in evaluated.items() if _has(e, name)}) for name in names}
+    names |= dict.fromkeys(name for own in measured.values() for name in own)
+    return {name: _rows({label: own[name] for label, own in measured.items() if name in own}) for name in names}
+
+
+def _harness(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"lm_eval: {name}": own for name, own in evaluation.get("lm_eval", {}).get("tasks", {}).items()}
 
 
 def text_tables(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -28,10 +34,6 @@ def text_tables(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, st
         if len(e.get("text", {})) > 1
         for source, own in e["text"].items()
     ]
-
-
-def _has(evaluation: Mapping[str, Any], task: str) -> bool:
-    return task in evaluation.get("tasks", {})
 
 
 def _rows(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -47,6 +49,8 @@ def _shown(measures: Mapping[str, Any], name: str) -> str:
     value, ends = measures.get(name), measures.get("interval", {}).get(name)
     if value is None:
         return "–"
+    if name == "version" or isinstance(value, str):
+        return str(value)
     if ends is None:
         return f"{value:,.{DIGITS.get(name, 3)}f}"
     return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
