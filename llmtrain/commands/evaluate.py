@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
-from llmtrain.commands.tasks import prepared, task_scores
+from llmtrain.commands.tasks import judges_of, prepared, task_scores
 from llmtrain.commands.testtime import accuracy_by_tokens
 from llmtrain.commands.weights import of_own_run
 from llmtrain.config.lm_eval import LmEvalConfig
@@ -113,6 +113,7 @@ def measured(config: Config, mesh: Mesh | None) -> Scored:
     """Returns all measures, and all completions; of those that are sampled on rank 0 alone (a collective)."""
     asked, harness, tokenizer = config.eval, harness_of(config.eval.lm_eval), open_tokenizer(config)
     tasks = together(mesh, lambda: prepared(config, tokenizer))  # their rows may be faulty: before weights are loaded
+    judges = together(mesh, lambda: judges_of(tasks) if mesh is None or mesh.rank == 0 else [])
     result: dict[str, Any] = {"label": asked.label}
     samples: list[dict[str, Any]] = []
     if asked.text and mesh is not None:
@@ -124,7 +125,7 @@ def measured(config: Config, mesh: Mesh | None) -> Scored:
         scores, samples = problem_scores(config, model, tokenizer, mesh)
         result |= scores
     if tasks:
-        work = partial(task_scores, config, tasks, model, tokenizer)
+        work = partial(task_scores, config, tasks, judges, model, tokenizer)
         result["tasks"], records = led(config, model, tokenizer, mesh, None, work)
         samples += records
     if harness is not None:  # in one process, see the rules

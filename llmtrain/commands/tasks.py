@@ -15,6 +15,7 @@ from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.eval.continuations import continuation_logprobs
 from llmtrain.eval.tasks.measure import Measured, measure_generation, measure_likelihoods
 from llmtrain.eval.tasks.problems import Problem, encode_problems, read_problems
+from llmtrain.eval.tasks.scoring import Judge
 from llmtrain.eval.tasks.show import shown
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.device import rank_device
@@ -48,14 +49,25 @@ def prepared(config: Config, tokenizer: Tokenizer) -> list[Prepared]:
     return found
 
 
+def judges_of(tasks: Sequence[Prepared]) -> list[Judge | None]:
+    """Returns what scores the completions of each task, None for options, before the first task is measured. Raises as
+    `Judge` does."""
+    return [None if task.kind == "options" else Judge(task, problems) for task, problems in tasks]
+
+
 def task_scores(
-    config: Config, tasks: Sequence[Prepared], model: Decoder, tokenizer: Tokenizer, generator: Generator
+    config: Config,
+    tasks: Sequence[Prepared],
+    judges: Sequence[Judge | None],
+    model: Decoder,
+    tokenizer: Tokenizer,
+    generator: Generator,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns the measures of each task by its name, and the records of all, each with its `task`. `generator` samples
     from `model`, which itself scores options."""
     scores, records = {}, []
-    for task, problems in tasks:
-        scores[task.label], own = task_score(config, task, problems, model, tokenizer, generator)
+    for (task, problems), judge in zip(tasks, judges, strict=True):
+        scores[task.label], own = task_score(config, task, problems, judge, model, tokenizer, generator)
         records += [{"task": task.label, **each} for each in own]
     return scores, records
 
@@ -64,13 +76,14 @@ def task_score(
     config: Config,
     task: EvalTask,
     problems: Sequence[Problem],
+    judge: Judge | None,
     model: Decoder,
     tokenizer: Tokenizer,
     generator: Generator,
 ) -> Measured:
     """Returns the measures and the records of one task."""
-    if task.kind == "options":
+    if judge is None:
         return measure_likelihoods(problems, partial(continuation_logprobs, model, device=rank_device()))
     seeds = [derive(config.seed, f"eval/{task.label}/{i}") for i in range(len(problems))]
     ends = sampling_of(config, tokenizer).stop_ids
-    return measure_generation(task, problems, generator, completion_text(config, tokenizer), ends, seeds)
+    return measure_generation(judge, generator, completion_text(config, tokenizer), ends, seeds)

@@ -57,3 +57,13 @@ def test_rows_without_what_the_task_reads(small: Path, shape: Path, capsys: pyte
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[1].startswith(f"{small.parent}/rows.jsonl:2: task gsm8k: ")
     assert "reads question; found" in lines[0] and "frage" in lines[0]
+
+
+def test_answers_that_cannot_be_scored_come_before_weights(
+    small: Path, shape: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Those of the second task too: the first one may take hours."""
+    (small.parent / "rows.jsonl").write_text('{"question": "1+1?", "answer": [2]}\n')
+    own = f"{{name: own, data: {{path: {small.parent}/rows.jsonl}}, prompt: x, score: exact, extract: whole}}"
+    assert main(arguments(small, shape, f"[gcd, {own}]")[:-1]) == 2
+    assert f"{small.parent}/rows.jsonl:1: task own: the answer [2] is no number or text" in capsys.readouterr().err

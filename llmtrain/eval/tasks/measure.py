@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmtrain.config.tasks import EvalTask
 from llmtrain.eval.continuations import Continuation
 from llmtrain.eval.generate import evaluate_problems
 from llmtrain.eval.tasks.options import measure_options
@@ -19,19 +18,15 @@ Measured = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 def measure_generation(
-    task: EvalTask,
-    problems: Sequence[Problem],
+    judge: Judge,
     generator: Generator,
     decode: Callable[[Sequence[int]], str],
     end_ids: tuple[int, ...],
     seeds: Sequence[int],
 ) -> Measured:
-    """Returns what the completions of a model are worth; `seeds` has one for each problem.
-
-    Raises as `Judge` does.
-    """
-    judge = Judge(task, problems)
-    prompts = [Prompt(problem.ids, seed) for problem, seed in zip(problems, seeds, strict=True)]
+    """Returns what the completions of a model are worth, on the task of the judge; `seeds` has one for each problem."""
+    task = judge.task
+    prompts = [Prompt(problem.ids, seed) for problem, seed in zip(judge.problems, seeds, strict=True)]
     sampling = Sampling(
         task.max_new_tokens, task.samples, task.temperature, task.top_p, task.top_k, end_ids, tuple(task.stop)
     )

@@ -15,6 +15,7 @@ from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.eval.continuations import continuation_logprobs
 from llmtrain.eval.tasks.measure import measure_generation, measure_likelihoods
 from llmtrain.eval.tasks.problems import Problem, encode_problems, read_problems
+from llmtrain.eval.tasks.scoring import Judge
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.rollout.native import NativeGenerator
 
@@ -52,7 +53,7 @@ def test_generation(model: Decoder, tokenizer: Tokenizer) -> None:
     for seqs in (1, 3, 64):
         decode = partial(tokenizer.decode, skip_special=False)
         generator = NativeGenerator(model, seqs, CPU, decode=decode)
-        found.append(measure_generation(task, problems, generator, decode, (tokenizer.eos_id,), range(COUNT)))
+        found.append(measure_generation(Judge(task, problems), generator, decode, (tokenizer.eos_id,), range(COUNT)))
     for scores, records in found[1:]:
         # its sums of log-probs differ by rounding, in the sixth digit
         assert scores.pop("entropy") == pytest.approx(found[0][0]["entropy"], rel=1e-4)
