@@ -27,12 +27,14 @@ def measured(
 ) -> dict[str, list[dict[str, Any]]]:
     """Returns the points of each line: tokens spent on a problem, accuracy, its interval, and what was set.
 
-    `graded` has what each of `scores` names, `guide` what guides the search. Raises ValueError for budgets that the
-    rows have no room for, before anything is sampled.
+    `graded` has what each of `scores` names, `guide` what guides the search. Raises ValueError for budgets and
+    completions that the rows have no room for, before anything is sampled.
     """
     methods = set(settings.methods)
     if "budget" in methods:
         check_room(settings.budget, model, problems)
+    if guide is not None:
+        check_search_room(model, problems)
     lines: dict[str, list[dict[str, Any]]] = {}
     for name, each in chain(
         of_samples(settings, seed, model, problems, graded) if methods - {"budget", "search"} else (),
@@ -53,6 +55,17 @@ def check_room(settings: BudgetConfig, model: Spoken, problems: Problems) -> Non
             f"eval.test_time.budget.budgets={budget}: with the longest prompt ({prompt} tokens), close ({close}) and "
             f"answer_tokens={settings.answer_tokens} a row has {needed} tokens, and train.seq_len and the model have "
             f"{model.room_tokens}; lower the budget or raise seq_len"
+        )
+
+
+def check_search_room(model: Spoken, problems: Problems) -> None:
+    """Raises ValueError when the longest prompt leaves no room for a whole completion: a step that ends at the last
+    position of the model could not go on."""
+    prompt, new = max(len(each.ids) for each in problems.prompts), model.sampling.max_new_tokens
+    if prompt + new > model.room_tokens:
+        raise ValueError(
+            f"rollout.max_new_tokens={new}: with the longest prompt ({prompt} tokens) a row has {prompt + new} tokens, "
+            f"and train.seq_len and the model have {model.room_tokens}; lower it for eval.test_time's search"
         )
 
 

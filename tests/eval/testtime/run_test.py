@@ -82,6 +82,14 @@ def test_a_budget_without_room_is_refused_before_anything_is_sampled() -> None:
     assert spoken.generator.calls == []
 
 
+def test_a_search_without_room_is_refused_before_anything_is_sampled() -> None:
+    spoken = model({})._replace(room_tokens=9)
+    settings = TestTimeConfig(methods=["majority", "search"])
+    with pytest.raises(ValueError, match=r"max_new_tokens=9: with the longest prompt \(1 tokens\) a row has 10 tokens"):
+        measured(settings, 0, spoken, problems(), {}, Graded(longest, "reward"))
+    assert spoken.generator.calls == []
+
+
 def test_scores_and_weights() -> None:
     assert by_logprob([Written(0, [1, 2], [-1.0, -2.0]), Written(0)]) == [-1.5, None]
     assert weight_of(-1.5, "logprob") == pytest.approx(math.exp(-1.5))
