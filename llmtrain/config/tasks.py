@@ -76,6 +76,10 @@ Marks = Annotated[
 ]  # what opens and what closes; no tuple, which is no JSON
 
 
+OF_COMPLETIONS = (  # keys that only kind=generate reads
+    *("max_new_tokens", "stop", "thoughts", "extract", "pattern", "score", "program", "deadline_s"),
+    *("greedy", "samples", "temperature", "top_p", "top_k"),
+)
 Extract = Literal["reward", "whole", "boxed", "hashes", "letter", "number", "regex", "code"]
 
 
@@ -278,8 +282,9 @@ def _generation_faults(task: EvalTask) -> Iterator[tuple[str, str]]:
 
 
 def _option_faults(task: EvalTask) -> Iterator[tuple[str, str]]:
-    if task.samples:
-        yield "samples", f"={task.samples}: kind=options samples nothing; remove it"
+    for key in OF_COMPLETIONS:
+        if key in task.model_fields_set:
+            yield key, f"={getattr(task, key)}: kind=options generates nothing, and so does not read it; remove it"
     if len(task.choices) == 1:
         yield "choices", ": has one option, which is always right; write two or more"
     if not {"choice", "letter"} & names_in(task.option):
