@@ -65,7 +65,8 @@ def gpt(layers: int, hidden: int, heads: int) -> dict[str, Any]:
 
 LLAMA = "arXiv 2407.21783, table 4"
 KEPT = {"backend": "fsdp", "reshard": False, "remat": "selective"}  # weights stay whole in the step: as ZeRO-2
-CUT = {"pp": 16, "tp": 8, "schedule": "interleaved_1f1b", "virtual_stages": 7}
+STAGES = {"virtual_stages": 4, "stage_layers": [1] + [2] * 62 + [1]}  # one less in the first and the last, as published
+CUT = {"pp": 16, "tp": 8, "schedule": "interleaved_1f1b", **STAGES}
 SHORT, LONG = {"seq_len": 8192, "global_batch_seqs": 2048}, {"seq_len": 131072, "global_batch_seqs": 128}
 LLAMA_405B = {"preset": "llama3-405b"}
 LLAMA_LONG = {"preset": "llama3.1-405b"}

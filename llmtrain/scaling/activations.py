@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 from llmtrain.arch.parameters import has_experts
+from llmtrain.arch.pipeline import StagePlan, plan_stages
 from llmtrain.arch.resolve import chunk_tokens
 from llmtrain.config.ramp import microbatch_tokens
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
 
 
 def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> int:
-    """Returns the activations kept for the backward pass on the first pipeline stage, which holds most microbatches.
+    """Returns the activations kept for the backward pass on the pipeline rank that holds most.
 
     Rows are the longest of the run. Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each
     layer keeps what `kept_activations` says, and one layer at a time is whole, which has what it keeps in it.
@@ -28,8 +29,24 @@ def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], a
 
 
 def kept_layers(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> float:
-    """Returns the layers of the first pipeline stage, times the microbatches that it holds."""
-    return math.ceil(model.num_layers / mesh["pp"]) * in_flight(config.parallel, accumulation)
+    """Returns the layers of a pipeline rank times the microbatches that it holds of each, of the rank with most."""
+    parallel = config.parallel.model_copy(update={"pp": mesh["pp"]})
+    plan = plan_stages(model, parallel)
+    return max(_kept_on(rank, plan, parallel, accumulation) for rank in range(parallel.pp))
+
+
+def _kept_on(rank: int, plan: StagePlan, parallel: ParallelConfig, accumulation: float | None) -> float:
+    """Returns the same for one rank. Under 1F1B it holds a microbatch for each rank from itself on; interleaved, what
+    the forwards before its first backward leave (arXiv 2104.04473, section 2.2), first stages first."""
+    sizes = [len(plan.layers[stage]) for stage in plan.stages_of(rank)]
+    most = math.inf if accumulation is None else math.ceil(accumulation)
+    if plan.schedule == "1f1b":
+        return sizes[0] * min(plan.pp - rank, most)
+    if plan.schedule != "interleaved_1f1b":
+        return sum(sizes) * in_flight(parallel, accumulation)
+    forwards = min(2 * (plan.pp - rank) - 1 + (len(sizes) - 1) * plan.pp, most * len(sizes))
+    turns, left = divmod(int(forwards), plan.pp)
+    return plan.pp * sum(sizes[turn % len(sizes)] for turn in range(turns)) + left * sizes[turns % len(sizes)]
 
 
 def in_flight(parallel: ParallelConfig, accumulation: float | None) -> float:

@@ -13,7 +13,7 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES, config_class
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
-from llmtrain.scaling.activations import activation_bytes
+from llmtrain.scaling.activations import activation_bytes, kept_layers
 from llmtrain.scaling.attention import attention_bytes
 from llmtrain.scaling.describe import main
 from llmtrain.scaling.plan import bubble_share, plan, step_of
@@ -82,6 +82,22 @@ def test_bubble() -> None:
     assert bubble_share("1f1b", 4, 1, 8) == 3 / 8
     assert bubble_share("1f1b", 1, 1, 8) == 0
     assert bubble_share("zbv", 4, 2, 8) == 1 / 16
+
+
+def test_layers_that_a_rank_keeps() -> None:
+    """By hand. 1F1B: two microbatches of the first rank's layers, one of the second's. Interleaved, 2 ranks of 2
+    stages: forwards before the first backward are, on the first rank, 2 of its first stage, 2 of its second, and again
+    one of its first; on the second rank 2 and 1."""
+
+    def kept(layers: list[int], microbatches: float | None, **more: object) -> float:
+        config = Config(parallel=ParallelConfig(pp=2, stage_layers=layers, **more))
+        model = resolve_model(ModelConfig(num_layers=sum(layers), vocab_size=16))
+        return kept_layers(config, model, {"pp": 2, "cp": 1, "tp": 1}, microbatches)
+
+    assert (kept([10, 2], 8), kept([2, 10], 8), kept([6, 6], 1), kept([10, 2], None)) == (20, 10, 6, 20)
+    interleaved = {"schedule": "interleaved_1f1b", "virtual_stages": 2}
+    assert kept([3, 1, 2, 1], 4, **interleaved) == 3 * 3 + 2 * 2
+    assert kept([1, 5, 1, 4], 4, **interleaved) == 2 * 5 + 1 * 4
 
 
 def test_batch_arithmetic() -> None:
