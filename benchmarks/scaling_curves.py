@@ -10,17 +10,16 @@ GPT-3 175B from 96 to 4,608 GPUs, whose layouts Megatron-LM's README does not sa
 from __future__ import annotations
 
 from benchmarks.published_runs import CUT, KEPT, RUNS, gpt
-from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, TrainConfig
 from llmtrain.scaling.failures import best_interval_s, goodput, job_mttf_s
 from llmtrain.scaling.layouts import overrides
-from llmtrain.scaling.plan import Plan, plan
+from llmtrain.scaling.plan import Plan, bubble_share, plan
 from llmtrain.scaling.search import search
-from llmtrain.scaling.simulate import hierarchical_seconds, ring_over_nodes, simulated_bubble, tree_seconds
+from llmtrain.scaling.simulate import hierarchical_seconds, ring_over_nodes, tree_seconds
 from llmtrain.scaling.speed import mfu, tflops_per_gpu
 
-MODEL, LAYOUT = resolve_model(RUNS[0].config().model), ParallelConfig(**CUT)
+LAYOUT = ParallelConfig(**CUT)
 LLAMA_MTTF_HOURS = 54 * 24 / 419 * 16_384  # unexpected interruptions, arXiv 2407.21783, section 3.3.4
 SAVE_S, RESTART_S = 16 * 405e9 / 2e12, 600.0  # 16 bytes a parameter at the published 2 TB/s; the restart is assumed
 
@@ -33,15 +32,15 @@ def planned(gpus: int, rows: int) -> tuple[Config, Plan]:
 
 def main() -> None:
     print(f"{KEPT} {CUT}")
-    print("gpus     rows  step s  TFLOP/s  MFU     bubble  simulated   goodput")
+    print("gpus     rows  step s  TFLOP/s  MFU     bubble   equal   goodput")
     for gpus in (1024, 2048, 4096, 8192, 16384):
         for rows in dict.fromkeys((gpus // 128 * 16, 2048)):
             config, p = planned(gpus, rows)
             mttf = job_mttf_s(LLAMA_MTTF_HOURS, gpus)
             share = goodput(best_interval_s(SAVE_S, mttf), SAVE_S, RESTART_S, mttf)
-            simulated = simulated_bubble(MODEL, LAYOUT, p.work, int(p.accumulation or 1))
+            equal = bubble_share(LAYOUT.schedule, LAYOUT.pp, LAYOUT.virtual_stages, p.accumulation or 1)
             figures = f"{p.time.total_s:>6.2f}  {tflops_per_gpu(p):>7.0f}  {mfu(p, config):>5.1%}"
-            print(f"{gpus:<8} {rows:<5} {figures}  {p.bubble:>6.1%}  {simulated:>9.1%}  {share:>8.1%}")
+            print(f"{gpus:<8} {rows:<5} {figures}  {p.bubble:>6.1%}  {equal:>6.1%}  {share:>8.1%}")
     print("GPT-3 175B, 1,152 rows of 4,096 tokens on H100, the best layout of a search (published: MFU 47 % to 42 %)")
     for gpus in (96, 4608):
         config = Config(

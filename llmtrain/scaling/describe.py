@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 
@@ -12,13 +11,10 @@ from llmtrain.config.recipes import Recipe, StepSize, planned_recipes, recipe_of
 from llmtrain.config.schema import Config, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
 from llmtrain.rules.check import planned_stages
-from llmtrain.scaling.plan import Plan, plan, rollout_workers
+from llmtrain.scaling.plan import Plan, bubble_share, plan, rollout_workers
 from llmtrain.scaling.rollouts import turn_seconds
-from llmtrain.scaling.simulate import simulated_bubble
 from llmtrain.scaling.speed import cost, failure_lines, speed_lines
 from llmtrain.scaling.turns import Turn, heaviest, other_models, turns_of
-
-MOST_SIMULATED = 50_000  # microbatches x stages of a pipeline: a second
 
 
 def main(config: Config) -> None:
@@ -85,23 +81,20 @@ def describe(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[
         f"             by the rule of 18 bytes a parameter, all ranks hold {gigabytes(18 * p.parameters)} of states",
         f"             ({engine.precision}, {backend}, offload {engine.offload}, remat {engine.remat}{alone})",
         *_sent_lines(p),
-        *([] if p.bubble is None else [f"bubble       {p.bubble:.1%} of the ideal time{_uneven(config, p, earlier)}"]),
+        *_bubble_lines(config, p),
         *lines,
         *speed_lines(config, p, turns[heaviest(turns)[0]] if turns else None),
     ]
 
 
-def _uneven(config: Config, p: Plan, earlier: Earlier) -> str:
-    """Returns what the simulator says of the pipeline's own stages, which the closed form takes to be equal; nothing
-    where it says the same, does not know the schedule, or would take long."""
-    parallel, model = config.parallel.model_copy(update=p.mesh), resolve_model(config.model, earlier)
-    microbatches = math.ceil(p.accumulation or 1)
-    known = parallel.schedule == "1f1b" or (parallel.schedule == "interleaved_1f1b" and microbatches % parallel.pp == 0)
-    if parallel.pp == 1 or not known or microbatches * parallel.pp * parallel.virtual_stages > MOST_SIMULATED:
-        return ""
-    found = simulated_bubble(model, parallel, p.work, microbatches)
-    assert p.bubble is not None
-    return "" if abs(found - p.bubble) < 0.005 else f"; simulated with these stages, not quite equal, {found:.1%}"
+def _bubble_lines(config: Config, p: Plan) -> list[str]:
+    """Returns the line about the pipeline's idle time, and what it would be with equal stages where that differs."""
+    if p.bubble is None:
+        return []
+    parallel = config.parallel
+    equal = bubble_share(parallel.schedule, parallel.pp, parallel.virtual_stages, p.accumulation or 1)
+    said = "" if abs(equal - p.bubble) < 0.005 else f"; with equal stages {equal:.1%}"
+    return [f"bubble       {p.bubble:.1%} of the slowest rank's time{said}"]
 
 
 def _work_lines(p: Plan) -> list[str]:

@@ -14,7 +14,6 @@ from llmtrain.scaling.search import NEAREST, Found, Layout, search
 from llmtrain.scaling.speed import largest_part, mfu, room_bytes
 
 SHOWN = 10
-UNEVEN = "stages are taken to be equal: `llmtrain plan` simulates the bubble of those that are not"
 WIDTH = 150  # columns of the table; a narrower terminal folds its lines
 AXES = ("tp", "pp", "cp", "ep", "dp_shard", "dp_replicate")
 
@@ -28,7 +27,7 @@ def main(config: Config) -> None:
         if not found.best:
             raise ValueError(nothing_fits(found, recipe, ranks, earlier))
         console.print(table(found.best[:SHOWN], recipe, ranks, earlier))
-        for line in (*summary(found, staged), f"the first: {overrides(found.best[0].config, staged)}", UNEVEN):
+        for line in (*summary(found, staged), f"the first: {overrides(found.best[0].config, staged)}"):
             console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -27,6 +27,7 @@ from llmtrain.scaling.communication import (
     moved_bytes,
 )
 from llmtrain.scaling.parts import rank_shapes
+from llmtrain.scaling.simulate import is_simulated, simulated_bubble
 from llmtrain.scaling.states import States, state_bytes
 from llmtrain.scaling.steptime import StepTime, step_time
 from llmtrain.scaling.work import Work, work_of
@@ -54,7 +55,7 @@ class Plan:
     attention_bytes: int  # masks, and what context parallelism adds to the activations
     logits_bytes: int
     sent_bytes: dict[str, int] | None  # a step, by mesh axes, as a ring moves them; None in RL
-    bubble: float | None  # idle share of the pipeline's ideal time; None in RL
+    bubble: float | None  # idle share of the slowest pipeline rank's time; None in RL
     hardware: HardwareConfig | None
     time: StepTime | None  # of a step at the start; None without hardware, and in RL
 
@@ -91,7 +92,8 @@ def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier:
     accumulation = accumulation_of(config, size, mesh["dp_replicate"] * mesh["dp_shard"])
     states = fullest_states(config, model, parallel, accumulation)
     step = None if accumulation is None else step_of(config, parallel, math.ceil(accumulation))
-    bubble = None if accumulation is None else bubble_of(parallel, accumulation)
+    work = work_of(model, config.train.seq_len, config.engine)
+    bubble = None if accumulation is None else bubble_of(model, parallel, work, accumulation)
     hardware = None if config.plan.hardware is None else hardware_of(config.plan.hardware)
     timed = hardware is not None and step is not None and bubble is not None
     return Plan(
@@ -101,7 +103,7 @@ def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier:
         parameters=parameter_count(model),
         active_parameters=active_parameter_count(model),
         parameters_per_rank=max(numel(rank_shapes(model, parallel, rank)) for rank in range(parallel.pp)),
-        work=work_of(model, config.train.seq_len, config.engine),
+        work=work,
         accumulation=accumulation,
         tokens_per_step=size.tokens,
         total_tokens=config.train.steps * size.tokens if accumulation is None else total_tokens(config.train),
@@ -131,8 +133,12 @@ def step_of(config: Config, parallel: ParallelConfig, microbatches: int) -> Step
     return Step(microbatches, rows, train.seq_len, tokens, int(config.data.mask_documents))
 
 
-def bubble_of(parallel: ParallelConfig, accumulation: float) -> float:
-    """Returns the idle share of a step's ideal time."""
+def bubble_of(model: ModelConfig, parallel: ParallelConfig, work: Work, accumulation: float) -> float:
+    """Returns the idle share of a step over the time of its slowest rank: simulated with stages as uneven as they are,
+    or that of equal ones for schedules that are not simulated."""
+    microbatches = math.ceil(accumulation)
+    if parallel.pp > 1 and is_simulated(parallel, microbatches):
+        return simulated_bubble(model, parallel, work, microbatches)
     return bubble_share(parallel.schedule, parallel.pp, parallel.virtual_stages, accumulation)
 
 

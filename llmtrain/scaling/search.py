@@ -20,6 +20,7 @@ from llmtrain.scaling.attention import attention_bytes
 from llmtrain.scaling.plan import accumulation_of, bubble_of, fullest_states, step_of
 from llmtrain.scaling.states import States
 from llmtrain.scaling.steptime import step_time
+from llmtrain.scaling.work import work_of
 
 LEAST_TOKENS = 2048  # of a row on one context-parallel rank: with fewer, messages cost more than they spare
 SHARDED = (8, 64, 512)  # ranks that FSDP2 shards over where more ranks are copies of each other
@@ -200,7 +201,8 @@ def _timed(
     cache: dict[tuple, States],
 ) -> Layout:
     parallel, accumulation = config.parallel, _accumulation(config, recipe)
-    step, bubble = step_of(config, parallel, math.ceil(accumulation)), bubble_of(parallel, accumulation)
+    step = step_of(config, parallel, math.ceil(accumulation))
+    bubble = bubble_of(model, parallel, work_of(model, config.train.seq_len, config.engine), accumulation)
     states = _states(config, model, parallel, accumulation, cache)
     time = step_time(model, parallel, config.engine, step, states, bubble, hardware)
     return Layout(config, size, time.total_s)

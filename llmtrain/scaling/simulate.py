@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from llmtrain.config.schema import ModelConfig, ParallelConfig
 from llmtrain.scaling.links import bandwidths
 from llmtrain.scaling.work import Work
 
+ROUNDS = 6  # of pp microbatches that are played; those behind are taken to last as long as the last of them
 NODE_LATENCY_S, NETWORK_LATENCY_S = 3e-6, 15e-6  # of one message, within a node and between nodes; by assumption
 
 
@@ -38,20 +40,21 @@ def plain_order(rank: int, pp: int, microbatches: int) -> list[Op]:
 
 
 def interleaved_order(rank: int, pp: int, virtual_stages: int, microbatches: int) -> list[Op]:
-    """Returns the work of a rank under interleaved 1F1B (arXiv 2104.04473, section 2.2): rounds of pp microbatches pass
-    the rank's first stage, then its second, and so on.
+    """Returns the work of a rank under interleaved 1F1B (arXiv 2104.04473, section 2.2): equal rounds of at least pp
+    microbatches pass the rank's first stage, then its second, and so on.
 
-    Raises ValueError unless pp divides the microbatches.
+    Raises ValueError where the rounds are not equal.
     """
-    if microbatches % pp:
-        raise ValueError(f"microbatches={microbatches}: must be a multiple of pp={pp} when interleaved; change one")
-    v, total = virtual_stages, microbatches * virtual_stages
+    rounds = max(1, microbatches // pp)
+    if microbatches % rounds:
+        raise ValueError(f"microbatches={microbatches}: must be equal rounds of at least pp={pp} when interleaved")
+    v, each, total = virtual_stages, microbatches // rounds, microbatches * virtual_stages
     forwards, backwards = [], []
     for k in range(total):
-        chunk, microbatch = k // pp % v, k // (pp * v) * pp + k % pp
+        chunk, microbatch = k // each % v, k // (each * v) * each + k % each
         forwards.append(Op(False, chunk * pp + rank, microbatch))
         backwards.append(Op(True, (v - 1 - chunk) * pp + rank, microbatch))
-    return _alternated(forwards, backwards, min(total, 2 * (pp - rank - 1) + (v - 1) * pp))
+    return _alternated(forwards, backwards, min(total, 2 * (pp - rank - 1) + (v - 1) * each))
 
 
 def _alternated(forwards: list[Op], backwards: list[Op], warmup: int) -> list[Op]:
@@ -108,19 +111,44 @@ def _ready(op: Op, ends: dict[Op, float], plan: StagePlan, send_s: float) -> flo
     return ends[source] + (send_s if plan.rank_of(source.stage) != plan.rank_of(op.stage) else 0.0)
 
 
+def is_simulated(parallel: ParallelConfig, microbatches: int) -> bool:
+    """Tells whether the schedule is one of those that are simulated, with so many microbatches."""
+    if parallel.schedule == "interleaved_1f1b":
+        return microbatches % max(1, microbatches // parallel.pp) == 0
+    return parallel.schedule == "1f1b"
+
+
 def simulated_bubble(model: ModelConfig, parallel: ParallelConfig, work: Work, microbatches: int) -> float:
     """Returns the idle share of the pipeline with its stages as uneven as they are, over the time of the slowest rank:
     layers take equally long, the head as its products do, backwards twice a forward. `model` is resolved.
 
+    Many rounds of microbatches are not all played (ROUNDS), which leaves an error below half a point.
+
     Raises ValueError for a schedule that is not simulated.
     """
-    plan = plan_stages(model, parallel)
-    each = (work.hardware_blocks + work.hardware_attention) / model.num_layers
-    seconds = [len(layers) * each for layers in plan.layers]
-    seconds[-1] += work.hardware_head
-    ranks = [sum(seconds[stage] for stage in plan.stages_of(rank)) for rank in range(plan.pp)]
-    parts = [s / 3 for s in seconds], [2 * s / 3 for s in seconds]
-    return pipeline_seconds(plan, microbatches, *parts, 0.0) / (microbatches * max(ranks)) - 1
+    plan, pp = plan_stages(model, parallel), parallel.pp
+    head = work.hardware_head * model.num_layers / (work.hardware_blocks + work.hardware_attention)
+    played = microbatches if microbatches % pp and plan.schedule != "1f1b" else _played(microbatches, pp)
+    seconds, slowest = _played_seconds(plan, head, played)
+    if played < microbatches:
+        more = seconds - _played_seconds(plan, head, played - pp)[0]
+        seconds += (microbatches - played) / pp * more
+    return seconds / (microbatches * slowest) - 1
+
+
+def _played(microbatches: int, pp: int) -> int:
+    """Returns how many microbatches are simulated, which leave whole rounds of pp."""
+    return min(microbatches, ROUNDS * pp + microbatches % pp)
+
+
+@lru_cache(maxsize=4096)
+def _played_seconds(plan: StagePlan, head: float, microbatches: int) -> tuple[float, float]:
+    """Returns the time of the pipeline, and of a microbatch on the slowest rank, in units of a layer, of which the head
+    takes `head`."""
+    seconds = [float(len(layers)) for layers in plan.layers]
+    seconds[-1] += head
+    slowest = max(sum(seconds[stage] for stage in plan.stages_of(rank)) for rank in range(plan.pp))
+    return pipeline_seconds(plan, microbatches, [s / 3 for s in seconds], [2 * s / 3 for s in seconds], 0.0), slowest
 
 
 def ring_seconds(size_bytes: float, link_s_per_byte: np.ndarray, latency_s: np.ndarray, late_s: np.ndarray) -> float:

@@ -84,6 +84,14 @@ def test_bubble() -> None:
     assert bubble_share("zbv", 4, 2, 8) == 1 / 16
 
 
+def test_bubble_of_stages_that_are_not_equal() -> None:
+    """112 pipeline stages of 126 layers have one or two: with 16 microbatches more than twice (P - 1) / (v m)."""
+    parallel = ParallelConfig(pp=16, tp=8, schedule="interleaved_1f1b", virtual_stages=7)
+    train = TrainConfig(seq_len=8192, global_batch_seqs=16)
+    p = plan(config_class()(model=ModelConfig(preset="llama3-405b"), parallel=parallel, train=train), 128)
+    assert p.bubble > 2 * bubble_share("interleaved_1f1b", 16, 7, 16)
+
+
 def test_layers_that_a_rank_keeps() -> None:
     """By hand. 1F1B: two microbatches of the first rank's layers, one of the second's. Interleaved, 2 ranks of 2
     stages: forwards before the first backward are, on the first rank, 2 of its first stage, 2 of its second, and again
@@ -106,7 +114,9 @@ def test_batch_arithmetic() -> None:
         train=TrainConfig(steps=10, seq_len=128, micro_batch_seqs=2, global_batch_seqs=24),
     )
     p = plan(config, 12)
-    assert p.mesh["dp_shard"] == 3 and p.accumulation == 4 and p.bubble == 1 / 4
+    assert p.mesh["dp_shard"] == 3 and p.accumulation == 4
+    half = (p.work.hardware_blocks + p.work.hardware_attention) / 2  # of the layers, on either rank
+    assert p.bubble == pytest.approx(half / (half + p.work.hardware_head) / 4)  # the second one's wait at both ends
     assert (p.tokens_per_step, p.total_tokens) == (24 * 128, 240 * 128)
     separate = config.model_copy(update={"rollout": RolloutConfig(placement="separate", workers=1, group_size=4)})
     assert plan(separate, 13, RECIPES["grpo"]).mesh == p.mesh
