@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from llmtrain.arch.families import family_of
 from llmtrain.arch.parameters import layer_type
 from llmtrain.arch.resolve import fields_from_directory
-from llmtrain.config.recipes import JUDGES, names_of
+from llmtrain.config.recipes import JUDGES, names_of, planned_recipes
 from llmtrain.config.schema import ModelConfig
 from llmtrain.rules.case import Case, Rules, command, either, plans, samples, trains, tunes
 
@@ -130,8 +130,9 @@ def _scalar_head(case: Case) -> Iterator[str]:
     """Refuses what a scalar head is not shown with, and what needs a language model."""
     m, tp = case.model, case.config.parallel.tp
     wanted = case.recipe.head if case.recipe is not None else None
-    if wanted == "scalar" and m is not None and m.head != "scalar":
-        yield f"model.head={m.head}: {case.command} trains a model with one number a position; set model.head=scalar"
+    trained = planned_recipes(case.config)[0] if case.command == "plan" else case.recipe
+    if trained is not None and trained.head == "scalar" and m is not None and m.head != "scalar":
+        yield f"model.head={m.head}: {trained.name} trains a model with one number a position; set model.head=scalar"
     if m is None or m.head != "scalar":
         return
     if case.command in ("eval", *JUDGES) or wanted == "lm":

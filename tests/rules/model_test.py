@@ -86,3 +86,13 @@ def test_a_scalar_head_is_refused_where_it_is_not_shown(command: str, model: dic
 
 def test_a_scalar_head_passes_alone() -> None:
     assert not of_scalar("plan") and not of_scalar("export") and not of_scalar("plan", tp=2, tie_embeddings=False)
+
+
+def test_a_plan_of_a_reward_model_has_its_head() -> None:
+    """Without, it would count logits that `reward` never makes."""
+    for head, expected in (
+        ("lm", ["model.head=lm: reward trains a model with one number a position; set"]),
+        ("scalar", []),
+    ):
+        lines = violations(config_class()(reward={}, model=ModelConfig(head=head)), 1, "plan")
+        assert [line.rpartition(" ")[0] for line in lines] == expected
