@@ -12,11 +12,11 @@ from __future__ import annotations
 from benchmarks.published_runs import CUT, KEPT, RUNS, gpt
 from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, TrainConfig
+from llmtrain.scaling.collectives import hierarchical_seconds, ring_over_nodes, tree_seconds
 from llmtrain.scaling.failures import best_interval_s, goodput, job_mttf_s
 from llmtrain.scaling.layouts import overrides
 from llmtrain.scaling.plan import Plan, bubble_share, plan
 from llmtrain.scaling.search import search
-from llmtrain.scaling.simulate import hierarchical_seconds, ring_over_nodes, tree_seconds
 from llmtrain.scaling.speed import mfu, tflops_per_gpu
 
 LAYOUT = ParallelConfig(**CUT)
