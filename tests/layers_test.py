@@ -22,6 +22,7 @@ LEVELS = (
     ("parallel",),
     ("engine",),
     ("checkpoint", "rollout", "rewards"),
+    ("envs",),
     ("eval",),
     ("scaling",),
     ("trainer",),
