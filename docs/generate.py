@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmtrain import config
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import parameter_count, resolve_model
-from llmtrain.config import clean, data, ladder, lm_eval, plan, sampling, scaling, schema, tasks, testtime
+from llmtrain.config import clean, schema
 from llmtrain.config.recipes import RECIPES, Recipe, run_config_class
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -81,11 +82,14 @@ def recipe_row(recipe: Recipe) -> str:
 
 def documented() -> list[Any]:
     """Returns the modules that define sections."""
-    cleaning = [
-        importlib.import_module(f"{clean.__name__}.{each.name}") for each in pkgutil.iter_modules(clean.__path__)
-    ]
+    own = [importlib.import_module(f"{p.__name__}.{each.name}") for p in (config, clean) for each in modules_of(p)]
     recipes = [inspect.getmodule(r.section) for r in RECIPES.values() if r.section is not None]
-    return [schema, data, plan, sampling, lm_eval, tasks, testtime, scaling, ladder, clean, *cleaning, *recipes]
+    return [schema, clean, *own, *recipes]
+
+
+def modules_of(package: Any) -> list[pkgutil.ModuleInfo]:
+    """Returns the modules that lie in a package, without its subpackages."""
+    return [each for each in pkgutil.iter_modules(package.__path__) if not each.ispkg]
 
 
 def section_class(name: str) -> type:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmtrain.config.clean import CleanConfig, CollectConfig, ExecutionConfig
+from llmtrain.config.curriculum import CurriculumConfig
 from llmtrain.config.section import Section, UserPath
 
 
@@ -66,6 +67,7 @@ class DataConfig(Section):
     loader_workers: int = Field(0, ge=0, le=64)  # threads that read rows of text ahead; any number gives the same rows
     train: UserPath | None = None  # rows with prompt|messages, answer, ...; see docs/data.md; pretraining has none
     held_out: UserPath | None = None  # rows to evaluate on
+    curriculum: CurriculumConfig | None = None  # which prompts are sampled, by their difficulty; None = all alike
     fields: dict[str, str] = Field({})  # names of your fields by ours, as {prompt: question, answer: gold}
     rendered: bool = False  # texts of rows are rendered already: special tokens that they spell are special
     trained_turns: Literal["last", "all"] = "last"  # of a conversation: turns of the assistant that are trained

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from llmtrain.data.prompts import PromptSet
 from llmtrain.data.sampler import derive
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.generator import Generator, Weights
 from llmtrain.types import Group, Prompt, Reward, Sampling
+
+
+class Order(Protocol):
+    """Says which rows the prompts of a run are."""
+
+    def choose(self, numbers: range) -> list[int]:
+        """Returns the row of each of these prompts, the next ones of the run."""
+
+    def note(self, rows: Sequence[int], groups: Sequence[Group]) -> None:
+        """Hears what became of rows that were chosen, once their groups are rewarded."""
+
+
+class Shuffled:
+    """Takes each row once an epoch, in an order that follows from the seed."""
+
+    def __init__(self, prompts: PromptSet, seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
+
+    def choose(self, numbers: range) -> list[int]:
+        """Returns the rows; see Order."""
+        return [self.prompts.at(number, self.seed) for number in numbers]
+
+    def note(self, rows: Sequence[int], groups: Sequence[Group]) -> None:
+        """Changes nothing."""
 
 
 class InStep:
@@ -22,21 +47,23 @@ class InStep:
         sampling: Sampling,
         reward: Reward,
         seed: int,
+        order: Order | None = None,
     ) -> None:
+        """`order` says which rows are taken; None = `Shuffled`."""
+        self.order = order or Shuffled(prompts, seed)
         self.generator, self.prompts, self.prompts_per_step = generator, prompts, prompts_per_step
         self.sampling, self.reward, self.seed, self.version = sampling, reward, seed, 0
 
     def take(self, step: int) -> list[Group]:
         """Samples and rewards the groups of a step; see RolloutSource.
 
-        Which prompts these are, and their random streams, follows from the seed and the step alone.
+        Which prompts these are follows from the seed, the step and the order; their random streams from the first two.
         """
         return self.ask(range(step * self.prompts_per_step, (step + 1) * self.prompts_per_step))
 
     def ask(self, numbers: range) -> list[Group]:
-        """Samples and rewards the groups of these prompts, which follow from the seed, as do their streams; see
-        RolloutSource."""
-        chosen = [self.prompts.at(number, self.seed) for number in numbers]
+        """Samples and rewards the groups of these prompts; see RolloutSource."""
+        chosen = self.order.choose(numbers)
         streams = [derive(self.seed, f"rollout/{number}") for number in numbers]
         asked = [Prompt(self.prompts.prompt_ids(i), stream) for i, stream in zip(chosen, streams, strict=True)]
         groups = self.generator.generate(asked, self.sampling)
@@ -45,6 +72,7 @@ class InStep:
                 assert set(sample.versions) <= {self.version}, f"sampled by {set(sample.versions)}, not {self.version}"
                 sample.example = self.prompts.examples[i]
         self.reward(groups)
+        self.order.note(chosen, groups)
         return groups
 
     def publish(self, weights: Weights, version: int) -> None:

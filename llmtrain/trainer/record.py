@@ -21,6 +21,7 @@ from llmtrain.types import Group
 
 STEP_SAMPLES = "step_samples"  # what a step says of how many completions it sampled
 SAMPLES = "samples"  # key in Job.state, and in metrics.jsonl: how many the run has sampled
+CURRICULUM = "curriculum"  # key in Job.state: what `data.curriculum` has learned of the rows
 SHOWN = ("loss", "reward_mean", "lr", "tokens_per_s")  # beside the progress bar
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class Record:
             return
         timing = {"tokens_per_s": tokens / step_s, "step_s": step_s, "peak_bytes": peak_bytes()}
         sampled = {SAMPLES: job.state[SAMPLES]} if STEP_SAMPLES in metrics else {}
+        if CURRICULUM in job.state:
+            sampled["skipped_prompts"] = job.state[CURRICULUM]["skipped"]
         line = {**metrics, "tokens": job.tokens, **sampled, **timing, **measured}
         self.file.write({"step": job.step, **line})
         self.sink.log(job.step, line)

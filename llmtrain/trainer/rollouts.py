@@ -18,9 +18,10 @@ from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
 from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
+from llmtrain.trainer.curriculum import Curriculum
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
-from llmtrain.trainer.record import STEP_SAMPLES
+from llmtrain.trainer.record import CURRICULUM, STEP_SAMPLES
 from llmtrain.types import Group
 
 PROMPTS = "prompts"  # key in Job.state: how many the run has sampled
@@ -64,7 +65,16 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
         stop_if_failing(config.rewards, [sample.errors for group in groups for sample in group])
 
     job.generator, sampling = build_generator(job), sampling_of(config, job.tokenizer)
-    return InStep(job.generator, prompts, prompts_per_step, sampling, reward, config.seed)
+    order = curriculum(job, prompts, prompts_per_step)
+    return InStep(job.generator, prompts, prompts_per_step, sampling, reward, config.seed, order)
+
+
+def curriculum(job: Job, prompts: PromptSet, prompts_per_step: int) -> Curriculum | None:
+    """Returns the order of prompts that `data.curriculum` asks for; its state lies in `job.state`."""
+    settings, total = job.config.data.curriculum, job.config.train.steps * prompts_per_step
+    if settings is None:
+        return None
+    return Curriculum(settings, prompts, total, job.config.seed, job.state.setdefault(CURRICULUM, {}))
 
 
 def take_spread(

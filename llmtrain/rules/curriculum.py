@@ -1,0 +1,21 @@
+"""Checks data.curriculum. Each rule yields lines with value, rule and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmtrain.config.recipes import names_of
+from llmtrain.rules.case import Case, Rules, plans
+
+
+def _curriculum(case: Case) -> Iterator[str]:
+    settings = case.config.data.curriculum
+    if settings is None:
+        return
+    yield from settings.faults()
+    if case.recipe is not None and not case.recipe.samples:
+        have = names_of(lambda recipe: recipe.samples)
+        yield f"data.curriculum: is for recipes that sample ({have}); remove it from {case.command}"
+
+
+CURRICULUM_RULES: Rules = ((plans, _curriculum),)
