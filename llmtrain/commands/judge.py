@@ -23,7 +23,6 @@ from llmtrain.eval.judging import (
     agrees_with_first,
     best_against_worst,
     best_of,
-    rubric_score,
     soft_label,
     votes,
 )
@@ -32,6 +31,7 @@ from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.rows import own_directory, write_rows
 from llmtrain.rewards import build_reward, check_rows, scorer_of, stop_if_failing
 from llmtrain.rewards.check import row_faults
+from llmtrain.rewards.rubric import filled, read_rubric, rubric_score
 from llmtrain.trainer.completions import prompts_of
 from llmtrain.trainer.job import resolved
 from llmtrain.trainer.speaker import Question, Said, Speaker, numbers_of, open_speaker
@@ -39,22 +39,6 @@ from llmtrain.types import Group
 
 COMMAND = "llmtrain judge"
 FILES = ("config.yaml", "judge.json", "pairs.jsonl", "best.jsonl", "samples.jsonl")
-FIELDS = ("{prompt}", "{completion}")  # of a rubric
-RUBRIC = """Here is a task and an answer to it.
-
-Task:
-{prompt}
-
-Answer:
-{completion}
-
-Judge the answer. It gets a point for each of these that holds:
-- It does what the task asks, and nothing else.
-- What it says is right.
-- Its steps lead to its result.
-- It is complete.
-- It is no longer than it must be.
-Say briefly why, and end with a line "Score: N", where N is the sum of the points, 0 to 5."""
 
 
 @dataclass
@@ -182,7 +166,7 @@ def compared(
 def verifier_of(config: Config, prompts: PromptSet) -> RewardConfig | None:
     """Returns the first reward that is no model and finds in the rows what it needs; the log says why others do not."""
     for reward in config.rewards:
-        if reward.model is None:
+        if reward.verifies:
             fault = next(row_faults(reward, prompts.examples, prompts.places), None)
             if fault is None:
                 return reward
@@ -222,9 +206,9 @@ def judge_of(speaker: Speaker, prompts: PromptSet) -> Judge:
     if config.judge.by == "logprob":
         return lambda groups, texts, numbers: own_logprobs(speaker, groups)
     if config.judge.by == "rubric":
-        rubric = read_rubric(config.judge.rubric)
+        rubric = read_rubric("judge.rubric", config.judge.rubric)
         return lambda groups, texts, numbers: by_rubric(speaker, prompts, rubric, texts, numbers)
-    reward = next(reward for reward in config.rewards if reward.model is None)
+    reward = next(reward for reward in config.rewards if reward.verifies)
     classes = scorer_of(reward).classes
     if config.judge.by == "majority":
         return lambda groups, texts, numbers: [votes(classes(own)) for own in texts]
@@ -279,17 +263,3 @@ def by_rubric(
         return fmean(kept) if (kept := [each for each in found if each is not None]) else None
 
     return [[score(next(replies)) for _ in own] for own in texts]
-
-
-def filled(rubric: str, prompt: str, completion: str) -> str:
-    """Returns the rubric with its two fields filled in; what they hold is not looked at again."""
-    parts = [part.replace(FIELDS[0], prompt) for part in rubric.split(FIELDS[1])]
-    return completion.join(parts)
-
-
-def read_rubric(path: str | None) -> str:
-    """Returns the rubric. Raises ValueError when the file lacks one of the two fields."""
-    text = RUBRIC if path is None else Path(path).read_text(encoding="utf-8")
-    if missing := [field for field in FIELDS if field not in text]:
-        raise ValueError(f"judge.rubric={path}: has no {missing[0]}; write it where it belongs")
-    return text

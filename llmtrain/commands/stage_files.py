@@ -55,6 +55,7 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
     first = int(evaluates and config.eval.problems > 0)  # beside training it alone judges
     rewards = config.rewards if judges else config.rewards[:first]
     yield from ((f"rewards.{reward.name}", reward.model or reward.file) for reward in rewards)
+    yield from ((f"rewards.{each.name}.rubric", each.rubric.rubric) for each in rewards if each.rubric)
     if command == "judge":
         yield "judge.rubric", config.judge.rubric
     if command == "constitutional":

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from llmtrain.config.document import model_name
 from llmtrain.config.lm_eval import LmEvalConfig
+from llmtrain.config.rubric import RubricConfig
 from llmtrain.config.section import DeadlineS, Dtype, Section, Share, UserPath
 from llmtrain.config.tasks import EvalTask
 from llmtrain.config.testtime import TestTimeConfig
@@ -37,21 +38,27 @@ DEVICE_MAP = r"^(auto|balanced|balanced_low_0|sequential|cpu|cuda(:\d+)?)$"  # o
 
 
 class RewardConfig(Section):
-    """Names a reward of completions, a function of your own, or a reward model; see docs/rewards.md. Recipes that
-    sample train on the sum of all, by their weights. `rewards.KEY=value` on the command line sets a key in all
+    """Names a reward of completions, a function of your own, a reward model or a judge; see docs/rewards.md. Recipes
+    that sample train on the sum of all, by their weights. `rewards.KEY=value` on the command line sets a key in all
     entries."""
 
     function: str | None = None  # your own: my_rewards.py:score or package.module:score; None = the one of `name`
     model: UserPath | None = None  # a sequence classifier with one output: an export, a directory, a hub name
-    name: str = "reasoning_gym"  # reasoning_gym, first_integer, math; with `function` or `model`, in metrics, theirs
+    rubric: RubricConfig | None = None  # a model behind a server judges by a rubric
+    name: str = "reasoning_gym"  # reasoning_gym, first_integer, math; of another kind of reward: its name in metrics
     weight: float = 1.0  # in the sum
-    deadline_s: DeadlineS = 5.0  # to score one completion; later it is an error, see docs/rewards.md; not: model
-    max_error_share: Share | None = None  # of a step; above it the run stops; None = 1, function and model: 0.5
+    deadline_s: DeadlineS = 5.0  # to score one completion; later is an error, see docs/rewards.md; not: model, rubric
+    max_error_share: Share | None = None  # of a step; above it the run stops; None = 1; function, model, rubric: 0.5
     unsandboxed: bool = False  # run `function` with all that you may do: files, network, what it remembers
     device_map: Annotated[str, Field(pattern=DEVICE_MAP)] = "auto"  # model: GPU, then host memory; cpu, cuda:1, ...
     dtype: Dtype = "auto"  # model: of its weights; auto: as stored, but fp32 where this machine is slow in bf16
     batch_tokens: PositiveInt = 8192  # model: tokens in a forward, padding counted
     render: Literal["auto", "rows", "template"] = "auto"  # model: as our recipes train rows, or as transformers does
+
+    @property
+    def verifies(self) -> bool:
+        """Says whether it knows what is right: it is neither a model nor a judge."""
+        return self.model is None and self.rubric is None
 
     @property
     def file(self) -> str | None:
@@ -67,6 +74,8 @@ class RewardConfig(Section):
             return data
         if isinstance(data.get("function"), str):
             return {**data, "name": data["function"].rpartition(":")[2]}
+        if data.get("rubric") is not None:
+            return {**data, "name": "rubric"}
         return {**data, "name": model_name(data["model"])} if isinstance(data.get("model"), str) else data
 
     @field_validator("function")
@@ -79,7 +88,8 @@ class RewardConfig(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str, info: ValidationInfo) -> str:
-        if info.data.get("function") is None and info.data.get("model") is None and name not in REWARDS:
+        own = any(info.data.get(kind) is not None for kind in ("function", "model", "rubric"))
+        if not own and name not in REWARDS:
             known = {"expected": " or ".join([", ".join(map(repr, REWARDS[:-1])), repr(REWARDS[-1])])}
             raise PydanticCustomError("literal_error", "must be one of {expected}", known)
         return name

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain, combinations
+from itertools import combinations
 
 Scores = Sequence[float | None]
 """Holds a judge's scores of the samples of one prompt; None: it has none."""
-
-NUMBER = r"(?<![^\W_])-?\d+(?:\.\d+)?"  # not within a word, as in `step1`
-PARENTHESES = re.compile(r"\([^()]*\)")
-SCORE = re.compile(r"(?<![^\W_])score(?![^\W_])", re.I)
-TERM = rf"{NUMBER}[^\d+=.,;:]*"  # of a sum: a number, and words that say what it is for
-SUM = re.compile(rf"[^\d-]*(?:{TERM}(?:\+[^\d+=.,;:]*{TERM})+=\s*)+")
 
 
 def ranking(scores: Scores, texts: Sequence[str], finished: Sequence[bool]) -> list[int]:
@@ -90,31 +83,3 @@ def agrees_with_first(classes: Sequence[int | None]) -> list[float | None]:
     """
     first, *others = classes
     return [None if first is None else float(own == first) for own in others]
-
-
-def rubric_score(reply: str, lowest: float, highest: float) -> float | None:
-    """Returns the score in a judgement, None where there is none from `lowest` to `highest`.
-
-    Parentheses are left out. It is the first number behind the last word `score` that a number follows on its line; of
-    a sum what stands behind its last `=`. Without such a word it is the last number.
-    Example: rubric_score("Score (0-5): 1 + 1 = 2", 0, 5) -> 2.0
-    """
-    text = without_parentheses(reply)
-    behind = chain.from_iterable(SCORE.split(line)[1:] for line in text.split("\n"))
-    told = [found for part in behind if (found := re.findall(NUMBER, behind_sum(part)))]
-    numbers = told[-1][:1] if told else re.findall(NUMBER, text)[-1:]
-    value = float(numbers[0]) if numbers else math.nan
-    return value if lowest <= value <= highest else None
-
-
-def behind_sum(text: str) -> str:
-    """Returns what stands behind the last `=` of the sum that a text begins with, else the text."""
-    found = SUM.match(text)
-    return text if found is None else text[found.end() :]
-
-
-def without_parentheses(text: str) -> str:
-    """Returns a text without what stands in parentheses, and in parentheses within them."""
-    while (shorter := PARENTHESES.sub(" ", text)) != text:
-        text = shorter
-    return text

@@ -3,7 +3,6 @@ teachers say of them -> divergence -> step."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from llmtrain.config.recipes.distill import RECIPE, DistillConfig
 from llmtrain.config.schema import Config
+from llmtrain.config.served import token_of
 from llmtrain.data.faults import Faults
 from llmtrain.data.packing import Demonstrations
 from llmtrain.data.prompts import PromptSet
@@ -204,8 +204,7 @@ def find_servers(job: Job, prompts: PromptSet) -> dict[int, ServedModel]:
     """Returns the teachers behind servers, by their number; each has shown that it can answer."""
     d, servers = job.config.distill, {}
     for i, each in ((i, each) for i, each in enumerate(d.teacher) if each.served):
-        token = os.environ[each.token_env] if each.token_env else None
-        servers[i] = ServedModel(each.path, each.model, token, d.server_threads, d.server_deadline_s)
+        servers[i] = ServedModel(each.path, each.model, token_of(each.token_env), d.server_threads, d.server_deadline_s)
         check_served(job, f"distill.teacher.{each.name}", servers[i], prompts)
     return servers
 

@@ -30,7 +30,7 @@ __all__ = [
     "scorer_of",
     "stop_if_failing",
 ]
-OWN_ERROR_SHARE = 0.5  # the default of max_error_share for a user's own function, and for a model
+OWN_ERROR_SHARE = 0.5  # the default of max_error_share for a user's own function, for a model and a judge
 
 
 class RewardsFail(RuntimeError):
@@ -104,7 +104,7 @@ def stop_if_failing(rewards: Sequence[RewardConfig], errors: Sequence[dict[str, 
     """Raises RewardsFail when a reward failed on more than its `max_error_share` of the samples, whose errors by
     reward these are."""
     for reward in rewards:
-        own = OWN_ERROR_SHARE if reward.function or reward.model else 1.0
+        own = OWN_ERROR_SHARE if reward.function or not reward.verifies else 1.0
         most = own if reward.max_error_share is None else reward.max_error_share
         told = [each[reward.name] for each in errors if reward.name in each]
         if told and len(told) > most * len(errors):

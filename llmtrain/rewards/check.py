@@ -29,13 +29,12 @@ def check_rows(rewards: Sequence[RewardConfig], rows: Sequence[dict[str, Any]], 
 def row_faults(reward: RewardConfig, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> Iterator[str]:
     """Yields a line for each row that one reward cannot score."""
     scorer = scorer_of(reward)
-    if reward.function is not None or reward.model is not None:
+    if reward.function is not None or not reward.verifies:
         scorer.start()
     if reward.function is not None:
         return
-    model = reward.model is not None
-    fault = scorer.fault if model else OF_PACKAGE[reward.name].fault
-    unknown = set() if model else start(reward, scorer, rows)
+    fault = OF_PACKAGE[reward.name].fault if reward.verifies else scorer.fault
+    unknown = start(reward, scorer, rows) if reward.verifies else set()
     for row, place in zip(rows, places, strict=True):
         found = fault(row)
         if found is None and row.get("source") in unknown:

@@ -16,6 +16,7 @@ from llmtrain.sandbox.pool import Call, Pool, Reply
 
 if TYPE_CHECKING:
     from llmtrain.config.schema import RewardConfig
+    from llmtrain.rewards.judge import JudgeScorer
     from llmtrain.rewards.model import ModelScorer
 
 OF_PACKAGE: dict[str, ModuleType] = {"reasoning_gym": reasoning, "first_integer": format, "math": mathematics}
@@ -60,8 +61,12 @@ def absolute(function: str) -> str:
     return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else function
 
 
-def scorer_of(reward: RewardConfig) -> Scorer | ModelScorer:
+def scorer_of(reward: RewardConfig) -> Scorer | ModelScorer | JudgeScorer:
     """Returns the scorer of a reward."""
+    if reward.rubric is not None:
+        from llmtrain.rewards.judge import JudgeScorer  # which reads rows, as workers do not
+
+        return JudgeScorer(reward)
     if reward.model is not None:
         from llmtrain.rewards.model import ModelScorer  # workers import this package, and need no torch
 

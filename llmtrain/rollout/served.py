@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmtrain.rollout.post import ServerFault, post_json
+from llmtrain.data.post import ServerFault, post_json
 
 BYTES_PER_TOKEN, OTHER_BYTES = 1024, 65_536  # of an answer: log-probs, ids and texts of two tokens a position
 ABOVE_ZERO = 1e-3  # a log-prob may be, by rounding in 16 bits

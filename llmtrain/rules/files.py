@@ -131,7 +131,7 @@ def _rewards(case: Case) -> Iterator[str]:
         file = (reward.function or "").rpartition(":")[0]
         if file.endswith(".py") and not os.path.isfile(file):
             yield f"rewards.{reward.name}.function={reward.function}: {file} is no file here; correct the path"
-        yield from _reward_model(case, reward)
+        yield from (*_reward_model(case, reward), *_judge(case, reward))
         if reward.unsandboxed and reward.function is None:
             yield f"rewards.{reward.name}.unsandboxed=true: only a function of your own may run outside; remove it"
     if not names and (case.recipe is None or case.recipe.judged or _evaluates_problems(case)):
@@ -151,6 +151,21 @@ def _reward_model(case: Case, reward: RewardConfig) -> Iterator[str]:
         yield f"{key}: does not exist; give an export of a reward model, a Hugging Face directory or a name on the hub"
     if case.config.rewards[0] is reward and _evaluates_problems(case):
         yield f"{key}: eval calls an answer right by its first reward, and a model knows no right; put another first"
+
+
+def _judge(case: Case, reward: RewardConfig) -> Iterator[str]:
+    """Yields what is wrong with a reward that a judge gives."""
+    key, settings = f"rewards.{reward.name}", reward.rubric
+    if settings is None:
+        return
+    yield from settings.faults(key)
+    for other in ("function", "model"):
+        if getattr(reward, other) is not None:
+            yield f"{key}.{other}={getattr(reward, other)}: not with rubric, a reward is one of them; remove one"
+    if settings.rubric is not None and case.missing(settings.rubric):
+        yield f"{key}.rubric.rubric={settings.rubric}: does not exist; give a text with {{prompt}} and {{completion}}"
+    if case.config.rewards[0] is reward and _evaluates_problems(case):
+        yield f"{key}: eval calls an answer right by its first reward, and a judge only rates it; put another first"
 
 
 def _own_rules(case: Case) -> Iterator[str]:

@@ -36,7 +36,7 @@ def _judges(case: Case) -> Iterator[str]:
     j, rewards = case.config.judge, case.config.rewards
     if j.by == "model" and not any(reward.model for reward in rewards):
         yield "judge.by=model: needs a reward that is a model; add {model: DIRECTORY} to rewards, or change by"
-    if j.by in ("majority", "greedy") and not any(reward.model is None for reward in rewards):
+    if j.by in ("majority", "greedy") and not any(reward.verifies for reward in rewards):
         yield f"judge.by={j.by}: needs a reward that reads answers; add one that is no model, such as {{name: math}}"
     if j.lowest >= j.highest:
         yield f"judge.lowest={j.lowest:g}: must be less than judge.highest={j.highest:g}; lower it"

@@ -57,6 +57,7 @@ NO_ROWS = ("collect", "clean", "executor", "execution", "workers", "verify", "me
 OF_TEXT = ("mix", "temperature", "anneal", "packing")  # of the section data: which rows of text are taken
 OF_SOURCES = ("weight", "max_epochs", "language")  # keys of a source that say which rows are taken, not what is in them
 JUDGING = ("name", "function", "weight", "deadline_s", "dtype", "render")  # of a reward
+OF_JUDGE = ("model", "votes", "temperature", "max_tokens", "lowest", "highest")  # of its rubric
 PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap")  # of rollout: who samples, not what
 STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
 WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory
@@ -280,14 +281,18 @@ def _rewards(was: dict[str, Any], now: dict[str, Any], count: int | None) -> Ite
     before, after = was.get("rewards", now["rewards"])[:count], now["rewards"][:count]
     if len(before) == len(after) and all(map(_judge_alike, before, after)):
         return
-    yield "rewards", *([{key: each.get(key) for key in JUDGING} for each in rewards] for rewards in (before, after))
+    shown = (*JUDGING, "rubric")
+    yield "rewards", *([{key: each.get(key) for key in shown} for each in rewards] for rewards in (before, after))
 
 
 def _judge_alike(was: dict[str, Any], now: dict[str, Any]) -> bool:
     (file, _, name), (other, _, other_name) = ((each.get("function") or "").rpartition(":") for each in (was, now))
     in_files = file.endswith(".py") and other.endswith(".py")
     keys = [key for key in JUDGING if key in was and not (key == "function" and in_files and name == other_name)]
-    return bool(was.get("model")) == bool(now.get("model")) and all(was[key] == now[key] for key in keys)
+    if bool(was.get("model")) != bool(now.get("model")):
+        return False
+    judges = [each.get("rubric") and {key: each["rubric"][key] for key in OF_JUDGE} for each in (was, now)]
+    return judges[0] == judges[1] and all(was[key] == now[key] for key in keys)
 
 
 def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: str, checksums: Checksums) -> Contents:
@@ -307,6 +312,8 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
     rewards = config.rewards if recipe.reads_rewards else config.rewards[:answers]
     places |= {f"rewards.{each.name}": (each.file, files_at(each.file)) for each in rewards if each.file}
     places |= {f"rewards.{each.name}": (each.model, weight_files(each.model)) for each in rewards if each.model}
+    rubrics = {f"rewards.{each.name}.rubric": each.rubric.rubric for each in rewards if each.rubric}
+    places |= {key: (path, files_at(path)) for key, path in rubrics.items() if path}
     if config.model.init_from:
         places["model.init_from"] = (config.model.init_from, weight_files(config.model.init_from))
     places |= {key: (path, weight_files(path)) for key, path in recipe.weights(config).items()}

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 
 from llmtrain.checkpoint.group import together
+from llmtrain.data.post import ServerFault
 from llmtrain.data.prompts import PromptSet
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.rollout.post import ServerFault
 from llmtrain.rollout.served import ServedModel
 from llmtrain.trainer.job import Job
 from llmtrain.types import Group, Sample

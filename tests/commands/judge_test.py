@@ -341,7 +341,7 @@ def test_rules(start: Path, tmp_path: Path, overrides: list[str], message: str) 
 def test_a_rubric_needs_its_fields(tmp_path: Path) -> None:
     (tmp_path / "r.txt").write_text("{completion} of {something}")
     with pytest.raises(ValueError, match=r"judge\.rubric=.*r\.txt: has no \{prompt\}; write it where it belongs"):
-        judge.read_rubric(str(tmp_path / "r.txt"))
+        judge.read_rubric("judge.rubric", str(tmp_path / "r.txt"))
     assert judge.filled("{completion} {prompt} {x}", "{completion}", "{prompt}") == "{prompt} {completion} {x}"
 
 

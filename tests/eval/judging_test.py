@@ -16,7 +16,6 @@ from llmtrain.eval.judging import (
     best_against_worst,
     best_of,
     ranking,
-    rubric_score,
     soft_label,
     votes,
 )
@@ -79,40 +78,6 @@ def test_labels_votes_and_scores() -> None:
     assert votes([0, 1, 0, None]) == [0.5, 0.25, 0.5, 0.0]
     assert agrees_with_first([5, 5, 6, None]) == [1.0, 0.0, 0.0]
     assert agrees_with_first([None, 5, None]) == [None, None]
-    for reply, score in {
-        "Two of 3 hold. Score: 4": 4.0,
-        "**Score:** 3.5/5": 3.5,
-        "score 2, no: Score = 1": 1.0,
-        "4": 4.0,
-        "Score: 9": None,
-        "Score: -1": None,
-        "none": None,
-        "I would give it a score of 2 out of 5.": 2.0,
-        "Score (0-5): 4": 4.0,
-        "Score: 1 + 1 + 1 = 3": 3.0,
-        "Score: 4. (A perfect score: 5)": 4.0,
-        "Score: 4/5": 4.0,
-        "Score: 4 out of 5": 4.0,
-        "(The (highest (5) score) is 5.) 3": 3.0,
-        "Score: 1 for the task + 0 for the rest = 1, and 5 is the most": 1.0,
-        "The score is 1+1 = 2. Mind that x = 5": 2.0,
-        "Score: 1 + 1 = 1 + 1 + 0 = 2": 2.0,
-        "Score: 4, since 1 + 1 = 2 is right": 4.0,
-        "Score = 4": 4.0,
-        "Score: 3\nThat is my score.": 3.0,
-        "Score: 3\n5": 3.0,
-        "Score: 1 + 1\n= 2": 1.0,
-        "Score:\n3": 3.0,
-        "_Score_: __2__": 2.0,
-        "It scores well, 1 of 5 is wrong: 4": 4.0,
-        "Score of step1: 2": 2.0,
-        "3 (of 5)": 3.0,
-        "Score (0-5): 1 + 1 = 2 out of 5": 2.0,
-        "(" * 3000 + ")" * 3000 + "Score: 1": 1.0,
-        "Score: " + "1 + " * 3000 + "1": 1.0,
-        "score " * 100000: None,  # in a time that grows with the length
-    }.items():
-        assert rubric_score(reply, 0.0, 5.0) == score, reply
 
 
 def test_wilson() -> None:

@@ -30,7 +30,7 @@ from llmtrain.trainer.served import PROBE, ask_samples
 from llmtrain.types import Sample
 from tests.parity.layouts_worker import scores_of
 from tests.recipes.distill_test import CONTEXT, PIPELINE, WORKER, save_model
-from tests.rollout.servers import Server, reply, serving
+from tests.servers import Server, reply, serving
 from tests.small_run import DOCUMENT
 
 OWN = (

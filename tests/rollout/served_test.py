@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llmtrain.rollout.post import ServerFault
+from llmtrain.data.post import ServerFault
 from llmtrain.rollout.served import ServedModel, read_logprobs
-from tests.rollout.servers import Answer, reply, serving
+from tests.servers import Answer, reply, serving
 
 IDS = [5, 7, 9]
 FAULTS: dict[str, tuple[Callable[[dict], object], str]] = {

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmtrain.rollout.post import ServerFault
+from llmtrain.data.post import ServerFault
 from llmtrain.trainer.served import PROBE, ask_samples, check_served
 from llmtrain.types import Group, Sample
 from tests.checkpoint.conftest import ThreadGroup, run_ranks

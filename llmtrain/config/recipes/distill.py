@@ -6,15 +6,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled, without_effect
 from llmtrain.config.schema import Config
 from llmtrain.config.section import Count, DeadlineS, Section, UserPath
-
-SCHEMES = ("http://", "https://")
+from llmtrain.config.served import SCHEMES, address, reachable
 
 
 class TeacherConfig(Section):
@@ -110,10 +108,10 @@ def usable_servers(config: Config) -> Iterator[str]:
     d, r = config.distill, config.rollout
     for each in (each for each in d.teacher if each.served):
         key = f"distill.teacher.{each.name}"
-        yield from reachable(key, each)
+        yield from reachable(key, each.path, each.model, each.token_env)
         if d.estimate != "sampled":
             yield (
-                f"{key}={address(each)}: a server gives the log-prob of the token that stands there, not of the "
+                f"{key}={address(each.path)}: a server gives the log-prob of the token that stands there, not of the "
                 "vocabulary; set distill.on_policy=true and distill.estimate=sampled, or give the directory of a model"
             )
         elif r.temperature != 1.0:
@@ -126,37 +124,6 @@ def usable_servers(config: Config) -> Iterator[str]:
                 f"distill.server_deadline_s={d.server_deadline_s:g}: must be below half of "
                 f"engine.timeout_s={config.engine.timeout_s}, when other ranks give up; lower it, or raise timeout_s"
             )
-
-
-def reachable(key: str, teacher: TeacherConfig) -> Iterator[str]:
-    """Yields what is missing to ask a server, or is too much."""
-    if not is_plain(teacher.path):
-        yield (
-            f"{key}={address(teacher)}: must be http://host:port/v1 or https, without user, query and fragment; "
-            "correct it, a token belongs into the environment variable that token_env names"
-        )
-    if not teacher.model:
-        yield f"{key}.model: must be set, a server has a name for each of its models; GET /v1/models lists them"
-    token = os.environ.get(teacher.token_env) if teacher.token_env else "none"
-    if not token:
-        yield f"{key}.token_env={teacher.token_env}: is not set in the environment; export it, or remove the key"
-    elif not (token.isascii() and token.isprintable()):  # an error of the HTTP library would show it
-        yield f"{key}.token_env={teacher.token_env}: must hold printable ASCII in one line; correct what is exported"
-
-
-def is_plain(url: str) -> bool:
-    """Tells whether a URL is a host, perhaps a port and a path, and nothing else."""
-    try:
-        parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0 and not (parts.username or parts.query or parts.fragment)
-    except ValueError:  # a port that is no number
-        return False
-
-
-def address(teacher: TeacherConfig) -> str:
-    """Returns the URL of a server as it may be shown: what stands before an @ may be a secret."""
-    scheme, _, rest = teacher.path.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def on_given_rows(config: Config) -> Iterator[str]:

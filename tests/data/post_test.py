@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from llmtrain.rollout import post
-from llmtrain.rollout.post import ServerFault, post_json
-from tests.rollout.servers import reply, serving
+from llmtrain.data import post
+from llmtrain.data.post import ServerFault, post_json
+from tests.servers import reply, serving
 
 OK = b'{"a": [1, null]}'
 
