@@ -16,7 +16,7 @@ from llmtrain.scaling.collectives import hierarchical_seconds, ring_over_nodes, 
 from llmtrain.scaling.failures import best_interval_s, goodput, job_mttf_s
 from llmtrain.scaling.layouts import overrides
 from llmtrain.scaling.plan import Plan, bubble_share, plan
-from llmtrain.scaling.search import search
+from llmtrain.scaling.search import document_of, search
 from llmtrain.scaling.speed import mfu, tflops_per_gpu
 
 LAYOUT = ParallelConfig(**CUT)
@@ -49,7 +49,7 @@ def main() -> None:
             train=TrainConfig(seq_len=4096, global_batch_seqs=1152),
             plan={"hardware": "h100"},
         )
-        best = search(config, RECIPES["pretrain"], gpus).best[0].config
+        best = search(document_of(config, RECIPES["pretrain"], gpus)).best[0].config
         print(f"{gpus:<8} {mfu(plan(best, gpus), best):>5.1%}  {overrides(best)}")
     print("all-reduce of 1 MB and 1 GB over H100 nodes, ms: one ring, rings side by side, tree")
     _, p = planned(1024, 128)

@@ -12,9 +12,11 @@ from llmtrain.config.schema import Config, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
 from llmtrain.rules.check import planned_stages
 from llmtrain.scaling.plan import Plan, bubble_share, plan, rollout_workers
-from llmtrain.scaling.rollouts import turn_seconds
-from llmtrain.scaling.speed import cost, failure_lines, speed_lines
-from llmtrain.scaling.turns import Turn, heaviest, other_models, turns_of
+from llmtrain.scaling.speed import fit_line, hardware_line, speed_lines
+from llmtrain.scaling.turnlines import step_lines, traffic_lines
+from llmtrain.scaling.turns import Turn, heaviest, other_models, takes_turns, turns_of
+from llmtrain.scaling.turntime import Job, step_of_turns
+from llmtrain.scaling.units import gigabytes
 
 
 def main(config: Config) -> None:
@@ -67,7 +69,6 @@ def describe(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[
     axes = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
     others = recipe.other_models(config)
     alone = f"; of the policy alone, beside it {' and '.join(others)}" if others else ""
-    turns, lines = _turns(config, p, recipe, earlier)
     active = f" ({p.active_parameters:,} active)" if p.active_parameters < p.parameters else ""
     backend = f"ZeRO {engine.zero_stage}" if engine.backend == "deepspeed" else "FSDP2"
     return [
@@ -80,11 +81,30 @@ def describe(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[
         f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
         f"             by the rule of 18 bytes a parameter, all ranks hold {gigabytes(18 * p.parameters)} of states",
         f"             ({engine.precision}, {backend}, offload {engine.offload}, remat {engine.remat}{alone})",
-        *_sent_lines(p),
-        *_bubble_lines(config, p),
-        *lines,
-        *speed_lines(config, p, turns[heaviest(turns)[0]] if turns else None),
+        *_time_lines(config, p, recipe, earlier),
     ]
+
+
+def _time_lines(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[str]:
+    """Returns the lines about messages, bubble and time: of a step, or of its turns where models take turns."""
+    model = resolve_model(config.model, earlier)
+    try:
+        models = other_models(config, model, recipe, earlier)
+    except ValueError as error:  # a directory that a command before makes
+        later = [f"turns        cannot be told yet: {line}" for line in str(error).splitlines()]
+        return [*later, *_fit_lines(config, p, {})]
+    if not takes_turns(recipe, models):
+        return [*_sent_lines(p), *_bubble_lines(config, p), *speed_lines(config, p)]
+    turns, step = turns_of(config, model, recipe, p, models), step_of_turns(Job(config, recipe, model, models, p))
+    lines = [*traffic_lines(step), *_turn_lines(turns), *_fit_lines(config, p, turns)]
+    return [*lines, *step_lines(config, recipe, p, step)]
+
+
+def _fit_lines(config: Config, p: Plan, turns: dict[str, Turn]) -> list[str]:
+    """Returns the lines about the hardware and whether the heaviest turn fits it; none without hardware."""
+    if p.hardware is None:
+        return []
+    return [hardware_line(p), fit_line(config, p, turns[heaviest(turns)[0]] if turns else None)]
 
 
 def _bubble_lines(config: Config, p: Plan) -> list[str]:
@@ -104,34 +124,14 @@ def _work_lines(p: Plan) -> list[str]:
     return [f"work         {w.model:.4g} FLOPs a token: {parts}; with what is computed again {w.hardware:.4g}"]
 
 
-def _turns(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> tuple[dict[str, Turn], list[str]]:
-    """Returns the turns of the models of a step, and the lines about them, the heaviest turn first."""
-    model = resolve_model(config.model, earlier)
-    try:
-        models = other_models(config, model, recipe, earlier)
-    except ValueError as error:  # a directory that a command before makes
-        return {}, [f"turns        cannot be told yet: {line}" for line in str(error).splitlines()]
-    turns = turns_of(config, model, recipe, p, models)
+def _turn_lines(turns: dict[str, Turn]) -> list[str]:
+    """Returns the lines about the memory of each turn, the heaviest first."""
     lines = []
     for name, turn in sorted(turns.items(), key=lambda entry: -sum(entry[1].values())):
         parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in turn.items())
         first = " (the heaviest)" if not lines else ""
         lines.append(f"{'' if lines else 'turns':<13}{name} {gigabytes(sum(turn.values()))}{first}: {parts}")
-    if p.hardware is not None and p.time is None:
-        lines += _turn_time_lines(config, p, turn_seconds(config, model, recipe, p, models))
-    return turns, lines
-
-
-def _turn_time_lines(config: Config, p: Plan, seconds: dict[str, float]) -> list[str]:
-    """Returns the lines about the time of a step whose lengths are not known, and of the run, from that of its turns,
-    all lengths being the longest."""
-    step = sum(seconds.values())
-    each = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
-    return [
-        f"step         {step:.3g} s at full lengths: {each} (estimated, see docs/plan.md)",
-        f"run          {cost(config, p, config.train.steps * step)}, at full lengths",
-        *failure_lines(config, p, config.train.steps * step),
-    ]
+    return lines
 
 
 def _batch_line(size: StepSize, p: Plan) -> str:
@@ -171,11 +171,3 @@ def _sent_lines(p: Plan) -> list[str]:
 def _memory_line(p: Plan) -> str:
     parts = ("weights", "gradients", "optimizer", "buffers", "activations", "attention", "logits")
     return ", ".join(f"{part} {gigabytes(getattr(p, f'{part}_bytes'))}" for part in parts)
-
-
-def gigabytes(size: int) -> str:
-    """Returns bytes in units of 1e9, as the papers do, of 1e12 or 1e6. Example: gigabytes(16_600_000_000) -> '16.6
-    GB'"""
-    if size >= 1e12:
-        return f"{size / 1e12:.3g} TB"
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -5,16 +5,16 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config
-from llmtrain.rules.case import Earlier
 from llmtrain.scaling.describe import planned
 from llmtrain.scaling.plan import Plan, plan
-from llmtrain.scaling.search import NEAREST, Found, Layout, search
+from llmtrain.scaling.search import NEAREST, Document, Found, Layout, document_of, heaviest_turn, plan_of, search
 from llmtrain.scaling.speed import largest_part, mfu, room_bytes
+from llmtrain.scaling.turnlines import step_mfu
+from llmtrain.scaling.turntime import Job, step_of_turns
 
 SHOWN = 10
-WIDTH = 150  # columns of the table; a narrower terminal folds its lines
+WIDTH = 164  # columns of the table; a narrower terminal folds its lines
 AXES = ("tp", "pp", "cp", "ep", "dp_shard", "dp_replicate")
 
 
@@ -23,24 +23,44 @@ def main(config: Config) -> None:
     console = Console(width=max(WIDTH, Console().width))
     for recipe, staged, ranks, earlier in planned(config):
         console.print(f"{staged.name} ({recipe.name}), {ranks:,} GPUs", highlight=False)
-        found = search(staged, recipe, ranks, earlier)
+        document = document_of(staged, recipe, ranks, earlier)
+        found = search(document)
         if not found.best:
-            raise ValueError(nothing_fits(found, recipe, ranks, earlier))
-        console.print(table(found.best[:SHOWN], recipe, ranks, earlier))
+            raise ValueError(nothing_fits(found, document))
+        console.print(table(found.best[:SHOWN], document))
         for line in (*summary(found, staged), f"the first: {overrides(found.best[0].config, staged)}"):
             console.print(line, highlight=False, soft_wrap=True)
 
 
-def table(layouts: list[Layout], recipe: Recipe, ranks: int, earlier: Earlier) -> Table:
+def table(layouts: list[Layout], document: Document) -> Table:
     """Returns the layouts as rows, with what `llmtrain plan` says of each."""
-    found = Table(*AXES, "schedule", "states", "remat", "rows", "GB", "step s", "MFU", "bound by", box=None)
+    samples = document.recipe.samples
+    names = [*AXES, "schedule", "states", "remat", "rows", *(["sampling on"] if samples else [])]
+    found = Table(*names, "GB", "step s", "MFU", "bound by", box=None)
     for layout in layouts:
-        config, p = layout.config, plan(layout.config, ranks, recipe, earlier)
+        config, p = layout.config, plan(layout.config, document.ranks, document.recipe, document.earlier)
         sizes = [str(getattr(config.parallel, axis)) for axis in AXES]
         kept = [schedule(config), states(config), config.engine.remat, str(config.train.micro_batch_seqs)]
-        figures = [f"{p.memory_bytes / 1e9:.1f}", f"{layout.seconds:.3g}", f"{mfu(p, config):.1%}"]
-        found.add_row(*sizes, *kept, *figures, reasons(config, p))
+        kept += [f"{p.rollout_ranks} ranks" if p.rollout_ranks else "all ranks"] if samples else []
+        share, why = reasons(document, layout, p)
+        found.add_row(*sizes, *kept, f"{layout.memory_bytes / 1e9:.1f}", f"{layout.seconds:.3g}", f"{share:.1%}", why)
     return found
+
+
+def reasons(document: Document, layout: Layout, p: Plan) -> tuple[float, str]:
+    """Returns the MFU of a step, and what it spends most time on: its turns, or what there is beside products; with how
+    much memory is left."""
+    config, left = layout.config, f"{(room_bytes(layout.config, p) + p.memory_bytes - layout.memory_bytes) / 1e9:.1f}"
+    if document.turned:
+        step = step_of_turns(Job(config, document.recipe, document.model, document.models, p))
+        share, spent = step_mfu(config, p, step), step.seconds
+    else:
+        assert p.time is not None
+        share = mfu(p, config)
+        spent = {name.removesuffix("_s"): value for name, value in vars(p.time).items() if name != "products_s"}
+    most = sorted(spent.items(), key=lambda entry: -entry[1])[:2]
+    shares = ", ".join(f"{name} {value / layout.seconds:.0%}" for name, value in most)
+    return share, f"{shares}; {left} GB left"
 
 
 def schedule(config: Config) -> str:
@@ -55,15 +75,6 @@ def states(config: Config) -> str:
     """Returns how states are sharded, in short."""
     e = config.engine
     return f"ZeRO {e.zero_stage}" if e.backend == "deepspeed" else "FSDP2" + ("" if e.reshard else ", kept")
-
-
-def reasons(config: Config, p: Plan) -> str:
-    """Returns what a step spends most time on beside products, and how much memory is left."""
-    assert p.time is not None
-    spent = {name.removesuffix("_s"): value for name, value in vars(p.time).items() if name != "products_s"}
-    first, second = sorted(spent.items(), key=lambda entry: -entry[1])[:2]
-    shares = ", ".join(f"{name} {value / p.time.total_s:.0%}" for name, value in (first, second))
-    return f"{shares}; {room_bytes(config, p) / 1e9:.1f} GB left"
 
 
 def summary(found: Found, document: Config) -> list[str]:
@@ -87,20 +98,21 @@ def overrides(config: Config, document: Config | None = None) -> str:
     keys |= {**own, "engine.remat": e.remat, "train.micro_batch_seqs": config.train.micro_batch_seqs}
     if document is not None and document.parallel.stage_layers is not None:
         keys["parallel.stage_layers"] = "null"
+    if document is not None and document.rollout != config.rollout:
+        keys |= {"rollout.placement": config.rollout.placement, "rollout.workers": config.rollout.workers}
     return " ".join(f"{key}={value}" for key, value in keys.items())
 
 
-def nothing_fits(found: Found, recipe: Recipe, ranks: int, earlier: Earlier) -> str:
+def nothing_fits(found: Found, document: Document) -> str:
     """Returns the line that says what the smallest of the layouts needs."""
     if found.smallest is None:
         return (
-            f"--search: the rules refuse every layout of {ranks} GPUs, whose number must divide into axes and whose "
-            "batch into microbatches; change plan.gpus or train.global_batch_seqs"
+            f"--search: the rules refuse every layout of {document.ranks} GPUs, whose number must divide into axes and "
+            "whose batch into microbatches; change plan.gpus or train.global_batch_seqs"
         )
-    p = plan(found.smallest.config, ranks, recipe, earlier)
-    part, size = largest_part(p)
+    part, size = largest_part(plan_of(document, found.smallest.config), heaviest_turn(document, found.smallest.config))
     return (
-        f"--search: no layout of {ranks} GPUs fits {p.hardware.memory_gb:g} GB less plan.reserve_gb; the smallest "
-        f"needs {p.memory_bytes / 1e9:.3g} GB, most of it {part}, {size:.3g} GB; use more GPUs, other plan.hardware, "
-        "or engine.offload"
+        f"--search: no layout of {document.ranks} GPUs fits {document.hardware.memory_gb:g} GB less plan.reserve_gb; "
+        f"the smallest needs {found.smallest.memory_bytes / 1e9:.3g} GB, most of it {part}, {size:.3g} GB; use more "
+        "GPUs, other plan.hardware, or engine.offload"
     )

@@ -44,9 +44,9 @@ def bandwidths(hardware: HardwareConfig, within: bool = True, between: bool = Tr
 def link_seconds(item: Item, rank: RankStep, hardware: HardwareConfig) -> float:
     """Returns the seconds of the messages of an item on the links of a rank.
 
-    A ring moves 1 - 1 / n of an all-gather or reduce-scatter, of an all-reduce twice that. Where a group spans nodes,
-    all its ranks in a node send to the next one side by side, each over its own link. In an all-to-all only what is for
-    other nodes takes the network, and a send takes one link.
+    A ring moves 1 - 1 / n of an all-gather or reduce-scatter, of an all-reduce twice that, and all of a broadcast.
+    Where a group spans nodes, all its ranks in a node send to the next one side by side, each over its own link. In an
+    all-to-all only what is for other nodes takes the network, and a send takes one link.
     """
     ranks, near = rank.ranks(item.axis), in_node(item.axis, rank, hardware)
     node, network = bandwidths(hardware, near > 1, near < ranks)
@@ -56,6 +56,13 @@ def link_seconds(item: Item, rank: RankStep, hardware: HardwareConfig) -> float:
         away = (ranks - near) / ranks
         outside = away / network if away else 0.0
         return item.size_bytes * max(outside, (1 - 1 / ranks - away) / node if near > 1 else 0.0)
-    times = 2 if item.kind == "all_reduce" else 1
-    bandwidth = node if near == ranks else near * network if near == 1 else min(node, near * network)
-    return times * item.size_bytes * (1 - 1 / ranks) / bandwidth
+    times = {"all_reduce": 2 * (1 - 1 / ranks), "broadcast": 1.0}.get(item.kind, 1 - 1 / ranks)
+    return times * item.size_bytes / ring_bandwidth(node, network, near, near == ranks)
+
+
+def ring_bandwidth(node: float, network: float, near: int, one_node: bool) -> float:
+    """Returns the bytes a second of a ring with `near` ranks in each of its nodes: between nodes they have as many
+    links side by side."""
+    if one_node:
+        return node
+    return network if near == 1 else min(node, near * network)

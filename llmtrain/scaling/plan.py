@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llmtrain.arch.hardware import hardware_of
@@ -78,9 +79,15 @@ class Plan:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
 
 
-def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier: Earlier | None = None) -> Plan:
+def plan(
+    config: Config,
+    world_size: int,
+    recipe: Recipe | None = None,
+    earlier: Earlier | None = None,
+    states: States | None = None,
+) -> Plan:
     """Returns the plan of a recipe on `world_size` ranks (None: the first of `planned_recipes`). `earlier`: see
-    `rules.check.planned_stages`.
+    `rules.check.planned_stages`; `states`: of the fullest rank, where they are known.
 
     Raises ValueError if the mesh does not fit the ranks or the model is not known yet.
     """
@@ -90,7 +97,7 @@ def plan(config: Config, world_size: int, recipe: Recipe | None = None, earlier:
     mesh = mesh_sizes(config.parallel, world_size - workers)
     parallel = config.parallel.model_copy(update=mesh)
     accumulation = accumulation_of(config, size, mesh["dp_replicate"] * mesh["dp_shard"])
-    states = fullest_states(config, model, parallel, accumulation)
+    states = states or fullest_states(config, model, parallel, accumulation)
     step = None if accumulation is None else step_of(config, parallel, math.ceil(accumulation))
     work = work_of(model, config.train.seq_len, config.engine)
     bubble = None if accumulation is None else bubble_of(model, parallel, work, accumulation)
@@ -171,13 +178,17 @@ def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, ste
     """Returns the bytes by mesh axes (of more than one rank) that the busiest pipeline rank moves."""
     rank_steps = (RankStep(model, parallel, config.engine, step, rank) for rank in range(parallel.pp))
     items = max((communication(evenly_loaded(rank_step)) for rank_step in rank_steps), key=moved_bytes)
-    by_axes: dict[str, list[Item]] = {}
+    return by_axes(items, parallel)
+
+
+def by_axes(items: Iterable[Item], parallel: ParallelConfig) -> dict[str, int]:
+    """Returns the bytes that items move, by the mesh axes (of more than one rank) of their groups."""
+    found: dict[str, list[Item]] = {}
     for item in items:
-        if item.what in CONTROL:
-            continue
-        axes = ["ep"] if item.axis == "ep" else [axis for axis in GROUPS[item.axis] if getattr(parallel, axis) > 1]
-        by_axes.setdefault(" x ".join(axes), []).append(item)
-    return {axes: moved_bytes(group) for axes, group in by_axes.items()}
+        if item.what not in CONTROL:
+            axes = ["ep"] if item.axis == "ep" else [axis for axis in GROUPS[item.axis] if getattr(parallel, axis) > 1]
+            found.setdefault(" x ".join(axes), []).append(item)
+    return {axes: moved_bytes(group) for axes, group in found.items()}
 
 
 def bubble_share(schedule: str, pp: int, virtual_stages: int, microbatches: float) -> float:

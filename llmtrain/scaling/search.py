@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmtrain.arch.hardware import hardware_of
@@ -12,14 +12,16 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.plan import HardwareConfig
 from llmtrain.config.ramp import phases, with_phase
 from llmtrain.config.recipes import Recipe
-from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
+from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.rules.case import Case, Earlier
 from llmtrain.rules.check import layout_violations
 from llmtrain.scaling.activations import activation_bytes, kept_layers, logits_bytes
 from llmtrain.scaling.attention import attention_bytes
-from llmtrain.scaling.plan import accumulation_of, bubble_of, fullest_states, step_of
+from llmtrain.scaling.plan import Plan, accumulation_of, bubble_of, fullest_states, plan, step_of
 from llmtrain.scaling.states import States
 from llmtrain.scaling.steptime import step_time
+from llmtrain.scaling.turns import Models, Turn, heaviest, other_models, takes_turns, turns_of
+from llmtrain.scaling.turntime import Job, turn_seconds
 from llmtrain.scaling.work import work_of
 
 LEAST_TOKENS = 2048  # of a row on one context-parallel rank: with fewer, messages cost more than they spare
@@ -27,13 +29,14 @@ SHARDED = (8, 64, 512)  # ranks that FSDP2 shards over where more ranks are copi
 MICRO = (1, 2, 4, 8)  # rows of a microbatch
 VIRTUAL = (2, 4, 7)  # pipeline stages a rank of interleaved schedules
 STAGES = (1, 3)  # of ZeRO: at stage 2 DeepSpeed holds and sends what it does at 1, see `scaling.states`
+WORKERS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of the ranks that only sample, where they do not train too
 REMAT = ("none", "selective", "full")  # from the fastest to the smallest
 NEAREST = 30  # layouts that do not fit and are timed all the same
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Holds a layout with its figures: bytes of the fullest rank and seconds of a step."""
+    """Holds a layout with its figures: bytes of the fullest rank, in its heaviest turn, and seconds of a step."""
 
     config: Config
     memory_bytes: int
@@ -51,71 +54,105 @@ class Found:
     tried: int
 
 
-def search(config: Config, recipe: Recipe, ranks: int, earlier: Earlier | None = None) -> Found:
-    """Returns the layouts of `ranks` GPUs for the document's model, batch, engine and precision.
+@dataclass(frozen=True)
+class Document:
+    """Holds what is searched for: `model` is resolved, as are the `models` beside it."""
 
-    Pipelines have 1F1B or interleaved schedules. Raises ValueError where no hardware is named, or a step has no number
-    of rows that the document gives.
-    """
-    _check(config, recipe)
+    config: Config
+    recipe: Recipe
+    model: ModelConfig
+    models: Models
+    hardware: HardwareConfig
+    ranks: int
+    earlier: Earlier
+    states: dict[tuple, States] = field(default_factory=dict)  # of layouts that were met
+
+    @property
+    def turned(self) -> bool:
+        """Tells whether models take turns, whose lengths are not known."""
+        return takes_turns(self.recipe, self.models)
+
+
+def document_of(config: Config, recipe: Recipe, ranks: int, earlier: Earlier | None = None) -> Document:
+    """Returns what is to be searched. Raises ValueError where no hardware is named, rows are given by tokens, or a
+    model of the job is not there yet."""
+    if config.plan.hardware is None:
+        raise ValueError("plan.hardware=null: must be set for --search, which compares times; choose a100, h100, ...")
+    if (tokens := config.train.micro_batch_tokens) is not None:
+        raise ValueError(f"train.micro_batch_tokens={tokens}: not with --search, which chooses rows; remove it")
     model, hardware = resolve_model(config.model, earlier), hardware_of(config.plan.hardware)
-    room = (hardware.memory_gb - config.plan.reserve_gb) * 1e9
-    cache: dict[tuple, States] = {}
+    models = other_models(config, model, recipe, earlier or {})
+    return Document(config, recipe, model, models, hardware, ranks, earlier or {})
+
+
+def search(document: Document) -> Found:
+    """Returns the layouts of the GPUs for the document's model, batch, engine and precision; where it samples also with
+    rollout workers of their own. Pipelines have 1F1B or interleaved schedules."""
+    room = (document.hardware.memory_gb - document.config.plan.reserve_gb) * 1e9
     fitting: list[Layout] = []
     misfits: list[tuple[int, Config]] = []
     refused = tried = 0
-    for variants in _layouts(config, model, hardware, ranks):
+    for variants in _layouts(document):
         for candidate in variants:  # from the fastest to the smallest
             tried += 1
-            if _refused(candidate, model, recipe, ranks, earlier or {}):
+            if _refused(document, candidate):
                 refused += 1
                 continue
-            size = _memory(candidate, model, recipe, cache)
+            size = _memory(document, candidate)
             if size <= room:
-                fitting.append(_timed(candidate, model, recipe, size, hardware, cache))
+                fitting.append(_timed(document, candidate, size))
                 break
             misfits.append((size, candidate))
     misfits.sort(key=lambda misfit: misfit[0])
-    near = [_timed(each, model, recipe, size, hardware, cache) for size, each in misfits[:NEAREST]]
+    near = [_timed(document, each, size) for size, each in misfits[:NEAREST]]
     best = sorted(fitting, key=lambda layout: (layout.seconds, layout.memory_bytes))
     fastest = min(near, key=lambda layout: layout.seconds, default=None)
     return Found(best, fastest, near[0] if near else None, refused, tried)
 
 
-def _check(config: Config, recipe: Recipe) -> None:
-    if config.plan.hardware is None:
-        raise ValueError("plan.hardware=null: must be set for --search, which compares times; choose a100, h100, ...")
-    if (tokens := config.train.micro_batch_tokens) is not None:
-        raise ValueError(f"train.micro_batch_tokens={tokens}: not with --search, which chooses rows; remove it")
-    if not recipe.fixed_batch:
-        raise ValueError(
-            f"--search: not for {recipe.name}, whose microbatches follow from the lengths of samples; search for the "
-            "same model in a document that trains on given rows"
-        )
-
-
-def _layouts(config: Config, model: ModelConfig, hardware: HardwareConfig, ranks: int) -> Iterator[list[Config]]:
+def _layouts(document: Document) -> Iterator[list[Config]]:
     """Yields lists of candidates that differ in recomputation only."""
-    train = config.train
-    for tp in _divisors(math.gcd(ranks, model.num_heads), hardware.gpus_per_node):
-        for pp in _divisors(ranks // tp, model.num_layers):
-            for cp in _divisors(ranks // (tp * pp), max(1, train.seq_len // LEAST_TOKENS)):
-                dp = ranks // (tp * pp * cp)
-                for micro in MICRO:
-                    count, left = divmod(train.global_batch_seqs, micro * dp)
-                    if left or count < pp:
-                        continue
-                    axes = {"tp": tp, "pp": pp, "cp": cp}
-                    yield from _of_mesh(config, model, axes, dp, micro)
+    config, model, hardware = document.config, document.model, document.hardware
+    longest = max(1, config.train.seq_len // LEAST_TOKENS)
+    for placed, ranks in _placements(document):
+        for tp in _divisors(math.gcd(ranks, model.num_heads), hardware.gpus_per_node):
+            for pp in _divisors(ranks // tp, model.num_layers):
+                for cp in _divisors(ranks // (tp * pp), longest):
+                    dp = ranks // (tp * pp * cp)
+                    for micro in (each for each in MICRO if _divides(document, each, dp, pp)):
+                        yield from _of_mesh(document, placed, {"tp": tp, "pp": pp, "cp": cp}, dp, micro)
 
 
-def _of_mesh(config: Config, model: ModelConfig, axes: dict[str, int], dp: int, micro: int) -> Iterator[list[Config]]:
+def _placements(document: Document) -> Iterator[tuple[Config, int]]:
+    """Yields the document with each number of rollout workers, 0 = the trainers sample, and the number of trainers."""
+    config, ranks = document.config, document.ranks
+    if not document.recipe.samples:
+        yield config, ranks
+        return
+    for workers in sorted({0, *(int(ranks * share) for share in WORKERS)}):
+        place = {"placement": "separate" if workers else "colocated", "workers": workers}
+        yield config.model_copy(update={"rollout": config.rollout.model_copy(update=place)}), ranks - workers
+
+
+def _divides(document: Document, micro: int, dp: int, pp: int) -> bool:
+    """Tells whether a step makes whole microbatches of `micro` rows, at least one a pipeline rank; where lengths
+    decide, whether an update has so many rows for a rank."""
+    passes = document.recipe.passes_of(document.config)
+    if document.recipe.fixed_batch:
+        count, left = divmod(passes.seqs, micro * dp)
+        return not left and count >= pp
+    return micro == 1 or micro * dp <= passes.seqs // passes.minibatches
+
+
+def _of_mesh(document: Document, config: Config, axes: dict[str, int], dp: int, micro: int) -> Iterator[list[Config]]:
     """Yields the candidates of a mesh: experts, copies, schedules and engines."""
+    model = document.model
     experts = model.moe.num_experts if model.moe else 1
     train = config.train.model_copy(update={"micro_batch_seqs": micro})
+    schedules = _schedules(model, axes["pp"], interleaved=document.recipe.fixed_batch)
     for ep in _divisors(math.gcd(experts, dp * axes["cp"]), experts):
         for copies in _copies(config, dp):
-            for schedule in _schedules(model, axes["pp"]):
+            for schedule in schedules:
                 sizes = {**axes, "ep": ep, "dp_shard": dp // copies, "dp_replicate": copies}
                 parallel = config.parallel.model_copy(update={**sizes, **schedule, "stage_layers": None})
                 for engine in _engines(config):
@@ -139,10 +176,10 @@ def _copies(config: Config, dp: int) -> list[int]:
     return [1, *(dp // shard for shard in SHARDED if shard < dp and dp % shard == 0)]
 
 
-def _schedules(model: ModelConfig, pp: int) -> list[dict[str, Any]]:
-    """Returns the schedules of a pipeline: 1F1B, and interleaved ones."""
+def _schedules(model: ModelConfig, pp: int, interleaved: bool) -> list[dict[str, Any]]:
+    """Returns the schedules of a pipeline: 1F1B, and interleaved ones, which need equal rounds of microbatches."""
     plain = {"schedule": "1f1b", "virtual_stages": 1}
-    if pp == 1:
+    if pp == 1 or not interleaved:
         return [plain]
     more = [v for v in VIRTUAL if pp * v <= model.num_layers]
     return [plain, *({"schedule": "interleaved_1f1b", "virtual_stages": v} for v in more)]
@@ -154,55 +191,65 @@ def _engines(config: Config) -> list[dict[str, Any]]:
     return [{"zero_stage": stage} for stage in STAGES]
 
 
-def _refused(config: Config, model: ModelConfig, recipe: Recipe, ranks: int, earlier: Earlier) -> bool:
+def _refused(document: Document, config: Config) -> bool:
     """Tells whether a rule refuses the layout, in any phase of a ramp."""
     for phase in phases(config.train):
-        case = Case(with_phase(config, phase), model, ranks, recipe.name, None, earlier)
+        staged = with_phase(config, phase)
+        case = Case(staged, document.model, document.ranks, document.recipe.name, None, document.earlier)
         if layout_violations(case):
             return True
     return False
 
 
-def _accumulation(config: Config, recipe: Recipe) -> float:
+def _accumulation(document: Document, config: Config) -> float | None:
     p = config.parallel
-    accumulation = accumulation_of(config, recipe.step_size(config), p.dp_replicate * p.dp_shard)
-    assert accumulation is not None
-    return accumulation
+    return accumulation_of(config, document.recipe.step_size(config), p.dp_replicate * p.dp_shard)
 
 
-def _states(
-    config: Config, model: ModelConfig, parallel: ParallelConfig, accumulation: float, cache: dict[tuple, States]
-) -> States:
+def _states(document: Document, config: Config) -> States:
     """Returns the states of the fullest rank; they do not depend on recomputation, and on the microbatch only by
     whether there are several."""
-    p, e = parallel, config.engine
+    p, e, accumulation = config.parallel, config.engine, _accumulation(document, config)
     key = (p.tp, p.pp, p.ep, p.dp_shard * p.cp, p.dp_replicate, p.schedule, p.virtual_stages, e.zero_stage, e.reshard)
-    key += (accumulation > 1,)
-    if key not in cache:
-        cache[key] = fullest_states(config, model, parallel, accumulation)
-    return cache[key]
+    key += (accumulation is None or accumulation > 1,)
+    if key not in document.states:
+        document.states[key] = fullest_states(config, document.model, p, accumulation)
+    return document.states[key]
 
 
-def _memory(config: Config, model: ModelConfig, recipe: Recipe, cache: dict[tuple, States]) -> int:
-    """Returns the bytes of the fullest rank, as `plan` counts them."""
-    parallel, accumulation = config.parallel, _accumulation(config, recipe)
+def _memory(document: Document, config: Config) -> int:
+    """Returns the bytes of the fullest rank, as `plan` counts them, in the heaviest turn where there are several."""
+    if (turn := heaviest_turn(document, config)) is not None:
+        return sum(turn.values())
+    parallel, accumulation = config.parallel, _accumulation(document, config)
     mesh = {"pp": parallel.pp, "cp": parallel.cp, "tp": parallel.tp}
-    kept = activation_bytes(config, model, mesh, accumulation)
-    kept += attention_bytes(config, model, mesh, kept_layers(config, model, mesh, accumulation))
-    return sum(_states(config, model, parallel, accumulation, cache)) + kept + logits_bytes(config, model, mesh)
+    kept = activation_bytes(config, document.model, mesh, accumulation)
+    kept += attention_bytes(config, document.model, mesh, kept_layers(config, document.model, mesh, accumulation))
+    return sum(_states(document, config)) + kept + logits_bytes(config, document.model, mesh)
 
 
-def _timed(
-    config: Config,
-    model: ModelConfig,
-    recipe: Recipe,
-    size: int,
-    hardware: HardwareConfig,
-    cache: dict[tuple, States],
-) -> Layout:
-    parallel, accumulation = config.parallel, _accumulation(config, recipe)
+def heaviest_turn(document: Document, config: Config) -> Turn | None:
+    """Returns what a rank holds in the heaviest turn of a layout; None where the policy is alone."""
+    if not document.turned:
+        return None
+    turns = turns_of(config, document.model, document.recipe, plan_of(document, config), document.models)
+    return turns[heaviest(turns)[0]] if turns else None
+
+
+def plan_of(document: Document, config: Config) -> Plan:
+    """Returns the plan of a layout."""
+    return plan(config, document.ranks, document.recipe, document.earlier, _states(document, config))
+
+
+def _timed(document: Document, config: Config, size: int) -> Layout:
+    if document.turned:
+        job = Job(config, document.recipe, document.model, document.models, plan_of(document, config))
+        return Layout(config, size, sum(turn_seconds(job, document.hardware)[0].values()))
+    parallel, engine, accumulation = config.parallel, config.engine, _accumulation(document, config)
+    assert accumulation is not None
     step = step_of(config, parallel, math.ceil(accumulation))
-    bubble = bubble_of(model, parallel, work_of(model, config.train.seq_len, config.engine), accumulation)
-    states = _states(config, model, parallel, accumulation, cache)
-    time = step_time(model, parallel, config.engine, step, states, bubble, hardware)
-    return Layout(config, size, time.total_s)
+    bubble = bubble_of(document.model, parallel, work_of(document.model, config.train.seq_len, engine), accumulation)
+    states = _states(document, config)
+    return Layout(
+        config, size, step_time(document.model, parallel, engine, step, states, bubble, document.hardware).total_s
+    )

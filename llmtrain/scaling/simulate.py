@@ -143,3 +143,25 @@ def _played_seconds(plan: StagePlan, head: float, microbatches: int) -> tuple[fl
     seconds[-1] += head
     slowest = max(sum(seconds[stage] for stage in plan.stages_of(rank)) for rank in range(plan.pp))
     return pipeline_seconds(plan, microbatches, [s / 3 for s in seconds], [2 * s / 3 for s in seconds], 0.0), slowest
+
+
+def forward_bubble(model: ModelConfig, parallel: ParallelConfig, work: Work, microbatches: int) -> float:
+    """Returns the idle share of a pipeline that only scores, over the time of its slowest rank: each rank passes all
+    microbatches through its first stage, then through its next one. `model` is resolved."""
+    plan = plan_stages(model, parallel)
+    head = work.head * model.num_layers / (work.blocks + work.attention)
+    seconds = [float(len(layers)) for layers in plan.layers]
+    seconds[-1] += head
+    slowest = max(sum(seconds[stage] for stage in plan.stages_of(rank)) for rank in range(plan.pp))
+    played = min(microbatches, ROUNDS * plan.pp)  # those behind arrive while the slowest rank is busy
+    return (_forward_seconds(plan, seconds, played) + (microbatches - played) * slowest) / (microbatches * slowest) - 1
+
+
+def _forward_seconds(plan: StagePlan, seconds: Sequence[float], microbatches: int) -> float:
+    """Returns the time from the first stage's start to the end of the last rank."""
+    arrived, free = [0.0] * microbatches, [0.0] * plan.pp
+    for stage in range(len(plan.layers)):
+        rank = plan.rank_of(stage)
+        for microbatch in range(microbatches):
+            free[rank] = arrived[microbatch] = max(free[rank], arrived[microbatch]) + seconds[stage]
+    return max(free)

@@ -8,6 +8,8 @@ from llmtrain.arch.hardware import peak_flops
 from llmtrain.config.schema import Config
 from llmtrain.scaling.failures import best_interval_s, goodput, job_mttf_s
 from llmtrain.scaling.plan import Plan
+from llmtrain.scaling.steptime import StepTime
+from llmtrain.scaling.units import amount, duration
 
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "attention", "logits")
 REMEDIES = {
@@ -80,28 +82,39 @@ def largest_part(p: Plan, parts: Mapping[str, int] | None = None) -> tuple[str, 
     return part, sizes[part] / 1e9
 
 
-def speed_lines(config: Config, p: Plan, parts: Mapping[str, int] | None = None) -> list[str]:
+def hardware_line(p: Plan) -> str:
+    """Returns the line that names the hardware."""
+    assert p.hardware is not None
+    return f"hardware     {p.ranks:,} x {p.hardware.name}, {-(-p.ranks // p.hardware.gpus_per_node):,} nodes"
+
+
+def speed_lines(config: Config, p: Plan) -> list[str]:
     """Returns the lines about hardware, none where none is named; time is told only where a step's size is known."""
     if p.hardware is None:
         return []
-    nodes = -(-p.ranks // p.hardware.gpus_per_node)
-    head = [f"hardware     {p.ranks:,} x {p.hardware.name}, {nodes:,} nodes", fit_line(config, p, parts)]
+    head = [hardware_line(p), fit_line(config, p)]
     if p.time is None:
         return head
-    spent = ", ".join(f"{name.removesuffix('_s')} {value:.3g}" for name, value in vars(p.time).items() if value > 0)
     tokens = p.tokens_per_step / p.time.total_s
     return [
         *head,
-        f"step         {p.time.total_s:.3g} s: {spent} (estimated, see docs/plan.md{_offloaded(config)})",
+        f"step         {p.time.total_s:.3g} s: {spent(p.time)} {estimated(config)}",
         f"speed        {tokens:,.0f} tokens/s, {amount(tflops_per_gpu(p))} TFLOP/s a GPU, MFU {mfu(p, config):.1%}",
         f"run          {cost(config, p, run_seconds(p))}",
         *failure_lines(config, p, run_seconds(p)),
     ]
 
 
-def _offloaded(config: Config) -> str:
+def spent(time: StepTime) -> str:
+    """Returns the parts of a time that are there."""
+    return ", ".join(f"{name.removesuffix('_s')} {value:.3g}" for name, value in vars(time).items() if value > 0)
+
+
+def estimated(config: Config) -> str:
+    """Returns what is said behind a time: where it is from, and what it leaves out."""
     offload = config.engine.offload
-    return "" if offload == "none" else f"; without the traffic and updates of engine.offload={offload}"
+    left = "" if offload == "none" else f"; without the traffic and updates of engine.offload={offload}"
+    return f"(estimated, see docs/plan.md{left})"
 
 
 def failure_lines(config: Config, p: Plan, seconds: float) -> list[str]:
@@ -118,20 +131,6 @@ def failure_lines(config: Config, p: Plan, seconds: float) -> list[str]:
     if config.train.epochs is not None:
         whole = "the run takes as much longer"
     return [f"failures     {often}; {share:.1%} of the time is work that lasts, {whole}"]
-
-
-def duration(seconds: float) -> str:
-    """Returns seconds in the unit that fits. Example: duration(5400) -> '1.5 hours'"""
-    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} seconds"
-
-
-def amount(number: float) -> str:
-    """Returns a number in whole units, or with three digits where it is small. Example: amount(116711.4) ->
-    '116,711'"""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def cost(config: Config, p: Plan, seconds: float) -> str:

@@ -12,7 +12,8 @@ microbatch, and the weights that DeepSpeed gathers after the update behind nothi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from llmtrain.arch.hardware import peak_flops
 from llmtrain.arch.pipeline import plan_stages
@@ -49,6 +50,39 @@ class StepTime:
     @property
     def total_s(self) -> float:
         return sum(vars(self).values())
+
+
+def score_time(
+    rank: RankStep, items: Sequence[Item], bubble: float, hardware: HardwareConfig, gathers: bool
+) -> StepTime:
+    """Returns the time of forwards without gradients over the microbatches of `rank.step`, which send these `items`.
+    `gathers`: each microbatch gathers weights, behind the products of all.
+
+    A forward takes a third of what a step passes through memory, as the one that recomputation adds.
+    """
+    sums = dict.fromkeys((*AXES.values(), "data"), 0.0)
+    for item in items:
+        sums[AXES.get(item.axis, "data")] += link_seconds(item, rank, hardware)
+    products = products_seconds(rank, hardware, forward=True)
+    memory = memory_seconds(rank, hardware, forward=True)
+    busy = products + memory + sums["tensor"] + sums["context"] + sums["expert"]
+    return StepTime(
+        products_s=products,
+        memory_s=memory,
+        tensor_s=sums["tensor"],
+        context_s=sums["context"],
+        expert_s=sums["expert"],
+        bubble_s=busy * bubble,
+        pipeline_s=max(0.0, sums["pipeline"] - busy) + fill_seconds(rank, hardware) / 2,
+        data_s=max(0.0, sums["data"] - (busy if gathers else 0.0)),
+        update_s=0.0,
+    )
+
+
+def summed(times: Sequence[StepTime], factors: Sequence[float]) -> StepTime:
+    """Returns the times of several passes, each so many times, one after the other."""
+    pairs = list(zip(times, factors, strict=True))
+    return StepTime(*(sum(getattr(time, f.name) * factor for time, factor in pairs) for f in fields(StepTime)))
 
 
 def step_time(
@@ -118,27 +152,36 @@ def tokens_of(rank: RankStep) -> int:
     return rank.step.microbatches * rank.step.rows * rank.step.tokens // rank.parallel.cp
 
 
-def products_seconds(rank: RankStep, hardware: HardwareConfig) -> float:
-    """Returns the seconds of all products of a rank in a step. Those with weights take at least as long as reading the
-    weights of a token, in each microbatch: a roofline."""
-    work: Work = work_of(rank.model, rank.step.tokens, rank.engine)
+def products_seconds(rank: RankStep, hardware: HardwareConfig, forward: bool = False) -> float:
+    """Returns the seconds of all products of a rank in a step, or in its forwards without gradients. Those with weights
+    take at least as long as reading the weights of a token, in each microbatch: a roofline."""
+    blocks, attention, head = _flops(work_of(rank.model, rank.step.tokens, rank.engine), forward)
     peak = peak_flops(hardware, rank.engine.precision)
     slow = peak_flops(hardware, "bf16") if rank.engine.precision == "fp8" else peak  # all but the blocks' products
     share, scale = rank.num_layers / rank.model.num_layers, hardware.reached_share or REACHED
-    blocks = tokens_of(rank) * share * work.hardware_blocks / (peak * scale)
-    read = share * work.hardware_blocks / 2 * rank.value_bytes / (hardware.memory_gb_per_s * 1e9)  # a weight: 2 FLOPs
-    others = share * work.hardware_attention / (slow * scale * ATTENTION / REACHED)
-    others += (work.hardware_head if rank.has_head else 0.0) / (slow * scale)
-    return (max(blocks, rank.step.microbatches * read) + tokens_of(rank) * others) / rank.parallel.tp
+    computed = tokens_of(rank) * share * blocks / (peak * scale)
+    read = share * blocks / 2 * rank.value_bytes / (hardware.memory_gb_per_s * 1e9)  # a weight: 2 FLOPs
+    others = share * attention / (slow * scale * ATTENTION / REACHED)
+    others += (head if rank.has_head else 0.0) / (slow * scale)
+    return (max(computed, rank.step.microbatches * read) + tokens_of(rank) * others) / rank.parallel.tp
 
 
-def memory_seconds(rank: RankStep, hardware: HardwareConfig) -> float:
-    """Returns the seconds of reading and writing activations and logits between the products of a step."""
+def _flops(work: Work, forward: bool) -> tuple[float, float, float]:
+    """Returns the FLOPs of a token in blocks, attention and head: of a step, or of a forward."""
+    if forward:
+        return work.blocks, work.attention, work.head
+    return work.hardware_blocks, work.hardware_attention, work.hardware_head
+
+
+def memory_seconds(rank: RankStep, hardware: HardwareConfig, forward: bool = False) -> float:
+    """Returns the seconds of reading and writing activations and logits between the products of a step, or of its
+    forwards without gradients."""
     p, engine = rank.parallel, rank.engine
-    passes = (COMPILED if engine.compile else PASSES) * (4 / 3 if engine.remat != "none" else 1)
+    passes = (COMPILED if engine.compile else PASSES) * (4 / 3 if engine.remat != "none" and not forward else 1)
     each = block_activations(rank.model, p.tp, p.sequence_parallel) * rank.value_bytes * passes
     logits = rank.model.vocab_size / p.tp * 4 * LOGIT_PASSES if rank.has_head and rank.model.head == "lm" else 0
-    return tokens_of(rank) * (rank.num_layers * each + logits) / (hardware.memory_gb_per_s * 1e9)
+    whole = tokens_of(rank) * (rank.num_layers * each + logits) / (hardware.memory_gb_per_s * 1e9)
+    return whole / 3 if forward else whole
 
 
 def fill_seconds(rank: RankStep, hardware: HardwareConfig) -> float:

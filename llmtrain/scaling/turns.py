@@ -55,13 +55,19 @@ def other_models(config: Config, model: ModelConfig, recipe: Recipe, earlier: Ea
     return Models([*frozen, *[model.model_copy(update={"lora": None})] * references], critics)
 
 
+def takes_turns(recipe: Recipe, models: Models) -> bool:
+    """Tells whether a step has more turns than updates of a fixed number of rows: its lengths are not known, or other
+    models take part."""
+    return not recipe.fixed_batch or bool(models.frozen or models.critics)
+
+
 def turns_of(config: Config, model: ModelConfig, recipe: Recipe, p: Plan, models: Models) -> dict[str, Turn]:
     """Returns the memory of the fullest rank in each turn, by part; of rollout workers, if there are, in a turn of
     their own. Empty for a recipe that neither samples nor has other models."""
     if not recipe.samples and not models.frozen and not models.critics:
         return {}
     parallel = config.parallel.model_copy(update=p.mesh)
-    critics = [fullest_states(config, each, parallel, None) for each in models.critics]
+    critics = [fullest_states(config, each, parallel_of(each, model, parallel), None) for each in models.critics]
     frozen = sum(frozen_bytes(each, parallel, value_bytes(config)) for each in models.frozen)
     held = {"policy": p.weights_bytes + p.optimizer_bytes}
     if not waits(config, recipe):
@@ -77,6 +83,11 @@ def turns_of(config: Config, model: ModelConfig, recipe: Recipe, p: Plan, models
     if critics:
         turns["updating the critic"] = held | generator | critic_turn(p, critics)
     return {name: {part: size for part, size in turn.items() if size} for name, turn in turns.items()}
+
+
+def parallel_of(model: ModelConfig, policy: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
+    """Returns the layout of a model beside the policy, whose own layers `stage_layers` counts."""
+    return parallel if model.num_layers == policy.num_layers else parallel.model_copy(update={"stage_layers": None})
 
 
 def value_bytes(config: Config) -> int:

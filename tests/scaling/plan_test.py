@@ -171,7 +171,9 @@ def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
     main(config_class()(parallel=ParallelConfig(pp=2, tp=2), rollout=rollout))
     out = capsys.readouterr().out
     assert "ranks        7: pp 2 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 2, and 3 for rollouts" in out
-    assert "at most 32 prompts x 8 samples x 256 tokens = 65,536 a step, in 1 updates" in out and "bubble" not in out
+    assert (
+        "at most 32 prompts x 8 samples x 256 tokens = 65,536 a step, in 1 updates" in out and "bubble       0." in out
+    )
     monkeypatch.setenv("WORLD_SIZE", "8")
     main(config_class()(parallel=ParallelConfig(pp=2, tp=2)))
     assert "ranks        8: pp 2 x dp_replicate 1 x dp_shard 2" in capsys.readouterr().out

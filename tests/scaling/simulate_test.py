@@ -10,12 +10,13 @@ from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from llmtrain.scaling import simulate
 from llmtrain.scaling.plan import bubble_share
 from llmtrain.scaling.simulate import (
+    forward_bubble,
     interleaved_order,
     pipeline_seconds,
     plain_order,
     simulated_bubble,
 )
-from llmtrain.scaling.work import work_of
+from llmtrain.scaling.work import Work, work_of
 
 
 def cut(pp: int, v: int = 1) -> StagePlan:
@@ -75,3 +76,14 @@ def test_what_cannot_be_simulated() -> None:
         pipeline_seconds(cut(4, 2), 9, [1.0] * 8, [2.0] * 8, 0.0)
     with pytest.raises(ValueError, match=r"parallel.schedule=zbv: is not simulated"):
         pipeline_seconds(StagePlan((range(1), range(1, 2)), 1, "zbv"), 2, [1.0] * 2, [2.0] * 2, 0.0)
+
+
+def test_scoring_only_fills_the_pipeline() -> None:
+    """By hand: equal stages idle for (p - 1) / m; of 10 and 2 layers the second waits for the last microbatch alone."""
+    model = resolve_model(ModelConfig(num_layers=12, vocab_size=16))
+    work = Work(blocks=1.0, attention=0.0, head=0.0, lora=False, remat="none")
+    for layers, microbatches, idle in (([6, 6], 4, 1 / 4), ([10, 2], 4, 2 / 40), ([3, 3, 3, 3], 100, 3 / 100)):
+        parallel = ParallelConfig(pp=len(layers), stage_layers=layers)
+        assert forward_bubble(model, parallel, work, microbatches) == pytest.approx(idle)
+    zbv = ParallelConfig(pp=2, schedule="zbv", virtual_stages=2, stage_layers=[3, 3, 3, 3])
+    assert forward_bubble(model, zbv, work, 4) == pytest.approx(2 / 8)  # 8 stages a rank, one to fill and one to empty

@@ -74,6 +74,26 @@ def mismatch_of(config: Config, name: str) -> Mismatch:
     return Mismatch(auto if s.mismatch == "auto" else s.mismatch, s.mismatch_cap, s.mismatch_low, s.mismatch_high)
 
 
+class Passes(NamedTuple):
+    """Says how often a step goes through what it trains on, for the planner: rows, each at most `train.seq_len` tokens.
+    Forwards without gradients are in shares of these rows: 0.5 = half of them are scored once."""
+
+    seqs: int  # samples, pairs or rows that an epoch takes, at most
+    epochs: int = 1
+    minibatches: int = 1  # updates of an epoch
+    policy: float = 0.0  # forwards of the policy; of its own frozen start too, where that is the base of its adapters
+    frozen: float = 1.0  # of each reference and teacher that is a model of its own
+    critics: float = 0.0  # of each critic, beside its updates, which are as many as the policy's
+
+
+def old_scores(mismatch: Mismatch, epochs: int, minibatches: int) -> float:
+    """Returns the share of the samples of a step that the policy scores before its updates, for the correction of a
+    generator: all but those of the first update, whose weights are still those."""
+    if mismatch.form == "off":
+        return 0.0
+    return 1.0 if epochs > 1 else 1 - 1 / minibatches
+
+
 Rule = Callable[[Config], Iterator[str]]
 """Yields a line `key=value: rule; remedy` for each violation."""
 
@@ -151,6 +171,7 @@ class Recipe:
     section: type[Section] | None = None  # its keys, under `name`; each with a default
     rules: tuple[Rule, ...] = ()
     step_size: Callable[[Config], StepSize] = fixed_rows
+    passes: Callable[[Config], Passes] | None = None  # None: all that it samples, or the rows of a step, once
     same: tuple[str, ...] = ()  # keys that must stay when a run goes on, beside those of all recipes
     packs_text: bool = False  # trains on the text of data.sources, with ramps and objectives; else on data.train
     starts_trained: bool = False  # model.init_from must be set
@@ -175,6 +196,13 @@ class Recipe:
         """Returns the description as a document makes it, see `variant`."""
         changes = self.variant(config)
         return replace(self, **changes) if changes else self
+
+    def passes_of(self, config: Config) -> Passes:
+        """Returns how often a step goes through what it trains on."""
+        if self.passes is not None:
+            return self.passes(config)
+        sampled_seqs = self.step_size(config).tokens // config.rollout.max_new_tokens
+        return Passes(sampled_seqs if self.samples else config.train.global_batch_seqs)
 
     @property
     def reads_rewards(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from llmtrain.config.recipes.base import SAMPLING_PLOTS, Recipe, StepSize, sampled, without_effect
+from llmtrain.config.recipes.base import SAMPLING_PLOTS, Passes, Recipe, StepSize, sampled, without_effect
 from llmtrain.config.schema import Config
 from llmtrain.config.section import Count, DeadlineS, Section, UserPath
 from llmtrain.config.served import SCHEMES, address, reachable
@@ -70,6 +70,16 @@ class DistillConfig(Section):
 def step_size(config: Config) -> StepSize:
     """Returns how much a step on the student's samples takes."""
     return sampled(config, config.distill.prompts_per_step, 1)
+
+
+def passes(config: Config) -> Passes:
+    """Returns how often what a step trains on is scored: the likeliest tokens are asked for first, of the student or of
+    the teachers, and a single teacher says all at once."""
+    d = config.distill
+    seqs = d.prompts_per_step * config.rollout.group_size if d.on_policy else config.train.global_batch_seqs
+    proposed = d.estimate == "vocabulary" and d.top_k > 0
+    own = proposed and d.kind == "reverse"
+    return Passes(seqs, policy=float(own), frozen=2.0 if proposed and not own and len(d.teacher) > 1 else 1.0)
 
 
 def weights(config: Config) -> dict[str, str]:
@@ -191,6 +201,7 @@ RECIPE = Recipe(
         "distill.prompts_per_step",
     ),
     starts_trained=True,
+    passes=passes,
     other_models=frozen_teachers,
     weights=weights,
     variant=variant,

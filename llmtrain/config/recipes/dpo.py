@@ -7,7 +7,14 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat
 
-from llmtrain.config.recipes.base import PAIR_PLOTS, Recipe, frozen_reference, paired, waiting_reference
+from llmtrain.config.recipes.base import (
+    PAIR_PLOTS,
+    Passes,
+    Recipe,
+    frozen_reference,
+    paired,
+    waiting_reference,
+)
 from llmtrain.config.schema import Config, Section
 
 BETA, SIMPO_BETA = 0.1, 2.5  # of the papers
@@ -41,6 +48,12 @@ def live_reference(config: Config) -> bool:
     return config.dpo.uses_reference and config.dpo.reference == "live"
 
 
+def passes(config: Config) -> Passes:
+    """Returns how often the pairs of a step are scored before they are trained."""
+    own_start = live_reference(config) and config.model.lora is not None
+    return Passes(config.train.global_batch_seqs, policy=float(own_start))
+
+
 def other_models(config: Config) -> tuple[str, ...]:
     """Returns the models that a job holds beside the policy while it trains."""
     return frozen_reference(config, live_reference(config))
@@ -62,6 +75,7 @@ RECIPE = Recipe(
     section=DpoConfig,
     rules=(forms, waiting_reference("dpo", live_reference)),
     step_size=paired,
+    passes=passes,
     other_models=other_models,
     same=(
         "dpo.loss",

@@ -10,11 +10,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from llmtrain.config.recipes.base import (
     SAMPLING_PLOTS,
     MismatchForm,
+    Passes,
     Recipe,
     StepSize,
     frozen_reference,
     mismatch_bounds,
+    mismatch_of,
     no_spikes,
+    old_scores,
     sampled,
     waiting_reference,
     whole_minibatches,
@@ -73,6 +76,14 @@ def step_size(config: Config) -> StepSize:
     """Returns how much a step samples."""
     g = config.grpo
     return sampled(config, g.prompts_per_step * g.dynamic_rounds, updates_per_step(config))
+
+
+def passes(config: Config) -> Passes:
+    """Returns how often the samples of a step are gone through; those of further rounds are not trained."""
+    g = config.grpo
+    own_start = g.kl_coef > 0 and config.model.lora is not None
+    old = old_scores(mismatch_of(config, "grpo"), g.epochs, g.minibatches)
+    return Passes(g.prompts_per_step * config.rollout.group_size, g.epochs, g.minibatches, old + own_start)
 
 
 def other_models(config: Config) -> tuple[str, ...]:
@@ -134,6 +145,7 @@ RECIPE = Recipe(
         no_spikes("grpo", "is near 0 whatever happens"),
     ),
     step_size=step_size,
+    passes=passes,
     other_models=other_models,
     same=tuple(f"grpo.{key}" for key in GrpoConfig.model_fields if key != "reference_waits"),
     starts_trained=True,

@@ -11,11 +11,14 @@ from llmtrain.config.recipes.base import (
     SAMPLING_PLOTS,
     MismatchForm,
     Panel,
+    Passes,
     Recipe,
     StepSize,
     frozen_reference,
     mismatch_bounds,
+    mismatch_of,
     no_spikes,
+    old_scores,
     sampled,
     whole_minibatches,
     without_effect,
@@ -56,6 +59,14 @@ def step_size(config: Config) -> StepSize:
     """Returns how much a step samples."""
     p = config.ppo
     return sampled(config, p.prompts_per_step, p.epochs * p.minibatches)
+
+
+def passes(config: Config) -> Passes:
+    """Returns how often the samples of a step are gone through, by the policy and by the critic."""
+    p = config.ppo
+    own_start = p.kl_coef > 0 and config.model.lora is not None
+    old = old_scores(mismatch_of(config, "ppo"), p.epochs, p.minibatches)
+    return Passes(p.prompts_per_step * config.rollout.group_size, p.epochs, p.minibatches, old + own_start, critics=1.0)
 
 
 def other_models(config: Config) -> tuple[str, ...]:
@@ -139,6 +150,7 @@ RECIPE = Recipe(
         no_spikes("ppo", "is near 0 whatever happens"),
     ),
     step_size=step_size,
+    passes=passes,
     other_models=other_models,
     same=tuple(f"ppo.{key}" for key in PpoConfig.model_fields if key not in MAY_CHANGE),
     starts_trained=True,

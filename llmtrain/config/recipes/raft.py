@@ -11,11 +11,13 @@ from llmtrain.config.recipes.base import (
     SAMPLING_PLOTS,
     Mismatch,
     MismatchForm,
+    Passes,
     Recipe,
     StepSize,
     mismatch_bounds,
     mismatch_of,
     no_spikes,
+    old_scores,
     sampled,
 )
 from llmtrain.config.schema import Config, Section
@@ -56,6 +58,13 @@ def correction(config: Config) -> Mismatch:
 def step_size(config: Config) -> StepSize:
     """Returns how much a round samples."""
     return sampled(config, config.raft.prompts_per_step, updates_per_step(config))
+
+
+def passes(config: Config) -> Passes:
+    """Returns how often what a round chooses is gone through: at most all samples, or the best of each prompt."""
+    r = config.raft
+    seqs = r.prompts_per_step * (1 if r.keep == "best" else config.rollout.group_size)
+    return Passes(seqs, r.epochs, r.minibatches, old_scores(correction(config), r.epochs, r.minibatches))
 
 
 def enough_samples(config: Config) -> Iterator[str]:
@@ -105,6 +114,7 @@ RECIPE = Recipe(
         no_spikes("raft", "follows from what was chosen"),
     ),
     step_size=step_size,
+    passes=passes,
     same=tuple(f"raft.{key}" for key in RaftConfig.model_fields),
     starts_trained=True,
     samples=True,
