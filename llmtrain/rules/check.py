@@ -16,6 +16,7 @@ from llmtrain.rules.case import Case, Earlier, Rules, pretrains
 from llmtrain.rules.cleaning import CLEANING_RULES
 from llmtrain.rules.curriculum import CURRICULUM_RULES
 from llmtrain.rules.files import FILE_RULES
+from llmtrain.rules.index import INDEX_RULES
 from llmtrain.rules.judging import JUDGING_RULES
 from llmtrain.rules.ladder import LADDER_RULES
 from llmtrain.rules.layout import LAYOUT_RULES
@@ -33,7 +34,7 @@ SHAPE_RULES = (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES)  # wh
 RULES = (
     *SHAPE_RULES,
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
-    *(*CURRICULUM_RULES, *TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES, *PLAN_RULES),
+    *(*CURRICULUM_RULES, *TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES, *PLAN_RULES, *INDEX_RULES),
 )
 
 

@@ -293,7 +293,7 @@ def _beside_training(case: Case) -> Iterator[str]:
 
 FILE_RULES: Rules = (
     (lambda case: True, _run_places),
-    (command("data", "tokenizer", "export", "report", "scaling", "ladder", *JUDGES), _one_process),
+    (command("data", "tokenizer", "export", "report", "scaling", "ladder", "index", *JUDGES), _one_process),
     (plans, _positions),
     (plans, _ramps),
     (trains, _objectives),

@@ -36,9 +36,9 @@ RECIPES: dict[str, Recipe] = {
     each.RECIPE.name: each.RECIPE for each in (pretrain, sft, reward, dpo, grpo, ppo, raft, distill)
 }
 JUDGES = ("judge", "constitutional")  # commands that sample from a model, in one process, and write rows
-OTHER_STAGES = (("data", "tokenizer"), (*JUDGES, "eval", "export", "report"))  # before and behind the recipes, in a run
+OTHER_STAGES = (("data", "tokenizer"), (*JUDGES, "eval", "export", "report", "index"))  # before and behind recipes
 # commands that are no stages, or will be
-COMMANDS = ("chat", "doctor", "index", "ladder", "plan", "run", "scaling", "serve")
+COMMANDS = ("chat", "doctor", "ladder", "plan", "run", "scaling", "serve")
 
 
 def register(recipe: Recipe) -> None:
