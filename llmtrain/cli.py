@@ -18,6 +18,7 @@ from llmtrain.config.hub import located
 from llmtrain.config.load import ConfigError, load, load_plugins
 from llmtrain.config.recipes import RECIPES
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.serve import SERVE_USAGE, serve_options
 from llmtrain.rules.check import check
 
 BEFORE: dict[str, tuple[str, str]] = {  # name -> (module:function, what it does)
@@ -30,6 +31,7 @@ BEHIND: dict[str, tuple[str, str]] = {
     "eval": ("llmtrain.commands.evaluate:main", "perplexity, pass@k and majority vote, task files"),
     "export": ("llmtrain.commands.export:main", "write a Hugging Face directory"),
     "chat": ("llmtrain.commands.chat:main", "talk to a run or a Hugging Face directory"),
+    "serve": ("llmtrain.commands.serve:main", "answer OpenAI-compatible requests with a run or a directory"),
     "report": ("llmtrain.commands.report:main", "plots and samples as one HTML page"),
     "index": ("llmtrain.commands.index:main", "make a store of your documents, in which passages are found"),
     "scaling": ("llmtrain.commands.scaling:main", "fit scaling laws to the results of runs"),
@@ -59,6 +61,7 @@ def _doctor_arguments(rest: Sequence[str]) -> tuple[str, ...]:
 
 OWN_ARGUMENTS: dict[str, Callable[[Sequence[str]], tuple]] = {  # in place of a configuration: what reads them
     "chat": lambda rest: (chat_options(rest),),
+    "serve": lambda rest: (serve_options(rest),),
     "doctor": _doctor_arguments,
 }
 
@@ -72,7 +75,7 @@ def usage() -> str:
     """Returns the help text."""
     lines = [f"  {name:<14} {summary}" for name, (_, summary) in commands().items()]
     options = "\n".join(f"       llmtrain {command} CONFIG.yaml {option}" for command, option in OPTIONS)
-    more_usage = f"{options}\n       {CHAT_USAGE}\n       llmtrain doctor [{MEASURE} FILE.yaml]"
+    more_usage = f"{options}\n       {CHAT_USAGE}\n       {SERVE_USAGE}\n       llmtrain doctor [{MEASURE} FILE.yaml]"
     head = f"usage: llmtrain COMMAND CONFIG.yaml [section.key=value ...]\n{more_usage}"
     more = "`llmtrain --help CONFIG.yaml` lists the recipes of the document's plugins too."
     return "\n".join([head, "", "commands:", *lines, "", "example:", f"  {EXAMPLE}", "", more])

@@ -23,6 +23,7 @@ from llmtrain.engine.precision import compute_dtype
 from llmtrain.observe.log import log
 from llmtrain.parallel.device import rank_device
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.stop import Decode
 from llmtrain.trainer.job import open_tokenizer
 from llmtrain.types import Prompt, Sampling
 
@@ -142,14 +143,16 @@ def _kept(tokens: Iterator[int], said: list[int]) -> Iterator[int]:
         yield token
 
 
-def load_generator(path: str) -> NativeGenerator:
-    """Returns a generator of the model at the path, on the GPU if there is one. Raises ValueError when there is none
-    that generates."""
+def load_generator(
+    path: str, max_batch_seqs: int = 1, max_seq_tokens: int | None = None, decode: Decode | None = None
+) -> NativeGenerator:
+    """Returns a generator of the model at the path, on the GPU if there is one; the rest is as in `NativeGenerator`.
+    Raises ValueError when there is none that generates."""
     model = resolve_model(ModelConfig(init_from=path))
     if model.head != "lm":
         raise ValueError(f"{path}: its head gives numbers instead of words (model.head={model.head}); give another")
     decoder = load_decoder(path, model, compute_dtype(fast_precision()))
-    return NativeGenerator(decoder, 1, rank_device())
+    return NativeGenerator(decoder, max_batch_seqs, rank_device(), max_seq_tokens, decode)
 
 
 def tokenizer_of(path: str) -> Tokenizer:

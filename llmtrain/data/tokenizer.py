@@ -124,10 +124,17 @@ class Tokenizer:
         """Returns the chat template. Raises ValueError when there is none, or it is broken."""
         return Chat(self, self.template, self.template_kwargs)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], prefill: str = "") -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        prefill: str = "",
+        tools: Any = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Returns the tokens of a conversation, up to the start of the assistant's next turn, which begins with
-        `prefill`. Raises ValueError when there is no chat template, or it refuses the messages."""
-        return self.chat.special.encode_batch([self.chat.render(messages, True) + prefill])[0].ids
+        `prefill`. `tools` and `kwargs` are for the template. Raises ValueError when there is no chat template, or it
+        refuses the messages."""
+        return self.chat.special.encode_batch([self.chat.render(messages, True, tools, kwargs) + prefill])[0].ids
 
     @cached_property
     def has_chat(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,7 +61,7 @@ class NativeGenerator:
         sequences = [s for group, prompt in enumerate(prompts) for s in self._sequences(group, prompt, sampling)]
         slots = min(self.max_batch_seqs, len(sequences))
         cache = self._reserve(slots, max(s.max_tokens for s in sequences))
-        for _ in _Decoding(self.model, cache, sampling, slots).rounds(sequences):
+        for _ in Decoding(self.model, cache, slots).rounds(sequences):
             pass
         self._check_finite(logprob for s in sequences for logprob in s.logprobs)
         samples = [s.sample(self.version) for s in sequences]
@@ -76,9 +76,26 @@ class NativeGenerator:
         self._check([prompt], sampling)
         (sequence,) = self._sequences(0, prompt, replace(sampling, num_samples=1))
         cache = self._reserve(1, sequence.max_tokens)
-        for _ in _Decoding(self.model, cache, sampling, 1).rounds([sequence]):
+        for _ in Decoding(self.model, cache, 1).rounds([sequence]):
             self._check_finite(sequence.logprobs[-1:])
             yield sequence.tokens[-1]
+
+    @torch.inference_mode()
+    def decoding(self, seen: Seen | None = None) -> Decoding:
+        """Returns what decodes sequences that come one after the other, with a cache for `max_batch_seqs` of
+        `max_seq_tokens`, which no other call may use meanwhile; `seen` looks at the logits of each token.
+
+        Raises RuntimeError when asleep.
+        """
+        self._check([])
+        slots = self.max_batch_seqs
+        return Decoding(self.model, self._reserve(slots, self.max_seq_tokens), slots, seen)
+
+    def sequences(self, group: int, prompt: Prompt, sampling: Sampling) -> list[Completion]:
+        """Returns what `generate` would complete, for `Decoding.waiting`. No other prompt there may have the number
+        `group`. Raises as `generate` does."""
+        self._check([prompt], sampling)
+        return self._sequences(group, prompt, sampling)
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -114,11 +131,12 @@ class NativeGenerator:
         """Frees the cache, for good."""
         self.sleep()
 
-    def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    def _check(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> None:
         if self.asleep:
             raise RuntimeError("the generator sleeps; call wake() before generate()")
-        check_sampling(sampling)
-        assert self.decode or not sampling.stop_strings, "stop strings need a decoder"
+        if sampling is not None:
+            check_sampling(sampling)
+            assert self.decode or not sampling.stop_strings, "stop strings need a decoder"
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt.ids) < self.max_seq_tokens:
                 raise ValueError(
@@ -131,11 +149,11 @@ class NativeGenerator:
             self.cache = None  # it may hold NaN
             raise FloatingPointError("the logits are not finite; the weights have diverged")
 
-    def _sequences(self, group: int, prompt: Prompt, sampling: Sampling) -> list[_Sequence]:
+    def _sequences(self, group: int, prompt: Prompt, sampling: Sampling) -> list[Completion]:
         tokens = min(len(prompt.ids) + sampling.max_new_tokens, self.max_seq_tokens)
         streams = (random.Random(f"{prompt.seed}/{i}") for i in range(sampling.num_samples))
         stop = Stop(sampling.stop_ids, sampling.stop_strings, self.decode)
-        return [_Sequence(prompt.ids, group, tokens, stop, stream) for stream in streams]
+        return [Completion(prompt.ids, group, tokens, sampling, stop, stream) for stream in streams]
 
     def _reserve(self, slots: int, tokens: int) -> KVCache:
         """Returns the cache, allocated anew when the last one is too small."""
@@ -146,13 +164,14 @@ class NativeGenerator:
         return self.cache
 
 
-@dataclass
-class _Sequence:
+@dataclass(eq=False)
+class Completion:
     """Holds one completion while it is decoded."""
 
     prompt_ids: list[int]
     group: int
     max_tokens: int  # prompt and completion together
+    sampling: Sampling
     stop: Stop
     stream: random.Random
     tokens: list[int] = field(default_factory=list)
@@ -188,34 +207,49 @@ class _Prefill:
     logits: Tensor
 
 
-class _Decoding:
-    """Runs one call of `generate`. Row i of the cache belongs to `active[i]`."""
+class Decoding:
+    """Completes sequences, `slots` at once; more may be put into `waiting` between two rounds. Row i of the cache
+    belongs to `active[i]`."""
 
-    def __init__(self, model: Decoder, cache: KVCache, sampling: Sampling, slots: int) -> None:
-        self.model, self.cache, self.sampling, self.slots = model, cache, sampling, slots
+    def __init__(self, model: Decoder, cache: KVCache, slots: int, seen: Seen | None = None) -> None:
+        self.model, self.cache, self.slots, self.seen = model, cache, slots, seen
         self.trunk = without_head(model)  # prefill needs the head only for the last position of a prompt
         self.stem: Stem | None = None  # what all prompts begin with
-        self.active: list[_Sequence] = []
+        self.waiting: deque[Completion] = deque()
+        self.active: list[Completion] = []
         self.prefills: dict[int, _Prefill] = {}  # by group, until its last sample has started
 
-    def rounds(self, sequences: list[_Sequence]) -> Iterator[None]:
+    def rounds(self, sequences: list[Completion]) -> Iterator[None]:
         """Completes all sequences, and yields whenever some have got their next token. Longest prompts start first:
         least padding, and least idle rows at the end."""
         self.stem = self._common([s.prompt_ids for s in sequences])
-        waiting = deque(sorted(sequences, key=lambda s: -len(s.prompt_ids)))
-        while waiting or self.active:
-            while waiting and len(self.active) < self.slots:
-                self._start([waiting.popleft() for _ in range(min(self.slots - len(self.active), len(waiting)))])
-                groups = {waiting[0].group} if waiting else set()
-                self.prefills = {group: p for group, p in self.prefills.items() if group in groups}
-                self._retire()
-                yield
-            if self.active:
-                self._decode()
-                self._retire()
-                yield
+        self.waiting.extend(sorted(sequences, key=lambda s: -len(s.prompt_ids)))
+        while self.waiting or self.active:
+            self.round()
+            yield
 
-    def _start(self, new: list[_Sequence]) -> None:
+    def round(self) -> list[Completion]:
+        """Starts what waits, as far as there is room, else decodes a token for all that are active. Returns the
+        sequences that have got a token; those of them that are done have left."""
+        if self.waiting and len(self.active) < self.slots:
+            room = min(self.slots - len(self.active), len(self.waiting))
+            new = [self.waiting.popleft() for _ in range(room)]
+            self._start(new)
+            groups = {self.waiting[0].group} if self.waiting else set()
+            self.prefills = {group: p for group, p in self.prefills.items() if group in groups}
+        else:
+            new = list(self.active)
+            self._decode()
+        self._retire()
+        return new
+
+    def drop(self, group: int) -> None:
+        """Removes what is left of the sequences of a group, between two rounds."""
+        for s in [s for s in self.waiting if s.group == group]:
+            self.waiting.remove(s)
+        self._remove([row for row, s in enumerate(self.active) if s.group == group])
+
+    def _start(self, new: list[Completion]) -> None:
         """Gives each new sequence a cache row filled with its prompt, and its first token."""
         self._prefill(list({s.group: s.prompt_ids for s in new if s.group not in self.prefills}.items()))
         for row, s in enumerate(new, len(self.active)):
@@ -225,6 +259,7 @@ class _Decoding:
 
     def _prefill(self, prompts: list[tuple[int, list[int]]]) -> None:
         """Computes prompts (group, ids), longest first, several in a forward."""
+        prompts = sorted(prompts, key=lambda each: -len(each[1]))
         while prompts:
             count = max(1, _PREFILL_TOKENS // len(prompts[0][1]))
             groups, rows = zip(*prompts[:count], strict=True)
@@ -277,19 +312,38 @@ class _Decoding:
         logits = self.model(ids, positions, masks=masks, caches=by_layer)
         self._append(self.active, logits[:, 0])
 
-    def _append(self, sequences: list[_Sequence], logits: Tensor) -> None:
+    def _append(self, sequences: list[Completion], logits: Tensor) -> None:
         """Samples a token for each sequence from logits [len(sequences), vocabulary]."""
         uniforms = torch.tensor([s.uniform() for s in sequences], device=logits.device)
-        tokens, logprobs = sample(logits, uniforms, self.sampling)
-        for s, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
-            s.tokens.append(token)
-            s.logprobs.append(logprob)
+        for rows in _alike(sequences):
+            own = slice(None) if len(rows) == len(sequences) else rows
+            tokens, logprobs = sample(logits[own], uniforms[own], sequences[rows[0]].sampling)
+            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+                sequences[row].tokens.append(token)
+                sequences[row].logprobs.append(logprob)
+        if self.seen is not None:
+            self.seen(sequences, logits)
 
     def _retire(self) -> None:
-        """Removes finished sequences; the last row moves into the gap, so that used rows stay contiguous."""
-        for row in reversed(range(len(self.active))):
-            if self.active[row].done:
-                last = self.active.pop()
-                if row < len(self.active):
-                    self.active[row] = last
-                    self.cache.move(len(self.active), row, last.length - 1)
+        """Removes finished sequences."""
+        self._remove([row for row, s in enumerate(self.active) if s.done])
+
+    def _remove(self, rows: Sequence[int]) -> None:
+        """Frees rows, given in rising order; the last row moves into each gap, so that used rows stay contiguous."""
+        for row in reversed(rows):
+            last = self.active.pop()
+            if row < len(self.active):
+                self.active[row] = last
+                self.cache.move(len(self.active), row, last.length - 1)
+
+
+Seen = Callable[[list[Completion], Tensor], None]
+"""Looks at the logits [sequences, vocabulary] from which the last token of each of these sequences was sampled."""
+
+
+def _alike(sequences: Sequence[Completion]) -> list[list[int]]:
+    """Returns the places of sequences that are sampled alike, together."""
+    found: dict[tuple[float, float, int], list[int]] = {}
+    for row, s in enumerate(sequences):
+        found.setdefault((s.sampling.temperature, s.sampling.top_p, s.sampling.top_k), []).append(row)
+    return list(found.values())

@@ -1,0 +1,203 @@
+"""Decodes requests together that come one after the other, in a thread of its own."""
+
+from __future__ import annotations
+
+import math
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmtrain.observe.log import log
+from llmtrain.rollout.native import Completion, Decoding, NativeGenerator
+from llmtrain.types import Prompt, Sampling
+
+
+class Token(NamedTuple):
+    """Tells of one token of a request, as soon as it is sampled.
+
+    Example: the second sample ends with the stop token 1, p = 1/2 at temperature 1:
+        Token(sample=1, id=1, logprob=-0.69, plain=-0.69, top=[(1, -0.69)], version=3, end="stop")
+    """
+
+    sample: int  # its number in the group
+    id: int
+    logprob: float  # under the sampling temperature, as in `Sample.logprobs`
+    plain: float | None  # the log-prob at temperature 1; None where nobody asked
+    top: list[tuple[int, float]]  # the likeliest tokens, with their log-probs at temperature 1
+    version: int  # of the weights
+    end: str | None  # stop: a stop token or string; length: a limit; None = more follow
+
+
+Deliver = Callable[[Token | Exception], None]
+"""Takes what becomes of a request, in the thread that decodes: its tokens, or the failure that ends it."""
+
+
+@dataclass(eq=False)
+class Request:
+    """Holds what is asked for, and while it is decoded its sequences."""
+
+    prompt: Prompt
+    sampling: Sampling
+    deliver: Deliver
+    top: int | None = None  # how many of the likeliest tokens are told; None: not even `Token.plain`
+    sequences: list[Completion] = field(default_factory=list)
+    left: int = 0  # sequences that have not ended
+
+
+class Continuous:
+    """Runs the decoding of a generator: requests that are there at the same time are decoded together, at most
+    `generator.max_batch_seqs` sequences; others wait.
+
+    The tokens of a request are those that `generator.generate` gives for its prompt, seed and sampling, whatever else
+    runs. Methods may be called in any thread.
+    """
+
+    def __init__(self, generator: NativeGenerator) -> None:
+        self.generator = generator
+        self.changed = threading.Condition()
+        self.coming: dict[int, Request] = {}  # by number, not yet seen by the thread
+        self.running: dict[int, Request] = {}
+        self.dropped: set[int] = set()
+        self.jobs: list[tuple[Future, Callable[[], Any]]] = []
+        self.count, self.closing = 0, False
+        self.decoding: Decoding | None = None
+        self.told: dict[Completion, tuple[float, list[tuple[int, float]]]] = {}  # of the newest token, where asked for
+        self.thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+        self.thread.start()
+
+    @property
+    def sequences(self) -> int:
+        """Returns how many sequences are decoded or wait."""
+        with self.changed:
+            return sum(r.sampling.num_samples for r in (*self.coming.values(), *self.running.values()))
+
+    def submit(self, request: Request) -> int:
+        """Starts a request and returns its number. Raises ValueError as `generate` does, RuntimeError when closed."""
+        self.generator.sequences(0, request.prompt, request.sampling)  # refuses what is wrong, in the caller's thread
+        with self.changed:
+            if self.closing:
+                raise RuntimeError("the generator is closed")
+            self.count += 1
+            self.coming[self.count] = request
+            self.changed.notify()
+            return self.count
+
+    def drop(self, number: int) -> None:
+        """Ends a request, which frees its place; one that has ended is no matter."""
+        with self.changed:
+            if self.coming.pop(number, None) is None and number in self.running:
+                self.dropped.add(number)
+                self.changed.notify()
+
+    def call(self, job: Callable[[], Any]) -> Future:
+        """Returns the future result of what the thread does between two rounds."""
+        future: Future = Future()
+        with self.changed:
+            if self.closing:
+                raise RuntimeError("the generator is closed")
+            self.jobs.append((future, job))
+            self.changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Ends the thread after its round; requests that run are told."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.thread.join()
+        self.generator.close()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while not self.closing:
+            try:
+                self._awaken()
+                self._round()
+            except Exception as error:  # whatever it is, the next request may do better
+                log("".join(traceback.format_exception(error)).rstrip())
+                self._fail(error)
+        self._fail(RuntimeError("the server has ended"))
+
+    def _awaken(self) -> None:
+        """Waits until there is work, and takes over what has come and gone."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.closing or self.coming or self.running or self.jobs)
+            new, self.coming = self.coming, {}
+            self.running.update(new)
+            dropped, self.dropped = self.dropped, set()
+        for number in new:
+            self._admit(number)
+        for number in dropped:
+            self._leave(number)
+
+    def _admit(self, number: int) -> None:
+        request = self.running[number]
+        request.sequences = self.generator.sequences(number, request.prompt, request.sampling)
+        request.left = len(request.sequences)
+        if self.decoding is None:
+            self.decoding = self.generator.decoding(self._look)
+        self.decoding.waiting.extend(request.sequences)
+
+    def _leave(self, number: int) -> None:
+        with self.changed:
+            gone = self.running.pop(number, None)
+        if gone is not None and self.decoding is not None:
+            self.decoding.drop(number)
+
+    def _round(self) -> None:
+        with self.changed:
+            jobs, self.jobs = self.jobs, []
+        for future, job in jobs:
+            try:
+                future.set_result(job())
+            except Exception as error:
+                future.set_exception(error)
+        if self.running:
+            for sequence in self.decoding.round():
+                self._deliver(sequence)
+
+    def _look(self, sequences: list[Completion], logits: Tensor) -> None:
+        """Notes log-probs at temperature 1, of the sampled and the likeliest tokens, for those who asked."""
+        tops = [self.running[s.group].top for s in sequences]
+        rows = [row for row, top in enumerate(tops) if top is not None]
+        self.told = {}
+        if not rows:
+            return
+        logp = logits[rows].float().log_softmax(-1)
+        chosen = torch.tensor([sequences[row].tokens[-1] for row in rows], device=logp.device)
+        plain = logp.gather(-1, chosen[:, None])[:, 0].tolist()
+        best, ids = (x.tolist() for x in logp.topk(min(max(tops[row] for row in rows), logp.size(-1)), -1))
+        for i, row in enumerate(rows):
+            count = tops[row]
+            self.told[sequences[row]] = plain[i], list(zip(ids[i][:count], best[i][:count], strict=True))
+
+    def _deliver(self, sequence: Completion) -> None:
+        """Tells of the newest token of a sequence; the request leaves with its last one."""
+        if not math.isfinite(sequence.logprobs[-1]):
+            raise FloatingPointError("the logits are not finite; the weights have diverged")
+        request = self.running[sequence.group]
+        plain, top = self.told.get(sequence, (None, []))
+        end = "stop" if sequence.stopped else "length" if sequence.done else None
+        number, version = request.sequences.index(sequence), self.generator.version
+        request.deliver(Token(number, sequence.tokens[-1], sequence.logprobs[-1], plain, top, version, end))
+        request.left -= end is not None
+        if not request.left:
+            with self.changed:
+                del self.running[sequence.group]
+
+    def _fail(self, error: Exception) -> None:
+        """Ends all requests. The cache goes too: it may hold numbers that are not finite."""
+        with self.changed:
+            ended = [*self.running.values(), *self.coming.values()]
+            jobs, self.jobs = self.jobs, []
+            self.running, self.coming, self.decoding, self.generator.cache = {}, {}, None, None
+        for request in ended:
+            request.deliver(error)
+        for future, _ in jobs:
+            future.set_exception(error)

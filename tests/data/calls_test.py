@@ -1,0 +1,46 @@
+"""Tool calls in what a model wrote, whole and in pieces."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmtrain.data.calls import Call, CallStream, read_calls
+
+ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "calls"),
+    [
+        ("No call <tool", "No call <tool", []),
+        (f"So:\n{ADD}", "So:", [Call("add", {"a": 1})]),
+        (f"{ADD}\n{ADD}\nDone ", "Done ", [Call("add", {"a": 1})] * 2),
+        ('<tool_call>{"name": "f"}</tool_call>', "", [Call("f", {})]),
+        ("<tool_call>{}</tool_call> x", "<tool_call>{}</tool_call> x", []),
+        ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
+        ("<tool_call>{bad</tool_call>", "<tool_call>{bad</tool_call>", []),
+        ('<tool_call>{"name": "f", "arguments": "x"}</tool_call>', None, []),
+        (f"a {ADD[:-3]}", f"a {ADD[:-3]}", []),
+        ("<tool_call>" + "[" * 100_000 + "</tool_call>", None, []),
+        ("", "", []),
+        ("a  ", "a  ", []),
+    ],
+)
+def test_calls_are_told_from_text_in_pieces_of_any_size(text: str, said: str | None, calls: list[Call]) -> None:
+    expected = (text if said is None else said, calls)
+    assert read_calls(text) == expected
+    if len(text) > 1000:
+        return
+    for size in (1, 7):
+        stream, got, found = CallStream(), "", []
+        for at in range(0, len(text), size):
+            piece, more = stream.push(text[at : at + size])
+            got, found = got + piece, found + more
+        assert (got + stream.rest(), found) == expected
+
+
+def test_text_comes_as_soon_as_it_is_sure() -> None:
+    stream = CallStream()
+    assert stream.push("I say <b> and") == ("I say <b> and", [])
+    assert stream.push(" <tool") == ("", [])
+    assert stream.push("box>") == (" <toolbox>", [])
