@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from llmtrain.data.chat import Message
 
-Tool = dict[str, Any]
+ToolSchema = dict[str, Any]
 """Describes a tool as the OpenAI protocol does: {"type": "function", "function": {"name", "description",
 "parameters": a JSON schema}}."""
 
@@ -30,7 +30,7 @@ class Reply:
 class Environment(Protocol):
     """Holds one episode; a new object is made for each sample."""
 
-    tools: Sequence[Tool]  # what the chat template shows the policy; empty = none
+    tools: Sequence[ToolSchema]  # what the chat template shows the policy; empty = none
 
     def start(self, example: Mapping[str, Any]) -> list[Message]:
         """Returns the conversation up to the policy's first turn. `example` is a row of the problem file."""
