@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ class Prompt:
 
     ids: list[int]
     seed: int = 0
+    example: dict[str, Any] = field(default_factory=dict)  # the line of the problem file, for an environment
 
 
 @dataclass
@@ -124,6 +126,22 @@ class Sample:
     def __post_init__(self) -> None:
         lists = (self.trained, self.logprobs, self.versions, *self.columns.values())
         assert all(len(each) == len(self.ids) for each in lists), "one value for each of `ids`"
+
+    def turns(self) -> list[tuple[bool, list[int]]]:
+        """Returns the ids in runs: (whether the policy wrote them, the tokens). Between two turns of a policy there is
+        always something that an environment wrote."""
+        pairs = groupby(zip(self.trained, self.ids, strict=True), key=lambda pair: pair[0])
+        return [(trained, [token for _, token in run]) for trained, run in pairs]
+
+    @property
+    def last_turn(self) -> list[int]:
+        """Returns what the policy wrote last: what rewards read. All of `ids` where nobody else wrote any."""
+        return next((ids for trained, ids in reversed(self.turns()) if trained), [])
+
+    @property
+    def written_tokens(self) -> int:
+        """Returns how many tokens the policy wrote."""
+        return sum(self.trained)
 
 
 Group = list[Sample]

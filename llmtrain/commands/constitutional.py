@@ -22,8 +22,8 @@ from llmtrain.data.sampler import permuted
 from llmtrain.observe.interval import wilson
 from llmtrain.observe.log import as_line, log, make_run_dir
 from llmtrain.observe.rows import own_directory, write_rows
-from llmtrain.trainer.completions import prompts_of
 from llmtrain.trainer.constitution import Comparison, Verdict, compared, revised
+from llmtrain.trainer.environments import prompts_of
 from llmtrain.trainer.job import resolved
 from llmtrain.trainer.speaker import Said, Speaker, numbers_of, open_speaker
 

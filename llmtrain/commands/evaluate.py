@@ -35,6 +35,7 @@ from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.trainer.batches import text_rows
 from llmtrain.trainer.completions import stop_text
+from llmtrain.trainer.environments import answering
 from llmtrain.trainer.evaluating import by_source, posed, read_problems, sharded_text
 from llmtrain.trainer.evaluating import problem_scores as sampled_scores
 from llmtrain.trainer.job import open_tokenizer, resolved, tokenizer_dir
@@ -188,7 +189,7 @@ def problem_scores(config: Config, model: Decoder, tokenizer: Tokenizer, mesh: M
             scores["test_time"] = accuracy_by_tokens(config, tokenizer, generator, most_tokens, problems, places)
         return scores, samples
 
-    return led(config, model, tokenizer, mesh, most_tokens, work)
+    return led(config, model, tokenizer, mesh, most_tokens, work, partial(answering, config, tokenizer))
 
 
 def led(
@@ -198,15 +199,17 @@ def led(
     mesh: Mesh | None,
     most_tokens: int | None,
     work: Callable[[Generator], Scored],
+    through: Callable[[Generator], Generator] = lambda generator: generator,
 ) -> Scored:
     """Returns what `work` makes with a generator of `model`, on sequences of `most_tokens` at most (None: the model's
-    limit). Each rank answers its share of what it asks for; the rest is done on rank 0, and others get nothing (a
-    collective)."""
+    limit), which answers `through` an environment where there is one. Each rank answers its share of what it asks for;
+    the rest is done on rank 0, and others get nothing (a collective)."""
     decode = stop_text(tokenizer)
     generator = NativeGenerator(model, config.rollout.max_batch_seqs, rank_device(), most_tokens, decode)
+    answers = through(generator)
     if mesh is None:
-        return work(generator)
-    return lead(mesh.side_group(IDLE_S), sharing(generator, mesh), work) or ({}, [])
+        return work(answers)
+    return lead(mesh.side_group(IDLE_S), sharing(generator, mesh, answers.generate), work) or ({}, [])
 
 
 def write_samples(directory: Path, label: str, samples: list[dict]) -> None:

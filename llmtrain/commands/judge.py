@@ -32,7 +32,7 @@ from llmtrain.observe.rows import own_directory, write_rows
 from llmtrain.rewards import build_reward, check_rows, scorer_of, stop_if_failing
 from llmtrain.rewards.check import row_faults
 from llmtrain.rewards.rubric import filled, read_rubric, rubric_score
-from llmtrain.trainer.completions import prompts_of
+from llmtrain.trainer.environments import prompts_of
 from llmtrain.trainer.job import resolved
 from llmtrain.trainer.speaker import Question, Said, Speaker, numbers_of, open_speaker
 from llmtrain.types import Group

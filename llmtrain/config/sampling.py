@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_va
 from pydantic_core import PydanticCustomError
 
 from llmtrain.config.document import model_name
+from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.lm_eval import LmEvalConfig
 from llmtrain.config.rubric import RubricConfig
 from llmtrain.config.section import DeadlineS, Dtype, Section, Share, UserPath
@@ -30,6 +31,7 @@ class RolloutConfig(Section):
     stop: list[Annotated[str, Field(min_length=1)]] = Field([])  # texts that end a completion, as end tokens do
     skip_special_tokens: bool = True  # rewards, samples and evaluations read completions without special tokens
     max_batch_seqs: PositiveInt = 256  # sequences decoded together on one rank
+    environment: EnvironmentConfig | None = None  # what completions talk to, turn by turn; null = they stand alone
     max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from llmtrain.data.chat import Message
 
@@ -19,25 +19,33 @@ class Reply:
 
     Example: a calculator has answered `21 * 2`, and the episode goes on:
         Reply([{"role": "tool", "name": "calculator", "content": "42"}])
+    In a game of two the second player (1) has won with this turn:
+        Reply(done=True, parts={"outcome": 1.0}, parts_of={0: {"outcome": -1.0}})
     """
 
     messages: list[Message] = field(default_factory=list)  # user or tool turns; empty where the episode is done
     parts: dict[str, float] = field(default_factory=dict)  # rewards by name, added to those of earlier turns
     done: bool = False  # the policy does not speak again
     errors: dict[str, str] = field(default_factory=dict)  # why a part could not be scored, by its name
+    player: int = 0  # who speaks next; `messages` are all that this one has not seen yet
+    parts_of: dict[int, dict[str, float]] = field(default_factory=dict)  # rewards of those who did not speak
 
 
 class Environment(Protocol):
-    """Holds one episode; a new object is made for each sample."""
+    """Holds one episode; a new object is made for each sample. docs/rollouts/environments.md has an example."""
 
     tools: Sequence[ToolSchema]  # what the chat template shows the policy; empty = none
+    role: Literal["user", "tool"]  # of the messages that it answers with
+    players: int  # 1, or how many sides the policy plays, each with a conversation of its own
 
     def start(self, example: Mapping[str, Any]) -> list[Message]:
-        """Returns the conversation up to the policy's first turn. `example` is a row of the problem file."""
+        """Returns the conversation up to the first turn of player 0. `example` is a row of the problem file, and the
+        same row always starts the same conversation. Raises ValueError, with the remedy, for a row that is wrong."""
 
     def step(self, text: str) -> Reply:
         """Returns the answer to a turn of the policy, decoded as rewards read it. Text that asks for nothing, or for a
-        tool that there is not, is answered too: what a policy writes raises nothing."""
+        tool that there is not, is answered too: what a policy writes raises nothing. It may have been cut off at a
+        limit; then the episode ends here, whatever the answer."""
 
     def close(self) -> None:
         """Ends what the episode started (processes, connections)."""

@@ -39,7 +39,7 @@ def evaluate_problems(
     sampled tokens, or over the greedy ones where nothing is sampled (nats), `problems`, their number, and
     `reward_errors`, on how many completions the scorer failed; and one record for each completion, the greedy ones
     first: {"problem", "prompt", "completion", "reward", "greedy"}, and "reward_error" where the scorer failed. Raises
-    ValueError without prompts.
+    ValueError without prompts. Of an episode the last turn is the completion, and `transcript` is the whole.
     """
     if not prompts:
         raise ValueError("no problems to evaluate: raise eval.problems or fill data.held_out")
@@ -48,21 +48,28 @@ def evaluate_problems(
     def complete(request: Sampling, greedily: bool) -> Records:
         groups = generator.generate(prompts, request)
         made.append(list(chain.from_iterable(groups)))
-        answered = [(i, decode(s.prompt_ids), decode(s.ids)) for i, group in enumerate(groups) for s in group]
+        answered = [(i, decode(s.prompt_ids), decode(s.last_turn)) for i, group in enumerate(groups) for s in group]
         scores = judge([(i, text) for i, _, text in answered])
-        return [record(*each, score) | {"greedy": greedily} for each, score in zip(answered, scores, strict=True)]
+        whole = [{} if all(s.trained) else {"transcript": decode(s.ids)} for s in made[-1]]
+        lines = zip(answered, scores, whole, strict=True)
+        return [record(*each, score) | {"greedy": greedily} | more for each, score, more in lines]
 
     first = complete(replace(sampling, temperature=0.0, num_samples=1), True) if greedy else []
     sampled = complete(replace(sampling, num_samples=samples), False) if samples else []
     every = list(chain.from_iterable(made))
     scores = measures(first, sampled, len(prompts), samples, classes) | {
-        "entropy": fmean([-logprob for s in made[-1] for logprob in s.logprobs]),
-        "tokens": fmean(len(s.ids) for s in every),
+        "entropy": -fmean(chain.from_iterable(map(sampled_logprobs, made[-1]))),
+        "tokens": fmean(s.written_tokens for s in every),
         "cut_off": fmean(not s.finished for s in every),
         "problems": len(prompts),
         "reward_errors": sum("reward_error" in s for s in first + sampled),
     }
     return scores, first + sampled
+
+
+def sampled_logprobs(sample: Sample) -> list[float]:
+    """Returns the log-probs of the tokens that the model wrote."""
+    return [logprob for logprob, own in zip(sample.logprobs, sample.trained, strict=True) if own]
 
 
 def measures(greedy: Records, sampled: Records, problems: int, samples: int, classes: Classes | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import NoReturn, TypeVar
 from llmtrain.checkpoint.group import CheckpointGroup
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.generator import Generator
-from llmtrain.rollout.worker import ColocatedGenerator, asked_by, request_of
+from llmtrain.rollout.worker import Answer, ColocatedGenerator, asked_by, request_of
 from llmtrain.types import Group, Prompt, Sampling
 
 T = TypeVar("T")
@@ -62,12 +62,13 @@ def exit_code(error: Exception) -> int:
     return 2 if isinstance(error, ValueError) else 1
 
 
-def sharing(local: Generator, mesh: Mesh) -> ColocatedGenerator:
-    """Returns a generator of all ranks, each of which answers its share by `local`; what fails on one of them ends all,
-    see `agreed`."""
+def sharing(local: Generator, mesh: Mesh, answer_by: Answer | None = None) -> ColocatedGenerator:
+    """Returns a generator of all ranks, each of which answers its share by `local`, or by what is more than that
+    (`answer_by`); what fails on one of them ends all, see `agreed`."""
+    generate = answer_by or local.generate
 
     def answer(prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        return agreed(mesh, lambda: local.generate(prompts, sampling))
+        return agreed(mesh, lambda: generate(prompts, sampling))
 
     return ColocatedGenerator(local, mesh, answer)
 

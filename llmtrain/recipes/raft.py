@@ -90,8 +90,9 @@ def keep(group: Group, settings: RaftConfig) -> Group:
 
 
 def right(sample: Sample, settings: RaftConfig) -> bool:
-    """Says whether the reward of a sample is high enough, and known: where a reward failed it is not."""
-    if sample.errors:
+    """Says whether the reward of a sample is high enough, and known: where a reward failed it is not. One in which the
+    policy wrote nothing is nothing to train on."""
+    if sample.errors or not any(sample.trained):
         return False
     return settings.min_reward is None or sample.reward >= settings.min_reward
 

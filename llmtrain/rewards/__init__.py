@@ -49,7 +49,8 @@ def extract_answer(name: str, completion: str) -> str | None:
 
 
 def build_reward(rewards: Sequence[RewardConfig], decode: Callable[[list[int]], str]) -> Reward:
-    """Returns the sum of the rewards by their weights; each is kept in `parts`, and why it failed in `errors`.
+    """Returns the sum of the rewards by their weights; each is kept in `parts`, and why it failed in `errors`. They
+    read what the policy wrote last.
 
     Raises as `Scorer` does when its workers cannot start.
     """
@@ -57,7 +58,7 @@ def build_reward(rewards: Sequence[RewardConfig], decode: Callable[[list[int]], 
 
     def reward(groups: Sequence[Group]) -> None:
         samples = list(chain.from_iterable(groups))
-        pairs = [(decode(sample.ids), sample.example) for sample in samples]
+        pairs = [(decode(sample.last_turn), sample.example) for sample in samples]
         for sample in samples:
             sample.reward, sample.parts, sample.errors = 0.0, {}, {}
         for name, (scorer, weight) in scorers.items():

@@ -9,7 +9,7 @@ from llmtrain.data.prompts import PromptSet
 from llmtrain.data.sampler import derive
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.generator import Generator, Weights
-from llmtrain.types import Group, Prompt, Reward, Sampling
+from llmtrain.types import Group, Reward, Sampling
 
 
 class Order(Protocol):
@@ -65,7 +65,7 @@ class InStep:
         """Samples and rewards the groups of these prompts; see RolloutSource."""
         chosen = self.order.choose(numbers)
         streams = [derive(self.seed, f"rollout/{number}") for number in numbers]
-        asked = [Prompt(self.prompts.prompt_ids(i), stream) for i, stream in zip(chosen, streams, strict=True)]
+        asked = [self.prompts.prompt(i, stream) for i, stream in zip(chosen, streams, strict=True)]
         groups = self.generator.generate(asked, self.sampling)
         for group, i in zip(groups, chosen, strict=True):
             for sample in group:

@@ -35,7 +35,7 @@ class ColocatedGenerator:
         self.local.wake()
         mine = self.answer(prompts[rank::size], sampling)
         self.local.sleep()
-        return _merge(self.mesh.all_gather_bytes(_packed(mine, rank, size)), prompts)
+        return _merge(self.mesh.all_gather_bytes(_packed(mine, prompts, rank, size)), prompts)
 
     def load_weights(self, weights: Weights, version: int) -> None:
         """Loads `weights`, the engine's collective iterator, whole on every rank."""
@@ -84,15 +84,16 @@ class RemoteGenerator:
         self.link.broadcast_json({"command": "close"}, ROOT)
 
 
-def serve(link: Link, generator: Generator, worker: int, num_workers: int) -> None:
-    """Runs a rollout worker, which obeys the trainers until they close."""
+def serve(link: Link, generator: Generator, worker: int, num_workers: int, answer: Answer | None = None) -> None:
+    """Runs a rollout worker, which obeys the trainers until they close. `answer` is as in ColocatedGenerator."""
+    answer = answer or generator.generate
     while True:
         request = link.broadcast_json(None, ROOT)
         match request["command"]:
             case "generate":
                 prompts, sampling = asked_by(request)
-                mine = generator.generate(prompts[worker::num_workers], sampling)
-                link.all_gather_bytes(_packed(mine, worker, num_workers))
+                mine = answer(prompts[worker::num_workers], sampling)
+                link.all_gather_bytes(_packed(mine, prompts, worker, num_workers))
             case "load_weights":
                 generator.load_weights(_receive(link), request["version"])
             case "sleep":
@@ -122,9 +123,9 @@ def _receive(link: Link) -> Iterator[tuple[str, Tensor]]:
         yield head["name"], link.broadcast(tensor, ROOT)
 
 
-def _packed(groups: Sequence[Group], rank: int, size: int) -> Tensor:
+def _packed(groups: Sequence[Group], prompts: Sequence[Prompt], rank: int, size: int) -> Tensor:
     """Returns the groups of `prompts[rank::size]` as bytes, under their numbers in `prompts`."""
-    return pack({number * size + rank: group for number, group in enumerate(groups)})
+    return pack({n * size + rank: group for n, group in enumerate(groups)}, [p.ids for p in prompts])
 
 
 def _merge(parts: Sequence[Tensor], prompts: Sequence[Prompt]) -> list[Group]:

@@ -15,6 +15,7 @@ from llmtrain.rules.attention import ATTENTION_RULES
 from llmtrain.rules.case import Case, Earlier, Rules, pretrains
 from llmtrain.rules.cleaning import CLEANING_RULES
 from llmtrain.rules.curriculum import CURRICULUM_RULES
+from llmtrain.rules.environment import ENVIRONMENT_RULES
 from llmtrain.rules.files import FILE_RULES
 from llmtrain.rules.index import INDEX_RULES
 from llmtrain.rules.judging import JUDGING_RULES
@@ -35,6 +36,7 @@ RULES = (
     *SHAPE_RULES,
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
     *(*CURRICULUM_RULES, *TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES, *PLAN_RULES, *INDEX_RULES),
+    *ENVIRONMENT_RULES,
 )
 
 

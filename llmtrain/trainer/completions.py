@@ -7,7 +7,6 @@ from functools import partial
 
 from llmtrain.config.schema import Config
 from llmtrain.data.ends import end_ids
-from llmtrain.data.prompts import PromptSet
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.trainer.job import tokenizer_dir
 from llmtrain.types import Sampling
@@ -18,13 +17,6 @@ def sampling_of(config: Config, tokenizer: Tokenizer) -> Sampling:
     model that the run starts from."""
     r, ends = config.rollout, end_ids(tokenizer, (config.model.init_from, tokenizer_dir(config)))
     return Sampling(r.max_new_tokens, r.group_size, r.temperature, r.top_p, r.top_k, ends, tuple(r.stop))
-
-
-def prompts_of(config: Config, path: str, tokenizer: Tokenizer) -> PromptSet:
-    """Returns the prompts of a file, each of which leaves room for `rollout.max_new_tokens` in a row."""
-    seq_len, new = config.train.seq_len, config.rollout.max_new_tokens
-    room = f"train.seq_len={seq_len} less rollout.max_new_tokens={new}"
-    return PromptSet(path, tokenizer, seq_len - new, config.data, room)
 
 
 def completion_text(config: Config, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:

@@ -27,11 +27,11 @@ from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
 from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.worker import ColocatedGenerator
 from llmtrain.trainer.batches import evaluate_text, text_rows
-from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of
+from llmtrain.trainer.completions import completion_text, sampling_of
+from llmtrain.trainer.environments import prompts_of
 from llmtrain.trainer.job import Job, data_dir
 from llmtrain.trainer.record import is_due
 from llmtrain.trainer.rollouts import local_generator
-from llmtrain.types import Prompt
 
 
 def sharded_text(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, float]:
@@ -75,7 +75,7 @@ def posed(config: Config, rows: PromptSet, tokenizer: Tokenizer) -> Problems:
         stop_if_failing([reward], [{} if s.error is None else {reward.name: s.error} for s in scores])
         return scores
 
-    prompts = [Prompt(rows.prompt_ids(i), derive(config.seed, f"eval/{i}")) for i in range(count)]
+    prompts = [rows.prompt(i, derive(config.seed, f"eval/{i}")) for i in range(count)]
     return Problems(prompts, rows.examples[:count], completion_text(config, tokenizer), judge, scorer.classes)
 
 

@@ -139,10 +139,10 @@ class SampleLog:
             shown += [sample for sample in samples if sample.errors][:1]
         for sample in shown:
             prompt, completion = self.decode(sample.prompt_ids), self.decode(sample.ids)
-            failed = {"reward_errors": sample.errors} if sample.errors else {}
-            self.file.write(
-                {"step": step, "prompt": prompt, "completion": completion, "reward": sample.reward, **failed}
-            )
+            more = {"reward_errors": sample.errors} if sample.errors else {}
+            if not all(sample.trained):
+                more["turns"] = [{"policy" if own else "environment": self.decode(ids)} for own, ids in sample.turns()]
+            self.file.write({"step": step, "prompt": prompt, "completion": completion, "reward": sample.reward, **more})
 
 
 class Clock:

@@ -11,18 +11,20 @@ import torch
 from llmtrain.arch.adapters import without_adapters
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.precision import compute_dtype
+from llmtrain.envs.parts import add_parts, failures_of, judged_by_environment
 from llmtrain.model.decoder import Decoder
 from llmtrain.rewards import RewardsFail, build_reward, check_rows, count_failures, reward_metrics, stop_if_failing
 from llmtrain.rollout.generator import RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
-from llmtrain.trainer.completions import completion_text, prompts_of, sampling_of, stop_text
+from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
 from llmtrain.trainer.curriculum import Curriculum
+from llmtrain.trainer.environments import answering, prompts_of
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import CURRICULUM, STEP_SAMPLES
-from llmtrain.types import Group
+from llmtrain.types import Group, Sample
 
 PROMPTS = "prompts"  # key in Job.state: how many the run has sampled
 
@@ -44,25 +46,29 @@ def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:
     if job.config.rollout.placement == "separate":
         job.mesh.link.await_trainers("model", job.mesh.role)
         return RemoteGenerator(job.mesh.link, job.mesh.num_trainers)
-    return ColocatedGenerator(local_generator(job), job.mesh)
+    local = local_generator(job)
+    return ColocatedGenerator(local, job.mesh, answering(job.config, job.tokenizer, local).generate)
 
 
 def serve_rollouts(job: Job) -> None:
     """Runs a rollout rank from its start to its end."""
     generator = local_generator(job)
     job.mesh.link.await_trainers("model", job.mesh.role)
-    serve(job.mesh.link, generator, job.mesh.rank, job.mesh.size)
+    answer = answering(job.config, job.tokenizer, generator).generate
+    serve(job.mesh.link, generator, job.mesh.rank, job.mesh.size, answer)
 
 
 def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
     """Returns the source that a recipe takes its groups from, as the sections `rollout` and `rewards` say."""
-    config = job.config
+    config, environment = job.config, job.config.rollout.environment
     shared = shared_reward(build_reward(config.rewards, completion_text(config, job.tokenizer)), job.mesh)
 
     def reward(groups: Sequence[Group]) -> None:
+        judged = judged_by_environment(groups)
         shared(groups)
-        count_failures(config.rewards, groups)  # here, where every rank has all groups
-        stop_if_failing(config.rewards, [sample.errors for group in groups for sample in group])
+        rewards = [*config.rewards, *add_parts(groups, judged, environment)]
+        count_failures(rewards, groups)  # here, where every rank has all groups
+        stop_if_failing([*rewards, *failures_of(environment)], [s.errors for group in groups for s in group])
 
     job.generator, sampling = build_generator(job), sampling_of(config, job.tokenizer)
     order = curriculum(job, prompts, prompts_per_step)
@@ -120,9 +126,19 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         STEP_SAMPLES: len(samples),
         "reward_mean": sum(s.reward for s in samples) / len(samples),
         **reward_metrics(groups),
-        "response_tokens_mean": sum(len(s.ids) for s in samples) / len(samples),
+        "response_tokens_mean": sum(s.written_tokens for s in samples) / len(samples),
         "finished_fraction": sum(s.finished for s in samples) / len(samples),
+        **episode_metrics(samples),
     }
+
+
+def episode_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns the turns of the policy a sample, and the tokens that its environment wrote; nothing where it wrote
+    none."""
+    heard = sum(len(s.ids) - s.written_tokens for s in samples)
+    turns = sum(written for s in samples for written, _ in s.turns()) if heard else 0
+    means = {"turns_mean": turns / len(samples), "environment_tokens_mean": heard / len(samples)}
+    return means if heard else {}
 
 
 @contextlib.contextmanager

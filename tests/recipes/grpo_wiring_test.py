@@ -180,7 +180,7 @@ def test_what_a_tool_wrote_counts_nowhere(start: Callable[..., Run], monkeypatch
 
     def with_a_tool(prompt: Prompt, ids: list[int]) -> Any:
         made = sample(prompt, ids)
-        made.trained[1] = False
+        made.trained[-1] = False  # a reward reads what the policy wrote last, here all before it
         return made
 
     monkeypatch.setattr(run.generator, "_sample", with_a_tool)

@@ -332,13 +332,13 @@ def test_the_critic_warms_up_alone(start: Callable[..., Run]) -> None:
 def test_what_a_tool_wrote_is_neither_trained_nor_a_state(
     start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second token is a tool's: 4 and 2 tokens are left, and lambda counts these."""
+    """The last token is a tool's: 4 and 2 tokens are left, and lambda counts these."""
     run = start("train.steps=1")
     sample = run.generator._sample
 
     def with_a_tool(prompt: Prompt, ids: list[int]) -> Sample:
         made = sample(prompt, ids)
-        made.trained[1] = False
+        made.trained[-1] = False  # a reward reads what the policy wrote last, here all before it
         return made
 
     monkeypatch.setattr(run.generator, "_sample", with_a_tool)

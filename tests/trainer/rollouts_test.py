@@ -84,7 +84,8 @@ def test_a_failed_score_counts_the_worst_of_all_ranks(monkeypatch: pytest.Monkey
     def rewarded(rank: int) -> list[tuple[float, dict[str, float]]]:
         groups = [[Sample([9], [i], [True], [0.0], [0], True)] for i in (1, 5, 0)]
         data, train = SimpleNamespace(curriculum=None), SimpleNamespace(steps=1)
-        config = SimpleNamespace(rewards=[RewardConfig(model="rm", weight=2.0)], seed=1, data=data, train=train)
+        sections = {"data": data, "train": train, "rollout": SimpleNamespace(environment=None)}
+        config = SimpleNamespace(rewards=[RewardConfig(model="rm", weight=2.0)], seed=1, **sections)
         job = SimpleNamespace(config=config, tokenizer=None, mesh=mesh(rank))
         rollouts.build_source(job, None, 3).reward(groups)
         return [(sample.reward, sample.parts) for (sample,) in groups]

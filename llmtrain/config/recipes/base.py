@@ -32,10 +32,13 @@ def fixed_rows(config: Config) -> StepSize:
 
 
 def sampled(config: Config, prompts: int, updates: int) -> StepSize:
-    """Returns the size of a step that samples `rollout.group_size` completions of each prompt."""
+    """Returns the size of a step that samples `rollout.group_size` completions of each prompt, or episodes."""
     r = config.rollout
-    tokens = prompts * r.group_size * r.max_new_tokens
-    shape = f"{prompts} prompts x {r.group_size} samples x {r.max_new_tokens} tokens"
+    each = r.max_new_tokens
+    if r.environment is not None:
+        each = min(each * r.environment.max_turns, config.train.seq_len)
+    tokens = prompts * r.group_size * each
+    shape = f"{prompts} prompts x {r.group_size} samples x {each} tokens"
     return StepSize(tokens, None, f"at most {shape} = {tokens:,} a step, in {updates} updates")
 
 

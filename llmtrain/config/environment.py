@@ -1,0 +1,45 @@
+"""Defines the keys of an environment: what the policy talks to in an episode of several turns."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from llmtrain.config.section import DeadlineS, Section, Share
+
+ToolName = Literal["calculator", "python"]
+
+
+class EnvironmentConfig(Section):
+    """Names what the policy talks to: tools, a game or a class of your own; see docs/rollouts/environments.md."""
+
+    tools: list[ToolName] = Field([])  # calculator, python: what the policy may call before it answers
+    game: Literal["nim"] | None = None  # the policy plays all sides; rows of the problem file say how it starts
+    function: str | None = None  # your own: my_env.py:Class or package.module:Class
+    args: dict[str, Any] = Field({})  # keyword arguments of that class
+    unsandboxed: bool = False  # with `function`: yes, it may run with all that you may do, as it has state to keep
+    max_turns: PositiveInt = 8  # turns of the policy in an episode, of all sides of a game together
+    calls: Literal["tags", "plain"] = "tags"  # tags: <tool_call>{JSON}</tool_call>; plain: a line `name: argument`
+    results: Literal["tool", "user"] = "tool"  # role of the messages with results, for the chat template
+    system: str | None = None  # a system message before those of every row
+    result_characters: PositiveInt = 2000  # longest result of a tool; more is cut off
+    deadline_s: DeadlineS = 5.0  # for one call of the tool python
+    weights: dict[str, float] = Field({})  # of parts that the environment rewards, in the sum; others: 1
+    max_error_share: Share = 0.5  # of the episodes of a step in which the environment fails; above it the run stops
+    keep_thinking: bool = False  # episodes keep what the policy thought, also where the chat template would drop it
+    threads: PositiveInt = 8  # episodes of a rank that are answered at the same time
+
+    @property
+    def file(self) -> str | None:
+        """Returns the file that `function` is in, None where it is in a module or there is none."""
+        place = (self.function or "").rpartition(":")[0]
+        return place if place.endswith(".py") else None
+
+    @field_validator("function")
+    @classmethod
+    def _of_a_module(cls, function: str | None) -> str | None:
+        if function is not None and not re.fullmatch(r".+:[A-Za-z_]\w*", function):
+            raise ValueError("must be file.py:Class or module:Class")
+        return function

@@ -1,0 +1,163 @@
+"""Holds a conversation as tokens: those that the policy wrote as it wrote them, and between them what the chat template
+puts there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmtrain.data.chat import CLOSE, OPEN, PROBE, Message
+from llmtrain.data.encode import Draft, Encoder, Piece
+from llmtrain.data.rows import Example
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.envs.base import ToolSchema
+from llmtrain.types import Sample
+
+THOUGHT = "9876543210"  # a thought that is found again in the rendered text
+KEEPS = "such as one that renders every message by itself"
+
+
+class Rewritten(ValueError):
+    """Says that the chat template renders earlier turns in another way once more turns follow."""
+
+
+class Renderer:
+    """Renders and encodes conversations with the tools of an environment, for one tokenizer; threads may share it.
+
+    Raises ValueError when the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.chat = tokenizer.chat
+        self.encoder = Encoder(tokenizer, [Example({}, prompt=[])], all_turns=False)
+        names = self.chat.special.names
+        self.ends = {self.chat.special.ids[content]: name for content, name in names.items()}
+
+    def rendered(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> str:
+        """Returns the marked text of a conversation, up to the policy's next turn. Raises ValueError, without a place,
+        when the template refuses it."""
+        return self.chat.render(messages, True, list(tools) or None)
+
+    def ids(self, text: str, goes_on: bool) -> list[int]:
+        """Returns the tokens of marked text; with `goes_on` it follows tokens that are there already."""
+        # all of it counts as trained, so that the encoder keeps the places by which it cuts what leads a text off
+        piece = Piece(text, [(0, len(text))] if goes_on else (), goes_on)
+        return next(self.encoder.encode([Draft([piece], [], [])]))[0] if text else []
+
+    def between(
+        self, before: str, history: Sequence[Message], new: Sequence[Message], tools: Sequence[ToolSchema]
+    ) -> tuple[str, str]:
+        """Returns (the whole rendered text, the part of it behind the policy's turn), up to its next turn.
+
+        `history` ends with that turn, PROBE in place of what the policy wrote, behind the rendered text `before`; white
+        space between them is the policy's to write. Raises Rewritten.
+        """
+        whole = self.rendered([*history, *new], tools)
+        turn = whole[len(before) :].lstrip()
+        if not (whole.startswith(before) and turn.startswith(PROBE)):
+            raise Rewritten(
+                "the chat template renders earlier turns in another way once more turns follow, so the tokens of an "
+                f"episode would not be those that it renders; set tokenizer.chat_template to another, {KEEPS}"
+            )
+        return whole, turn[len(PROBE) :]
+
+    def following(self, behind: str, last_id: int) -> list[int]:
+        """Returns the tokens of what stands behind a turn of the policy, without the token that ends the turn where
+        that is `last_id`, its own last token."""
+        end, bare = self.ends.get(last_id), behind.lstrip()
+        if end and bare.startswith(end):
+            return self.ids(bare, goes_on=False)[1:]
+        return self.ids(behind, goes_on=True)
+
+
+def policy_turn(content: str = PROBE) -> Message:
+    """Returns a turn of the policy; PROBE stands for what it wrote, which is never rendered."""
+    return {"role": "assistant", "content": content}
+
+
+def check_template(
+    renderer: Renderer, start: Sequence[Message], role: str, tools: Sequence[ToolSchema], keep_thinking: bool
+) -> None:
+    """Raises ValueError, with the remedy, when the chat template refuses a conversation of several turns, rewrites
+    earlier ones, or drops what the policy thought in them (not with `keep_thinking`).
+
+    The conversation begins with `start`, and messages of `role` answer the policy.
+    """
+    heard = {"role": role, "content": "1"}
+    history, before = list(start), renderer.rendered(start, tools)
+    for _ in range(2):
+        history.append(policy_turn())
+        try:
+            before, _ = renderer.between(before, history, [heard], tools)
+        except Rewritten:
+            raise
+        except ValueError as error:
+            more = "; or, with tools, set rollout.environment.results=user" if role == "tool" else ""
+            raise ValueError(f"a message of the role {role} answers the policy, and {error}{more}") from None
+        history.append(heard)
+    thinking = policy_turn(f"{OPEN}\n{THOUGHT}\n{CLOSE}\n\n{PROBE}")
+    if not keep_thinking and THOUGHT not in renderer.rendered([*start, thinking, heard, policy_turn(), heard], tools):
+        raise Rewritten(
+            "the chat template drops what the policy thought once more turns follow; set tokenizer.chat_template to "
+            "one that keeps it, or rollout.environment.keep_thinking=true: episodes then go on from what was written"
+        )
+
+
+class Dialogue:
+    """Holds one side's conversation. `ids` and the lists beside them are those of `Sample`, behind `prompt_ids`."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSchema],
+        prompt_ids: list[int] | None = None,
+    ) -> None:
+        """`prompt_ids` are the tokens of `messages` where they are known; without messages nothing can follow them."""
+        self.renderer, self.tools, self.messages = renderer, tools, list(messages)
+        self.rendered = renderer.rendered(self.messages, tools) if messages else ""
+        self.prompt_ids = renderer.ids(self.rendered, goes_on=False) if prompt_ids is None else prompt_ids
+        self.ids: list[int] = []
+        self.trained: list[bool] = []
+        self.logprobs: list[float] = []
+        self.versions: list[int] = []
+
+    @property
+    def context(self) -> list[int]:
+        """Returns all tokens so far."""
+        return self.prompt_ids + self.ids
+
+    def say(self, sample: Sample) -> None:
+        """Adds a turn of the policy."""
+        self.messages.append(policy_turn())
+        self._add(sample.ids, True, sample.logprobs, sample.versions)
+
+    def hear(self, messages: Sequence[Message], most_tokens: int) -> bool:
+        """Adds what the environment says to the policy's turn, and what begins its next one. Returns whether that fits
+        into `most_tokens` in all; else nothing is added. Raises Rewritten, or ValueError when the template refuses."""
+        whole, behind = self.renderer.between(self.rendered, self.messages, messages, self.tools)
+        ids = self.renderer.following(behind, self.ids[-1])
+        if len(self.prompt_ids) + len(self.ids) + len(ids) > most_tokens:
+            return False
+        self.messages, self.rendered = [*self.messages, *messages], whole
+        self._add(ids, False, [0.0] * len(ids), [self.versions[-1]] * len(ids))
+        return True
+
+    def _add(self, ids: Sequence[int], trained: bool, logprobs: Sequence[float], versions: Sequence[int]) -> None:
+        self.ids += ids
+        self.trained += [trained] * len(ids)
+        self.logprobs += logprobs
+        self.versions += versions
+
+    def sample(self, finished: bool, prompt_tokens: int, version: int) -> Sample:
+        """Returns the conversation as a sample, without what followed the policy's last turn. Its prompt is the first
+        `prompt_tokens`; what else stood before the first turn is then as what an environment wrote, of `version`."""
+        moved = self.prompt_ids[prompt_tokens:]
+        n, end = len(moved), max((i + 1 for i, trained in enumerate(self.trained) if trained), default=0)
+        return Sample(
+            self.prompt_ids[:prompt_tokens],
+            moved + self.ids[:end],
+            [False] * n + self.trained[:end],
+            [0.0] * n + self.logprobs[:end],
+            [version] * n + self.versions[:end],
+            finished,
+        )

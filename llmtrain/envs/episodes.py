@@ -1,0 +1,171 @@
+"""Runs many episodes together over a generator: tokens in, tokens out, one turn of all that still go on at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
+
+from llmtrain.config.environment import EnvironmentConfig
+from llmtrain.data.sampler import derive
+from llmtrain.envs.base import Environment, Reply
+from llmtrain.envs.dialogue import Dialogue, Renderer
+from llmtrain.rollout.generator import Generator
+from llmtrain.rollout.stem import shared_tokens
+from llmtrain.types import Group, Prompt, Sample, Sampling
+
+FAILED = "environment"  # the name under which Sample.errors tells that the environment itself failed
+
+
+class Episode:
+    """Holds one episode while it runs: an environment, and a conversation with each side that has spoken."""
+
+    def __init__(
+        self, environment: Environment, renderer: Renderer, prompt: Prompt, number: int, most_tokens: int
+    ) -> None:
+        self.environment, self.renderer, self.prompt, self.number = environment, renderer, prompt, number
+        self.most_tokens = most_tokens  # of a conversation
+        self.player, self.turns = 0, 0
+        self.going_on, self.finished = True, False
+        self.sides: dict[int, Dialogue] = {}
+        self.parts: dict[int, dict[str, float]] = {}
+        self.errors: dict[str, str] = {}
+
+    def start(self) -> None:
+        """Starts the environment, whose first messages the prompt holds as tokens."""
+        try:
+            messages = self.environment.start(self.prompt.example)
+            self.sides[0] = Dialogue(self.renderer, messages, self.environment.tools, self.prompt.ids)
+        except Exception as error:  # of a user's own code; the other episodes go on
+            self.sides[0] = Dialogue(self.renderer, [], [], self.prompt.ids)
+            self._fail(error)
+
+    @property
+    def context(self) -> list[int]:
+        """Returns the tokens that the next turn follows."""
+        return self.sides[self.player].context
+
+    def turn(self, sample: Sample, text: str, max_turns: int) -> None:
+        """Takes a turn of the policy, and has the environment answer it."""
+        self.sides[self.player].say(sample)
+        self.turns += 1
+        if not self.going_on:  # it failed at its start
+            return
+        try:
+            reply = self.environment.step(text)
+            self._credit(reply)
+            self.finished = sample.finished and reply.done
+            self.going_on = sample.finished and not reply.done and self.turns < max_turns and self._hear(reply)
+        except Exception as error:  # as above
+            self._fail(error)
+
+    def _hear(self, reply: Reply) -> bool:
+        """Adds what is said to who speaks next; returns whether there is room for another turn."""
+        self.player = reply.player
+        if self.player in self.sides:
+            return self.sides[self.player].hear(reply.messages, self.most_tokens - 1)
+        side = Dialogue(self.renderer, reply.messages, self.environment.tools)
+        if len(side.prompt_ids) >= self.most_tokens:
+            return False
+        self.sides[self.player] = side
+        return True
+
+    def _credit(self, reply: Reply) -> None:
+        """Adds the rewards of a reply. Raises ValueError for one that is no finite number."""
+        self.errors |= reply.errors
+        for player, parts in chain([(self.player, reply.parts)], reply.parts_of.items()):
+            own = self.parts.setdefault(player, {})
+            for name, value in parts.items():
+                if not math.isfinite(value):
+                    raise ValueError(f"the part {name} is {value!r:.40}, no finite number")
+                own[name] = own.get(name, 0.0) + float(value)
+
+    def _fail(self, error: Exception) -> None:
+        self.going_on, self.errors = False, {FAILED: f"{type(error).__name__}: {error}"[:300]}
+
+    def samples(self, prompt_tokens: int) -> list[Sample]:
+        """Returns a sample of each side, with its rewards. One that never spoke has a row in which nothing is trained:
+        its reward counts in the group."""
+        first, made = self.sides[0], []
+        for player in range(self.environment.players):
+            side = self.sides.get(player) or Dialogue(self.renderer, [], [], first.prompt_ids)
+            sample = side.sample(self.finished, prompt_tokens, first.versions[0])
+            sample.parts, sample.errors = dict(self.parts.get(player, {})), dict(self.errors)
+            made.append(sample)
+        return made
+
+
+def group_of(episodes: Sequence[Episode]) -> Group:
+    """Returns the samples of the episodes of one prompt. They share a prompt: where there are several sides, it is what
+    all of their conversations begin with."""
+    asked = episodes[0].prompt.ids
+    if episodes[0].environment.players == 1:
+        shared = len(asked)
+    else:
+        starts = [side.prompt_ids for episode in episodes for side in episode.sides.values()]
+        shared = min(shared_tokens(min(starts), max(starts)), min(map(len, starts)) - 1)
+    if shared < 1:
+        raise ValueError(
+            "rollout.environment: the conversations of the sides begin with different tokens, so they share no prompt; "
+            "begin them with a message of the same role and the same first words"
+        )
+    return [sample for episode in episodes for sample in episode.samples(shared)]
+
+
+class Episodes:
+    """Answers prompts as `Generator.generate` does, each with `num_samples` episodes.
+
+    A group holds a sample of every side of every episode. An episode is finished when its environment says so; it is
+    cut, and not finished, at `max_turns`, where a turn reaches `max_new_tokens`, or where `seq_len` is full. The tokens
+    drawn depend only on the weights, the prompt, its seed and example, the sample's number and what the environment
+    answers.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        renderer: Renderer,
+        make: Callable[[], Environment],
+        settings: EnvironmentConfig,
+        seq_len: int,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        """`decode` returns the text of a turn, as rewards read it; `seq_len` bounds a conversation, in tokens."""
+        self.generator, self.renderer, self.make = generator, renderer, make
+        self.settings, self.seq_len, self.decode = settings, seq_len, decode
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Returns the group of each prompt, in their order. Raises as the generator does."""
+        if not prompts:
+            return []
+        with ThreadPoolExecutor(self.settings.threads) as pool:
+            games = [[self._episode(p, i) for i in range(sampling.num_samples)] for p in prompts]
+            episodes = list(chain.from_iterable(games))
+            try:
+                list(pool.map(Episode.start, episodes))
+                first = self.generator.generate(prompts, sampling)  # a prompt once for its group
+                self._turn(pool, episodes, list(chain.from_iterable(first)))
+                while going_on := [episode for episode in episodes if episode.going_on]:
+                    self._turn(pool, going_on, self._next(going_on, sampling))
+            finally:
+                list(pool.map(lambda episode: episode.environment.close(), episodes))
+        return [group_of(each) for each in games]
+
+    def _episode(self, prompt: Prompt, number: int) -> Episode:
+        return Episode(self.make(), self.renderer, prompt, number, self.seq_len)
+
+    def _next(self, episodes: Sequence[Episode], sampling: Sampling) -> list[Sample]:
+        """Returns the next turn of each episode; its random stream follows from the prompt's seed."""
+        asked = [Prompt(e.context, derive(e.prompt.seed, f"turn/{e.number}/{e.turns}")) for e in episodes]
+        groups = self.generator.generate(asked, replace(sampling, num_samples=1))
+        return [sample for (sample,) in groups]
+
+    def _turn(self, pool: ThreadPoolExecutor, episodes: Sequence[Episode], samples: Sequence[Sample]) -> None:
+        """Hands each episode its turn, several at the same time: an environment may wait for what it asks."""
+
+        def take(episode: Episode, sample: Sample) -> None:
+            episode.turn(sample, self.decode(sample.ids), self.settings.max_turns)
+
+        list(pool.map(take, episodes, samples))

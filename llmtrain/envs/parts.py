@@ -1,0 +1,69 @@
+"""Adds what an environment rewards to the rewards of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from llmtrain.config.environment import EnvironmentConfig
+from llmtrain.envs.episodes import FAILED
+from llmtrain.types import Group, Sample
+
+Judged = list[tuple[dict[str, float], dict[str, str]]]
+"""Holds (parts, errors) of each sample, as its environment left them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stands for a part beside the entries of the section `rewards`, with what is read of these."""
+
+    name: str
+    weight: float
+    max_error_share: float
+    function: str | None = None
+    verifies: bool = True
+
+
+def judged_by_environment(groups: Sequence[Group]) -> Judged:
+    """Returns what the environments said of the samples, before rewards replace it."""
+    return [(sample.parts, sample.errors) for sample in chain.from_iterable(groups)]
+
+
+def add_parts(groups: Sequence[Group], judged: Judged, settings: EnvironmentConfig | None) -> list[Part]:
+    """Adds the parts to the rewards of the samples, by their weights, and the errors. Returns the parts as entries like
+    those of the section `rewards`.
+
+    `groups` are all that were sampled together. A sample that lacks a part which another has gets 0 for it; where the
+    environment failed, each part has failed. Raises ValueError for a part with the name of a reward.
+    """
+    if settings is None:
+        return []
+    samples = list(chain.from_iterable(groups))
+    names = sorted({name for parts, errors in judged for name in (*parts, *errors)} - {FAILED})
+    taken = [name for name in names if name in samples[0].parts]
+    if taken:
+        raise ValueError(
+            f"rollout.environment: rewards a part {taken[0]!r}, and one of rewards has that name; give the entry of "
+            "rewards another `name`"
+        )
+    parts = [Part(name, settings.weights.get(name, 1.0), settings.max_error_share) for name in names]
+    for sample, (own, errors) in zip(samples, judged, strict=True):
+        _add(sample, parts, own, errors)
+    return parts
+
+
+def failures_of(settings: EnvironmentConfig | None) -> list[Part]:
+    """Returns the entry under which failures of the environment itself are counted."""
+    return [] if settings is None else [Part(FAILED, 0.0, settings.max_error_share)]
+
+
+def _add(sample: Sample, parts: Sequence[Part], own: dict[str, float], errors: dict[str, str]) -> None:
+    """Adds the parts of one sample, and its errors."""
+    for part in parts:
+        sample.parts[part.name] = own.get(part.name, 0.0)
+        sample.reward += part.weight * sample.parts[part.name]
+        if FAILED in errors or part.name in errors:
+            sample.errors[part.name] = errors.get(part.name) or errors[FAILED]
+    if FAILED in errors:
+        sample.errors[FAILED] = errors[FAILED]

@@ -1,0 +1,43 @@
+"""Reads a file of problems as the prompts with which the episodes of an environment begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmtrain.config.data import DataConfig
+from llmtrain.data.encode import Encoded
+from llmtrain.data.faults import Faults
+from llmtrain.data.files import read_rows
+from llmtrain.data.prompts import Starts
+from llmtrain.data.rows import Example, mapped
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.envs.build import Make
+from llmtrain.envs.dialogue import Renderer, check_template
+
+
+def starts_of(make: Make, keep_thinking: bool) -> Starts:
+    """Returns what reads a file in place of `llmtrain.data.encode.encode_rows`: each row is given to an environment,
+    and what that starts with is the prompt. A row that it refuses goes to the faults.
+
+    The first row shows whether the chat template can render an episode: ValueError, with the remedy, where it cannot.
+    """
+
+    def starts(path: str, tokenizer: Tokenizer, settings: DataConfig, faults: Faults) -> Iterator[Encoded]:
+        renderer, checked = Renderer(tokenizer), False
+        for where, record in read_rows(path, faults):
+            environment = make()
+            try:
+                example = mapped(record, settings.fields)
+                messages = environment.start(example)
+                ids = renderer.ids(renderer.rendered(messages, environment.tools), goes_on=False)
+            except Exception as error:  # of a user's own code, too
+                faults.add(where, str(error) or repr(error))
+                continue
+            finally:
+                environment.close()
+            if not checked:
+                check_template(renderer, messages, environment.role, environment.tools, keep_thinking)
+                checked = True
+            yield Encoded(where, Example(example, prompt=messages), ids, [False] * len(ids))
+
+    return starts

@@ -1,0 +1,44 @@
+"""Puts the environment of `rollout.environment` between prompts and generator."""
+
+from __future__ import annotations
+
+import functools
+
+from llmtrain.config.environment import EnvironmentConfig
+from llmtrain.config.schema import Config
+from llmtrain.data.prompts import PromptSet
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.envs.build import Make, environment_maker
+from llmtrain.envs.dialogue import Renderer
+from llmtrain.envs.episodes import Episodes
+from llmtrain.envs.starts import starts_of
+from llmtrain.rollout.generator import Generator
+from llmtrain.trainer.completions import completion_text
+
+
+@functools.cache
+def _made(settings: str) -> Make:
+    return environment_maker(EnvironmentConfig.model_validate_json(settings))
+
+
+def make_of(settings: EnvironmentConfig) -> Make:
+    """Returns what makes the environment of an episode; equal settings share their tools and workers in a process."""
+    return _made(settings.model_dump_json())
+
+
+def prompts_of(config: Config, path: str, tokenizer: Tokenizer) -> PromptSet:
+    """Returns the prompts of a file, each of which leaves room for `rollout.max_new_tokens` in a row. Where there is an
+    environment, they are what its episodes begin with."""
+    seq_len, new, settings = config.train.seq_len, config.rollout.max_new_tokens, config.rollout.environment
+    room = f"train.seq_len={seq_len} less rollout.max_new_tokens={new}"
+    starts = None if settings is None else starts_of(make_of(settings), settings.keep_thinking)
+    return PromptSet(path, tokenizer, seq_len - new, config.data, room, starts)
+
+
+def answering(config: Config, tokenizer: Tokenizer, generator: Generator) -> Generator | Episodes:
+    """Returns what answers prompts by `generate`: the generator itself, or episodes over it."""
+    settings = config.rollout.environment
+    if settings is None:
+        return generator
+    decode = completion_text(config, tokenizer)
+    return Episodes(generator, Renderer(tokenizer), make_of(settings), settings, config.train.seq_len, decode)

@@ -1,0 +1,85 @@
+"""The rules of `rollout.environment`: broken once, each says value, rule and remedy; kept, it is silent."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.load import ConfigError, load
+from llmtrain.rules.check import violations
+
+OWN = str(Path(__file__).parents[1] / "envs" / "own.py")
+
+
+def lines(folder: Path, command: str, environment: str, *overrides: str) -> list[str]:
+    """Returns the violations that speak of the environment."""
+    path = folder / "x.yaml"
+    path.write_text(
+        f"model: {{init_from: {folder}}}\ntokenizer: {{path: {folder}}}\ndata: {{train: {__file__}}}\n"
+        f"rollout: {{environment: {environment}}}\n"
+    )
+    found = violations(load(str(path), list(overrides)), 1, command)
+    return [line for line in found if "environment" in line or line.startswith("rewards=")]
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "line"),
+    [
+        (
+            "grpo",
+            "{}",
+            "rollout.environment: must name what the policy talks to; set one of tools, such as .calculator.",
+        ),
+        ("grpo", "{tools: [python], game: nim}", "rollout.environment.game=nim: not together with tools; remove one"),
+        ("grpo", "{tools: [python, python]}", "rollout.environment.tools: python stands there twice; remove one"),
+        ("raft", "{game: nim, calls: plain}", "rollout.environment.calls=plain: is read with .*tools alone; remove it"),
+        (
+            "ppo",
+            "{tools: [python], unsandboxed: true}",
+            "unsandboxed=true: only an environment of your own may run out",
+        ),
+        ("grpo", "{tools: [python], args: {a: 1}}", "rollout.environment.args=.*: are those of a class of your own"),
+        ("grpo", f"{{function: '{OWN}:Guess'}}", "say that you trust it with rollout.environment.unsandboxed=true"),
+        (
+            "grpo",
+            "{function: 'no.py:A', unsandboxed: true}",
+            "function=no.py:A: no.py is no file here; correct the path",
+        ),
+        ("judge", "{tools: [python]}", "rollout.environment: not in judge, which compares single answers; remove it"),
+        ("constitutional", "{tools: [python]}", "rollout.environment: not in constitutional, which compares single"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path: Path, command: str, environment: str, line: str) -> None:
+    found = lines(tmp_path, command, environment)
+    assert len(found) == 1 and re.search(line, found[0])
+
+
+def test_what_can_work_is_not(tmp_path: Path) -> None:
+    for command in ("grpo", "raft", "ppo", "eval", "sft"):
+        assert not lines(tmp_path, command, "{tools: [calculator, python], calls: plain, results: user}")
+        assert not lines(tmp_path, command, f"{{function: '{OWN}:Guess', unsandboxed: true, args: {{most: 3}}}}")
+
+
+def test_other_keys_beside_an_environment(tmp_path: Path) -> None:
+    (line,) = lines(tmp_path, "grpo", "{tools: [python]}", "grpo.overlong_buffer=9")
+    assert re.search("grpo.overlong_buffer=9: measures one completion.*set it to 0", line)
+    (line,) = lines(tmp_path, "eval", "{tools: [python]}", "eval.test_time={}")
+    assert line == "rollout.environment: not with eval.test_time, which goes on with single answers; remove one of them"
+
+
+def test_who_rewards(tmp_path: Path) -> None:
+    """Tools reward nothing by themselves; a game or an environment of one's own does."""
+    assert lines(tmp_path, "grpo", "{tools: [python]}", "rewards=[]")[0].startswith(
+        "rewards=[]: must name at least one"
+    )
+    assert not lines(tmp_path, "grpo", "{game: nim}", "rewards=[]")
+    own = f"{{function: '{OWN}:Guess', unsandboxed: true}}"
+    assert not lines(tmp_path, "grpo", own, "rewards=[]")
+
+
+@pytest.mark.parametrize("value", ["{tools: [abacus]}", "{function: own.Guess}", "{max_turns: 0}", "{turns: 3}"])
+def test_wrong_values(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.environment"):
+        lines(tmp_path, "grpo", value)
