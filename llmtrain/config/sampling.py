@@ -32,6 +32,7 @@ class RolloutConfig(Section):
     skip_special_tokens: bool = True  # rewards, samples and evaluations read completions without special tokens
     max_batch_seqs: PositiveInt = 256  # sequences decoded together on one rank
     environment: EnvironmentConfig | None = None  # what completions talk to, turn by turn; null = they stand alone
+    verify: Literal["probe", "checksum", "off"] = "probe"  # after every sync; see docs/rollouts/trust.md
     max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
 
 

@@ -58,6 +58,10 @@ class Link:
         """Returns the uint8 tensors, of any length, of all ranks."""
         return _all_gather_bytes(data, self.size, self.device, lambda out, x: self.group.allgather([out], [x]).wait())
 
+    def all_gather_json(self, value: object) -> list:
+        """Returns the JSON values of all ranks."""
+        return [_decode(part) for part in self.all_gather_bytes(_encode(value))]
+
     def await_trainers(self, event: str, role: str) -> None:
         """Lets workers wait for an event of the trainers, up to START_TIMEOUT: the timeout of a collective, which is
         shorter, runs from its first caller."""

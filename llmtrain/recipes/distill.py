@@ -100,7 +100,6 @@ def on_own_samples(job: Job) -> None:
     teachers, loss = build_teachers(job), with_gap(loss_of(job))
     source = build_source(job, prompts, settings.prompts_per_step)
     gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
-    source.publish(job.engine.full_weights(), job.step)
     samples = SampleLog(job)
 
     def step(number: int) -> tuple[dict[str, float], int]:
@@ -125,6 +124,7 @@ def on_own_samples(job: Job) -> None:
         return {**summary(groups), **metrics, **times, "weight_version": number + 1}, tokens
 
     with closing(source):
+        source.publish(job.engine.full_weights(), job.step)
         train(job, step)
 
 

@@ -63,7 +63,6 @@ def run(job: Job) -> None:
     reference = build_reference(job, settings.kl_coef > 0, settings.reference_waits)
     source = build_source(job, prompts, settings.prompts_per_step)
     gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
-    source.publish(job.engine.full_weights(), job.step)
     samples = SampleLog(job)
 
     def step(number: int) -> tuple[dict[str, float], int]:
@@ -83,6 +82,7 @@ def run(job: Job) -> None:
         return {**own, **metrics, **times}, tokens
 
     with closing(source):
+        source.publish(job.engine.full_weights(), job.step)
         train(job, step)
 
 

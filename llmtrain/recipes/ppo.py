@@ -67,7 +67,6 @@ def run(job: Job) -> None:
     turns = Turns([policy, critic, *([] if reference is None else [reference])], settings.wait_on_host)
     source = build_source(job, prompts, settings.prompts_per_step)
     gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
-    source.publish(policy.full_weights(), job.step)
     samples = SampleLog(job)
 
     def step(number: int) -> tuple[dict[str, float], int]:
@@ -95,6 +94,7 @@ def run(job: Job) -> None:
         return {**metrics, **times, "weight_version": number + 1}, tokens
 
     with closing(source):
+        source.publish(policy.full_weights(), job.step)
         train(job, step)
 
 

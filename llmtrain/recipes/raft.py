@@ -49,7 +49,6 @@ def run(job: Job) -> None:
     build_engine(job, config.train.steps * updates_per_step(config))
     source = build_source(job, prompts, settings.prompts_per_step)
     gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
-    source.publish(job.engine.full_weights(), job.step)
     samples = SampleLog(job)
 
     def step(number: int) -> tuple[dict[str, float], int]:
@@ -67,6 +66,7 @@ def run(job: Job) -> None:
         return {**rollout_metrics(groups), **kept, **metrics, **times}, tokens
 
     with closing(source):
+        source.publish(job.engine.full_weights(), job.step)
         train(job, step)
 
 

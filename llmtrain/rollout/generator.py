@@ -22,6 +22,10 @@ class Generator(Protocol):
     def load_weights(self, weights: Weights, version: int) -> None:
         """Replaces all weights; tokens that are sampled later carry `version`."""
 
+    def checksums(self) -> list[dict[str, str]]:
+        """Returns the checksums (`rollout.checksums`) of all weights as they are held, by the names of `load_weights`:
+        one dict for each copy of the model that is sampled from."""
+
     def sleep(self) -> None:
         """Frees what is only needed to generate (the cache)."""
 

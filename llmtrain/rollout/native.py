@@ -14,6 +14,7 @@ from torch import Tensor
 from llmtrain.arch.attention import round_up
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.cache import KVCache, Recorder
+from llmtrain.rollout.checksums import checksum
 from llmtrain.rollout.sampling import check_sampling, sample
 from llmtrain.rollout.stem import STEM_SHARE, STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
 from llmtrain.rollout.stop import Decode, Stop
@@ -104,11 +105,10 @@ class NativeGenerator:
         Raises ValueError when one is missing, unknown or of another shape. The model is then partly updated: load
         again.
         """
-        tied = self.model.config.tie_embeddings
-        own = {n: x for n, x in self.model.state_dict().items() if not (tied and n == "head.weight")}
+        own = self._weights()
         missing = dict(own)
         for name, tensor in weights:
-            if name == "head.weight" and tied:
+            if name == "head.weight" and self.model.config.tie_embeddings:
                 continue
             if name not in own or own[name].shape != tensor.shape:
                 expected = list(own[name].shape) if name in own else "no tensor so named"
@@ -118,6 +118,10 @@ class NativeGenerator:
         if missing:
             raise ValueError(f"{next(iter(missing))}: not among the weights ({len(missing)} missing in all)")
         self.version = version
+
+    def checksums(self) -> list[dict[str, str]]:
+        """Returns those of the one model that is here; a tied head is the embedding."""
+        return [{name: checksum(tensor) for name, tensor in self._weights().items()}]
 
     def sleep(self) -> None:
         """Frees the cache."""
@@ -130,6 +134,11 @@ class NativeGenerator:
     def close(self) -> None:
         """Frees the cache, for good."""
         self.sleep()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Returns all weights by canonical name, without a tied head."""
+        tied = self.model.config.tie_embeddings
+        return {n: x for n, x in self.model.state_dict().items() if not (tied and n == "head.weight")}
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> None:
         if self.asleep:

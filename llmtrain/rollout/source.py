@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from llmtrain.data.prompts import PromptSet
@@ -10,6 +10,9 @@ from llmtrain.data.sampler import derive
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.generator import Generator, Weights
 from llmtrain.types import Group, Reward, Sampling
+
+Load = Callable[[Weights, int], None]
+"""Takes what `Generator.load_weights` takes."""
 
 
 class Order(Protocol):
@@ -48,9 +51,11 @@ class InStep:
         reward: Reward,
         seed: int,
         order: Order | None = None,
+        load: Load | None = None,
     ) -> None:
-        """`order` says which rows are taken; None = `Shuffled`."""
-        self.order = order or Shuffled(prompts, seed)
+        """`order` says which rows are taken; None = `Shuffled`. `load` loads weights into the generator, as its
+        `load_weights` (None) does, and may do more."""
+        self.order, self.load = order or Shuffled(prompts, seed), load or generator.load_weights
         self.generator, self.prompts, self.prompts_per_step = generator, prompts, prompts_per_step
         self.sampling, self.reward, self.seed, self.version = sampling, reward, seed, 0
 
@@ -77,7 +82,7 @@ class InStep:
 
     def publish(self, weights: Weights, version: int) -> None:
         """Loads the weights into the generator; see RolloutSource."""
-        self.generator.load_weights(weights, version)
+        self.load(weights, version)
         self.version = version
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class ColocatedGenerator:
         """Loads `weights`, the engine's collective iterator, whole on every rank."""
         self.local.load_weights(weights, version)
 
+    def checksums(self) -> list[dict[str, str]]:
+        """Returns those of every rank, on every trainer (a collective)."""
+        return list(chain.from_iterable(self.mesh.all_gather_json(self.local.checksums())))
+
     def sleep(self) -> None:
         self.local.sleep()
 
@@ -73,6 +78,11 @@ class RemoteGenerator:
             self.link.broadcast(tensor.contiguous(), ROOT)
         self.link.broadcast_json(None, ROOT)
 
+    def checksums(self) -> list[dict[str, str]]:
+        """Returns those that every worker computes of what it holds, on every trainer."""
+        self.link.broadcast_json({"command": "checksums"}, ROOT)
+        return list(chain.from_iterable(self.link.all_gather_json(None)[self.num_trainers :]))
+
     def sleep(self) -> None:
         self.link.broadcast_json({"command": "sleep"}, ROOT)
 
@@ -96,6 +106,8 @@ def serve(link: Link, generator: Generator, worker: int, num_workers: int, answe
                 link.all_gather_bytes(_packed(mine, prompts, worker, num_workers))
             case "load_weights":
                 generator.load_weights(_receive(link), request["version"])
+            case "checksums":
+                link.all_gather_json(generator.checksums())
             case "sleep":
                 generator.sleep()
             case "wake":

@@ -14,6 +14,11 @@ class Disagreement(RuntimeError):
     """Says that generator and trainer differ; raised on every trainer."""
 
 
+def limit_of(max_logprob_gap: float | None, precision: str) -> float:
+    """Returns by how many nats generator and trainer may differ in a token's log-prob."""
+    return max_logprob_gap or (1e-3 if precision == "fp32" else 1.0)
+
+
 class Gate:
     """Stops the run when generator and trainer disagree about the log-probs of what was sampled.
 
@@ -22,7 +27,7 @@ class Gate:
     """
 
     def __init__(self, limit: float | None, precision: str, mesh: Mesh) -> None:
-        self.limit = limit or (1e-3 if precision == "fp32" else 1.0)
+        self.limit = limit_of(limit, precision)
         self.mesh, self.passed = mesh, False
 
     def before_update(self, engine: Engine, batches: Sequence[Batch], number: int) -> None:

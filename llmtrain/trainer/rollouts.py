@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -24,6 +25,7 @@ from llmtrain.trainer.environments import answering, prompts_of
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import CURRICULUM, STEP_SAMPLES
+from llmtrain.trainer.verify import load_verified
 from llmtrain.types import Group, Sample
 
 PROMPTS = "prompts"  # key in Job.state: how many the run has sampled
@@ -72,7 +74,8 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
 
     job.generator, sampling = build_generator(job), sampling_of(config, job.tokenizer)
     order = curriculum(job, prompts, prompts_per_step)
-    return InStep(job.generator, prompts, prompts_per_step, sampling, reward, config.seed, order)
+    load = partial(load_verified, job)
+    return InStep(job.generator, prompts, prompts_per_step, sampling, reward, config.seed, order, load)
 
 
 def curriculum(job: Job, prompts: PromptSet, prompts_per_step: int) -> Curriculum | None:
