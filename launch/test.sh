@@ -1,20 +1,30 @@
 #!/usr/bin/env bash
-# Usage: launch/test.sh [--help] [--dry-run] [--install-only] [pytest arguments]
+# Usage: launch/test.sh [--help] [--dry-run] [--install-only] [--without-vllm] [pytest arguments]
 #
 # Installs what the tests need into .venv when needed, then runs ruff and pytest (all tests but the slow ones and those
 # for a GPU: `launch/test.sh -m slow` runs the slow ones). Without arguments two processes share the files of tests.
+# On a machine without a GPU launch/vllm.sh makes .venv-vllm too, unless --without-vllm: then the tests of vLLM, which
+# are made for its CPU build, are skipped, as they are with a GPU.
 #
 # Environment: as launch/quickstart.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 limit_s=5400 # for all tests together, on a machine that other work slows down
 install_only=false
-while [[ ${1:-} =~ ^(-h|--help|--dry-run|--install-only)$ ]]; do
-  if [[ $1 == --install-only ]]; then install_only=true; else common_option "$1"; fi
+with_vllm=true
+while [[ ${1:-} =~ ^(-h|--help|--dry-run|--install-only|--without-vllm)$ ]]; do
+  case $1 in
+    --install-only) install_only=true ;;
+    --without-vllm) with_vllm=false ;;
+    *) common_option "$1" ;;
+  esac
   shift
 done
 cd "$root"
 $dry_run || ensure_venv data dev search smollm2
+if ! $dry_run && $with_vllm && [[ $(gpu_count) -eq 0 ]]; then
+  bash launch/vllm.sh || die "launch/vllm.sh failed, see above (--without-vllm leaves it and its tests out)"
+fi
 $install_only && exit 0
 [[ $(gpu_count) -ge 8 ]] || export CUDA_VISIBLE_DEVICES= # tests start up to eight ranks, one a GPU
 (run "$venv/bin/python" -m ruff check .)

