@@ -104,19 +104,19 @@ class OldPrefixes(NativeGenerator):
     """Keeps what prompts begin with from call to call, by their tokens, and does not drop it with the weights."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list:
-        common = native._Decoding._common
+        common = native.Decoding._common
 
-        def kept(decoding: native._Decoding, rows: Sequence[list[int]]) -> native.Stem | None:
+        def kept(decoding: native.Decoding, rows: Sequence[list[int]]) -> native.Stem | None:
             key = tuple(min(rows))
             stems = self.__dict__.setdefault("stems", {})
             stems[key] = stems.get(key) or common(decoding, rows)
             return stems[key]
 
-        native._Decoding._common = kept
+        native.Decoding._common = kept
         try:
             return super().generate(prompts, sampling)
         finally:
-            native._Decoding._common = common
+            native.Decoding._common = common
 
 
 @pytest.fixture
