@@ -102,8 +102,9 @@ def argument_faults(tool: Tool, arguments: Any) -> Iterator[str]:
             yield f"the argument {name!r} must be of type {tool.parameters[name]['type']}"
 
 
-def is_of_kind(value: Any, kind: str | None) -> bool:
-    """Says whether a JSON value is of a type of JSON schema; True where the schema names none. True is no number."""
-    if kind is None:
+def is_of_kind(value: Any, kind: Any) -> bool:
+    """Says whether a JSON value is of a type of JSON schema; True where the schema names none that is known here. True
+    is no number."""
+    if not isinstance(kind, str) or kind not in KINDS:
         return True
     return isinstance(value, KINDS[kind]) and (kind == "boolean" or not isinstance(value, bool))
