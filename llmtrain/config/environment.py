@@ -12,10 +12,22 @@ from llmtrain.config.section import DeadlineS, Section, Share
 ToolName = Literal["calculator", "python"]
 
 
+class McpConfig(Section):
+    """Names an MCP server: a program of yours that speaks the Model Context Protocol over its standard input and
+    output, and whose tools the policy may call."""
+
+    name: str  # for messages
+    command: list[str] = Field(min_length=1)  # the program and its arguments, as [python, my_server.py]
+    env: dict[str, str] = Field({})  # variables of its environment, beside HOME, PATH and the like
+    tools: list[str] | None = None  # those of its tools that the policy has; null = all
+    unsandboxed: bool = False  # yes, it may run with all that you may do, on arguments that a policy wrote
+
+
 class EnvironmentConfig(Section):
     """Names what the policy talks to: tools, a game or a class of your own; see docs/rollouts/environments.md."""
 
     tools: list[ToolName] = Field([])  # calculator, python: what the policy may call before it answers
+    mcp: list[McpConfig] = Field([])  # servers whose tools it may call beside those
     game: Literal["nim"] | None = None  # the policy plays all sides; rows of the problem file say how it starts
     function: str | None = None  # your own: my_env.py:Class or package.module:Class
     args: dict[str, Any] = Field({})  # keyword arguments of that class
@@ -25,7 +37,7 @@ class EnvironmentConfig(Section):
     results: Literal["tool", "user"] = "tool"  # role of the messages with results, for the chat template
     system: str | None = None  # a system message before those of every row
     result_characters: PositiveInt = 2000  # longest result of a tool; more is cut off
-    deadline_s: DeadlineS = 5.0  # for one call of the tool python
+    deadline_s: DeadlineS = 5.0  # for one call of the tool python, or of one of an MCP server
     weights: dict[str, float] = Field({})  # of parts that the environment rewards, in the sum; others: 1
     max_error_share: Share = 0.5  # of the episodes of a step in which the environment fails; above it the run stops
     keep_thinking: bool = False  # episodes keep what the policy thought, also where the chat template would drop it

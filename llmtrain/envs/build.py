@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from llmtrain.config.environment import EnvironmentConfig
+from llmtrain.config.environment import EnvironmentConfig, McpConfig
 from llmtrain.envs.base import Environment
 from llmtrain.envs.calculator import CALCULATOR
+from llmtrain.envs.mcp import McpServer
 from llmtrain.envs.python_tool import python_tool
 from llmtrain.envs.toolbox import Tool, ToolBox
 from llmtrain.envs.tools import ToolEnvironment
@@ -30,8 +31,27 @@ def environment_maker(settings: EnvironmentConfig) -> Make:
     """
     if settings.function is not None:
         return own_maker(settings)
-    box = ToolBox([MAKERS[name](settings) for name in settings.tools], settings.result_characters)
+    tools = [MAKERS[name](settings) for name in settings.tools]
+    for server in settings.mcp:
+        tools += mcp_tools(server, settings.deadline_s, [tool.name for tool in tools])
+    box = ToolBox(tools, settings.result_characters)
     return lambda: ToolEnvironment(box, settings.calls, settings.results, settings.system)
+
+
+def mcp_tools(settings: McpConfig, deadline_s: float, taken: Sequence[str]) -> list[Tool]:
+    """Starts an MCP server and returns its tools. Raises ValueError when it does not start, lacks a tool that is named,
+    or has one with a name that is `taken`."""
+    key = f"rollout.environment.mcp.{settings.name}"
+    try:
+        server = McpServer(settings.name, settings.command, settings.env, deadline_s)
+        tools = server.tools(settings.tools)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{key}: needs the package {error.name}; pip install 'llmtrain[mcp]'") from error
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    if twice := [tool.name for tool in tools if tool.name in taken]:
+        raise ValueError(f"{key}: has a tool {twice[0]}, and so has another; name those that you want in its `tools`")
+    return tools
 
 
 def own_maker(settings: EnvironmentConfig) -> Make:

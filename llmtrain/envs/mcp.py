@@ -29,6 +29,8 @@ class McpServer:
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], deadline_s: float) -> None:
         """Starts the program. Raises ValueError when it cannot be started, or does not speak the protocol in time."""
+        import mcp  # noqa: F401 (ModuleNotFoundError here, and not in the thread)
+
         self.name, self.command, self.env, self.deadline_s = name, list(command), dict(env), deadline_s
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         self.ready: Future[list[Any]] = Future()

@@ -25,16 +25,30 @@ def _settings(case: Case) -> EnvironmentConfig:
 
 def _one_kind(case: Case) -> Iterator[str]:
     e = _settings(case)
-    kinds = [name for name in ("tools", "game", "function") if getattr(e, name)]
+    given = {"tools": e.tools or e.mcp, "game": e.game, "function": e.function}
+    kinds = [name for name, value in given.items() if value]
     if not kinds:
         yield f"{KEY}: must name what the policy talks to; set one of tools, such as [calculator], game or function"
     if len(kinds) > 1:
         yield f"{KEY}.{kinds[1]}={getattr(e, kinds[1])}: not together with {kinds[0]}; remove one of them"
     if twice := sorted({name for name in e.tools if e.tools.count(name) > 1}):
         yield f"{KEY}.tools: {twice[0]} stands there twice; remove one"
-    for name in OF_TOOLS if kinds and not e.tools else ():
+    for name in OF_TOOLS if kinds and "tools" not in kinds else ():
         if getattr(e, name) != EnvironmentConfig.model_fields[name].default:
             yield f"{KEY}.{name}={getattr(e, name)}: is read with {KEY}.tools alone; remove it"
+
+
+def _servers(case: Case) -> Iterator[str]:
+    servers = _settings(case).mcp
+    names = [server.name for server in servers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"{KEY}.mcp: {twice[0]} is the name of two servers; give one another"
+    for server in servers:
+        if not server.unsandboxed:
+            yield (
+                f"{KEY}.mcp.{server.name}: is a program that runs outside the sandbox, with all that you may do, on "
+                f"arguments that a policy wrote; say that you trust it with {KEY}.mcp.{server.name}.unsandboxed=true"
+            )
 
 
 def _own_code(case: Case) -> Iterator[str]:
@@ -66,6 +80,7 @@ def _test_time(case: Case) -> Iterator[str]:
 ENVIRONMENT_RULES: Rules = (
     (_there, _one_kind),
     (_there, _own_code),
+    (_there, _servers),
     (lambda case: _there(case) and case.command in JUDGES, _single_answers),
     (lambda case: _there(case) and case.command == "eval", _test_time),
 )

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("mcp")
 
+from llmtrain.config.environment import EnvironmentConfig
+from llmtrain.envs.build import environment_maker
 from llmtrain.envs.mcp import McpServer
 from llmtrain.envs.toolbox import Tool, ToolBox, ToolFault
 
@@ -110,3 +112,20 @@ def test_a_stopped_program_is_ended() -> None:
 def test_what_is_no_server_is_refused(command: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=f"(?s)MCP server bad .*{said}"):
         McpServer("bad", command, {}, 2.0)
+
+
+def test_the_tools_of_a_document() -> None:
+    """Beside ours, those that are named; two of one name are refused."""
+    env = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    server = {"name": "files", "command": COMMAND, "env": env, "unsandboxed": True}
+    settings = EnvironmentConfig(tools=["calculator"], mcp=[{**server, "tools": ["add"]}])
+    environment = environment_maker(settings)()
+    assert [each["function"]["name"] for each in environment.tools] == ["calculator", "add"]
+    reply = environment.step('<tool_call>{"name": "add", "arguments": {"a": 4, "b": 5}}</tool_call>')
+    assert reply.messages[0]["content"] == "9" and not reply.done
+    environment.box.close()
+    twice = EnvironmentConfig(mcp=[{**server, "tools": ["add"]}, {**server, "name": "more"}])
+    with pytest.raises(ValueError, match=r"rollout.environment.mcp.more: has a tool add, and so has another"):
+        environment_maker(twice)
+    with pytest.raises(ValueError, match=r"rollout.environment.mcp.files: MCP server files: has no tool sub"):
+        environment_maker(EnvironmentConfig(mcp=[{**server, "tools": ["sub"]}]))

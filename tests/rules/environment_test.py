@@ -47,6 +47,13 @@ def lines(folder: Path, command: str, environment: str, *overrides: str) -> list
             "{function: 'no.py:A', unsandboxed: true}",
             "function=no.py:A: no.py is no file here; correct the path",
         ),
+        ("grpo", "{mcp: [{name: f, command: [x]}]}", "mcp.f: is a program that .*environment.mcp.f.unsandboxed=true"),
+        ("grpo", "{mcp: [{name: f, command: [x], unsandboxed: true}], game: nim}", "game=nim: not together with tools"),
+        (
+            "grpo",
+            "{mcp: [{name: f, command: [x], unsandboxed: true}, {name: f, command: [y], unsandboxed: true}]}",
+            "rollout.environment.mcp: f is the name of two servers; give one another",
+        ),
         ("judge", "{tools: [python]}", "rollout.environment: not in judge, which compares single answers; remove it"),
         ("constitutional", "{tools: [python]}", "rollout.environment: not in constitutional, which compares single"),
     ],
