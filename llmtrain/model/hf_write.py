@@ -82,8 +82,7 @@ def save_hf(
     tokenizer; `generation` says how to generate, None: what lies beside the tokenizer does. `source` is where the
     weights come from. Raises ValueError when a weight is missing, unknown or of another shape, and as `replacing` does.
     """
-    if config.mup is not None:
-        weights, config = _folded(weights, config), without_mup(config)
+    weights, config = _plain(weights, config)
     found = read_generation(tokenizer_dir) if generation is None and tokenizer_dir else generation
     described, generation = hf_config(config), _stopping(found or {}, eos_id)
     # transformers fills in values of its own for those that are not written
@@ -96,6 +95,37 @@ def save_hf(
         _write_json(target / GENERATION, generation)
         if tokenizer_dir is not None:
             _copy_tokenizer(Path(tokenizer_dir), target)
+
+
+def hf_tensors(
+    weights: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields what `save_hf` would write, one tensor at a time, on the CPU: (name on disk, tensor), without duplicates.
+
+    A tensor that several parameters make up comes with the last of them. Raises ValueError as `save_hf` does.
+    """
+    weights, config = _plain(weights, config)
+    family, parts = family_of(config.family), dict[str, dict[int, Tensor]]()
+    for name, tensor in _checked(weights, config):
+        disk, kept = family.where(name, config), _kept_dtype(name, dtype)
+        for theirs, x in zip(disk.names, tensor if disk.stacked else [tensor], strict=True):
+            x = x.detach().to("cpu", kept)
+            if disk.part:
+                number, count = disk.part
+                found = parts.setdefault(theirs, {})
+                found[number] = x
+                if len(found) < count:
+                    continue
+                x = torch.cat([found[i] for i in range(count)])
+                del parts[theirs]
+            yield theirs, (x.transpose(-1, -2) if disk.transpose else x).contiguous()
+
+
+def _plain(
+    weights: Iterable[tuple[str, Tensor]], config: ModelConfig
+) -> tuple[Iterable[tuple[str, Tensor]], ModelConfig]:
+    """Returns weights and section of the same model without muP, whose factors no config.json can say."""
+    return (weights, config) if config.mup is None else (_folded(weights, config), without_mup(config))
 
 
 def _folded(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -149,9 +179,13 @@ def _shapes_and_dtypes(config: ModelConfig, dtype: torch.dtype) -> dict[str, Sha
     family, found = family_of(config.family), {}
     for name, shape in parameter_shapes(config).items():
         disk = family.where(name, config)
-        kept = torch.float32 if name.endswith("router.bias") else dtype
-        found |= dict.fromkeys((*disk.names, *disk.copies), (disk.stored_shape(shape), kept))
+        found |= dict.fromkeys((*disk.names, *disk.copies), (disk.stored_shape(shape), _kept_dtype(name, dtype)))
     return found
+
+
+def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype that a parameter has on disk."""
+    return torch.float32 if name.endswith("router.bias") else dtype
 
 
 def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

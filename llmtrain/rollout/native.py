@@ -15,7 +15,7 @@ from llmtrain.arch.attention import round_up
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.cache import KVCache, Recorder
 from llmtrain.rollout.checksums import checksum
-from llmtrain.rollout.sampling import check_sampling, sample
+from llmtrain.rollout.sampling import check_prompts, check_sampling, sample
 from llmtrain.rollout.stem import STEM_SHARE, STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
 from llmtrain.rollout.stop import Decode, Stop
 from llmtrain.types import Group, Prompt, Sample, Sampling
@@ -146,12 +146,7 @@ class NativeGenerator:
         if sampling is not None:
             check_sampling(sampling)
             assert self.decode or not sampling.stop_strings, "stop strings need a decoder"
-        for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt.ids) < self.max_seq_tokens:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt.ids)} tokens: must be 1 to {self.max_seq_tokens - 1}, as a sequence "
-                    f"may have {self.max_seq_tokens}; shorten it or raise model.max_positions"
-                )
+        check_prompts(prompts, self.max_seq_tokens)
 
     def _check_finite(self, logprobs: Iterable[float]) -> None:
         if not all(map(math.isfinite, logprobs)):

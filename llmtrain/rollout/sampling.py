@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from llmtrain.types import Sampling
+from llmtrain.types import Prompt, Sampling
 
 _CANDIDATES = 1024  # top-p first searches its nucleus among this many tokens; sorting a whole vocabulary is 50x slower
 
@@ -22,6 +24,16 @@ def check_sampling(sampling: Sampling) -> None:
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"{name}={getattr(sampling, name)}: must be {rule}")
+
+
+def check_prompts(prompts: Sequence[Prompt], max_seq_tokens: int) -> None:
+    """Raises ValueError for a prompt that is empty or leaves no room for a token."""
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt.ids) < max_seq_tokens:
+            raise ValueError(
+                f"prompt {i} has {len(prompt.ids)} tokens: must be 1 to {max_seq_tokens - 1}, as a sequence "
+                f"may have {max_seq_tokens}; shorten it or raise model.max_positions"
+            )
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from llmtrain.rules.plan import PLAN_RULES
 from llmtrain.rules.scaling import SCALING_RULES
 from llmtrain.rules.tasks import TASK_RULES
 from llmtrain.rules.testtime import TEST_TIME_RULES
+from llmtrain.rules.vllm import VLLM_RULES
 from llmtrain.rules.vocabulary import VOCABULARY_RULES
 
 SHAPE_RULES = (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES)  # what does not look at files
@@ -36,7 +37,7 @@ RULES = (
     *SHAPE_RULES,
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
     *(*CURRICULUM_RULES, *TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES, *PLAN_RULES, *INDEX_RULES),
-    *ENVIRONMENT_RULES,
+    *(*ENVIRONMENT_RULES, *VLLM_RULES),
 )
 
 

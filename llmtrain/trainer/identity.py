@@ -58,7 +58,10 @@ OF_TEXT = ("mix", "temperature", "anneal", "packing")  # of the section data: wh
 OF_SOURCES = ("weight", "max_epochs", "language")  # keys of a source that say which rows are taken, not what is in them
 JUDGING = ("name", "function", "weight", "deadline_s", "dtype", "render")  # of a reward
 OF_JUDGE = ("model", "votes", "temperature", "max_tokens", "lowest", "highest")  # of its rubric
-PLACES = ("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap", "verify")  # rollout: how, not what
+PLACES = (  # of rollout: how it is sampled, not what
+    *("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap", "verify"),
+    *("tp", "vllm"),
+)
 STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
 WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory
 EARLIER = {"name", "model", "train"}  # keys of every config.yaml of a run

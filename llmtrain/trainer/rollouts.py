@@ -15,9 +15,10 @@ from llmtrain.engine.precision import compute_dtype
 from llmtrain.envs.parts import add_parts, failures_of, judged_by_environment
 from llmtrain.model.decoder import Decoder
 from llmtrain.rewards import RewardsFail, build_reward, check_rows, count_failures, reward_metrics, stop_if_failing
-from llmtrain.rollout.generator import RolloutSource
+from llmtrain.rollout.generator import Generator, RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
+from llmtrain.rollout.vllm import VllmGenerator
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
 from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
 from llmtrain.trainer.curriculum import Curriculum
@@ -31,16 +32,18 @@ from llmtrain.types import Group, Sample
 PROMPTS = "prompts"  # key in Job.state: how many the run has sampled
 
 
-def local_generator(job: Job) -> NativeGenerator:
+def local_generator(job: Job) -> Generator:
     """Returns a generator with a whole model on this rank; its weights come with the first sync."""
+    r, shape, device = job.config.rollout, without_adapters(job.model), job.mesh.device
+    dtype, most, decode = compute_dtype(job.config.engine.precision), job.config.train.seq_len, stop_text(job.tokenizer)
+    if r.generator == "vllm":
+        return VllmGenerator(shape, r, dtype, device, most, decode)
     with torch.device("meta"):
-        model = Decoder(without_adapters(job.model))
-    model = model.to(compute_dtype(job.config.engine.precision)).to_empty(device=job.mesh.device)
+        model = Decoder(shape)
+    model = model.to(dtype).to_empty(device=device)
     if job.model.tie_embeddings:
         model.head.weight = model.embed.weight
-    r = job.config.rollout
-    decode = stop_text(job.tokenizer)
-    return NativeGenerator(model, r.max_batch_seqs, job.mesh.device, job.config.train.seq_len, decode)
+    return NativeGenerator(model, r.max_batch_seqs, device, most, decode)
 
 
 def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:

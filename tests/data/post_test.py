@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llmtrain.data import post
-from llmtrain.data.post import ServerFault, post_json
+from llmtrain.data.post import ServerFault, post_json, post_lines
 from tests.servers import reply, serving
 
 OK = b'{"a": [1, null]}'
@@ -168,3 +168,54 @@ def test_what_is_no_http_and_what_is_no_name() -> None:
 def test_a_body_that_is_sent_is_json() -> None:
     with serving(lambda h, body: reply(h, 200, json.dumps(body).encode())) as server:
         assert ask(server.url, body={"text": "naïve 数"}) == {"text": "naïve 数"}
+
+
+def lines(url: str, max_bytes: int = 1000, deadline_s: float = 5.0) -> Iterator[bytes]:
+    return post_lines(f"{url}/x?tags=a", {"b": 1}, "secret", max_bytes, time.monotonic() + deadline_s)
+
+
+def dripping(*parts: bytes, wait_s: float = 0.0) -> Callable[[BaseHTTPRequestHandler, Any], None]:
+    """Sends these parts, with a pause behind each, and ends the connection."""
+
+    def answer(handler: BaseHTTPRequestHandler, body: Any) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for part in parts:
+            handler.wfile.write(part)
+            time.sleep(wait_s)
+
+    return answer
+
+
+def test_lines_come_one_by_one_and_the_query_is_sent() -> None:
+    with serving(dripping(b"a\n", b"b", b"c\n\n", b"d")) as server:
+        assert list(lines(server.url)) == [b"a\n", b"bc\n", b"\n", b"d"]
+    ((path, headers, body),) = server.asked
+    assert (path, headers["Authorization"], body) == ("/v1/x?tags=a", "Bearer secret", {"b": 1})
+
+
+def test_whoever_has_enough_lines_hangs_up() -> None:
+    with serving(dripping(*[b"a\n"] * 1000, wait_s=0.01)) as server:
+        start, found = time.monotonic(), lines(server.url)
+        assert next(found) == b"a\n"
+        found.close()
+        assert time.monotonic() - start < 2
+
+
+def test_lines_that_are_too_long_too_late_or_refused() -> None:
+    with serving(dripping(b"a" * 1001)) as server, pytest.raises(ServerFault, match="a line of more than 1000 bytes"):
+        list(lines(server.url))
+    with (
+        serving(dripping(*[b"a\n"] * 1000, wait_s=0.01)) as server,
+        pytest.raises(ServerFault, match="until the deadline"),
+    ):
+        list(lines(server.url, deadline_s=0.3))
+    with serving(statuses(500)) as server, pytest.raises(ServerFault, match=r"status 500, .*not now, \*\*\*"):
+        list(lines(server.url))
+    assert len(server.asked) == 1
+
+
+def test_without_again_a_server_is_asked_once() -> None:
+    with serving(statuses(503, 503)) as server, pytest.raises(ServerFault, match=r"no answer: status 503"):
+        post_json(f"{server.url}/x", None, None, 1000, time.monotonic() + 5, again=False)
+    assert len(server.asked) == 1

@@ -1,0 +1,341 @@
+"""Generates with a vLLM server of its own: tokens in, tokens and log-probs out, weights by shared memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmtrain.arch.mup import without_mup
+from llmtrain.arch.resolve import hf_config
+from llmtrain.config.sampling import RolloutConfig
+from llmtrain.config.schema import ModelConfig
+from llmtrain.config.vllm import LEAST_TEMPERATURE, NO_CHECKSUMS, truncates
+from llmtrain.data.post import ServerFault
+from llmtrain.model.hf_write import hf_tensors
+from llmtrain.rollout.sampling import check_prompts, check_sampling
+from llmtrain.rollout.stop import Decode, Stop
+from llmtrain.rollout.vllm_server import VllmServer
+from llmtrain.types import Group, Prompt, Sample, Sampling
+
+GENERATE = "/inference/v1/generate"
+TOKEN_BYTES, ANSWER_BYTES = 512, 65_536  # of an answer: for a token, and beside all tokens
+ABOVE_ZERO, NOT_FINITE = 1e-3, -9999.0  # a log-prob may be, by rounding; what vLLM writes for NaN and minus infinity
+GIB, MIB = 2**30, 2**20
+
+
+class VllmGenerator:
+    """Samples from a whole model in a vLLM server that this object starts, and that ends with it.
+    `rollout/generator.py` defines the contract of each method.
+
+    A sequence ends as with the native generator. The tokens drawn depend on the weights, the prompt, its seed and the
+    sample's number (up to the rounding of a batch), but they are others than those of the native generator.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        settings: RolloutConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_seq_tokens: int | None = None,
+        decode: Decode | None = None,
+    ) -> None:
+        """Starts the server and waits for it. `model` is resolved and has no adapters. Raises ServerFault when the
+        server does not start."""
+        self.model, self.settings, self.dtype, self.decode = model, settings, dtype, decode
+        self.max_seq_tokens = min(max_seq_tokens or model.max_positions, model.max_positions)
+        self.sleeps = torch.device(device).type == "cuda"  # on a CPU a server can free nothing
+        self.version, self.loaded, self.asleep = 0, False, False
+        self.awake = {"weights", "kv_cache"}  # what the server holds
+        plain = without_mup(model) if model.mup else model  # its factors go into the weights
+        described = {**hf_config(plain), "dtype": str(dtype).removeprefix("torch.")}
+        self.server = VllmServer(settings.vllm, described, self._arguments(), cpu=not self.sleeps)
+        self.close = weakref.finalize(self, self.server.stop)  # whoever drops this ends the server, too
+        try:
+            self.server.ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Returns `num_samples` rollouts a prompt, in the order of the prompts.
+
+        Raises ValueError for a prompt that is empty or leaves no room for a token and for what vLLM cannot sample,
+        FloatingPointError when the logits are not finite, RuntimeError when asleep or without weights, ServerFault
+        when the server does not answer in time or not as it must.
+        """
+        self._check(prompts, sampling)
+        deadline = self._woken("weights", "kv_cache")
+        each = 1 if sampling.stop_strings else self.settings.max_batch_seqs  # what stops by itself is asked by itself
+        n = sampling.num_samples
+        parts = [(p, i, min(each, n - i)) for p in prompts for i in range(0, n, each)]
+        pool = ThreadPoolExecutor(max(1, min(len(parts), self.settings.max_batch_seqs)))
+        try:
+            answers = list(pool.map(lambda part: self._complete(*part, sampling, deadline), parts))
+        except ServerFault:
+            self.server.stop()  # so that no request waits on
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        samples = [sample for answer in answers for sample in answer]
+        if sampling.stop_strings:
+            self._check_version(deadline)
+        return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Sends every weight by canonical name; a tied head may come under both names.
+
+        Raises ValueError when one is missing, unknown or of another shape. The model is then partly updated, and
+        nothing is sampled from it: load again.
+        """
+        deadline = self._woken("weights")
+        self.loaded = False
+        self.server.call("llmtrain_begin", deadline=deadline)
+        for number, bucket in enumerate(self._buckets(hf_tensors(weights, self.model, self.dtype))):
+            self._send(f"{number}.safetensors", bucket, deadline)
+        for answer in self.server.call("llmtrain_finish", str(version), deadline=deadline):
+            if answer["missing"]:
+                raise self.server.fault(f"weights are missing there: {', '.join(answer['missing'][:5])}")
+        done = self.server.post("/reset_prefix_cache", {}, ANSWER_BYTES, deadline)
+        if done != {"success": True}:
+            raise self.server.fault(f"it keeps what it computed with old weights: {done}")
+        self.server.post("/update_weight_version", {"new_version": str(version)}, ANSWER_BYTES, deadline)
+        self.version, self.loaded = version, True
+
+    def checksums(self) -> list[dict[str, str]]:
+        """Raises ValueError: vLLM holds its weights joined and packed, not as they were sent."""
+        raise ValueError(NO_CHECKSUMS)
+
+    def sleep(self) -> None:
+        """Frees what the server holds, on a GPU: keys and values, and the weights, which wait in host memory. On a CPU
+        the server keeps all."""
+        self.asleep = True
+        if self.sleeps and self.awake and self.loaded:
+            self.server.post("/sleep", {}, ANSWER_BYTES, self._deadline())
+            self.awake = set()
+
+    def wake(self) -> None:
+        """Allows `generate` again, which takes the memory when it is called."""
+        self.asleep = False
+
+    def _arguments(self) -> list[str]:
+        """Returns the arguments of the server beside its model and address."""
+        s, dtype = self.settings, str(self.dtype).removeprefix("torch.")
+        shape = ["--dtype", dtype, "--max-model-len", str(self.max_seq_tokens), "--max-num-seqs", str(s.max_batch_seqs)]
+        memory = ["--kv-cache-memory-bytes", str(int(s.vllm.cache_gib * GIB)), "--tensor-parallel-size", str(s.tp)]
+        ours = ["--worker-extension-cls", "llmtrain_vllm.Loader", "--middleware", "llmtrain_vllm.Guard"]
+        plain = ["--tokens-only", "--load-format", "dummy", "--generation-config", "vllm", "--disable-log-stats"]
+        quiet = ["--disable-uvicorn-access-log", "--disable-fastapi-docs", "--served-model-name", "policy"]
+        mode = ["--logprobs-mode", "raw_logprobs" if truncates(s.top_p, s.top_k) else "processed_logprobs"]
+        # a CPU server shares prompts by blocks of 128 tokens, unless told otherwise
+        device = ["--enable-sleep-mode"] if self.sleeps else ["--enforce-eager", "--block-size", "32"]
+        return [*shape, *memory, *ours, *plain, *quiet, *mode, *device]
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.settings.vllm.answer_s
+
+    def _woken(self, *parts: str) -> float:
+        """Makes the server hold its weights, then keys and values, as asked; returns the deadline of the call."""
+        deadline = self._deadline()
+        for part in parts:
+            if part not in self.awake:
+                self.server.post(f"/wake_up?tags={part}", {}, ANSWER_BYTES, deadline)
+                self.awake.add(part)
+        return deadline
+
+    # Completions
+
+    def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        if self.asleep:
+            raise RuntimeError("the generator sleeps; call wake() before generate()")
+        if not self.loaded:
+            raise RuntimeError("the generator has no weights; call load_weights() before generate()")
+        check_sampling(sampling)
+        check_prompts(prompts, self.max_seq_tokens)
+        assert self.decode or not sampling.stop_strings, "stop strings need a decoder"
+        s = self.settings
+        fault = unfit(sampling.temperature, sampling.top_p, sampling.top_k)
+        if fault is None and truncates(sampling.top_p, sampling.top_k) and not truncates(s.top_p, s.top_k):
+            fault = f"top_p={sampling.top_p:g}, top_k={sampling.top_k}: the server was started without truncation"
+        if fault is None and truncates(s.top_p, s.top_k) and sampling.temperature not in (0.0, 1.0):
+            fault = f"temperature={sampling.temperature:g}: the server was started for temperature 1"
+        if fault:
+            raise ValueError(fault)
+
+    def _complete(self, prompt: Prompt, first: int, count: int, sampling: Sampling, deadline: float) -> list[Sample]:
+        """Returns the samples `first` to `first + count - 1` of a prompt."""
+        most = min(sampling.max_new_tokens, self.max_seq_tokens - len(prompt.ids))
+        asked = {
+            **{"n": count, "seed": seed_of(prompt) + first, "max_tokens": most, "logprobs": 0},
+            **{"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k},
+            **{"stop_token_ids": list(sampling.stop_ids), "ignore_eos": True, "detokenize": False},
+        }
+        body = {"model": "policy", "token_ids": prompt.ids, "sampling_params": asked}
+        stop = Stop(sampling.stop_ids, sampling.stop_strings, self.decode)
+        try:
+            if sampling.stop_strings:
+                said = [self._streamed({**body, "stream": True}, stop, deadline)]
+            else:
+                answer = self.server.post(GENERATE, body, ANSWER_BYTES + TOKEN_BYTES * count * most, deadline)
+                said = [self._said(choice) for choice in in_order(answer, count)]
+            return [self._sample(prompt, each, stop, most) for each in said]
+        except BadAnswer as error:
+            raise self.server.fault(f"it answers {error}") from error
+
+    def _streamed(self, body: dict[str, Any], stop: Stop, deadline: float) -> Said:
+        """Returns a completion up to where it stops; the server, which knows no texts, ends it when we hang up."""
+        found = Said([], [], None)
+        with closing(self.server.lines(GENERATE, body, ANSWER_BYTES, deadline)) as lines:
+            for choice in choices_of(lines):
+                said = self._said(choice)
+                found.ended = said.ended
+                for token, logprob in zip(said.ids, said.logprobs, strict=True):
+                    found.ids.append(token)
+                    found.logprobs.append(logprob)
+                    if stop(found.ids):
+                        found.ended = "stop"
+                        return found
+        return found
+
+    def _said(self, choice: dict[str, Any]) -> Said:
+        """Returns what a choice says. Raises BadAnswer unless it says all, for the weights that were loaded last."""
+        said = read_choice(choice, self.model.vocab_size)
+        spans = choice.get("weight_versions")
+        if spans is not None and {span.get("version") for span in spans} != {str(self.version)}:
+            raise BadAnswer(f"with weights of version {spans}, not {self.version}")
+        return said
+
+    def _sample(self, prompt: Prompt, said: Said, stop: Stop, most: int) -> Sample:
+        n = len(said.ids)
+        if not 0 < n <= most or said.ended not in ("stop", "length"):
+            raise BadAnswer(f"with {n} tokens of 1 to {most}, ended by {said.ended}")
+        finished = stop(said.ids)
+        if not finished and n < most:
+            raise BadAnswer(f"with {n} tokens of {most} that do not end with a stop token")
+        return Sample(prompt.ids, said.ids, [True] * n, said.logprobs, [self.version] * n, finished)
+
+    def _check_version(self, deadline: float) -> None:
+        """Raises ServerFault unless the server has the weights that were loaded last."""
+        found = self.server.call("llmtrain_version", deadline=deadline)
+        if not found or any(each["version"] != str(self.version) for each in found):
+            raise self.server.fault(f"has weights of version {found}, not {self.version}")
+
+    # Weights
+
+    def _buckets(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Yields tensors in groups of `rollout.vllm.bucket_mib` at most, a larger one by itself."""
+        bucket, held_bytes = {}, 0
+        for name, tensor in tensors:
+            if bucket and held_bytes + tensor.nbytes > self.settings.vllm.bucket_mib * MIB:
+                yield bucket
+                bucket, held_bytes = {}, 0
+            bucket[name] = tensor
+            held_bytes += tensor.nbytes
+        if bucket:
+            yield bucket
+
+    def _send(self, name: str, bucket: dict[str, Tensor], deadline: float) -> None:
+        """Loads tensors into the server, by a file in its private folder, that is removed again."""
+        path = self.server.folder / name
+        check_room(path.parent, sum(tensor.nbytes for tensor in bucket.values()))
+        try:
+            save_file(bucket, path)
+            self.server.call("llmtrain_load", name, deadline=deadline)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+class BadAnswer(Exception):
+    """Says what is wrong with an answer of the server."""
+
+
+@dataclass
+class Said:
+    """Holds the tokens of a completion, their log-probs, and what the server says that ended it."""
+
+    ids: list[int]
+    logprobs: list[float]
+    ended: str | None
+
+
+def unfit(temperature: float, top_p: float, top_k: int) -> str | None:
+    """Returns why vLLM cannot sample so with the log-probs that `rollout.sampling` promises, None where it can. It
+    gives those of temperature 1 before truncation, or those of the temperature behind it."""
+    if 0 < temperature < LEAST_TEMPERATURE:
+        return f"temperature={temperature:g}: must be 0 or at least {LEAST_TEMPERATURE}, vLLM takes that for less"
+    if truncates(top_p, top_k) and temperature not in (0.0, 1.0):
+        return f"temperature={temperature:g}: must be 0 or 1 with top_p or top_k, as vLLM gives no other log-probs then"
+    return None
+
+
+def seed_of(prompt: Prompt) -> int:
+    """Returns the seed of a prompt's first sample; those of the others follow it."""
+    return int.from_bytes(hashlib.sha256(str(prompt.seed).encode()).digest()[:6])
+
+
+def in_order(answer: Any, count: int) -> list[dict[str, Any]]:
+    """Returns the choices of an answer by their numbers. Raises BadAnswer unless there is one of each."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
+        raise BadAnswer("without choices")
+    found = {each.get("index"): each for each in choices}
+    if len(choices) != count or found.keys() != set(range(count)):
+        raise BadAnswer(f"with the choices {list(found)}, not those of {count} samples")
+    return [found[i] for i in range(count)]
+
+
+def choices_of(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Yields the choices of a streamed answer. Raises BadAnswer where it breaks off."""
+    for line in lines:
+        kind, _, data = line.strip().partition(b": ")
+        if not kind:
+            continue
+        if kind != b"data":
+            raise BadAnswer(f"with {line[:80]!r} in a stream")
+        if data == b"[DONE]":
+            return
+        try:
+            yield in_order(json.loads(data), 1)[0]
+        except ValueError as error:
+            raise BadAnswer(f"with what is no JSON: {data[:80]!r}") from error
+    raise BadAnswer("with a stream that breaks off")
+
+
+def read_choice(choice: dict[str, Any], vocab_size: int) -> Said:
+    """Returns what a choice holds. Raises BadAnswer unless there is a log-prob of each token, FloatingPointError for
+    what vLLM writes where the logits are not finite."""
+    ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise BadAnswer(f"without token ids of the vocabulary: {str(ids)[:80]}")
+    if not isinstance(content, list) or [each.get("token_id") for each in content] != ids:
+        raise BadAnswer("without the log-probs of its tokens")
+    values = [each.get("logprob") for each in content]
+    if any(value == NOT_FINITE for value in values):
+        raise FloatingPointError("the logits are not finite; the weights have diverged")
+    if not all(type(value) is float and NOT_FINITE < value <= ABOVE_ZERO for value in values):
+        raise BadAnswer(f"with log-probs that are none: {str(values)[:80]}")
+    return Said(ids, values, choice.get("finish_reason"))
+
+
+def check_room(folder: Path, size_bytes: int) -> None:
+    """Raises OSError when the shared memory has no room for so much."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < size_bytes + MIB:
+        raise OSError(
+            f"{folder}: has {free_bytes // MIB} MiB free, weights are sent in files of {size_bytes // MIB + 1} MiB "
+            "there; lower rollout.vllm.bucket_mib, or give the container more shared memory (--shm-size)"
+        )

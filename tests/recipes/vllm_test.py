@@ -1,0 +1,85 @@
+"""Runs that sample with a real vLLM server, where its interpreter is there: GRPO with its gate, and `llmtrain eval`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmtrain.arch.resolve import resolve_model
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.hf_write import save_hf
+from tests.conftest import ROOT
+from tests.rollout.native_test import random_decoder
+from tests.small_run import DOCUMENT
+from tests.vllm_python import vllm_python
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=128, ffn_size=160, num_heads=4, num_kv_heads=2, vocab_size=512, max_positions=256
+)
+REWARD = "def score(completion, example):\n    return sum(map(ord, completion)) % 7 / 7\n"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture
+def document(small_data: Path, tmp_path: Path) -> Path:
+    """A document of a run that starts from random weights and samples with vLLM."""
+    config = resolve_model(MODEL)
+    weights = random_decoder(config, 0, scale=2).state_dict().items()
+    save_hf(str(tmp_path / "start"), config, weights, torch.float32, str(small_data / "tokenizer"), 0)
+    (tmp_path / "rewards.py").write_text(REWARD)
+    lines = DOCUMENT.format(data=small_data).strip().splitlines()
+    lines = [line for line in lines if not line.startswith(("model:", "  {num_layers"))]
+    path = tmp_path / "job.yaml"
+    path.write_text("\n".join([*lines, f"model: {{init_from: {tmp_path / 'start'}}}", ""]))
+    return path
+
+
+def run(document: Path, command: str, *overrides: str, ranks: int = 1) -> None:
+    """Runs a command to its end; no server may be left."""
+    settings = {"python": vllm_python(), "cache_gib": 0.25, "start_s": 250}
+    own = ["rollout.generator=vllm", "rollout.max_batch_seqs=32", f"rollout.vllm={json.dumps(settings)}"]
+    rewards = json.dumps([{"function": f"{document.parent / 'rewards.py'}:score"}])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    line = [*launcher, "-m", "llmtrain", command, str(document), f"run_dir={document.parent / 'run'}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *line, *own, f"rewards={rewards}", *overrides], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "llmtrain-vllm" not in "".join(os.listdir("/dev/shm"))
+
+
+def check_metrics(folder: Path) -> None:
+    steps: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["weight_version"] for m in steps] == [1, 2] and all(m["grad_norm"] > 0 for m in steps)
+    assert max(m["logprob_gap_max"] for m in steps) < 4e-5  # fp32, other kernels: see tests/rollout/vllm_test.py
+
+
+def test_grpo_with_the_gate(document: Path) -> None:
+    run(document, "grpo", "train.steps=2", "rollout.stop=['e']")
+    check_metrics(document.parent / "run")
+
+
+def test_grpo_with_adapters_and_a_worker(document: Path) -> None:
+    separate = ("rollout.placement=separate", "rollout.workers=1")
+    run(document, "grpo", "train.steps=2", "model.lora={rank: 4}", "rollout.temperature=0.8", *separate, ranks=2)
+    check_metrics(document.parent / "run")
+
+
+def test_eval_answers_as_with_native(document: Path) -> None:
+    greedy = {}
+    for generator in ("native", "vllm"):
+        directory = document.parent / generator
+        run(document, "eval", f"run_dir={directory}", f"rollout.generator={generator}", "eval.text=false")
+        rows = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+        greedy[generator] = [row["completion"] for row in rows if row["greedy"]]
+        assert len(rows) > len(greedy[generator]) == 16
+    assert greedy["vllm"] == greedy["native"]
