@@ -43,7 +43,7 @@ def test_extras(requirements: list[Requirement]) -> None:
     extras = {
         extra for requirement in requirements for extra in re.findall('extra == "(.+?)"', str(requirement.marker))
     }
-    assert extras == {"data", "ray", "toxicity", "eval", "search", "serve", "mcp", "vllm", "dev", "smollm2"}
+    assert extras == {"data", "ray", "toxicity", "eval", "search", "serve", "mcp", "dev", "smollm2"}
 
 
 def test_every_requirement_is_pinned_within_its_range(requirements: list[Requirement]) -> None:
