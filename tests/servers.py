@@ -37,6 +37,11 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(BrokenPipeError, ConnectionResetError):  # the client had enough
             self.server.answer(self, body)
 
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, dict(self.headers), None))
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.server.answer(self, None)
+
     def log_message(self, *args: Any) -> None:
         """Says nothing."""
 

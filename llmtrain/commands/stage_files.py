@@ -72,6 +72,9 @@ def read_paths(command: str, config: Config) -> Iterator[tuple[str, str | None]]
         yield "tokenizer.chat_template", template_file(config.tokenizer)
     if recipe is not None:
         yield from recipe.weights(config).items()
+    environment = config.rollout.environment
+    if evaluates or (recipe is not None and recipe.samples):
+        yield "rollout.environment.search.store", environment and environment.search and environment.search.store
     if command == "index":
         yield from ((f"index.documents.{each.name or i}", each.path) for i, each in enumerate(config.index.documents))
         yield from (("index.model", config.index.model), ("index.tokenizer", config.index.tokenizer))

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
+from llmtrain.config.retrieval import StoreConfig, WebConfig
 from llmtrain.config.section import DeadlineS, Section, Share
 
-ToolName = Literal["calculator", "python"]
+ToolName = Literal["calculator", "python", "search", "fetch", "web_search"]
 
 
 class McpConfig(Section):
@@ -26,7 +27,7 @@ class McpConfig(Section):
 class EnvironmentConfig(Section):
     """Names what the policy talks to: tools, a game or a class of your own; see docs/rollouts/environments.md."""
 
-    tools: list[ToolName] = Field([])  # calculator, python: what the policy may call before it answers
+    tools: list[ToolName] = Field([])  # what the policy may call before it answers
     mcp: list[McpConfig] = Field([])  # servers whose tools it may call beside those
     game: Literal["nim"] | None = None  # the policy plays all sides; rows of the problem file say how it starts
     function: str | None = None  # your own: my_env.py:Class or package.module:Class
@@ -38,6 +39,8 @@ class EnvironmentConfig(Section):
     system: str | None = None  # a system message before those of every row
     result_characters: PositiveInt = 2000  # longest result of a tool; more is cut off
     deadline_s: DeadlineS = 5.0  # for one call of the tool python, or of one of an MCP server
+    search: StoreConfig | None = None  # the store of the tool search
+    web: WebConfig | None = None  # what the tools fetch and web_search may reach
     weights: dict[str, float] = Field({})  # of parts that the environment rewards, in the sum; others: 1
     max_error_share: Share = 0.5  # of the episodes of a step in which the environment fails; above it the run stops
     keep_thinking: bool = False  # episodes keep what the policy thought, also where the chat template would drop it

@@ -9,12 +9,20 @@ import socket
 import time
 from collections.abc import Iterator
 from threading import Timer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 AGAIN = (429, 503)  # busy, or not ready yet
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 5.0  # before the second try, doubled from try to try
 SHOWN_CHARACTERS = 300  # of what a server says of a failure
+
+
+class Answer(NamedTuple):
+    """Holds what a server answered: the body as it came, and the headers by their names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
 
 
 class ServerFault(OSError):
@@ -36,7 +44,7 @@ def post_json(url: str, body: object, token: str | None, max_bytes: int, deadlin
     data, wait_s = json.dumps(body).encode(), FIRST_WAIT_S
     while True:
         try:
-            status, answer = _exchange(urlsplit(url), data, token, max_bytes, deadline)
+            status, _, answer = exchange("POST", urlsplit(url), data, _headers(token), max_bytes, deadline)
             if status not in AGAIN:
                 return _parsed(url, status, answer, token)
             reason = f"status {status}, {_shown(answer, token)}"
@@ -58,7 +66,7 @@ def post_lines(url: str, body: object, token: str | None, max_bytes: int, deadli
     """
     try:
         with _translated(url, deadline), _connected(urlsplit(url), deadline) as connection:
-            response = _response(connection, urlsplit(url), json.dumps(body).encode(), token)
+            response = _response(connection, "POST", urlsplit(url), json.dumps(body).encode(), _headers(token))
             if response.status != 200:
                 answer = response.read(SHOWN_CHARACTERS)
                 raise ServerFault(f"{url}: status {response.status}, {_shown(answer, token)}")
@@ -72,14 +80,17 @@ def post_lines(url: str, body: object, token: str | None, max_bytes: int, deadli
         raise ServerFault(f"{url}: no whole answer: {error}") from error
 
 
+def _headers(token: str | None) -> dict[str, str]:
+    """Returns the headers of a request with JSON."""
+    return {"Content-Type": "application/json"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
+
+
 def _response(
-    connection: http.client.HTTPConnection, url: SplitResult, data: bytes, token: str | None
+    connection: http.client.HTTPConnection, method: str, url: SplitResult, data: bytes | None, headers: dict[str, str]
 ) -> http.client.HTTPResponse:
     """Returns the answer to a request, of which nothing but the head is read yet."""
-    headers = {"Content-Type": "application/json", "Connection": "close"}
-    if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
-    connection.request("POST", (url.path or "/") + (f"?{url.query}" if url.query else ""), data, headers)
+    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    connection.request(method, target, data, {**headers, "Connection": "close"})
     return connection.getresponse()
 
 
@@ -98,12 +109,23 @@ def _translated(where: str, deadline: float) -> Iterator[None]:
         raise ServerFault(f"{where}: {error or repr(error)}") from error
 
 
-def _exchange(url: SplitResult, data: bytes, token: str | None, max_bytes: int, deadline: float) -> tuple[int, bytes]:
-    """Returns status and body of one request. Raises Dropped when the connection fails, ServerFault when anything else
-    does."""
+def exchange(
+    method: str,
+    url: SplitResult,
+    data: bytes | None,
+    headers: dict[str, str],
+    max_bytes: int,
+    deadline: float,
+    address: str | None = None,
+) -> Answer:
+    """Returns the answer to one request, whatever its status. With `address` the connection goes there, and not to
+    what the name of the host means by then.
+
+    Raises Dropped when the connection fails, ServerFault when anything else does.
+    """
     where = url.geturl()
-    with _translated(where, deadline), _connected(url, deadline) as connection:
-        response = _response(connection, url, data, token)
+    with _translated(where, deadline), _connected(url, deadline, address) as connection:
+        response = _response(connection, method, url, data, headers)
         answer = response.read(max_bytes + 1)
         whole = not response.length or len(answer) > max_bytes
     if time.monotonic() >= deadline:  # what was shut looks like an answer that ends
@@ -112,11 +134,11 @@ def _exchange(url: SplitResult, data: bytes, token: str | None, max_bytes: int, 
         raise ServerFault(f"{where}: answers with more than {max_bytes} bytes, which nothing that was asked needs")
     if not whole:
         raise Dropped("the connection ended within an answer")
-    return response.status, answer
+    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, answer)
 
 
 @contextlib.contextmanager
-def _connected(url: SplitResult, deadline: float) -> Iterator[http.client.HTTPConnection]:
+def _connected(url: SplitResult, deadline: float, address: str | None = None) -> Iterator[http.client.HTTPConnection]:
     """Connects, and shuts the connection at the deadline: a server that sends a byte now and then never runs into the
     timeout of a socket."""
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
@@ -124,6 +146,8 @@ def _connected(url: SplitResult, deadline: float) -> Iterator[http.client.HTTPCo
     if left_s <= 0:
         raise TimeoutError
     connection = kind(url.hostname or "", url.port, timeout=left_s)
+    if address is not None:  # the certificate is still that of the host
+        connection._create_connection = lambda place, *rest: socket.create_connection((address, place[1]), *rest)
     connection.connect()
     timer = Timer(max(0.0, deadline - time.monotonic()), _shut, (connection.sock,))
     timer.daemon = True

@@ -9,8 +9,10 @@ from llmtrain.envs.base import Environment
 from llmtrain.envs.calculator import CALCULATOR
 from llmtrain.envs.mcp import McpServer
 from llmtrain.envs.python_tool import python_tool
+from llmtrain.envs.search import search_tool
 from llmtrain.envs.toolbox import Tool, ToolBox
 from llmtrain.envs.tools import ToolEnvironment
+from llmtrain.envs.web import fetch_tool, web_search_tool
 from llmtrain.rewards.scorer import absolute
 from llmtrain.sandbox.server import load
 
@@ -20,6 +22,9 @@ Make = Callable[[], Environment]
 MAKERS: dict[str, Callable[[EnvironmentConfig], Tool]] = {
     "calculator": lambda settings: CALCULATOR,
     "python": lambda settings: python_tool(settings.deadline_s),
+    "search": lambda settings: search_tool(settings.search),
+    "fetch": lambda settings: fetch_tool(settings.web),
+    "web_search": lambda settings: web_search_tool(settings.web),
 }
 """Maps the names in `rollout.environment.tools` to what makes the tool, once for all episodes of a rank."""
 

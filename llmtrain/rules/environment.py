@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.recipes import JUDGES
 from llmtrain.rules.case import Case, Rules
+from llmtrain.rules.index import store_faults
 
 KEY = "rollout.environment"
 OF_TOOLS = ("calls", "results", "system", "result_characters", "deadline_s")  # read with `tools` alone
@@ -51,6 +53,33 @@ def _servers(case: Case) -> Iterator[str]:
             )
 
 
+def _search(case: Case) -> Iterator[str]:
+    e = _settings(case)
+    if "search" not in e.tools:
+        if e.search is not None:
+            yield f"{KEY}.search: is read by the tool search alone; add it to {KEY}.tools, or remove the section"
+        return
+    if e.search is None:
+        yield f"{KEY}.tools=search: needs a store; set {KEY}.search.store to one that `llmtrain index` made"
+        return
+    yield from store_faults(case, f"{KEY}.search", e.search)
+
+
+def _web(case: Case) -> Iterator[str]:
+    e = _settings(case)
+    using = [name for name in ("fetch", "web_search") if name in e.tools]
+    if not using:
+        if e.web is not None:
+            yield f"{KEY}.web: is read by the tools fetch and web_search alone; name one, or remove the section"
+        return
+    if e.web is None or not e.web.hosts:
+        yield f"{KEY}.web.hosts: must list what {' and '.join(using)} may reach; set it, such as [en.wikipedia.org]"
+    if "fetch" in using and (find_spec("trafilatura") is None or find_spec("datatrove") is None):
+        yield f"{KEY}.tools=fetch: reads pages with the extra `data`; pip install 'llmtrain[data]' -c constraints.txt"
+    if "web_search" in using and (e.web is None or e.web.endpoint is None):
+        yield f"{KEY}.web.endpoint: must be set for web_search; give a URL that answers JSON, with {{query}} in it"
+
+
 def _own_code(case: Case) -> Iterator[str]:
     e = _settings(case)
     if e.function is None:
@@ -79,6 +108,8 @@ def _test_time(case: Case) -> Iterator[str]:
 
 ENVIRONMENT_RULES: Rules = (
     (_there, _one_kind),
+    (_there, _search),
+    (_there, _web),
     (_there, _own_code),
     (_there, _servers),
     (lambda case: _there(case) and case.command in JUDGES, _single_answers),

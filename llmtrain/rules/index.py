@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from glob import has_magic
 from importlib.util import find_spec
 
+from llmtrain.config.retrieval import StoreConfig
 from llmtrain.rules.case import Case, Rules, command
 
 
@@ -54,6 +55,14 @@ def _models(case: Case) -> Iterator[str]:
         yield "index.unit=tokens: of which tokenizer; set index.tokenizer or index.model"
     elif os.path.isdir(directory) and not os.path.isfile(os.path.join(directory, "tokenizer.json")):
         yield f"index.unit=tokens: {directory} has no tokenizer.json; give index.tokenizer, a directory that has one"
+
+
+def store_faults(case: Case, key: str, asked: StoreConfig) -> Iterator[str]:
+    """Yields what keeps a store from being searched: it is not there, or bm25s is not. `key` is that of the section."""
+    if case.missing(asked.store):
+        yield f"{key}.store={asked.store}: does not exist; make it with `llmtrain index`, or give another"
+    if find_spec("bm25s") is None:
+        yield f"{key}: needs bm25s, which is not installed; pip install 'llmtrain[search]' -c constraints.txt"
 
 
 INDEX_RULES: Rules = tuple((command("index"), rule) for rule in (_library, _documents, _passages, _models))

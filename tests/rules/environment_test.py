@@ -33,6 +33,20 @@ def lines(folder: Path, command: str, environment: str, *overrides: str) -> list
             "rollout.environment: must name what the policy talks to; set one of tools, such as .calculator.",
         ),
         ("grpo", "{tools: [python], game: nim}", "rollout.environment.game=nim: not together with tools; remove one"),
+        ("grpo", "{tools: [search]}", "rollout.environment.tools=search: needs a store; set .*search.store to one"),
+        ("grpo", "{tools: [search], search: {store: gone}}", "rollout.environment.search.store=gone: does not exist"),
+        (
+            "grpo",
+            "{tools: [python], search: {store: .}}",
+            "rollout.environment.search: is read by the tool search",
+        ),
+        ("grpo", "{tools: [python], web: {hosts: [a.org]}}", "rollout.environment.web: is read by the tools fetch and"),
+        ("grpo", "{tools: [fetch]}", "rollout.environment.web.hosts: must list what fetch may reach; set it"),
+        (
+            "grpo",
+            "{tools: [web_search], web: {hosts: [a.org]}}",
+            "rollout.environment.web.endpoint: must be set for",
+        ),
         ("grpo", "{tools: [python, python]}", "rollout.environment.tools: python stands there twice; remove one"),
         ("raft", "{game: nim, calls: plain}", "rollout.environment.calls=plain: is read with .*tools alone; remove it"),
         (
