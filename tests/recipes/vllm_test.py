@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -54,7 +55,15 @@ def run(document: Path, command: str, *overrides: str, ranks: int = 1) -> None:
         [sys.executable, *line, *own, f"rewards={rewards}", *overrides], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "llmtrain-vllm" not in "".join(os.listdir("/dev/shm"))
+    psutil.wait_procs(orphans(), 10)
+    assert not orphans()
+
+
+def orphans() -> list[psutil.Process]:
+    """Returns what keeps a server for a process that is gone."""
+    lines = [(p, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    keepers = [(p, line) for p, line in lines if len(line) > 3 and line[2].endswith("inside_vllm/keeper.py")]
+    return [p for p, line in keepers if not psutil.pid_exists(int(line[3]))]
 
 
 def check_metrics(folder: Path) -> None:
