@@ -22,8 +22,12 @@ class RolloutConfig(Section):
     """Configures sampling during RL."""
 
     generator: Literal["native", "vllm"] = "native"  # the trained decoder with a static KV cache, or a vLLM server
-    placement: Literal["colocated", "separate"] = "colocated"  # sampling by the trainers, or by separate ranks
-    workers: int = Field(0, ge=0)  # number of separate ranks; read with `separate` only
+    placement: Literal["colocated", "separate", "ahead"] = "colocated"  # by trainers, ranks, processes; see the pages
+    workers: int = Field(0, ge=0)  # separate: ranks that sample; ahead: processes that trainer 0 starts for it
+    max_staleness: int = Field(0, ge=0)  # steps that the weights behind a trained token may be old; 0 = in step
+    inflight: Literal["finish", "continue", "restart"] = "finish"  # ahead: unfinished samples, when new weights come
+    deadline_s: DeadlineS = 600.0  # ahead: for a worker to start, to take weights, to answer; later it is restarted
+    restarts: int = Field(3, ge=0)  # ahead: of each worker in a run; then it is dropped
     group_size: PositiveInt = 8  # samples a prompt
     max_new_tokens: PositiveInt = 256  # longest completion, in tokens
     temperature: PositiveFloat = 1.0  # for sampling, and for the log-probs in the loss

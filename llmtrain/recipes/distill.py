@@ -99,7 +99,7 @@ def on_own_samples(job: Job) -> None:
     build_engine(job, config.train.steps)
     teachers, loss = build_teachers(job), with_gap(loss_of(job))
     source = build_source(job, prompts, settings.prompts_per_step)
-    gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
+    gate = Gate(config.rollout, config.engine.precision, job.mesh)
     samples = SampleLog(job)
 
     def step(number: int) -> tuple[dict[str, float], int]:

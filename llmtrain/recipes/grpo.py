@@ -62,7 +62,7 @@ def run(job: Job) -> None:
     build_engine(job, config.train.steps * updates_per_step(config))
     reference = build_reference(job, settings.kl_coef > 0, settings.reference_waits)
     source = build_source(job, prompts, settings.prompts_per_step)
-    gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
+    gate = Gate(config.rollout, config.engine.precision, job.mesh)
     samples = SampleLog(job)
 
     def step(number: int) -> tuple[dict[str, float], int]:

@@ -66,7 +66,7 @@ def run(job: Job) -> None:
     policy, critic, reference = job.engine, job.engines[CRITIC], build_reference(job, settings.kl_coef > 0)
     turns = Turns([policy, critic, *([] if reference is None else [reference])], settings.wait_on_host)
     source = build_source(job, prompts, settings.prompts_per_step)
-    gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
+    gate = Gate(config.rollout, config.engine.precision, job.mesh)
     samples = SampleLog(job)
 
     def step(number: int) -> tuple[dict[str, float], int]:

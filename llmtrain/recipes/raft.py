@@ -48,7 +48,7 @@ def run(job: Job) -> None:
     replay = Replay(job)
     build_engine(job, config.train.steps * updates_per_step(config))
     source = build_source(job, prompts, settings.prompts_per_step)
-    gate = Gate(config.rollout.max_logprob_gap, config.engine.precision, job.mesh)
+    gate = Gate(config.rollout, config.engine.precision, job.mesh)
     samples = SampleLog(job)
 
     def step(number: int) -> tuple[dict[str, float], int]:

@@ -51,3 +51,6 @@ class RolloutSource(Protocol):
 
     def close(self) -> None:
         """Ends the generator."""
+
+    def report(self) -> dict[str, float]:
+        """Returns what metrics.jsonl says of the step that ends, beside what the groups say."""

@@ -50,8 +50,14 @@ class NativeGenerator:
         self.cache: KVCache | None = None
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, between: Callable[[], object] | None = None
+    ) -> list[Group]:
         """Returns `num_samples` rollouts a prompt, in the order of the prompts.
+
+        `between` is called whenever sequences have got a token, and may load other weights: the sequences go on under
+        these, each token knows its version. Keys and values of earlier tokens stay as they are: a token's log-prob is
+        then that of the distribution it was drawn from, under neither version alone.
 
         Raises ValueError for a prompt that is empty or leaves no room for a token, FloatingPointError when the logits
         are not finite, RuntimeError when asleep.
@@ -62,8 +68,10 @@ class NativeGenerator:
         sequences = [s for group, prompt in enumerate(prompts) for s in self._sequences(group, prompt, sampling)]
         slots = min(self.max_batch_seqs, len(sequences))
         cache = self._reserve(slots, max(s.max_tokens for s in sequences))
-        for _ in Decoding(self.model, cache, slots).rounds(sequences):
-            pass
+        decoding = Decoding(self.model, cache, slots)
+        for _ in decoding.rounds(sequences):
+            if between is not None:
+                self._change(between, decoding, sequences)
         self._check_finite(logprob for s in sequences for logprob in s.logprobs)
         samples = [s.sample(self.version) for s in sequences]
         return [samples[i : i + sampling.num_samples] for i in range(0, len(samples), sampling.num_samples)]
@@ -140,6 +148,15 @@ class NativeGenerator:
         tied = self.model.config.tie_embeddings
         return {n: x for n, x in self.model.state_dict().items() if not (tied and n == "head.weight")}
 
+    def _change(self, between: Callable[[], object], decoding: Decoding, sequences: Sequence[Completion]) -> None:
+        """Calls `between`; notes the version of the tokens before it where that changes."""
+        version = self.version
+        between()
+        if self.version != version:
+            decoding.forget()
+            for s in sequences:
+                s.versions += [version] * (len(s.tokens) - len(s.versions))
+
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> None:
         if self.asleep:
             raise RuntimeError("the generator sleeps; call wake() before generate()")
@@ -180,6 +197,7 @@ class Completion:
     stream: random.Random
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the tokens before the weights changed
 
     @property
     def length(self) -> int:
@@ -199,7 +217,8 @@ class Completion:
 
     def sample(self, version: int) -> Sample:
         n = len(self.tokens)
-        return Sample(self.prompt_ids, self.tokens, [True] * n, self.logprobs, [version] * n, self.stopped)
+        versions = self.versions + [version] * (n - len(self.versions))
+        return Sample(self.prompt_ids, self.tokens, [True] * n, self.logprobs, versions, self.stopped)
 
 
 @dataclass
@@ -252,6 +271,10 @@ class Decoding:
         for s in [s for s in self.waiting if s.group == group]:
             self.waiting.remove(s)
         self._remove([row for row, s in enumerate(self.active) if s.group == group])
+
+    def forget(self) -> None:
+        """Drops prompts that were computed for sequences which have not begun: the weights have changed."""
+        self.stem, self.prefills = None, {}
 
     def _start(self, new: list[Completion]) -> None:
         """Gives each new sequence a cache row filled with its prompt, and its first token."""

@@ -9,7 +9,7 @@ from llmtrain.data.prompts import PromptSet
 from llmtrain.data.sampler import derive
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.generator import Generator, Weights
-from llmtrain.types import Group, Reward, Sampling
+from llmtrain.types import Group, Prompt, Reward, Sampling
 
 Load = Callable[[Weights, int], None]
 """Takes what `Generator.load_weights` takes."""
@@ -68,16 +68,14 @@ class InStep:
 
     def ask(self, numbers: range) -> list[Group]:
         """Samples and rewards the groups of these prompts; see RolloutSource."""
-        chosen = self.order.choose(numbers)
-        streams = [derive(self.seed, f"rollout/{number}") for number in numbers]
-        asked = [self.prompts.prompt(i, stream) for i, stream in zip(chosen, streams, strict=True)]
-        groups = self.generator.generate(asked, self.sampling)
-        for group, i in zip(groups, chosen, strict=True):
+        rows = self.order.choose(numbers)
+        groups = self.generator.generate(numbered(self.prompts, self.seed, numbers, rows), self.sampling)
+        for group, row in zip(groups, rows, strict=True):
             for sample in group:
                 assert set(sample.versions) <= {self.version}, f"sampled by {set(sample.versions)}, not {self.version}"
-                sample.example = self.prompts.examples[i]
+                sample.example = self.prompts.examples[row]
         self.reward(groups)
-        self.order.note(chosen, groups)
+        self.order.note(rows, groups)
         return groups
 
     def publish(self, weights: Weights, version: int) -> None:
@@ -88,6 +86,16 @@ class InStep:
     def close(self) -> None:
         """Ends the generator; see RolloutSource."""
         self.generator.close()
+
+    def report(self) -> dict[str, float]:
+        """Returns nothing; see RolloutSource."""
+        return {}
+
+
+def numbered(prompts: PromptSet, seed: int, numbers: Sequence[int], rows: Sequence[int]) -> list[Prompt]:
+    """Returns the run's prompts with these numbers, which are these rows; their random streams follow from the seed."""
+    streams = [derive(seed, f"rollout/{number}") for number in numbers]
+    return [prompts.prompt(row, stream) for row, stream in zip(rows, streams, strict=True)]
 
 
 def shared_reward(reward: Reward, mesh: Mesh) -> Reward:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from llmtrain.config.schema import RolloutConfig
 from llmtrain.engine.base import Engine
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.types import Batch
@@ -23,12 +24,14 @@ class Gate:
     """Stops the run when generator and trainer disagree about the log-probs of what was sampled.
 
     At the first step everything is scored once more before the update. Later steps cost nothing: the first update on
-    a set of rollouts sees the same weights as the generator did, so its `logprob_gap_max` is the comparison.
+    a set of rollouts sees the same weights as the generator did, so its `logprob_gap_max` is the comparison. Where
+    samples may be older than the weights (`rollout.max_staleness`) the difference is what was learned since, and only
+    the first step, whose samples are not, is compared.
     """
 
-    def __init__(self, limit: float | None, precision: str, mesh: Mesh) -> None:
-        self.limit = limit_of(limit, precision)
-        self.mesh, self.passed = mesh, False
+    def __init__(self, rollout: RolloutConfig, precision: str, mesh: Mesh) -> None:
+        self.limit = limit_of(rollout.max_logprob_gap, precision)
+        self.mesh, self.passed, self.stale = mesh, False, rollout.max_staleness > 0
 
     def before_update(self, engine: Engine, batches: Sequence[Batch], number: int) -> None:
         """Compares at the first step, before its update (a collective)."""
@@ -38,11 +41,16 @@ class Gate:
         for batch, scores in zip(batches, engine.score(batches), strict=True):
             difference = (scores.logprobs.cpu() - batch.extra["old_logprobs"]).abs().masked_fill(~batch.loss_mask, 0.0)
             gaps.append(float(difference.nan_to_num(math.inf).max()))  # max() would lose a NaN
-        self.after_update(max(self.mesh.all_gather_json(max(gaps))), number)
+        self._compare(max(self.mesh.all_gather_json(max(gaps))), number)
         self.passed = True
 
     def after_update(self, gap: float, number: int) -> None:
-        """Raises Disagreement when the gap is above `rollout.max_logprob_gap`."""
+        """Raises Disagreement when the gap is above `rollout.max_logprob_gap`, where the samples are of these
+        weights."""
+        if not self.stale:
+            self._compare(gap, number)
+
+    def _compare(self, gap: float, number: int) -> None:
         if not math.isfinite(gap) or gap > self.limit:
             raise Disagreement(
                 f"step {number + 1}: generator and trainer differ by {gap:.4g} in a token's log-prob, more than "

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,7 @@ class Job:
     base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop
     generator: Generator | None = None  # of a recipe that samples: has the weights that were published last
+    report: Callable[[], dict[str, float]] = dict  # what the source of rollouts says of the step that ends
     padding: float = 0.0  # share of the tokens in this rank's last microbatches, see trainer.waste
 
     @property

@@ -45,7 +45,7 @@ def train(job: Job, step_fn: StepFn) -> None:
             job.step += 1
             waste.look(metrics)
             step_s = time.perf_counter() - began
-            record.write(job, metrics | guard.report(), tokens, step_s, bar, evaluation.after_step())
+            record.write(job, metrics | job.report() | guard.report(), tokens, step_s, bar, evaluation.after_step())
             save_or_stop(job, stop)
         job.saver.close()
 

@@ -15,11 +15,13 @@ from llmtrain.engine.precision import compute_dtype
 from llmtrain.envs.parts import add_parts, failures_of, judged_by_environment
 from llmtrain.model.decoder import Decoder
 from llmtrain.rewards import RewardsFail, build_reward, check_rows, count_failures, reward_metrics, stop_if_failing
+from llmtrain.rollout.board import WorkersFail
 from llmtrain.rollout.generator import Generator, RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, shared_reward
 from llmtrain.rollout.vllm import VllmGenerator
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
+from llmtrain.trainer.ahead import build_ahead
 from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
 from llmtrain.trainer.curriculum import Curriculum
 from llmtrain.trainer.environments import answering, prompts_of
@@ -63,7 +65,7 @@ def serve_rollouts(job: Job) -> None:
     serve(job.mesh.link, generator, job.mesh.rank, job.mesh.size, answer)
 
 
-def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
+def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> RolloutSource:
     """Returns the source that a recipe takes its groups from, as the sections `rollout` and `rewards` say."""
     config, environment = job.config, job.config.rollout.environment
     shared = shared_reward(build_reward(config.rewards, completion_text(config, job.tokenizer)), job.mesh)
@@ -75,6 +77,10 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep:
         count_failures(rewards, groups)  # here, where every rank has all groups
         stop_if_failing([*rewards, *failures_of(environment)], [s.errors for group in groups for s in group])
 
+    if config.rollout.max_staleness:
+        source = build_ahead(job, prompts, prompts_per_step, first_prompt(job, job.step, prompts_per_step), reward)
+        job.report = source.report
+        return source
     job.generator, sampling = build_generator(job), sampling_of(config, job.tokenizer)
     order = curriculum(job, prompts, prompts_per_step)
     load = partial(load_verified, job)
@@ -105,13 +111,18 @@ def take_spread(
     """
     sampled: list[Group] = []
     for _ in range(rounds):
-        first = max(job.state.get(PROMPTS, 0), number * wanted)  # a checkpoint of an earlier version has no count
+        first = first_prompt(job, number, wanted)
         sampled += ask(range(first, first + wanted))
         job.state[PROMPTS] = first + wanted
         if sum(map(spread, sampled)) >= wanted:
             break
     best = sorted(range(len(sampled)), key=lambda i: not spread(sampled[i]))[:wanted]  # stable: the first of each
     return [sampled[i] for i in sorted(best)], sampled
+
+
+def first_prompt(job: Job, step: int, prompts_per_step: int) -> int:
+    """Returns the number of the next prompt that a step takes."""
+    return max(job.state.get(PROMPTS, 0), step * prompts_per_step)  # where all take as many nothing is counted
 
 
 def read_prompts(job: Job) -> PromptSet:
@@ -155,7 +166,7 @@ def closing(source: RolloutSource) -> Iterator[None]:
     """
     try:
         yield
-    except (SystemExit, FloatingPointError, Disagreement, RewardsFail, OSError):
+    except (SystemExit, FloatingPointError, Disagreement, RewardsFail, WorkersFail, OSError):
         source.close()
         raise
     source.close()

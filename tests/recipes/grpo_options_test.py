@@ -13,6 +13,7 @@ import yaml
 
 from llmtrain.config.load import load
 from llmtrain.config.recipes import config_class
+from llmtrain.config.recipes.base import mismatch_of
 from llmtrain.recipes import grpo
 from llmtrain.types import Batch, Prompt, Sample, Scores
 from tests.conftest import ROOT
@@ -296,6 +297,12 @@ def test_without_a_correction_the_generator_is_the_old_policy(start: Callable[..
             assert update[2].loss == pytest.approx(A * (-1.3 * above + 3 * below) / update[1], rel=1e-5)
             assert all("train_logprobs" not in batch.extra for batch in update[0])
         assert len(run.engine.scored) == 1  # by the gate, at the first step
+
+
+def test_what_older_weights_sampled_is_corrected_for_in_fp32_too(start: Callable[..., Run]) -> None:
+    ahead = ("rollout.max_staleness=1", "rollout.placement=ahead", "rollout.workers=1")
+    forms = [mismatch_of(start(*overrides).job.config, "grpo").form for overrides in ((), ahead)]
+    assert forms == ["off", "truncate"]
 
 
 def test_log_probs_of_the_old_policy_are_not_computed_twice(start: Callable[..., Run]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmtrain.config.schema import RolloutConfig
 from llmtrain.data.packing import Demonstrations
 from llmtrain.engine.base import LossFn
 from llmtrain.losses.token import token_loss
@@ -85,7 +86,7 @@ def test_equal_to_sft_on_the_chosen(stub_job: Callable[..., Job], tmp_path: Path
     assert [len(group) for group in groups] == [4] * 4
     job.engines["policy"] = found = PlainEngine(model)
     chosen = raft.choose(groups, job.config.raft)
-    raft.update(job, chosen, 0, Replay(job), Gate(100.0, "fp32", job.mesh))
+    raft.update(job, chosen, 0, Replay(job), Gate(RolloutConfig(max_logprob_gap=100.0), "fp32", job.mesh))
     ((loss, gradients),), ((loss_here, gradients_here),) = expected.kept, found.kept
     assert loss_here == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():

@@ -116,6 +116,38 @@ def test_batch_size_changes_nothing(max_batch_seqs: int) -> None:
     assert [r.prompt_ids for r in parts] == [p.ids for p in random_prompts() for _ in range(4)]
 
 
+def test_weights_that_change_in_flight() -> None:
+    """One row at a time: the first sequence has 20 tokens when the weights change, the others begin under the new
+    ones, without what was computed of their prompts before."""
+    old, new = random_decoder(seed=0), random_decoder(seed=1)
+    prompts = random_prompts((40, 40, 12))
+    prompts = [Prompt(prompts[0].ids[:36] + p.ids[:4]) for p in prompts]  # begin alike: computed once
+    sampling, calls = Sampling(30, temperature=0), []
+    generator = NativeGenerator(random_decoder(seed=0), 1, "cpu")
+
+    def between() -> None:
+        calls.append(None)
+        if len(calls) == 20:
+            generator.load_weights(new.state_dict().items(), 5)
+
+    samples = flat(generator.generate(prompts, sampling, between))
+    before = flat(NativeGenerator(old, 1, "cpu").generate(prompts, sampling))
+    after = flat(NativeGenerator(new, 1, "cpu").generate(prompts, sampling))
+    assert samples[0].versions == [0] * 20 + [5] * 10
+    assert samples[0].ids[:20] == before[0].ids[:20] and samples[0].ids[20:] != before[0].ids[20:]
+    for i in (1, 2):
+        assert samples[i].versions == [5] * 30 and samples[i].ids == after[i].ids != before[i].ids
+        assert samples[i].logprobs == pytest.approx(after[i].logprobs, abs=1e-5)  # another order of products
+
+
+def test_a_look_between_tokens_changes_nothing() -> None:
+    generator = NativeGenerator(random_decoder(), 3, "cpu")
+    sampling = Sampling(10, 2)
+    assert generator.generate(random_prompts(), sampling, lambda: None) == generator.generate(
+        random_prompts(), sampling
+    )
+
+
 def test_a_prompt_gives_the_same_alone_and_on_a_used_cache() -> None:
     generator = NativeGenerator(random_decoder(), 64, "cpu")
     sampling = Sampling(20, num_samples=2)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config.schema import RewardConfig
+from llmtrain.config.schema import RewardConfig, RolloutConfig
 from llmtrain.trainer import rollouts
 from llmtrain.trainer.rollouts import take_spread
 from llmtrain.types import Group, Sample
@@ -83,9 +83,9 @@ def test_a_failed_score_counts_the_worst_of_all_ranks(monkeypatch: pytest.Monkey
 
     def rewarded(rank: int) -> list[tuple[float, dict[str, float]]]:
         groups = [[Sample([9], [i], [True], [0.0], [0], True)] for i in (1, 5, 0)]
-        data, train = SimpleNamespace(curriculum=None), SimpleNamespace(steps=1)
-        sections = {"data": data, "train": train, "rollout": SimpleNamespace(environment=None)}
-        config = SimpleNamespace(rewards=[RewardConfig(model="rm", weight=2.0)], seed=1, **sections)
+        data, train, rollout = SimpleNamespace(curriculum=None), SimpleNamespace(steps=1), RolloutConfig()
+        rewards = [RewardConfig(model="rm", weight=2.0)]
+        config = SimpleNamespace(rewards=rewards, seed=1, data=data, train=train, rollout=rollout)
         job = SimpleNamespace(config=config, tokenizer=None, mesh=mesh(rank))
         rollouts.build_source(job, None, 3).reward(groups)
         return [(sample.reward, sample.parts) for (sample,) in groups]

@@ -70,9 +70,10 @@ class Mismatch(NamedTuple):
 
 def mismatch_of(config: Config, name: str) -> Mismatch:
     """Returns the correction that the section of the recipe asks for. The native generator in fp32 computes the
-    trainer's numbers; in fewer bits its log-probs differ from those of the trainer, whose kernels round otherwise."""
-    s = getattr(config, name)
-    same_numbers = config.engine.precision == "fp32" and config.rollout.generator == "native"
+    trainer's numbers; in fewer bits its log-probs differ from those of the trainer, whose kernels round otherwise, and
+    those of older weights do by all that was learned since."""
+    s, r = getattr(config, name), config.rollout
+    same_numbers = config.engine.precision == "fp32" and r.generator == "native" and r.max_staleness == 0
     auto = "off" if same_numbers else "truncate"
     return Mismatch(auto if s.mismatch == "auto" else s.mismatch, s.mismatch_cap, s.mismatch_low, s.mismatch_high)
 

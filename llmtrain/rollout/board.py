@@ -1,0 +1,194 @@
+"""Decides which prompt is sampled when, by whom and with which weights, while others are trained on.
+
+Prompts have numbers, and steps take them in this order. A prompt is begun only when the newest weights can be at most
+`max_staleness` steps old at the step that takes it, so that nothing has to be thrown away for its age. One lock guards
+all; the trainer and a thread for each worker share it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmtrain.observe.log import log
+from llmtrain.rollout.shared_weights import Shared
+from llmtrain.types import Group
+
+
+class WorkersFail(RuntimeError):
+    """Says that nobody is left who samples."""
+
+
+class Closed(Exception):
+    """Says that nothing more is wanted."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Says how far ahead prompts are sampled.
+
+    Example: Limits(prompts_per_step=32, max_staleness=1, steps=64, at_once=32, patience_s=1200)
+    """
+
+    prompts_per_step: int  # that a step takes at least
+    max_staleness: int  # steps between the weights that begin a sample and those of the step that takes it
+    steps: int  # of the run: nothing is sampled for later ones
+    at_once: int  # prompts that one worker is given at most
+    patience_s: float  # without any news from a worker; longer is a fault of this program
+
+
+@dataclass(frozen=True)
+class Task:
+    """Holds prompts that a worker has begun, with the newest weights of that moment."""
+
+    numbers: list[int]
+    weights: Shared
+
+
+@dataclass
+class Counts:
+    """Counts what has happened since the last step."""
+
+    begun: int = 0  # prompts
+    given_back: int = 0  # prompts of workers that failed
+    rejected: int = 0  # samples that were begun again under newer weights
+    rest_s: float = 0.0  # of all workers, ready and without a prompt
+    load_s: float = 0.0  # of all workers, loading weights
+    loaded_bytes: int = 0  # by all workers
+
+
+@dataclass
+class Board:
+    """Holds the state of every prompt from `next` on: being sampled, done, or not begun.
+
+    Example: b = Board(limits, next=0, live={0}); b.publish(weights); b.begin(0, wait_s=1) is a Task of its first
+    prompts; b.finish(0, groups); b.take(range(32)).
+    """
+
+    limits: Limits
+    next: int  # lowest number that no step has asked for
+    live: set[int]  # workers that may still sample
+    fresh: int = -1  # lowest number that was never begun
+    weights: Shared | None = None
+    asked: bool = False  # the step that trains the newest weights has its first prompts
+    closed: bool = False
+    error: Exception | None = None  # why the run must stop
+    again: set[int] = field(default_factory=set)  # given back by workers that failed
+    under_way: dict[int, int] = field(default_factory=dict)  # number -> worker
+    done: dict[int, Group] = field(default_factory=dict)
+    resting: dict[int, float] = field(default_factory=dict)  # worker -> since when
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self.fresh = self.next
+        self.changed = threading.Condition()
+
+    def publish(self, weights: Shared) -> None:
+        """Makes these the newest weights."""
+        with self.changed:
+            self.weights, self.asked = weights, False
+            self.changed.notify_all()
+
+    def newest(self) -> Shared | None:
+        """Returns the newest weights. Raises Closed."""
+        if self.closed:
+            raise Closed
+        return self.weights
+
+    def begin(self, worker: int, wait_s: float) -> Task | None:
+        """Returns a share of the prompts that may be begun now, as a task of this worker; None when there are none for
+        so long. Raises Closed."""
+        with self.changed:
+            self.resting.setdefault(worker, time.monotonic())
+            self.changed.wait_for(lambda: self.closed or self._open(), wait_s)
+            if self.closed:
+                raise Closed
+            if not (numbers := self._open()):
+                return None
+            mine = numbers[: min(self.limits.at_once, math.ceil(len(numbers) / len(self.resting)))]
+            self.counts.rest_s += time.monotonic() - self.resting.pop(worker)
+            self.again -= set(mine)
+            self.fresh = max(self.fresh, mine[-1] + 1)
+            self.under_way |= dict.fromkeys(mine, worker)
+            self.counts.begun += len(mine)
+            assert self.weights is not None
+            return Task(mine, self.weights)
+
+    def finish(self, worker: int, groups: Mapping[int, Group]) -> None:
+        """Takes what a worker made of its task."""
+        with self.changed:
+            for number in groups:
+                assert self.under_way.pop(number) == worker
+            self.done |= groups
+            self.changed.notify_all()
+
+    def fail(self, worker: int, reason: str, starts_left: int) -> None:
+        """Gives the prompts of a worker that failed to others, and drops it when it is not started again."""
+        with self.changed:
+            lost = [number for number, who in self.under_way.items() if who == worker]
+            self.again |= set(lost)
+            self.under_way = {number: who for number, who in self.under_way.items() if who != worker}
+            self.resting.pop(worker, None)
+            self.counts.given_back += len(lost)
+            if not starts_left:
+                self.live.discard(worker)
+            if not self.live and not self.closed:
+                self.error = self.error or WorkersFail(f"no rollout worker is left; the last one: {reason}")
+            self.changed.notify_all()
+        then = f"it starts again, {starts_left} left" if starts_left else "it is dropped (rollout.restarts)"
+        log(f"{reason}\n{len(lost)} prompts go to others; {then}")
+
+    def stop(self, error: Exception) -> None:
+        """Lets the trainer, which waits or will, raise this."""
+        with self.changed:
+            self.error = self.error or error
+            self.changed.notify_all()
+
+    def count(self, rejected: int, load_s: float, loaded_bytes: int) -> None:
+        """Adds to what has happened since the last step."""
+        with self.changed:
+            self.counts.rejected += rejected
+            self.counts.load_s += load_s
+            self.counts.loaded_bytes += loaded_bytes
+
+    def take(self, numbers: range) -> list[Group]:
+        """Returns the groups of the next prompts when all are done. Raises what stopped the sampling, WorkersFail."""
+        with self.changed:
+            assert numbers.start == self.next, f"prompts from {numbers.start} on, and {self.next} is the next"
+            self.next, self.asked = numbers.stop, True
+            self.changed.notify_all()
+            while any(number not in self.done for number in numbers):
+                if self.error is not None:
+                    raise self.error
+                if not self.changed.wait(self.limits.patience_s):
+                    raise WorkersFail(f"no rollout worker gave a sign of life in {self.limits.patience_s:g} s")
+            return [self.done.pop(number) for number in numbers]
+
+    def flush(self) -> tuple[Counts, int]:
+        """Returns what was counted since the last call, and how many groups are done and wait."""
+        with self.changed:
+            counts, self.counts, now = self.counts, Counts(), time.monotonic()
+            counts.rest_s += sum(now - since for since in self.resting.values())
+            self.resting = dict.fromkeys(self.resting, now)
+            return counts, len(self.done)
+
+    def close(self) -> None:
+        """Lets all threads leave."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def _open(self) -> list[int]:
+        """Returns the prompts that may be begun now, in their order.
+
+        Prompt `next + k` is taken at the latest by the step that is k // prompts_per_step behind the first that has not
+        asked yet. (Steps that ask for more take it earlier.)
+        """
+        if self.weights is None:
+            return []
+        limits, asked = self.limits, int(self.asked)
+        steps = min(limits.max_staleness + 1 - asked, limits.steps - self.weights.version - asked)
+        return [*sorted(self.again), *range(self.fresh, self.next + limits.prompts_per_step * max(0, steps))]

@@ -1,0 +1,173 @@
+"""Sampling ahead with workers that are killed, stopped, slow or cut off in every phase: nothing is lost, doubled or too
+old. The workers are stubs, see stub_worker.py."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmtrain.rollout.board import WorkersFail
+from tests.rollout.fleets import ahead, is_stub, publish, train, workers_of_this_process
+
+PHASES = ("start", "weights", "sample", "answer")
+DEADLINE_S = 0.7  # of a stub that stands still; a start takes 0.1 s
+
+
+def test_steps_are_sampled_ahead(tmp_path: Path) -> None:
+    with ahead(tmp_path, workers=2) as source:
+        publish(source, 0)
+        assert train(source, 1) == [0]
+        while len(source.board.done) < 2:  # those of step 1, by weights of version 0
+            time.sleep(0.01)
+        assert train(source, 10, first=1)[0] == 1
+        told = source.report()
+        assert 0 <= told["staleness_mean"] <= told["staleness_max"] == 1
+        assert (told["workers"], told["rejected_fraction"]) == (2, 0.0)
+        assert told["load_bytes"] > 10 * 16 and told["workers_idle_s"] > 0 and told["trainer_idle_s"] > 0
+        assert source.report()["load_bytes"] == 0  # it tells of the time since the last
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("how", ["kill", "cut"])
+def test_a_fault_is_named_and_its_prompts_go_on(
+    phase: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with ahead(tmp_path, workers=2, phase=phase, how=how) as source:
+        publish(source, 0)
+        assert max(train(source, 10)) <= 1
+    told = capsys.readouterr().err
+    asked = {"start": "settings", "weights": "generate"}.get(phase, "generate")
+    assert f": {asked}: the connection ended" in told and "it starts again, 1 left" in told
+    assert f"about to {how} while {phase}" in told  # the end of its log
+    assert ("(it ended by SIGKILL)" in told) == (how == "kill")
+
+
+@pytest.mark.parametrize(("phase", "how"), [("start", "slow"), ("sample", "stop"), ("weights", "stop")])
+def test_standing_still_is_noticed_by_the_deadline(
+    phase: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with ahead(tmp_path, deadline_s=DEADLINE_S, phase=phase, how=how) as source:
+        began = time.monotonic()
+        publish(source, 0)
+        assert max(train(source, 10)) <= 1
+        assert DEADLINE_S < time.monotonic() - began < DEADLINE_S + 4
+    assert f"no answer within {DEADLINE_S} s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_fault_of_a_worker_without_work_is_noticed(how: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with ahead(tmp_path, deadline_s=DEADLINE_S, phase="idle", how=how):  # there are no weights yet
+        told = ""
+        while "rollout worker 0: ping: " not in told:
+            time.sleep(0.02)
+            told += capsys.readouterr().err
+    assert "0 prompts go to others; it starts again, 1 left" in told
+
+
+def test_who_is_killed_while_idle_is_noticed_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with ahead(tmp_path, deadline_s=60.0) as source:
+        publish(source, 0)
+        train(source, 9)
+        workers_of_this_process()[0].kill()
+        told = ""
+        while "rollout worker 0: idle: the connection ended (it ended by SIGKILL)" not in told:
+            time.sleep(0.02)
+            told += capsys.readouterr().err
+        train(source, 10, first=9)
+
+
+def test_a_worker_that_fails_too_often_is_dropped_and_the_others_go_on(tmp_path: Path) -> None:
+    with ahead(tmp_path, workers=2, restarts=0, phase="sample", how="leave") as source:
+        publish(source, 0)
+        train(source, 10)
+        assert len(source.board.live) == 1 and source.report()["rejected_fraction"] > 0
+
+
+def test_when_none_is_left_the_run_stops_and_says_why(tmp_path: Path) -> None:
+    with ahead(tmp_path, restarts=0, phase="sample", how="leave") as source:
+        publish(source, 0)
+        with pytest.raises(
+            WorkersFail, match=r"no rollout worker is left; .*it ended with status 3(?s:.)*about to leave"
+        ):
+            source.take(0)
+
+
+def test_samples_of_older_weights_than_were_sent_are_a_fault(tmp_path: Path) -> None:
+    with ahead(tmp_path, restarts=0, stale=1) as source:
+        publish(source, 5)
+        with pytest.raises(WorkersFail, match="sampled with weights of version 4, and 5 had been sent"):
+            source.take(0)
+
+
+def test_a_model_that_has_diverged_is_no_fault_of_its_worker(tmp_path: Path) -> None:
+    with ahead(tmp_path, diverges=True) as source:
+        publish(source, 0)
+        with pytest.raises(FloatingPointError, match="the logits are not finite"):
+            source.take(0)
+
+
+def test_closing_does_not_wait_for_who_samples(tmp_path: Path) -> None:
+    with ahead(tmp_path, pause_s=60.0) as source:
+        publish(source, 0)
+        time.sleep(0.3)
+        began = time.monotonic()
+    assert time.monotonic() - began < 4
+
+
+def kills(directory: Path, count: int, seed: int) -> None:
+    """Trains while so many workers are killed at random moments."""
+    rng, made, stop = random.Random(seed), 0, threading.Event()
+
+    def killer() -> None:
+        nonlocal made
+        while made < count and not stop.is_set():
+            time.sleep(rng.random() * 0.02)
+            if found := workers_of_this_process():
+                os.kill(rng.choice(found).pid, signal.SIGKILL)
+                made += 1
+
+    with ahead(directory, workers=3, staleness=2, steps=10**6, restarts=10**6, pause_s=0.002) as source:
+        publish(source, 0)
+        thread, step = threading.Thread(target=killer), 0
+        thread.start()
+        try:
+            while made < count:
+                assert max(train(source, step + 1, first=step)) <= 2
+                step += 1
+        finally:
+            stop.set()
+            thread.join(10)
+        assert max(train(source, step + 5, first=step)) <= 2
+
+
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    kills(tmp_path, 12, seed=0)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(tmp_path: Path) -> None:
+    kills(tmp_path, 200, seed=1)
+
+
+def test_workers_end_with_their_trainer(tmp_path: Path) -> None:
+    if not (trainer := os.fork()):
+        with ahead(tmp_path, workers=2, pause_s=60.0) as source:
+            publish(source, 0)
+            time.sleep(60)
+        os._exit(0)
+    children: list[psutil.Process] = []
+    give_up = time.monotonic() + 20
+    while len(children) < 2 and time.monotonic() < give_up:
+        time.sleep(0.02)
+        children = [p for p in psutil.Process(trainer).children() if is_stub(p)]
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert len(children) == 2 and alive == []

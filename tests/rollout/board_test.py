@@ -1,0 +1,159 @@
+"""Which prompts may be begun when, with two prompts a step, in absolute numbers."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from llmtrain.rollout.board import Board, Closed, Limits, Task, WorkersFail
+from llmtrain.rollout.shared_weights import Shared, share
+from llmtrain.types import Group, Sample
+
+
+def weights(version: int) -> Shared:
+    return share([("w", torch.zeros(1))], version, torch.float32)
+
+
+def board(max_staleness: int = 1, steps: int = 10, at_once: int = 100, first: int = 0, workers: int = 1) -> Board:
+    return Board(Limits(2, max_staleness, steps, at_once, patience_s=0.5), first, set(range(workers)))
+
+
+def begun(b: Board, worker: int = 0) -> list[int]:
+    task = b.begin(worker, 0.0)
+    return [] if task is None else task.numbers
+
+
+def groups(numbers: list[int]) -> dict[int, Group]:
+    return {n: [Sample([n], [n], [True], [-1.0], [0], True)] for n in numbers}
+
+
+def test_nothing_begins_without_weights() -> None:
+    assert begun(board()) == []
+
+
+def test_how_far_ahead_prompts_are_begun() -> None:
+    """Weights of version 0 may be used by the steps 0 and 1 (0 to 2): prompts 0 to 3 (0 to 5). Asking changes nothing:
+    only newer weights let more begin."""
+    for staleness, ahead in ((1, [0, 1, 2, 3]), (2, [0, 1, 2, 3, 4, 5])):
+        b = board(staleness)
+        b.publish(weights(0))
+        assert begun(b) == ahead
+        b.finish(0, groups(ahead))
+        assert [g[0].ids for g in b.take(range(2))] == [[0], [1]]
+        assert begun(b) == []
+        b.publish(weights(1))
+        assert begun(b) == [ahead[-1] + 1, ahead[-1] + 2]
+
+
+def test_a_step_that_asks_again_takes_what_was_begun_for_the_next() -> None:
+    b = board()
+    b.publish(weights(0))
+    b.finish(0, groups(begun(b)))
+    b.take(range(2))
+    b.take(range(2, 4))  # which would have been those of step 1
+    assert begun(b) == [4, 5]  # for step 1, by weights of version 0
+    b.finish(0, groups([4, 5]))
+    b.publish(weights(1))
+    assert begun(b) == [6, 7]
+
+
+def test_nothing_is_sampled_for_steps_behind_the_last() -> None:
+    b = board(max_staleness=5, steps=3)
+    b.publish(weights(1))  # steps 1 and 2 are left
+    assert begun(b) == [0, 1, 2, 3]
+    b.finish(0, groups([0, 1, 2, 3]))
+    b.take(range(2))
+    b.publish(weights(2))
+    b.take(range(2, 4))
+    assert begun(b) == []
+
+
+def test_the_last_step_may_ask_again() -> None:
+    b = board(steps=1)
+    b.publish(weights(0))
+    b.finish(0, groups(begun(b)))
+    b.take(range(2))
+    assert begun(b) == []
+    with pytest.raises(WorkersFail):
+        b.take(range(2, 4))  # nobody answers, but now they are open
+    assert begun(b) == [2, 3]
+
+
+def test_a_resumed_run_begins_where_its_steps_go_on() -> None:
+    b = board(first=14)
+    b.publish(weights(7))
+    assert begun(b) == [14, 15, 16, 17]
+
+
+def test_workers_share_what_there_is() -> None:
+    b = board(max_staleness=3, workers=3)
+    assert (begun(b, 0), begun(b, 1), begun(b, 2)) == ([], [], [])  # all rest
+    b.publish(weights(0))
+    assert (begun(b, 0), begun(b, 1), begun(b, 2)) == ([0, 1, 2], [3, 4, 5], [6, 7])
+    small = board(at_once=3)
+    small.publish(weights(0))
+    assert (begun(small), begun(small)) == ([0, 1, 2], [3])
+
+
+def test_the_prompts_of_a_failed_worker_go_first() -> None:
+    b = board(max_staleness=3, workers=2)
+    b.begin(0, 0.0), b.begin(1, 0.0)
+    b.publish(weights(0))
+    assert (begun(b, 0), begun(b, 1)) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    b.finish(1, groups([4, 5, 6, 7]))
+    b.fail(0, "it was killed", starts_left=1)
+    b.publish(weights(1))
+    b.next = 2  # as if step 0 had taken its prompts
+    task = b.begin(1, 0.0)
+    assert task == Task([0, 1, 2, 3, 8, 9], b.weights) and task.weights.version == 1  # the newest weights
+    counts, waiting = b.flush()
+    assert (counts.begun, counts.given_back, waiting) == (14, 4, 4)
+
+
+def test_without_workers_the_trainer_is_told() -> None:
+    b = board(workers=2)
+    b.publish(weights(0))
+    begun(b, 0)
+    b.fail(0, "worker 0: killed", starts_left=0)
+    assert b.error is None
+    b.fail(1, "worker 1: too slow", starts_left=0)
+    with pytest.raises(WorkersFail, match="no rollout worker is left; the last one: worker 1: too slow"):
+        b.take(range(2))
+
+
+def test_the_trainer_does_not_wait_for_ever() -> None:
+    b = board()
+    began = time.monotonic()
+    with pytest.raises(WorkersFail, match=r"no rollout worker gave a sign of life in 0\.5 s"):
+        b.take(range(2))
+    assert time.monotonic() - began < 5
+
+
+def test_closing_wakes_everyone() -> None:
+    b, seen = board(), []
+
+    def wait() -> None:
+        try:
+            b.begin(0, 60.0)
+        except Closed:
+            seen.append("closed")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    b.close()
+    thread.join(10)
+    assert seen == ["closed"]
+    with pytest.raises(Closed):
+        b.newest()
+
+
+def test_rest_is_counted_once() -> None:
+    b = board()
+    begun(b)
+    time.sleep(0.05)
+    first, _ = b.flush()
+    second, _ = b.flush()
+    assert 0.05 <= first.rest_s < 1 and second.rest_s < 0.05

@@ -1,0 +1,154 @@
+"""What a worker answers, with a generator of one tensor that notes what it is asked, in a thread of this process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from llmtrain.rollout.channel import Message, receive, send
+from llmtrain.rollout.shared_weights import share
+from llmtrain.rollout.wire import unpack
+from llmtrain.rollout.worker import request_of
+from llmtrain.rollout.worker_process import Obedient, build_generator, serve
+from llmtrain.types import Group, Prompt, Sample, Sampling
+from tests.model.llama import SMALL
+
+
+@dataclass
+class Slow:
+    """Writes six tokens a sample, each of the value of the weights of that moment; `at` is called before each."""
+
+    at: Callable[[int], None]
+    weight: int = -1
+    version: int = -1
+    prompts: list[Sequence[Prompt]] = field(default_factory=list)
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        self.weight, self.version = int(dict(weights)["w"]), version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, between: Callable[[], object] | None) -> list:
+        self.prompts.append(prompts)
+        written: list[tuple[int, int]] = []
+        for token in range(6):
+            self.at(token)
+            written.append((self.weight, self.version))
+            if between is not None:
+                between()
+        ids, versions = map(list, zip(*written, strict=True))
+        return [[Sample(p.ids, ids, [True] * 6, [0.0] * 6, versions, True)] * sampling.num_samples for p in prompts]
+
+
+@dataclass
+class Trainer:
+    """The other side. Newer weights come before the fourth token of the first answer."""
+
+    sock: socket.socket
+    fed: bool = False
+
+    def give(self, version: int) -> None:
+        shared = share([("w", torch.tensor(float(10 * version)))], version, torch.float32)
+        send(self.sock, shared.head(), file=shared.file)
+
+    def at(self, token: int) -> None:
+        if token == 3 and not self.fed:
+            self.fed = True
+            self.give(2)
+
+    def next(self) -> Message:
+        message = receive(self.sock, time.monotonic() + 10)
+        assert message is not None
+        return message
+
+    def sampled(self, inflight: str) -> tuple[list[str], Group, int]:
+        """Returns the kinds of what came, a group, and how many samples were rejected."""
+        prompts = [Prompt([5], 1), Prompt([6, 7], 2)]
+        send(self.sock, {"kind": "generate", "numbers": [8, 9], "inflight": inflight, **request_of(prompts, TWO)})
+        kinds = []
+        while (message := self.next()).head["kind"] != "groups":
+            kinds.append(message.head["kind"])
+        groups = unpack(torch.frombuffer(message.payload, dtype=torch.uint8), {8: [5], 9: [6, 7]})
+        assert list(groups) == [8, 9] and groups[9][0].prompt_ids == [6, 7] and len(groups[8]) == 2
+        return [*kinds, "groups"], groups[8], message.head["rejected"]
+
+
+TWO = Sampling(max_new_tokens=6, num_samples=2)
+
+
+@pytest.fixture
+def trainer() -> Iterator[Trainer]:
+    ours, theirs = socket.socketpair()
+    trainer = Trainer(ours)
+
+    def run() -> None:
+        Obedient(theirs, Slow(trainer.at)).run()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert trainer.next().head == {"kind": "ready"}
+    trainer.give(1)
+    head = trainer.next().head
+    assert (head["kind"], head["version"]) == ("loaded", 1) and head["bytes"] > 4
+    yield trainer
+    ours.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_what_was_begun_is_finished_under_the_old_weights(trainer: Trainer) -> None:
+    kinds, group, rejected = trainer.sampled("finish")
+    assert (kinds, rejected, group[0].ids, group[0].versions) == (["groups"], 0, [10] * 6, [1] * 6)
+    assert trainer.next().head["version"] == 2  # loaded when the answer was out
+
+
+def test_what_was_begun_goes_on_under_the_new_weights(trainer: Trainer) -> None:
+    kinds, group, rejected = trainer.sampled("continue")
+    assert (kinds, rejected) == (["loaded", "groups"], 0)
+    assert (group[0].ids, group[0].versions) == ([10] * 4 + [20] * 2, [1] * 4 + [2] * 2)
+
+
+def test_what_was_begun_begins_again_under_the_new_weights(trainer: Trainer) -> None:
+    kinds, group, rejected = trainer.sampled("restart")
+    assert (kinds, rejected) == (["loaded", "groups"], 4)  # two prompts, two samples each
+    assert (group[0].ids, group[0].versions) == ([20] * 6, [2] * 6)
+
+
+def test_a_sign_of_life(trainer: Trainer) -> None:
+    send(trainer.sock, {"kind": "ping"})
+    assert trainer.next().head == {"kind": "pong"}
+
+
+def test_divergence_is_told() -> None:
+    def fail(token: int) -> None:
+        raise FloatingPointError("the logits are not finite")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        Obedient(theirs, Slow(fail)).answer({"numbers": [0], "inflight": "finish", **request_of([Prompt([1])], TWO)})
+        assert receive(ours).head == {"kind": "diverged", "error": "the logits are not finite"}
+
+
+def test_a_trainer_that_leaves_while_it_is_sampled_ends_the_worker() -> None:
+    ours, theirs = socket.socketpair()
+    send(ours, {"kind": "settings"})
+    send(ours, {"kind": "generate", "numbers": [0], "inflight": "continue", **request_of([Prompt([1])], TWO)})
+    generator = Slow(lambda token: ours.close() if token == 2 else None)
+    with pytest.raises(SystemExit, match="the trainer has closed the connection"):
+        serve(theirs, lambda settings: generator)
+    assert len(generator.prompts) == 1
+
+
+def test_the_generator_is_as_the_trainer_describes_it(small_data: Any) -> None:
+    settings = {"model": SMALL.model_dump(mode="json"), "dtype": "bfloat16", "device": "cpu", "max_batch_seqs": 3}
+    settings |= {"max_seq_tokens": 64, "tokenizer": str(small_data / "tokenizer")}
+    generator = build_generator(settings)
+    assert generator.model.embed.weight.dtype == torch.bfloat16
+    assert generator.model.head.weight is generator.model.embed.weight
+    assert (generator.max_batch_seqs, generator.max_seq_tokens) == (3, 64)
+    assert isinstance(generator.decode([5]), str)

@@ -1,0 +1,66 @@
+"""What sampling ahead of training refuses, in its words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.load import load
+from llmtrain.rules.check import violations
+
+AHEAD = ("rollout.placement=ahead", "rollout.workers=1", "rollout.max_staleness=1")
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Callable[..., list[str]]:
+    """lines(ranks, *overrides) -> what GRPO is told of the section rollout."""
+    (tmp_path / "x.yaml").write_text("name: x")
+
+    def find(ranks: int, *overrides: str) -> list[str]:
+        found = violations(load(str(tmp_path / "x.yaml"), list(overrides)), ranks, "grpo")
+        return [line for line in found if line.startswith("rollout.")]
+
+    return find
+
+
+def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
+    assert lines(1) == lines(1, *AHEAD) == lines(1, *AHEAD, "rollout.inflight=continue") == []
+    assert lines(2, *AHEAD, "rollout.deadline_s=599") == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "expected"),
+    [
+        (
+            1,
+            ["rollout.max_staleness=2"],
+            "rollout.max_staleness=2: needs rollout.placement=ahead, whose processes sample while the ranks train; set "
+            "it, or max_staleness=0",
+        ),
+        (
+            1,
+            [*AHEAD, "rollout.max_staleness=0"],
+            "rollout.max_staleness=0: must be at least 1 with rollout.placement=ahead; raise it or use colocated",
+        ),
+        (
+            1,
+            [*AHEAD, "rollout.workers=0"],
+            "rollout.workers=0: must be at least 1 with rollout.placement=ahead; raise it or use colocated",
+        ),
+        (
+            1,
+            ["rollout.inflight=restart"],
+            "rollout.inflight=restart: in step no weights come while it samples; remove it",
+        ),
+        (
+            2,
+            AHEAD,
+            "rollout.deadline_s=600: must be below engine.timeout_s=600 on several ranks, which wait for the first in "
+            "a collective while a worker is late; lower it or raise timeout_s",
+        ),
+    ],
+)
+def test_what_does_not(ranks: int, overrides: list[str], expected: str, lines: Callable[..., list[str]]) -> None:
+    assert lines(ranks, *overrides) == [expected]
