@@ -28,6 +28,8 @@ class RolloutConfig(Section):
     inflight: Literal["finish", "continue", "restart"] = "finish"  # ahead: unfinished samples, when new weights come
     deadline_s: DeadlineS = 600.0  # ahead: for a worker to start, to take weights, to answer; later it is restarted
     restarts: int = Field(3, ge=0)  # ahead: of each worker in a run; then it is dropped
+    record: bool = False  # write what each step takes to rollouts/ in the run directory
+    replay: UserPath | None = None  # such a directory of another run: its rollouts are trained on, nothing is sampled
     group_size: PositiveInt = 8  # samples a prompt
     max_new_tokens: PositiveInt = 256  # longest completion, in tokens
     temperature: PositiveFloat = 1.0  # for sampling, and for the log-probs in the loss

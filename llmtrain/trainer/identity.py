@@ -60,7 +60,7 @@ JUDGING = ("name", "function", "weight", "deadline_s", "dtype", "render")  # of 
 OF_JUDGE = ("model", "votes", "temperature", "max_tokens", "lowest", "highest")  # of its rubric
 PLACES = (  # of rollout: how it is sampled, not what
     *("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap", "verify"),
-    *("tp", "vllm", "deadline_s", "restarts"),
+    *("tp", "vllm", "deadline_s", "restarts", "record"),
 )
 STREAMS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "events.jsonl")
 WRITTEN = ("config.yaml", RUN_RECORD, GENERATION, *STREAMS)  # into a run directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -10,15 +11,17 @@ from itertools import chain
 import torch
 
 from llmtrain.arch.adapters import without_adapters
+from llmtrain.config.schema import Config
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.envs.parts import add_parts, failures_of, judged_by_environment
 from llmtrain.model.decoder import Decoder
 from llmtrain.rewards import RewardsFail, build_reward, check_rows, count_failures, reward_metrics, stop_if_failing
+from llmtrain.rollout.ahead import Ahead
 from llmtrain.rollout.board import WorkersFail
 from llmtrain.rollout.generator import Generator, RolloutSource
 from llmtrain.rollout.native import NativeGenerator
-from llmtrain.rollout.source import InStep, shared_reward
+from llmtrain.rollout.source import InStep, Shuffled, shared_reward
 from llmtrain.rollout.vllm import VllmGenerator
 from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
 from llmtrain.trainer.ahead import build_ahead
@@ -28,6 +31,7 @@ from llmtrain.trainer.environments import answering, prompts_of
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import CURRICULUM, STEP_SAMPLES
+from llmtrain.trainer.recorded import Recording, Replayed
 from llmtrain.trainer.verify import load_verified
 from llmtrain.types import Group, Sample
 
@@ -67,6 +71,22 @@ def serve_rollouts(job: Job) -> None:
 
 def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> RolloutSource:
     """Returns the source that a recipe takes its groups from, as the sections `rollout` and `rewards` say."""
+    config, r = job.config, job.config.rollout
+    if r.replay is not None:
+        order = curriculum(job, prompts, prompts_per_step) or Shuffled(prompts, config.seed)
+        return Replayed(job.mesh, r.replay, prompts, prompts_per_step, order)
+    source = sampling_source(job, prompts, prompts_per_step)
+    job.report = source.report
+    return Recording(source, job.mesh, records_dir(config), prompts_per_step) if r.record else source
+
+
+def records_dir(config: Config) -> str:
+    """Returns the directory that `rollout.record` writes to."""
+    return os.path.join(config.directory, "rollouts")
+
+
+def sampling_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep | Ahead:
+    """Returns the source that samples, in step or ahead."""
     config, environment = job.config, job.config.rollout.environment
     shared = shared_reward(build_reward(config.rewards, completion_text(config, job.tokenizer)), job.mesh)
 
@@ -78,9 +98,7 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> Rollout
         stop_if_failing([*rewards, *failures_of(environment)], [s.errors for group in groups for s in group])
 
     if config.rollout.max_staleness:
-        source = build_ahead(job, prompts, prompts_per_step, first_prompt(job, job.step, prompts_per_step), reward)
-        job.report = source.report
-        return source
+        return build_ahead(job, prompts, prompts_per_step, first_prompt(job, job.step, prompts_per_step), reward)
     job.generator, sampling = build_generator(job), sampling_of(config, job.tokenizer)
     order = curriculum(job, prompts, prompts_per_step)
     load = partial(load_verified, job)

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from llmtrain.rollout.ahead import Ahead
 from llmtrain.rollout.board import WorkersFail
 from tests.rollout.fleets import ahead, is_stub, publish, train, workers_of_this_process
 
@@ -20,12 +21,29 @@ PHASES = ("start", "weights", "sample", "answer")
 DEADLINE_S = 0.7  # of a stub that stands still; a start takes 0.1 s
 
 
+def await_done(source: Ahead, groups: int) -> None:
+    """Waits until so many groups are done."""
+    give_up = time.monotonic() + 20
+    while len(source.board.done) < groups:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def told_until(text: str, capsys: pytest.CaptureFixture) -> str:
+    """Returns what was said until this was."""
+    told, give_up = "", time.monotonic() + 20
+    while text not in told:
+        assert time.monotonic() < give_up, told
+        time.sleep(0.02)
+        told += capsys.readouterr().err
+    return told
+
+
 def test_steps_are_sampled_ahead(tmp_path: Path) -> None:
     with ahead(tmp_path, workers=2) as source:
         publish(source, 0)
         assert train(source, 1) == [0]
-        while len(source.board.done) < 2:  # those of step 1, by weights of version 0
-            time.sleep(0.01)
+        await_done(source, 2)  # those of step 1, by weights of version 0
         assert train(source, 10, first=1)[0] == 1
         told = source.report()
         assert 0 <= told["staleness_mean"] <= told["staleness_max"] == 1
@@ -64,10 +82,7 @@ def test_standing_still_is_noticed_by_the_deadline(
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_a_fault_of_a_worker_without_work_is_noticed(how: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with ahead(tmp_path, deadline_s=DEADLINE_S, phase="idle", how=how):  # there are no weights yet
-        told = ""
-        while "rollout worker 0: ping: " not in told:
-            time.sleep(0.02)
-            told += capsys.readouterr().err
+        told = told_until("rollout worker 0: ping: ", capsys)
     assert "0 prompts go to others; it starts again, 1 left" in told
 
 
@@ -75,11 +90,9 @@ def test_who_is_killed_while_idle_is_noticed_at_once(tmp_path: Path, capsys: pyt
     with ahead(tmp_path, deadline_s=60.0) as source:
         publish(source, 0)
         train(source, 9)
+        await_done(source, 2)  # those of the last step
         workers_of_this_process()[0].kill()
-        told = ""
-        while "rollout worker 0: idle: the connection ended (it ended by SIGKILL)" not in told:
-            time.sleep(0.02)
-            told += capsys.readouterr().err
+        told_until("rollout worker 0: idle: the connection ended (it ended by SIGKILL)", capsys)
         train(source, 10, first=9)
 
 

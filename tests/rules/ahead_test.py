@@ -55,6 +55,27 @@ def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
             "rollout.inflight=restart: in step no weights come while it samples; remove it",
         ),
         (
+            1,
+            [*AHEAD, "data.curriculum={min_pass_rate: 0.1}"],
+            "rollout.max_staleness=1: not with data.curriculum, which chooses prompts by the rewards of earlier ones, "
+            "that are not there yet; use colocated or separate, or remove the curriculum",
+        ),
+        (
+            1,
+            ["rollout.replay=nowhere"],
+            "rollout.replay=nowhere: does not exist; give an existing path or make it first",
+        ),
+        (
+            1,
+            ["rollout.replay=/", "rollout.record=true"],
+            "rollout.record=true: rollout.replay=/ is a record already; remove one of them",
+        ),
+        (
+            2,
+            ["rollout.replay=/", "rollout.placement=separate", "rollout.workers=1"],
+            "rollout.placement=separate: nobody samples with rollout.replay; use colocated",
+        ),
+        (
             2,
             AHEAD,
             "rollout.deadline_s=600: must be below engine.timeout_s=600 on several ranks, which wait for the first in "

@@ -1,0 +1,145 @@
+"""Writes down what each step took from a source of rollouts, and feeds a run from that instead of sampling.
+
+A file for each time that a step asks: `rollouts/step-00000012.safetensors` in the run directory, the second time
+`step-00000012-2.safetensors`. Steps count from 1, as in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, pairwise
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llmtrain.checkpoint.group import CheckpointGroup, together
+from llmtrain.data.prompts import PromptSet
+from llmtrain.rollout.generator import RolloutSource, Weights
+from llmtrain.rollout.source import Order
+from llmtrain.rollout.wire import groups_of, tensors_of
+from llmtrain.types import Group
+
+
+class Turns:
+    """Counts which step asks, and how often it has."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory, self.version, self.turn = directory, 0, 0
+
+    def publish(self, version: int) -> None:
+        self.version, self.turn = version, 0
+
+    def next(self) -> str:
+        """Returns the path of the next file."""
+        self.turn += 1
+        again = f"-{self.turn}" if self.turn > 1 else ""
+        return os.path.join(self.directory, f"step-{self.version + 1:08d}{again}.safetensors")
+
+
+class Recording:
+    """Hands on what another source gives, once it is written down by trainer 0."""
+
+    def __init__(self, source: RolloutSource, group: CheckpointGroup, directory: str, prompts_per_step: int) -> None:
+        self.source, self.group, self.prompts_per_step = source, group, prompts_per_step
+        self.turns, self.report, self.close = Turns(directory), source.report, source.close
+
+    def take(self, step: int) -> list[Group]:
+        """Returns the groups of a step; see RolloutSource."""
+        return self.ask(range(step * self.prompts_per_step, (step + 1) * self.prompts_per_step))
+
+    def ask(self, numbers: range) -> list[Group]:
+        """Returns the groups of these prompts; see RolloutSource. Raises OSError on every trainer when they cannot be
+        written."""
+        groups, path = self.source.ask(numbers), self.turns.next()
+        numbered = dict(zip(numbers, groups, strict=True))
+        together(self.group, lambda: write_groups(path, numbered) if self.group.rank == 0 else None)
+        return groups
+
+    def publish(self, weights: Weights, version: int) -> None:
+        """Hands over the weights; see RolloutSource."""
+        self.turns.publish(version)
+        self.source.publish(weights, version)
+
+
+class Replayed:
+    """Implements a `RolloutSource` that gives what another run of the same document took."""
+
+    def __init__(
+        self, group: CheckpointGroup, directory: str, prompts: PromptSet, prompts_per_step: int, order: Order
+    ) -> None:
+        self.group, self.prompts, self.prompts_per_step, self.order = group, prompts, prompts_per_step, order
+        self.turns = Turns(directory)
+
+    def take(self, step: int) -> list[Group]:
+        """Returns the groups of a step; see RolloutSource."""
+        return self.ask(range(step * self.prompts_per_step, (step + 1) * self.prompts_per_step))
+
+    def ask(self, numbers: range) -> list[Group]:
+        """Returns the groups of these prompts, with their rewards; see RolloutSource. Raises on every trainer OSError
+        for a file that is not there, ValueError for one that holds others."""
+        path, rows, found = self.turns.next(), self.order.choose(numbers), []
+        together(self.group, lambda: found.extend(self._read(path, numbers, rows)))
+        self.order.note(rows, found)
+        return found
+
+    def publish(self, weights: Weights, version: int) -> None:
+        """Notes which step comes; nobody samples with the weights."""
+        self.turns.publish(version)
+
+    def close(self) -> None:
+        """Does nothing; see RolloutSource."""
+
+    def report(self) -> dict[str, float]:
+        """Returns nothing; see RolloutSource."""
+        return {}
+
+    def _read(self, path: str, numbers: range, rows: Sequence[int]) -> list[Group]:
+        groups = read_groups(path)
+        if list(groups) != list(numbers):
+            raise ValueError(
+                f"{path}: holds other prompts than {numbers.start} to {numbers.stop - 1}, which the step takes; replay "
+                "with the document of the run that was recorded"
+            )
+        for number, row in zip(numbers, rows, strict=True):
+            for sample in groups[number]:
+                if sample.prompt_ids != self.prompts.prompt_ids(row):
+                    raise ValueError(f"{path}: prompt {number} has other tokens here; replay with the same data")
+                sample.example = self.prompts.examples[row]
+        return list(groups.values())
+
+
+def write_groups(path: str, groups: Mapping[int, Group]) -> None:
+    """Writes rewarded groups, by the numbers of their prompts; whole, or not at all. Raises OSError."""
+    prompts = [group[0].prompt_ids for group in groups.values()]
+    tensors = tensors_of(groups) | {
+        "prompt_ids": torch.tensor(list(chain.from_iterable(prompts)), dtype=torch.int32),
+        "prompt_tokens": torch.tensor(list(map(len, prompts))),
+    }
+    scores = [[s.reward, s.parts, s.errors] for group in groups.values() for s in group]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        save_file(tensors, path, {"scores": json.dumps(scores)})  # to a file beside it, which is then renamed
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def read_groups(path: str) -> dict[int, Group]:
+    """Returns what `write_groups` wrote. Raises OSError for a file that is not there, ValueError for a broken one."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            scores = json.loads(file.metadata()["scores"])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: is not there; was the run recorded (rollout.record), and so far?") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no record of rollouts: {error}") from error
+    ids = tensors["prompt_ids"].tolist()
+    ends = pairwise(accumulate(tensors["prompt_tokens"].tolist(), initial=0))
+    numbers = dict.fromkeys(tensors["heads"][:, 0].tolist())
+    groups = groups_of(tensors, {n: ids[first:end] for n, (first, end) in zip(numbers, ends, strict=True)})
+    for sample, (reward, parts, errors) in zip(chain.from_iterable(groups.values()), scores, strict=True):
+        sample.reward, sample.parts, sample.errors = reward, parts, errors
+    return groups

@@ -1,0 +1,129 @@
+"""What a step took, written down and taken again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmtrain.checkpoint.group import LocalGroup
+from llmtrain.rollout.source import Shuffled
+from llmtrain.trainer.recorded import Recording, Replayed, read_groups
+from llmtrain.types import Group, Sample
+
+PROMPTS = SimpleNamespace(
+    at=lambda number, seed: number % 5, prompt_ids=lambda row: [1] * (row + 1), examples=[{"row": i} for i in range(5)]
+)
+
+
+def group(number: int) -> Group:
+    """Two samples with everything that a source fills in; one third is no short decimal, and no fp32."""
+    row = number % 5
+    first = Sample([1] * (row + 1), [number, 7], [True, False], [-0.5, 0.0], [3, 4], True, 1 / 3, {"own": 1 / 3})
+    second = Sample([1] * (row + 1), [9], [True], [-0.125], [4], False, -1.0, {"own": -1.0}, {"own": "späť"})
+    first.example = second.example = {"row": row}
+    return [first, second]
+
+
+class Source:
+    """Gives group(number), and notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def ask(self, numbers: range) -> list[Group]:
+        self.asked.append(numbers)
+        return [group(n) for n in numbers]
+
+    def publish(self, weights: Any, version: int) -> None:
+        self.asked.append((weights, version))
+
+    def close(self) -> None:
+        self.asked.append("closed")
+
+    def report(self) -> dict[str, float]:
+        return {"queue_groups": 2.0}
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """Steps 12 and 13 of a run with two prompts a step; the first asks twice, and changes what it gets."""
+    source, directory = Source(), tmp_path / "rollouts"
+    recording = Recording(source, LocalGroup(), str(directory), 2)
+    recording.publish("weights", 11)
+    taken = recording.ask(range(22, 24))
+    assert taken == [group(22), group(23)]
+    taken[0][0].reward, taken[0][0].columns = 50.0, {"advantages": [1.0, 1.0]}
+    recording.ask(range(24, 26))
+    recording.publish("weights", 12)
+    recording.take(12)
+    recording.close()
+    assert recording.report() == {"queue_groups": 2.0}
+    assert source.asked == [
+        *(("weights", 11), range(22, 24), range(24, 26)),
+        *(("weights", 12), range(24, 26), "closed"),
+    ]
+    return directory
+
+
+def replayed(directory: Path, version: int, prompts: Any = PROMPTS) -> Replayed:
+    source = Replayed(LocalGroup(), str(directory), prompts, 2, Shuffled(prompts, 0))
+    source.publish("weights", version)
+    return source
+
+
+def test_a_file_for_each_time_that_a_step_asks(recorded: Path) -> None:
+    names = [f"step-{name}.safetensors" for name in ("00000012", "00000012-2", "00000013")]
+    assert {path.name for path in recorded.iterdir()} == set(names)
+
+
+def test_what_was_taken_is_taken_again(recorded: Path) -> None:
+    source = replayed(recorded, 11)
+    assert source.ask(range(22, 24)) == [group(22), group(23)]  # as it came, not as the step made it
+    assert source.ask(range(24, 26)) == [group(24), group(25)]
+    source.publish("weights", 12)
+    assert source.take(12) == [group(24), group(25)] and source.report() == {}
+
+
+def test_other_prompts_are_refused(recorded: Path) -> None:
+    with pytest.raises(ValueError, match=r"12.safetensors: holds other prompts than 20 to 21, .*; replay with the doc"):
+        replayed(recorded, 11).ask(range(20, 22))
+    other = copy.copy(PROMPTS)
+    other.prompt_ids = lambda row: [2] * (row + 1)
+    with pytest.raises(ValueError, match=r"prompt 22 has other tokens here; replay with the same data"):
+        replayed(recorded, 11, other).ask(range(22, 24))
+
+
+def test_a_step_that_is_not_there_is_named(recorded: Path) -> None:
+    with pytest.raises(OSError, match=r"step-00000014\.safetensors: is not there; was the run recorded"):
+        replayed(recorded, 13).take(13)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def foreign(path: Path) -> None:
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    save_file({"weight": zeros(2)}, path)
+
+
+@pytest.mark.parametrize("spoil", [cut, foreign, lambda path: path.write_text("{}")])
+def test_a_broken_file_is_named(recorded: Path, spoil: Callable[[Path], Any]) -> None:
+    path = recorded / "step-00000012.safetensors"
+    spoil(path)
+    with pytest.raises(ValueError, match=r"step-00000012\.safetensors: is no record of rollouts"):
+        read_groups(str(path))
+
+
+def test_a_record_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").write_text("a file")
+    recording = Recording(Source(), LocalGroup(), str(tmp_path / "rollouts"), 2)
+    with pytest.raises(OSError, match="rollouts"):
+        recording.take(0)
