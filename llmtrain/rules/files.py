@@ -205,10 +205,6 @@ def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Ite
         yield f"{key}={path}: does not exist; give an existing path or make it first"
 
 
-def _replayed(case: Case) -> Iterator[str]:
-    yield from _existing(case, "rollout.replay", case.config.rollout.replay, None)
-
-
 def _rows(case: Case, key: str, path: str | None, needed: str) -> Iterator[str]:
     """A file of rows must be there; whether the hub has a data set of a name is seen when it is read."""
     name = None if path is None else split_path(path)[0]
@@ -308,7 +304,6 @@ FILE_RULES: Rules = (
     (plans, _own_rules),
     (either(samples, _evaluates_problems, command(*JUDGES)), _completions),
     (either(reads_rewards, _evaluates_problems, command("eval", "judge")), _rewards),
-    (samples, _replayed),
     (trains, _spikes),
     (trains, _wandb),
     (either(trains, command("eval", "export", *JUDGES)), _init_from),

@@ -1,0 +1,52 @@
+"""Checks what samples ahead of training, and what is recorded or replayed. Each rule yields lines with value, rule and
+remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmtrain.rules.case import Case, Rules, samples
+
+
+def _ahead(case: Case) -> Iterator[str]:
+    r, timeout_s = case.config.rollout, case.config.engine.timeout_s
+    if r.placement != "ahead":
+        if r.max_staleness:
+            yield (
+                f"rollout.max_staleness={r.max_staleness}: needs rollout.placement=ahead, whose processes sample while "
+                "the ranks train; set it, or max_staleness=0"
+            )
+        if r.inflight != "finish":
+            yield f"rollout.inflight={r.inflight}: in step no weights come while it samples; remove it"
+        return
+    if not r.max_staleness:
+        yield "rollout.max_staleness=0: must be at least 1 with rollout.placement=ahead; raise it or use colocated"
+    if not r.workers:
+        yield "rollout.workers=0: must be at least 1 with rollout.placement=ahead; raise it or use colocated"
+    if case.config.data.curriculum is not None:
+        yield (
+            f"rollout.max_staleness={r.max_staleness}: not with data.curriculum, which chooses prompts by the rewards "
+            "of earlier ones, that are not there yet; use colocated or separate, or remove the curriculum"
+        )
+    if r.generator != "native":
+        yield f"rollout.placement=ahead: needs rollout.generator=native, not {r.generator}; use colocated or separate"
+    if case.world_size > 1 and r.deadline_s >= timeout_s:
+        yield (
+            f"rollout.deadline_s={r.deadline_s:g}: must be below engine.timeout_s={timeout_s} on several ranks, which "
+            "wait for the first in a collective while a worker is late; lower it or raise timeout_s"
+        )
+
+
+def _replay(case: Case) -> Iterator[str]:
+    r = case.config.rollout
+    if r.replay is None:
+        return
+    if case.missing(r.replay):
+        yield f"rollout.replay={r.replay}: does not exist; give an existing path or make it first"
+    if r.record:
+        yield f"rollout.record=true: rollout.replay={r.replay} is a record already; remove one of them"
+    if r.placement == "separate":
+        yield "rollout.placement=separate: nobody samples with rollout.replay; use colocated"
+
+
+AHEAD_RULES: Rules = ((samples, _ahead), (samples, _replay))
