@@ -39,7 +39,7 @@ def start(document: Path, directory: Path, name: str, seed: int, steps: int) -> 
     ranks, placement = CONTESTANTS[name]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     settings = [f"run_dir={directory}", f"seed={seed}", f"train.steps={steps}", "log.wandb=off", "data.sources=[]"]
-    settings += ["data.tasks=[]", "checkpoint.every_steps=0", *placement]
+    settings += ["data.tasks=[]", "checkpoint.every_steps=0", "rollout.verify=off", *placement]
     return [sys.executable, *launcher, "-m", "llmtrain", "grpo", str(document), *settings]
 
 

@@ -37,8 +37,11 @@ class Ahead:
         seed: int,
         dtype: torch.dtype,
         first: int,
+        verify: bool = False,
     ) -> None:
-        """`first` is the number of the first prompt that the run still wants; `dtype` that of the sampling model."""
+        """`first` is the number of the first prompt that the run still wants; `dtype` that of the sampling model; with
+        `verify` workers compare the checksums of all weights with what they hold."""
+        self.verify = verify
         self.mesh, self.prompts, self.limits, self.reward = mesh, prompts, limits, reward
         self.seed, self.dtype, self.version = seed, dtype, 0
         self.board = Board(limits, first, set(range(len(orders.program.settings))))
@@ -68,7 +71,7 @@ class Ahead:
         """Makes these weights the newest, for what is begun from now on; see RolloutSource."""
         self.version = version
         if self.fleet is not None:
-            self.board.publish(share(weights, version, self.dtype))
+            self.board.publish(share(weights, version, self.dtype, self.verify))
             return
         for _ in weights:  # a collective
             pass

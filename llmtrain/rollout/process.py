@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.rollout.channel import Cut, Message, receive, send
+from llmtrain.rollout.checksums import differing
 from llmtrain.rollout.shared_weights import Shared
 
 POLL_S = 0.05  # between looks for newer weights while a worker samples
@@ -50,6 +51,7 @@ class Worker:
         self.name, self.deadline_s, self.look = f"rollout worker {index}", program.deadline_s, look
         self.log = Path(program.directory, f"rollout-worker-{index}.log")
         self.sent: int | None = None  # version of the weights that were sent last
+        self.checksums: dict[str, str] | None = None  # of these
         self.held: int | None = None  # version that it has loaded
         self.load_s, self.loaded_bytes = 0.0, 0  # of all weights that it has loaded
         self.sock, other = socket.socketpair()
@@ -98,7 +100,7 @@ class Worker:
             send(self.sock, weights.head(), file=weights.file, deadline=time.monotonic() + self.deadline_s)
         except Cut as error:
             raise self.fault(f"weights: {error}") from error
-        self.sent = weights.version
+        self.sent, self.checksums = weights.version, weights.checksums
 
     def fault(self, reason: str) -> WorkerFault:
         """Returns a fault of this worker, with how it ended and the end of its log."""
@@ -124,6 +126,8 @@ class Worker:
             raise Cut("the connection ended")
         if message.head["kind"] != "loaded":
             return message
+        if self.checksums is not None and (wrong := differing(self.checksums, message.head["checksums"])):
+            raise Cut(f"does not hold the weights that were sent (rollout.verify), first in {wrong[0]} of {len(wrong)}")
         self.held = message.head["version"]
         self.load_s += message.head["load_s"]
         self.loaded_bytes += message.head["bytes"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtrain.rollout.checksums import checksum
 from llmtrain.rollout.generator import Weights
 
 ALIGN = 64  # bytes: where a tensor may begin
@@ -30,20 +31,25 @@ class Shared:
     file: int  # descriptor
     index_at: int  # first byte of the JSON
     size_bytes: int
+    checksums: dict[str, str] | None  # of all tensors, where workers are to compare them with what they hold
 
     def head(self) -> dict[str, Any]:
         """Returns the message that goes with the file."""
-        return {"kind": "weights", "version": self.version, "index_at": self.index_at, "bytes": self.size_bytes}
+        place = {"version": self.version, "index_at": self.index_at, "bytes": self.size_bytes}
+        return {"kind": "weights", **place, "verify": self.checksums is not None}
 
 
-def share(weights: Weights, version: int, dtype: torch.dtype) -> Shared:
+def share(weights: Weights, version: int, dtype: torch.dtype, verify: bool = False) -> Shared:
     """Writes weights, tensor by tensor: floating point in `dtype`, in which they are sampled from. Raises OSError where
     the memory does not suffice."""
     file, at, index = os.memfd_create("llmtrain-weights", os.MFD_CLOEXEC), 0, []
+    sums: dict[str, str] = {}
     try:
         for name, tensor in weights:
             own = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             index.append((name, str(own.dtype).removeprefix("torch."), list(own.shape), at))
+            if verify:
+                sums[name] = checksum(own)
             _write(file, memoryview(own.view(-1).view(torch.uint8).numpy()), at)
             at += -(-own.nbytes // ALIGN) * ALIGN
         text = json.dumps(index).encode()
@@ -51,7 +57,7 @@ def share(weights: Weights, version: int, dtype: torch.dtype) -> Shared:
     except BaseException:
         os.close(file)
         raise
-    shared = Shared(version, file, at, at + len(text))
+    shared = Shared(version, file, at, at + len(text), sums if verify else None)
     weakref.finalize(shared, os.close, file)
     return shared
 

@@ -63,6 +63,8 @@ class Obedient:
         finally:
             os.close(message.file)
         told = {"version": head["version"], "load_s": time.perf_counter() - began, "bytes": head["bytes"]}
+        if head["verify"]:
+            told["checksums"] = self.generator.checksums()[0]
         send(self.sock, {"kind": "loaded", **told})
 
     def answer(self, head: dict[str, Any]) -> None:

@@ -28,6 +28,16 @@ def _ahead(case: Case) -> Iterator[str]:
             f"rollout.max_staleness={r.max_staleness}: not with data.curriculum, which chooses prompts by the rewards "
             "of earlier ones, that are not there yet; use colocated or separate, or remove the curriculum"
         )
+    if r.verify == "probe":
+        yield (
+            "rollout.verify=probe: not with rollout.placement=ahead, whose workers have other weights before a probe "
+            "is back; set checksum, which compares all weights when a worker has loaded them, or off"
+        )
+    if r.environment is not None:
+        yield (
+            "rollout.environment: not with rollout.placement=ahead, whose workers answer single prompts; use "
+            "colocated or separate, or remove it"
+        )
     if r.generator != "native":
         yield f"rollout.placement=ahead: needs rollout.generator=native, not {r.generator}; use colocated or separate"
     if case.world_size > 1 and r.deadline_s >= timeout_s:
@@ -39,6 +49,12 @@ def _ahead(case: Case) -> Iterator[str]:
 
 def _replay(case: Case) -> Iterator[str]:
     r = case.config.rollout
+    for name in ("record", "replay") if r.environment is not None else ():
+        if getattr(r, name):
+            yield (
+                f"rollout.{name}={getattr(r, name)}: not with rollout.environment, whose episodes it does not hold; "
+                "remove one of them"
+            )
     if r.replay is None:
         return
     if case.missing(r.replay):

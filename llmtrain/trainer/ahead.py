@@ -40,7 +40,7 @@ def build_ahead(job: Job, prompts: PromptSet, prompts_per_step: int, first: int,
         r.inflight,
         r.restarts,
     )
-    return Ahead(job.mesh, prompts, limits, orders, reward, seed, dtype, first)
+    return Ahead(job.mesh, prompts, limits, orders, reward, seed, dtype, first, r.verify == "checksum")
 
 
 def settings_of(job: Job, dtype: torch.dtype, worker: int) -> dict[str, Any]:

@@ -52,6 +52,17 @@ def test_steps_are_sampled_ahead(tmp_path: Path) -> None:
         assert source.report()["load_bytes"] == 0  # it tells of the time since the last
 
 
+def test_a_worker_that_holds_other_weights_is_at_fault(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with ahead(tmp_path, workers=2, verify=True) as source:
+        publish(source, 0)
+        train(source, 4)
+        assert source.report()["workers"] == 2
+    with ahead(tmp_path, workers=1, restarts=0, verify=True, wrong=2) as source:
+        publish(source, 0)
+        with pytest.raises(WorkersFail, match=r"does not hold the weights that were sent .*first in w of 1"):
+            train(source, 10)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("how", ["kill", "cut"])
 def test_a_fault_is_named_and_its_prompts_go_on(

@@ -33,6 +33,7 @@ def ahead(
     steps: int = 10,
     deadline_s: float = 20.0,
     restarts: int = 1,
+    verify: bool = False,
     **settings: Any,
 ) -> Iterator[Ahead]:
     """A source of `workers` stubs with these settings; at its end no process is left."""
@@ -40,7 +41,7 @@ def ahead(
     program = Program([sys.executable, "-S", str(STUB)], [told] * workers, str(directory), deadline_s)
     orders = Orders(program, lambda ns: [Prompt([n + 1, n + 2], n) for n in ns], Sampling(8, TWO), "finish", restarts)
     limits = Limits(TWO, staleness, steps, at_once=4, patience_s=2 * deadline_s + 5)
-    source = Ahead(MESH, PROMPTS, limits, orders, lambda groups: None, 0, torch.float32, first=0)
+    source = Ahead(MESH, PROMPTS, limits, orders, lambda groups: None, 0, torch.float32, 0, verify)
     try:
         yield source
     finally:

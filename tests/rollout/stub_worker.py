@@ -1,6 +1,7 @@
 """A worker without torch or model, which starts in no time: it answers each prompt with its own ids, and misbehaves as
 its settings say. It speaks the messages of `llmtrain.rollout.worker_process` by itself."""
 
+import hashlib
 import json
 import os
 import signal
@@ -68,8 +69,12 @@ def main() -> None:
         if head["kind"] == "weights":
             misbehave("weights", settings, sock)
             version = head["version"]
+            told = {"kind": "loaded", "version": version, "load_s": 0.0, "bytes": head["bytes"]}
+            if head["verify"]:  # of the one tensor `w`, four numbers in fp32
+                held = os.pread(message.file, 16, 0) if version != settings.get("wrong") else b"other"
+                told["checksums"] = {"w": hashlib.sha256(held).hexdigest()[:16]}
             os.close(message.file)
-            send(sock, {"kind": "loaded", "version": version, "load_s": 0.0, "bytes": head["bytes"]})
+            send(sock, told)
             continue
         if head["kind"] == "ping":
             misbehave("idle", settings, sock)

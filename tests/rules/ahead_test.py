@@ -10,7 +10,7 @@ import pytest
 from llmtrain.config.load import load
 from llmtrain.rules.check import violations
 
-AHEAD = ("rollout.placement=ahead", "rollout.workers=1", "rollout.max_staleness=1")
+AHEAD = ("rollout.placement=ahead", "rollout.workers=1", "rollout.max_staleness=1", "rollout.verify=checksum")
 
 
 @pytest.fixture
@@ -59,6 +59,23 @@ def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
             [*AHEAD, "data.curriculum={min_pass_rate: 0.1}"],
             "rollout.max_staleness=1: not with data.curriculum, which chooses prompts by the rewards of earlier ones, "
             "that are not there yet; use colocated or separate, or remove the curriculum",
+        ),
+        (
+            1,
+            [*AHEAD, "rollout.verify=probe"],
+            "rollout.verify=probe: not with rollout.placement=ahead, whose workers have other weights before a probe "
+            "is back; set checksum, which compares all weights when a worker has loaded them, or off",
+        ),
+        (
+            1,
+            [*AHEAD, "rollout.environment={tools: [calculator]}"],
+            "rollout.environment: not with rollout.placement=ahead, whose workers answer single prompts; use "
+            "colocated or separate, or remove it",
+        ),
+        (
+            1,
+            ["rollout.record=true", "rollout.environment={tools: [calculator]}"],
+            "rollout.record=True: not with rollout.environment, whose episodes it does not hold; remove one of them",
         ),
         (
             1,
