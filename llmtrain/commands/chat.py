@@ -17,6 +17,7 @@ from llmtrain.config.machine import fast_precision
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.ends import end_ids
 from llmtrain.data.sampler import derive
+from llmtrain.data.search.store import Hit, Store, open_store
 from llmtrain.data.stream import text_of
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.precision import compute_dtype
@@ -29,6 +30,8 @@ from llmtrain.types import Prompt, Sampling
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C has ended
 Turn = tuple[str, list[int]]  # what was asked, and the tokens of the answer
+WITH_PASSAGES = "Answer with the help of these passages.\n\n{passages}\n\nQuestion: {question}"
+SHOWN_CHARACTERS = 160  # of a passage, for the user
 LEAST_ROOM = 64  # tokens that an answer has at least, where earlier turns can be forgotten for it
 
 
@@ -43,7 +46,8 @@ def main(options: ChatOptions) -> int:
     tokenizer = tokenizer_of(options.path)
     if not tokenizer.bare:
         _ = tokenizer.hugging_face  # no answer does without it: what cannot be loaded is told before the first line
-    talk = Talk(options, load_generator(options.path), tokenizer)
+    store = None if options.store is None else open_store(options.store, device=str(rank_device()))
+    talk = Talk(options, load_generator(options.path), tokenizer, store)
     if options.prompt is not None:
         talk.answer(options.prompt)
         return 0
@@ -83,8 +87,10 @@ class Talk:
     options: ChatOptions
     generator: NativeGenerator
     tokenizer: Tokenizer
+    store: Store | None = None
     turns: list[Turn] = field(default_factory=list)
     asked: int = 0
+    hits: list[Hit] = field(default_factory=list)  # for the question that is being answered
 
     def __post_init__(self) -> None:
         self.ends = end_ids(self.tokenizer, (self.options.path, self.tokenizer.directory))
@@ -96,25 +102,45 @@ class Talk:
         o, said = self.options, []
         self.turns.append((text, said))
         self.asked += 1
+        self.hits = [] if self.store is None else self.store.search(text, o.passages)
         prompt = Prompt(self._fitting(), derive(o.seed, f"chat/{self.asked}"))
+        self._tell_sources()
         sampling = Sampling(o.max_new_tokens, temperature=o.temperature, stop_ids=self.ends)
         for piece in text_of(_kept(self.generator.stream(prompt, sampling), said), self.tokenizer.decode):
             print(piece, end="", flush=True)
         print(flush=True)
 
     def _fitting(self) -> list[int]:
-        """Returns the tokens of the conversation; the oldest turns are forgotten where they leave no room."""
+        """Returns the tokens of the conversation; the oldest turns are forgotten where they leave no room, then the
+        passages that fit the question least are left out."""
         limit = self.generator.max_seq_tokens
         room = min(self.options.max_new_tokens, LEAST_ROOM, limit // 2)
         turns = self.turns
-        while len(ids := self._ids(turns)) > limit - room and len(turns) > 1:
-            turns = turns[1:]
+        while len(ids := self._ids(turns)) > limit - room and (len(turns) > 1 or self.hits):
+            turns, self.hits = (turns[1:], self.hits) if len(turns) > 1 else (turns, self.hits[:-1])
         if len(turns) < len(self.turns) and len(ids) < limit:
             self.turns = turns
             log(f"the conversation is longer than {limit} tokens: its oldest turns are forgotten")
         return ids
 
+    def _tell_sources(self) -> None:
+        """Says which passages the model is given, each in a line."""
+        for number, hit in enumerate(self.hits, 1):
+            beginning = "".join(c if c.isprintable() else " " for c in hit.passage.text[:SHOWN_CHARACTERS])
+            log(f"[{number}] {hit.passage.source}: {' '.join(beginning.split())}")
+        if self.store is not None and not self.hits:
+            log("no passage of the store is shown")
+
+    def _with_passages(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """Returns the turns with the passages before the last question; earlier ones stand without theirs."""
+        if not self.hits:
+            return turns
+        *before, (text, said) = turns
+        passages = "\n\n".join(hit.passage.text for hit in self.hits)
+        return [*before, (WITH_PASSAGES.format(passages=passages, question=text), said)]
+
     def _ids(self, turns: Sequence[Turn]) -> list[int]:
+        turns = self._with_passages(turns)
         if self.tokenizer.has_chat:
             return self.tokenizer.encode_chat(self._messages(turns))
         ids: list[int] = []

@@ -14,6 +14,7 @@ from llmtrain.data.sampler import derive
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.eval.continuations import continuation_logprobs
 from llmtrain.eval.tasks.measure import Measured, measure_generation, measure_likelihoods
+from llmtrain.eval.tasks.passages import told
 from llmtrain.eval.tasks.problems import Problem, encode_problems, read_problems
 from llmtrain.eval.tasks.scoring import Judge
 from llmtrain.eval.tasks.show import shown
@@ -68,8 +69,13 @@ def task_scores(
     scores, records = {}, []
     for (task, problems), judge in zip(tasks, judges, strict=True):
         scores[task.label], own = task_score(config, task, problems, judge, model, tokenizer, generator)
-        records += [{"task": task.label, **each} for each in own]
+        records += [{"task": task.label, **each, **_found(problems[each["problem"]])} for each in own]
     return scores, records
+
+
+def _found(problem: Problem) -> dict[str, Any]:
+    """Returns what a record says of the passages that were found for its problem."""
+    return {"passages": told(problem.passages)} if problem.passages else {}
 
 
 def task_score(

@@ -12,7 +12,8 @@ from llmtrain.config.document import ConfigError
 from llmtrain.config.hub import fetch, is_name
 
 CHAT_USAGE = (
-    "llmtrain chat RUN|DIRECTORY [--prompt TEXT] [--system TEXT] [--temperature T] [--max-new-tokens N] [--seed N]"
+    "llmtrain chat RUN|DIRECTORY [--prompt TEXT] [--system TEXT] [--temperature T] [--max-new-tokens N] [--seed N] "
+    "[--store DIRECTORY] [--passages N]"
 )
 
 
@@ -29,6 +30,8 @@ class ChatOptions:
     temperature: float = 0.7  # 0: always the likeliest token
     max_new_tokens: int = 512  # of one answer
     seed: int = 0  # the same answers to the same questions
+    store: str | None = None  # of `llmtrain index`: each question is answered with passages that are found there
+    passages: int = 3  # that are found for a question
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,6 +49,8 @@ def chat_options(arguments: Sequence[str]) -> ChatOptions:
     parser.add_argument("--temperature", type=temperature, default=default.temperature)
     parser.add_argument("--max-new-tokens", type=count, default=default.max_new_tokens)
     parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--store")
+    parser.add_argument("--passages", type=count, default=default.passages)
     options = ChatOptions(**vars(parser.parse_args(list(arguments))))
     if is_name(options.path):
         return ChatOptions(**{**vars(options), "path": fetch(options.path, options.path)})

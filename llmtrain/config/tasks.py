@@ -24,6 +24,7 @@ from pydantic import (
 
 from llmtrain.config.document import ConfigError, Document, read_document
 from llmtrain.config.explain import explain
+from llmtrain.config.retrieval import StoreConfig
 from llmtrain.config.section import DeadlineS, Section, UserPath
 
 BUILT_IN = Path(__file__).parents[1] / "eval" / "tasks" / "files"
@@ -102,6 +103,12 @@ class TaskData(Section):
         return ":".join(part for part in parts if part)
 
 
+class ContextConfig(StoreConfig):
+    """Names the store whose passages stand in the prompts of a task, as {{passages}}."""
+
+    query: Template = "{{question}}"  # what is searched for, by the columns of the row
+
+
 class EvalTask(Section):
     """Describes an evaluation task: a task file, or an entry of `eval.tasks`, whose keys replace those of the file that
     it names; a text alone names a built-in one. See docs/evaluation.md."""
@@ -118,6 +125,7 @@ class EvalTask(Section):
     prompt: Template | None = None  # what the model gets, with {{question}} and other columns
     chat: bool = False  # the prompt is a turn of the user, rendered by the tokenizer's chat template
     system: Template | None = None  # chat: the system's turn
+    context: ContextConfig | None = None  # passages of your own documents, found for each row; prompt has {{passages}}
     few_shot: int = Field(0, ge=0)  # solved problems before the prompt
     examples: list[dict[str, Any]] = Field([])  # of few_shot: rows written out, the first ones are taken
     examples_from: TaskData | None = None  # of few_shot: rows of another file or split; None = the other problems
@@ -236,6 +244,8 @@ def task_faults(task: EvalTask) -> Iterator[tuple[str, str]]:
         yield from ((key, text) for text in _data_faults(getattr(task, key), task))
     if task.data is None:
         yield "data", ": is missing; give {path: FILE}, {repo: OWNER/NAME, split: test} or {generator: NAME}"
+    if task.context is not None and "passages" not in names_in(task.prompt or "{{passages}}"):
+        yield "context", ": the prompt has no {{passages}} to show what is found in; add it to prompt"
     yield from _few_shot_faults(task)
     if task.system is not None and not task.chat:
         yield "system", ": only a chat has a system's turn; set chat: true, or remove it"
@@ -307,5 +317,6 @@ def files_of(entries: Sequence[EvalTask]) -> Iterator[tuple[str, str]]:
     for i, (entry, task) in enumerate(zip(entries, tasks_of(entries), strict=True)):
         at = f"eval.tasks.{entry.name or i}"
         paths = {"file": entry.file, "data": task.data and task.data.path}
+        paths["context"] = task.context and task.context.store
         paths["examples_from"] = task.examples_from and task.examples_from.path
         yield from ((f"{at}.{key}", path) for key, path in paths.items() if path is not None)

@@ -8,6 +8,7 @@ from llmtrain.config.document import ConfigError
 from llmtrain.config.rows import is_hub_name, split_path
 from llmtrain.config.tasks import EvalTask, TaskData, read_task, same_names
 from llmtrain.rules.case import Case, Rules, command
+from llmtrain.rules.index import store_faults
 
 
 def _tasks(case: Case) -> Iterator[str]:
@@ -19,6 +20,8 @@ def _tasks(case: Case) -> Iterator[str]:
         except ConfigError as error:
             yield from str(error).splitlines()
             continue
+        if tasks[-1].context is not None:
+            yield from store_faults(case, f"{at}.context", tasks[-1].context)
         for key in ("data", "examples_from"):
             yield from _place(case, tasks[-1], f"{at}.{key}", getattr(tasks[-1], key))
     for name in same_names(tasks):

@@ -15,6 +15,7 @@ import pytest
 from llmtrain import cli
 from llmtrain.commands.chat import Talk, converse, load_generator
 from llmtrain.config.chat import ChatOptions
+from llmtrain.data.search.store import Hit, Passage
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.types import Prompt, Sampling
 from tests.forked import run_alone
@@ -164,3 +165,49 @@ def test_code_of_a_directory_does_not_run_whatever_is_typed(directory: Path, tmp
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"{evil}: transformers cannot load this tokenizer (it asks for code of its own (auto_map)")
     assert "trust_remote_code" not in done.stderr
+
+
+@dataclass
+class Library:
+    """Finds the same two passages for every question, and keeps what it was asked."""
+
+    asked: list[tuple[str, int]] = field(default_factory=list)
+
+    def search(self, question: str, k: int) -> list[Hit]:
+        self.asked.append((question, k))
+        texts = ["The sky\nis blue {1}.", "Gras\x1b[2J is green."] if question != "nothing" else []
+        return [Hit(Passage(i, f"d{i}", f"d{i}", None, 0, 9, text), 1.0) for i, text in enumerate(texts)]
+
+
+def test_a_store_gives_passages_to_the_last_question(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    talk = talk_to(tmp_path, ChatOptions("", passages=2))
+    talk.store = Library()
+    type_in(monkeypatch, "A?", "nothing", EOFError)
+    assert converse(talk) == 0
+    found = "The sky\nis blue {1}.\n\nGras\x1b[2J is green."
+    first = f"user: Answer with the help of these passages.\n\n{found}\n\nQuestion: A?\nassistant: "
+    assert talk.generator.asked == [first, "user: A?\nassistant:  yes\nuser: nothing\nassistant: "]
+    assert talk.store.asked == [("A?", 2), ("nothing", 2)]
+    assert capsys.readouterr().err.splitlines() == [
+        "[1] d0, characters 0 to 9: The sky is blue {1}.",
+        "[2] d1, characters 0 to 9: Gras [2J is green.",  # without what would steer the terminal
+        "no passage of the store is shown",
+    ]
+
+
+def test_passages_that_do_not_fit_are_left_out(directory: Path, capsys: Capture) -> None:
+    talk = talk_to(directory, ChatOptions("", max_new_tokens=8))
+    talk.store = Library()
+    whole = "Answer with the help of these passages.\n\nThe sky\nis blue {1}.\n\nQuestion: A?"
+    talk.generator.max_seq_tokens = 8 + len(talk.tokenizer.encode(whole))
+    talk.answer("A?")
+    assert talk.generator.asked == [whole] and capsys.readouterr().err.startswith("[1] d0,")
+
+
+def test_a_store_that_is_none(directory: Path, capsys: Capture) -> None:
+    assert cli.main(["chat", str(directory), "--store", str(directory), "--prompt", "A?"]) == 2
+    assert capsys.readouterr().err.startswith(f"{directory}: is no store; make one with `llmtrain index`")

@@ -15,6 +15,7 @@ def test_options_and_their_defaults(tmp_path: Path) -> None:
     assert chat_options([here]) == ChatOptions(here)
     given = ["--prompt=-1?", "--system", "Be brief.", "--temperature", "0", "--max-new-tokens", "9", "--seed=3"]
     assert chat_options([*given, here]) == ChatOptions(here, "-1?", "Be brief.", 0.0, 9, 3)
+    assert chat_options([here, "--store", "s", "--passages=5"]) == ChatOptions(here, store="s", passages=5)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ def test_options_and_their_defaults(tmp_path: Path) -> None:
         ),
         (["{here}", "--temperature", "hot"], "chat: argument --temperature: invalid temperature value: 'hot'"),
         (["{here}", "--max-new-tokens", "0"], "chat: argument --max-new-tokens: 0: must be at least 1"),
+        (["{here}", "--passages", "0"], "chat: argument --passages: 0: must be at least 1"),
         (["{here}", "--prompt", "\udcff"], "chat: argument --prompt: is not UTF-8"),
         (["{here}/no"], "{here}/no: no such directory; give that of a run or of a Hugging Face model"),
     ],

@@ -61,3 +61,21 @@ def test_it_runs_in_one_process(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("index: {documents: [.]}")
     lines = violations(load(str(tmp_path / "a.yaml"), []), 2, "index")
     assert lines == ["ranks=2: index runs in one process; start it without torchrun (ranks: 1)"]
+
+
+def test_a_task_whose_store_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = "{name: t, prompt: '{{passages}}', data: {path: .}, context: {store: gone}}"
+    (tmp_path / "a.yaml").write_text(f"eval: {{tasks: [{task}]}}")
+    config = load(str(tmp_path / "a.yaml"), [])
+
+    def found() -> list[str]:
+        return [line for line in violations(config, 1, "eval") if line.startswith("eval.tasks")]
+
+    key = "eval.tasks.t.context"
+    missing = f"{key}.store=gone: does not exist; make it with `llmtrain index`, or give another"
+    assert found() == [missing]
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert found() == [
+        missing,
+        f"{key}: needs bm25s, which is not installed; pip install 'llmtrain[search]' -c constraints.txt",
+    ]

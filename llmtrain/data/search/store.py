@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,13 @@ def fused(lists: list[list[tuple[int, float]]]) -> list[tuple[int, float]]:
 def open_store(directory: str, mode: StoreMode | None = None, device: str = "cpu") -> Store:
     """Returns the store in a directory; `mode` None: hybrid where it has embeddings, else bm25.
 
-    Raises ValueError when there is no store, one of its files is not as it was written, it is of another version, or
-    `mode` asks for embeddings that it has not, or whose encoder is gone or another by now.
+    Raises ValueError when bm25s is not installed, there is no store, one of its files is not as it was written, it is
+    of another version, or `mode` asks for embeddings that it has not, or whose encoder is gone or another by now.
     """
     place = Path(directory)
     manifest = read_manifest(place)
+    if find_spec("bm25s") is None:
+        raise ValueError(f"{directory}: needs bm25s; pip install 'llmtrain[search]' -c constraints.txt")
     embeds = manifest["settings"]["model"] is not None
     mode = mode or ("hybrid" if embeds else "bm25")
     if mode != "bm25" and not embeds:

@@ -12,7 +12,9 @@ from llmtrain.data.encode import Draft, Encoder, Piece
 from llmtrain.data.faults import Faults
 from llmtrain.data.jsonl import Record
 from llmtrain.data.rows import Example, Text
+from llmtrain.data.search.store import Hit
 from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.eval.tasks.passages import Find, finder_of, passages_text
 from llmtrain.eval.tasks.rows import LETTERS, Fields, examples_of, options_of, right_option, rows_of
 
 
@@ -31,6 +33,7 @@ class Problem:
     ids: list[int] = field(default_factory=list)  # tokens of the prompt
     text: str = ""  # what they spell, special tokens among them
     option_ids: list[tuple[list[int], list[int]]] = field(default_factory=list)  # (given, following) of each option
+    passages: list[Hit] = field(default_factory=list)  # found in the store of the task, and shown in the prompt
 
 
 def read_problems(task: EvalTask, seed: int) -> list[Problem]:
@@ -41,10 +44,11 @@ def read_problems(task: EvalTask, seed: int) -> list[Problem]:
     assert task.data is not None
     every = rows_of(task.data, None if uses_own_rows(task) else task.limit)
     examples, faults, problems = examples_of(task, every, seed), Faults(task.data.place), []
-    shown = _Shown(task, examples)
+    find = finder_of(task)
+    shown = _Shown(task, examples, find)
     for where, row in every[: task.limit]:
         try:
-            problems.append(_problem(task, where, row, shown))
+            problems.append(_problem(task, where, row, shown, find))
         except ValueError as error:
             faults.add(where, f"task {task.label}: {error}")
     faults.raise_any()
@@ -56,10 +60,11 @@ def uses_own_rows(task: EvalTask) -> bool:
     return task.few_shot > 0 and not task.examples and task.examples_from is None
 
 
-def _problem(task: EvalTask, where: str, row: dict[str, Any], shown: _Shown) -> Problem:
-    values = context(task, row)
+def _problem(task: EvalTask, where: str, row: dict[str, Any], shown: _Shown, find: Find | None) -> Problem:
+    values, hits = with_passages(task, context(task, row), find)
     question = render(task.prompt or "", values)
     problem = Problem(where, values, prompt_of(task, values, question, shown.beside(row, question)), None)
+    problem.passages = hits
     if task.kind == "options":
         texts, labels = options_of(task, row, partial(render, values=values))
         problem.options = [
@@ -91,6 +96,14 @@ def context(task: EvalTask, row: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def with_passages(task: EvalTask, values: dict[str, Any], find: Find | None) -> tuple[dict[str, Any], list[Hit]]:
+    """Returns (values with `passages`, what was found for them), both as they are where the task has no store."""
+    if find is None or task.context is None:
+        return values, []
+    hits = find(render(task.context.query, values))
+    return {**values, "passages": passages_text(hits)}, hits
+
+
 def render(template: str, values: Mapping[str, Any]) -> str:
     """Returns a template filled in. Raises ValueError, without a place, when the row lacks a name or it fails."""
     from jinja2 import UndefinedError
@@ -112,12 +125,12 @@ def _compiled(template: str) -> Any:
 class _Shown:
     """Holds the examples of a task, rendered once."""
 
-    def __init__(self, task: EvalTask, examples: Sequence[Record]) -> None:
+    def __init__(self, task: EvalTask, examples: Sequence[Record], find: Find | None) -> None:
         self.few_shot, self.examples = task.few_shot, []
         solution = task.worked if task.thinking == "worked" else task.solution
         for where, row in examples[: 4 * task.few_shot + 4]:  # a few may ask what a problem asks
             try:
-                values = context(task, row)
+                values, _ = with_passages(task, context(task, row), find)
                 question = render(task.prompt or "", values)
                 self.examples.append((row, question, render(solution, self._answered(task, values, row))))
             except ValueError as error:
@@ -205,5 +218,5 @@ def _room_fault(task: EvalTask, problem: Problem, most_tokens: int) -> str | Non
     what = "its longest option" if task.kind == "options" else "max_new_tokens"
     return (
         f"the prompt has {len(problem.ids)} tokens, and with {behind} of {what} it is longer than "
-        f"model.max_positions={most_tokens}; lower few_shot or max_new_tokens"
+        f"model.max_positions={most_tokens}; lower few_shot{', context.k' if task.context else ''} or max_new_tokens"
     )

@@ -25,6 +25,8 @@ def shown(task: EvalTask, problems: Sequence[Problem], tokenizer: Tokenizer) -> 
     for number, problem in enumerate(problems[:SHOWN]):
         yield f"-- problem {number} ({problem.where}), {len(problem.ids)} tokens"
         yield problem.text
+        for i, hit in enumerate(problem.passages, 1):
+            yield f"-- passage {i}, score {hit.score:.4g}: {hit.passage.source}"
         yield from _answers(problem, tokenizer)
 
 
