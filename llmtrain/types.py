@@ -36,6 +36,7 @@ class Batch:
     extra: dict[str, Tensor] = field(default_factory=dict)  # [B, T] each: what one loss needs (advantages, ...)
     temperature: float = 1.0  # log-probs are those of logits / temperature
     candidates: Tensor | None = None  # [B, T, K] int64: tokens whose log-probs are wanted, distinct at a position
+    experts: Tensor | None = None  # [B, T, layers with experts x top_k] int16: those to use, -1 = the router's choice
     top_k: int = 0  # in scoring: the log-probs of so many of the likeliest tokens are wanted (not with `candidates`)
 
     def to(self, device: torch.device) -> Batch:
@@ -122,10 +123,12 @@ class Sample:
     errors: dict[str, str] = field(default_factory=dict)  # why a reward failed, by its name
     columns: dict[str, list[float]] = field(default_factory=dict)  # for Batch.extra (advantages, returns, ...)
     example: dict[str, Any] = field(default_factory=dict)  # the line of the problem file that it answers
+    experts: Tensor | None = field(default=None, compare=False)  # that the generator chose, see `rollout.experts`
 
     def __post_init__(self) -> None:
         lists = (self.trained, self.logprobs, self.versions, *self.columns.values())
         assert all(len(each) == len(self.ids) for each in lists), "one value for each of `ids`"
+        assert self.experts is None or len(self.experts) == len(self.prompt_ids) + len(self.ids) - 1, "of each input"
 
     def turns(self) -> list[tuple[bool, list[int]]]:
         """Returns the ids in runs: (whether the policy wrote them, the tokens). Between two turns of a policy there is

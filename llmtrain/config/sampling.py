@@ -40,6 +40,7 @@ class RolloutConfig(Section):
     max_batch_seqs: PositiveInt = 256  # sequences decoded together on one rank
     environment: EnvironmentConfig | None = None  # what completions talk to, turn by turn; null = they stand alone
     verify: Literal["probe", "checksum", "off"] = "probe"  # after every sync; see docs/rollouts/trust.md
+    router_replay: bool = False  # the update uses the experts that the generator chose; docs/rollouts/trust.md
     max_logprob_gap: PositiveFloat | None = None  # generator against trainer; None = 1e-3 in fp32, 1.0 in bf16
     tp: PositiveInt = 1  # vllm: processes that share a server's model (tensor parallel)
     vllm: VllmConfig = VllmConfig()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from llmtrain.data.packing import Row, concatenate, side_by_side, to_batch
 from llmtrain.types import IGNORE, Batch, Group, Sample
@@ -73,15 +77,35 @@ def lay_out(samples: Group, columns: Sequence[str]) -> Row:
 
 
 def piece_batch(
-    parts: Sequence[Group], rows: Sequence[Sequence[int]], width_tokens: int, pad_id: int, columns: Sequence[str] = ()
+    parts: Sequence[Group],
+    rows: Sequence[Sequence[int]],
+    width_tokens: int,
+    pad_id: int,
+    columns: Sequence[str] = (),
+    experts: bool = False,
 ) -> Batch:
     """Returns groups or `pieces` of groups in rows that `rows` names by their numbers, [len(rows), width_tokens].
 
     Groups in one row are told apart by their segment. The batch has the columns of `Batch`, and as its extra ones
-    `old_logprobs` (when sampled) and the `columns` of the samples that are named.
+    `old_logprobs` (when sampled) and the `columns` of the samples that are named; with `experts` those of the samples.
     """
     laid_out = [side_by_side([lay_out(parts[number], columns) for number in row]) for row in rows]
-    return to_batch([row or empty_row(columns) for row in laid_out], width_tokens, pad_id)
+    batch = to_batch([row or empty_row(columns) for row in laid_out], width_tokens, pad_id)
+    return replace(batch, experts=expert_rows(parts, rows, width_tokens)) if experts else batch
+
+
+def expert_rows(parts: Sequence[Group], rows: Sequence[Sequence[int]], width_tokens: int) -> Tensor:
+    """Returns `Batch.experts` of groups laid out as `piece_batch` does; -1 in padding. Those of the trunk are the first
+    sample's: all samples of a group were started from one computed prompt."""
+    found = torch.full((len(rows), width_tokens, parts[0][0].experts.size(1)), -1, dtype=torch.int16)
+    for row, numbers in zip(found, rows, strict=True):
+        at = 0
+        for samples in (parts[number] for number in numbers):
+            trunk = len(samples[0].prompt_ids) - 1
+            for piece in (samples[0].experts[:trunk], *(s.experts[trunk:] for s in samples)):
+                row[at : at + len(piece)] = piece
+                at += len(piece)
+    return found
 
 
 def empty_row(columns: Sequence[str]) -> Row:

@@ -34,25 +34,27 @@ class Block(nn.Module):
         self.feedforward = make_feedforward(config, layer)
         self.routes = getattr(self.feedforward, "routes", False)
 
-    def forward(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, view: View, cache: LayerCache | None = None, experts: Tensor | None = None) -> Tensor:
         # `routes` is read here so that a compiler guards on it: the graph of a block with experts, which may break
         # where their exchange over ranks begins, must never serve a block without. Else rematerialisation could run
         # another graph than the forward did.
         padding = view.padding if self.routes else None
         if self.feedforward_norm is None:
-            return x + self.attend(x, view, cache) + self.feed(x, padding)
+            return x + self.attend(x, view, cache) + self.feed(x, padding, experts)
         x = x + self.attend(x, view, cache)
-        return x + self.feed(x, padding)
+        return x + self.feed(x, padding, experts)
 
     def attend(self, x: Tensor, view: View, cache: LayerCache | None = None) -> Tensor:
         """Returns what attention adds to the residual stream."""
         y = self.attention(self.attention_norm(x), view, cache)
         return y if self.attention_post_norm is None else self.attention_post_norm(y)
 
-    def feed(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        """Returns what the feed-forward layer adds to the residual stream; `padding` [B, T] only where it `routes`."""
+    def feed(self, x: Tensor, padding: Tensor | None, experts: Tensor | None = None) -> Tensor:
+        """Returns what the feed-forward layer adds to the residual stream; `padding` [B, T] and `experts` [B, T, k]
+        (see `Router.forward`) only where it `routes`."""
         y = (self.feedforward_norm or self.attention_norm)(x)
-        y = self.feedforward(y, padding) if self.routes else self.feedforward(y)
+        asked = () if not self.routes else (padding,) if experts is None else (padding, experts)
+        y = self.feedforward(y, *asked)
         return y if self.feedforward_post_norm is None else self.feedforward_post_norm(y)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmtrain.arch.adapters import adapter_shapes
 from llmtrain.arch.families import family_of
 from llmtrain.arch.mup import base_of, logit_factor, std_factor
+from llmtrain.arch.parameters import has_experts
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.attention import LayerCache, View, attention_mask
 from llmtrain.model.blocks import Block
@@ -69,19 +70,21 @@ class Decoder(nn.Module):
         caches: Mapping[str, LayerCache] | None = None,
         candidates: Tensor | None = None,
         top_k: int = 0,
+        experts: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Returns what the head gives for x (see `model.heads`); without a head, hidden states [B, T, hidden].
 
         x holds token ids [B, T], or, without `embed`, hidden states; `positions` is [B, T]. `segment_ids` and
         `branch_ids` are those of `types.Batch`; `masks`, one for each kind of layer, override both. `caches` maps layer
-        names to key/value caches (generation).
+        names to key/value caches (generation). `experts` are those of `types.Batch`, of all layers of the model.
         """
         ids = x
         if self.embed is not None:
             x = self.embedded(ids, positions)
         views = self.views(x.dtype, positions, segment_ids, branch_ids, masks)
+        given = self.experts_of(experts)
         for name, block in self.layers.items():
-            x = block(x, views[block.kind], caches[name] if caches else None)
+            x = block(x, views[block.kind], caches[name] if caches else None, given.get(name))
         if self.norm is not None:
             x = self.norm(x)
         if self.mtp is not None and self.mtp.loss_factor and labels is not None and torch.is_grad_enabled():
@@ -92,6 +95,12 @@ class Decoder(nn.Module):
     def blocks(self) -> list[Block]:
         """Returns the blocks that are here: those of the layers, and those of multi-token prediction."""
         return [*self.layers.values(), *(depth.block for depth in (self.mtp or {}).values())]
+
+    def experts_of(self, experts: Tensor | None) -> dict[str, Tensor]:
+        """Returns, by layer, what `experts` [B, T, layers with experts x top_k] gives each: [B, T, top_k]."""
+        if experts is None:
+            return {}
+        return dict(zip(routed_layers(self.config), experts.split(self.config.moe.top_k, -1), strict=True))
 
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Returns the hidden states [B, T, hidden] of token ids [B, T], before the first block."""
@@ -138,6 +147,11 @@ class Decoder(nn.Module):
             theta, scaling = c.rope_theta_sliding, None
         freqs = rope_frequencies(head_dim, theta, scaling, positions.device)
         return rope_angles(positions, freqs, dtype, rope_magnitude(scaling))
+
+
+def routed_layers(config: ModelConfig) -> list[str]:
+    """Returns the names of the layers with experts, in order; those of multi-token prediction are not among them."""
+    return [str(layer) for layer in range(config.num_layers) if has_experts(config, layer)]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

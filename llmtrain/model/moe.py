@@ -28,10 +28,11 @@ class MoE(nn.Module):
         shared = config.moe.shared_ffn_size
         self.shared = FeedForward(config, shared) if shared else None
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Returns [B, T, hidden], as x is. Where `padding` [B, T] bool is True, no routed expert is used."""
+    def forward(self, x: Tensor, padding: Tensor | None = None, experts: Tensor | None = None) -> Tensor:
+        """Returns [B, T, hidden], as x is. Where `padding` [B, T] bool is True, no routed expert is used. `experts` are
+        the router's."""
         shared = None if self.shared is None else self.shared(x)
-        indices, weights = self.router(x, padding)
+        indices, weights = self.router(x, padding, experts)
         y = self.routed(x.flatten(0, 1), indices, weights).view_as(x)
         return y if shared is None else y + shared
 

@@ -26,14 +26,18 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.moe.num_experts) if config.moe.selection_bias else None)
         self.counts = RouterCounts(config.moe)
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, padding: Tensor | None = None, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the experts of each token of x [B, T, hidden], int64 [B T, k], and their weights, fp32 [B T, k].
 
-        Where `padding` [B, T] is True the index is num_experts, which stands for none, and the weights are 0.
+        Where `padding` [B, T] is True the index is num_experts, which stands for none, and the weights are 0. `experts`
+        [B, T, k] are taken instead of the router's own choice where they are not -1; their weights are the router's.
         """
         logits = self.logits(x.flatten(0, 1))
         scores = logits.softmax(-1) if self.config.gate == "softmax" else logits.sigmoid()
         indices = self.choose(scores.detach())
+        if experts is not None:
+            given = experts.flatten(0, 1).long()
+            indices = torch.where(given < 0, indices, given)
         weights = scores.gather(1, indices)
         if self.config.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

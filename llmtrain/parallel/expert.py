@@ -48,9 +48,9 @@ class ParallelMoE(MoE):
     group: ProcessGroup | None  # tp
     sequence: bool
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, padding: Tensor | None = None, experts: Tensor | None = None) -> Tensor:
         shared = None if self.shared is None else self.shared(x)
-        indices, weights = self.router(x, padding)
+        indices, weights = self.router(x, padding, experts)
         y = exchanged(x.flatten(0, 1), indices, weights, self.experts, self.pieces, self.router.counts).view_as(x)
         y = (scatter_sequence if self.sequence else reduce_from)(y, self.group)
         return y if shared is None else y + shared

@@ -170,7 +170,7 @@ def lay_out(
 ) -> list[list[Batch]]:
     """Returns this rank's microbatches of each minibatch, with the columns that the loss reads."""
     names = ("advantages", "weights", OLD)
-    minibatches = [group_microbatches(job, part, columns_of(part, names), fixed_width) for part in parts]
+    minibatches = [group_microbatches(job, part, columns_of(part, names), fixed_width, policy=True) for part in parts]
     if job.config.grpo.kl_in == "loss":
         for batches in minibatches:
             add_reference(batches, reference)

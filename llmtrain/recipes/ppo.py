@@ -200,7 +200,7 @@ def update_policy(
         score_old(job, parts[: settings.minibatches], settings.epochs)
     for turn, part in enumerate(parts, (number - settings.critic_warmup_steps) * len(parts)):
         columns = columns_of(part, ("advantages", "ref_logprobs", OLD))
-        batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0)
+        batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0, policy=True)
         gate.before_update(job.engine, batches, number)
         if turn < 0:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0}

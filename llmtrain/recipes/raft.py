@@ -112,7 +112,7 @@ def update(job: Job, chosen: Sequence[Group], number: int, replay: Replay, gate:
     for turn, part in parts:
         denominator = torch.tensor([float(policy_tokens(part))], device=job.mesh.device)
         columns = columns_of(part, ("advantages", OLD))
-        batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0)
+        batches = group_microbatches(job, part, columns, fixed_width=replay.seqs > 0, policy=True)
         if not steps:
             gate.before_update(job.engine, batches, number)
         mixed, mixed_loss = replay.mix(turn, batches, loss, denominator)

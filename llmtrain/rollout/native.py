@@ -15,6 +15,7 @@ from llmtrain.arch.attention import round_up
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.cache import KVCache, Recorder
 from llmtrain.rollout.checksums import checksum
+from llmtrain.rollout.experts import ChosenExperts
 from llmtrain.rollout.sampling import check_prompts, check_sampling, sample
 from llmtrain.rollout.stem import STEM_SHARE, STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
 from llmtrain.rollout.stop import Decode, Stop
@@ -39,7 +40,9 @@ class NativeGenerator:
         device: torch.device | str,
         max_seq_tokens: int | None = None,
         decode: Decode | None = None,
+        record_experts: bool = False,
     ) -> None:
+        """`record_experts`: samples hold the experts that were chosen for their tokens."""
         self.model = model.to(device).eval()
         self.device = torch.device(device)
         self.max_batch_seqs = max_batch_seqs
@@ -48,6 +51,7 @@ class NativeGenerator:
         self.version = 0
         self.asleep = False
         self.cache: KVCache | None = None
+        self.experts = ChosenExperts(self.model) if record_experts else None
 
     @torch.inference_mode()
     def generate(
@@ -68,7 +72,7 @@ class NativeGenerator:
         sequences = [s for group, prompt in enumerate(prompts) for s in self._sequences(group, prompt, sampling)]
         slots = min(self.max_batch_seqs, len(sequences))
         cache = self._reserve(slots, max(s.max_tokens for s in sequences))
-        decoding = Decoding(self.model, cache, slots)
+        decoding = Decoding(self.model, cache, slots, experts=self.experts)
         for _ in decoding.rounds(sequences):
             if between is not None:
                 self._change(between, decoding, sequences)
@@ -85,7 +89,8 @@ class NativeGenerator:
         self._check([prompt], sampling)
         (sequence,) = self._sequences(0, prompt, replace(sampling, num_samples=1))
         cache = self._reserve(1, sequence.max_tokens)
-        for _ in Decoding(self.model, cache, 1).rounds([sequence]):
+        decoding = Decoding(self.model, cache, 1, experts=self.experts)
+        for _ in decoding.rounds([sequence]):
             self._check_finite(sequence.logprobs[-1:])
             yield sequence.tokens[-1]
 
@@ -198,6 +203,7 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # of the tokens before the weights changed
+    experts: list[Tensor] = field(default_factory=list)  # of its inputs, where they are recorded
 
     @property
     def length(self) -> int:
@@ -216,28 +222,39 @@ class Completion:
         return self.stream.getrandbits(24) / 2**24
 
     def sample(self, version: int) -> Sample:
-        n = len(self.tokens)
+        n, experts = len(self.tokens), torch.cat(self.experts) if self.experts else None
         versions = self.versions + [version] * (n - len(self.versions))
-        return Sample(self.prompt_ids, self.tokens, [True] * n, self.logprobs, versions, self.stopped)
+        own = (self.tokens, [True] * n, self.logprobs, versions)
+        return Sample(self.prompt_ids, *own, self.stopped, experts=experts)
 
 
 @dataclass
 class _Prefill:
-    """Holds a computed prompt: for each layer keys and values [heads, T, dim], and the logits [vocabulary] after it."""
+    """Holds a computed prompt: for each layer keys and values [heads, T, dim], and the logits [vocabulary] after it.
+    `experts` are those of its tokens, [T, layers with experts x top_k]."""
 
     keys: list[Tensor]
     values: list[Tensor]
     logits: Tensor
+    experts: Tensor | None
 
 
 class Decoding:
     """Completes sequences, `slots` at once; more may be put into `waiting` between two rounds. Row i of the cache
     belongs to `active[i]`."""
 
-    def __init__(self, model: Decoder, cache: KVCache, slots: int, seen: Seen | None = None) -> None:
-        self.model, self.cache, self.slots, self.seen = model, cache, slots, seen
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        slots: int,
+        seen: Seen | None = None,
+        experts: ChosenExperts | None = None,
+    ) -> None:
+        self.model, self.cache, self.slots, self.seen, self.experts = model, cache, slots, seen, experts
         self.trunk = without_head(model)  # prefill needs the head only for the last position of a prompt
         self.stem: Stem | None = None  # what all prompts begin with
+        self.stem_experts: list[Tensor] = []  # of its tokens
         self.waiting: deque[Completion] = deque()
         self.active: list[Completion] = []
         self.prefills: dict[int, _Prefill] = {}  # by group, until its last sample has started
@@ -280,7 +297,9 @@ class Decoding:
         """Gives each new sequence a cache row filled with its prompt, and its first token."""
         self._prefill(list({s.group: s.prompt_ids for s in new if s.group not in self.prefills}.items()))
         for row, s in enumerate(new, len(self.active)):
-            self.cache.fill(row, self.prefills[s.group].keys, self.prefills[s.group].values)
+            prefill = self.prefills[s.group]
+            self.cache.fill(row, prefill.keys, prefill.values)
+            s.experts += [] if prefill.experts is None else [prefill.experts]
         self._append(new, torch.stack([self.prefills[s.group].logits for s in new]))
         self.active += new
 
@@ -300,7 +319,9 @@ class Decoding:
         count, longest = min(shared_tokens(first, last), min(map(len, prompts)) - 1), max(map(len, prompts))
         if first == last or count < max(STEM_TOKENS, STEM_SHARE * longest):
             return None
-        return Stem(*self._recorded([first[:count]])[1:])
+        stem = Stem(*self._recorded([first[:count]])[1:])
+        self.stem_experts = [] if self.experts is None else [self.experts.take(1)[0]]
+        return stem
 
     def _forward_prompts(self, prompts: Sequence[list[int]]) -> list[_Prefill]:
         """Computes the prompts in one forward. Padding is on the right, where causal attention never sees it."""
@@ -308,11 +329,15 @@ class Decoding:
         hidden, *recorded = self._recorded([ids[before:] for ids in prompts])
         lengths = [len(ids) for ids in prompts]
         logits = self.model.head(hidden[range(len(prompts)), [n - 1 - before for n in lengths]])
+        chosen = None if self.experts is None else self.experts.take(len(prompts))
 
         def own(blocks: list[Tensor], i: int) -> list[Tensor]:
             return [x[i, :, : lengths[i]] for x in blocks]
 
-        return [_Prefill(*(own(blocks, i) for blocks in recorded), logits[i]) for i in range(len(prompts))]
+        def experts(i: int) -> Tensor | None:
+            return None if chosen is None else torch.cat([*self.stem_experts, chosen[i, : lengths[i] - before]])
+
+        return [_Prefill(*(own(blocks, i) for blocks in recorded), logits[i], experts(i)) for i in range(len(prompts))]
 
     def _recorded(self, rows: Sequence[list[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Returns the last hidden states [B, T, hidden] of rows behind the stem, and for each layer the keys and values
@@ -337,6 +362,9 @@ class Decoding:
         positions = torch.tensor([[s.length - 1] for s in self.active], device=device)
         by_layer = dict(zip(self.model.layers, caches, strict=True))
         logits = self.model(ids, positions, masks=masks, caches=by_layer)
+        if self.experts is not None:
+            for s, chosen in zip(self.active, self.experts.take(len(self.active)), strict=True):
+                s.experts.append(chosen)
         self._append(self.active, logits[:, 0])
 
     def _append(self, sequences: list[Completion], logits: Tensor) -> None:

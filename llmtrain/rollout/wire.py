@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from safetensors.torch import load, save
@@ -41,6 +41,8 @@ def tensors_of(groups: Mapping[int, Group], prompts: Prompts = ()) -> dict[str, 
         name: torch.tensor([x for _, s in samples for x in getattr(s, name)], dtype=d) for name, d in DTYPES.items()
     }
     tensors["heads"] = torch.tensor(heads, dtype=torch.int64).view(-1, 3)
+    if samples and samples[0][1].experts is not None:
+        tensors["experts"] = torch.cat(list(expert_parts(groups.values())))
     own = {n: g[0].prompt_ids for n, g in groups.items() if g and prompts and g[0].prompt_ids != prompts[n]}
     judged = {i: [s.parts, s.errors] for i, (_, s) in enumerate(samples) if s.parts or s.errors}
     if own or judged:
@@ -54,14 +56,36 @@ def groups_of(tensors: Mapping[str, Tensor], prompts: Prompts) -> dict[int, Grou
     lists = {name: tensors[name].tolist() for name in DTYPES}
     lists["trained"] = [bool(x) for x in lists["trained"]]
     notes = json.loads(bytes(tensors["notes"].tolist())) if "notes" in tensors else {"prompts": {}, "judged": {}}
+    heads = tensors["heads"].tolist()
+    experts = whole_experts(tensors.get("experts"), [(number, count) for number, count, _ in heads], prompts)
     groups: dict[int, Group] = {}
     at = 0
-    for i, (number, count, finished) in enumerate(tensors["heads"].tolist()):
+    for i, ((number, count, finished), chosen) in enumerate(zip(heads, experts, strict=True)):
         own = {name: values[at : at + count] for name, values in lists.items()}
         prompt_ids = notes["prompts"].get(str(number)) or prompts[number]
         parts, errors = notes["judged"].get(str(i), ({}, {}))
         groups.setdefault(number, []).append(
-            Sample(prompt_ids, **own, finished=bool(finished), parts=parts, errors=errors)
+            Sample(prompt_ids, **own, finished=bool(finished), parts=parts, errors=errors, experts=chosen)
         )
         at += count
     return groups
+
+
+def expert_parts(groups: Iterable[Group]) -> Iterator[Tensor]:
+    """Yields the experts of each prompt once, then those of what each of its samples added."""
+    for group in groups:
+        tokens = len(group[0].prompt_ids)
+        yield group[0].experts[:tokens]
+        yield from (sample.experts[tokens:] for sample in group)
+
+
+def whole_experts(parts: Tensor | None, heads: Sequence[tuple[int, int]], prompts: Prompts) -> Iterator[Tensor | None]:
+    """Yields the experts of each sample, given as (number of its prompt, tokens), of what `expert_parts` gave."""
+    at, last, prompt = 0, None, None
+    for number, count in heads if parts is not None else ():
+        if number != last:
+            last, prompt = number, parts[at : at + len(prompts[number])]
+            at += len(prompt)
+        yield torch.cat([prompt, parts[at : at + count - 1]])
+        at += count - 1
+    yield from [None] * (len(heads) if parts is None else 0)

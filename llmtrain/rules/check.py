@@ -27,6 +27,7 @@ from llmtrain.rules.mix import MIX_RULES
 from llmtrain.rules.model import MODEL_RULES
 from llmtrain.rules.others import other_models
 from llmtrain.rules.plan import PLAN_RULES
+from llmtrain.rules.replay import REPLAY_RULES
 from llmtrain.rules.scaling import SCALING_RULES
 from llmtrain.rules.tasks import TASK_RULES
 from llmtrain.rules.testtime import TEST_TIME_RULES
@@ -38,7 +39,7 @@ RULES = (
     *SHAPE_RULES,
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
     *(*CURRICULUM_RULES, *TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES, *PLAN_RULES, *INDEX_RULES),
-    *(*ENVIRONMENT_RULES, *VLLM_RULES, *AHEAD_RULES),
+    *(*ENVIRONMENT_RULES, *VLLM_RULES, *AHEAD_RULES, *REPLAY_RULES),
 )
 
 

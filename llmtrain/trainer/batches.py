@@ -133,19 +133,26 @@ def split_groups(groups: Sequence[Group], minibatches: int) -> list[list[Group]]
 
 
 def group_microbatches(
-    job: Job, groups: Sequence[Group], columns: Sequence[str], fixed_width: bool = False, whole: bool = False
+    job: Job,
+    groups: Sequence[Group],
+    columns: Sequence[str],
+    fixed_width: bool = False,
+    whole: bool = False,
+    policy: bool = False,
 ) -> list[Batch]:
     """Returns this rank's microbatches of the groups, each prompt once for its samples, with these `columns`, scored at
     the temperature that they were sampled with.
 
     How many, and of what shape, says `data.microbatches`. A group longer than `train.seq_len` is cut into pieces; with
     `whole`, for losses that compare its samples, it is a ValueError. `fixed_width`: text rows come into the same step.
+    `policy`: they are for the model that wrote the samples, which with `rollout.router_replay` gets their experts.
     """
     limits = limits_of(job.config.train, job.mesh)
     parts = [piece for group in groups for piece in pieces(group, limits.row_tokens, whole)]
     layout = planned(job, [group_length(part) for part in parts], [seen_pairs(part) for part in parts], fixed_width)
     mine = layout.microbatches[job.mesh.dp_rank :: job.mesh.dp_size]
-    batches = [piece_batch(parts, rows, layout.width, job.tokenizer.pad_id, columns) for rows in mine]
+    experts = policy and job.config.rollout.router_replay
+    batches = [piece_batch(parts, rows, layout.width, job.tokenizer.pad_id, columns, experts) for rows in mine]
     return [replace(batch, temperature=job.config.rollout.temperature) for batch in batches]
 
 

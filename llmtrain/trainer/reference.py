@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llmtrain.engine.base import Scorer
 from llmtrain.engine.build import Role, build_frozen
@@ -80,8 +81,13 @@ def build_reference(job: Job, wanted: bool, waits: bool = False) -> Scorer | Non
     return Waiting(frozen) if waits else frozen
 
 
+def own_experts(batches: Sequence[Batch]) -> list[Batch]:
+    """Returns the batches for another model than the one that wrote them: it chooses its experts itself."""
+    return [replace(batch, experts=None) for batch in batches]
+
+
 def add_reference(batches: Sequence[Batch], reference: Scorer | None) -> None:
     """Adds `extra["ref_logprobs"]` to the batches, in place, if there is a reference."""
     if reference is not None:
-        for batch, scores in zip(batches, reference.score(batches), strict=True):
+        for batch, scores in zip(batches, reference.score(own_experts(batches)), strict=True):
             batch.extra["ref_logprobs"] = scores.logprobs.cpu()

@@ -49,7 +49,7 @@ def local_generator(job: Job) -> Generator:
     model = model.to(dtype).to_empty(device=device)
     if job.model.tie_embeddings:
         model.head.weight = model.embed.weight
-    return NativeGenerator(model, r.max_batch_seqs, device, most, decode)
+    return NativeGenerator(model, r.max_batch_seqs, device, most, decode, record_experts=r.router_replay)
 
 
 def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:

@@ -34,7 +34,7 @@ def score_samples(
     for number, sample in enumerate(samples):
         count = len(sample.ids)
         sample.columns |= {SAMPLE: [float(number)] * count, TOKEN: [float(i) for i in range(count)]}
-    batches = group_microbatches(job, groups, (SAMPLE, TOKEN), fixed_width=False)
+    batches = group_microbatches(job, groups, (SAMPLE, TOKEN), policy=scorer is job.engine)
     flat, first = torch.zeros(starts[-1]), torch.tensor(starts)
     for batch, scores in zip(batches, scorer.score(batches), strict=True):
         sample_of, token_of = (batch.extra[name][batch.loss_mask].long() for name in (SAMPLE, TOKEN))

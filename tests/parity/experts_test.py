@@ -69,6 +69,27 @@ COMPILED = [
     {"tp": 2, "zero_stage": 1, "compile": True, "remat": "full", "model": SIGMOID},
     {"dp_shard": 2, "ep": 2, "zero_stage": 1, "compile": True, "remat": "selective", "model": SOFTMAX},
 ]
+REPLAYED = [  # with experts that are given, as rollout.router_replay does
+    {"task": "replayed", **layout}
+    for layout in (
+        {"dp_shard": 2, "ep": 2, "zero_stage": 1, "model": SIGMOID},
+        {"dp_shard": 2, "ep": 2, "backend": "fsdp", "remat": "full", "model": SOFTMAX},
+        {"tp": 2, "zero_stage": 2, "remat": "selective", "model": SIGMOID},
+        {"tp": 2, "backend": "fsdp", "sequence_parallel": False, "model": SOFTMAX},
+        {"cp": 2, "ep": 2, "zero_stage": 2, "context": "alltoall", "model": SOFTMAX},
+        {"cp": 2, "backend": "fsdp", "context": "ring", "model": SIGMOID},
+        {"pp": 2, "zero_stage": 1, "model": SIGMOID},
+        {"pp": 2, "backend": "fsdp", "schedule": "interleaved_1f1b", "virtual_stages": 2, "model": SOFTMAX},
+    )
+]
+REPLAYED_FOUR = [
+    {"task": "replayed", "pp": 2, "dp_shard": 2, "ep": 2, "zero_stage": 1, "model": SIGMOID},
+    {"task": "replayed", "dp_shard": 2, "tp": 2, "ep": 2, "backend": "fsdp", "model": SOFTMAX},
+]
+REPLAYED_COMPILED = [
+    {"task": "replayed", **COMPILED[1]},
+    {"task": "replayed", **COMPILED[3]},
+]
 SIXTEEN_BITS = [
     {"dp_shard": 2, "ep": 2, "zero_stage": 1, "precision": "bf16", "model": SOFTMAX},
     {"dp_shard": 2, "ep": 2, "backend": "fsdp", "precision": "bf16", "model": SOFTMAX},
@@ -111,3 +132,16 @@ def test_sixteen_bits(forked: Callable) -> None:
     the gradient of that expert differs by much."""
     tolerances = {measure: ROUNDING[measure] for measure in ("loss", "norm")}
     check(forked, 2, SIXTEEN_BITS, timeout_s=200, tolerances=tolerances)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_experts_that_are_given(forked: Callable) -> None:
+    check(forked, 2, REPLAYED, timeout_s=300)
+    check(forked, 4, REPLAYED_FOUR, timeout_s=200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_experts_that_are_given_compiled(forked: Callable) -> None:
+    check(forked, 2, REPLAYED_COMPILED, timeout_s=500)

@@ -114,7 +114,19 @@ class Task:
     rows: int = ROWS
 
 
-TASKS = {"tokens": Task(token_loss, lambda batch: batch.loss_mask.sum())}
+def replayed_rows(step: int, rows: int) -> Batch:
+    """Returns the same rows with experts that somebody else chose, two of eight in each of three layers, at three
+    tokens of four."""
+    batch, g = global_rows(step, rows), torch.Generator().manual_seed(step)
+    chosen = torch.rand(rows, WIDTH, 3, 8, generator=g).argsort(-1)[..., :2].flatten(2)
+    free = torch.rand(rows, WIDTH, 1, generator=g) < 1 / 4
+    return replace(batch, experts=chosen.masked_fill(free, -1).short())
+
+
+TASKS = {
+    "tokens": Task(token_loss, lambda batch: batch.loss_mask.sum()),
+    "replayed": Task(token_loss, lambda batch: batch.loss_mask.sum(), replayed_rows),
+}
 """Maps the names that `layout["task"]` may have; it is tokens where there is none."""
 
 

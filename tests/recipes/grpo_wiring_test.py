@@ -21,7 +21,7 @@ from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.types import IGNORE, Prompt
 from tests.recipes.conftest import run_steps
-from tests.recipes.stubs import LR, StubEngine, StubGenerator, StubScorer, shifted
+from tests.recipes.stubs import LR, StubEngine, StubGenerator, StubScorer, replays, shifted
 
 A = 0.5 / (2**-0.5 + 1e-6)  # advantage of the better of two samples, rewards 1 and 0: over their deviation
 SETTINGS = (
@@ -307,3 +307,20 @@ def test_weights_that_are_spoiled_later_stop_at_the_next_step(start: Callable[..
     with pytest.raises(Disagreement, match="step 2: "):
         run.go()
     assert len(run.steps) == 1 and len(run.engine.scored) == 1  # later steps cost no scoring
+
+
+def test_experts_of_the_generator_go_to_the_policy_alone(start: Callable[..., Run]) -> None:
+    """To its updates, its scores before them, and the gate; text and the reference choose themselves."""
+    more = ("grpo.kl_coef=0.1", "grpo.mismatch=truncate", "engine.precision=bf16", "data.replay_seqs=4")
+    run = start("rollout.router_replay=true", *more, reference=StubScorer(shifted(0.0)))
+    run.generator.experts = True
+    run.go()
+    updated = [batch for batches, *_ in run.engine.updates for batch in batches]
+    scored = [batch for batches in run.engine.scored for batch in batches]
+    assert updated and scored and all(map(replays, [*updated, *scored]))
+    assert any("replay" in batch.extra for batch in updated)
+    assert run.reference.scored
+    assert all(batch.experts is None for batches in run.reference.scored for batch in batches)
+    run = start("data.replay_seqs=4")
+    run.generator.experts = True
+    assert all(batch.experts is None for batches, *_ in run.go().engine.updates for batch in batches)

@@ -20,7 +20,7 @@ from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.types import IGNORE, Batch, Prompt, Sample, Scores
 from tests.recipes.conftest import run_steps
-from tests.recipes.stubs import LR, NORM, StubEngine, StubGenerator, StubScorer, shifted
+from tests.recipes.stubs import LR, NORM, StubEngine, StubGenerator, StubScorer, replays, shifted
 
 SETTINGS = (
     *("ppo.prompts_per_step=4", "ppo.minibatches=2", "ppo.clip_low=0.2", "ppo.clip_high=0.3", "ppo.whiten=false"),
@@ -478,3 +478,12 @@ def test_what_cannot_work_is_refused(small: Path, override: str, message: str) -
         "ppo={kl_horizon: 128, kl_target: 6, kl_coef: 0.1}",
     ):
         assert not [line for rule in RECIPE.rules for line in rule(load(str(small), ["rollout.group_size=4", fine]))]
+
+
+def test_experts_of_the_generator_go_to_the_policy_alone(start: Callable[..., Run]) -> None:
+    run = start("rollout.router_replay=true", "ppo.kl_coef=0.1", reference=StubScorer(shifted(0.0)))
+    run.generator.experts = True
+    run.go()
+    assert all(replays(batch) for batches, *_ in run.policy.updates for batch in batches)
+    others = [batches for batches, *_ in run.critic.updates] + run.critic.scored + run.reference.scored
+    assert others and all(batch.experts is None for batches in others for batch in batches)

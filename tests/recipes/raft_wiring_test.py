@@ -20,7 +20,7 @@ from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.types import IGNORE, Group, Prompt, Sample
 from tests.recipes.conftest import run_steps
-from tests.recipes.stubs import LR, StubEngine, StubGenerator, shifted
+from tests.recipes.stubs import LR, StubEngine, StubGenerator, replays, shifted
 
 SETTINGS = (
     *("raft.prompts_per_step=4", "raft.minibatches=2", "rollout.group_size=3", "rollout.max_new_tokens=7"),
@@ -371,3 +371,9 @@ def test_what_cannot_be_is_refused(start: Callable[..., Run], overrides: tuple[s
     config = start(*overrides).job.config
     found = [line for line in violations(config, 1, "raft") if not line.startswith("model.init_from")]
     assert len(found) == (expected is not None) and all(line.startswith(expected) for line in found), found
+
+
+def test_experts_of_the_generator_are_replayed(start: Callable[..., Run]) -> None:
+    run = start("rollout.router_replay=true", "data.replay_seqs=4")
+    run.generator.experts = True
+    assert all(replays(batch) for batches, *_ in run.go().engine.updates for batch in batches)

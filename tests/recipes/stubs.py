@@ -76,6 +76,14 @@ class StubEngine(StubScorer):
         yield "updates", torch.tensor(self.step)
 
 
+def replays(batch: Batch) -> bool:
+    """Tells whether a batch has the experts that a StubGenerator gave each input, and none elsewhere."""
+    expected = batch.input_ids % 7 if "old_logprobs" in batch.extra else torch.full_like(batch.input_ids, -1)
+    if batch.segment_ids is not None:
+        expected = expected.masked_fill(batch.segment_ids < 0, -1)
+    return batch.experts is not None and batch.experts[..., 0].equal(expected.short())
+
+
 @dataclass
 class StubGenerator:
     """Answers each prompt by `answers(prompt)`: lists of token ids. Keeps requests and published weights."""
@@ -85,6 +93,7 @@ class StubGenerator:
     asked: list[tuple[Sequence[Prompt], Sampling]] = field(default_factory=list)
     loaded: list[tuple[int, int]] = field(default_factory=list)  # (version, updates)
     closed: bool = False
+    experts: bool = False  # samples have an expert for each input: its id modulo 7
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         self.asked.append((prompts, sampling))
@@ -92,7 +101,9 @@ class StubGenerator:
 
     def _sample(self, prompt: Prompt, ids: list[int]) -> Sample:
         n, version = len(ids), self.loaded[-1][0]
-        return Sample(prompt.ids, ids, [True] * n, [-1.0] * n, [version] * n, finished=ids[-1] == self.stop_id)
+        own, ends = (ids, [True] * n, [-1.0] * n, [version] * n), ids[-1] == self.stop_id
+        chosen = torch.tensor([[x % 7] for x in [*prompt.ids, *ids[:-1]]]) if self.experts else None
+        return Sample(prompt.ids, *own, finished=ends, experts=chosen)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.loaded.append((version, int(dict(weights)["updates"])))

@@ -175,6 +175,11 @@ def on_own_samples(config: Config) -> Iterator[str]:
             f"distill.divergence={d.kind}: not with distill.estimate=sampled, which estimates the reverse KL; remove "
             "one of them"
         )
+    if r.router_replay:
+        yield (
+            "rollout.router_replay=true: not with distill.on_policy, whose loss compares whole distributions and "
+            "corrects nothing; set it to false"
+        )
     if config.guard.spike != "off":
         yield (
             f"guard.spike={config.guard.spike}: must be off with distill.on_policy, after a rewind the same prompts "

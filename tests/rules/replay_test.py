@@ -1,0 +1,32 @@
+"""What is refused of rollout.router_replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.load import load
+from llmtrain.rules.check import violations
+
+MOE = "model.moe={num_experts: 4, expert_ffn_size: 8}"
+TEACHER = "distill.teacher=[{path: there}]"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "fault"),
+    [
+        ("grpo", [], "rollout.router_replay=true: needs experts, and the model has none; set it to false"),
+        ("ppo", [], "rollout.router_replay=true: needs experts"),
+        ("distill", [MOE, TEACHER, "distill.on_policy=true"], "rollout.router_replay=true: not with distill.on_policy"),
+        ("grpo", [MOE, "rollout.generator=vllm"], "rollout.router_replay=true: not with rollout.generator=vllm"),
+        ("grpo", [MOE, "rollout.placement=ahead"], "rollout.router_replay=true: not with rollout.placement=ahead"),
+        ("grpo", [MOE, "rollout.environment={tools: [python]}"], "rollout.router_replay=true: not with rollout.env"),
+        ("grpo", [MOE], None),
+        ("raft", [MOE], None),
+    ],
+)
+def test_refused(small: Path, recipe: str, overrides: list[str], fault: str | None) -> None:
+    found = violations(load(str(small), ["rollout.router_replay=true", *overrides]), 1, recipe)
+    about = [line for line in found if "router_replay" in line]
+    assert about == [] if fault is None else [line.startswith(fault) for line in about] == [True]
