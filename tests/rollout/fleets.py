@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -18,6 +19,7 @@ from llmtrain.rollout.board import Limits
 from llmtrain.rollout.fleet import Orders
 from llmtrain.rollout.process import Program
 from llmtrain.types import Prompt, Sampling
+from tests.conftest import ROOT
 
 STUB = Path(__file__).with_name("stub_worker.py")
 MESH = SimpleNamespace(rank=0, size=1, all_gather_json=lambda value: [value])
@@ -41,12 +43,13 @@ def ahead(
     program = Program([sys.executable, "-S", str(STUB)], [told] * workers, str(directory), deadline_s)
     orders = Orders(program, lambda ns: [Prompt([n + 1, n + 2], n) for n in ns], Sampling(8, TWO), "finish", restarts)
     limits = Limits(TWO, staleness, steps, at_once=4, patience_s=2 * deadline_s + 5)
-    source = Ahead(MESH, PROMPTS, limits, orders, lambda groups: None, 0, torch.float32, 0, verify)
-    try:
-        yield source
-    finally:
-        source.close()
-        assert workers_of_this_process() == []
+    with patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # a stub starts without site-packages
+        source = Ahead(MESH, PROMPTS, limits, orders, lambda groups: None, 0, torch.float32, 0, verify)
+        try:
+            yield source
+        finally:
+            source.close()
+            assert workers_of_this_process() == []
 
 
 def workers_of_this_process() -> list[psutil.Process]:
