@@ -36,7 +36,7 @@ class LMHead(nn.Module):
 
         `hidden` is [B, T, hidden], `labels` [B, T], `temperature` [B]. Where a label is IGNORE all results are 0.
         """
-        logits = F.linear(self.scaled(hidden), self.weight)
+        logits = self.product(self.scaled(hidden))
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if labels is None:
@@ -53,6 +53,10 @@ class LMHead(nn.Module):
             best, ids = logp.topk(top_k, -1)
             return *scores, best * trained[..., None], ids * trained[..., None]
         return scores
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """Returns hidden weight^T, the logits before the softcap."""
+        return F.linear(hidden, self.weight)
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """Returns the hidden states times `factor`: their products with the weights are the logits."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmtrain.observe.log import log
-from llmtrain.rollout.native import Completion, Decoding, NativeGenerator
+from llmtrain.rollout.completion import Completion
+from llmtrain.rollout.native import Decoding, NativeGenerator
 from llmtrain.types import Prompt, Sampling
 
 

@@ -6,20 +6,22 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llmtrain.arch.attention import round_up
 from llmtrain.model.decoder import Decoder
+from llmtrain.model.kernels.packed import Packed
 from llmtrain.rollout.cache import KVCache, Recorder
 from llmtrain.rollout.checksums import checksum
+from llmtrain.rollout.completion import Completion
 from llmtrain.rollout.experts import ChosenExperts
 from llmtrain.rollout.sampling import check_prompts, check_sampling, sample
 from llmtrain.rollout.stem import STEM_SHARE, STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
 from llmtrain.rollout.stop import Decode, Stop
-from llmtrain.types import Group, Prompt, Sample, Sampling
+from llmtrain.types import Group, Prompt, Sampling
 
 _PREFILL_TOKENS = 8192  # prompt tokens in one forward, padding included (bounds the activations)
 
@@ -44,6 +46,7 @@ class NativeGenerator:
     ) -> None:
         """`record_experts`: samples hold the experts that were chosen for their tokens."""
         self.model = model.to(device).eval()
+        self.packed = Packed(self.model)
         self.device = torch.device(device)
         self.max_batch_seqs = max_batch_seqs
         self.max_seq_tokens = min(max_seq_tokens or model.config.max_positions, model.config.max_positions)
@@ -72,7 +75,7 @@ class NativeGenerator:
         sequences = [s for group, prompt in enumerate(prompts) for s in self._sequences(group, prompt, sampling)]
         slots = min(self.max_batch_seqs, len(sequences))
         cache = self._reserve(slots, max(s.max_tokens for s in sequences))
-        decoding = Decoding(self.model, cache, slots, experts=self.experts)
+        decoding = Decoding(self.packed, cache, slots, experts=self.experts)
         for _ in decoding.rounds(sequences):
             if between is not None:
                 self._change(between, decoding, sequences)
@@ -89,7 +92,7 @@ class NativeGenerator:
         self._check([prompt], sampling)
         (sequence,) = self._sequences(0, prompt, replace(sampling, num_samples=1))
         cache = self._reserve(1, sequence.max_tokens)
-        decoding = Decoding(self.model, cache, 1, experts=self.experts)
+        decoding = Decoding(self.packed, cache, 1, experts=self.experts)
         for _ in decoding.rounds([sequence]):
             self._check_finite(sequence.logprobs[-1:])
             yield sequence.tokens[-1]
@@ -103,7 +106,7 @@ class NativeGenerator:
         """
         self._check([])
         slots = self.max_batch_seqs
-        return Decoding(self.model, self._reserve(slots, self.max_seq_tokens), slots, seen)
+        return Decoding(self.packed, self._reserve(slots, self.max_seq_tokens), slots, seen, self.experts)
 
     def sequences(self, group: int, prompt: Prompt, sampling: Sampling) -> list[Completion]:
         """Returns what `generate` would complete, for `Decoding.waiting`. No other prompt there may have the number
@@ -137,15 +140,16 @@ class NativeGenerator:
         return [{name: checksum(tensor) for name, tensor in self._weights().items()}]
 
     def sleep(self) -> None:
-        """Frees the cache."""
+        """Frees the cache and the packed weights."""
         self.cache, self.asleep = None, True
+        self.packed.free()
 
     def wake(self) -> None:
         """Allows `generate` again."""
         self.asleep = False
 
     def close(self) -> None:
-        """Frees the cache, for good."""
+        """Frees what `sleep` does, for good."""
         self.sleep()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -190,44 +194,6 @@ class NativeGenerator:
         return self.cache
 
 
-@dataclass(eq=False)
-class Completion:
-    """Holds one completion while it is decoded."""
-
-    prompt_ids: list[int]
-    group: int
-    max_tokens: int  # prompt and completion together
-    sampling: Sampling
-    stop: Stop
-    stream: random.Random
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)  # of the tokens before the weights changed
-    experts: list[Tensor] = field(default_factory=list)  # of its inputs, where they are recorded
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.tokens)
-
-    @property
-    def stopped(self) -> bool:
-        return self.stop(self.tokens)
-
-    @property
-    def done(self) -> bool:
-        return self.stopped or self.length == self.max_tokens
-
-    def uniform(self) -> float:
-        """Returns the next random number of the stream in [0, 1); 24 bits, so that fp32 cannot round it to 1."""
-        return self.stream.getrandbits(24) / 2**24
-
-    def sample(self, version: int) -> Sample:
-        n, experts = len(self.tokens), torch.cat(self.experts) if self.experts else None
-        versions = self.versions + [version] * (n - len(self.versions))
-        own = (self.tokens, [True] * n, self.logprobs, versions)
-        return Sample(self.prompt_ids, *own, self.stopped, experts=experts)
-
-
 @dataclass
 class _Prefill:
     """Holds a computed prompt: for each layer keys and values [heads, T, dim], and the logits [vocabulary] after it.
@@ -245,14 +211,15 @@ class Decoding:
 
     def __init__(
         self,
-        model: Decoder,
+        packed: Packed,
         cache: KVCache,
         slots: int,
         seen: Seen | None = None,
         experts: ChosenExperts | None = None,
     ) -> None:
-        self.model, self.cache, self.slots, self.seen, self.experts = model, cache, slots, seen, experts
-        self.trunk = without_head(model)  # prefill needs the head only for the last position of a prompt
+        self.packed, self.cache, self.slots, self.seen, self.experts = packed, cache, slots, seen, experts
+        self.model = packed.refreshed()
+        self.trunk = without_head(self.model)  # prefill needs the head only for the last position of a prompt
         self.stem: Stem | None = None  # what all prompts begin with
         self.stem_experts: list[Tensor] = []  # of its tokens
         self.waiting: deque[Completion] = deque()
@@ -271,6 +238,7 @@ class Decoding:
     def round(self) -> list[Completion]:
         """Starts what waits, as far as there is room, else decodes a token for all that are active. Returns the
         sequences that have got a token; those of them that are done have left."""
+        self.packed.refreshed()
         if self.waiting and len(self.active) < self.slots:
             room = min(self.slots - len(self.active), len(self.waiting))
             new = [self.waiting.popleft() for _ in range(room)]
@@ -291,7 +259,7 @@ class Decoding:
 
     def forget(self) -> None:
         """Drops prompts that were computed for sequences which have not begun: the weights have changed."""
-        self.stem, self.prefills = None, {}
+        self.stem, self.stem_experts, self.prefills = None, [], {}
 
     def _start(self, new: list[Completion]) -> None:
         """Gives each new sequence a cache row filled with its prompt, and its first token."""

@@ -34,20 +34,21 @@ def unpack(data: Tensor, prompts: Prompts) -> dict[int, Group]:
 
 def tensors_of(groups: Mapping[int, Group], prompts: Prompts = ()) -> dict[str, Tensor]:
     """Returns what `pack` sends, as tensors: a list of values for all tokens by its name, `heads` [samples, 3]: the
-    number of the prompt, the tokens, and whether the sample is finished; and `notes`, JSON, where there are any."""
+    number of the prompt, the tokens, and whether the sample is finished; `notes`, JSON, where there are any; and
+    `experts`, where the generator recorded them."""
     samples = [(number, s) for number, group in groups.items() for s in group]
     heads = [[number, len(s.ids), int(s.finished)] for number, s in samples]
     tensors = {
         name: torch.tensor([x for _, s in samples for x in getattr(s, name)], dtype=d) for name, d in DTYPES.items()
     }
     tensors["heads"] = torch.tensor(heads, dtype=torch.int64).view(-1, 3)
-    if samples and samples[0][1].experts is not None:
-        tensors["experts"] = torch.cat(list(expert_parts(groups.values())))
     own = {n: g[0].prompt_ids for n, g in groups.items() if g and prompts and g[0].prompt_ids != prompts[n]}
     judged = {i: [s.parts, s.errors] for i, (_, s) in enumerate(samples) if s.parts or s.errors}
     if own or judged:
         notes = json.dumps({"prompts": own, "judged": judged}).encode()
         tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
+    if samples and samples[0][1].experts is not None:
+        tensors["experts"] = torch.cat(list(expert_parts(groups.values())))
     return tensors
 
 
@@ -57,16 +58,15 @@ def groups_of(tensors: Mapping[str, Tensor], prompts: Prompts) -> dict[int, Grou
     lists["trained"] = [bool(x) for x in lists["trained"]]
     notes = json.loads(bytes(tensors["notes"].tolist())) if "notes" in tensors else {"prompts": {}, "judged": {}}
     heads = tensors["heads"].tolist()
-    experts = whole_experts(tensors.get("experts"), [(number, count) for number, count, _ in heads], prompts)
+    asked = {number: notes["prompts"].get(str(number)) or prompts[number] for number, *_ in heads}
+    experts = whole_experts(tensors.get("experts"), heads, asked)
     groups: dict[int, Group] = {}
     at = 0
     for i, ((number, count, finished), chosen) in enumerate(zip(heads, experts, strict=True)):
         own = {name: values[at : at + count] for name, values in lists.items()}
-        prompt_ids = notes["prompts"].get(str(number)) or prompts[number]
         parts, errors = notes["judged"].get(str(i), ({}, {}))
-        groups.setdefault(number, []).append(
-            Sample(prompt_ids, **own, finished=bool(finished), parts=parts, errors=errors, experts=chosen)
-        )
+        own |= {"finished": bool(finished), "parts": parts, "errors": errors, "experts": chosen}
+        groups.setdefault(number, []).append(Sample(asked[number], **own))
         at += count
     return groups
 
@@ -79,13 +79,17 @@ def expert_parts(groups: Iterable[Group]) -> Iterator[Tensor]:
         yield from (sample.experts[tokens:] for sample in group)
 
 
-def whole_experts(parts: Tensor | None, heads: Sequence[tuple[int, int]], prompts: Prompts) -> Iterator[Tensor | None]:
-    """Yields the experts of each sample, given as (number of its prompt, tokens), of what `expert_parts` gave."""
+def whole_experts(
+    parts: Tensor | None, heads: Sequence[Sequence[int]], prompts: Mapping[int, list[int]]
+) -> Iterator[Tensor | None]:
+    """Yields the experts of each sample, given as (number of its prompt, tokens, ...), of what `expert_parts` gave."""
     at, last, prompt = 0, None, None
-    for number, count in heads if parts is not None else ():
+    for number, count, *_ in heads:
+        if parts is None:
+            yield None
+            continue
         if number != last:
             last, prompt = number, parts[at : at + len(prompts[number])]
             at += len(prompt)
         yield torch.cat([prompt, parts[at : at + count - 1]])
         at += count - 1
-    yield from [None] * (len(heads) if parts is None else 0)

@@ -11,19 +11,22 @@ KEY = "rollout.router_replay=true"
 
 
 def _replay(case: Case) -> Iterator[str]:
-    if not case.config.rollout.router_replay or case.model is None:
+    r, m = case.config.rollout, case.model
+    if not r.router_replay:
         return
-    if case.model.moe is None:
+    if m is not None and m.moe is None:
         yield f"{KEY}: needs experts, and the model has none; set it to false or choose a model with model.moe"
-    elif family_of(case.model.family).parts:
-        yield f"{KEY}: not with model.family={case.model.family}, whose layers are its own code; set it to false"
-    r = case.config.rollout
+    elif m is not None and family_of(m.family).parts:
+        yield f"{KEY}: not with model.family={m.family}, whose layers are its own code; set it to false"
     if r.generator != "native":
-        yield f"{KEY}: not with rollout.generator={r.generator}, which tells no experts; use native, or set it to false"
-    if r.placement == "ahead":
-        yield f"{KEY}: not with rollout.placement=ahead, whose experts are those of older weights; set it to false"
+        yield f"{KEY}: not with rollout.generator={r.generator}, which records no experts; use native, or false"
+    if r.max_staleness:
+        yield (
+            f"{KEY}: not with rollout.max_staleness={r.max_staleness}, experts of older weights are not what rounding "
+            "chose; set it to false, or max_staleness=0"
+        )
     if r.environment is not None:
-        yield f"{KEY}: not with rollout.environment, which keeps of a turn its tokens alone; set it to false"
+        yield f"{KEY}: not with rollout.environment, whose own tokens no generator has chosen for; set it to false"
 
 
 REPLAY_RULES: Rules = ((plans, _replay),)

@@ -57,7 +57,7 @@ def test_a_signal_ends_it_in_good_order(
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    before, threads = signal.getsignal(how), threading.active_count()
+    before = signal.getsignal(how)
     assert cli.main(["serve", str(directory), "--port", str(port), "--name", "m", "--max-seq-tokens", "128"]) == 0
     asking.join(10)
     assert heard[-1].choices[0].finish_reason in ("length", "stop") and signal.getsignal(how) == before
@@ -65,7 +65,8 @@ def test_a_signal_ends_it_in_good_order(
         pass
     said = capsys.readouterr()
     assert said.out == f"export OPENAI_BASE_URL=http://127.0.0.1:{port}/v1\n" and "given" not in said.out + said.err
-    assert "128 tokens a sequence" in said.err and threading.active_count() < threads  # `ask` has ended too
+    assert "128 tokens a sequence" in said.err and not asking.is_alive()
+    assert "decoding" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_token_of_its_own_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:

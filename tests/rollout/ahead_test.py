@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -57,7 +58,7 @@ def test_a_worker_that_holds_other_weights_is_at_fault(tmp_path: Path, capsys: p
         publish(source, 0)
         train(source, 4)
         assert source.report()["workers"] == 2
-    with ahead(tmp_path, workers=1, restarts=0, verify=True, wrong=2) as source:
+    with ahead(tmp_path, workers=1, restarts=0, verify=True, wrong=1) as source:
         publish(source, 0)
         with pytest.raises(WorkersFail, match=r"does not hold the weights that were sent .*first in w of 1"):
             train(source, 10)
@@ -72,8 +73,8 @@ def test_a_fault_is_named_and_its_prompts_go_on(
         publish(source, 0)
         assert max(train(source, 10)) <= 1
     told = capsys.readouterr().err
-    asked = {"start": "settings", "weights": "generate"}.get(phase, "generate")
-    assert f": {asked}: the connection ended" in told and "it starts again, 1 left" in told
+    asked = {"start": "settings", "weights": "(weights|generate)"}.get(phase, "generate")  # sent before, or behind
+    assert re.search(f": {asked}: the connection ended", told) and "it starts again, 1 left" in told
     assert f"about to {how} while {phase}" in told  # the end of its log
     assert ("(it ended by SIGKILL)" in told) == (how == "kill")
 

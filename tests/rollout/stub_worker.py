@@ -71,7 +71,7 @@ def main() -> None:
             version = head["version"]
             told = {"kind": "loaded", "version": version, "load_s": 0.0, "bytes": head["bytes"]}
             if head["verify"]:  # of the one tensor `w`, four numbers in fp32
-                held = os.pread(message.file, 16, 0) if version != settings.get("wrong") else b"other"
+                held = os.pread(message.file, 16, 0) if version < settings.get("wrong", 2**31) else b"other"
                 told["checksums"] = {"w": hashlib.sha256(held).hexdigest()[:16]}
             os.close(message.file)
             send(sock, told)
