@@ -17,7 +17,7 @@ from llmtrain.rules.case import Case, Earlier
 from llmtrain.rules.check import layout_violations
 from llmtrain.scaling.activations import activation_bytes, kept_layers, logits_bytes
 from llmtrain.scaling.attention import attention_bytes
-from llmtrain.scaling.plan import Plan, accumulation_of, bubble_of, fullest_states, plan, step_of
+from llmtrain.scaling.plan import Plan, accumulation_of, bubble_of, fullest_states, plan, rollout_workers, step_of
 from llmtrain.scaling.states import States
 from llmtrain.scaling.steptime import step_time
 from llmtrain.scaling.turns import Models, Turn, heaviest, other_models, takes_turns, turns_of
@@ -124,10 +124,12 @@ def _layouts(document: Document) -> Iterator[list[Config]]:
 
 
 def _placements(document: Document) -> Iterator[tuple[Config, int]]:
-    """Yields the document with each number of rollout workers, 0 = the trainers sample, and the number of trainers."""
+    """Yields the document with each number of rollout workers, 0 = the trainers sample, and the number of trainers.
+    Sampling ahead, and by a server, keep the place that they have."""
     config, ranks = document.config, document.ranks
-    if not document.recipe.samples:
-        yield config, ranks
+    r = config.rollout
+    if not document.recipe.samples or r.placement == "ahead" or r.generator != "native":
+        yield config, ranks - rollout_workers(config, document.recipe)
         return
     for workers in sorted({0, *(int(ranks * share) for share in WORKERS)}):
         place = {"placement": "separate" if workers else "colocated", "workers": workers}

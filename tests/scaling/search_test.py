@@ -11,11 +11,11 @@ from rich.console import Console
 
 from llmtrain import cli
 from llmtrain.config.load import load
-from llmtrain.config.recipes import RECIPES, planned_recipes
+from llmtrain.config.recipes import RECIPES, config_class, planned_recipes
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, TrainConfig
 from llmtrain.scaling.layouts import WIDTH, overrides, summary, table
 from llmtrain.scaling.plan import plan
-from llmtrain.scaling.search import Found, document_of, search
+from llmtrain.scaling.search import Document, Found, _placements, document_of, search
 from llmtrain.scaling.speed import room_bytes
 from llmtrain.scaling.turns import heaviest, other_models, turns_of
 from llmtrain.scaling.turntime import Job, step_of_turns
@@ -117,6 +117,15 @@ def test_a_stage_that_starts_from_one_before_may_fit_nowhere(
 def test_the_misfit_is_called_what_it_is(eight: Found) -> None:
     """Only the nearest to fit are timed; others may be faster."""
     assert "the fastest of the 30 that fail to fit by least: " in summary(eight, eight.best[0].config)[1]
+
+
+def test_who_samples_ahead_stays_where_it_is() -> None:
+    """Rollout workers of other kinds than ranks of the job are not moved."""
+    for changes in ({"placement": "ahead"}, {"generator": "vllm", "placement": "separate", "workers": 2}):
+        rollout = config_class()().rollout.model_copy(update=changes)
+        config = config_of("smollm2-135m", "fsdp", 8).model_copy(update={"rollout": rollout})
+        each = list(_placements(Document(config, RECIPES["grpo"], None, None, None, 8, {})))
+        assert each == [(config, 8 - rollout.workers)]
 
 
 TURNS = """
