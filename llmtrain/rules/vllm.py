@@ -23,7 +23,7 @@ def _wanted(case: Case) -> bool:
         return False
     beside = config.eval.every_steps > 0 and config.eval.problems > 0 and config.data.held_out is not None
     evaluates = case.command == "eval" and bool(config.eval.problems or config.eval.tasks)
-    return samples(case) or evaluates or (case.recipe is not None and beside)
+    return (samples(case) and config.rollout.replay is None) or evaluates or (case.recipe is not None and beside)
 
 
 def _interpreter(case: Case) -> Iterator[str]:

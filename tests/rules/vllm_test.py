@@ -60,6 +60,7 @@ def test_another_version_is_told(tmp_path: Path) -> None:
     assert told(tmp_path, version="0.31.1", command="pretrain") == []  # nothing is sampled
     assert len(told(tmp_path, "eval.every_steps=2", version="0.31.1", command="sft")) == 1  # but beside training
     assert told(tmp_path, "rollout.generator=native", version="0.31.1") == []
+    assert not any("0.31.1" in line for line in told(tmp_path, "rollout.replay=x", version="0.31.1"))  # nothing either
 
 
 @pytest.mark.parametrize(
