@@ -124,6 +124,7 @@ class Sample:
     columns: dict[str, list[float]] = field(default_factory=dict)  # for Batch.extra (advantages, returns, ...)
     example: dict[str, Any] = field(default_factory=dict)  # the line of the problem file that it answers
     experts: Tensor | None = field(default=None, compare=False)  # that the generator chose, see `rollout.experts`
+    attempt: int | None = None  # rows of a group with one number are one attempt, with one reward; None = each its own
 
     def __post_init__(self) -> None:
         lists = (self.trained, self.logprobs, self.versions, *self.columns.values())

@@ -31,7 +31,8 @@ def main(options: ServeOptions) -> None:
         raise ValueError(f"serve: {' and '.join(missing)} not installed; pip install -e '.[serve]' -c constraints.txt")
     import uvicorn
 
-    from llmtrain.rollout.api.app import Anyone, build_app, only
+    from llmtrain.rollout.api.app import build_app, only
+    from llmtrain.rollout.api.callers import Anyone
     from llmtrain.rollout.api.model import ServedModel
 
     with listening(options) as sock:

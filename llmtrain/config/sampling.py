@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from llmtrain.config.agent import AgentConfig
 from llmtrain.config.document import model_name
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.lm_eval import LmEvalConfig
@@ -38,6 +39,7 @@ class RolloutConfig(Section):
     stop: list[Annotated[str, Field(min_length=1)]] = Field([])  # texts that end a completion, as end tokens do
     skip_special_tokens: bool = True  # rewards, samples and evaluations read completions without special tokens
     max_batch_seqs: PositiveInt = 256  # sequences decoded together on one rank
+    agent: AgentConfig | None = None  # a program of your own that talks to the policy; null = none
     environment: EnvironmentConfig | None = None  # what completions talk to, turn by turn; null = they stand alone
     verify: Literal["probe", "checksum", "off"] = "probe"  # after every sync; see docs/rollouts/trust.md
     router_replay: bool = False  # the update uses the experts that the generator chose; docs/rollouts/trust.md

@@ -69,10 +69,12 @@ def read_calls(text: str) -> tuple[str, list[Call]]:
 
 
 def read_call(block: str) -> Call | None:
-    """Returns the call that a block holds; None where it holds something else."""
+    """Returns the call that a block holds, whose arguments may be JSON in a text; None where it holds something
+    else."""
     try:
         found = json.loads(block)
+        name, arguments = (found.get("name"), found.get("arguments", {})) if isinstance(found, dict) else (None, None)
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         return None
-    name, arguments = (found.get("name"), found.get("arguments", {})) if isinstance(found, dict) else (None, None)
     return Call(name, arguments) if isinstance(name, str) and name and isinstance(arguments, dict) else None

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+from llmtrain.data.calls import CLOSE, OPEN
+
 FORM = f'{OPEN}{{"name": ..., "arguments": {{...}}}}{CLOSE}'
 MOST_CALLS = 16  # of a turn; later ones are not made
 

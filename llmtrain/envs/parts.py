@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from llmtrain.config.agent import AgentConfig
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.envs.episodes import FAILED
 from llmtrain.types import Group, Sample
@@ -30,7 +31,7 @@ def judged_by_environment(groups: Sequence[Group]) -> Judged:
     return [(sample.parts, sample.errors) for sample in chain.from_iterable(groups)]
 
 
-def add_parts(groups: Sequence[Group], judged: Judged, settings: EnvironmentConfig | None) -> list[Part]:
+def add_parts(groups: Sequence[Group], judged: Judged, settings: EnvironmentConfig | AgentConfig | None) -> list[Part]:
     """Adds the parts to the rewards of the samples, by their weights, and the errors. Returns the parts as entries like
     those of the section `rewards`.
 
@@ -53,7 +54,7 @@ def add_parts(groups: Sequence[Group], judged: Judged, settings: EnvironmentConf
     return parts
 
 
-def failures_of(settings: EnvironmentConfig | None) -> list[Part]:
+def failures_of(settings: EnvironmentConfig | AgentConfig | None) -> list[Part]:
     """Returns the entry under which failures of the environment itself are counted."""
     return [] if settings is None else [Part(FAILED, 0.0, settings.max_error_share)]
 

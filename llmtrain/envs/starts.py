@@ -41,3 +41,17 @@ def starts_of(make: Make, keep_thinking: bool) -> Starts:
             yield Encoded(where, Example(example, prompt=messages), ids, [False] * len(ids))
 
     return starts
+
+
+def examples(path: str, tokenizer: Tokenizer, settings: DataConfig, faults: Faults) -> Iterator[Encoded]:
+    """Yields the rows of a file for an agent, which makes its prompts itself: one token stands for them."""
+    for where, record in read_rows(path, faults):
+        try:
+            example = mapped(record, settings.fields)
+        except ValueError as error:
+            faults.add(where, str(error))
+            continue
+        if not example:
+            faults.add(where, "the row is empty; an agent is given it, so write something, or remove it")
+            continue
+        yield Encoded(where, Example(example, prompt=[]), [tokenizer.eos_id], [False])

@@ -104,15 +104,27 @@ def sample(job: Job, source: RolloutSource, number: int) -> tuple[list[Group], l
 
 
 def credit(groups: Sequence[Group], settings: GrpoConfig) -> None:
-    """Fills in the columns `advantages` and `weights` (of tokens, in the loss): one value a sample, for each token."""
-    g = settings
-    rewards = [[sample.reward - g.kl_coef * divergence(sample, g.kl_form) for sample in group] for group in groups]
+    """Fills in the columns `advantages` and `weights` (of tokens, in the loss): one value a sample, for each token.
+
+    The rows of one attempt have one advantage, by the reward of the last one, and count once where it is compared.
+    """
+    g, tries = settings, [attempts(group) for group in groups]
+    rewards = [[rows[-1].reward - sum(g.kl_coef * divergence(s, g.kl_form) for s in rows) for rows in t] for t in tries]
     exact = torch.tensor(rewards, dtype=torch.float64)  # fp32 would lose the differences of large rewards
     advantages = group_advantages(exact, g.normalize_std, g.baseline, g.std_of, g.std_eps)
-    for sample, advantage in zip(chain.from_iterable(groups), advantages.flatten().tolist(), strict=True):
-        sample.columns["advantages"] = [advantage] * len(sample.ids)
-        if g.aggregate == "sequences":
-            sample.columns["weights"] = [1 / max(1, sum(sample.trained))] * len(sample.ids)
+    for rows, advantage in zip(chain.from_iterable(tries), advantages.flatten().tolist(), strict=True):
+        for sample in rows:
+            sample.columns["advantages"] = [advantage] * len(sample.ids)
+            if g.aggregate == "sequences":
+                sample.columns["weights"] = [1 / max(1, sum(sample.trained))] * len(sample.ids)
+
+
+def attempts(group: Group) -> list[list[Sample]]:
+    """Returns the rows of each attempt of a group."""
+    found: dict[tuple[bool, int], list[Sample]] = {}
+    for i, sample in enumerate(group):
+        found.setdefault((sample.attempt is None, i if sample.attempt is None else sample.attempt), []).append(sample)
+    return list(found.values())
 
 
 def divergence(sample: Sample, form: str) -> float:

@@ -59,8 +59,9 @@ class Continuous:
     runs. Methods may be called in any thread.
     """
 
-    def __init__(self, generator: NativeGenerator) -> None:
-        self.generator = generator
+    def __init__(self, generator: NativeGenerator, most_seqs: int | None = None) -> None:
+        """`most_seqs` are decoded together where that is less than `generator.max_batch_seqs`."""
+        self.generator, self.most_seqs = generator, min(most_seqs or generator.max_batch_seqs, generator.max_batch_seqs)
         self.changed = threading.Condition()
         self.coming: dict[int, Request] = {}  # by number, not yet seen by the thread
         self.running: dict[int, Request] = {}
@@ -106,6 +107,10 @@ class Continuous:
             self.changed.notify()
         return future
 
+    def rest(self) -> None:
+        """Ends all requests, and lets go of the cache until the next one comes."""
+        self.call(lambda: self._fail(RuntimeError("ended"))).result()
+
     def close(self) -> None:
         """Ends the thread after its round; requests that run are told."""
         with self.changed:
@@ -142,7 +147,7 @@ class Continuous:
         request.sequences = self.generator.sequences(number, request.prompt, request.sampling)
         request.left = len(request.sequences)
         if self.decoding is None:
-            self.decoding = self.generator.decoding(self._look)
+            self.decoding = self.generator.decoding(self.most_seqs, self._look)
         self.decoding.waiting.extend(request.sequences)
 
     def _leave(self, number: int) -> None:

@@ -98,14 +98,13 @@ class NativeGenerator:
             yield sequence.tokens[-1]
 
     @torch.inference_mode()
-    def decoding(self, seen: Seen | None = None) -> Decoding:
-        """Returns what decodes sequences that come one after the other, with a cache for `max_batch_seqs` of
-        `max_seq_tokens`, which no other call may use meanwhile; `seen` looks at the logits of each token.
+    def decoding(self, slots: int, seen: Seen | None = None) -> Decoding:
+        """Returns what decodes sequences that come one after the other, with a cache for `slots` of `max_seq_tokens`,
+        which no other call may use meanwhile; `seen` looks at the logits of each token.
 
         Raises RuntimeError when asleep.
         """
         self._check([])
-        slots = self.max_batch_seqs
         return Decoding(self.packed, self._reserve(slots, self.max_seq_tokens), slots, seen, self.experts)
 
     def sequences(self, group: int, prompt: Prompt, sampling: Sampling) -> list[Completion]:

@@ -44,8 +44,9 @@ def tensors_of(groups: Mapping[int, Group], prompts: Prompts = ()) -> dict[str, 
     tensors["heads"] = torch.tensor(heads, dtype=torch.int64).view(-1, 3)
     own = {n: g[0].prompt_ids for n, g in groups.items() if g and prompts and g[0].prompt_ids != prompts[n]}
     judged = {i: [s.parts, s.errors] for i, (_, s) in enumerate(samples) if s.parts or s.errors}
-    if own or judged:
-        notes = json.dumps({"prompts": own, "judged": judged}).encode()
+    attempts = {i: s.attempt for i, (_, s) in enumerate(samples) if s.attempt is not None}
+    if own or judged or attempts:
+        notes = json.dumps({"prompts": own, "judged": judged, "attempts": attempts}).encode()
         tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
     if samples and samples[0][1].experts is not None:
         tensors["experts"] = torch.cat(list(expert_parts(groups.values())))
@@ -56,7 +57,8 @@ def groups_of(tensors: Mapping[str, Tensor], prompts: Prompts) -> dict[int, Grou
     """Returns what `tensors_of` was given."""
     lists = {name: tensors[name].tolist() for name in DTYPES}
     lists["trained"] = [bool(x) for x in lists["trained"]]
-    notes = json.loads(bytes(tensors["notes"].tolist())) if "notes" in tensors else {"prompts": {}, "judged": {}}
+    nothing = {"prompts": {}, "judged": {}, "attempts": {}}
+    notes = json.loads(bytes(tensors["notes"].tolist())) if "notes" in tensors else nothing
     heads = tensors["heads"].tolist()
     asked = {number: notes["prompts"].get(str(number)) or prompts[number] for number, *_ in heads}
     experts = whole_experts(tensors.get("experts"), heads, asked)
@@ -66,6 +68,7 @@ def groups_of(tensors: Mapping[str, Tensor], prompts: Prompts) -> dict[int, Grou
         own = {name: values[at : at + count] for name, values in lists.items()}
         parts, errors = notes["judged"].get(str(i), ({}, {}))
         own |= {"finished": bool(finished), "parts": parts, "errors": errors, "experts": chosen}
+        own["attempt"] = notes["attempts"].get(str(i))
         groups.setdefault(number, []).append(Sample(asked[number], **own))
         at += count
     return groups

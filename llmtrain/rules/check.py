@@ -11,6 +11,7 @@ from llmtrain.config.hub import located
 from llmtrain.config.load import ConfigError, stage_config
 from llmtrain.config.ramp import phases, trained_model, with_phase
 from llmtrain.config.schema import Config, ModelConfig, RunConfig, StageConfig
+from llmtrain.rules.agent import AGENT_RULES
 from llmtrain.rules.ahead import AHEAD_RULES
 from llmtrain.rules.attention import ATTENTION_RULES
 from llmtrain.rules.case import Case, Earlier, Rules, pretrains
@@ -39,7 +40,7 @@ RULES = (
     *SHAPE_RULES,
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
     *(*CURRICULUM_RULES, *TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES, *PLAN_RULES, *INDEX_RULES),
-    *(*ENVIRONMENT_RULES, *VLLM_RULES, *AHEAD_RULES, *REPLAY_RULES),
+    *(*ENVIRONMENT_RULES, *VLLM_RULES, *AHEAD_RULES, *REPLAY_RULES, *AGENT_RULES),
 )
 
 

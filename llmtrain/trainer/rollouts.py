@@ -27,7 +27,7 @@ from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
 from llmtrain.trainer.ahead import build_ahead
 from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
 from llmtrain.trainer.curriculum import Curriculum
-from llmtrain.trainer.environments import answering, prompts_of
+from llmtrain.trainer.environments import answering, prompts_of, with_agent
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import CURRICULUM, STEP_SAMPLES
@@ -57,13 +57,13 @@ def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:
     if job.config.rollout.placement == "separate":
         job.mesh.link.await_trainers("model", job.mesh.role)
         return RemoteGenerator(job.mesh.link, job.mesh.num_trainers)
-    local = local_generator(job)
+    local = with_agent(job.config, job.tokenizer, local_generator(job))
     return ColocatedGenerator(local, job.mesh, answering(job.config, job.tokenizer, local).generate)
 
 
 def serve_rollouts(job: Job) -> None:
     """Runs a rollout rank from its start to its end."""
-    generator = local_generator(job)
+    generator = with_agent(job.config, job.tokenizer, local_generator(job))
     job.mesh.link.await_trainers("model", job.mesh.role)
     answer = answering(job.config, job.tokenizer, generator).generate
     serve(job.mesh.link, generator, job.mesh.rank, job.mesh.size, answer)
@@ -87,7 +87,7 @@ def records_dir(config: Config) -> str:
 
 def sampling_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InStep | Ahead:
     """Returns the source that samples, in step or ahead."""
-    config, environment = job.config, job.config.rollout.environment
+    config, environment = job.config, job.config.rollout.environment or job.config.rollout.agent
     shared = shared_reward(build_reward(config.rewards, completion_text(config, job.tokenizer)), job.mesh)
 
     def reward(groups: Sequence[Group]) -> None:

@@ -16,6 +16,7 @@ ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
         (f"So:\n{ADD}", "So:", [Call("add", {"a": 1})]),
         (f"{ADD}\n{ADD}\nDone ", "Done ", [Call("add", {"a": 1})] * 2),
         ('<tool_call>{"name": "f"}</tool_call>', "", [Call("f", {})]),
+        ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [Call("f", {"a": 1})]),
         ("<tool_call>{}</tool_call> x", "<tool_call>{}</tool_call> x", []),
         ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
         ("<tool_call>{bad</tool_call>", "<tool_call>{bad</tool_call>", []),

@@ -35,6 +35,8 @@ def sampled(config: Config, prompts: int, updates: int) -> StepSize:
     """Returns the size of a step that samples `rollout.group_size` completions of each prompt, or episodes."""
     r = config.rollout
     each = r.max_new_tokens
+    if r.agent is not None:
+        each = config.train.seq_len
     if r.environment is not None:
         each = min(each * r.environment.max_turns, config.train.seq_len)
     tokens = prompts * r.group_size * each

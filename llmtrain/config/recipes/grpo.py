@@ -105,11 +105,12 @@ def room_to_punish(config: Config) -> Iterator[str]:
     buffer, limit = config.grpo.overlong_buffer, config.rollout.max_new_tokens
     if buffer > limit:
         yield f"grpo.overlong_buffer={buffer}: must be at most rollout.max_new_tokens={limit}; lower it"
-    if buffer and config.rollout.environment is not None:
-        yield (
-            f"grpo.overlong_buffer={buffer}: measures one completion, and rollout.environment makes episodes of "
-            "several turns; set it to 0"
-        )
+    for key in ("environment", "agent"):
+        if buffer and getattr(config.rollout, key) is not None:
+            yield (
+                f"grpo.overlong_buffer={buffer}: measures one completion, and rollout.{key} makes episodes of several "
+                "turns; set it to 0"
+            )
 
 
 def used_together(config: Config) -> Iterator[str]:

@@ -9,7 +9,7 @@ import json
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -20,11 +20,11 @@ from starlette.routing import Route
 
 from llmtrain.observe.log import log
 from llmtrain.rollout.api.answers import Answer
+from llmtrain.rollout.api.callers import Caller
 from llmtrain.rollout.api.choices import Delta
 from llmtrain.rollout.api.model import ServedModel
 from llmtrain.rollout.api.refused import Refused
 from llmtrain.rollout.api.requests import ChatRequest, CompletionRequest, parsed
-from llmtrain.rollout.continuous import Token
 
 MOST_BODY_BYTES = 4 * 2**20
 DRAINED_BYTES = 64 * 2**20  # of a body that is too long, so that its sender reads the answer
@@ -33,26 +33,6 @@ GONE = 499  # nobody reads it
 INTERNAL = "the server failed; its own output says why"
 DONE = "data: [DONE]\n\n"
 Result = TypeVar("Result")
-
-
-class Caller(Protocol):
-    """Says how one client's conversations are encoded, and hears what is answered."""
-
-    def conversation(self, asked: ChatRequest) -> list[int]:
-        """Returns the token ids of a conversation, as `ServedModel.conversation`."""
-
-    def heard(self, asked: ChatRequest | CompletionRequest, ids: list[int], tokens: list[Token], whole: Delta) -> None:
-        """Is told of each choice that is complete: the prompt, its tokens, and what the client sees of them."""
-
-
-class Anyone:
-    """Implements a `Caller` of whom nothing is kept."""
-
-    def __init__(self, model: ServedModel) -> None:
-        self.conversation = model.conversation
-
-    def heard(self, asked: ChatRequest | CompletionRequest, ids: list[int], tokens: list[Token], whole: Delta) -> None:
-        return
 
 
 CallerOf = Callable[[str], Caller | None]
@@ -119,12 +99,7 @@ async def _generate(
     """Answers a request for completions or a chat."""
     caller = _caller(caller_of, request)
     asked = parsed(kind, await _body(request))
-    model.check_name(asked.model)
-    if isinstance(asked, ChatRequest):
-        prompts = [await run_in_threadpool(caller.conversation, asked)]
-    else:
-        prompts = await run_in_threadpool(model.prompts, asked)
-    answer = Answer(model, asked, prompts)
+    answer = Answer(model, asked, await run_in_threadpool(caller.prompts, asked))
     if asked.stream:
         return StreamingResponse(_events(answer, caller), media_type="text/event-stream")
     return JSONResponse(await _unless_gone(request, _whole(answer, caller)))
@@ -181,13 +156,16 @@ async def _gone(request: Request) -> None:
 async def _deltas(answer: Answer, caller: Caller) -> AsyncIterator[tuple[int, Delta]]:
     """Yields what each token adds to which choice, and tells the caller of choices that are complete."""
     wholes = [Delta() for _ in answer.choices]
-    async with contextlib.aclosing(answer.model.tokens(answer.asked, answer.prompts)) as tokens:
-        async for number, token in tokens:
-            delta, whole = answer.choices[number].push(token), wholes[number]
-            whole.add(delta)
-            if delta.end:
-                caller.heard(answer.asked, answer.prompts[answer.prompt_of(number)], whole.tokens, whole)
-            yield number, delta
+    try:
+        async with contextlib.aclosing(answer.model.tokens(answer.asked, answer.prompts, caller)) as tokens:
+            async for number, token in tokens:
+                delta, whole = answer.choices[number].push(token), wholes[number]
+                whole.add(delta)
+                if delta.end:
+                    caller.heard(answer.asked, answer.prompt_of(number), whole)
+                yield number, delta
+    finally:
+        caller.left(answer.asked)
 
 
 async def _whole(answer: Answer, caller: Caller) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from llmtrain.rollout.continuous import Continuous, Request, Token
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.stem import without_head
 from llmtrain.types import Prompt, Sampling
+
+if TYPE_CHECKING:
+    from llmtrain.rollout.api.callers import Caller
 
 MOST_SEQUENCES = 1024  # decoded or waiting; above it the client is told to come again
 HEAD_TOKENS = 512  # of an echoed prompt, whose logits exist at one time
@@ -52,7 +55,7 @@ class ServedModel:
         encode = self.tokenizer.encode
         rows = [[*prefix, *encode(p, parse_special=False)] if isinstance(p, str) else p for p in asked.prompt]
         for ids in rows:
-            self.check_prompt(ids, asked, "prompt")
+            self.check_prompt(ids, asked.limit, "prompt")
         return rows
 
     def conversation(self, asked: ChatRequest) -> list[int]:
@@ -64,12 +67,12 @@ class ServedModel:
             ids = self.tokenizer.encode_chat(messages, tools=asked.shown_tools, kwargs=kwargs)
         except ValueError as error:
             raise Refused(400, str(error), "messages") from None
-        self.check_prompt(ids, asked, "messages")
+        self.check_prompt(ids, asked.limit or 1, "messages")
         return ids
 
-    def check_prompt(self, ids: Sequence[int], asked: ChatRequest | CompletionRequest, param: str) -> None:
-        """Raises Refused for a prompt that leaves no room for what is asked, or has tokens that the model lacks."""
-        limit, wanted = self.generator.max_seq_tokens, asked.limit or 1
+    def check_prompt(self, ids: Sequence[int], wanted: int, param: str) -> None:
+        """Raises Refused for a prompt that leaves no room for so many tokens, or has some that the model lacks."""
+        limit = self.generator.max_seq_tokens
         if not ids:
             raise Refused(400, f"{param}: has no tokens; write something", param)
         if len(ids) + wanted > limit:
@@ -96,11 +99,11 @@ class ServedModel:
         )
 
     async def tokens(
-        self, asked: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]
+        self, asked: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], caller: Caller
     ) -> AsyncIterator[tuple[int, Token]]:
         """Yields the tokens of all choices, each with the number of its choice. Whoever leaves before the end frees
         the places. Raises Refused when too many wait, else what went wrong."""
-        n, seed = asked.n or 1, secrets.randbits(31) if asked.seed is None else asked.seed
+        n, seed = asked.n or 1, caller.seed(asked)
         if self.continuous.sequences + n * len(prompts) > MOST_SEQUENCES:
             raise Refused(429, f"more than {MOST_SEQUENCES} sequences would wait; ask for less, or later")
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
@@ -112,8 +115,8 @@ class ServedModel:
 
         try:
             for place, ids in enumerate(prompts):
-                sampling = self.sampling(asked, len(ids))
-                request = Request(Prompt(ids, seed), sampling, lambda each, p=place: deliver(p, each), asked.top)
+                told, sampling = partial(deliver, place), caller.sampling(asked, len(ids))
+                request = Request(Prompt(ids, seed), sampling, told, asked.top)
                 numbers.append(self.continuous.submit(request))
             left = n * len(prompts)
             while left:

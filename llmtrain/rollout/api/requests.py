@@ -82,8 +82,8 @@ class Asked(Section):
     logit_bias: neutral({}) = None
 
     @property
-    def limit(self) -> int | None:
-        """Returns the most tokens of an answer; None = as many as there is room for."""
+    def wanted(self) -> int | None:
+        """Returns the most tokens of an answer that are asked for, if that is said."""
         return self.max_tokens
 
 
@@ -98,7 +98,8 @@ class CompletionRequest(Asked):
     suffix: neutral("") = None
 
     @property
-    def limit(self) -> int | None:
+    def limit(self) -> int:
+        """Returns the most tokens of an answer."""
         return self.max_tokens or 16  # as in the protocol
 
     @property
@@ -171,8 +172,13 @@ class ChatRequest(Asked):
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM
 
     @property
-    def limit(self) -> int | None:
+    def wanted(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit(self) -> int | None:
+        """Returns the most tokens of an answer; None = as many as there is room for."""
+        return self.wanted
 
     @property
     def top(self) -> int | None:

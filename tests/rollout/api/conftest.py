@@ -77,7 +77,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from llmtrain.rollout.api.app import Anyone, build_app, only
+    from llmtrain.rollout.api.app import build_app, only
+    from llmtrain.rollout.api.callers import Anyone
     from llmtrain.rollout.api.model import ServedModel
 
     directory = tmp_path_factory.mktemp("serve")

@@ -1,0 +1,70 @@
+"""Checks the section `rollout.agent`. Each rule yields lines with value, rule and remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from llmtrain.config.agent import AgentConfig
+from llmtrain.config.recipes import JUDGES
+from llmtrain.rules.case import Case, Rules
+
+KEY = "rollout.agent"
+OF_SERVER = ("starlette", "uvicorn")
+
+
+def _there(case: Case) -> bool:
+    """Holds where there is an agent."""
+    return case.config.rollout.agent is not None
+
+
+def _settings(case: Case) -> AgentConfig:
+    assert case.config.rollout.agent is not None
+    return case.config.rollout.agent
+
+
+def _one_program(case: Case) -> Iterator[str]:
+    a = _settings(case)
+    if a.function is None and not a.command:
+        yield f"{KEY}: must name a program; set function, such as my_agent.py:run, or command"
+    if a.function is not None and a.command:
+        yield f"{KEY}.command={a.command}: not together with function; remove one of them"
+    if a.file is not None and not os.path.isfile(a.file):
+        yield f"{KEY}.function={a.function}: {a.file} is no file here; correct the path"
+    if a.command and shutil.which(a.command[0]) is None:
+        yield f"{KEY}.command={a.command}: {a.command[0]} is no program here; correct the path"
+
+
+def _server(case: Case) -> Iterator[str]:
+    if missing := [name for name in OF_SERVER if find_spec(name) is None]:
+        yield f"{KEY}: needs {' and '.join(missing)}, not installed; pip install -e '.[serve]' -c constraints.txt"
+
+
+def _trains(case: Case) -> Iterator[str]:
+    recipe = case.recipe
+    if case.command in ("eval", *JUDGES) or (recipe is not None and recipe.samples and not recipe.judged):
+        yield f"{KEY}: not in {case.command}, which rewards no samples to train on them; remove it"
+
+
+def _alone(case: Case) -> Iterator[str]:
+    r = case.config.rollout
+    if r.placement == "ahead":
+        yield f"{KEY}: not with rollout.placement=ahead, whose workers answer single prompts; use colocated or separate"
+    for name in ("record", "replay", "router_replay"):
+        if getattr(r, name):
+            yield f"rollout.{name}={getattr(r, name)}: not with {KEY}, whose rows it does not hold; remove one of them"
+    if r.generator != "native":
+        yield f"{KEY}: not with rollout.generator={r.generator}: the native generator is served to it; set native"
+    if case.config.rollout.environment is not None:
+        yield f"{KEY}: not together with rollout.environment: a program has its own; remove one of them"
+    evaluation = case.config.eval
+    if evaluation.every_steps and evaluation.problems:
+        yield (
+            f"eval.problems={evaluation.problems}: measures single answers, and with {KEY} a row is no prompt; set it "
+            "to 0"
+        )
+
+
+AGENT_RULES: Rules = tuple((_there, rule) for rule in (_one_program, _server, _trains, _alone))

@@ -1,0 +1,68 @@
+"""The rules of `rollout.agent`: broken once, each says value, rule and remedy; kept, it is silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.load import ConfigError, load
+from llmtrain.rules import agent
+from llmtrain.rules.check import violations
+
+OWN = str(Path(__file__).parents[1] / "envs" / "agent_failing.py")
+GOOD = f"{{function: '{OWN}:fails'}}"
+
+
+def lines(folder: Path, command: str, settings: str, *overrides: str) -> list[str]:
+    """Returns the violations that speak of the agent."""
+    path = folder / "x.yaml"
+    path.write_text(
+        f"model: {{init_from: {folder}}}\ntokenizer: {{path: {folder}}}\ndata: {{train: {__file__}}}\nrewards: []\n"
+        f"rollout: {{agent: {settings}}}\n"
+    )
+    found = violations(load(str(path), list(overrides)), 1, command)
+    return [line for line in found if "agent" in line or line.startswith("rewards=")]
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "overrides", "line"),
+    [
+        ("grpo", "{}", (), "rollout.agent: must name a program; set function, such as my_agent.py:run, or command"),
+        ("grpo", f"{{function: '{OWN}:fails', command: [bash]}}", (), "rollout.agent.command=['bash']: not together"),
+        ("raft", "{function: 'no.py:run'}", (), "rollout.agent.function=no.py:run: no.py is no file here; correct"),
+        ("ppo", "{command: [no-such-program]}", (), "rollout.agent.command=['no-such-program']: no-such-program is no"),
+        ("judge", GOOD, ("rewards=[{name: math}]",), "rollout.agent: not in judge, which rewards no samples to train"),
+        (
+            "distill",
+            GOOD,
+            ("distill.on_policy=true",),
+            "rollout.agent: not in distill, which rewards no samples to train on them; remove it",
+        ),
+        ("grpo", GOOD, ("rollout.environment={game: nim}",), "rollout.agent: not together with rollout.environment"),
+        ("grpo", GOOD, ("rollout.generator=vllm",), "rollout.agent: not with rollout.generator=vllm: the native"),
+        ("grpo", GOOD, ("rollout.placement=ahead",), "rollout.agent: not with rollout.placement=ahead, whose workers"),
+        ("grpo", GOOD, ("rollout.record=true",), "rollout.record=True: not with rollout.agent, whose rows it does not"),
+        ("grpo", GOOD, ("eval.every_steps=1", f"data.held_out={OWN}"), "eval.problems=256: measures single answers"),
+        ("grpo", GOOD, ("grpo.overlong_buffer=9",), "grpo.overlong_buffer=9: measures one completion, and rollout.ag"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    tmp_path: Path, command: str, settings: str, overrides: tuple[str, ...], line: str
+) -> None:
+    found = [each for each in lines(tmp_path, command, settings, *overrides) if "vllm.python" not in each]
+    assert any(each.startswith(line) for each in found), found
+
+
+def test_what_can_work_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in ("grpo", "ppo", "raft", "sft", "plan"):
+        assert lines(tmp_path, command, GOOD) == []
+    assert lines(tmp_path, "grpo", "{command: [bash, -c, 'exit 0']}") == []
+    monkeypatch.setattr(agent, "find_spec", lambda name: None)
+    expected = "rollout.agent: needs starlette and uvicorn, not installed; pip install -e '.[serve]' -c constraints.txt"
+    assert lines(tmp_path, "grpo", GOOD) == [expected]
+
+
+def test_a_function_has_a_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.agent.function: value 'run': must be file.py:function or"):
+        lines(tmp_path, "grpo", "{function: run}")
