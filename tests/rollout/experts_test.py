@@ -170,6 +170,24 @@ def test_over_the_wire_with_the_prompt_once(dtype: torch.dtype) -> None:
     assert load(sent.numpy().tobytes())["experts"].tolist() == [p, q, x, y, z, x, y]
 
 
+def test_a_prompt_that_is_not_the_one_that_was_asked_for_brings_its_own_length() -> None:
+    groups = {0: [sample([1, 2, 3], [5, 6], [[0, 1], [2, 3], [4, 5], [6, 7]])]}
+    (found,) = unpack(pack(groups, [[1]]), [[1]])[0]
+    assert found == groups[0][0] and found.experts.equal(groups[0][0].experts)
+
+
+def test_a_decoding_that_goes_on_records_too() -> None:
+    """The hooks of routers note whatever is computed: who decodes takes it away."""
+    generator = NativeGenerator(decoder(), 4, "cpu", record_experts=True)
+    decoding = generator.decoding()
+    (completion,) = generator.sequences(0, Prompt([5, 7, 9]), Sampling(4))
+    decoding.waiting.append(completion)
+    while decoding.waiting or decoding.active:
+        with torch.inference_mode():
+            decoding.round()
+    assert completion.sample(0).experts.shape == (3 + 4 - 1, 6) and generator.experts.noted == []
+
+
 def test_nothing_is_sent_where_nothing_is_recorded() -> None:
     plain = Sample([1], [5], [True], [-1.0], [0], True)
     assert unpack(pack({0: [plain]}), [[1]])[0][0].experts is None
