@@ -31,7 +31,7 @@ class EnvironmentConfig(Section):
     mcp: list[McpConfig] = Field([])  # servers whose tools it may call beside those
     game: Literal["nim"] | None = None  # the policy plays all sides; rows of the problem file say how it starts
     function: str | None = None  # your own: my_env.py:Class or package.module:Class
-    args: dict[str, Any] = Field({})  # keyword arguments of that class
+    args: dict[str, Any] = Field({})  # keyword arguments of that class, or of the game
     unsandboxed: bool = False  # with `function`: yes, it may run with all that you may do, as it has state to keep
     max_turns: PositiveInt = 8  # turns of the policy in an episode, of all sides of a game together
     calls: Literal["tags", "plain"] = "tags"  # tags: <tool_call>{JSON}</tool_call>; plain: a line `name: argument`

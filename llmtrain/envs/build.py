@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from llmtrain.config.environment import EnvironmentConfig, McpConfig
 from llmtrain.envs.base import Environment
 from llmtrain.envs.calculator import CALCULATOR
 from llmtrain.envs.mcp import McpServer
+from llmtrain.envs.nim import Nim
 from llmtrain.envs.python_tool import python_tool
 from llmtrain.envs.search import search_tool
 from llmtrain.envs.toolbox import Tool, ToolBox
@@ -27,6 +30,7 @@ MAKERS: dict[str, Callable[[EnvironmentConfig], Tool]] = {
     "web_search": lambda settings: web_search_tool(settings.web),
 }
 """Maps the names in `rollout.environment.tools` to what makes the tool, once for all episodes of a rank."""
+GAMES: dict[str, Callable[..., Environment]] = {"nim": Nim}
 
 
 def environment_maker(settings: EnvironmentConfig) -> Make:
@@ -36,6 +40,8 @@ def environment_maker(settings: EnvironmentConfig) -> Make:
     """
     if settings.function is not None:
         return own_maker(settings)
+    if settings.game is not None:
+        return maker(GAMES[settings.game], settings.args, f"rollout.environment.game={settings.game}")
     tools = [MAKERS[name](settings) for name in settings.tools]
     for server in settings.mcp:
         tools += mcp_tools(server, settings.deadline_s, [tool.name for tool in tools])
@@ -60,15 +66,23 @@ def mcp_tools(settings: McpConfig, deadline_s: float, taken: Sequence[str]) -> l
 
 
 def own_maker(settings: EnvironmentConfig) -> Make:
-    """Returns what makes the user's own environment, which runs in this process. One is made now, as a trial."""
+    """Returns what makes the user's own environment, which runs in this process."""
     key = f"rollout.environment.function={settings.function}"
     try:
         kind = load(absolute(settings.function))
-        trial = kind(**settings.args)
     except Exception as error:  # of any kind: it is the user's own code
-        raise ValueError(f"{key}: cannot be made: {type(error).__name__}: {error}; mend it") from error
+        raise ValueError(f"{key}: cannot be loaded: {type(error).__name__}: {error}; mend it") from error
+    return maker(kind, settings.args, key)
+
+
+def maker(kind: Callable[..., Environment], args: dict[str, Any], key: str) -> Make:
+    """Returns what makes an environment of a class. One is made now, as a trial."""
+    try:
+        trial = kind(**args)
+    except Exception as error:  # as above
+        raise ValueError(f"{key}: cannot be made: {type(error).__name__}: {error}; mend it, or its args") from error
     missing = [name for name in ("tools", "role", "players", "start", "step", "close") if not hasattr(trial, name)]
     if missing:
         raise ValueError(f"{key}: has no {', '.join(missing)}, which llmtrain/envs/base.py asks for; add them")
     trial.close()
-    return lambda: kind(**settings.args)
+    return partial(kind, **args)

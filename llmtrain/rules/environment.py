@@ -85,8 +85,8 @@ def _own_code(case: Case) -> Iterator[str]:
     if e.function is None:
         if e.unsandboxed:
             yield f"{KEY}.unsandboxed=true: only an environment of your own may run outside; remove it"
-        if e.args:
-            yield f"{KEY}.args={e.args}: are those of a class of your own, {KEY}.function; remove them"
+        if e.args and e.game is None:
+            yield f"{KEY}.args={e.args}: are those of {KEY}.game, or of a class of your own; remove them"
         return
     if e.file is not None and not os.path.isfile(e.file):
         yield f"{KEY}.function={e.function}: {e.file} is no file here; correct the path"

@@ -135,8 +135,8 @@ def _rewards(case: Case) -> Iterator[str]:
         if reward.unsandboxed and reward.function is None:
             yield f"rewards.{reward.name}.unsandboxed=true: only a function of your own may run outside; remove it"
     environment, agent = case.config.rollout.environment, case.config.rollout.agent
-    own = environment is not None and not environment.tools  # which reward nothing by themselves
-    judged = samples(case) and (own or agent is not None)
+    tools = environment is not None and (environment.tools or environment.mcp)  # which reward nothing by themselves
+    judged = samples(case) and ((environment is not None and not tools) or agent is not None)
     if not names and (case.recipe is None or (case.recipe.judged and not judged) or _evaluates_problems(case)):
         yield "rewards=[]: must name at least one reward; add one, such as {name: math}"
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -27,9 +27,9 @@ def test_each_episode_has_its_own() -> None:
 @pytest.mark.parametrize(
     ("name", "args", "reason"),
     [
-        ("Guess", {"most": 0}, "cannot be made: ValueError: most must be positive; mend it"),
+        ("Guess", {"most": 0}, "cannot be made: ValueError: most must be positive; mend it, or its args"),
         ("Guess", {"least": 0}, "cannot be made: TypeError"),
-        ("Nothing", {}, "cannot be made: AttributeError"),
+        ("Nothing", {}, "cannot be loaded: AttributeError"),
         ("Half", {}, "has no role, players, start, step, which llmtrain/envs/base.py asks for; add them"),
     ],
 )

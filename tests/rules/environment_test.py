@@ -54,7 +54,11 @@ def lines(folder: Path, command: str, environment: str, *overrides: str) -> list
             "{tools: [python], unsandboxed: true}",
             "unsandboxed=true: only an environment of your own may run out",
         ),
-        ("grpo", "{tools: [python], args: {a: 1}}", "rollout.environment.args=.*: are those of a class of your own"),
+        (
+            "grpo",
+            "{tools: [python], args: {a: 1}}",
+            "rollout.environment.args=.*: are those of rollout.environment.game, or",
+        ),
         ("grpo", f"{{function: '{OWN}:Guess'}}", "say that you trust it with rollout.environment.unsandboxed=true"),
         (
             "grpo",
@@ -78,6 +82,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path, command: str, environment: 
 
 
 def test_what_can_work_is_not(tmp_path: Path) -> None:
+    assert not lines(tmp_path, "grpo", "{game: nim, args: {note_moves: true}}", "rewards=[]")
     for command in ("grpo", "raft", "ppo", "eval", "sft"):
         assert not lines(tmp_path, command, "{tools: [calculator, python], calls: plain, results: user}")
         assert not lines(tmp_path, command, f"{{function: '{OWN}:Guess', unsandboxed: true, args: {{most: 3}}}}")
