@@ -179,7 +179,7 @@ def test_a_prompt_that_is_not_the_one_that_was_asked_for_brings_its_own_length()
 def test_a_decoding_that_goes_on_records_too() -> None:
     """The hooks of routers note whatever is computed: who decodes takes it away."""
     generator = NativeGenerator(decoder(), 4, "cpu", record_experts=True)
-    decoding = generator.decoding()
+    decoding = generator.decoding(4)
     (completion,) = generator.sequences(0, Prompt([5, 7, 9]), Sampling(4))
     decoding.waiting.append(completion)
     while decoding.waiting or decoding.active:
