@@ -230,7 +230,7 @@ def test_a_server_must_show_that_it_can_answer(
     fault: str | None,
 ) -> None:
     from llmtrain.recipes.distill import find_servers
-    from llmtrain.trainer.completions import prompts_of
+    from llmtrain.trainer.environments import prompts_of
 
     words = command(start, start / "unused", at(server), "rollout.max_new_tokens=44")[2:]
     job = stub_job("distill", *[word for word in words if not word.startswith("run_dir=")])
