@@ -131,8 +131,8 @@ def measured(kind: str, tokens: int, way: str) -> dict:
 def planned(kind: str, tokens: int, way: str) -> int:
     from llmtrain.scaling.plan import plan
 
-    p = plan(config_of(kind, tokens, way), 1 if way == "one rank" else 2)
-    return p.activations_bytes + p.attention_bytes + p.logits_bytes
+    memory = plan(config_of(kind, tokens, way), 1 if way == "one rank" else 2).memory
+    return memory.total - memory.weights - memory.optimizer
 
 
 def check_same(results: dict[str, dict]) -> None:

@@ -5,39 +5,16 @@ from __future__ import annotations
 import math
 
 from llmtrain.arch.parameters import has_experts
-from llmtrain.arch.pipeline import StagePlan, plan_stages
+from llmtrain.arch.pipeline import StagePlan
 from llmtrain.arch.resolve import chunk_tokens
 from llmtrain.config.ramp import microbatch_tokens
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
 
 
-def activation_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> int:
-    """Returns the activations kept for the backward pass on the pipeline rank that holds most.
-
-    Rows are the longest of the run. Counted as arXiv 2205.05198, section 4, tensor by tensor. With recomputation each
-    layer keeps what `kept_activations` says, and one layer at a time is whole, which has what it keeps in it.
-    """
-    tp, sequence_parallel = mesh["tp"], config.parallel.sequence_parallel
-    value = 4 if config.engine.precision == "fp32" else 2
-    tokens = microbatch_tokens(config.train) // mesh["cp"]
-    layers = kept_layers(config, model, mesh, accumulation)
-    block = block_activations(model, tp, sequence_parallel)
-    if config.engine.remat == "none":
-        return int(tokens * value * layers * block)
-    kept = kept_activations(model, tp, sequence_parallel, config.engine.remat)
-    return int(tokens * value * ((layers - 1) * kept + block))
-
-
-def kept_layers(config: Config, model: ModelConfig, mesh: dict[str, int], accumulation: float | None) -> float:
-    """Returns the layers of a pipeline rank times the microbatches that it holds of each, of the rank with most."""
-    parallel = config.parallel.model_copy(update={"pp": mesh["pp"]})
-    plan = plan_stages(model, parallel)
-    return max(_kept_on(rank, plan, parallel, accumulation) for rank in range(parallel.pp))
-
-
-def _kept_on(rank: int, plan: StagePlan, parallel: ParallelConfig, accumulation: float | None) -> float:
-    """Returns the same for one rank. Under 1F1B it holds a microbatch for each rank from itself on; interleaved, what
-    the forwards before its first backward leave (arXiv 2104.04473, section 2.2), first stages first."""
+def kept_on(rank: int, plan: StagePlan, parallel: ParallelConfig, accumulation: float | None) -> float:
+    """Returns the layers of a pipeline rank times the microbatches that it holds of each. Under 1F1B it holds a
+    microbatch for each rank from itself on; interleaved, what the forwards before its first backward leave (arXiv
+    2104.04473, section 2.2), first stages first."""
     sizes = [len(plan.layers[stage]) for stage in plan.stages_of(rank)]
     most = math.inf if accumulation is None else math.ceil(accumulation)
     if plan.schedule == "1f1b":
@@ -78,6 +55,19 @@ def block_activations(model: ModelConfig, tp: int, sequence_parallel: bool) -> f
     """
     outside = 4 * model.hidden_size / (tp if sequence_parallel else 1)
     return outside + (attention_values(model) + (4 if model.gated else 2) * inner_width(model) + copies(model)) / tp
+
+
+def gathered_inputs(model: ModelConfig, tp: int, sequence_parallel: bool) -> float:
+    """Returns the values a token of the normed inputs of attention and feed-forward layer that sequence parallelism
+    gathers and a block keeps whole for the gradients of the weights, less their shards, which `block_activations`
+    counts. (arXiv 2205.05198 gathers them again in the backward.)"""
+    return 2 * model.hidden_size * (1 - 1 / tp) if sequence_parallel else 0.0
+
+
+def backward_values(model: ModelConfig, tp: int) -> float:
+    """Returns the values a token of the gradients that meet all activations in the backward of a block: of the
+    feed-forward layer's product, of both of its factors, and of its output."""
+    return (3 if model.gated else 2) * inner_width(model) / tp + model.hidden_size
 
 
 def attention_values(model: ModelConfig) -> int:

@@ -18,6 +18,15 @@ from llmtrain.scaling.turns import Turn, heaviest, other_models, takes_turns, tu
 from llmtrain.scaling.turntime import Job, step_of_turns
 from llmtrain.scaling.units import gigabytes
 
+MOMENTS = {
+    "forward": "the forward",
+    "head": "the head's backward",
+    "block": "the last block's backward",
+    "last": "the first block's backward",
+    "update": "the update",
+}
+"""Maps moments of `scaling.memory` to words."""
+
 
 def main(config: Config) -> None:
     """Prints the plan of a stage, or of every training stage of a run. Raises ValueError when some cannot be planned,
@@ -78,7 +87,7 @@ def describe(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[
         f"batch        {_batch_line(recipe.step_size(config), p)}",
         *_phase_lines(config.train),
         _total_line(config.train, p) + most,
-        f"memory       {gigabytes(p.memory_bytes)} a rank: {_memory_line(p)}",
+        f"memory       {gigabytes(p.memory_bytes)} a rank in {MOMENTS[p.memory.moment]}: {_memory_line(p)}",
         f"             by the rule of 18 bytes a parameter, all ranks hold {gigabytes(18 * p.parameters)} of states",
         f"             ({engine.precision}, {backend}, offload {engine.offload}, remat {engine.remat}{alone})",
         *_time_lines(config, p, recipe, earlier),
@@ -170,4 +179,4 @@ def _sent_lines(p: Plan) -> list[str]:
 
 def _memory_line(p: Plan) -> str:
     parts = ("weights", "gradients", "optimizer", "buffers", "activations", "attention", "logits")
-    return ", ".join(f"{part} {gigabytes(getattr(p, f'{part}_bytes'))}" for part in parts)
+    return ", ".join(f"{part} {gigabytes(getattr(p.memory, part))}" for part in parts)

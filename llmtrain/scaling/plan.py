@@ -15,8 +15,6 @@ from llmtrain.config.ramp import total_tokens
 from llmtrain.config.recipes import Recipe, StepSize, planned_recipes
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
 from llmtrain.rules.case import Earlier
-from llmtrain.scaling.activations import activation_bytes, kept_layers, logits_bytes
-from llmtrain.scaling.attention import attention_bytes
 from llmtrain.scaling.communication import (
     CONTROL,
     GROUPS,
@@ -27,9 +25,10 @@ from llmtrain.scaling.communication import (
     evenly_loaded,
     moved_bytes,
 )
+from llmtrain.scaling.memory import Memory, fullest_memory, rank_states
 from llmtrain.scaling.parts import rank_shapes
 from llmtrain.scaling.simulate import is_simulated, simulated_bubble
-from llmtrain.scaling.states import States, state_bytes
+from llmtrain.scaling.states import States
 from llmtrain.scaling.steptime import StepTime, step_time
 from llmtrain.scaling.work import Work, work_of
 
@@ -48,13 +47,7 @@ class Plan:
     accumulation: float | None  # microbatches a step and data-parallel rank; None in RL: they depend on lengths
     tokens_per_step: int  # at the start; in RL the most that can be sampled
     total_tokens: int
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    buffers_bytes: int  # gathered weights, and gradients before they are reduced
-    activations_bytes: int
-    attention_bytes: int  # masks, and what context parallelism adds to the activations
-    logits_bytes: int
+    memory: Memory  # at the fullest moment of a step
     sent_bytes: dict[str, int] | None  # a step, by mesh axes, as a ring moves them; None in RL
     bubble: float | None  # idle share of the slowest pipeline rank's time; None in RL
     hardware: HardwareConfig | None
@@ -62,21 +55,8 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Returns the sum of the parts; temporary buffers and fragmentation come on top."""
-        return (
-            self.weights_bytes
-            + self.gradients_bytes
-            + self.optimizer_bytes
-            + self.buffers_bytes
-            + self.activations_bytes
-            + self.attention_bytes
-            + self.logits_bytes
-        )
-
-    @property
-    def states_bytes(self) -> int:
-        """Returns what stays between steps and what the update reads."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        """Returns the sum of the parts; the caching allocator's fragments come on top."""
+        return self.memory.total
 
 
 def plan(
@@ -84,10 +64,10 @@ def plan(
     world_size: int,
     recipe: Recipe | None = None,
     earlier: Earlier | None = None,
-    states: States | None = None,
+    states: list[States] | None = None,
 ) -> Plan:
     """Returns the plan of a recipe on `world_size` ranks (None: the first of `planned_recipes`). `earlier`: see
-    `rules.check.planned_stages`; `states`: of the fullest rank, where they are known.
+    `rules.check.planned_stages`; `states`: of each pipeline rank, where they are known.
 
     Raises ValueError if the mesh does not fit the ranks or the model is not known yet.
     """
@@ -97,7 +77,7 @@ def plan(
     mesh = mesh_sizes(config.parallel, world_size - workers)
     parallel = config.parallel.model_copy(update=mesh)
     accumulation = accumulation_of(config, size, mesh["dp_replicate"] * mesh["dp_shard"])
-    states = states or fullest_states(config, model, parallel, accumulation)
+    held = states or rank_states(config, model, parallel, accumulation)
     step = None if accumulation is None else step_of(config, parallel, math.ceil(accumulation))
     work = work_of(model, config.train.seq_len, config.engine)
     bubble = None if accumulation is None else bubble_of(model, parallel, work, accumulation)
@@ -114,17 +94,11 @@ def plan(
         accumulation=accumulation,
         tokens_per_step=size.tokens,
         total_tokens=config.train.steps * size.tokens if accumulation is None else total_tokens(config.train),
-        weights_bytes=states.weights,
-        gradients_bytes=states.gradients,
-        optimizer_bytes=states.optimizer,
-        buffers_bytes=states.gathered + states.unreduced,
-        activations_bytes=activation_bytes(config, model, mesh, accumulation),
-        attention_bytes=attention_bytes(config, model, mesh, kept_layers(config, model, mesh, accumulation)),
-        logits_bytes=logits_bytes(config, model, mesh),
+        memory=fullest_memory(config, model, parallel, accumulation, held),
         sent_bytes=None if step is None else sent_bytes(config, model, parallel, step),
         bubble=bubble,
         hardware=hardware,
-        time=step_time(model, parallel, config.engine, step, states, bubble, hardware) if timed else None,
+        time=step_time(model, parallel, config.engine, step, max(held, key=sum), bubble, hardware) if timed else None,
     )
 
 
@@ -162,16 +136,6 @@ def accumulation_of(config: Config, size: StepSize, dp: int) -> float | None:
 def rollout_workers(config: Config, recipe: Recipe) -> int:
     """Returns the ranks that only generate."""
     return config.rollout.workers if recipe.samples and config.rollout.placement == "separate" else 0
-
-
-def fullest_states(config: Config, model: ModelConfig, parallel: ParallelConfig, accumulation: float | None) -> States:
-    """Returns the model states of the pipeline rank that holds most."""
-    microbatches = 2 if accumulation is None else accumulation
-    each = (
-        state_bytes(model, parallel, config.engine, config.optim.name, microbatches, rank)
-        for rank in range(parallel.pp)
-    )
-    return max(each, key=sum)
 
 
 def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, step: Step) -> dict[str, int]:

@@ -15,9 +15,8 @@ from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.rules.case import Case, Earlier
 from llmtrain.rules.check import layout_violations
-from llmtrain.scaling.activations import activation_bytes, kept_layers, logits_bytes
-from llmtrain.scaling.attention import attention_bytes
-from llmtrain.scaling.plan import Plan, accumulation_of, bubble_of, fullest_states, plan, rollout_workers, step_of
+from llmtrain.scaling.memory import fullest_memory, rank_states
+from llmtrain.scaling.plan import Plan, accumulation_of, bubble_of, plan, rollout_workers, step_of
 from llmtrain.scaling.states import States
 from llmtrain.scaling.steptime import step_time
 from llmtrain.scaling.turns import Models, Turn, heaviest, other_models, takes_turns, turns_of
@@ -65,7 +64,7 @@ class Document:
     hardware: HardwareConfig
     ranks: int
     earlier: Earlier
-    states: dict[tuple, States] = field(default_factory=dict)  # of layouts that were met
+    states: dict[tuple, list[States]] = field(default_factory=dict)  # of layouts that were met
 
     @property
     def turned(self) -> bool:
@@ -208,14 +207,14 @@ def _accumulation(document: Document, config: Config) -> float | None:
     return accumulation_of(config, document.recipe.step_size(config), p.dp_replicate * p.dp_shard)
 
 
-def _states(document: Document, config: Config) -> States:
-    """Returns the states of the fullest rank; they do not depend on recomputation, and on the microbatch only by
+def _states(document: Document, config: Config) -> list[States]:
+    """Returns the states of each pipeline rank; they do not depend on recomputation, and on the microbatch only by
     whether there are several."""
     p, e, accumulation = config.parallel, config.engine, _accumulation(document, config)
     key = (p.tp, p.pp, p.ep, p.dp_shard * p.cp, p.dp_replicate, p.schedule, p.virtual_stages, e.zero_stage, e.reshard)
     key += (accumulation is None or accumulation > 1,)
     if key not in document.states:
-        document.states[key] = fullest_states(config, document.model, p, accumulation)
+        document.states[key] = rank_states(config, document.model, p, accumulation)
     return document.states[key]
 
 
@@ -223,11 +222,8 @@ def _memory(document: Document, config: Config) -> int:
     """Returns the bytes of the fullest rank, as `plan` counts them, in the heaviest turn where there are several."""
     if (turn := heaviest_turn(document, config)) is not None:
         return sum(turn.values())
-    parallel, accumulation = config.parallel, _accumulation(document, config)
-    mesh = {"pp": parallel.pp, "cp": parallel.cp, "tp": parallel.tp}
-    kept = activation_bytes(config, document.model, mesh, accumulation)
-    kept += attention_bytes(config, document.model, mesh, kept_layers(config, document.model, mesh, accumulation))
-    return sum(_states(document, config)) + kept + logits_bytes(config, document.model, mesh)
+    states, accumulation = _states(document, config), _accumulation(document, config)
+    return fullest_memory(config, document.model, config.parallel, accumulation, states).total
 
 
 def heaviest_turn(document: Document, config: Config) -> Turn | None:
@@ -251,7 +247,7 @@ def _timed(document: Document, config: Config, size: int) -> Layout:
     assert accumulation is not None
     step = step_of(config, parallel, math.ceil(accumulation))
     bubble = bubble_of(document.model, parallel, work_of(document.model, config.train.seq_len, engine), accumulation)
-    states = _states(document, config)
+    states = max(_states(document, config), key=sum)
     return Layout(
         config, size, step_time(document.model, parallel, engine, step, states, bubble, document.hardware).total_s
     )

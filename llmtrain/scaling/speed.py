@@ -77,7 +77,7 @@ def _remedy(config: Config, part: str) -> str:
 
 def largest_part(p: Plan, parts: Mapping[str, int] | None = None) -> tuple[str, float]:
     """Returns the name of the largest part of the memory, and its size in GB."""
-    sizes = {name: getattr(p, f"{name}_bytes") for name in PARTS} if parts is None else parts
+    sizes = {name: getattr(p.memory, name) for name in PARTS} if parts is None else parts
     part = max(sizes, key=lambda name: sizes[name])
     return part, sizes[part] / 1e9
 

@@ -21,10 +21,10 @@ from llmtrain.arch.start import with_scalar_head
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
 from llmtrain.rules.case import Earlier
-from llmtrain.scaling.activations import block_activations
+from llmtrain.scaling.activations import block_activations, logits_bytes
+from llmtrain.scaling.memory import Memory, fullest_memory, rank_states
 from llmtrain.scaling.parts import block_shapes, rank_shapes
-from llmtrain.scaling.plan import Plan, fullest_states
-from llmtrain.scaling.states import States
+from llmtrain.scaling.plan import Plan
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward of the generator, as `rollout.native` has it
 WAITING = ("reference_waits", "teachers_wait", "wait_on_host")  # keys of recipes
@@ -67,9 +67,9 @@ def turns_of(config: Config, model: ModelConfig, recipe: Recipe, p: Plan, models
     if not recipe.samples and not models.frozen and not models.critics:
         return {}
     parallel = config.parallel.model_copy(update=p.mesh)
-    critics = [fullest_states(config, each, parallel_of(each, model, parallel), None) for each in models.critics]
+    critics = [critic_memory(config, each, parallel_of(each, model, parallel)) for each in models.critics]
     frozen = sum(frozen_bytes(each, parallel, value_bytes(config)) for each in models.frozen)
-    held = {"policy": p.weights_bytes + p.optimizer_bytes}
+    held = {"policy": p.memory.weights + p.memory.optimizer}
     if not waits(config, recipe):
         held |= {"frozen models": frozen, "critics": sum(each.weights + each.optimizer for each in critics)}
     sampling = sampling_turn(config, model, recipe, p) if recipe.samples else {}
@@ -81,7 +81,7 @@ def turns_of(config: Config, model: ModelConfig, recipe: Recipe, p: Plan, models
         turns["scoring"] = held | generator | {"frozen models": frozen} | scoring_turn(config, models, model, p)
     turns["updating"] = held | generator | updating_turn(p)
     if critics:
-        turns["updating the critic"] = held | generator | critic_turn(p, critics)
+        turns["updating the critic"] = held | generator | critic_turn(critics)
     return {name: {part: size for part, size in turn.items() if size} for name, turn in turns.items()}
 
 
@@ -142,26 +142,28 @@ def scoring_turn(config: Config, models: Models, model: ModelConfig, p: Plan) ->
     return {
         "gathered": 2 * value * max(blocks),
         "activations": int(value * rows // p.mesh["cp"] * block),
-        "logits": p.logits_bytes // 2,
+        "logits": logits_bytes(config, model, p.mesh) // 2,
     }
+
+
+UPDATING = ("gradients", "buffers", "activations", "attention", "logits")
 
 
 def updating_turn(p: Plan) -> Turn:
     """Returns what an update of the policy takes beside its weights and optimizer state."""
-    parts = ("gradients", "buffers", "activations", "attention", "logits")
-    return {part: getattr(p, f"{part}_bytes") for part in parts}
+    return {part: getattr(p.memory, part) for part in UPDATING}
 
 
-def critic_turn(p: Plan, critics: list[States]) -> Turn:
-    """Returns what an update of a critic takes; it has no logits."""
-    largest = max(critics, key=sum)
-    return {
-        "critics": sum(each.weights + each.optimizer for each in critics),
-        "gradients": largest.gradients,
-        "buffers": largest.gathered + largest.unreduced,
-        "activations": p.activations_bytes,
-        "attention": p.attention_bytes,
-    }
+def critic_memory(config: Config, critic: ModelConfig, parallel: ParallelConfig) -> Memory:
+    """Returns what a critic takes at the fullest moment of its update."""
+    return fullest_memory(config, critic, parallel, None, rank_states(config, critic, parallel, None))
+
+
+def critic_turn(critics: list[Memory]) -> Turn:
+    """Returns what an update of the largest critic takes, beside the states of all."""
+    largest = max(critics, key=lambda each: each.total)
+    states = sum(each.weights + each.optimizer for each in critics)
+    return {"critics": states, **{part: getattr(largest, part) for part in UPDATING}}
 
 
 def heaviest(turns: dict[str, Turn]) -> tuple[str, int]:

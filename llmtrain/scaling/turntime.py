@@ -24,7 +24,8 @@ from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
 from llmtrain.scaling.communication import Item, RankStep, Step, communication, evenly_loaded
 from llmtrain.scaling.forwards import broadcast_bytes, frozen_rank, scoring, weight_sync
 from llmtrain.scaling.links import bandwidths, link_seconds, ring_bandwidth
-from llmtrain.scaling.plan import Plan, bubble_of, by_axes, fullest_states
+from llmtrain.scaling.memory import rank_states
+from llmtrain.scaling.plan import Plan, bubble_of, by_axes
 from llmtrain.scaling.simulate import forward_bubble
 from llmtrain.scaling.steptime import REACHED, StepTime, score_time, slowest_rank, step_time, summed
 from llmtrain.scaling.turns import Models, kv_cache_bytes, parallel_of, slots_of, value_bytes
@@ -174,7 +175,7 @@ def pass_time(job: Job, each: Pass, hardware: HardwareConfig) -> StepTime:
     """Returns the time of one update, or of one forward over all rows."""
     rank, engine = each.rank(job, 0), job.config.engine
     if each.trained:
-        states = fullest_states(job.config, each.model, rank.parallel, each.step.microbatches)
+        states = max(rank_states(job.config, each.model, rank.parallel, each.step.microbatches), key=sum)
         bubble = _update_bubble(job, each)
         return step_time(each.model, rank.parallel, engine, each.step, states, bubble, hardware)
     rank = each.rank(job, slowest_rank(each.model, rank.parallel, each.step, engine))

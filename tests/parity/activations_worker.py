@@ -22,12 +22,12 @@ from tests.parity.layouts_worker import ParallelConfig, build, model_config, set
 from tests.parity.meshes import mesh_of
 
 
-def planned(layout: dict, ranks: int) -> dict[str, int]:
+def planned(layout: dict, ranks: int) -> dict:
     parallel, engine = settings_of(layout)
     train = TrainConfig(seq_len=layout["tokens"], micro_batch_seqs=1, global_batch_seqs=1)
     data = DataConfig(mask_documents=layout["rows"] == "documents")
     p = plan(Config(model=model_config(layout), parallel=parallel, engine=engine, train=train, data=data), ranks)
-    return {name: getattr(p, f"{name}_bytes") for name in ("activations", "attention", "logits")}
+    return {"moment": p.memory.moment, "planned": p.memory.total - p.memory.weights - p.memory.optimizer}
 
 
 def measure(layout: dict, mesh: Mesh) -> dict:

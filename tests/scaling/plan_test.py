@@ -13,7 +13,6 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES, config_class
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
-from llmtrain.scaling.activations import activation_bytes, kept_layers
 from llmtrain.scaling.attention import attention_bytes
 from llmtrain.scaling.describe import main
 from llmtrain.scaling.plan import bubble_share, plan, step_of
@@ -25,31 +24,6 @@ def test_parameters_of_the_fullest_rank() -> None:
     for layers, largest in ((5, 3 * block + matrix), (4, 2 * block + matrix + 128)):
         config = Config(model=ModelConfig(num_layers=layers, tie_embeddings=False), parallel=ParallelConfig(pp=2))
         assert plan(config, 2).parameters_per_rank == largest
-
-
-def test_activations_by_hand() -> None:
-    model = resolve_model(ModelConfig(num_kv_heads=2))
-    config = Config(train=TrainConfig(seq_len=64, micro_batch_seqs=2))
-    mesh = {"pp": 1, "cp": 1, "tp": 1}
-    values = 4 * 128 + 2 * 32 * (4 + 2) + 4 * 384  # a token and layer
-    assert activation_bytes(config, model, mesh, 1) == 4 * 128 * 2 * values
-    piped = config.model_copy(update={"parallel": ParallelConfig(pp=2)})
-    assert (
-        activation_bytes(piped, model, {"pp": 2, "cp": 1, "tp": 1}, 8) == 2 * 2 * 128 * 2 * values
-    )  # 2 layers, 2 in flight
-    assert activation_bytes(config, model, {"pp": 1, "cp": 2, "tp": 1}, 1) == 4 * 64 * 2 * values
-    assert activation_bytes(config, model, {"pp": 1, "cp": 1, "tp": 2}, 1) == 4 * 128 * 2 * values // 2
-    whole = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
-    assert activation_bytes(whole, model, {"pp": 1, "cp": 1, "tp": 2}, 1) == 4 * 128 * 2 * (
-        4 * 128 + (values - 4 * 128) // 2
-    )
-    remat = config.model_copy(update={"engine": EngineConfig(remat="full")})
-    assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (3 * 128 + values)
-    remat = config.model_copy(update={"engine": EngineConfig(remat="selective")})
-    kept = 2 * 128 + 32 * (4 + 2 + 2) + 4 * 32 + 2 * 384
-    assert activation_bytes(remat, model, mesh, 1) == 128 * 2 * (
-        3 * kept + values
-    )  # what the whole layer keeps is in it
 
 
 def test_attention_by_hand() -> None:
@@ -92,22 +66,6 @@ def test_bubble_of_stages_that_are_not_equal() -> None:
     assert p.bubble > 2 * bubble_share("interleaved_1f1b", 16, 7, 16)
 
 
-def test_layers_that_a_rank_keeps() -> None:
-    """By hand. 1F1B: two microbatches of the first rank's layers, one of the second's. Interleaved, 2 ranks of 2
-    stages: forwards before the first backward are, on the first rank, 2 of its first stage, 2 of its second, and again
-    one of its first; on the second rank 2 and 1."""
-
-    def kept(layers: list[int], microbatches: float | None, **more: object) -> float:
-        config = Config(parallel=ParallelConfig(pp=2, stage_layers=layers, **more))
-        model = resolve_model(ModelConfig(num_layers=sum(layers), vocab_size=16))
-        return kept_layers(config, model, {"pp": 2, "cp": 1, "tp": 1}, microbatches)
-
-    assert (kept([10, 2], 8), kept([2, 10], 8), kept([6, 6], 1), kept([10, 2], None)) == (20, 10, 6, 20)
-    interleaved = {"schedule": "interleaved_1f1b", "virtual_stages": 2}
-    assert kept([3, 1, 2, 1], 4, **interleaved) == 3 * 3 + 2 * 2
-    assert kept([1, 5, 1, 4], 4, **interleaved) == 2 * 5 + 1 * 4
-
-
 def test_batch_arithmetic() -> None:
     config = config_class()(
         parallel=ParallelConfig(pp=2, tp=2),
@@ -136,20 +94,7 @@ def test_microbatches_by_tokens() -> None:
     odd = Config(parallel=parallel, train=TrainConfig(**train, micro_batch_tokens=600))
     assert plan(odd, 12, RECIPES["sft"]).accumulation == 2  # of 512 tokens each, in rows of 128
     wide = Config(parallel=parallel, train=TrainConfig(**train, micro_batch_tokens=1024))
-    assert plan(wide, 12).activations_bytes == 2 * plan(tokens, 12).activations_bytes
-
-
-def test_logits_of_one_chunk() -> None:
-    """As many as a microbatch has, 2^28 fp32 numbers, or 2^29 of the compute's when compiled."""
-    model, rows = ModelConfig(preset="qwen3-0.6b"), 151_936
-    for tokens, compiled, expected in (
-        (256, False, 2 * 4 * 256 * rows),
-        (32_768, False, 2 * 4 * (2**28 // rows) * rows),
-        (32_768, True, 2 * 2 * (2**29 // rows) * rows),
-    ):
-        train = TrainConfig(seq_len=tokens, micro_batch_seqs=1, global_batch_seqs=1)
-        assert plan(Config(model=model, engine=EngineConfig(compile=compiled), train=train), 1).logits_bytes == expected
-    assert plan(Config(model=ModelConfig(head="scalar")), 1).logits_bytes == 0
+    assert plan(wide, 12).memory.activations == 2 * plan(tokens, 12).memory.activations
 
 
 def test_large_microbatches_hold_no_more_rows_than_there_are() -> None:
@@ -162,7 +107,7 @@ def test_large_microbatches_hold_no_more_rows_than_there_are() -> None:
 
 def test_offloaded_optimizer_state_is_not_on_the_device() -> None:
     config = Config(engine=EngineConfig(zero_stage=2, offload="optimizer"))
-    assert plan(config, 2).optimizer_bytes == 0
+    assert plan(config, 2).memory.optimizer == 0
 
 
 def test_main_prints_the_ranks_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +156,7 @@ def test_ramps_are_printed_phase_by_phase(capsys: pytest.CaptureFixture[str]) ->
     assert "from step 8, token 11,264: 16 x 256 = 4,096 tokens a step, rope_theta 500000" in lines
     assert "total        20 steps, 60,416 tokens" in lines
     steady = config.model_copy(update={"train": TrainConfig(steps=20, seq_len=256)})
-    assert plan(config, 1).activations_bytes == plan(steady, 1).activations_bytes
+    assert plan(config, 1).memory.activations == plan(steady, 1).memory.activations
 
 
 RUN = """
