@@ -14,7 +14,7 @@ from llmtrain.rules.check import planned_stages
 from llmtrain.scaling.plan import Plan, bubble_share, plan, rollout_workers
 from llmtrain.scaling.speed import fit_line, hardware_line, speed_lines
 from llmtrain.scaling.turnlines import step_lines, traffic_lines
-from llmtrain.scaling.turns import Turn, heaviest, other_models, takes_turns, turns_of
+from llmtrain.scaling.turns import Turn, heaviest, other_models, takes_turns, turns_of, unplanned
 from llmtrain.scaling.turntime import Job, step_of_turns
 from llmtrain.scaling.units import gigabytes
 
@@ -33,7 +33,10 @@ def main(config: Config) -> None:
     after the plans of the others; weights that are not there yet are no fault of the document, and said in its place.
     """
     faults: list[str] = []
-    for recipe, staged, world_size, earlier in planned(config):
+    stages = list(planned(config))
+    if not stages:
+        print(f"{config.name}: nothing of it trains, and nothing else is planned")
+    for recipe, staged, world_size, earlier in stages:
         print(f"{staged.name} ({recipe.name})")
         try:
             lines = describe(staged, plan(staged, world_size, recipe, earlier), recipe, earlier)
@@ -97,11 +100,13 @@ def describe(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[
 def _time_lines(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[str]:
     """Returns the lines about messages, bubble and time: of a step, or of its turns where models take turns."""
     model = resolve_model(config.model, earlier)
+    if recipe.samples and (other := unplanned(config)) is not None:
+        return [f"turns        not planned: {other}", *([] if p.hardware is None else [hardware_line(p)])]
     try:
         models = other_models(config, model, recipe, earlier)
     except ValueError as error:  # a directory that a command before makes
         later = [f"turns        cannot be told yet: {line}" for line in str(error).splitlines()]
-        return [*later, *_fit_lines(config, p, {})]
+        return [*later, *([] if p.hardware is None else [hardware_line(p)])]
     if not takes_turns(recipe, models):
         return [*_sent_lines(p), *_bubble_lines(config, p), *speed_lines(config, p)]
     turns, step = turns_of(config, model, recipe, p, models), step_of_turns(Job(config, recipe, model, models, p))
@@ -113,7 +118,7 @@ def _fit_lines(config: Config, p: Plan, turns: dict[str, Turn]) -> list[str]:
     """Returns the lines about the hardware and whether the heaviest turn fits it; none without hardware."""
     if p.hardware is None:
         return []
-    return [hardware_line(p), fit_line(config, p, turns[heaviest(turns)[0]] if turns else None)]
+    return [hardware_line(p), fit_line(config, p, turns[heaviest(turns)[0]])]
 
 
 def _bubble_lines(config: Config, p: Plan) -> list[str]:

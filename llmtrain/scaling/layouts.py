@@ -11,6 +11,7 @@ from llmtrain.scaling.plan import Plan, plan
 from llmtrain.scaling.search import NEAREST, Document, Found, Layout, document_of, heaviest_turn, plan_of, search
 from llmtrain.scaling.speed import largest_part, mfu, room_bytes
 from llmtrain.scaling.turnlines import step_mfu
+from llmtrain.scaling.turns import unplanned
 from llmtrain.scaling.turntime import Job, step_of_turns
 
 SHOWN = 10
@@ -23,6 +24,10 @@ def main(config: Config) -> None:
     console = Console(width=max(WIDTH, Console().width))
     for recipe, staged, ranks, earlier in planned(config):
         console.print(f"{staged.name} ({recipe.name}), {ranks:,} GPUs", highlight=False)
+        if recipe.samples and (other := unplanned(staged)) is not None:
+            raise ValueError(
+                f"{staged.name}: {other}, which is not planned; search with colocated or separate, and native"
+            )
         document = document_of(staged, recipe, ranks, earlier)
         found = search(document)
         if not found.best:

@@ -120,11 +120,20 @@ def sampling_turn(config: Config, model: ModelConfig, recipe: Recipe, p: Plan) -
     }
 
 
+def unplanned(config: Config) -> str | None:
+    """Returns what samples in a way that the plan has no memory, messages or time of; None: nothing does."""
+    r = config.rollout
+    if r.placement == "ahead":
+        return f"rollout.placement=ahead: {r.workers} processes beside the ranks sample while these train"
+    if r.generator != "native":
+        return f"rollout.generator={r.generator}: a server of its own holds the sampled model, its cache and its ranks"
+    return None
+
+
 def slots_of(config: Config, recipe: Recipe, p: Plan) -> int:
     """Returns the sequences that one rank decodes together; prompts are dealt out with all their samples."""
     r, sampling = config.rollout, p.rollout_ranks or p.ranks
-    prompts = -(-recipe.step_size(config).tokens // (r.group_size * r.max_new_tokens))
-    return min(r.max_batch_seqs, -(-prompts // sampling) * r.group_size)
+    return min(r.max_batch_seqs, -(-recipe.step_size(config).prompts // sampling) * r.group_size)
 
 
 def kv_cache_bytes(model: ModelConfig, seqs: int, tokens: int, value: int) -> int:

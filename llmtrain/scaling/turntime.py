@@ -189,13 +189,12 @@ def sampling_seconds(job: Job, hardware: HardwareConfig) -> float:
     config, p, model = job.config, job.p, job.model
     rate = peak_flops(hardware, config.engine.precision) * (hardware.reached_share or REACHED)
     r, slots, value = config.rollout, slots_of(config, job.recipe, p), value_bytes(config)
-    seqs = job.recipe.step_size(config).tokens // r.max_new_tokens
-    sampling = p.rollout_ranks or p.ranks
-    rounds = -(-seqs // (slots * sampling))
+    size, sampling = job.recipe.step_size(config), p.rollout_ranks or p.ranks
+    rounds = size.rounds * -(-size.prompts * r.group_size // (slots * sampling))
     read = value * parameter_count(model) + kv_cache_bytes(model, slots, config.train.seq_len, value)
     each = max(read / (hardware.memory_gb_per_s * 1e9), slots * 2 * active_parameter_count(model) / rate)
-    prompts = -(-(seqs // r.group_size) // sampling) * max(0, config.train.seq_len - r.max_new_tokens)
-    return rounds * r.max_new_tokens * each + prompts * 2 * active_parameter_count(model) / rate
+    prompts = size.rounds * -(-size.prompts // sampling) * max(0, config.train.seq_len - size.sample_tokens)
+    return rounds * size.sample_tokens * each + prompts * 2 * active_parameter_count(model) / rate
 
 
 def sync_seconds(job: Job, hardware: HardwareConfig) -> float:

@@ -13,6 +13,7 @@ from llmtrain.config.recipes import Recipe, planned_recipes
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.rollout.cache import KVCache
 from llmtrain.scaling.describe import main
+from llmtrain.scaling.layouts import main as search_main
 from llmtrain.scaling.plan import Plan, plan
 from llmtrain.scaling.turns import heaviest, kv_cache_bytes, other_models, turns_of
 
@@ -92,3 +93,31 @@ def test_the_heaviest_turn_decides_what_fits(tmp_path: Path, capsys: pytest.Capt
     assert "turns        sampling 57.9 GB (the heaviest): policy 6.02 GB, generator 16.1 GB, KV cache 34.4 GB" in out
     assert "most are KV cache, 34.4 GB: lower rollout.max_batch_seqs" in out
     assert " s at full lengths: sampling " in out and "run          2.26 hours, 36.2 GPU hours, 25.3 kWh" in out
+
+
+def test_an_episode_of_several_turns_is_one_row(tmp_path: Path) -> None:
+    """The cache is that of as many rows, whatever a turn may have; rounds of sampling come one after the other."""
+    for section, overrides in (
+        ("grpo: {prompts_per_step: 64}", ["rollout.environment.tools=[calculator]", "rollout.max_new_tokens=256"]),
+        ("grpo: {prompts_per_step: 64, dynamic_rounds: 3}", []),
+    ):
+        config, recipe, p = found(tmp_path, section, *overrides)
+        assert turns(config, recipe, p)["sampling"]["KV cache"] == 64 * 4096 * 32 * 2 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rollout.placement=ahead", "turns        not planned: rollout.placement=ahead: 8 processes"),
+        ("rollout.generator=vllm", "turns        not planned: rollout.generator=vllm: a server"),
+    ],
+)
+def test_what_is_not_planned_has_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    config, _, _ = found(tmp_path, "grpo: {prompts_per_step: 64}", override, "rollout.workers=8", "plan.gpus=16")
+    main(config)
+    printed = capsys.readouterr().out
+    assert said in printed and "fits" not in printed and "step  " not in printed and "hardware" in printed
+    with pytest.raises(ValueError, match="which is not planned; search with colocated or separate"):
+        search_main(config)

@@ -22,6 +22,9 @@ class StepSize(NamedTuple):
     tokens: int  # at the start of a run; the most there can be if it samples
     seqs: int | None  # rows; None = follows the lengths of what is sampled
     words: str  # for `llmtrain plan`
+    prompts: int = 0  # that are sampled together
+    rounds: int = 1  # of sampling, one after the other
+    sample_tokens: int = 0  # the most that a sample has behind its prompt
 
 
 def fixed_rows(config: Config) -> StepSize:
@@ -31,17 +34,19 @@ def fixed_rows(config: Config) -> StepSize:
     return StepSize(tokens, t.global_batch_seqs, f"{t.global_batch_seqs} x {t.seq_len} tokens = {tokens:,} a step")
 
 
-def sampled(config: Config, prompts: int, updates: int) -> StepSize:
-    """Returns the size of a step that samples `rollout.group_size` completions of each prompt, or episodes."""
+def sampled(config: Config, prompts: int, updates: int, rounds: int = 1) -> StepSize:
+    """Returns the size of a step that samples `rollout.group_size` completions of each prompt, or episodes, in at most
+    so many rounds of as many prompts."""
     r = config.rollout
     each = r.max_new_tokens
     if r.agent is not None:
         each = config.train.seq_len
     if r.environment is not None:
         each = min(each * r.environment.max_turns, config.train.seq_len)
-    tokens = prompts * r.group_size * each
-    shape = f"{prompts} prompts x {r.group_size} samples x {each} tokens"
-    return StepSize(tokens, None, f"at most {shape} = {tokens:,} a step, in {updates} updates")
+    tokens = rounds * prompts * r.group_size * each
+    shape = f"{rounds * prompts} prompts x {r.group_size} samples x {each} tokens"
+    words = f"at most {shape} = {tokens:,} a step, in {updates} updates"
+    return StepSize(tokens, None, words, prompts, rounds, each)
 
 
 def paired(config: Config) -> StepSize:
@@ -207,8 +212,10 @@ class Recipe:
         """Returns how often a step goes through what it trains on."""
         if self.passes is not None:
             return self.passes(config)
-        sampled_seqs = self.step_size(config).tokens // config.rollout.max_new_tokens
-        return Passes(sampled_seqs if self.samples else config.train.global_batch_seqs)
+        size = self.step_size(config)
+        return Passes(
+            size.rounds * size.prompts * config.rollout.group_size if self.samples else config.train.global_batch_seqs
+        )
 
     @property
     def reads_rewards(self) -> bool:

@@ -75,7 +75,7 @@ def updates_per_step(config: Config) -> int:
 def step_size(config: Config) -> StepSize:
     """Returns how much a step samples."""
     g = config.grpo
-    return sampled(config, g.prompts_per_step * g.dynamic_rounds, updates_per_step(config))
+    return sampled(config, g.prompts_per_step, updates_per_step(config), g.dynamic_rounds)
 
 
 def passes(config: Config) -> Passes:
