@@ -13,7 +13,7 @@ from llmtrain.config.document import model_name
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.lm_eval import LmEvalConfig
 from llmtrain.config.rubric import RubricConfig
-from llmtrain.config.section import DeadlineS, Dtype, Section, Share, UserPath
+from llmtrain.config.section import LEAST_TEMPERATURE, DeadlineS, Dtype, Section, Share, UserPath
 from llmtrain.config.tasks import EvalTask
 from llmtrain.config.testtime import TestTimeConfig
 from llmtrain.config.vllm import VllmConfig
@@ -33,7 +33,7 @@ class RolloutConfig(Section):
     replay: UserPath | None = None  # such a directory of another run: its rollouts are trained on, nothing is sampled
     group_size: PositiveInt = 8  # samples a prompt
     max_new_tokens: PositiveInt = 256  # longest completion, in tokens
-    temperature: PositiveFloat = 1.0  # for sampling, and for the log-probs in the loss
+    temperature: float = Field(1.0, ge=LEAST_TEMPERATURE)  # for sampling, and for the log-probs in the loss
     top_p: float = Field(1.0, gt=0.0, le=1.0)  # share of probability kept; 1 = all
     top_k: int = Field(0, ge=0)  # most likely tokens kept; 0 = all
     stop: list[Annotated[str, Field(min_length=1)]] = Field([])  # texts that end a completion, as end tokens do

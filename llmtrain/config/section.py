@@ -15,6 +15,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of a whole."""
 DeadlineS = Annotated[float, Field(gt=0.0, le=86_400.0)]
 """Seconds, a day at most."""
+LEAST_TEMPERATURE = 1e-6
+"""The lowest temperature that is not greedy: far below it, fp32 divides by 0."""
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 """The share of a moving mean that an update keeps."""

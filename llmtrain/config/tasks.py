@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     Field,
-    PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -25,7 +24,7 @@ from pydantic import (
 from llmtrain.config.document import ConfigError, Document, read_document
 from llmtrain.config.explain import explain
 from llmtrain.config.retrieval import StoreConfig
-from llmtrain.config.section import DeadlineS, Section, UserPath
+from llmtrain.config.section import LEAST_TEMPERATURE, DeadlineS, Section, UserPath
 
 BUILT_IN = Path(__file__).parents[1] / "eval" / "tasks" / "files"
 LANGUAGE = "{language}"  # in data.path and data.config: replaced by the key `language`
@@ -144,7 +143,7 @@ class EvalTask(Section):
     deadline_s: DeadlineS = 5.0  # to score one completion
     greedy: bool = True  # generate: one completion at temperature 0
     samples: int = Field(0, ge=0)  # generate: completions sampled for pass@k, avg@n, maj@n
-    temperature: PositiveFloat = 1.0  # of the samples
+    temperature: float = Field(1.0, ge=LEAST_TEMPERATURE)  # of the samples
     top_p: float = Field(1.0, gt=0.0, le=1.0)  # of the samples: share of probability kept
     top_k: int = Field(0, ge=0)  # of the samples: most likely tokens kept; 0 = all
     choices: list[Template] = Field([])  # options: written out; empty = the row's field `choices`

@@ -102,6 +102,11 @@ class KVCache:
         for block in (*self.keys, *self.values):
             block[target, :, :tokens] = block[source, :, :tokens]
 
+    def clean(self) -> None:
+        """Writes 0 over all that is not finite: a masked NaN would still reach the output, as 0 * NaN."""
+        for block in (*self.keys, *self.values):
+            block.nan_to_num_(0.0, 0.0, 0.0)
+
     def decoding(self, positions: Sequence[int]) -> tuple[dict[str, Tensor], list[LayerCache]]:
         """Returns the masks by layer type and a LayerCache for every layer, for one new token in each of the first
         rows.

@@ -165,8 +165,23 @@ class Continuous:
             except Exception as error:
                 future.set_exception(error)
         if self.running:
-            for sequence in self.decoding.round():
-                self._deliver(sequence)
+            fresh = self.decoding.round()
+            self._fail_not_finite([s for s in fresh if not math.isfinite(s.logprobs[-1])])
+            for sequence in fresh:
+                if sequence.group in self.running:
+                    self._deliver(sequence)
+
+    def _fail_not_finite(self, sequences: list[Completion]) -> None:
+        """Ends the requests of these sequences. Others go on, with a cache that none of what they left can reach."""
+        if not sequences:
+            return
+        for group in {s.group for s in sequences}:
+            error = FloatingPointError("the logits are not finite; the weights have diverged")
+            log(f"request {group}: {error}")
+            request = self.running[group]
+            self._leave(group)
+            request.deliver(error)
+        self.decoding.cache.clean()
 
     def _look(self, sequences: list[Completion], logits: Tensor) -> None:
         """Notes log-probs at temperature 1, of the sampled and the likeliest tokens, for those who asked."""
@@ -185,8 +200,6 @@ class Continuous:
 
     def _deliver(self, sequence: Completion) -> None:
         """Tells of the newest token of a sequence; the request leaves with its last one."""
-        if not math.isfinite(sequence.logprobs[-1]):
-            raise FloatingPointError("the logits are not finite; the weights have diverged")
         request = self.running[sequence.group]
         plain, top = self.told.get(sequence, (None, []))
         end = "stop" if sequence.stopped else "length" if sequence.done else None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmtrain.config.section import LEAST_TEMPERATURE
 from llmtrain.types import Prompt, Sampling
 
 _CANDIDATES = 1024  # top-p first searches its nucleus among this many tokens; sorting a whole vocabulary is 50x slower
@@ -17,7 +18,10 @@ def check_sampling(sampling: Sampling) -> None:
     rules = {
         "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
         "num_samples": (sampling.num_samples >= 1, "at least 1"),
-        "temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
+        "temperature": (
+            sampling.temperature == 0 or sampling.temperature >= LEAST_TEMPERATURE,
+            f"0 (greedy) or at least {LEAST_TEMPERATURE:g}, less divides by 0 in fp32; set 0 for the likeliest token",
+        ),
         "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1 (1 = all)"),
         "top_k": (sampling.top_k >= 0, "0 (all) or more"),
     }

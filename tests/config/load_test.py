@@ -50,6 +50,10 @@ def fault(path: str, *overrides: str) -> str:
         ("seed: 100000000000000000000000000\n", "1: seed: value 100000000000000000000000000: must be "),
         ("train:\n  steps: 1.5\n", "2: train.steps: value 1.5: must be a whole number. The default is 1000"),
         ("train:\n  steps: -1\n", "2: train.steps: value -1: must be greater than 0. The default is 1000"),
+        (
+            "rollout:\n  temperature: 1.0e-300\n",
+            "2: rollout.temperature: value 1e-300: must be greater than or equal to 0.000001",
+        ),
         ("optim: {lr: fast}\n", "1: optim.lr: value 'fast': must be a number. The default is 0.0003"),
         ("optim: {betas: [0.9]}\n", "1: optim.betas.1: is missing; add it"),
         ("name: 3\n", '1: name: value 3: must be text; put quotes around it. The default is "run"'),

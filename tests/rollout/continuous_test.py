@@ -10,6 +10,7 @@ import torch
 
 from llmtrain.rollout.continuous import Continuous, Request, Token
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.sampling import sample as sampled
 from llmtrain.types import Prompt, Sampling
 from tests.rollout.api.conftest import random_model
 
@@ -87,6 +88,40 @@ def test_what_is_wrong_is_told_to_who_asked() -> None:
     running.submit(Request(Prompt([5]), Sampling(3), inbox.put))
     assert len(heard(inbox, 1)[0]) == 3
     running.close()
+
+
+def test_a_request_that_is_not_finite_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beside it, before and after it in the batch, and one that takes its rows later, get their own tokens."""
+    model = random_model()
+    running = Continuous(NativeGenerator(model, 4, "cpu"))
+    alone = NativeGenerator(model, 4, "cpu")
+
+    def poisoned(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        """Breaks what the request of temperature 0.25 has once it is active: its log-probs and rows of the cache."""
+        tokens, logprobs = sampled(logits, uniforms, sampling)
+        decoding = running.decoding
+        rows = [i for i, s in enumerate(decoding.active) if s.sampling.temperature == 0.25]
+        if sampling.temperature == 0.25 and rows:
+            logprobs = logprobs.clone().fill_(float("nan"))
+            for block in (*decoding.cache.keys, *decoding.cache.values):
+                block[rows] = float("nan")
+        return tokens, logprobs
+
+    kept = Prompt(list(range(5, 25)), 1), Sampling(60, 1, 0.5)
+    inboxes = [queue.Queue() for _ in range(4)]
+    monkeypatch.setattr("llmtrain.rollout.native.sample", poisoned)
+    running.submit(Request(*kept, inboxes[0].put))
+    running.submit(Request(Prompt(list(range(40, 70))), Sampling(9, 2, 0.25), inboxes[1].put))
+    running.submit(Request(*kept, inboxes[2].put))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        heard(inboxes[1], 2)
+    running.submit(Request(*kept, inboxes[3].put))
+    got = [heard(inboxes[i], 1)[0] for i in (0, 2, 3)]
+    running.close()
+    monkeypatch.undo()
+    ((expected,),) = alone.generate([kept[0]], kept[1])
+    assert [[t.id for t in tokens] for tokens in got] == [expected.ids] * 3
+    assert inboxes[1].empty()  # the failure is told once
 
 
 def test_the_end_is_told_to_who_waits() -> None:

@@ -227,7 +227,10 @@ def test_bad_calls() -> None:
         flat(generator.generate(random_prompts((3, 16)), Sampling(4)))
     with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
         flat(generator.generate([Prompt([])], Sampling(4)))
-    for wrong in ({"max_new_tokens": 0}, {"num_samples": 0}, {"top_p": 0.0}, {"temperature": -1}, {"top_k": -1}):
+    for wrong in (
+        *({"max_new_tokens": 0}, {"num_samples": 0}, {"top_p": 0.0}, {"top_k": -1}),
+        *({"temperature": -1}, {"temperature": 1e-300}, {"temperature": 9.9e-7}),
+    ):
         with pytest.raises(ValueError, match="must be"):
             flat(generator.generate(random_prompts((3,)), Sampling(**{"max_new_tokens": 1, **wrong})))
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from llmtrain.config.section import Section
+from llmtrain.config.section import LEAST_TEMPERATURE, Section
 from llmtrain.rollout.api.refused import Refused
 
 SHOWN_CHARACTERS = 60  # of a wrong value
@@ -26,6 +26,14 @@ def neutral(*values: Any) -> Any:
         return value
 
     return Annotated[Any, AfterValidator(check)]
+
+
+def _temperature(value: float) -> float:
+    """Returns a temperature that fp32 can divide by, or 0."""
+    if 0 < value < LEAST_TEMPERATURE:
+        rule = f"must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}; set 0 for the likeliest token"
+        raise PydanticCustomError("temperature", "{rule}", {"rule": rule})
+    return value
 
 
 def _texts(value: Any) -> Any:
@@ -64,7 +72,7 @@ class Asked(Section):
 
     model: str
     max_tokens: Tokens | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_temperature)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # vLLM; -1 and 0: all
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None

@@ -228,6 +228,7 @@ HOSTILE = [
     (asked(n=1000), 422, "n=1000: input should be less than or equal to 128"),
     (asked(n=128, prompt=["a"] * 9), 429, "more than 1024 sequences would wait"),
     (asked(temperature=-1), 422, "temperature=-1: input should be greater than or equal to 0"),
+    (asked(temperature=1e-300), 422, "temperature=1e-300: must be 0 (greedy) or at least 1e-06"),
     (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 422, "temperature=nan: input should be a finite number"),
     (asked(prompt=[1, "a"]), 422, "prompt=[1, 'a']: must be a text, a list of token ids"),
     (asked(prompt=[-1]), 422, "prompt=[-1]: must be a text, a list of token ids"),
