@@ -78,12 +78,19 @@ def check_template(
     renderer: Renderer, start: Sequence[Message], role: str, tools: Sequence[ToolSchema], keep_thinking: bool
 ) -> None:
     """Raises ValueError, with the remedy, when the chat template refuses a conversation of several turns, rewrites
-    earlier ones, or drops what the policy thought in them (not with `keep_thinking`).
+    earlier ones, drops what the policy thought in them (not with `keep_thinking`), or shows no tools where no system
+    message could tell of them.
 
     The conversation begins with `start`, and messages of `role` answer the policy.
     """
     heard = {"role": role, "content": "1"}
     history, before = list(start), renderer.rendered(start, tools)
+    told = any(message["role"] == "system" for message in start)
+    if tools and not told and before == renderer.rendered(start, []):
+        raise ValueError(
+            "the chat template shows no tools, so the policy would never read of them; set tokenizer.chat_template to "
+            "one that does, tell of them in rollout.environment.system, or set rollout.environment.calls=plain"
+        )
     for _ in range(2):
         history.append(policy_turn())
         try:

@@ -10,7 +10,7 @@ from llmtrain.data.chat import Message
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.envs.dialogue import Dialogue, Renderer, Rewritten, check_template
 from llmtrain.types import Sample
-from tests.data.families import family
+from tests.data.families import PHI3, family
 
 ASKED = [{"role": "user", "content": "What is 3 + 4?"}]
 SAID = [("The answer is 7.", " so?\n\n x"), ("So 42.", "system")]
@@ -110,6 +110,20 @@ def test_what_does_not_fit_is_not_added(folder: Path) -> None:
 def test_a_template_that_cannot_render_episodes_is_refused(folder: Path, name: str, role: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         check_template(Renderer(family(name, folder)), ASKED, role, [], keep_thinking=False)
+
+
+def test_a_template_that_shows_no_tools_is_refused(folder: Path) -> None:
+    """A system message may tell of them in its place."""
+    tool = {"type": "function", "function": {"name": "adder", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(ValueError, match=r"shows no tools.*set tokenizer.chat_template.*environment.system.*calls=pl"):
+        check_template(Renderer(family("phi3", folder)), ASKED, "user", [tool], keep_thinking=False)
+    system = {"role": "system", "content": "Call adder."}
+    check_template(Renderer(family("phi3", folder)), [system, *ASKED], "user", [tool], keep_thinking=False)
+    check_template(Renderer(family("phi3", folder)), ASKED, "user", [], keep_thinking=False)
+    tokenizer = family("phi3", folder)
+    (folder / "shows.jinja").write_text("{% if tools %}{{ tools | tojson }}{% endif %}" + PHI3)
+    tokenizer.template = str(folder / "shows.jinja")
+    check_template(Renderer(tokenizer), ASKED, "user", [tool], keep_thinking=False)
 
 
 def test_templates_that_can(folder: Path) -> None:
