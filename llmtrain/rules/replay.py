@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtrain.arch.families import family_of
-from llmtrain.rules.case import Case, Rules, plans
+from llmtrain.rules.case import Case, Rules, samples
 
 KEY = "rollout.router_replay=true"
 
@@ -29,4 +29,4 @@ def _replay(case: Case) -> Iterator[str]:
         yield f"{KEY}: not with rollout.environment, whose own tokens no generator has chosen for; set it to false"
 
 
-REPLAY_RULES: Rules = ((plans, _replay),)
+REPLAY_RULES: Rules = ((samples, _replay),)

@@ -28,6 +28,8 @@ TEACHER = "distill.teacher=[{path: there}]"
         ),
         ("grpo", [MOE], None),
         ("raft", [MOE], None),
+        ("sft", [], None),  # which samples nothing, so that a document of several stages may share the section
+        ("plan", [], None),
     ],
 )
 def test_refused(small: Path, recipe: str, overrides: list[str], fault: str | None) -> None:
