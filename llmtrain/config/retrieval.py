@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable
 from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from llmtrain.config.index import StoreMode
 from llmtrain.config.section import DeadlineS, Section, UserPath
 
 NAME = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
+PORTS = {"http": 80, "https": 443}
 HOST = re.compile(rf"(\*\.)?{NAME}(\.{NAME})*(:\d{{1,5}})?")
 
 
@@ -51,6 +53,24 @@ def parsed_host(text: str) -> Allowed:
     if port is not None and not (port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError(f"{text!r}: has no port between 1 and 65535 behind the colon")
     return Allowed(bare, None if port is None else int(port), network)
+
+
+def allows(hosts: Iterable[str], host: str, port: int) -> bool:
+    """Says whether a list of hosts allows this one, in ASCII, at a port."""
+    return any(_fits(parsed_host(each), host, port) for each in hosts)
+
+
+def _fits(allowed: Allowed, host: str, port: int) -> bool:
+    """Says whether an entry of the list allows a host and port."""
+    if port != allowed.port and not (allowed.port is None and port in PORTS.values()):
+        return False
+    if allowed.network is not None:
+        try:
+            return ipaddress.ip_address(host) in allowed.network
+        except ValueError:
+            return False
+    name = allowed.name or ""
+    return host.endswith(name[1:]) if name.startswith("*.") else host == name
 
 
 def _host(text: str) -> str:

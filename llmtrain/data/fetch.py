@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from llmtrain.config.retrieval import Allowed, parsed_host
+from llmtrain.config.retrieval import PORTS, allows, parsed_host
 from llmtrain.data.post import Answer, Dropped, ServerFault, exchange
 
 REDIRECTS = (301, 302, 303, 307, 308)
-PORTS = {"http": 80, "https": 443}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 KEPT = "/%:@!$&'()*+,;=~-._[]?"  # what quoting leaves in a path or query
@@ -80,7 +79,7 @@ class Fetcher:
             raise Refused(f"{url[:200]!r} is no URL of http or https")
         if parts.username is not None or parts.password is not None:
             raise Refused("a URL with a name or password before the host is not asked")
-        if not any(fits(each, host, port or PORTS[parts.scheme]) for each in map(parsed_host, self.hosts)):
+        if not allows(self.hosts, host, port or PORTS[parts.scheme]):
             where = host if port is None else f"{host}:{port}"
             raise Refused(f"the host {where[:200]} is not allowed; allowed: {', '.join(self.hosts)}")
         inner = f"[{host}]" if ":" in host else host
@@ -118,19 +117,6 @@ class Fetcher:
         names = (each.partition("=") for each in rest.split(";"))
         charset = next((value.strip(" \"'") for name, _, value in names if name.strip().lower() == "charset"), None)
         return Page(url, type_.strip().lower(), charset, content)
-
-
-def fits(allowed: Allowed, host: str, port: int) -> bool:
-    """Says whether an entry of the list allows a host and port."""
-    if port != allowed.port and not (allowed.port is None and port in PORTS.values()):
-        return False
-    if allowed.network is not None:
-        try:
-            return ipaddress.ip_address(host) in allowed.network
-        except ValueError:
-            return False
-    name = allowed.name or ""
-    return host.endswith(name[1:]) if name.startswith("*.") else host == name
 
 
 def is_public(address: Address) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.recipes import JUDGES
+from llmtrain.config.retrieval import PORTS, WebConfig, allows
 from llmtrain.rules.case import Case, Rules
 from llmtrain.rules.index import store_faults
 
@@ -78,6 +80,24 @@ def _web(case: Case) -> Iterator[str]:
         yield f"{KEY}.tools=fetch: reads pages with the extra `data`; pip install 'llmtrain[data]' -c constraints.txt"
     if "web_search" in using and (e.web is None or e.web.endpoint is None):
         yield f"{KEY}.web.endpoint: must be set for web_search; give a URL that answers JSON, with {{query}} in it"
+    elif "web_search" in using and e.web.hosts:
+        yield from _endpoint(e.web)
+
+
+def _endpoint(web: WebConfig) -> Iterator[str]:
+    """Yields a line where the list of hosts does not allow the search engine itself."""
+    parts = urlsplit(web.endpoint or "")
+    host = (parts.hostname or "").rstrip(".")
+    if "{" in host:  # the question names the host, so each call tells
+        return
+    try:
+        port, ascii_ = parts.port or PORTS[parts.scheme], host if host.isascii() else host.encode("idna").decode()
+    except ValueError as error:
+        yield f"{KEY}.web.endpoint={web.endpoint}: is no URL ({error}); correct it"
+        return
+    if not allows(web.hosts, ascii_, port):
+        named = host if parts.port is None else f"{host}:{port}"
+        yield f"{KEY}.web.endpoint: {named} is not in {KEY}.web.hosts, so no search could be asked; add it there"
 
 
 def _own_code(case: Case) -> Iterator[str]:

@@ -47,6 +47,21 @@ def lines(folder: Path, command: str, environment: str, *overrides: str) -> list
             "{tools: [web_search], web: {hosts: [a.org]}}",
             "rollout.environment.web.endpoint: must be set for",
         ),
+        (
+            "grpo",
+            "{tools: [web_search], web: {hosts: ['*.b.org'], endpoint: 'https://a.org/s?q={query}'}}",
+            "web.endpoint: a.org is not in rollout.environment.web.hosts, so .* add it there",
+        ),
+        (
+            "grpo",
+            "{tools: [web_search], web: {hosts: [a.org], endpoint: 'http://a.org:8080/s?q={query}'}}",
+            "web.endpoint: a.org:8080 is not in rollout.environment.web.hosts",
+        ),
+        (
+            "grpo",
+            "{tools: [web_search], web: {hosts: [a.org], endpoint: 'http://a.org:99999/s?q={query}'}}",
+            "web.endpoint=http://a.org:99999/.*: is no URL .*; correct it",
+        ),
         ("grpo", "{tools: [python, python]}", "rollout.environment.tools: python stands there twice; remove one"),
         ("raft", "{game: nim, calls: plain}", "rollout.environment.calls=plain: is read with .*tools alone; remove it"),
         (
@@ -86,6 +101,16 @@ def test_what_can_work_is_not(tmp_path: Path) -> None:
     for command in ("grpo", "raft", "ppo", "eval", "sft"):
         assert not lines(tmp_path, command, "{tools: [calculator, python], calls: plain, results: user}")
         assert not lines(tmp_path, command, f"{{function: '{OWN}:Guess', unsandboxed: true, args: {{most: 3}}}}")
+
+
+def test_an_endpoint_that_is_listed(tmp_path: Path) -> None:
+    for host, endpoint in (
+        ("a.org", "https://A.org/s"),
+        ("'*.a.org'", "http://b.a.org"),
+        ("'[::1]:81'", "http://[::1]:81"),
+    ):
+        web = f"{{hosts: [{host}], endpoint: '{endpoint}?q={{query}}'}}"
+        assert not lines(tmp_path, "grpo", f"{{tools: [web_search], web: {web}}}", "rewards=[{name: math}]")
 
 
 def test_other_keys_beside_an_environment(tmp_path: Path) -> None:
