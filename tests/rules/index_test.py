@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,13 @@ def test_a_task_whose_store_is_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         missing,
         f"{key}: needs bm25s, which is not installed; pip install 'llmtrain[search]' -c constraints.txt",
     ]
+
+
+def test_the_task_of_the_page_lacks_its_files_alone(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rollouts" / "search.md").read_text()
+    (block,) = [text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "{{passages}}" in text]
+    (tmp_path / "a.yaml").write_text(block)
+    found = violations(load(str(tmp_path / "a.yaml"), []), 1, "eval")
+    keys = {line.partition("=")[0].partition(":")[0] for line in found}
+    assert keys & {"data.held_out", "data.path"} == set()
+    assert "eval.tasks.handbook.data.path" in keys
