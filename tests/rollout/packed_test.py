@@ -63,7 +63,7 @@ def test_weights_changed_in_place_are_those_that_sample(generator: NativeGenerat
 @torch.inference_mode()
 def test_a_decoding_that_goes_on_sees_new_weights(generator: NativeGenerator, plain: dict) -> None:
     """As `llmtrain serve` does: what starts after the weights were loaded is sampled from them alone."""
-    decoding = generator.decoding()
+    decoding = generator.decoding(4)
     decoding.waiting.extend(generator.sequences(0, random_prompts()[0], SAMPLING))
     decoding.round()
     generator.load_weights(random_decoder(seed=1).named_parameters(), version=1)

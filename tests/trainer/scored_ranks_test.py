@@ -46,7 +46,7 @@ def on_rank(rank: int, size: int, seq_len: int) -> list[Group]:
         sizes={"cp": 1, "tp": 1, "pp": 1}, dp_size=size, dp_rank=rank, device=torch.device("cpu"), groups={"dp": None}
     )
     config = Config.model_validate({"name": "a", "train": {"seq_len": seq_len, "micro_batch_seqs": 1}})
-    job = SimpleNamespace(config=config, mesh=mesh, model=MODEL, tokenizer=SimpleNamespace(pad_id=0))
+    job = SimpleNamespace(config=config, mesh=mesh, model=MODEL, engine=None, tokenizer=SimpleNamespace(pad_id=0))
     found = groups()
     score_samples(job, Scorer(), found, "theirs")
     return found
