@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
+from pydantic import Field, PositiveInt
 
-from pydantic import Field, PositiveInt, field_validator
-
-from llmtrain.config.section import DeadlineS, Section, Share
+from llmtrain.config.section import DeadlineS, OwnCode, Section, Share, file_of
 
 
 class AgentConfig(Section):
     """Names a program that is trained as it is; see docs/rollouts/serve.md. It runs as your own code does, outside of
     the sandbox."""
 
-    function: str | None = None  # my_agent.py:run or package.module:run, called as run(example, base_url, api_key)
+    function: OwnCode | None = None  # my_agent.py:run or package.module:run, called as run(example, base_url, api_key)
     command: list[str] = Field([])  # or a program: the example on stdin, OPENAI_BASE_URL and OPENAI_API_KEY set
     deadline_s: DeadlineS = 300.0  # for one sample; later it is ended, and an error of that sample
     processes: PositiveInt = 8  # that run at the same time on a rank
@@ -23,12 +21,4 @@ class AgentConfig(Section):
     @property
     def file(self) -> str | None:
         """Returns the file that `function` is in, None where it is in a module or there is none."""
-        place = (self.function or "").rpartition(":")[0]
-        return place if place.endswith(".py") else None
-
-    @field_validator("function")
-    @classmethod
-    def _of_a_module(cls, function: str | None) -> str | None:
-        if function is not None and not re.fullmatch(r".+:[A-Za-z_]\w*", function):
-            raise ValueError("must be file.py:function or module:function")
-        return function
+        return file_of(self.function)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 
 from llmtrain.config.retrieval import StoreConfig, WebConfig
-from llmtrain.config.section import DeadlineS, Section, Share
+from llmtrain.config.section import DeadlineS, OwnCode, Section, Share, file_of
 
 ToolName = Literal["calculator", "python", "search", "fetch", "web_search"]
 
@@ -30,7 +29,7 @@ class EnvironmentConfig(Section):
     tools: list[ToolName] = Field([])  # what the policy may call before it answers
     mcp: list[McpConfig] = Field([])  # servers whose tools it may call beside those
     game: Literal["nim"] | None = None  # the policy plays all sides; rows of the problem file say how it starts
-    function: str | None = None  # your own: my_env.py:Class or package.module:Class
+    function: OwnCode | None = None  # your own: my_env.py:Class or package.module:Class
     args: dict[str, Any] = Field({})  # keyword arguments of that class, or of the game
     unsandboxed: bool = False  # with `function`: yes, it may run with all that you may do, as it has state to keep
     max_turns: PositiveInt = 8  # turns of the policy in an episode, of all sides of a game together
@@ -49,12 +48,4 @@ class EnvironmentConfig(Section):
     @property
     def file(self) -> str | None:
         """Returns the file that `function` is in, None where it is in a module or there is none."""
-        place = (self.function or "").rpartition(":")[0]
-        return place if place.endswith(".py") else None
-
-    @field_validator("function")
-    @classmethod
-    def _of_a_module(cls, function: str | None) -> str | None:
-        if function is not None and not re.fullmatch(r".+:[A-Za-z_]\w*", function):
-            raise ValueError("must be file.py:Class or module:Class")
-        return function
+        return file_of(self.function)

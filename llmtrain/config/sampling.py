@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
@@ -13,7 +12,7 @@ from llmtrain.config.document import model_name
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.lm_eval import LmEvalConfig
 from llmtrain.config.rubric import RubricConfig
-from llmtrain.config.section import LEAST_TEMPERATURE, DeadlineS, Dtype, Section, Share, UserPath
+from llmtrain.config.section import LEAST_TEMPERATURE, DeadlineS, Dtype, OwnCode, Section, Share, UserPath, file_of
 from llmtrain.config.tasks import EvalTask
 from llmtrain.config.testtime import TestTimeConfig
 from llmtrain.config.vllm import VllmConfig
@@ -57,7 +56,7 @@ class RewardConfig(Section):
     that sample train on the sum of all, by their weights. `rewards.KEY=value` on the command line sets a key in all
     entries."""
 
-    function: str | None = None  # your own: my_rewards.py:score or package.module:score; None = the one of `name`
+    function: OwnCode | None = None  # your own: my_rewards.py:score or package.module:score; None = the one of `name`
     model: UserPath | None = None  # a sequence classifier with one output: an export, a directory, a hub name
     rubric: RubricConfig | None = None  # a model behind a server judges by a rubric
     name: str = "reasoning_gym"  # reasoning_gym, first_integer, math; of another kind of reward: its name in metrics
@@ -78,8 +77,7 @@ class RewardConfig(Section):
     @property
     def file(self) -> str | None:
         """Returns the file that `function` is in, None where it is in a module or there is none."""
-        place = (self.function or "").rpartition(":")[0]
-        return place if place.endswith(".py") else None
+        return file_of(self.function)
 
     @model_validator(mode="before")
     @classmethod
@@ -92,13 +90,6 @@ class RewardConfig(Section):
         if data.get("rubric") is not None:
             return {**data, "name": "rubric"}
         return {**data, "name": model_name(data["model"])} if isinstance(data.get("model"), str) else data
-
-    @field_validator("function")
-    @classmethod
-    def _of_a_module(cls, function: str | None) -> str | None:
-        if function is not None and not re.fullmatch(r".+:[A-Za-z_]\w*", function):
-            raise ValueError("must be file.py:function or module:function")
-        return function
 
     @field_validator("name")
     @classmethod

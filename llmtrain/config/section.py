@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -15,11 +16,27 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of a whole."""
 DeadlineS = Annotated[float, Field(gt=0.0, le=86_400.0)]
 """Seconds, a day at most."""
+
+
+def _own_code(place: str) -> str:
+    if not re.fullmatch(r".+:[A-Za-z_]\w*", place):
+        raise ValueError("must be file.py:function or module:function")
+    return place
+
+
+OwnCode = Annotated[str, AfterValidator(_own_code)]
+"""Where a function or a class of the user's is: `file.py:name` or `package.module:name`."""
 LEAST_TEMPERATURE = 1e-6
 """The lowest temperature that is not greedy: far below it, fp32 divides by 0."""
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 """The share of a moving mean that an update keeps."""
+
+
+def file_of(place: str | None) -> str | None:
+    """Returns the file of a place of own code, None where it is in a module or there is none."""
+    file = (place or "").rpartition(":")[0]
+    return file if file.endswith(".py") else None
 
 
 class Section(BaseModel):

@@ -28,7 +28,7 @@ class Nim:
     players = 2
 
     def __init__(self, note_moves: bool = False) -> None:
-        """With `note_moves` a part `missed` is -1 for every move that gave a won game away; its weight may be 0."""
+        """Makes a game. With `note_moves` it gives a part `missed`: -1 for every move that gave a won game away."""
         self.note_moves = note_moves
         self.stones, self.most, self.player = 0, 0, 0
         self.spoken: set[int] = set()
