@@ -160,6 +160,8 @@ class Continuous:
         with self.changed:
             jobs, self.jobs = self.jobs, []
         for future, job in jobs:
+            if not future.set_running_or_notify_cancel():  # who asked is gone
+                continue
             try:
                 future.set_result(job())
             except Exception as error:
@@ -219,4 +221,5 @@ class Continuous:
         for request in ended:
             request.deliver(error)
         for future, _ in jobs:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)

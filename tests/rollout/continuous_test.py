@@ -90,6 +90,19 @@ def test_what_is_wrong_is_told_to_who_asked() -> None:
     running.close()
 
 
+def test_who_leaves_before_a_job_harms_nobody() -> None:
+    """A client that goes cancels its job; the requests beside it go on."""
+    running, inbox, go_on = Continuous(NativeGenerator(random_model(), 2, "cpu")), queue.Queue(), threading.Barrier(2)
+    running.submit(Request(Prompt([5, 6]), Sampling(40), inbox.put))
+    running.call(lambda: [go_on.wait(20), go_on.wait(20)])
+    go_on.wait(20)  # the thread is in that job, so the next one waits
+    assert running.call(int).cancel()
+    go_on.wait(20)
+    assert running.call(lambda: 7).result(20) == 7
+    assert len(heard(inbox, 1)[0]) == 40
+    running.close()
+
+
 def test_a_request_that_is_not_finite_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those beside it, before and after it in the batch, and one that takes its rows later, get their own tokens."""
     model = random_model()
