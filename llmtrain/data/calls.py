@@ -69,12 +69,23 @@ def read_calls(text: str) -> tuple[str, list[Call]]:
 
 
 def read_call(block: str) -> Call | None:
-    """Returns the call that a block holds, whose arguments may be JSON in a text; None where it holds something
-    else."""
+    """Returns the call that a block holds, None where it holds something else."""
+    try:
+        found = call_json(block)
+    except ValueError:
+        return None
+    name, arguments = (found.get("name"), found.get("arguments", {})) if isinstance(found, dict) else (None, None)
+    return Call(name, arguments) if isinstance(name, str) and name and isinstance(arguments, dict) else None
+
+
+def call_json(block: str) -> Any:
+    """Returns the JSON in a block; `arguments` may themselves be JSON in a text, and are read too. Raises ValueError
+    where it is none, or has half a character (such as "\\ud83d", of a surrogate pair), which nobody could encode."""
     try:
         found = json.loads(block)
-        name, arguments = (found.get("name"), found.get("arguments", {})) if isinstance(found, dict) else (None, None)
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return None
-    return Call(name, arguments) if isinstance(name, str) and name and isinstance(arguments, dict) else None
+        if isinstance(found, dict) and isinstance(found.get("arguments"), str):
+            found["arguments"] = json.loads(found["arguments"])
+        json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain.data.calls import CLOSE, OPEN
+from llmtrain.data.calls import CLOSE, OPEN, call_json
 
 FORM = f'{OPEN}{{"name": ..., "arguments": {{...}}}}{CLOSE}'
 MOST_CALLS = 16  # of a turn; later ones are not made
@@ -40,15 +39,12 @@ def tagged(part: str) -> ToolCall:
     if not closed:
         return ToolCall(fault=f"the call is not closed; write {FORM}")
     try:
-        call = json.loads(body)
-        arguments = call.get("arguments", {}) if isinstance(call, dict) else None
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-    except (ValueError, RecursionError):
+        call = call_json(body)
+    except ValueError:
         return ToolCall(fault=f"the call is no JSON; write {FORM}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return ToolCall(fault=f"the call names no tool; write {FORM}")
-    return ToolCall(call["name"], arguments)
+    return ToolCall(call["name"], call.get("arguments", {}))
 
 
 def plain_calls(text: str, first_arguments: Mapping[str, str | None]) -> list[ToolCall]:

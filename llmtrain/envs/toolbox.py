@@ -78,7 +78,9 @@ class ToolBox:
             return self._cut(f"error: {told}")
 
     def _cut(self, text: str) -> str:
-        """Returns a result that is no longer than allowed."""
+        """Returns a result that is no longer than allowed, and that can be encoded: half a character (of a surrogate
+        pair) is a question mark."""
+        text = text.encode(errors="replace").decode()
         left_out = len(text) - self.most_characters
         return text if left_out <= 0 else f"{text[: self.most_characters]}\n... {left_out} more characters"
 

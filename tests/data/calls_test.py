@@ -21,6 +21,8 @@ ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
         ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
         ("<tool_call>{bad</tool_call>", "<tool_call>{bad</tool_call>", []),
         ('<tool_call>{"name": "f", "arguments": "x"}</tool_call>', None, []),
+        ('<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>', None, []),  # nobody could encode it
+        ('<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\\\\ud83d\\"}"}</tool_call>', None, []),
         (f"a {ADD[:-3]}", f"a {ADD[:-3]}", []),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", None, []),
         ("", "", []),

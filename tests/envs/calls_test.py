@@ -31,6 +31,7 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
             '<tool_call>{"name": "a", "arguments": "x"}</tool_call>',
             [NO_JSON],
         ),
+        ('<tool_call>{"name": "a", "arguments": {"url": "\\ud83d"}}</tool_call>', [NO_JSON]),  # nobody could encode it
         ('<tool_call>{"name": "a", "arguments": [1]}</tool_call>', [ToolCall("a", [1])]),  # the box tells of it
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", [NO_JSON]),
         (f"<tool_call>{CALL}", [ToolCall(fault=f"the call is not closed; write {FORM}"), ToolCall("add", {"a": 1})]),

@@ -42,6 +42,7 @@ def test_a_schema_is_that_of_the_openai_protocol() -> None:
         ("repeat", {"text": "ab"}, "abab"),
         ("repeat", {"text": "ab", "times": 3.0}, "ababab"),
         ("repeat", {"text": "a", "times": 13}, "aaaaaaaaaa\n... 3 more characters"),
+        ("repeat", {"text": "a\ud83d"}, "a?a?"),  # half a character, which no tokenizer takes
         ("halve", {"x": 3}, "error: 3 i\n... 5 more characters"),
         ("halve", {}, "error: halve: the argument 'x' is missing"),
         ("halve", {"x": "4"}, "error: halve: the argument 'x' must be of type integer"),
