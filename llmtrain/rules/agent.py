@@ -59,11 +59,13 @@ def _alone(case: Case) -> Iterator[str]:
         yield f"{KEY}: not with rollout.generator={r.generator}: the native generator is served to it; set native"
     if case.config.rollout.environment is not None:
         yield f"{KEY}: not together with rollout.environment: a program has its own; remove one of them"
+    if case.config.data.curriculum is not None:
+        yield f"data.curriculum: not with {KEY}, of which it would count rows as samples; remove one of them"
     evaluation = case.config.eval
-    if evaluation.every_steps and evaluation.problems:
+    if evaluation.every_steps and evaluation.problems and case.config.data.held_out is not None:
         yield (
-            f"eval.problems={evaluation.problems}: measures single answers, and with {KEY} a row is no prompt; set it "
-            "to 0"
+            f"eval.problems={evaluation.problems}: measures single answers, and with {KEY} a row is no prompt; remove "
+            "data.held_out, and set eval.every_steps=0 where it would measure no text either (data.path)"
         )
 
 

@@ -284,10 +284,8 @@ def _beside_training(case: Case) -> Iterator[str]:
         yield f"{key}: {case.command} trains a model that writes no tokens; use train.eval_every_steps, which it can"
         return
     if not _evaluates_problems(case) and not (e.text and (case.recipe.packs_text or data.path)):
-        yield (
-            f"{key}: has nothing to measure; set data.path for the held-out text there (eval.text), data.held_out for "
-            "problems (eval.problems), or 0"
-        )
+        problems = "" if case.config.rollout.agent else " data.held_out for problems (eval.problems),"
+        yield f"{key}: has nothing to measure; set data.path for the held-out text there (eval.text),{problems} or 0"
     if e.text and not case.recipe.packs_text:
         yield from _existing(case, "data.path", data.path, None)
     if _evaluates_problems(case):

@@ -44,6 +44,12 @@ def lines(folder: Path, command: str, settings: str, *overrides: str) -> list[st
         ("grpo", GOOD, ("rollout.placement=ahead",), "rollout.agent: not with rollout.placement=ahead, whose workers"),
         ("grpo", GOOD, ("rollout.record=true",), "rollout.record=True: not with rollout.agent, whose rows it does not"),
         ("grpo", GOOD, ("eval.every_steps=1", f"data.held_out={OWN}"), "eval.problems=256: measures single answers"),
+        (
+            "grpo",
+            GOOD,
+            ("data.curriculum={max_pass_rate: 0.9}",),
+            "data.curriculum: not with rollout.agent, of which it would count rows as samples; remove one of them",
+        ),
         ("grpo", GOOD, ("grpo.overlong_buffer=9",), "grpo.overlong_buffer=9: measures one completion, and rollout.ag"),
     ],
 )
@@ -52,6 +58,24 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     found = [each for each in lines(tmp_path, command, settings, *overrides) if "vllm.python" not in each]
     assert any(each.startswith(line) for each in found), found
+
+
+def test_remedies_of_an_evaluation_lead_somewhere(tmp_path: Path) -> None:
+    """The first line names data.held_out; without it, no line names it again."""
+    path = tmp_path / "y.yaml"
+    path.write_text(
+        f"model: {{init_from: {tmp_path}}}\ntokenizer: {{path: {tmp_path}}}\ndata: {{train: {__file__}}}\n"
+        f"rewards: []\nrollout: {{agent: {GOOD}}}\n"
+    )
+
+    def of_eval(*overrides: str) -> list[str]:
+        return [line for line in violations(load(str(path), list(overrides)), 1, "grpo") if line.startswith("eval.")]
+
+    (line,) = of_eval("eval.every_steps=1", f"data.held_out={OWN}")
+    assert "remove data.held_out, and set eval.every_steps=0 where it would measure no text" in line
+    (line,) = of_eval("eval.every_steps=1")
+    assert line.endswith("has nothing to measure; set data.path for the held-out text there (eval.text), or 0")
+    assert of_eval("eval.every_steps=1", f"data.path={tmp_path}") == of_eval("eval.every_steps=0") == []
 
 
 def test_what_can_work_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
