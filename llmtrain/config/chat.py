@@ -50,8 +50,11 @@ def chat_options(arguments: Sequence[str]) -> ChatOptions:
     parser.add_argument("--max-new-tokens", type=count, default=default.max_new_tokens)
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--store")
-    parser.add_argument("--passages", type=count, default=default.passages)
-    options = ChatOptions(**vars(parser.parse_args(list(arguments))))
+    parser.add_argument("--passages", type=count)
+    given = parser.parse_args(list(arguments))
+    if given.passages is not None and given.store is None:
+        raise ConfigError(f"chat: --passages {given.passages}: is read with --store alone; give one, or leave it out")
+    options = ChatOptions(**{**vars(given), "passages": given.passages or default.passages})
     if is_name(options.path):
         return ChatOptions(**{**vars(options), "path": fetch(options.path, options.path)})
     if not os.path.isdir(options.path):

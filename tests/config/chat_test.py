@@ -31,6 +31,7 @@ def test_options_and_their_defaults(tmp_path: Path) -> None:
         (["{here}", "--temperature", "hot"], "chat: argument --temperature: invalid temperature value: 'hot'"),
         (["{here}", "--max-new-tokens", "0"], "chat: argument --max-new-tokens: 0: must be at least 1"),
         (["{here}", "--passages", "0"], "chat: argument --passages: 0: must be at least 1"),
+        (["{here}", "--passages", "3"], "chat: --passages 3: is read with --store alone; give one, or leave it out"),
         (["{here}", "--prompt", "\udcff"], "chat: argument --prompt: is not UTF-8"),
         (["{here}/no"], "{here}/no: no such directory; give that of a run or of a Hugging Face model"),
     ],
