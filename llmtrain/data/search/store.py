@@ -30,6 +30,7 @@ from llmtrain.observe.owned import MARKER, read_marker, unchanged
 
 FORMAT = 1  # raised when the files of a store change
 MANIFEST, PASSAGES, OFFSETS, EMBEDDINGS = "manifest.json", "passages.jsonl", "offsets.npy", "embeddings.npy"
+AGAIN = "remove or move {}, then run `llmtrain index` again"  # which replaces nothing that was changed
 RRF_K = 60  # of reciprocal rank fusion, as in the paper
 RRF_DEPTH = 100  # ranks of each list that fusion looks at, at least
 Embed = Callable[[str], NDArray[np.float32]]
@@ -178,11 +179,9 @@ def refuse_changed(directory: Path) -> None:
     files = read_marker(directory).get("files", {})
     wanted = {MANIFEST, PASSAGES, OFFSETS, SCORES, VOCABULARY}
     if not wanted <= files.keys():
-        raise ValueError(
-            f"{directory}: its {MARKER} does not list the files of a store; index again into a new directory"
-        )
+        raise ValueError(f"{directory}: its {MARKER} does not list the files of a store; {AGAIN.format(directory)}")
     if changed := [name for name, listed in files.items() if not unchanged(directory / name, listed)]:
-        raise ValueError(f"{directory}: {', '.join(sorted(changed))}: not as it was written; index again")
+        raise ValueError(f"{directory}: {', '.join(sorted(changed))}: not as it was written; {AGAIN.format(directory)}")
 
 
 def model_digest(path: str) -> str:

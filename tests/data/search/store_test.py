@@ -103,14 +103,14 @@ def test_what_is_no_whole_store_is_refused(tmp_path: Path, encoder_directory: Pa
         open_store(str(tmp_path))
     whole = (directory / "bm25.safetensors").read_bytes()
     (directory / "bm25.safetensors").write_bytes(whole[:-1] + b"x")
-    refused(r"bm25.safetensors: not as it was written; index again")
+    refused(r"bm25.safetensors: not as it was written; remove or move .*/store, then run `llmtrain index` again")
     (directory / "bm25.safetensors").write_bytes(whole)
     (directory / "offsets.npy").rename(tmp_path / "offsets.npy")
     refused(r"offsets.npy: not as it was written")
     (tmp_path / "offsets.npy").rename(directory / "offsets.npy")
     open_store(str(directory), "bm25").search("cat", 1)
     (directory / ".llmtrain.json").write_text("{}")
-    refused("does not list the files of a store")
+    refused("does not list the files of a store; remove or move .*/store, then")
 
 
 def test_an_encoder_that_is_gone_or_another_is_refused(tmp_path: Path, encoder_directory: Path) -> None:
