@@ -21,6 +21,7 @@ from llmtrain.data.post import Answer, Dropped, ServerFault, exchange
 
 REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is handed out on the public internet
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 KEPT = "/%:@!$&'()*+,;=~-._[]?"  # what quoting leaves in a path or query
 AGENT = "llmtrain"
@@ -127,6 +128,8 @@ def is_public(address: Address) -> bool:
             wrapped = ipaddress.IPv4Address(int(address) & (2**32 - 1))
         if wrapped is not None:
             return is_public(wrapped)
+        if address not in UNICAST:  # site-local, IPv4-compatible, NAT64 of a local network
+            return False
     return address.is_global and not address.is_multicast
 
 

@@ -93,6 +93,11 @@ def test_places_that_are(url: str) -> None:
         ("::ffff:127.0.0.1", False),
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:1::", False),
+        ("64:ff9b::5db8:d822", True),
+        ("64:ff9b:1::a9fe:a9fe", False),  # NAT64 of a local network
+        ("::a9fe:a9fe", False),
+        ("fec0::1", False),
+        ("ff0e::1", False),
     ],
 )
 def test_addresses_of_the_public_internet(address: str, public: bool) -> None:
