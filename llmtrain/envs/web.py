@@ -118,7 +118,10 @@ def searched(reader: Reader, query: str, token: str | None) -> str:
     settings = reader.settings
     assert settings.endpoint is not None, "a rule says so"
     url = settings.endpoint.replace("{query}", quote(query, safe="")).replace("{k}", str(settings.k))
-    page = reader.page(url, token)
+    try:
+        page = reader.page(url, token)
+    except ToolFault as error:  # without the URL, which may hold a key
+        raise ToolFault(f"the search engine does not answer: {str(error).rpartition(': ')[2]}") from None
     try:
         results: Any = json.loads(page.content)
         for key in settings.results.split("."):

@@ -109,6 +109,17 @@ def test_an_engine_that_answers_something_else(data: bytes) -> None:
         assert found(server, "x") == "error: the search engine answers with something else than results"
 
 
+def test_a_key_in_the_endpoint_is_not_shown() -> None:
+    def busy(handler: BaseHTTPRequestHandler, _: Any) -> None:
+        reply(handler, 429, b"")
+
+    with serving(busy) as server:
+        place = f"127.0.0.1:{server.server_port}"
+        section = WebConfig(hosts=[place], endpoint=f"http://{place}/search?q={{query}}&key=s3cret")
+        told = ToolBox([web_search_tool(section)]).call("web_search", {"query": "a: b"})
+    assert told == "error: the search engine does not answer: status 429"
+
+
 def test_an_engine_that_finds_nothing_or_leads_away() -> None:
     with serving(answers(b'{"results": []}')) as server:
         assert found(server, "x") == "nothing was found; try other words"
