@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +111,6 @@ def rewards_of(reply: Reply, needed: bool) -> tuple[dict[str, float], str | None
     if needed and not found:
         return {}, "returned no reward, and the section rewards is empty; return a number, or add an entry there"
     for name, value in found.items():
-        if not isinstance(value, bool | int | float) or not math.isfinite(value):
+        if not isinstance(value, bool | int | float) or not abs(value) <= sys.float_info.max:  # nor for NaN
             return {}, f"returned {value!r:.60} as the reward {name!r:.60}, which is no finite number"
     return {name: float(value) for name, value in found.items()}, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,6 +240,8 @@ def test_a_program_that_fails_or_hangs_is_an_error_of_its_sample() -> None:
     errors = [rewards_of(reply, needed=True) for reply in replies]
     assert "no such thing" in errors[0][1] and errors[1] == ({}, "took longer than 1 s")
     assert "returned 'good' as the reward 'agent'" in errors[2][1] and errors[3] == ({"agent": 1.0}, None)
+    for value in (math.inf, math.nan, 10**400, -(10**400)):
+        assert "which is no finite number" in (rewards_of(Reply(value, None), needed=True)[1] or "")
     with pytest.raises(ValueError, match=r"rollout.agent.function=.*:none: cannot be loaded: .*none"):
         Program(AgentConfig(function=f"{FAILING}:none", processes=1)).start()
 
