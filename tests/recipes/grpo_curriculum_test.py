@@ -35,3 +35,16 @@ def test_recipes_that_sample_nothing_refuse_it(start: Callable[..., Run]) -> Non
     config = start(FILTER).job.config
     assert any("data.curriculum: is for recipes that sample" in line for line in violations(config, 1, "sft"))
     assert not any("curriculum" in line for line in violations(config, 1, "grpo"))
+
+
+def test_a_filter_needs_rewards(start: Callable[..., Run]) -> None:
+    """distill takes `rewards: []`."""
+
+    def refused(*overrides: str) -> bool:
+        config = start("distill.on_policy=true", *overrides).job.config
+        return any("read rewards, and rewards=[]" in line for line in violations(config, 1, "distill"))
+
+    assert refused(FILTER, "rewards=[]")
+    assert not refused(FILTER)
+    assert not refused(FILTER, "rewards=[]", "rollout.environment={game: nim}")
+    assert not refused("data.curriculum={column: level}", "rewards=[]")
