@@ -18,6 +18,11 @@ def reachable(key: str, url: str, model: str, token_env: str | None) -> Iterator
         )
     if not model:
         yield f"{key}.model: must be set, a server has a name for each of its models; GET /v1/models lists them"
+    yield from token_faults(key, token_env)
+
+
+def token_faults(key: str, token_env: str | None) -> Iterator[str]:
+    """Yields what is wrong with the environment variable that holds a token; None where it wants none."""
     token = os.environ.get(token_env) if token_env else "none"
     if not token:
         yield f"{key}.token_env={token_env}: is not set in the environment; export it, or remove the key"

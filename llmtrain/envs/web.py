@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from urllib.parse import quote
 
 from llmtrain.config.clean.web import ExtractConfig
 from llmtrain.config.retrieval import WebConfig
+from llmtrain.config.served import token_faults, token_of
 from llmtrain.data.clean.read.items import UnusableError
 from llmtrain.data.clean.read.text import declared, decode
 from llmtrain.data.fetch import Fetcher, Page, Refused
@@ -99,11 +99,10 @@ def fetch_tool(settings: WebConfig) -> Tool:
 
 
 def web_search_tool(settings: WebConfig) -> Tool:
-    """Returns the tool that asks the endpoint. Raises ValueError when its token is not there."""
-    token = None if settings.token_env is None else os.environ.get(settings.token_env)
-    if settings.token_env is not None and not token:
-        key = f"rollout.environment.web.token_env={settings.token_env}"
-        raise ValueError(f"{key}: there is no such environment variable; set it, or remove the key")
+    """Returns the tool that asks the endpoint. Raises ValueError when its token is not there, or is none."""
+    for fault in token_faults("rollout.environment.web", settings.token_env):
+        raise ValueError(fault)
+    token = token_of(settings.token_env)
     reader = Reader(settings.model_copy(update={"max_redirects": 0}))
     return Tool(
         "web_search",

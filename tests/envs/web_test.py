@@ -89,8 +89,11 @@ def test_results_of_a_search_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == f"[1] T0 https://a.org/0\n{'x' * 500}\n\n[2] T1 https://a.org/1\n{'x' * 500}"
     (path, headers, _), *more = server.asked
     assert path == "/search?q=a%20b%26c%3D%C3%BC%2F%23&n=2" and headers["Authorization"] == "Bearer secret" and not more
-    with pytest.raises(ValueError, match=r"token_env=KEY_OF_NOTHING: there is no such environment variable; set it"):
+    with pytest.raises(ValueError, match=r"web.token_env=KEY_OF_NOTHING: is not set in the environment; export it"):
         found(server, "x", token_env="KEY_OF_NOTHING")
+    monkeypatch.setenv("KEY_OF_SEARCH", "secret\n")  # an error of the HTTP library would show it
+    with pytest.raises(ValueError, match=r"token_env=KEY_OF_SEARCH: must hold printable ASCII in one line; corr"):
+        found(server, "x", token_env="KEY_OF_SEARCH")
 
 
 def test_results_under_other_names() -> None:
