@@ -54,6 +54,8 @@ class Agents:
             replies = self.program.run(tasks)
         finally:
             self.sessions.clear()
+            for session in made.values():
+                session.end()
             self.server.rest()
         runs = list(zip(made.values(), replies, strict=True))
         n = sampling.num_samples

@@ -40,7 +40,7 @@ class Session:
         self.model, self.renderer, self.settings, self.base_seed = model, renderer, sampling, seed
         self.threads: list[Thread] = []
         self.pending: dict[int, list[Thread]] = {}  # by request: the row of each prompt
-        self.requests = 0
+        self.requests, self.ended = 0, False
         self.lock = threading.Lock()
 
     def prompts(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
@@ -48,6 +48,8 @@ class Session:
         if (asked.n or 1) > 1:
             raise Refused(422, f"n={asked.n}: a session that is recorded has one answer to a request; ask again", "n")
         with self.lock:
+            if self.ended:
+                raise Refused(401, "the program has ended, and its key with it", code="invalid_api_key")
             if isinstance(asked, ChatRequest):
                 threads = [self._conversation(asked)]
             else:
@@ -77,6 +79,8 @@ class Session:
     def heard(self, asked: ChatRequest | CompletionRequest, prompt: int, whole: Delta) -> None:
         """Records an answer; see Caller."""
         with self.lock:
+            if self.ended:  # its rows are read by now
+                return
             thread, tokens = self.pending[id(asked)][prompt], whole.tokens
             thread.finished, thread.answered = whole.end != "length", True
             columns = [[t.logprob for t in tokens], [t.version for t in tokens]]
@@ -89,6 +93,11 @@ class Session:
         with self.lock:
             for thread in self.pending.pop(id(asked), ()):
                 thread.asking = False
+
+    def end(self) -> None:
+        """Records nothing more: the program has ended, and what it asked last may still be answered."""
+        with self.lock:
+            self.ended = True
 
     def _conversation(self, asked: ChatRequest) -> Thread:
         """Returns the conversation that the messages go on from, or a new one."""

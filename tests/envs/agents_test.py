@@ -18,7 +18,13 @@ from openai import OpenAI
 from llmtrain.config.agent import AgentConfig
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.envs.agents import OTHERS, SILENT, Agents
+from llmtrain.envs.dialogue import Dialogue
 from llmtrain.envs.program import Program, Task, rewards_of
+from llmtrain.envs.session import Session, Thread
+from llmtrain.rollout.api.choices import Delta
+from llmtrain.rollout.api.refused import Refused
+from llmtrain.rollout.api.requests import CompletionRequest
+from llmtrain.rollout.continuous import Token
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.wire import pack, unpack
 from llmtrain.sandbox.pool import Reply
@@ -244,6 +250,20 @@ def test_a_program_that_fails_or_hangs_is_an_error_of_its_sample() -> None:
         assert "which is no finite number" in (rewards_of(Reply(value, None), needed=True)[1] or "")
     with pytest.raises(ValueError, match=r"rollout.agent.function=.*:none: cannot be loaded: .*none"):
         Program(AgentConfig(function=f"{FAILING}:none", processes=1)).start()
+
+
+def test_nothing_is_recorded_after_the_end() -> None:
+    """A program that is killed leaves requests, whose answers come while its rows are read."""
+    session = Session(None, None, Sampling(4), 0)
+    thread, asked = Thread(Dialogue(None, [], [], [1])), CompletionRequest(model="m", prompt=[1])
+    session.pending[id(asked)] = [thread]
+    answer = Delta(tokens=[Token(0, 5, -1.0, None, [], 0, "stop")], end="stop")
+    session.heard(asked, 0, answer)
+    session.end()
+    session.heard(asked, 0, answer)
+    assert thread.dialogue.ids == [5]
+    with pytest.raises(Refused, match="the program has ended"):
+        session.prompts(asked)
 
 
 def ended(number: int) -> bool:
