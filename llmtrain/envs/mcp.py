@@ -77,7 +77,9 @@ class McpServer:
 
     def _tool(self, listed: Any) -> Tool:
         schema = listed.input_schema or {}
-        parameters, required = schema.get("properties", {}), tuple(schema.get("required", ()))
+        found = schema.get("properties", {}).items()
+        parameters = {name: own if isinstance(own, dict) else {} for name, own in found}  # true = anything
+        required = tuple(schema.get("required", ()))
         call = lambda arguments: self.call(listed.name, arguments)  # noqa: E731
         return Tool(listed.name, listed.description or "", parameters, call, required)
 

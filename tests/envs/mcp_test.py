@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("mcp")
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.envs.build import environment_maker
 from llmtrain.envs.mcp import McpServer
-from llmtrain.envs.toolbox import Tool, ToolBox, ToolFault
+from llmtrain.envs.toolbox import Tool, ToolBox, ToolFault, argument_faults
 
 COMMAND = [sys.executable, str(Path(__file__).with_name("mcp_server.py"))]
 
@@ -132,3 +133,11 @@ def test_the_tools_of_a_document() -> None:
         environment_maker(twice)
     with pytest.raises(ValueError, match=r"rollout.environment.mcp.files: MCP server files: has no tool sub"):
         environment_maker(EnvironmentConfig(mcp=[{**server, "tools": ["sub"]}]))
+
+
+def test_a_property_that_may_be_anything() -> None:
+    """JSON schema allows `true` in place of an object."""
+    listed = SimpleNamespace(name="f", description=None, input_schema={"properties": {"x": True}})
+    found = McpServer._tool(None, listed)
+    assert found.parameters == {"x": {}} and found.required == ()
+    assert list(argument_faults(found, {"x": [1]})) == []
