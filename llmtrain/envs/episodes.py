@@ -137,9 +137,10 @@ class Episodes:
         self.settings, self.seq_len, self.decode = settings, seq_len, decode
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Returns the group of each prompt, in their order. Raises as the generator does."""
-        if not prompts:
-            return []
+        """Returns the group of each prompt, in their order. Prompts without an example, by which a run probes its
+        generator, are continued by the generator itself. Raises as the generator does."""
+        if not any(prompt.example for prompt in prompts):
+            return self.generator.generate(prompts, sampling) if prompts else []
         with ThreadPoolExecutor(self.settings.threads) as pool:
             games = [[self._episode(p, i) for i in range(sampling.num_samples)] for p in prompts]
             episodes = list(chain.from_iterable(games))

@@ -77,6 +77,16 @@ def test_episodes_of_different_lengths_run_together(tokenizer: Tokenizer) -> Non
         assert set(sample.versions) == {3}
 
 
+def test_a_probe_starts_no_environment(tokenizer: Tokenizer) -> None:
+    made = []
+    script = Script(tokenizer, lambda context, number: "go on")
+    config = EnvironmentConfig(game="nim")
+    episodes = Episodes(script, Renderer(tokenizer), lambda: made.append(1), config, 1000, tokenizer.decode)
+    groups = episodes.generate([Prompt([5, 6]), Prompt([5, 7])], ASKED)
+    assert [[s.prompt_ids for s in group] for group in groups] == [[[5, 6]] * 2, [[5, 7]] * 2]
+    assert made == [] and len(script.asked) == 1 and not any(s.errors for group in groups for s in group)
+
+
 def test_each_turn_has_a_random_stream_of_its_own(tokenizer: Tokenizer) -> None:
     def seeds(threads: int) -> list[int]:
         script = Script(tokenizer, lambda context, number: "end" if context.count("assistant") == 3 else "a")
