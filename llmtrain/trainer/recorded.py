@@ -10,17 +10,31 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llmtrain.checkpoint.group import CheckpointGroup, together
+from llmtrain.config.schema import Config
 from llmtrain.data.prompts import PromptSet
 from llmtrain.rollout.generator import RolloutSource, Weights
 from llmtrain.rollout.source import Order
 from llmtrain.rollout.wire import groups_of, tensors_of
 from llmtrain.types import Group
+
+Made = dict[str, Any]
+"""Maps the keys of a document that say what a record is of to their values, as JSON."""
+KEPT = ("group_size", "temperature", "max_staleness", "router_replay")  # of rollout
+
+
+def made_with(config: Config) -> Made:
+    """Returns what must be the same where a record is replayed: otherwise its groups, log-probs or rewards would mean
+    another loss."""
+    r = config.rollout
+    kept = {f"rollout.{name}": getattr(r, name) for name in KEPT}
+    return kept | {"rewards": [{"name": each.name, "weight": each.weight} for each in config.rewards]}
 
 
 class Turns:
@@ -42,8 +56,10 @@ class Turns:
 class Recording:
     """Hands on what another source gives, once it is written down by trainer 0."""
 
-    def __init__(self, source: RolloutSource, group: CheckpointGroup, directory: str, prompts_per_step: int) -> None:
-        self.source, self.group, self.prompts_per_step = source, group, prompts_per_step
+    def __init__(
+        self, source: RolloutSource, group: CheckpointGroup, directory: str, prompts_per_step: int, made: Made
+    ) -> None:
+        self.source, self.group, self.prompts_per_step, self.made = source, group, prompts_per_step, made
         self.turns, self.report, self.close = Turns(directory), source.report, source.close
 
     def take(self, step: int) -> list[Group]:
@@ -55,7 +71,7 @@ class Recording:
         written."""
         groups, path = self.source.ask(numbers), self.turns.next()
         numbered = dict(zip(numbers, groups, strict=True))
-        together(self.group, lambda: write_groups(path, numbered) if self.group.rank == 0 else None)
+        together(self.group, lambda: write_groups(path, numbered, self.made) if self.group.rank == 0 else None)
         return groups
 
     def publish(self, weights: Weights, version: int) -> None:
@@ -68,10 +84,17 @@ class Replayed:
     """Implements a `RolloutSource` that gives what another run of the same document took."""
 
     def __init__(
-        self, group: CheckpointGroup, directory: str, prompts: PromptSet, prompts_per_step: int, order: Order
+        self,
+        group: CheckpointGroup,
+        directory: str,
+        prompts: PromptSet,
+        prompts_per_step: int,
+        order: Order,
+        made: Made,
     ) -> None:
+        """`made` is what this run would write; a file of other settings is refused."""
         self.group, self.prompts, self.prompts_per_step, self.order = group, prompts, prompts_per_step, order
-        self.turns = Turns(directory)
+        self.turns, self.made = Turns(directory), made
 
     def take(self, step: int) -> list[Group]:
         """Returns the groups of a step; see RolloutSource."""
@@ -97,12 +120,14 @@ class Replayed:
         return {}
 
     def _read(self, path: str, numbers: range, rows: Sequence[int]) -> list[Group]:
-        groups = read_groups(path)
+        groups, made = read_groups(path)
+        remedy = "replay with the document of the run that was recorded"
+        other = [(key, made.get(key), now) for key, now in self.made.items() if made.get(key) != now]
+        if other:
+            raise ValueError("\n".join(f"{k}={now}: {path} was made with {was}; {remedy}" for k, was, now in other))
         if list(groups) != list(numbers):
-            raise ValueError(
-                f"{path}: holds other prompts than {numbers.start} to {numbers.stop - 1}, which the step takes; replay "
-                "with the document of the run that was recorded"
-            )
+            asked = f"{numbers.start} to {numbers.stop - 1}, which the step takes"
+            raise ValueError(f"{path}: holds other prompts than {asked}; {remedy}")
         for number, row in zip(numbers, rows, strict=True):
             for sample in groups[number]:
                 if sample.prompt_ids != self.prompts.prompt_ids(row):
@@ -111,8 +136,9 @@ class Replayed:
         return list(groups.values())
 
 
-def write_groups(path: str, groups: Mapping[int, Group]) -> None:
-    """Writes rewarded groups, by the numbers of their prompts; whole, or not at all. Raises OSError."""
+def write_groups(path: str, groups: Mapping[int, Group], made: Made) -> None:
+    """Writes rewarded groups, by the numbers of their prompts, and what they were made with; whole, or not at all.
+    Raises OSError."""
     prompts = [group[0].prompt_ids for group in groups.values()]
     tensors = tensors_of(groups) | {
         "prompt_ids": torch.tensor(list(chain.from_iterable(prompts)), dtype=torch.int32),
@@ -121,17 +147,18 @@ def write_groups(path: str, groups: Mapping[int, Group]) -> None:
     scores = [[s.reward, s.parts, s.errors] for group in groups.values() for s in group]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        save_file(tensors, path, {"scores": json.dumps(scores)})  # to a file beside it, which is then renamed
+        notes = {"scores": json.dumps(scores), "made": json.dumps(made)}
+        save_file(tensors, path, notes)  # to a file beside it, which is then renamed
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 
 
-def read_groups(path: str) -> dict[int, Group]:
+def read_groups(path: str) -> tuple[dict[int, Group], Made]:
     """Returns what `write_groups` wrote. Raises OSError for a file that is not there, ValueError for a broken one."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            scores = json.loads(file.metadata()["scores"])
+            scores, made = (json.loads(file.metadata()[name]) for name in ("scores", "made"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: is not there; was the run recorded (rollout.record), and so far?") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -142,4 +169,4 @@ def read_groups(path: str) -> dict[int, Group]:
     groups = groups_of(tensors, {n: ids[first:end] for n, (first, end) in zip(numbers, ends, strict=True)})
     for sample, (reward, parts, errors) in zip(chain.from_iterable(groups.values()), scores, strict=True):
         sample.reward, sample.parts, sample.errors = reward, parts, errors
-    return groups
+    return groups, made

@@ -31,7 +31,7 @@ from llmtrain.trainer.environments import answering, prompts_of, with_agent
 from llmtrain.trainer.gate import Disagreement
 from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import CURRICULUM, STEP_SAMPLES
-from llmtrain.trainer.recorded import Recording, Replayed
+from llmtrain.trainer.recorded import Recording, Replayed, made_with
 from llmtrain.trainer.verify import load_verified
 from llmtrain.types import Group, Sample
 
@@ -74,10 +74,12 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> Rollout
     config, r = job.config, job.config.rollout
     if r.replay is not None:
         order = curriculum(job, prompts, prompts_per_step) or Shuffled(prompts, config.seed)
-        return Replayed(job.mesh, r.replay, prompts, prompts_per_step, order)
+        return Replayed(job.mesh, r.replay, prompts, prompts_per_step, order, made_with(config))
     source = sampling_source(job, prompts, prompts_per_step)
     job.report = source.report
-    return Recording(source, job.mesh, records_dir(config), prompts_per_step) if r.record else source
+    if not r.record:
+        return source
+    return Recording(source, job.mesh, records_dir(config), prompts_per_step, made_with(config))
 
 
 def records_dir(config: Config) -> str:

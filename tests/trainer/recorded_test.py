@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 
 from llmtrain.checkpoint.group import LocalGroup
+from llmtrain.config.schema import Config
 from llmtrain.rollout.source import Shuffled
-from llmtrain.trainer.recorded import Recording, Replayed, read_groups
+from llmtrain.trainer.recorded import Recording, Replayed, made_with, read_groups
 from llmtrain.types import Group, Sample
 
 PROMPTS = SimpleNamespace(
     at=lambda number, seed: number % 5, prompt_ids=lambda row: [1] * (row + 1), examples=[{"row": i} for i in range(5)]
 )
+
+MADE = {
+    **{"rollout.group_size": 2, "rollout.temperature": 0.7, "rollout.max_staleness": 0, "rollout.router_replay": False},
+    "rewards": [{"name": "own", "weight": 0.5}],
+}
 
 
 def group(number: int) -> Group:
@@ -53,7 +59,7 @@ class Source:
 def recorded(tmp_path: Path) -> Path:
     """Steps 12 and 13 of a run with two prompts a step; the first asks twice, and changes what it gets."""
     source, directory = Source(), tmp_path / "rollouts"
-    recording = Recording(source, LocalGroup(), str(directory), 2)
+    recording = Recording(source, LocalGroup(), str(directory), 2, MADE)
     recording.publish("weights", 11)
     taken = recording.ask(range(22, 24))
     assert taken == [group(22), group(23)]
@@ -70,8 +76,8 @@ def recorded(tmp_path: Path) -> Path:
     return directory
 
 
-def replayed(directory: Path, version: int, prompts: Any = PROMPTS) -> Replayed:
-    source = Replayed(LocalGroup(), str(directory), prompts, 2, Shuffled(prompts, 0))
+def replayed(directory: Path, version: int, prompts: Any = PROMPTS, **other: Any) -> Replayed:
+    source = Replayed(LocalGroup(), str(directory), prompts, 2, Shuffled(prompts, 0), MADE | other)
     source.publish("weights", version)
     return source
 
@@ -96,6 +102,23 @@ def test_other_prompts_are_refused(recorded: Path) -> None:
     other.prompt_ids = lambda row: [2] * (row + 1)
     with pytest.raises(ValueError, match=r"prompt 22 has other tokens here; replay with the same data"):
         replayed(recorded, 11, other).ask(range(22, 24))
+
+
+def test_what_a_record_is_of() -> None:
+    rollout = {"group_size": 2, "temperature": 0.7}
+    rewards = [{"function": "mine.py:own", "weight": 0.5}]
+    assert made_with(Config.model_validate({"name": "x", "rollout": rollout, "rewards": rewards})) == MADE
+
+
+def test_a_record_of_other_settings_is_refused(recorded: Path) -> None:
+    source = replayed(recorded, 11, **{"rollout.temperature": 1.0, "rewards": []})
+    with pytest.raises(ValueError) as failure:
+        source.ask(range(22, 24))
+    path, remedy = f"{recorded}/step-00000012.safetensors", "replay with the document of the run that was recorded"
+    assert str(failure.value).removeprefix("rank 0: ").splitlines() == [
+        f"rollout.temperature=1.0: {path} was made with 0.7; {remedy}",
+        f"rewards=[]: {path} was made with {MADE['rewards']}; {remedy}",
+    ]
 
 
 def test_a_step_that_is_not_there_is_named(recorded: Path) -> None:
@@ -124,6 +147,6 @@ def test_a_broken_file_is_named(recorded: Path, spoil: Callable[[Path], Any]) ->
 
 def test_a_record_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "rollouts").write_text("a file")
-    recording = Recording(Source(), LocalGroup(), str(tmp_path / "rollouts"), 2)
+    recording = Recording(Source(), LocalGroup(), str(tmp_path / "rollouts"), 2, MADE)
     with pytest.raises(OSError, match="rollouts"):
         recording.take(0)
