@@ -26,16 +26,17 @@ class Gate:
     At the first step everything is scored once more before the update. Later steps cost nothing: the first update on
     a set of rollouts sees the same weights as the generator did, so its `logprob_gap_max` is the comparison. Where
     samples may be older than the weights (`rollout.max_staleness`) the difference is what was learned since, and only
-    the first step, whose samples are not, is compared.
+    the first step, whose samples are not, is compared; of a replay that resumes they are, so nothing is.
     """
 
     def __init__(self, rollout: RolloutConfig, precision: str, mesh: Mesh) -> None:
         self.limit = limit_of(rollout.max_logprob_gap, precision)
         self.mesh, self.passed, self.stale = mesh, False, rollout.max_staleness > 0
+        self.replays = rollout.replay is not None
 
     def before_update(self, engine: Engine, batches: Sequence[Batch], number: int) -> None:
         """Compares at the first step, before its update (a collective)."""
-        if self.passed:
+        if self.passed or (self.stale and self.replays and number > 0):
             return
         gaps = [0.0]
         for batch, scores in zip(batches, engine.score(batches), strict=True):
