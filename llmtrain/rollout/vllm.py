@@ -91,7 +91,7 @@ class VllmGenerator:
         finally:
             pool.shutdown(cancel_futures=True)
         samples = [sample for answer in answers for sample in answer]
-        if sampling.stop_strings:
+        if samples:  # an answer may name no version: a streamed one does not
             self._check_version(deadline)
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 

@@ -172,6 +172,10 @@ def test_a_stale_version_is_caught(start: Start, tmp_path: Path) -> None:
     (tmp_path / "server" / "how.json").write_text(json.dumps({"version": "0"}))
     with pytest.raises(ServerFault, match=r"weights of version .*'0'.*, not 1"):
         generator.generate(PROMPTS, Sampling(4, stop_strings=("x",)))
+    plain = start()
+    (tmp_path / "server" / "how.json").write_text(json.dumps({"unnamed": True, "version": "0"}))
+    with pytest.raises(ServerFault, match=r"weights of version .*'0'.*, not 1"):  # answers that name none
+        plain.generate(PROMPTS, Sampling(4))
 
 
 def choice(**changed: Any) -> dict[str, Any]:

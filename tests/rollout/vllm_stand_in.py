@@ -103,7 +103,8 @@ class Handler(BaseHTTPRequestHandler):
             ended = "stop" if ids[-1] in p["stop_token_ids"] else "length"
             content = [{"token_id": t, "logprob": -(t + 1) / 100} for t in ids]
             spans = [{"version": how.get("label", label), "start": 0, "end": len(ids)}]
-            own = {"index": i, "token_ids": ids, "finish_reason": ended, "weight_versions": spans}
+            named = None if how.get("unnamed") else spans
+            own = {"index": i, "token_ids": ids, "finish_reason": ended, "weight_versions": named}
             choices.insert(0, {**own, "logprobs": {"content": content}})
         self.reply({"choices": choices})
 
