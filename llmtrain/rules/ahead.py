@@ -18,6 +18,7 @@ def _ahead(case: Case) -> Iterator[str]:
             )
         if r.inflight != "finish":
             yield f"rollout.inflight={r.inflight}: in step no weights come while it samples; remove it"
+        yield from _unread(case)
         return
     if not r.max_staleness:
         yield "rollout.max_staleness=0: must be at least 1 with rollout.placement=ahead; raise it or use colocated"
@@ -45,6 +46,14 @@ def _ahead(case: Case) -> Iterator[str]:
             f"rollout.deadline_s={r.deadline_s:g}: must be below engine.timeout_s={timeout_s} on several ranks, which "
             "wait for the first in a collective while a worker is late; lower it or raise timeout_s"
         )
+
+
+def _unread(case: Case) -> Iterator[str]:
+    """Yields a line for each key that is set, and that nothing reads where no process samples ahead."""
+    r = case.config.rollout
+    for name in ("deadline_s", "restarts"):
+        if (value := getattr(r, name)) != type(r).model_fields[name].default:
+            yield f"rollout.{name}={value:g}: is read with rollout.placement=ahead alone, not {r.placement}; remove it"
 
 
 def _replay(case: Case) -> Iterator[str]:

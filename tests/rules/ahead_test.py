@@ -56,6 +56,16 @@ def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
         ),
         (
             1,
+            ["rollout.deadline_s=30"],
+            "rollout.deadline_s=30: is read with rollout.placement=ahead alone, not colocated; remove it",
+        ),
+        (
+            2,
+            ["rollout.restarts=0", "rollout.placement=separate", "rollout.workers=1"],
+            "rollout.restarts=0: is read with rollout.placement=ahead alone, not separate; remove it",
+        ),
+        (
+            1,
             [*AHEAD, "data.curriculum={min_pass_rate: 0.1}"],
             "rollout.max_staleness=1: not with data.curriculum, which chooses prompts by the rewards of earlier ones, "
             "that are not there yet; use colocated or separate, or remove the curriculum",
