@@ -41,10 +41,11 @@ def _ahead(case: Case) -> Iterator[str]:
         )
     if r.generator != "native":
         yield f"rollout.placement=ahead: needs rollout.generator=native, not {r.generator}; use colocated or separate"
-    if case.world_size > 1 and r.deadline_s >= timeout_s:
+    if case.world_size > 1 and 2 * r.deadline_s >= timeout_s:
         yield (
-            f"rollout.deadline_s={r.deadline_s:g}: must be below engine.timeout_s={timeout_s} on several ranks, which "
-            "wait for the first in a collective while a worker is late; lower it or raise timeout_s"
+            f"rollout.deadline_s={r.deadline_s:g}: must be below half of engine.timeout_s={timeout_s} on several "
+            "ranks, which wait for the first in a collective while it waits for a worker, and again for who does its "
+            "work; lower it or raise timeout_s"
         )
 
 

@@ -20,6 +20,7 @@ STEPS = 8
 SETTINGS = (
     *("rewards=[{name: first_integer}]", "rollout.max_new_tokens=16", f"train.steps={STEPS}", "grpo.dynamic_rounds=2"),
     *("rollout.placement=ahead", "rollout.workers=2", "rollout.max_staleness=2", "rollout.deadline_s=50"),
+    "engine.timeout_s=120",
     "rollout.verify=checksum",
     *("rollout.inflight=continue", "checkpoint.every_steps=4"),
 )

@@ -27,7 +27,7 @@ def lines(tmp_path: Path) -> Callable[..., list[str]]:
 
 def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
     assert lines(1) == lines(1, *AHEAD) == lines(1, *AHEAD, "rollout.inflight=continue") == []
-    assert lines(2, *AHEAD, "rollout.deadline_s=599") == []
+    assert lines(2, *AHEAD, "rollout.deadline_s=299") == []
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,10 @@ def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
         ),
         (
             2,
-            AHEAD,
-            "rollout.deadline_s=600: must be below engine.timeout_s=600 on several ranks, which wait for the first in "
-            "a collective while a worker is late; lower it or raise timeout_s",
+            [*AHEAD, "rollout.deadline_s=300"],
+            "rollout.deadline_s=300: must be below half of engine.timeout_s=600 on several ranks, which wait for the "
+            "first in a collective while it waits for a worker, and again for who does its work; lower it or raise "
+            "timeout_s",
         ),
     ],
 )
