@@ -113,3 +113,9 @@ def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
 )
 def test_what_does_not(ranks: int, overrides: list[str], expected: str, lines: Callable[..., list[str]]) -> None:
     assert lines(ranks, *overrides) == [expected]
+
+
+def test_distillation_on_own_samples_is_in_step(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("distill: {on_policy: true, teacher: [{path: t}]}")
+    found = violations(load(str(tmp_path / "x.yaml"), list(AHEAD)), 1, "distill")
+    assert any(line.startswith("rollout.max_staleness=1: must be 0 with distill.on_policy") for line in found)

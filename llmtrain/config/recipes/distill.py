@@ -175,6 +175,11 @@ def on_own_samples(config: Config) -> Iterator[str]:
             f"distill.divergence={d.kind}: not with distill.estimate=sampled, which estimates the reverse KL; remove "
             "one of them"
         )
+    if r.max_staleness:
+        yield (
+            f"rollout.max_staleness={r.max_staleness}: must be 0 with distill.on_policy, whose loss does not correct "
+            "for samples of older weights; set it to 0, with rollout.placement=colocated or separate"
+        )
     if r.router_replay:
         yield (
             "rollout.router_replay=true: not with distill.on_policy, whose loss compares whole distributions and "
