@@ -29,7 +29,5 @@ def _package(case: Case) -> Iterator[str]:
         yield "engine.attention=flash: needs the package flash-attn, it is not installed; install it, or set auto"
 
 
-ATTENTION_RULES: Rules = (
-    (plans, _backend),
-    (trains, _package),
-)
+ATTENTION_RULES: Rules = ((plans, _backend),)
+PACKAGE_RULES: Rules = ((trains, _package),)  # of the machine, not of the document

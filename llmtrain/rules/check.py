@@ -13,7 +13,7 @@ from llmtrain.config.ramp import phases, trained_model, with_phase
 from llmtrain.config.schema import Config, ModelConfig, RunConfig, StageConfig
 from llmtrain.rules.agent import AGENT_RULES
 from llmtrain.rules.ahead import AHEAD_RULES
-from llmtrain.rules.attention import ATTENTION_RULES
+from llmtrain.rules.attention import ATTENTION_RULES, PACKAGE_RULES
 from llmtrain.rules.case import Case, Earlier, Rules, pretrains
 from llmtrain.rules.cleaning import CLEANING_RULES
 from llmtrain.rules.curriculum import CURRICULUM_RULES
@@ -40,7 +40,7 @@ RULES = (
     *SHAPE_RULES,
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
     *(*CURRICULUM_RULES, *TASK_RULES, *TEST_TIME_RULES, *LADDER_RULES, *PLAN_RULES, *INDEX_RULES),
-    *(*ENVIRONMENT_RULES, *VLLM_RULES, *AHEAD_RULES, *REPLAY_RULES, *AGENT_RULES),
+    *(*ENVIRONMENT_RULES, *VLLM_RULES, *AHEAD_RULES, *REPLAY_RULES, *AGENT_RULES, *PACKAGE_RULES),
 )
 
 
@@ -82,9 +82,16 @@ def violations(
     return found
 
 
-def layout_violations(case: Case) -> list[str]:
-    """Returns the broken rules about model, layout and engine of a recipe, files apart."""
-    return list(_broken(case, SHAPE_RULES))
+def recipe_violations(
+    config: Config, model: ModelConfig, world_size: int, recipe: str, earlier: Earlier, rules: Rules
+) -> list[str]:
+    """Returns which of some rules a recipe breaks in any phase of a ramp. `llmtrain plan`, whose document may have no
+    files yet and names its recipe by a section, asks for KEY_RULES and SHAPE_RULES."""
+    found: dict[str, None] = {}
+    for phase in phases(config.train):
+        case = Case(with_phase(config, phase), model, world_size, recipe, None, earlier)
+        found |= dict.fromkeys(_broken(case, rules))
+    return list(found)
 
 
 def _broken(case: Case, rules: Rules = RULES) -> Iterator[str]:

@@ -292,9 +292,7 @@ def _beside_training(case: Case) -> Iterator[str]:
         yield from _rows(case, "data.held_out", data.held_out, "eval.problems are read there")
 
 
-FILE_RULES: Rules = (
-    (lambda case: True, _run_places),
-    (command("data", "tokenizer", "export", "report", "scaling", "ladder", "index", *JUDGES), _one_process),
+KEY_RULES: Rules = (  # of these what looks at no files
     (plans, _positions),
     (plans, _ramps),
     (trains, _objectives),
@@ -302,6 +300,11 @@ FILE_RULES: Rules = (
     (trains, _learning_rate),
     (plans, _own_rules),
     (either(samples, _evaluates_problems, command(*JUDGES)), _completions),
+)
+FILE_RULES: Rules = (
+    (lambda case: True, _run_places),
+    (command("data", "tokenizer", "export", "report", "scaling", "ladder", "index", *JUDGES), _one_process),
+    *KEY_RULES,
     (either(reads_rewards, _evaluates_problems, command("eval", "judge")), _rewards),
     (trains, _spikes),
     (trains, _wandb),

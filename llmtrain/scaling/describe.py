@@ -10,7 +10,8 @@ from llmtrain.config.ramp import Phase, phases
 from llmtrain.config.recipes import Recipe, StepSize, planned_recipes, recipe_of
 from llmtrain.config.schema import Config, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
-from llmtrain.rules.check import planned_stages
+from llmtrain.rules.check import SHAPE_RULES, planned_stages, recipe_violations
+from llmtrain.rules.files import KEY_RULES
 from llmtrain.scaling.plan import Plan, bubble_share, plan, rollout_workers
 from llmtrain.scaling.speed import fit_line, hardware_line, speed_lines
 from llmtrain.scaling.turnlines import step_lines, traffic_lines
@@ -39,6 +40,7 @@ def main(config: Config) -> None:
     for recipe, staged, world_size, earlier in stages:
         print(f"{staged.name} ({recipe.name})")
         try:
+            _hold_to_rules(staged, world_size, recipe, earlier)
             lines = describe(staged, plan(staged, world_size, recipe, earlier), recipe, earlier)
         except ValueError as error:
             start, said = staged.model.init_from, str(error).splitlines()
@@ -48,6 +50,14 @@ def main(config: Config) -> None:
         print("\n".join(f"  {line}" for line in lines))
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def _hold_to_rules(config: Config, world_size: int, recipe: Recipe, earlier: Earlier) -> None:
+    """Raises ValueError with a line for each rule of the recipe that the document breaks, files apart."""
+    model = resolve_model(config.model, earlier)
+    rules = (*SHAPE_RULES, *KEY_RULES)
+    if broken := recipe_violations(config, model, world_size, recipe.name, earlier, rules):
+        raise ValueError("\n".join(broken))
 
 
 def planned(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
@@ -151,8 +161,7 @@ def _turn_lines(turns: dict[str, Turn]) -> list[str]:
 def _batch_line(size: StepSize, p: Plan) -> str:
     if p.accumulation is None:
         return size.words
-    fits = "" if p.accumulation.is_integer() else " (not whole: training will refuse)"
-    return f"{size.words}, accumulation {p.accumulation:g}{fits}"
+    return f"{size.words}, accumulation {p.accumulation:g}"
 
 
 def _phase_lines(train: TrainConfig) -> list[str]:

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrain.config.schema import Config
+from llmtrain.rules.check import recipe_violations
+from llmtrain.rules.files import KEY_RULES
 from llmtrain.scaling.describe import planned
 from llmtrain.scaling.plan import Plan, plan
 from llmtrain.scaling.search import NEAREST, Document, Found, Layout, document_of, heaviest_turn, plan_of, search
@@ -29,6 +31,8 @@ def main(config: Config) -> None:
                 f"{staged.name}: {other}, which is not planned; search with colocated or separate, and native"
             )
         document = document_of(staged, recipe, ranks, earlier)
+        if broken := recipe_violations(staged, document.model, ranks, recipe.name, earlier, KEY_RULES):
+            raise ValueError("\n".join(broken))
         found = search(document)
         if not found.best:
             raise ValueError(nothing_fits(found, document))
@@ -109,7 +113,9 @@ def overrides(config: Config, document: Config | None = None) -> str:
 
 
 def nothing_fits(found: Found, document: Document) -> str:
-    """Returns the line that says what the smallest of the layouts needs."""
+    """Returns the lines of the rules that refuse every layout, or one that says what the smallest of them needs."""
+    if found.smallest is None and found.rules:
+        return "\n".join(found.rules)
     if found.smallest is None:
         return (
             f"--search: the rules refuse every layout of {document.ranks} GPUs, whose number must divide into axes and "

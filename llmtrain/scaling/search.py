@@ -10,11 +10,10 @@ from typing import Any
 from llmtrain.arch.hardware import hardware_of
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.plan import HardwareConfig
-from llmtrain.config.ramp import phases, with_phase
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig
-from llmtrain.rules.case import Case, Earlier
-from llmtrain.rules.check import layout_violations
+from llmtrain.rules.case import Earlier
+from llmtrain.rules.check import SHAPE_RULES, recipe_violations
 from llmtrain.scaling.memory import fullest_memory, rank_states
 from llmtrain.scaling.plan import Plan, accumulation_of, bubble_of, plan, rollout_workers, step_of
 from llmtrain.scaling.states import States
@@ -51,6 +50,7 @@ class Found:
     smallest: Layout | None  # of those that do not fit
     refused: int  # by the rules
     tried: int
+    rules: list[str]  # that refuse every layout
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,13 @@ def search(document: Document) -> Found:
     fitting: list[Layout] = []
     misfits: list[tuple[int, Config]] = []
     refused = tried = 0
+    rules: list[str] | None = None
     for variants in _layouts(document):
         for candidate in variants:  # from the fastest to the smallest
             tried += 1
-            if _refused(document, candidate):
+            broken = _refusals(document, candidate)
+            rules = broken if rules is None else [line for line in rules if line in broken]
+            if broken:
                 refused += 1
                 continue
             size = _memory(document, candidate)
@@ -106,7 +109,7 @@ def search(document: Document) -> Found:
     near = [_timed(document, each, size) for size, each in misfits[:NEAREST]]
     best = sorted(fitting, key=lambda layout: (layout.seconds, layout.memory_bytes))
     fastest = min(near, key=lambda layout: layout.seconds, default=None)
-    return Found(best, fastest, near[0] if near else None, refused, tried)
+    return Found(best, fastest, near[0] if near else None, refused, tried, rules or [])
 
 
 def _layouts(document: Document) -> Iterator[list[Config]]:
@@ -192,14 +195,10 @@ def _engines(config: Config) -> list[dict[str, Any]]:
     return [{"zero_stage": stage} for stage in STAGES]
 
 
-def _refused(document: Document, config: Config) -> bool:
-    """Tells whether a rule refuses the layout, in any phase of a ramp."""
-    for phase in phases(config.train):
-        staged = with_phase(config, phase)
-        case = Case(staged, document.model, document.ranks, document.recipe.name, None, document.earlier)
-        if layout_violations(case):
-            return True
-    return False
+def _refusals(document: Document, config: Config) -> list[str]:
+    """Returns the rules that the layout breaks."""
+    d = document
+    return recipe_violations(config, d.model, d.ranks, d.recipe.name, d.earlier, SHAPE_RULES)
 
 
 def _accumulation(document: Document, config: Config) -> float | None:

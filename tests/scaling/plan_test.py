@@ -136,9 +136,11 @@ def test_a_stage_that_cannot_be_planned_sets_the_status(tmp_path: Path, capsys: 
     assert cli.main(["plan", str(path), "parallel.dp_shard=0"]) == 2
     said = capsys.readouterr()
     assert said.out == "run (pretrain)\n  cannot be planned\n"
-    assert said.err.startswith("run (pretrain): parallel: pp 1 x dp_replicate 1 x dp_shard 0 x cp 1 x tp 1 = 0 ranks: ")
-    path.write_text(RUN.replace("pretrain, ranks: 3}", "pretrain, ranks: 3, set: {parallel: {dp_shard: 0}}}"))
-    with pytest.raises(ValueError, match=r"pretrain \(pretrain\): parallel: .* dp_shard 0 "):
+    assert said.err.startswith("run (pretrain): parallel.dp_shard=0: must be positive")
+    assert cli.main(["plan", str(path), "plan.gpus=3"]) == 2  # 8 rows
+    assert capsys.readouterr().err.startswith("run (pretrain): train.global_batch_seqs=8: must be a multiple of")
+    path.write_text(RUN.replace("pretrain, ranks: 4}", "pretrain, ranks: 4, set: {parallel: {dp_shard: 0}}}"))
+    with pytest.raises(ValueError, match=r"pretrain \(pretrain\): parallel.dp_shard=0: must be "):
         main(load(str(path), []))
     assert capsys.readouterr().out.count("parameters   134,515,008") == 1
 
@@ -164,8 +166,8 @@ name: q
 model: {preset: smollm2-135m}
 stages:
   - {name: data, command: data}
-  - {name: pretrain, command: pretrain, ranks: 3}
-  - {name: sft, command: sft, ranks: 3, set: {model: {preset: null, init_from: "{run}/pretrain"}}}
+  - {name: pretrain, command: pretrain, ranks: 4}
+  - {name: sft, command: sft, ranks: 4, set: {model: {preset: null, init_from: "{run}/pretrain"}}}
 """
 
 
@@ -180,5 +182,5 @@ def test_a_run_is_planned_stage_by_stage_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "data (" not in done.stdout and "batch        8 x 2048 tokens" in done.stdout
     assert done.stdout.count("parameters   134,515,008") == 2
-    assert "accumulation 2.66667 (not whole: training will refuse)" in done.stdout
+    assert "accumulation 2\n" in done.stdout
     assert load(str(path), []).name == "q"

@@ -177,3 +177,33 @@ def test_what_cannot_be_searched(lines: str, told: str, tmp_path: Path, capsys: 
     path.write_text(f"model: {{preset: smollm2-135m}}\ntrain: {{global_batch_seqs: 8{more}}}\n{lines}\n")
     assert cli.main(["plan", str(path), "--search"]) == 2
     assert capsys.readouterr().err.startswith(told)
+
+
+GRPO = "model: {preset: smollm2-135m}\ntrain: {seq_len: 1024}\ngrpo: {prompts_per_step: 8}\n"
+HELD = "plan: {hardware: a100, gpus: 2}\n"
+
+
+@pytest.mark.parametrize(
+    ("document", "said", "planned"),
+    [
+        (GRPO + "rollout: {max_new_tokens: 1024}\n", "rollout.max_new_tokens=1024: must be less than", "grpo"),
+        ("model: {preset: smollm2-135m, lora: {rank: 8}}\n", "model.lora: must have model.init_from", "pretrain"),
+    ],
+)
+def test_the_rule_that_no_layout_mends_is_said(
+    document: str, said: str, planned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan of a document of one stage is held to the rules of its recipe, too."""
+    path = tmp_path / "x.yaml"
+    path.write_text(document + HELD)
+    assert cli.main(["plan", str(path), "--search"]) == 2
+    assert capsys.readouterr().err.startswith(said)
+    assert cli.main(["plan", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"run ({planned}): {said}")
+
+
+def test_a_plan_needs_rollout_workers_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GRPO + HELD + "rollout: {placement: separate}\n")
+    assert cli.main(["plan", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("run (grpo): rollout.workers=0: must be at least 1 with")
