@@ -15,7 +15,7 @@ from llmtrain.rules.files import KEY_RULES
 from llmtrain.scaling.plan import Plan, bubble_share, plan, rollout_workers
 from llmtrain.scaling.speed import fit_line, hardware_line, speed_lines
 from llmtrain.scaling.turnlines import step_lines, traffic_lines
-from llmtrain.scaling.turns import Turn, heaviest, other_models, takes_turns, turns_of, unplanned
+from llmtrain.scaling.turns import Turn, heaviest, other_models, takes_turns, turns_of, unplanned, waits
 from llmtrain.scaling.turntime import Job, step_of_turns
 from llmtrain.scaling.units import gigabytes
 
@@ -120,15 +120,15 @@ def _time_lines(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> li
     if not takes_turns(recipe, models):
         return [*_sent_lines(p), *_bubble_lines(config, p), *speed_lines(config, p)]
     turns, step = turns_of(config, model, recipe, p, models), step_of_turns(Job(config, recipe, model, models, p))
-    lines = [*traffic_lines(step), *_turn_lines(turns), *_fit_lines(config, p, turns)]
+    lines = [*traffic_lines(step), *_turn_lines(turns), *_fit_lines(config, p, recipe, turns)]
     return [*lines, *step_lines(config, recipe, p, step)]
 
 
-def _fit_lines(config: Config, p: Plan, turns: dict[str, Turn]) -> list[str]:
+def _fit_lines(config: Config, p: Plan, recipe: Recipe, turns: dict[str, Turn]) -> list[str]:
     """Returns the lines about the hardware and whether the heaviest turn fits it; none without hardware."""
     if p.hardware is None:
         return []
-    return [hardware_line(p), fit_line(config, p, turns[heaviest(turns)[0]])]
+    return [hardware_line(p), fit_line(config, p, turns[heaviest(turns)[0]], waits(config, recipe))]
 
 
 def _bubble_lines(config: Config, p: Plan) -> list[str]:

@@ -12,22 +12,31 @@ from llmtrain.scaling.steptime import StepTime
 from llmtrain.scaling.units import amount, duration
 
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "attention", "logits")
+SHARD = "shard it: engine.zero_stage=3, or engine.backend=fsdp"
+SHARD_STATE = "shard it: engine.zero_stage=1"
+FREE = "free weights after use: engine.reshard=true"
+APART = "give it ranks of its own: rollout.placement=separate"
+WAIT = "let models wait in host memory (reference_waits, teachers_wait, wait_on_host)"
+RECOMPUTE = "compute more of them again: engine.remat=selective or full"
+RECOMPUTE_ALL = "compute more of them again: engine.remat=full"
+RING, FLEX = "use parallel.context=ring", "use engine.attention=flex"
+DEVICES = "use hardware with more memory"
+SPLIT = "raise parallel.tp or pp"
 REMEDIES = {
-    "policy": "shard it: engine.zero_stage=3, engine.backend=fsdp; or use more ranks",
-    "generator": "give it ranks of its own, rollout.placement=separate",
-    "KV cache": "lower rollout.max_batch_seqs or rollout.max_new_tokens and train.seq_len",
-    "prompts": "lower train.seq_len or rollout.max_batch_seqs",
-    "frozen models": "let them wait in host memory (reference_waits, teachers_wait, wait_on_host), or use more ranks",
-    "critics": "let models wait in host memory (wait_on_host), or use more ranks",
-    "gathered": "raise parallel.tp",
-    "weights": "raise parallel.tp or pp, or shard them: engine.zero_stage=3, engine.backend=fsdp",
-    "gradients": "shard them: engine.zero_stage=2, engine.backend=fsdp; or raise parallel.tp or pp",
-    "optimizer": "shard it over more data-parallel ranks, or raise parallel.tp or pp",
-    "buffers": "free weights after use: engine.reshard=true; or raise parallel.tp or pp",
-    "activations": "compute more of them again: engine.remat=selective or full; or lower train.micro_batch_seqs, or "
-    "raise parallel.tp or cp",
-    "attention": "use parallel.context=ring, engine.attention=flex, or raise parallel.cp",
-    "logits": "lower engine.logprob_chunk_tokens or raise parallel.tp",
+    "policy": (SHARD, "use more ranks"),
+    "generator": (APART, DEVICES),
+    "KV cache": ("lower rollout.max_batch_seqs", "lower rollout.max_new_tokens and train.seq_len"),
+    "prompts": ("lower train.seq_len or rollout.max_batch_seqs",),
+    "frozen models": (WAIT, "use more ranks"),
+    "critics": (WAIT, "use more ranks"),
+    "gathered": ("raise parallel.tp",),
+    "weights": (SHARD, SPLIT),
+    "gradients": (SHARD, SPLIT),
+    "optimizer": (SHARD_STATE, "shard it over more data-parallel ranks", SPLIT),
+    "buffers": (FREE, SPLIT),
+    "activations": (RECOMPUTE, RECOMPUTE_ALL, "lower train.micro_batch_seqs", "raise parallel.tp or cp"),
+    "attention": (RING, FLEX, "raise parallel.cp"),
+    "logits": ("lower engine.logprob_chunk_tokens", "raise parallel.tp"),
 }
 
 
@@ -57,22 +66,35 @@ def room_bytes(config: Config, p: Plan, parts: Mapping[str, int] | None = None) 
     return (p.hardware.memory_gb - config.plan.reserve_gb) * 1e9 - taken
 
 
-def fit_line(config: Config, p: Plan, parts: Mapping[str, int] | None = None) -> str:
-    """Returns whether the plan, or these parts of a turn, fit, with the largest part and a remedy where they do not."""
+def fit_line(config: Config, p: Plan, parts: Mapping[str, int] | None = None, waiting: bool = False) -> str:
+    """Returns whether the plan, or these parts of a turn, fit, with the largest part and remedies where they do not.
+    `waiting`: other models lie in host memory while they have nothing to do."""
     assert p.hardware is not None
     room, reserve = room_bytes(config, p, parts), config.plan.reserve_gb
     of = f"{p.hardware.memory_gb:g} GB less {reserve:g} (plan.reserve_gb)"
     if room >= 0:
         return f"fits         {room / 1e9:.3g} GB of {of} are left"
     part, size = largest_part(p, parts)
-    return f"does not fit {-room / 1e9:.3g} GB more than {of}; most are {part}, {size:.3g} GB: {_remedy(config, part)}"
+    most = f"most are {part}, {size:.3g} GB: {_remedies(config, part, waiting)}"
+    return f"does not fit {-room / 1e9:.3g} GB more than {of}; {most}"
 
 
-def _remedy(config: Config, part: str) -> str:
-    """Returns what makes a part smaller, without what the document does already."""
-    if part == "activations" and config.engine.remat == "full":
-        return "lower train.micro_batch_seqs, or raise parallel.tp or cp"
-    return REMEDIES[part]
+def _remedies(config: Config, part: str, waiting: bool) -> str:
+    """Returns what makes a part smaller, without what the document does already or what its engine does not read."""
+    e, parallel = config.engine, config.parallel
+    fsdp = e.backend == "fsdp"
+    without = {
+        SHARD: fsdp or e.zero_stage == 3,
+        SHARD_STATE: fsdp or e.zero_stage > 0,
+        FREE: not fsdp or e.reshard or parallel.pp > 1,
+        APART: config.rollout.placement == "separate",
+        WAIT: waiting,
+        RECOMPUTE: e.remat != "none",
+        RECOMPUTE_ALL: e.remat != "selective",
+        RING: parallel.context == "ring" or parallel.cp == 1,
+        FLEX: e.attention == "flex",
+    }
+    return "; or ".join(way for way in REMEDIES[part] if not without.get(way, False))
 
 
 def largest_part(p: Plan, parts: Mapping[str, int] | None = None) -> tuple[str, float]:

@@ -130,7 +130,26 @@ def test_what_does_not_fit_names_its_largest_part(hardware: str) -> None:
 def test_a_remedy_is_not_what_is_done_already(hardware: str) -> None:
     config, p = planned(hardware, 8, {"remat": "full", "zero_stage": 3}, dp_shard=8)
     said = fit_line(config, p, {"activations": 10**12})
-    assert said.endswith("most are activations, 1e+03 GB: lower train.micro_batch_seqs, or raise parallel.tp or cp")
+    assert said.endswith("most are activations, 1e+03 GB: lower train.micro_batch_seqs; or raise parallel.tp or cp")
+    for part in ("policy", "weights", "gradients", "optimizer"):
+        assert "engine." not in fit_line(config, p, {part: 10**12})
+    assert fit_line(config, p, {"buffers": 10**12}).endswith(" GB: raise parallel.tp or pp")  # not read by DeepSpeed
+
+
+def test_remedies_follow_the_document(hardware: str) -> None:
+    config, p = planned(hardware, 8, {"backend": "fsdp", "reshard": False, "remat": "selective"}, dp_shard=8)
+
+    def said(part: str, changed: Config = config, waiting: bool = False) -> str:
+        return fit_line(changed, p, {part: 10**12}, waiting).partition(" GB: ")[2]
+
+    assert said("buffers") == "free weights after use: engine.reshard=true; or raise parallel.tp or pp"
+    resharded = config.model_copy(update={"engine": config.engine.model_copy(update={"reshard": True})})
+    assert said("buffers", resharded) == "raise parallel.tp or pp"
+    assert said("activations").startswith("compute more of them again: engine.remat=full; or lower")
+    assert "rollout.placement=separate" in said("generator")
+    apart = config.model_copy(update={"rollout": config.rollout.model_copy(update={"placement": "separate"})})
+    assert said("generator", apart) == "use hardware with more memory"
+    assert "host memory" in said("critics") and said("critics", waiting=True) == "use more ranks"
 
 
 def test_there_is_no_fp8_on_an_a100() -> None:
