@@ -6,14 +6,9 @@ Prints one JSON line a layout and rank where the two differ, and one a layout wi
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections import defaultdict
 from functools import partial
 
-import torch
-import torch.distributed as dist
 from layouts_worker import settings_of
 from traffic_worker import (
     ROWS,
@@ -22,23 +17,21 @@ from traffic_worker import (
     build,
     initial,
     larger_halves,
+    main,
     shape_of,
     shorten_reuse,
     watch_pairs,
 )
 
-from llmtrain.config.schema import ParallelConfig
 from llmtrain.engine.build import Role, build_frozen
 from llmtrain.losses.token import token_loss
 from llmtrain.model.decoder import parameter_shapes
 from llmtrain.parallel.context import local_batches
-from llmtrain.parallel.mesh import Mesh, init_mesh
+from llmtrain.parallel.mesh import Mesh
 from llmtrain.scaling.communication import Item, RankStep, Step
 from llmtrain.scaling.forwards import frozen_rank, scoring, weight_sync
 from llmtrain.types import IGNORE
-from tests.json_output import print_json
 from tests.parallel.traffic import Traffic
-from tests.parity.meshes import mesh_of
 
 
 def count(layout: dict, mesh: Mesh) -> tuple[dict, dict, list[Item]]:
@@ -79,22 +72,5 @@ def count(layout: dict, mesh: Mesh) -> tuple[dict, dict, list[Item]]:
     return {" ".join(key): size for key, size in traffic.bytes.items()}, expected, items
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    mesh = init_mesh(ParallelConfig(), None, 120)
-    for layout in json.loads(sys.argv[1]):
-        try:
-            with mesh_of(*settings_of(layout)) as own:
-                counted, expected, items = count(layout, own)
-        except Exception as error:
-            if os.environ.get("TRACE"):
-                raise
-            counted, expected, items = {"error": f"{type(error).__name__}: {error}"}, {}, []
-        if mesh.rank == 0 or counted != expected:
-            line = {"layout": layout, "rank": mesh.rank, "counted": counted, "formula": expected, "items": items}
-            print_json(line)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    main(count)

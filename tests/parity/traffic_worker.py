@@ -28,7 +28,7 @@ from llmtrain.parallel import expert
 from llmtrain.parallel.context import local_batches
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.scaling import communication as scaling
-from llmtrain.scaling.communication import RankStep, Step, communication
+from llmtrain.scaling.communication import Item, RankStep, Step, communication
 from llmtrain.types import IGNORE, Batch
 from tests.json_output import print_json
 from tests.parallel.traffic import Traffic
@@ -125,7 +125,7 @@ def larger_halves(seen: list[list[int]], mesh: Mesh) -> int:
     return total
 
 
-def count(layout: dict, mesh: Mesh) -> tuple[dict, dict, list]:
+def count(layout: dict, mesh: Mesh) -> tuple[dict, dict, list[Item]]:
     """Returns (counted, by formula, items) of this rank; the first two by axis and kind."""
     parallel, settings = settings_of(layout)
     model = shape_of(layout)
@@ -155,7 +155,8 @@ def count(layout: dict, mesh: Mesh) -> tuple[dict, dict, list]:
     return *exact, items
 
 
-def main() -> None:
+def main(count: Callable[[dict, Mesh], tuple[dict, dict, list[Item]]] = count) -> None:
+    """Prints what `count` finds for each layout of the command line: (counted, by formula, items)."""
     torch.set_num_threads(1)
     mesh = init_mesh(ParallelConfig(), None, 120)
     for layout in json.loads(sys.argv[1]):
