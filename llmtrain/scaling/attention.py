@@ -20,6 +20,7 @@ import math
 from llmtrain.arch.attention import head_widths, masks_whole_rows
 from llmtrain.config.ramp import longest_row, microbatch_tokens
 from llmtrain.config.schema import Config, ModelConfig
+from llmtrain.scaling.parts import value_bytes
 
 
 def attention_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], layers: float) -> int:
@@ -27,12 +28,12 @@ def attention_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], la
     tokens = microbatch_tokens(config.train) // mesh["cp"]
     kept, passing = copies_in_values(config, model, mesh)
     held = layers if config.engine.remat == "none" else 1
-    return int(tokens * (held * kept * _value(config) + passing)) + mask_bytes(config, model, mesh, held)
+    return int(tokens * (held * kept * value_bytes(config.engine) + passing)) + mask_bytes(config, model, mesh, held)
 
 
 def copies_in_values(config: Config, model: ModelConfig, mesh: dict[str, int]) -> tuple[float, float]:
     """Returns (values a token that each layer keeps, bytes a token of the one that is computed)."""
-    cp, tp, value = mesh["cp"], mesh["tp"], _value(config)
+    cp, tp, value = mesh["cp"], mesh["tp"], value_bytes(config.engine)
     if cp == 1:
         return 0.0, 0.0
     heads = max(1, model.num_kv_heads // tp)
@@ -56,8 +57,4 @@ def mask_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], layers:
         return 0
     kinds = len(set(model.layer_types or ["full"]))
     scores = microbatch_tokens(config.train) * T // (cp if halves else 1)
-    return int(scores * (kinds + layers * _value(config)))
-
-
-def _value(config: Config) -> int:
-    return 4 if config.engine.precision == "fp32" else 2
+    return int(scores * (kinds + layers * value_bytes(config.engine)))

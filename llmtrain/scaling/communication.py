@@ -2,8 +2,7 @@
 
 Bytes are those of whole messages, as tests/parallel/traffic.py counts them: what an all-gather returns, what a
 reduce-scatter, an all-to-all, an all-reduce or a send takes. A ring moves an all-reduce twice and the others once, less
-1 / ranks. The ZeRO stages weigh 2, 2, 2 and 3 (arXiv 1910.02054, section 7); in messages, with one microbatch a step,
-they are
+1 / ranks. The ZeRO stages weigh 2, 2, 2 and 3 (arXiv 1910.02054, section 7), in messages and with one microbatch:
     ZeRO stage 0     all-reduce of gradients
     ZeRO stage 1, 2  all-reduce of gradients (the paper: reduce-scatter), all-gather of weights
     ZeRO stage 3     reduce-scatter of gradients, all-gather of weights for the forward, and again for the backward
@@ -41,6 +40,7 @@ from llmtrain.scaling.parts import (
     rank_shapes,
     stage_adapters,
     stage_units,
+    value_bytes,
 )
 
 GROUPS = {  # as in parallel.mesh
@@ -98,7 +98,7 @@ class RankStep:
     @property
     def value_bytes(self) -> int:
         """Returns the bytes of an activation, and of a weight in the compute precision."""
-        return 4 if self.engine.precision == "fp32" else 2
+        return value_bytes(self.engine)
 
     @property
     def num_layers(self) -> int:

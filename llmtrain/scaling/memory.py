@@ -32,7 +32,7 @@ from llmtrain.scaling.activations import (
     logits_bytes,
 )
 from llmtrain.scaling.attention import attention_bytes
-from llmtrain.scaling.parts import optimizer_groups, rank_adapters, rank_shapes, stage_units
+from llmtrain.scaling.parts import optimizer_groups, rank_adapters, rank_shapes, stage_units, value_bytes
 from llmtrain.scaling.states import States, state_bytes
 
 PREFETCH = 50_000_000  # elements: DeepSpeed's stage3_prefetch_bucket_size, of which it gathers as many at once
@@ -95,7 +95,7 @@ class Rank:
     @property
     def value(self) -> int:
         """Returns the bytes of a weight or activation in the compute precision."""
-        return 4 if self.config.engine.precision == "fp32" else 2
+        return value_bytes(self.config.engine)
 
     @property
     def tokens(self) -> int:
@@ -192,7 +192,7 @@ def whole_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, pp
     alone. ZeRO stage 3 keeps what is used again and frees a block behind its backward. It gathers up to PREFETCH
     elements into one buffer, from which it copies the parameters; what is looked up first it gathers alone.
     """
-    engine, value = config.engine, 4 if config.engine.precision == "fp32" else 2
+    engine, value = config.engine, value_bytes(config.engine)
     stages = plan_stages(model, parallel).stages_of(pp_rank)
     units = [unit for stage in stages for unit in stage_units(model, parallel, stage)]
     block = value * max(map(numel, units[:-1]))

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from llmtrain.arch.adapters import adapter_shapes
 from llmtrain.arch.parameters import Shape, has_experts, in_block, layer_shapes, local_shape, mtp_shapes, outer_shapes
 from llmtrain.arch.pipeline import StagePlan, plan_stages
-from llmtrain.config.schema import ModelConfig, ParallelConfig
+from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 
 PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: parameters not larger stay whole between steps
 REUSE = 1_000_000_000  # its stage3_max_reuse_distance: parameters used again within so many elements stay whole
+
+
+def value_bytes(engine: EngineConfig) -> int:
+    """Returns the bytes of an activation, and of a weight in the compute precision."""
+    return 4 if engine.precision == "fp32" else 2
 
 
 def block_shapes(model: ModelConfig, layer: int, tp: int, ep: int = 1) -> list[Shape]:

@@ -25,6 +25,7 @@ from llmtrain.scaling.parts import (
     rank_adapters,
     rank_shapes,
     stage_units,
+    value_bytes,
 )
 
 
@@ -94,7 +95,7 @@ def _momentum(shapes: Sequence[Shape], ranks: int, ep: int) -> int:
 
 
 def _zero(shapes: Sequence[Shape], ranks: int, engine: EngineConfig, muon: Sequence[Shape] = ()) -> States:
-    value, total = _value(engine), numel(shapes)
+    value, total = value_bytes(engine), numel(shapes)
     weights, gradients, state = zero_bytes(total, engine.zero_stage, ranks, engine.precision)
     gathered = 0
     if engine.zero_stage in (1, 2):  # at ZeRO stage 1, too, gradients of other ranks' parameters are dropped
@@ -111,7 +112,7 @@ def _of_adapters(shapes: Sequence[Shape], parallel: ParallelConfig, engine: Engi
         return _zero(shapes, parallel.dp_replicate * parallel.dp_shard * parallel.cp, engine)
     own = sum(-(-shape[0] // (parallel.dp_shard * parallel.cp)) * math.prod(shape[1:]) for shape in shapes)
     total = numel(shapes)
-    return States(4 * own, 4 * own, 8 * own, _value(engine) * total, 4 * (total - own))
+    return States(4 * own, 4 * own, 8 * own, value_bytes(engine) * total, 4 * (total - own))
 
 
 def _most_touched(groups: Sequence[Sequence[Shape]], ranks: int) -> int:
@@ -139,7 +140,7 @@ def _fsdp(
     Whole are all weights, or with `reshard` those outside blocks and of two blocks (the next one is prefetched).
     Gradients are whole in fp32 while they accumulate, else for one block in compute precision.
     """
-    ranks, value = parallel.dp_shard * parallel.cp, _value(engine)
+    ranks, value = parallel.dp_shard * parallel.cp, value_bytes(engine)
     stages = plan_stages(model, parallel).stages_of(pp_rank)
     units = [unit for stage in stages for unit in stage_units(model, parallel, stage)]
     total, block = sum(map(numel, units)), max(map(numel, units[:-1]))  # the last one is what is not in blocks
@@ -150,7 +151,3 @@ def _fsdp(
     accumulates = accumulation > 1 or parallel.pp > 1
     unreduced = 4 * (total - own) if accumulates else value * block
     return States(4 * own, 4 * own, 8 * own, gathered * value, unreduced)
-
-
-def _value(engine: EngineConfig) -> int:
-    return 4 if engine.precision == "fp32" else 2

@@ -23,7 +23,7 @@ from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
 from llmtrain.rules.case import Earlier
 from llmtrain.scaling.activations import block_activations, logits_bytes
 from llmtrain.scaling.memory import Memory, fullest_memory, rank_states
-from llmtrain.scaling.parts import block_shapes, rank_shapes
+from llmtrain.scaling.parts import block_shapes, rank_shapes, value_bytes
 from llmtrain.scaling.plan import Plan
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward of the generator, as `rollout.native` has it
@@ -68,7 +68,7 @@ def turns_of(config: Config, model: ModelConfig, recipe: Recipe, p: Plan, models
         return {}
     parallel = config.parallel.model_copy(update=p.mesh)
     critics = [critic_memory(config, each, parallel_of(each, model, parallel)) for each in models.critics]
-    frozen = sum(frozen_bytes(each, parallel, value_bytes(config)) for each in models.frozen)
+    frozen = sum(frozen_bytes(each, parallel, value_bytes(config.engine)) for each in models.frozen)
     held = {"policy": p.memory.weights + p.memory.optimizer}
     if not waits(config, recipe):
         held |= {"frozen models": frozen, "critics": sum(each.weights + each.optimizer for each in critics)}
@@ -90,11 +90,6 @@ def parallel_of(model: ModelConfig, policy: ModelConfig, parallel: ParallelConfi
     return parallel if model.num_layers == policy.num_layers else parallel.model_copy(update={"stage_layers": None})
 
 
-def value_bytes(config: Config) -> int:
-    """Returns the bytes of a weight or activation in the compute precision."""
-    return 4 if config.engine.precision == "fp32" else 2
-
-
 def waits(config: Config, recipe: Recipe) -> bool:
     """Tells whether the other models lie in host memory while they have nothing to do."""
     section = getattr(config, recipe.name, None)
@@ -110,7 +105,7 @@ def frozen_bytes(model: ModelConfig, parallel: ParallelConfig, value: int) -> in
 
 def sampling_turn(config: Config, model: ModelConfig, recipe: Recipe, p: Plan) -> Turn:
     """Returns what the generator holds: a whole model without adapters, its cache, one forward over prompts."""
-    value, slots = value_bytes(config), slots_of(config, recipe, p)
+    value, slots = value_bytes(config.engine), slots_of(config, recipe, p)
     tokens = min(PREFILL_TOKENS, slots * config.train.seq_len)
     whole = model.model_copy(update={"lora": None})
     return {
@@ -144,7 +139,7 @@ def kv_cache_bytes(model: ModelConfig, seqs: int, tokens: int, value: int) -> in
 
 def scoring_turn(config: Config, models: Models, model: ModelConfig, p: Plan) -> Turn:
     """Returns what a forward without gradients takes beside the shards: weights and activations of a block, logits."""
-    value, tp = value_bytes(config), p.mesh["tp"]
+    value, tp = value_bytes(config.engine), p.mesh["tp"]
     blocks = [numel(block_shapes(each, each.num_layers - 1, tp)) for each in (*models.frozen, model)]
     block = block_activations(model, tp, config.parallel.sequence_parallel)
     rows = config.train.micro_batch_tokens or config.train.micro_batch_seqs * config.train.seq_len

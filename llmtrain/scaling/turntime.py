@@ -25,10 +25,11 @@ from llmtrain.scaling.communication import Item, RankStep, Step, communication, 
 from llmtrain.scaling.forwards import broadcast_bytes, frozen_rank, scoring, weight_sync
 from llmtrain.scaling.links import bandwidths, link_seconds, ring_bandwidth
 from llmtrain.scaling.memory import rank_states
+from llmtrain.scaling.parts import value_bytes
 from llmtrain.scaling.plan import Plan, bubble_of, by_axes
 from llmtrain.scaling.simulate import forward_bubble
 from llmtrain.scaling.steptime import REACHED, StepTime, score_time, slowest_rank, step_time, summed
-from llmtrain.scaling.turns import Models, kv_cache_bytes, parallel_of, slots_of, value_bytes
+from llmtrain.scaling.turns import Models, kv_cache_bytes, parallel_of, slots_of
 from llmtrain.scaling.work import work_of
 
 MICROBATCH_TOKENS = 16  # by which `data.microbatches` prefers fewer microbatches
@@ -188,7 +189,7 @@ def sampling_seconds(job: Job, hardware: HardwareConfig) -> float:
     prompt is computed once."""
     config, p, model = job.config, job.p, job.model
     rate = peak_flops(hardware, config.engine.precision) * (hardware.reached_share or REACHED)
-    r, slots, value = config.rollout, slots_of(config, job.recipe, p), value_bytes(config)
+    r, slots, value = config.rollout, slots_of(config, job.recipe, p), value_bytes(config.engine)
     size, sampling = job.recipe.step_size(config), p.rollout_ranks or p.ranks
     rounds = size.rounds * -(-size.prompts * r.group_size // (slots * sampling))
     read = value * parameter_count(model) + kv_cache_bytes(model, slots, config.train.seq_len, value)
