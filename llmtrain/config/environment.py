@@ -9,6 +9,11 @@ from pydantic import Field, PositiveInt
 from llmtrain.config.retrieval import StoreConfig, WebConfig
 from llmtrain.config.section import DeadlineS, OwnCode, Section, Share, file_of
 
+ALL_SIDES = (
+    "the policy plays all sides, so one of them wins each episode whatever it knows; evaluate in an environment of "
+    "your own in which it meets another player, or set eval.problems=0"
+)
+
 ToolName = Literal["calculator", "python", "search", "fetch", "web_search"]
 
 

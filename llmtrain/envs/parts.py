@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from llmtrain.config.agent import AgentConfig
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.envs.episodes import FAILED
+from llmtrain.rewards import Score, stop_if_failing
 from llmtrain.types import Group, Sample
 
 Judged = list[tuple[dict[str, float], dict[str, str]]]
@@ -57,6 +58,24 @@ def add_parts(groups: Sequence[Group], judged: Judged, settings: EnvironmentConf
 def failures_of(settings: EnvironmentConfig | AgentConfig | None) -> list[Part]:
     """Returns the entry under which failures of the environment itself are counted."""
     return [] if settings is None else [Part(FAILED, 0.0, settings.max_error_share)]
+
+
+def episode_scores(settings: EnvironmentConfig) -> Callable[[Sequence[Sample], Sequence[Score] | None], list[Score]]:
+    """Returns what scores episodes: as a reward judged them, or (None) by the sum of what their environment rewards, by
+    its weights. A score of an episode that failed is an error; RewardsFail is raised where too many did."""
+
+    def score(sample: Sample, judged: Score | None) -> Score:
+        if sample.errors:
+            return Score(0.0, next(iter(sample.errors.values())))
+        own = sum(settings.weights.get(name, 1.0) * part for name, part in sample.parts.items())
+        return Score(own) if judged is None else judged
+
+    def scores(samples: Sequence[Sample], judged: Sequence[Score] | None) -> list[Score]:
+        names = sorted({FAILED, *chain.from_iterable(sample.errors for sample in samples)})
+        stop_if_failing([Part(name, 0.0, settings.max_error_share) for name in names], [s.errors for s in samples])
+        return [score(*each) for each in zip(samples, judged or [None] * len(samples), strict=True)]
+
+    return scores
 
 
 def _add(sample: Sample, parts: Sequence[Part], own: dict[str, float], errors: dict[str, str]) -> None:

@@ -17,6 +17,9 @@ from llmtrain.types import Prompt, Sample, Sampling
 SOLVED = 1.0  # reward of a right answer; a lower one is partial credit and counts as wrong
 
 Records = list[dict[str, Any]]
+Judge = Callable[[Sequence[tuple[int, str]]], Sequence[Score]]
+"""Scores pairs of (problem, completion)."""
+
 Classes = Callable[[Sequence[str]], Sequence[int | None]]
 
 
@@ -24,17 +27,19 @@ def evaluate_problems(
     generator: Generator,
     prompts: Sequence[Prompt],
     decode: Callable[[list[int]], str],
-    judge: Callable[[Sequence[tuple[int, str]]], Sequence[Score]],
+    judge: Judge | None,
     classes: Classes | None,
     samples: int,
     sampling: Sampling,
     greedy: bool = True,
+    by_episode: Callable[[Sequence[Sample], Sequence[Score] | None], Sequence[Score]] | None = None,
 ) -> tuple[dict[str, Any], Records]:
     """Answers each prompt once greedily, where `greedy` asks for it, and `samples` times by `sampling`, whose
     `num_samples` is not used.
 
     `judge` scores pairs of (problem, completion); `classes` numbers the answers of completions, equal ones equally
-    (None: there is none), and is None where answers cannot be compared. Returns what `measures` says, with `tokens`,
+    (None: there is none), and is None where answers cannot be compared. `by_episode` has the last word on the scores of
+    episodes, and without `judge` the only one. Returns what `measures` says, with `tokens`,
     the mean length of all completions, `cut_off`, the share that no end stopped, `entropy`, the mean of -log p over the
     sampled tokens, or over the greedy ones where nothing is sampled (nats), `problems`, their number, and
     `reward_errors`, on how many completions the scorer failed; and one record for each completion, the greedy ones
@@ -49,7 +54,8 @@ def evaluate_problems(
         groups = generator.generate(prompts, request)
         made.append(list(chain.from_iterable(groups)))
         answered = [(i, decode(s.prompt_ids), decode(s.last_turn)) for i, group in enumerate(groups) for s in group]
-        scores = judge([(i, text) for i, _, text in answered])
+        scores = judge([(i, text) for i, _, text in answered]) if judge else None
+        scores = by_episode(made[-1], scores) if by_episode else scores
         whole = [{} if all(s.trained) else {"transcript": decode(s.ids)} for s in made[-1]]
         lines = zip(answered, scores, whole, strict=True)
         return [record(*each, score) | {"greedy": greedily} | more for each, score, more in lines]

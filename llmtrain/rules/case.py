@@ -122,3 +122,9 @@ def inside(path: str, directory: str) -> bool:
     """Tells whether the path lies in the directory."""
     path, directory = os.path.abspath(path), os.path.abspath(directory)
     return os.path.commonpath([path, directory]) == directory
+
+
+def evaluates_problems(case: Case) -> bool:
+    """Holds for evaluations that sample answers to problems, among them those beside training."""
+    beside = case.recipe is not None and case.config.eval.every_steps > 0 and case.config.data.held_out is not None
+    return case.config.eval.problems > 0 and (case.command == "eval" or beside)

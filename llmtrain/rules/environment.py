@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
-from llmtrain.config.environment import EnvironmentConfig
+from llmtrain.config.environment import ALL_SIDES, EnvironmentConfig
 from llmtrain.config.recipes import JUDGES
 from llmtrain.config.retrieval import PORTS, WebConfig, allows
-from llmtrain.rules.case import Case, Rules
+from llmtrain.rules.case import Case, Rules, evaluates_problems
 from llmtrain.rules.index import store_faults
 
 KEY = "rollout.environment"
@@ -126,6 +126,11 @@ def _test_time(case: Case) -> Iterator[str]:
         yield f"{KEY}: not with eval.test_time, which goes on with single answers; remove one of them"
 
 
+def _one_winner(case: Case) -> Iterator[str]:
+    if (game := _settings(case).game) is not None:
+        yield f"{KEY}.game={game}: {ALL_SIDES}"
+
+
 ENVIRONMENT_RULES: Rules = (
     (_there, _one_kind),
     (_there, _search),
@@ -134,4 +139,5 @@ ENVIRONMENT_RULES: Rules = (
     (_there, _servers),
     (lambda case: _there(case) and case.command in JUDGES, _single_answers),
     (lambda case: _there(case) and case.command == "eval", _test_time),
+    (lambda case: _there(case) and evaluates_problems(case), _one_winner),
 )

@@ -15,7 +15,19 @@ from llmtrain.config.recipes import JUDGES, names_of, planned_recipes
 from llmtrain.config.rows import dangling, is_hub_name, split_path
 from llmtrain.config.schema import RewardConfig, TokenizerConfig
 from llmtrain.config.specials import NUM_BYTES, special_tokens
-from llmtrain.rules.case import Case, Rules, command, either, plans, pretrains, reads_rewards, samples, trains, tunes
+from llmtrain.rules.case import (
+    Case,
+    Rules,
+    command,
+    either,
+    evaluates_problems,
+    plans,
+    pretrains,
+    reads_rewards,
+    samples,
+    trains,
+    tunes,
+)
 from llmtrain.rules.vocabulary import makes_tokenizer
 
 
@@ -110,12 +122,6 @@ def _learning_rate(case: Case) -> Iterator[str]:
         yield f"optim.min_lr={o.min_lr:g}: must be at most optim.lr={o.lr:g}, where the schedule ends; lower min_lr"
 
 
-def _evaluates_problems(case: Case) -> bool:
-    """Holds for evaluations that sample answers to problems, among them those beside training."""
-    beside = case.recipe is not None and case.config.eval.every_steps > 0 and case.config.data.held_out is not None
-    return case.config.eval.problems > 0 and (case.command == "eval" or beside)
-
-
 def _completions(case: Case) -> Iterator[str]:
     if case.config.rollout.max_new_tokens >= case.config.train.seq_len:
         yield (
@@ -135,9 +141,10 @@ def _rewards(case: Case) -> Iterator[str]:
         if reward.unsandboxed and reward.function is None:
             yield f"rewards.{reward.name}.unsandboxed=true: only a function of your own may run outside; remove it"
     environment, agent = case.config.rollout.environment, case.config.rollout.agent
-    tools = environment is not None and (environment.tools or environment.mcp)  # which reward nothing by themselves
-    judged = samples(case) and ((environment is not None and not tools) or agent is not None)
-    if not names and (case.recipe is None or (case.recipe.judged and not judged) or _evaluates_problems(case)):
+    rewarding = environment is not None and not (environment.tools or environment.mcp)  # tools reward nothing
+    sampled, evaluated = samples(case) and (rewarding or agent is not None), evaluates_problems(case) and rewarding
+    unjudged = not evaluated if case.recipe is None else case.recipe.judged and not sampled
+    if not names and (unjudged or (evaluates_problems(case) and not evaluated)):
         yield "rewards=[]: must name at least one reward; add one, such as {name: math}"
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield f"rewards: {twice[0]} is named twice; remove one, or raise its weight; a function may have another `name`"
@@ -152,7 +159,7 @@ def _reward_model(case: Case, reward: RewardConfig) -> Iterator[str]:
         yield f"{key}: not with function={reward.function}, a reward is one of the two; remove one of them"
     if case.missing(reward.model) and not is_name(reward.model):
         yield f"{key}: does not exist; give an export of a reward model, a Hugging Face directory or a name on the hub"
-    if case.config.rewards[0] is reward and _evaluates_problems(case):
+    if case.config.rewards[0] is reward and evaluates_problems(case):
         yield f"{key}: eval calls an answer right by its first reward, and a model knows no right; put another first"
 
 
@@ -167,7 +174,7 @@ def _judge(case: Case, reward: RewardConfig) -> Iterator[str]:
             yield f"{key}.{other}={getattr(reward, other)}: not with rubric, a reward is one of them; remove one"
     if settings.rubric is not None and case.missing(settings.rubric):
         yield f"{key}.rubric.rubric={settings.rubric}: does not exist; give a text with {{prompt}} and {{completion}}"
-    if case.config.rewards[0] is reward and _evaluates_problems(case):
+    if case.config.rewards[0] is reward and evaluates_problems(case):
         yield f"{key}: eval calls an answer right by its first reward, and a judge only rates it; put another first"
 
 
@@ -283,12 +290,12 @@ def _beside_training(case: Case) -> Iterator[str]:
     if case.recipe.head == "scalar":
         yield f"{key}: {case.command} trains a model that writes no tokens; use train.eval_every_steps, which it can"
         return
-    if not _evaluates_problems(case) and not (e.text and (case.recipe.packs_text or data.path)):
+    if not evaluates_problems(case) and not (e.text and (case.recipe.packs_text or data.path)):
         problems = "" if case.config.rollout.agent else " data.held_out for problems (eval.problems),"
         yield f"{key}: has nothing to measure; set data.path for the held-out text there (eval.text),{problems} or 0"
     if e.text and not case.recipe.packs_text:
         yield from _existing(case, "data.path", data.path, None)
-    if _evaluates_problems(case):
+    if evaluates_problems(case):
         yield from _rows(case, "data.held_out", data.held_out, "eval.problems are read there")
 
 
@@ -299,13 +306,13 @@ KEY_RULES: Rules = (  # of these what looks at no files
     (trains, _epochs),
     (trains, _learning_rate),
     (plans, _own_rules),
-    (either(samples, _evaluates_problems, command(*JUDGES)), _completions),
+    (either(samples, evaluates_problems, command(*JUDGES)), _completions),
 )
 FILE_RULES: Rules = (
     (lambda case: True, _run_places),
     (command("data", "tokenizer", "export", "report", "scaling", "ladder", "index", *JUDGES), _one_process),
     *KEY_RULES,
-    (either(reads_rewards, _evaluates_problems, command("eval", "judge")), _rewards),
+    (either(reads_rewards, evaluates_problems, command("eval", "judge")), _rewards),
     (trains, _spikes),
     (trains, _wandb),
     (either(trains, command("eval", "export", *JUDGES)), _init_from),

@@ -10,6 +10,7 @@ from typing import Any
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.rng import random_state, set_random_state
 from llmtrain.checkpoint.source import weight_source
+from llmtrain.config.environment import ALL_SIDES, EnvironmentConfig
 from llmtrain.config.schema import Config
 from llmtrain.data.packing import TextRows
 from llmtrain.data.prompts import PromptSet
@@ -17,7 +18,8 @@ from llmtrain.data.sampler import derive
 from llmtrain.data.shards import holds_out
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.build import Role, build_frozen
-from llmtrain.eval.generate import evaluate_problems
+from llmtrain.envs.parts import episode_scores
+from llmtrain.eval.generate import Classes, Judge, evaluate_problems
 from llmtrain.eval.ranks import IDLE_S, agreed, lead, sharing
 from llmtrain.eval.testtime.problems import Problems
 from llmtrain.observe.beside import PREFIX
@@ -28,7 +30,7 @@ from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.worker import ColocatedGenerator
 from llmtrain.trainer.batches import evaluate_text, text_rows
 from llmtrain.trainer.completions import completion_text, sampling_of
-from llmtrain.trainer.environments import prompts_of
+from llmtrain.trainer.environments import make_of, prompts_of
 from llmtrain.trainer.job import Job, data_dir
 from llmtrain.trainer.record import is_due
 from llmtrain.trainer.rollouts import local_generator
@@ -56,35 +58,51 @@ def by_source(rows: TextRows, measure: Callable[[TextRows], dict[str, float]]) -
 def read_problems(config: Config, tokenizer: Tokenizer) -> PromptSet:
     """Returns the problems of `data.held_out`. Raises ValueError when one of the first `eval.problems` lacks what the
     first reward reads."""
+    one_side(config.rollout.environment)
     problems, count = prompts_of(config, config.data.held_out, tokenizer), config.eval.problems
     check_rows(config.rewards[:1], problems.examples[:count], problems.places[:count])
     return problems
 
 
+def one_side(environment: EnvironmentConfig | None) -> None:
+    """Raises ValueError for an environment in which the policy plays several sides: who wins then says nothing."""
+    if environment is not None and make_of(environment)().players > 1:
+        raise ValueError(f"rollout.environment.function={environment.function}: {ALL_SIDES}")
+
+
 def posed(config: Config, rows: PromptSet, tokenizer: Tokenizer) -> Problems:
-    """Returns the first `eval.problems` of the rows, with what judges their answers, the first reward.
+    """Returns the first `eval.problems` of the rows, with what judges their answers: the first reward, or nothing where
+    the environment rewards them itself.
 
     Each problem has a random stream of its own, from `seed` and its number: the answers do not depend on who samples
     them. Its judge raises RewardsFail when the reward fails too often.
     """
-    reward, scorer = config.rewards[0], scorer_of(config.rewards[0])
     count = min(config.eval.problems, len(rows))
+    prompts = [rows.prompt(i, derive(config.seed, f"eval/{i}")) for i in range(count)]
+    judge, classes = judging(config, rows) if config.rewards else (None, None)
+    return Problems(prompts, rows.examples[:count], completion_text(config, tokenizer), judge, classes)
+
+
+def judging(config: Config, rows: PromptSet) -> tuple[Judge, Classes]:
+    """Returns how the first reward judges answers to rows, and how it numbers them."""
+    reward, scorer = config.rewards[0], scorer_of(config.rewards[0])
 
     def judge(pairs: Sequence[tuple[int, str]]) -> list[Score]:
         scores = scorer.score([(text, rows.examples[i]) for i, text in pairs])
         stop_if_failing([reward], [{} if s.error is None else {reward.name: s.error} for s in scores])
         return scores
 
-    prompts = [rows.prompt(i, derive(config.seed, f"eval/{i}")) for i in range(count)]
-    return Problems(prompts, rows.examples[:count], completion_text(config, tokenizer), judge, scorer.classes)
+    return judge, scorer.classes
 
 
 def problem_scores(
     config: Config, problems: Problems, tokenizer: Tokenizer, generator: Generator
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns pass@k, majority vote and greedy accuracy on the problems, and all completions."""
-    p, sampling = problems, sampling_of(config, tokenizer)
-    return evaluate_problems(generator, p.prompts, p.decode, p.judge, p.classes, config.eval.samples, sampling)
+    p, sampling, samples = problems, sampling_of(config, tokenizer), config.eval.samples
+    by_episode = None if config.rollout.environment is None else episode_scores(config.rollout.environment)
+    judged = (p.decode, p.judge, p.classes)
+    return evaluate_problems(generator, p.prompts, *judged, samples, sampling, by_episode=by_episode)
 
 
 class Evaluation:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llmtrain.config.environment import EnvironmentConfig
-from llmtrain.envs.parts import add_parts, failures_of, judged_by_environment
-from llmtrain.rewards import RewardsFail, count_failures, stop_if_failing
+from llmtrain.envs.parts import add_parts, episode_scores, failures_of, judged_by_environment
+from llmtrain.rewards import RewardsFail, Score, count_failures, stop_if_failing
 from llmtrain.types import Group, Sample
 
 
@@ -54,3 +54,12 @@ def test_a_part_may_not_be_called_as_a_reward() -> None:
 
 def test_without_an_environment_nothing_is_added() -> None:
     assert add_parts([[sample(1.0, {}, {})]], [({}, {})], None) == []
+
+
+def test_an_evaluation_scores_by_the_parts_or_as_a_reward_judged() -> None:
+    scores = episode_scores(EnvironmentConfig(game="nim", weights={"calls": -0.5}, max_error_share=0.5))
+    group = [sample(0.0, {"won": 1.0, "calls": 2.0}, {}), sample(0.0, {"won": 1.0}, {"environment": "OSError: x"})]
+    assert scores(group, None) == [Score(1 - 0.5 * 2), Score(0.0, "OSError: x")]
+    assert scores(group, [Score(0.3), Score(0.4)]) == [Score(0.3), Score(0.0, "OSError: x")]
+    with pytest.raises(RewardsFail, match="environment: failed on 2 of 2 completions"):
+        scores([group[1], group[1]], None)

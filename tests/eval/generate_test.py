@@ -77,6 +77,17 @@ def test_greedy_alone_and_samples_alone() -> None:
     assert "greedy" not in scores and "maj@4" not in scores and len(records) == 12 and scores["pass@4"] > 0
 
 
+def test_an_environment_scores_its_episodes() -> None:
+    def by_episode(samples: Sequence[Sample], judged: Sequence[Score] | None) -> list[Score]:
+        assert judged is None
+        return [Score(float(sample.ids == [7])) for sample in samples]
+
+    prompts = [Prompt([100 + i], seed=i) for i in range(3)]
+    scores, records = _evaluate(Scripted(), prompts, judge=None, classes=None, by_episode=by_episode)
+    assert scores["greedy"] == pytest.approx(1 / 3) and scores["pass@1"] == pytest.approx((3 / 4 + 0 + 0) / 3)
+    assert [r["reward"] for r in records[:3]] == [1.0, 0.0, 0.0] and "maj@4" not in scores
+
+
 def test_no_problems_is_refused() -> None:
     with pytest.raises(ValueError, match="no problems"):
         _evaluate(Scripted(), [])

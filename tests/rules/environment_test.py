@@ -128,6 +128,14 @@ def test_who_rewards(tmp_path: Path) -> None:
     assert not lines(tmp_path, "grpo", "{game: nim}", "rewards=[]")
     own = f"{{function: '{OWN}:Guess', unsandboxed: true}}"
     assert not lines(tmp_path, "grpo", own, "rewards=[]")
+    assert not lines(tmp_path, "eval", own, "rewards=[]")
+    for environment, command in (("{tools: [python]}", "eval"), (own, "judge")):
+        found = lines(tmp_path, command, environment, "rewards=[]")
+        assert any(line.startswith("rewards=[]: must name at least one") for line in found)
+    beside = ["eval.every_steps=2", f"data.held_out={OWN}"]
+    for command, keys in (("eval", []), ("grpo", beside)):
+        (line,) = lines(tmp_path, command, "{game: nim}", "rewards=[]", *keys)
+        assert line.startswith("rollout.environment.game=nim: the policy plays all sides")
 
 
 @pytest.mark.parametrize("value", ["{tools: [abacus]}", "{function: own.Guess}", "{max_turns: 0}", "{turns: 3}"])

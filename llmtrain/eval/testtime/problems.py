@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmtrain.config.testtime import LOGPROB
-from llmtrain.eval.generate import SOLVED
+from llmtrain.eval.generate import SOLVED, Classes, Judge
 from llmtrain.eval.testtime.extend import Decode
-from llmtrain.rewards import Score, scorer_of, stop_if_failing
+from llmtrain.rewards import scorer_of, stop_if_failing
 from llmtrain.rollout.generator import Generator
 from llmtrain.types import Prompt, Sampling
 
@@ -26,8 +26,8 @@ class Problems:
     prompts: Sequence[Prompt]
     examples: Sequence[dict[str, Any]]  # the rows that they come from
     decode: Callable[[Sequence[int]], str]  # text of a completion, for the verifier and rewards
-    judge: Callable[[Sequence[tuple[int, str]]], Sequence[Score]]  # of (problem, completion)
-    classes: Callable[[Sequence[str]], Sequence[int | None]]  # numbers of the answers of completions; None: no answer
+    judge: Judge | None  # None: an environment says it itself, and nothing but whole episodes is scored
+    classes: Classes | None  # numbers of the answers of completions
 
 
 @dataclass
