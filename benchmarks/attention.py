@@ -49,13 +49,14 @@ class Case:
         return self.tokens // 4 if self.kind == "window" else None
 
     def ids(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Returns segment ids, branch ids and positions, [rows, tokens]."""
+        """Returns segment ids, ends (see `types.Batch`) and positions, [rows, tokens]."""
         places = torch.arange(self.tokens).repeat(self.rows, 1)
         if self.kind == "causal":
             return None, None, places
         if self.kind == "branches":  # a prompt of half the row and eight samples
-            branches = ((places - self.tokens // 2) // max(1, self.tokens // 16) + 1).clamp(min=0)
-            return torch.zeros_like(places), branches, places
+            half, sample = self.tokens // 2, max(1, self.tokens // 16)
+            ends = torch.where(places < half, self.tokens, half + ((places - half) // sample + 1) * sample)
+            return torch.zeros_like(places), ends, places
         draws = torch.empty(self.rows, self.tokens).exponential_(1 / MEAN_TOKENS, generator=_generator())
         ends = draws.ceil().long().cumsum(1)
         return torch.searchsorted(ends, places, right=True), None, _restarting(places, ends)

@@ -24,7 +24,9 @@ class Batch:
     token, and every branch starts with that last token, so that each position has exactly one label:
         input_ids = [p, q, x, q]        labels = [IGNORE, x, y, z]         loss_mask = [F, T, T, T]
         positions = [0, 1, 2, 1]        segment_ids = [0, 0, 0, 0]         branch_ids = [0, 1, 1, 2]
-    A token sees earlier tokens of its own segment that lie on the trunk (branch 0) or on its own branch.
+        ends = [4, 3, 3, 4]
+    A token at place i sees those of its own segment at places j <= i with i < ends[j]: a row can hold any tree, depth
+    first. `branch_ids` only say to whose sequence a token belongs.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -32,7 +34,8 @@ class Batch:
     loss_mask: Tensor  # [B, T] bool: True = trained
     positions: Tensor  # [B, T] int64: for RoPE
     segment_ids: Tensor | None = None  # [B, T] int64: document in the row, -1 = padding; None = one causal row
-    branch_ids: Tensor | None = None  # [B, T] int64: 0 = shared trunk, k = k-th sample of the group
+    branch_ids: Tensor | None = None  # [B, T] int64: k = of the k-th sample of the group, 0 = shared and nobody's
+    ends: Tensor | None = None  # [B, T] int64: tokens from a place up to this one see it; None = all that follow
     extra: dict[str, Tensor] = field(default_factory=dict)  # [B, T] each: what one loss needs (advantages, ...)
     temperature: float = 1.0  # log-probs are those of logits / temperature
     candidates: Tensor | None = None  # [B, T, K] int64: tokens whose log-probs are wanted, distinct at a position

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmtrain.data.groups import empty_row, group_length, lay_out, pieces
+import torch
+from torch import Tensor
+
+from llmtrain.data.groups import empty_row, lay_out, pieces
 from llmtrain.data.packing import Row, best_fit, side_by_side, to_batch
 from llmtrain.types import Batch, Group
+
+
+def ends_of(segments: Tensor | None, branches: Tensor | None) -> Tensor | None:
+    """Returns `Batch.ends` of rows [B, T] of trunks with one level of branches, given the numbers of both."""
+    if branches is None:
+        return None
+    places = torch.arange(branches.size(1))
+    segments = torch.zeros_like(branches) if segments is None else segments
+    alike = segments[:, :, None] == segments[:, None]
+    mine = alike & ((branches[:, :, None] == 0) | (branches[:, :, None] == branches[:, None]))
+    ends = torch.where(mine, places + 1, 0).amax(-1)
+    return torch.where(segments < 0, branches.size(1), ends)
 
 
 def group_rows(
@@ -18,8 +33,8 @@ def group_rows(
     the prompt repeated (with `whole`, for losses of pairs: refused). Raises ValueError when a sample alone is longer.
     """
     parts = [piece for group in groups for piece in pieces(group, width_tokens, whole)]
-    parts.sort(key=group_length, reverse=True)
-    plan = best_fit([group_length(part) for part in parts], width_tokens)
+    parts.sort(key=lambda part: part.tokens, reverse=True)
+    plan = best_fit([part.tokens for part in parts], width_tokens)
     return [side_by_side([lay_out(parts[i], columns) for i in row]) for row in plan]
 
 

@@ -24,8 +24,8 @@ from llmtrain.data.whole import plan_rows, row_of
 from llmtrain.types import IGNORE, Batch
 
 Row = dict[str, list]
-"""A row before padding has the columns input_ids, labels, positions, segment_ids; branch_ids where samples share a
-prompt; any other column becomes one of `Batch.extra`."""
+"""A row before padding has the columns input_ids, labels, positions, segment_ids; where samples share tokens branch_ids
+and ends; any other column becomes one of `Batch.extra`."""
 
 Columns = Callable[[Record], dict[str, float]]
 """Maps a row of a file to numbers, by their names in `Batch.extra`. Raises ValueError, without a place, for a row that
@@ -41,7 +41,7 @@ PADDING = {"labels": IGNORE, "segment_ids": -1}  # other columns: 0
 
 def to_batch(rows: Sequence[Row], width_tokens: int, pad_id: int) -> Batch:
     """Pads rows to one width and stacks them. Positions with a label are trained."""
-    padding = PADDING | {"input_ids": pad_id}
+    padding = PADDING | {"input_ids": pad_id, "ends": width_tokens}
     columns = {
         name: torch.tensor([row[name] + [padding.get(name, 0)] * (width_tokens - len(row[name])) for row in rows])
         for name in rows[0]
@@ -61,10 +61,11 @@ def side_by_side(rows: Sequence[Row]) -> Row:
     are none."""
     if not rows:
         return {}
-    first, shifted = 0, []
+    first, place, shifted = 0, 0, []
     for row in rows:
-        shifted.append(row | {"segment_ids": [first + segment for segment in row["segment_ids"]]})
-        first += 1 + max(row["segment_ids"])
+        ends = {"ends": [place + end for end in row["ends"]]} if "ends" in row else {}
+        shifted.append(row | ends | {"segment_ids": [first + segment for segment in row["segment_ids"]]})
+        first, place = first + 1 + max(row["segment_ids"]), place + len(row["input_ids"])
     return concatenate(shifted)
 
 

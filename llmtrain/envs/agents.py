@@ -10,6 +10,7 @@ from itertools import chain
 
 from llmtrain.data.sampler import derive
 from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tree import shared_tokens
 from llmtrain.envs.dialogue import Renderer
 from llmtrain.envs.episodes import FAILED
 from llmtrain.envs.program import Program, Task, rewards_of
@@ -17,7 +18,6 @@ from llmtrain.envs.session import Session, Thread
 from llmtrain.rollout.continuous import Continuous
 from llmtrain.rollout.generator import Weights
 from llmtrain.rollout.native import NativeGenerator
-from llmtrain.rollout.stem import shared_tokens
 from llmtrain.sandbox.pool import Reply
 from llmtrain.types import Group, Prompt, Sample, Sampling
 

@@ -10,10 +10,10 @@ from itertools import chain
 
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.data.sampler import derive
+from llmtrain.data.tree import shared_tokens
 from llmtrain.envs.base import Environment, Reply
 from llmtrain.envs.dialogue import Dialogue, Renderer
 from llmtrain.rollout.generator import Generator
-from llmtrain.rollout.stem import shared_tokens
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
 FAILED = "environment"  # the name under which Sample.errors tells that the environment itself failed

@@ -26,7 +26,7 @@ def perplexity(
     for batch in batches:
         b = batch.to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logprobs, _ = model(b.input_ids, b.positions, b.segment_ids, b.branch_ids, b.labels)
+            logprobs, _ = model(b.input_ids, b.positions, b.segment_ids, b.ends, b.labels)
         nats -= logprobs[b.loss_mask].double().sum().item()
         tokens += int(b.loss_mask.sum())
     if tokens == 0:

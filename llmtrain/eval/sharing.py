@@ -1,7 +1,7 @@
 """Plans how rows of tokens are computed so that what they share is computed once. Pure.
 
 Rows that begin alike form a tree. A small tree lies in one row of the batch, its tokens in depth-first order: a token
-sees those on its way to the root (tree attention, as of the `branch_ids` of `types.Batch`, at any depth). What the rows
+sees those on its way to the root (tree attention, as of the `ends` of `types.Batch`). What the rows
 of a large tree have in common is a stem, whose keys and values are kept while they are computed.
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from llmtrain.rollout.stem import STEM_TOKENS, shared_tokens
+from llmtrain.data.tree import shared_tokens
+from llmtrain.rollout.stem import STEM_TOKENS
 
 ROW_TOKENS = 512  # of a tree in one row: attention computes all its scores, seen or not
 GAIN = 1 / 8  # a tree lies in one row if that saves so many tokens for each that it has

@@ -30,7 +30,7 @@ class View(NamedTuple):
 
 def attention_mask(
     segment_ids: Tensor,
-    branch_ids: Tensor | None,
+    ends: Tensor | None,
     queries: Tensor | None = None,
     keys: Tensor | None = None,
     positions: Tensor | None = None,
@@ -38,16 +38,15 @@ def attention_mask(
 ) -> Tensor:
     """Returns which query sees which key, bool [B, 1, Q, K].
 
-    A key is seen if it is not later, of the same segment, and on the trunk or the query's own branch; with `window`,
-    it must also be less than so many `positions` [B, T] back. `queries` [Q] and `keys` [K] are indices into the
-    row, None = all of it; `segment_ids` and `branch_ids` [B, T] always cover the whole row.
+    A key is seen if it is not later, of the same segment, and the query's place lies before the key's end; with
+    `window`, it must also be less than so many `positions` [B, T] back. `queries` [Q] and `keys` [K] are indices into
+    the row, None = all of it; `segment_ids` and `ends` (see `types.Batch`) [B, T] always cover the whole row.
     """
     whole = torch.arange(segment_ids.size(1), device=segment_ids.device)
     queries, keys = whole if queries is None else queries, whole if keys is None else keys
     mask = (queries[:, None] >= keys) & (segment_ids[:, queries, None] == segment_ids[:, None, keys])
-    if branch_ids is not None:
-        branch = branch_ids[:, None, keys]
-        mask = mask & ((branch == 0) | (branch_ids[:, queries, None] == branch))
+    if ends is not None:
+        mask = mask & (queries[:, None] < ends[:, None, keys])
     if window is not None:
         assert positions is not None
         mask = mask & (positions[:, queries, None] - positions[:, None, keys] < window)

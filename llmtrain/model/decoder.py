@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         x: Tensor,
         positions: Tensor,
         segment_ids: Tensor | None = None,
-        branch_ids: Tensor | None = None,
+        ends: Tensor | None = None,
         labels: Tensor | None = None,
         temperature: Tensor | None = None,
         masks: Mapping[str, Tensor] | None = None,
@@ -75,13 +75,13 @@ class Decoder(nn.Module):
         """Returns what the head gives for x (see `model.heads`); without a head, hidden states [B, T, hidden].
 
         x holds token ids [B, T], or, without `embed`, hidden states; `positions` is [B, T]. `segment_ids` and
-        `branch_ids` are those of `types.Batch`; `masks`, one for each kind of layer, override both. `caches` maps layer
+        `ends` are those of `types.Batch`; `masks`, one for each kind of layer, override both. `caches` maps layer
         names to key/value caches (generation). `experts` are those of `types.Batch`, of all layers of the model.
         """
         ids = x
         if self.embed is not None:
             x = self.embedded(ids, positions)
-        views = self.views(x.dtype, positions, segment_ids, branch_ids, masks)
+        views = self.views(x.dtype, positions, segment_ids, ends, masks)
         given = self.experts_of(experts)
         for name, block in self.layers.items():
             x = block(x, views[block.kind], caches[name] if caches else None, given.get(name))
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         positions: Tensor,
         segment_ids: Tensor | None,
-        branch_ids: Tensor | None,
+        ends: Tensor | None,
         masks: Mapping[str, Tensor] | None,
     ) -> dict[str, View]:
         """Returns, for each kind of layer here, the view that its blocks get."""
@@ -122,18 +122,18 @@ class Decoder(nn.Module):
         found = {}
         for kind in dict.fromkeys(block.kind for block in self.layers.values()):
             window = self.config.sliding_window if kind == "sliding" else None
-            mask = masks[kind] if masks else self.visibility(segment_ids, branch_ids, positions, window)
+            mask = masks[kind] if masks else self.visibility(segment_ids, ends, positions, window)
             found[kind] = View(*self.angles(positions, dtype, kind), mask, padding)
         return found
 
     def visibility(
-        self, segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
+        self, segment_ids: Tensor | None, ends: Tensor | None, positions: Tensor, window: int | None
     ) -> Tensor | None:
         """Returns the mask that `Attention.attend` takes; None = causal."""
         if segment_ids is None and (window is None or window >= positions.size(1)):
             return None
         segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
-        return attention_mask(segments, branch_ids, positions=positions, window=window)
+        return attention_mask(segments, ends, positions=positions, window=window)
 
     def angles(self, positions: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor | None, Tensor | None]:
         """Returns RoPE's cos and sin, None where positions are learned. They are computed in every forward: a buffer

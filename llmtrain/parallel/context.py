@@ -9,7 +9,7 @@ kv = B (T/cp) (kv heads / tp) head_dim e bytes, a Q shard q = B (T/cp) (heads / 
     alltoall    2 (q + kv) (cp - 1) / cp  +  the same                  Q, K, V and the output; kv times
                                                                        lcm(kv heads / tp, cp) / (kv heads / tp)
     ring        2 (cp - 1) kv  +  2 (cp - 1) kv + 2 cp kv 4 / e        K and V; their gradients travel in fp32
-Rematerialisation adds one more forward. Beside that a row with documents has its segment (and branch) ids gathered
+Rematerialisation adds one more forward. Beside that a row with documents has its segment ids (and ends) gathered
 once a microbatch and pipeline stage: (cp - 1) B (T/cp) 8 bytes each.
 
 After the exchange allgather and alltoall compute what one rank would, by the kernels of `engine.attention`; ring
@@ -127,14 +127,14 @@ def _attend_halves(
 
 def _visibility_allgather(
     segment_ids: Tensor | None,
-    branch_ids: Tensor | None,
+    ends: Tensor | None,
     positions: Tensor,
     window: int | None,
     group: ProcessGroup,
     kernels: Kernels,
 ) -> Mask | BlockMask | None:
     own = spans(group.rank(), group.size(), positions.size(1))
-    ids = _whole_ids(segment_ids, branch_ids, positions, window, group)
+    ids = _whole_ids(segment_ids, ends, positions, window, group)
     return visibility(*ids, window, kernels, own)
 
 
@@ -153,24 +153,24 @@ def attend_alltoall(
 
 def _visibility_alltoall(
     segment_ids: Tensor | None,
-    branch_ids: Tensor | None,
+    ends: Tensor | None,
     positions: Tensor,
     window: int | None,
     group: ProcessGroup,
     kernels: Kernels,
 ) -> Mask | BlockMask | None:
-    return visibility(*_whole_ids(segment_ids, branch_ids, positions, window, group), window, kernels)
+    return visibility(*_whole_ids(segment_ids, ends, positions, window, group), window, kernels)
 
 
 def _whole_ids(
-    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
+    segment_ids: Tensor | None, ends: Tensor | None, positions: Tensor, window: int | None, group: ProcessGroup
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Returns segments, branches and positions of whole rows. Positions are asked for with a window only; else they
+    """Returns segments, ends and positions of whole rows. Positions are asked for with a window only; else they
     are the places."""
     B, T = positions.size(0), positions.size(1) * group.size()
-    wanted = (segment_ids, branch_ids, None if window is None else positions)
-    segments, branches, whole = (None if ids is None else _gathered(ids, group) for ids in wanted)
-    return segments, branches, torch.arange(T, device=positions.device).expand(B, T) if whole is None else whole
+    wanted = (segment_ids, ends, None if window is None else positions)
+    segments, ends, whole = (None if ids is None else _gathered(ids, group) for ids in wanted)
+    return segments, ends, torch.arange(T, device=positions.device).expand(B, T) if whole is None else whole
 
 
 def _heads_to_rows(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -205,7 +205,7 @@ def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _visibility_ring(
     segment_ids: Tensor | None,
-    branch_ids: Tensor | None,
+    ends: Tensor | None,
     positions: Tensor,
     window: int | None,
     group: ProcessGroup,
@@ -213,7 +213,7 @@ def _visibility_ring(
 ) -> list[Tiles]:
     """Returns the tiles of this rank's queries and the keys of each rank."""
     assert window is None and kernels.softcap is None, "a rule of the configuration"
-    ids = _whole_ids(segment_ids, branch_ids, positions, None, group)
+    ids = _whole_ids(segment_ids, ends, positions, None, group)
     own, *sources = (spans(rank, group.size(), positions.size(1)) for rank in (group.rank(), *range(group.size())))
     side = tile_side(positions.device, None)
     return [plan_tiles(*ids, None, own, keys, side) for keys in sources]

@@ -41,7 +41,8 @@ def inputs_of(batch: Batch, has_head: bool, scaled: bool | None = None) -> dict[
 
     `scaled` says whether to pass the temperature (None: if it is not 1).
     """
-    names = ["positions", "segment_ids", "branch_ids", "experts"] + (["labels", "candidates"] if has_head else [])
+    assert (batch.ends is None) == (batch.branch_ids is None), "samples that share tokens have both"
+    names = ["positions", "segment_ids", "ends", "experts"] + (["labels", "candidates"] if has_head else [])
     kwargs: dict[str, Tensor | int] = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
     if has_head and (batch.temperature != 1.0 if scaled is None else scaled):
         kwargs["temperature"] = torch.full_like(batch.positions[:, 0], batch.temperature, dtype=torch.float32)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.arch.attention import round_up
+from llmtrain.data.tree import shared_tokens
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.kernels.packed import Packed
 from llmtrain.rollout.cache import KVCache, Recorder
@@ -19,7 +20,7 @@ from llmtrain.rollout.checksums import checksum
 from llmtrain.rollout.completion import Completion
 from llmtrain.rollout.experts import ChosenExperts
 from llmtrain.rollout.sampling import check_prompts, check_sampling, sample
-from llmtrain.rollout.stem import STEM_SHARE, STEM_TOKENS, Behind, Stem, masks_behind, shared_tokens, without_head
+from llmtrain.rollout.stem import STEM_SHARE, STEM_TOKENS, Behind, Stem, masks_behind, without_head
 from llmtrain.rollout.stop import Decode, Stop
 from llmtrain.types import Group, Prompt, Sampling
 

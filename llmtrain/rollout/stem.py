@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +46,6 @@ def without_head(model: Decoder) -> Decoder:
     trunk = copy.copy(model)
     trunk._modules = {**model._modules, "head": None}
     return trunk
-
-
-def shared_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns how many tokens two rows begin with alike. Slices are compared, which is faster than a loop."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
 
 
 def masks_behind(model: Decoder, stem_tokens: int, positions: Tensor, ends: Tensor) -> dict[str, Tensor]:

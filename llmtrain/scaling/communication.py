@@ -74,7 +74,7 @@ class Step(NamedTuple):
     rows: int  # a microbatch
     tokens: int  # in a whole row
     trained_tokens: int  # labels that are not IGNORE, on this rank in all microbatches
-    ids: int = 1  # id fields that masks are made of: segment ids (1), with branch ids (2)
+    ids: int = 1  # id fields that masks are made of: segment ids (1), with ends (2)
     report_bytes: int = 0  # of the longest report in engine.tally, JSON
     pairs: int = 0  # (token, expert): the larger of those sent and received, over MoE layers and microbatches
     balance_bytes: int = 0  # of the longest report in engine.auxiliary, JSON

@@ -15,7 +15,7 @@ from llmtrain.arch.resolve import train_flops_per_token
 from llmtrain.config.data import AnnealConfig, DataConfig
 from llmtrain.config.ramp import longest_row, phase_at
 from llmtrain.config.schema import Config, TrainConfig
-from llmtrain.data.groups import group_length, piece_batch, pieces, seen_pairs
+from llmtrain.data.groups import piece_batch, pieces
 from llmtrain.data.microbatches import Layout, Limits, plan_fixed, plan_microbatches
 from llmtrain.data.mix import MixSettings
 from llmtrain.data.objectives import objectives
@@ -140,8 +140,8 @@ def group_microbatches(
     whole: bool = False,
     policy: bool = False,
 ) -> list[Batch]:
-    """Returns this rank's microbatches of the groups, each prompt once for its samples, with these `columns`, scored at
-    the temperature that they were sampled with.
+    """Returns this rank's microbatches of the groups, what their samples share once (see `data.tree`), with these
+    `columns`, scored at the temperature that they were sampled with.
 
     How many, and of what shape, says `data.microbatches`. A group longer than `train.seq_len` is cut into pieces; with
     `whole`, for losses that compare its samples, it is a ValueError. `fixed_width`: text rows come into the same step.
@@ -149,7 +149,7 @@ def group_microbatches(
     """
     limits = limits_of(job.config.train, job.mesh)
     parts = [piece for group in groups for piece in pieces(group, limits.row_tokens, whole)]
-    layout = planned(job, [group_length(part) for part in parts], [seen_pairs(part) for part in parts], fixed_width)
+    layout = planned(job, [part.tokens for part in parts], [part.seen_pairs for part in parts], fixed_width)
     mine = layout.microbatches[job.mesh.dp_rank :: job.mesh.dp_size]
     experts = policy and job.config.rollout.router_replay
     batches = [piece_batch(parts, rows, layout.width, job.tokenizer.pad_id, columns, experts) for rows in mine]

@@ -57,6 +57,7 @@ def like(text: Batch, other: Batch) -> Batch:
         candidates=None if asked is None else filler[..., None].repeat(1, 1, asked.size(-1)),
         segment_ids=filler if text.segment_ids is None and other.segment_ids is not None else text.segment_ids,
         branch_ids=None if other.branch_ids is None else filler,
+        ends=None if other.ends is None else filler + filler.size(1),
         experts=None if (given := other.experts) is None else given.new_full((*filler.shape, given.size(-1)), -1),
         extra={MARK: filler},
     )

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.groups import group_length, piece_batch, seen_pairs
+from llmtrain.data.groups import group_length, piece_batch
+from llmtrain.data.tree import Tree
 from llmtrain.model.attention import attention_mask
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.types import IGNORE, Batch, Sample
@@ -42,13 +43,14 @@ def test_the_example_of_types() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 1, 0]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 0, -1]]
     assert batch.branch_ids.tolist() == [[0, 1, 1, 2, 0]]
+    assert batch.ends.tolist() == [[4, 3, 3, 4, 5]]
     assert batch.extra["advantages"].tolist() == [[0, 0.5, 0.5, -2.0, 0]]
     assert torch.allclose(batch.extra["old_logprobs"], torch.tensor([[0, -0.7, -0.8, -0.9, 0]]))
     assert {t.dtype for t in batch.extra.values()} == {torch.float32}
 
 
 def logprobs(model: Decoder, batch: Batch) -> torch.Tensor:
-    logits = model(batch.input_ids, batch.positions, batch.segment_ids, batch.branch_ids)
+    logits = model(batch.input_ids, batch.positions, batch.segment_ids, batch.ends)
     labels = batch.labels.clamp(min=0)
     return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
@@ -115,14 +117,14 @@ def test_no_groups_give_empty_rows() -> None:
 
 
 def test_the_pairs_of_attention_are_those_of_its_mask() -> None:
-    groups = random_groups(random.Random(2), prompts=3, samples=3)
-    batch = piece_batch(groups, [[2, 0], [1]], 128, PAD)
-    mask = attention_mask(batch.segment_ids, batch.branch_ids)[:, 0] & (batch.segment_ids >= 0)[:, :, None]
-    assert mask.sum((1, 2)).tolist() == [seen_pairs(groups[2]) + seen_pairs(groups[0]), seen_pairs(groups[1])]
+    trees = [Tree(group) for group in random_groups(random.Random(2), prompts=3, samples=3)]
+    batch = piece_batch(trees, [[2, 0], [1]], 128, PAD)
+    mask = attention_mask(batch.segment_ids, batch.ends)[:, 0] & (batch.segment_ids >= 0)[:, :, None]
+    assert mask.sum((1, 2)).tolist() == [trees[2].seen_pairs + trees[0].seen_pairs, trees[1].seen_pairs]
 
 
 def test_pieces_lie_where_they_are_put() -> None:
-    a, b, c = ([sample([1, token], [token])] for token in (7, 8, 9))
+    a, b, c = (Tree([sample([1, token], [token])]) for token in (7, 8, 9))
     batch = piece_batch([a, b, c], [[2, 0], [], [1]], 6, PAD, ("advantages",))
     assert batch.input_ids.tolist() == [[1, 9, 1, 7, PAD, PAD], [PAD] * 6, [1, 8, *[PAD] * 4]]
     assert batch.segment_ids.tolist() == [[0, 0, 1, 1, -1, -1], [-1] * 6, [0, 0, *[-1] * 4]]

@@ -16,7 +16,9 @@ import torch
 from openai import OpenAI
 
 from llmtrain.config.agent import AgentConfig
+from llmtrain.data.groups import group_length
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tree import Tree
 from llmtrain.envs.agents import OTHERS, SILENT, Agents
 from llmtrain.envs.dialogue import Dialogue
 from llmtrain.envs.program import Program, Task, rewards_of
@@ -140,6 +142,25 @@ def test_a_history_that_was_rewritten_starts_a_new_row(agents: Agents) -> None:
     texts = [agents.tokenizer.decode(s.prompt_ids + s.ids, skip_special=False) for s in group[:3]]
     assert "assistant\nOther words.<|im_end|>" in texts[1] and texts[2].startswith("<|im_start|>system\nNew")
     assert agents.tokenizer.decode(group[0].prompt_ids, skip_special=False) == "<|im_start|>"
+
+
+def test_what_the_rows_of_a_program_share_is_computed_once(agents: Agents) -> None:
+    """A program that asks four times and keeps of each answer only that it was there: four rows a run, two runs. The
+    numbers of docs/batches.md are these; how long the answers of a random model are, may change with torch."""
+
+    def rewrite(example: dict, client: OpenAI) -> float:
+        told = [{"role": "user", "content": "A task that every request begins with."}]
+        for number in range(4):
+            answer = say(client, told)
+            result = {"role": "user", "content": f"{number} is a result of a tool that the next turns still see."}
+            told += [{**answer, "content": "[...]"}, result]
+        return 1.0
+
+    (group,) = played(agents, rewrite)
+    alone = sum(len(s.prompt_ids) - 1 + len(s.ids) for s in group)
+    prompts, tree = group_length(group), Tree(group).tokens
+    print(alone, prompts, tree)
+    assert len(group) == 8 and tree < prompts / 2 < alone / 2
 
 
 def test_rows_of_an_attempt_share_one_advantage() -> None:

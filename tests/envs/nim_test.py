@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from llmtrain.config.environment import EnvironmentConfig
+from llmtrain.data.groups import group_length
+from llmtrain.data.tree import Tree
 from llmtrain.envs.build import environment_maker
 from llmtrain.envs.dialogue import Renderer
 from llmtrain.envs.episodes import Episodes
@@ -82,6 +85,22 @@ def test_both_sides_have_rows_that_share_a_prompt(tmp_path: Path) -> None:
     shared = group[0].prompt_ids
     assert all(s.prompt_ids == shared and s.ids and not s.trained[0] for s in group) and len(shared) > 10
     assert sum(s.reward for s in group) == 0
+
+
+def test_what_the_rows_of_a_group_share_is_computed_once(tmp_path: Path) -> None:
+    """Eight games of 21 stones: both sides are told the rules, and many games begin alike. These are the numbers of
+    docs/batches.md."""
+    tokenizer, rng = family("qwen", tmp_path), random.Random(0)
+    settings = EnvironmentConfig(game="nim", max_turns=20)
+    make = environment_maker(settings)
+    script = Script(tokenizer, lambda context, number: str(rng.randint(1, 2)))
+    episodes = Episodes(script, Renderer(tokenizer), make, settings, 500, tokenizer.decode)
+    row = {"stones": 21}
+    prompt = Prompt(tokenizer.encode_chat(make().start(row)), 1, row)
+    (group,) = episodes.generate([prompt], Sampling(max_new_tokens=10, num_samples=8))
+    alone = sum(len(s.prompt_ids) - 1 + len(s.ids) for s in group)
+    prompts, tree = group_length(group), Tree(group).tokens
+    assert (len(group), alone, prompts, tree) == (16, 2830, 2260, 1824)
 
 
 def test_arguments_that_it_does_not_take_are_refused() -> None:

@@ -21,7 +21,7 @@ def pair(**columns: list[float]) -> Batch:
     zeros = torch.zeros(1, 8, dtype=torch.int64)
     mask = (branches > 0) & (segments == 0)
     extra = {name: torch.tensor([values]) for name, values in columns.items()}
-    return Batch(zeros, zeros, mask, zeros, segments, branches, extra)
+    return Batch(zeros, zeros, mask, zeros, segments, branches, extra=extra)
 
 
 def logprobs() -> Tensor:

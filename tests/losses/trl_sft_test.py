@@ -61,7 +61,7 @@ def their_step(trainer: Any) -> tuple[dict[str, Tensor], float]:
 
 def our_step(decoder: Decoder, batch: Batch) -> float:
     """Returns the mean over the trained tokens of the batch; gradients are left in the model."""
-    scores = Scores(*decoder(batch.input_ids, batch.positions, batch.segment_ids, batch.branch_ids, batch.labels))
+    scores = Scores(*decoder(batch.input_ids, batch.positions, batch.segment_ids, batch.ends, batch.labels))
     loss = token_loss(scores, batch)[0] / batch.loss_mask.sum()
     loss.backward()
     return loss.item()

@@ -64,7 +64,7 @@ def loss_of(trainer: Any) -> float:
 
 @torch.no_grad()
 def scored(decoder: Decoder, batch: Batch) -> Scores:
-    output = decoder(batch.input_ids, batch.positions, batch.segment_ids, batch.branch_ids, batch.labels)
+    output = decoder(batch.input_ids, batch.positions, batch.segment_ids, batch.ends, batch.labels)
     return Scores(values=output) if isinstance(output, torch.Tensor) else Scores(*output)
 
 

@@ -74,8 +74,8 @@ def test_branches_equal_whole_sequences(model: Decoder) -> None:
     p, q, x, y, z = 3, 14, 15, 92, 65
     ids = torch.tensor([[p, q, x, y, q, z]])
     positions = torch.tensor([[0, 1, 2, 3, 1, 2]])
-    branches = torch.tensor([[0, 1, 1, 1, 2, 2]])
-    shared = model(ids, positions, segment_ids=torch.zeros_like(ids), branch_ids=branches)
+    ends = torch.tensor([[6, 4, 4, 4, 6, 6]])
+    shared = model(ids, positions, segment_ids=torch.zeros_like(ids), ends=ends)
     first = model(torch.tensor([[p, q, x, y]]), torch.arange(4)[None])
     second = model(torch.tensor([[p, q, z]]), torch.arange(3)[None])
     torch.testing.assert_close(shared[:, :4], first, atol=1e-5, rtol=1e-5)

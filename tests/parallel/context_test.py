@@ -79,13 +79,16 @@ def test_the_ring_leaves_out_shards_in_which_nothing_is_seen() -> None:
 
 def test_every_field_of_a_batch_is_cut() -> None:
     ids = torch.arange(16).view(2, 8)
-    batch = Batch(ids, ids + 1, ids > 3, ids + 2, branch_ids=ids + 3, extra={"advantages": ids / 2}, temperature=0.7)
+    batch = Batch(
+        ids, ids + 1, ids > 3, ids + 2, branch_ids=ids + 3, ends=ids + 4, extra={"advantages": ids / 2}, temperature=0.7
+    )
     mesh = Mesh("trainer", 0, 2, CPU, {"cp": 2}, {"cp": 1})
     (own,) = local_batches([batch], mesh)
     expected = torch.tensor([[2, 3, 4, 5], [10, 11, 12, 13]])
     assert torch.equal(own.input_ids, expected) and torch.equal(own.labels, expected + 1)
     assert torch.equal(own.loss_mask, expected > 3) and torch.equal(own.positions, expected + 2)
     assert own.segment_ids is None and torch.equal(own.branch_ids, expected + 3)
+    assert torch.equal(own.ends, expected + 4)
     assert torch.equal(own.extra["advantages"], expected / 2) and own.temperature == 0.7
     with pytest.raises(ValueError, match=r"rows of 6 tokens: must be a multiple of 2 x parallel.cp = 4"):
         local_batches([Batch(*(ids[:, :6],) * 4)], mesh)
@@ -93,7 +96,7 @@ def test_every_field_of_a_batch_is_cut() -> None:
 
 @pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_methods_equal_plain_attention(forked: Callable, ranks: int) -> None:
-    """Output and gradients of q, k, v; causal rows, documents, branches, windows; as many and fewer key/value heads."""
+    """Output and gradients of q, k, v; causal rows, documents, trees, windows; as many and fewer key/value heads."""
     result = forked(ranks, WORKER, timeout_s=100)
     cases = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"case"')]
     assert len(cases) == 62, result.stdout[-3000:]

@@ -23,8 +23,7 @@ B, T, HEADS, HEAD_DIM = 2, 32, 4, 8
 
 
 def row_ids(kind: str) -> tuple[Tensor | None, Tensor | None]:
-    """Returns segment and branch ids: none, unequal documents with padding, or a trunk with branches in each
-    document."""
+    """Returns segment ids and ends: none, unequal documents with padding, or a tree in each document."""
     if kind in ("causal", "window"):
         return None, None
     at = torch.arange(T).expand(B, T)
@@ -32,7 +31,9 @@ def row_ids(kind: str) -> tuple[Tensor | None, Tensor | None]:
     if kind in ("documents", "window, documents"):
         return segments, None
     starts = torch.where(segments == 1, torch.tensor([[5], [19]]), 0)
-    return segments, ((at - starts) // 3).clamp(max=4)
+    nodes = ((at - starts) // 3).clamp(max=4)  # of 3 tokens: 0 above 1 and 3, 1 above 2, 3 above 4
+    stops = torch.where(segments == 0, torch.tensor([[5], [19]]), torch.where(segments == 1, 29, T))
+    return segments, torch.where((nodes == 1) | (nodes == 2), starts + 9, T).minimum(stops)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -46,13 +47,13 @@ def errors(
     rank, cp = group.rank(), group.size()
     heads = (HEADS, kv_heads, kv_heads, HEADS)
     q, k, v, weights = (torch.randn(B, n, T, HEAD_DIM, generator=g).to(dtype) for n in heads)
-    segments, branches = row_ids(kind)
+    segments, ends = row_ids(kind)
     real = torch.ones(B, 1, T, 1) if segments is None else (segments >= 0)[:, None, :, None].float()
     weights = weights * real.to(dtype)  # of padding nothing is promised
     whole = [x.float().clone().requires_grad_() for x in (q, k, v)]
     positions, window = torch.arange(T).expand(B, T), 7 if kind.startswith("window") else None
     everywhere = torch.zeros_like(positions) if segments is None else segments
-    plain = None if kind == "causal" else attention_mask(everywhere, branches, positions=positions, window=window)
+    plain = None if kind == "causal" else attention_mask(everywhere, ends, positions=positions, window=window)
     expected = attention(*whole, plain, softcap)
     (expected * weights.float()).sum().backward()
     want = {"out": expected.detach() * real, **{name: x.grad for name, x in zip("qkv", whole, strict=True)}}
@@ -60,7 +61,7 @@ def errors(
     attend, visibility = METHODS[method]
     kernels = Kernels((backend,), softcap, softcap is not None)
     mine = [shard(x, 2, rank, cp).requires_grad_() for x in (q, k, v)]
-    ids = [None if x is None else shard(x, 1, rank, cp) for x in (segments, branches, positions)]
+    ids = [None if x is None else shard(x, 1, rank, cp) for x in (segments, ends, positions)]
     out = attend(*mine, visibility(*ids, window, group, kernels), group, kernels)
     (out * shard(weights, 2, rank, cp)).sum().backward()
     got = {"out": out.detach(), **{name: x.grad for name, x in zip("qkv", mine, strict=True)}}
@@ -72,7 +73,7 @@ def errors(
 def cases() -> list[tuple]:
     """Returns what `errors` is asked: every method, by whole masks and by tiles (ring: tiles)."""
     ways = [("ring", "tiles"), *product(("allgather", "alltoall"), ("sdpa", "tiles"))]
-    kinds = ("causal", "documents", "branches")
+    kinds = ("causal", "documents", "tree")
     found = [(*way, kind, kv, torch.float32, None) for way, kind, kv in product(ways, kinds, (4, 2, 1))]
     found += [(*way, "documents", 2, torch.bfloat16, None) for way in ways]
     others = ((kind, cap) for kind, cap in (("window", None), ("window, documents", None), ("documents", 2.0)))

@@ -12,6 +12,7 @@ import torch
 from llmtrain.losses.token import token_loss
 from llmtrain.model.kernels.backends import TILE_TOKENS
 from llmtrain.types import IGNORE, Batch
+from tests.group_rows import ends_of
 from tests.parity import layouts_worker
 from tests.parity.layouts_worker import TASKS, Task, main
 
@@ -54,7 +55,8 @@ def batch_of(step: int, rows: int, branches: bool) -> Batch:
     segments, branch, positions = torch.stack([torch.cat([each, padding], 1) for each in made]).unbind(1)
     trained = (segments >= 0) & (positions > 0)
     labels = torch.where(trained, labels, IGNORE)
-    return Batch(ids, labels, trained, positions, segments, branch if branches else None)
+    own = (branch, ends_of(segments, branch)) if branches else ()
+    return Batch(ids, labels, trained, positions, segments, *own)
 
 
 TASKS |= {

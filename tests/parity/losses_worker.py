@@ -18,6 +18,7 @@ from llmtrain.losses.preference import bradley_terry_loss, dpo_loss
 from llmtrain.losses.reduce import masked_sum
 from llmtrain.losses.sequence import sequence_sums
 from llmtrain.types import IGNORE, Batch, Metrics, Scores
+from tests.group_rows import ends_of
 from tests.parity.layouts_worker import TASKS, WIDTH, Task, global_rows, main
 
 BETA = 0.2  # multiplies the margin of a pair, which is about 10 nats
@@ -45,7 +46,8 @@ def group_batch(step: int, rows: int) -> Batch:
     near = -4.2 + 0.3 * torch.randn(2, rows, WIDTH, generator=g)  # the model's log-probs are about -log 64
     advantages = 1 + torch.randn(rows, WIDTH, generator=g)  # mean 0 would leave a loss near 0, and all its rounding
     extra = {"advantages": advantages, "old_logprobs": near[0], "ref_logprobs": near[1]}
-    return Batch(ids, torch.where(mask, labels, IGNORE), mask, positions, segments, branches, extra)
+    ends = ends_of(segments, branches)
+    return Batch(ids, torch.where(mask, labels, IGNORE), mask, positions, segments, branches, ends, extra)
 
 
 def corrected_batch(step: int, rows: int) -> Batch:

@@ -28,7 +28,7 @@ WORKER = Path(__file__).parents[1] / "several_runs.py"
 
 
 def scores_of(model: Decoder, batch: Batch) -> Scores:
-    logits = model(batch.input_ids, batch.positions, batch.segment_ids, batch.branch_ids).log_softmax(-1)
+    logits = model(batch.input_ids, batch.positions, batch.segment_ids, batch.ends).log_softmax(-1)
     logprobs = logits.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
     entropies = -(logits.exp() * logits).sum(-1).detach()
     return Scores(*(torch.where(batch.loss_mask, x, 0.0) for x in (logprobs, entropies)))

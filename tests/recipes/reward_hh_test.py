@@ -64,6 +64,6 @@ def same_scores(base: Path) -> None:
     pairs = Pairs(config.data.held_out, tokenizer, 224, 0, at_end=True, settings=config.data)
     for pair in pairs.pairs[:4]:
         batch = group_batch([pair], group_length(pair), 1, tokenizer.pad_id, whole=True)
-        values = ours(batch.input_ids, batch.positions, batch.segment_ids, batch.branch_ids)[batch.loss_mask]
+        values = ours(batch.input_ids, batch.positions, batch.segment_ids, batch.ends)[batch.loss_mask]
         rows = [torch.tensor([[*s.prompt_ids, *s.ids[:-1]]]) for s in pair]
         assert values.tolist() == pytest.approx([theirs(row).logits.item() for row in rows], abs=1e-4)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig, MoeConfig
 from llmtrain.data.groups import group_length, piece_batch
+from llmtrain.data.tree import Tree
 from llmtrain.model.decoder import Decoder, routed_layers
 from llmtrain.parallel.pipeline import inputs_of
 from llmtrain.parallel.remat import remat_blocks
@@ -50,7 +51,7 @@ def sampled(model: Decoder, shared: int = 40) -> list[Group]:
 
 def laid_out(groups: list[Group]) -> Batch:
     width = max(map(group_length, groups)) + 3
-    batch = piece_batch(groups, [[0, 1], [2]], 2 * width, 0, experts=True)
+    batch = piece_batch([Tree(group) for group in groups], [[0, 1], [2]], 2 * width, 0, experts=True)
     batch.temperature = TEMPERATURE
     return batch
 
@@ -197,7 +198,8 @@ def test_nothing_is_sent_where_nothing_is_recorded() -> None:
 def test_the_example_of_types_laid_out() -> None:
     """Samples `x y` and `z` of the prompt `p q`, then another group in the same row."""
     p, q, x, other = [1, 2], [3, 4], [5, 6], [7, 7]
-    groups = [[sample([10, 11], [12, 13], [p, q, x]), sample([10, 11], [14], [p, q])], [sample([15], [16], [other])]]
+    pair = [sample([10, 11], [12, 13], [p, q, x]), sample([10, 11], [14], [p, q])]
+    groups = [Tree(pair), Tree([sample([15], [16], [other])])]
     batch = piece_batch(groups, [[0, 1], []], 6, 0, experts=True)
     assert batch.experts.tolist() == [[p, q, x, q, other, [-1, -1]], [[-1, -1]] * 6]
     assert piece_batch(groups, [[0]], 6, 0).experts is None

@@ -7,15 +7,10 @@ from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import MlaConfig, ModelConfig, MoeConfig, RopeScaling
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.native import NativeGenerator
-from llmtrain.rollout.stem import masks_behind, shared_tokens
+from llmtrain.rollout.stem import masks_behind
 from llmtrain.types import Prompt, Sampling
 from tests.model.llama import SMALL
 from tests.rollout.native_test import random_decoder
-
-
-def test_shared_tokens() -> None:
-    for a, b, count in (([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2, 4, 5], 2), ([1], [2], 0)):
-        assert shared_tokens(a, b) == shared_tokens(b, a) == count
 
 
 def test_masks_by_hand() -> None:

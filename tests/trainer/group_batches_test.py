@@ -24,6 +24,15 @@ ENGINES = [  # all of 4 ranks: every axis, both engines
     {"pp": 2, "dp_shard": 2, "backend": "fsdp", "train": {"micro_batch_tokens": 96}},
     {"cp": 2, "tp": 2, "zero_stage": 1, "train": {"micro_batch_seqs": 2}},
 ]
+OTHERS = [
+    *({"cp": 2, "tp": 2, "context": way, "backend": "fsdp"} for way in ("ring", "allgather", "alltoall")),
+    {"cp": 4, "zero_stage": 1},
+    {"tp": 4, "zero_stage": 2, "sequence_parallel": False, "model": {"num_kv_heads": 4}},
+    {"pp": 2, "tp": 2, "zero_stage": 1, "schedule": "zbv", "virtual_stages": 2},
+    {"pp": 2, "cp": 2, "backend": "fsdp", "remat": "selective", "context": "alltoall"},
+    {"dp_replicate": 2, "dp_shard": 2, "backend": "fsdp", "remat": "full"},
+    {"dp_shard": 4, "zero_stage": 3, "precision": "fp32"},
+]
 MODEL = resolve_model(ModelConfig(num_layers=2, hidden_size=32, ffn_size=48, num_kv_heads=2, vocab_size=512))
 
 
@@ -125,10 +134,13 @@ def test_the_gradient_does_not_depend_on_the_layout() -> None:
     assert whole.norm() > 1 and all((each - whole).norm() <= 1e-5 * whole.norm() for each in others)
 
 
-def test_every_gradient_on_any_engine_is_that_of_a_row_for_each_group(forked: Callable) -> None:
-    result = forked(4, WORKER, json.dumps(ENGINES), timeout_s=120)
+@pytest.mark.parametrize("engines", [ENGINES, pytest.param(OTHERS, marks=pytest.mark.slow)])
+def test_every_gradient_on_any_engine_is_that_of_a_row_for_each_sample(forked: Callable, engines: list[dict]) -> None:
+    """What samples share is computed once: their prompt, and turns of the policy and of a tool."""
+    layouts = [{"train": {"micro_batch_tokens": 96}, **layout} for layout in engines]
+    result = forked(4, WORKER, json.dumps(layouts), timeout_s=120)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"layout"')]
-    assert len(lines) == len(ENGINES), result.stdout[-3000:]
+    assert len(lines) == len(engines), result.stdout[-3000:]
     for line in lines:
         assert len({str(seen["shapes"]) for seen in line["ranks"]}) == 1, line
         assert max(seen[name] for seen in line["ranks"] for name in ("loss", "norm", "grad")) <= 1e-5, line

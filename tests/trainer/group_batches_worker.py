@@ -1,5 +1,5 @@
 """Makes one update on groups, laid out by tokens, on each layout; compares loss, norm and every gradient with a plain
-process in which each group has a row of its own. Runs on several ranks with a JSON list of layouts."""
+process in which each sample has a row of its own. Runs on several ranks with a JSON list of layouts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from llmtrain.config.schema import EngineConfig, ParallelConfig, TrainConfig
 from llmtrain.data.groups import piece_batch
+from llmtrain.data.tree import Tree
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.model.decoder import Decoder
 from llmtrain.parallel.mesh import Mesh, init_mesh
@@ -28,16 +29,26 @@ LOSS = partial(grpo_loss, clip_low=0.2, clip_high=0.28, kl_coef=0.0)
 
 
 def drawn_groups() -> list[Group]:
-    """Seven groups of 4 to 44 tokens."""
+    """Seven groups of samples that share their prompt, and four of samples that share turns too: what they write first,
+    and what a tool answers; some were only told the first turn of the others."""
     rng = random.Random(1)
 
-    def sample(prompt: list[int], tokens: int) -> Sample:
-        ids, old = [rng.randrange(64) for _ in range(tokens)], [rng.gauss(-4.2, 0.3) for _ in range(tokens)]
-        columns = {"advantages": [rng.gauss(1, 1)] * tokens}
-        return Sample(prompt, ids, [True] * tokens, old, [0] * tokens, finished=True, columns=columns)
+    def tokens(least: int, most: int) -> list[int]:
+        return [rng.randrange(64) for _ in range(rng.randint(least, most))]
 
-    prompts = [[rng.randrange(64) for _ in range(rng.randint(1, 5))] for _ in range(7)]
-    return [[sample(prompt, rng.randint(1, 9)) for _ in range(rng.randint(2, 5))] for prompt in prompts]
+    def sample(prompt: list[int], ids: list[int], told: int = 0, until: int = 0) -> Sample:
+        n, old = len(ids), [rng.gauss(-4.2, 0.3) for _ in ids]
+        trained, columns = [not told <= i < until for i in range(n)], {"advantages": [rng.gauss(1, 1)] * n}
+        return Sample(prompt, ids, trained, old, [0] * n, finished=True, columns=columns)
+
+    def turns(prompt: list[int]) -> Group:
+        first, tool = tokens(1, 4), tokens(3, 8)
+        told = [0 if i == 2 else len(first) for i in range(4)]
+        return [sample(prompt, [*first, *tool, *tokens(1, 5)], k, len(first) + len(tool)) for k in told]
+
+    prompts = [tokens(1, 5) for _ in range(11)]
+    plain = [[sample(prompt, tokens(1, 9)) for _ in range(rng.randint(2, 5))] for prompt in prompts[:7]]
+    return plain + [turns(prompt) for prompt in prompts[7:]]
 
 
 def plain(layout: dict, groups: list[Group], denominator: float) -> dict:
@@ -46,7 +57,8 @@ def plain(layout: dict, groups: list[Group], denominator: float) -> dict:
     model = Decoder(config)
     for name, p in model.named_parameters():
         p.data.copy_(parity.initial(name, tuple(p.shape), config))
-    batch = piece_batch(groups, [[number] for number in range(len(groups))], 64, 0, COLUMNS)
+    alone = [Tree([sample]) for group in groups for sample in group]
+    batch = piece_batch(alone, [[number] for number in range(len(alone))], 64, 0, COLUMNS)
     loss = LOSS(parity.scores_of(model, batch), batch)[0] / denominator
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
@@ -55,7 +67,7 @@ def plain(layout: dict, groups: list[Group], denominator: float) -> dict:
 
 def case(layout: dict, mesh: Mesh) -> dict:
     groups = drawn_groups()
-    denominator = sum(len(sample.ids) for group in groups for sample in group)
+    denominator = sum(sample.written_tokens for group in groups for sample in group)
     want, engine = plain(layout, groups, denominator), parity.build({**layout, "grad_clip": 0}, mesh)
     errors = {"grad": 0.0, "worst": ""}
     parity.watch_updates(engine, lambda: parity.grads_seen(engine, want["grads"], want["norm"], 1.0, errors))

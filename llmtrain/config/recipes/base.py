@@ -188,7 +188,7 @@ class Recipe:
     starts_trained: bool = False  # model.init_from must be set
     samples: bool = False  # has a generator: the sections rollout and rewards, rollout workers
     head: Literal["lm", "scalar"] = "lm"  # of the model that it trains (model.head)
-    branches: bool = False  # rows hold several samples of a prompt (Batch.branch_ids)
+    branches: bool = False  # rows hold several samples of a prompt (Batch.ends)
     judges_rows: bool = False  # has the section rewards without `samples`: they judge rows that are given
     judged: bool = True  # with rewards: at least one must be named; else they are only recorded
     other_models: Callable[[Config], tuple[str, ...]] = lambda config: ()  # models beside the policy, for the planner

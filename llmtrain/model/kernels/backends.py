@@ -111,7 +111,7 @@ def usable(config: ModelConfig, device: torch.device, precision: str) -> tuple[s
 def fastest(backends: tuple[str, ...], masked: bool, branches: bool, unfused: bool, tokens: int) -> str:
     """Returns the backend that a batch goes to, by what is measured on a CPU and known of the kernels on GPUs.
 
-    `masked` = more than causal, `branches` = the batch has branch ids, `unfused`: see `Kernels`, `tokens` = length of a
+    `masked` = more than causal, `branches` = the batch has ends, `unfused`: see `Kernels`, `tokens` = length of a
     row. For other causal rows sdpa has fused kernels. With documents or a window it computes and masks all scores;
     FlashAttention does not, nor do tiles and flex, which need rows of many tiles or blocks.
     """
@@ -128,33 +128,33 @@ def fastest(backends: tuple[str, ...], masked: bool, branches: bool, unfused: bo
 
 def visibility(
     segment_ids: Tensor | None,
-    branch_ids: Tensor | None,
+    ends: Tensor | None,
     positions: Tensor,
     window: int | None,
     kernels: Kernels,
     queries: Sequence[Span] | None = None,
 ) -> Mask | BlockMask | None:
-    """Returns the mask that `attend` takes. The ids are [B, T]; `queries`: the places that are asked for, None = all.
+    """Returns the mask that `attend` takes. Ids and ends are [B, T]; `queries`: the places asked for, None = all.
 
     With None the queries of a row see the keys that are not later.
     """
     T = positions.size(1)
     window = None if window is not None and window >= T else window
     masked = segment_ids is not None or window is not None
-    chosen = fastest(kernels.backends, masked or queries is not None, branch_ids is not None, kernels.unfused, tokens=T)
+    chosen = fastest(kernels.backends, masked or queries is not None, ends is not None, kernels.unfused, tokens=T)
     if chosen == "tiles":
         side, whole = tile_side(positions.device, kernels.softcap), whole_row(T)
-        return plan_tiles(segment_ids, branch_ids, positions, window, queries or whole, whole, side)
+        return plan_tiles(segment_ids, ends, positions, window, queries or whole, whole, side)
     places = None if queries is None else places_of(queries, positions.device)
     if chosen == "flash":
-        assert branch_ids is None, "a rule of the configuration"
+        assert ends is None, "a rule of the configuration"
         return documents(segment_ids, positions, window, places)
     if chosen == "flex":
-        return block_mask(segment_ids, branch_ids, positions, window, places)
+        return block_mask(segment_ids, ends, positions, window, places)
     if not masked:
         return None
     segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
-    return attention_mask(segments, branch_ids, places, positions=positions, window=window)
+    return attention_mask(segments, ends, places, positions=positions, window=window)
 
 
 def documents(

@@ -19,20 +19,20 @@ Pair = tuple[Tensor, Tensor]
 
 def block_mask(
     segment_ids: Tensor | None,
-    branch_ids: Tensor | None,
+    ends: Tensor | None,
     positions: Tensor,
     window: int | None,
     queries: Tensor | None = None,
 ) -> BlockMask:
     """Returns the visibility of `model.attention.attention_mask` as the mask of flex attention.
 
-    The ids are [B, T]; `segment_ids` None = one segment a row. `queries` [Q]: ascending places in the row, None = all.
+    Ids and ends are [B, T]; `segment_ids` None = one segment a row. `queries` [Q]: ascending places in it, None = all.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     T = positions.size(1)
-    some, every = seen_blocks(segment_ids, branch_ids, positions, window, queries)
-    rule = _rule(segment_ids, branch_ids, positions, window)
+    some, every = seen_blocks(segment_ids, ends, positions, window, queries)
+    rule = _rule(segment_ids, ends, positions, window)
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~every),
         *_ordered(every),
@@ -44,26 +44,25 @@ def block_mask(
 
 def seen_blocks(
     segment_ids: Tensor | None,
-    branch_ids: Tensor | None,
+    ends: Tensor | None,
     positions: Tensor,
     window: int | None,
     queries: Tensor | None = None,
 ) -> Pair:
-    """Returns which blocks may be seen at all and which as a whole, judged by the least and greatest id of each block.
+    """Returns which blocks may be seen at all and which as a whole, judged by the least and greatest of each block.
 
     The judgement is safe: no block with something seen is left out, none with something hidden is called whole.
     """
     T, device = positions.size(1), positions.device
-    of_query, of_key = _both_ranges(torch.arange(T, device=device)[None], queries)
+    places, of_key = _both_ranges(torch.arange(T, device=device)[None], queries)
     filled = _filled(T if queries is None else len(queries), device)[:, None] & _filled(T, device)
-    pairs = [(of_query[1] >= of_key[0], (of_query[0] >= of_key[1]) & filled)]
+    pairs = [(places[1] >= of_key[0], (places[0] >= of_key[1]) & filled)]
     if segment_ids is not None:  # padding sorts last, or the block where it begins would span all segments
         ids = segment_ids.where(segment_ids >= 0, torch.iinfo(segment_ids.dtype).max)
         pairs.append(_equal(*_both_ranges(ids, queries)))
-    if branch_ids is not None:
-        of_query, of_key = _both_ranges(branch_ids, queries)
-        some, every = _equal(of_query, of_key)
-        pairs.append((some | (of_key[0] == 0), every | (of_key[1] == 0)))
+    if ends is not None:
+        _, of_key = _both_ranges(ends, queries)
+        pairs.append((places[0] < of_key[1], places[1] < of_key[0]))
     if window is not None:
         of_query, of_key = _both_ranges(positions, queries)
         pairs.append((of_query[0] - of_key[1] < window, of_query[1] - of_key[0] < window))
@@ -107,7 +106,7 @@ def _ordered(blocks: Tensor) -> Pair:
 
 
 def _rule(
-    segment_ids: Tensor | None, branch_ids: Tensor | None, positions: Tensor, window: int | None
+    segment_ids: Tensor | None, ends: Tensor | None, positions: Tensor, window: int | None
 ) -> Callable[..., Tensor]:
     """Returns the rule of visibility of one query and one key, for the blocks that are seen in part."""
 
@@ -115,9 +114,8 @@ def _rule(
         mask = query >= key
         if segment_ids is not None:
             mask = mask & (segment_ids[batch, query] == segment_ids[batch, key])
-        if branch_ids is not None:
-            branch = branch_ids[batch, key]
-            mask = mask & ((branch == 0) | (branch_ids[batch, query] == branch))
+        if ends is not None:
+            mask = mask & (query < ends[batch, key])
         if window is not None:
             mask = mask & (positions[batch, query] - positions[batch, key] < window)
         return mask

@@ -1,8 +1,8 @@
-"""Lists the rectangles of scores that rows of documents, branches or a window need, so that nothing else is computed.
+"""Lists the rectangles of scores that rows of documents, trees or a window need, so that nothing else is computed.
 
-A row is a sequence of runs: tokens that follow each other with one segment and one branch. A run sees itself causally,
-and all of an earlier run of its segment that is trunk or of its own branch; so what is seen is a square on the diagonal
-for each run and a full rectangle for each such pair, without any mask. Only a window's edge needs one. Padding
+A row is a sequence of runs: tokens that follow each other with one segment and one of `ends` (see `types.Batch`). A run
+sees itself causally, and all of an earlier run of its segment whose end lies behind; so what is seen is a square on the
+diagonal for each run and a full rectangle for each such pair, without any mask. Only a window's edge needs one. Padding
 (segment -1) is in no tile.
 """
 
@@ -59,29 +59,29 @@ class Run(NamedTuple):
     first: int
     stop: int
     segment: int
-    branch: int
+    end: int
 
 
 def plan_tiles(
     segment_ids: Tensor | None,
-    branch_ids: Tensor | None,
+    ends: Tensor | None,
     positions: Tensor,
     window: int | None,
     queries: Sequence[Span],
     keys: Sequence[Span],
     side: int | None = None,
 ) -> Tiles:
-    """Returns the tiles between `queries` and `keys` of rows whose ids are [B, T]. It waits for the device.
+    """Returns the tiles between `queries` and `keys` of rows whose ids and ends are [B, T]. It waits for the device.
 
     Spans of queries and of keys are the same, apart, or the keys are all of the row. `side`: the most queries and keys
     of a tile.
     """
-    blank = torch.zeros_like(positions)
-    segments, branches = (blank if ids is None else ids for ids in (segment_ids, branch_ids))
-    rows = zip(segments.cpu(), branches.cpu(), positions.cpu(), strict=True)
+    segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
+    ends = torch.full_like(positions, positions.size(1)) if ends is None else ends
+    rows = zip(segments.cpu(), ends.cpu(), positions.cpu(), strict=True)
     tiles = []
-    for row, (segment, branch, position) in enumerate(rows):
-        found = _seen(_runs(segment, branch), queries, keys, row)
+    for row, (segment, end, position) in enumerate(rows):
+        found = _seen(_runs(segment, end), queries, keys, row)
         if window is not None:
             found = (part for tile in found for part in _near(tile, position, window))
         tiles += [part for tile in found for part in _cut(tile, side)] if side else found
@@ -97,11 +97,11 @@ def places_of(spans: Sequence[Span], device: torch.device) -> Tensor:
     return torch.cat([torch.arange(span.first, span.stop, device=device) for span in spans])
 
 
-def _runs(segments: Tensor, branches: Tensor) -> list[Run]:
-    """Returns the runs of a row, [T] ids each."""
-    changed = (segments[1:] != segments[:-1]) | (branches[1:] != branches[:-1])
+def _runs(segments: Tensor, ends: Tensor) -> list[Run]:
+    """Returns the runs of a row, [T] each."""
+    changed = (segments[1:] != segments[:-1]) | (ends[1:] != ends[:-1])
     bounds = [0, *(changed.nonzero()[:, 0] + 1).tolist(), len(segments)]
-    ids = zip(segments[bounds[:-1]].tolist(), branches[bounds[:-1]].tolist(), strict=True)
+    ids = zip(segments[bounds[:-1]].tolist(), ends[bounds[:-1]].tolist(), strict=True)
     return [Run(a, b, *own) for a, b, own in zip(bounds, bounds[1:], ids, strict=False)]
 
 
@@ -113,7 +113,7 @@ def _pairs(runs: Iterable[Run]) -> Iterator[tuple[Run, Run]]:
             continue
         same = earlier.setdefault(run.segment, [])
         same.append(run)
-        yield from ((run, other) for other in same if other.branch in (0, run.branch))
+        yield from ((run, other) for other in same if run.first < other.end)
 
 
 def _seen(runs: Iterable[Run], queries: Sequence[Span], keys: Sequence[Span], row: int) -> Iterator[Tile]:

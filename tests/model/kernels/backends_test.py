@@ -56,7 +56,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def packed(lengths: list[list[int]], width: int) -> Ids:
-    """Rows of documents of these lengths, then padding: (segment ids, no branches, positions)."""
+    """Rows of documents of these lengths, then padding: (segment ids, no ends, positions)."""
     segments, positions = torch.full((len(lengths), width), -1), torch.zeros(len(lengths), width, dtype=torch.long)
     for row, parts in enumerate(lengths):
         at = 0
@@ -67,20 +67,31 @@ def packed(lengths: list[list[int]], width: int) -> Ids:
     return segments, None, positions
 
 
+def treed(nodes: list[tuple[int, int]], width: int) -> Ids:
+    """Returns (segment ids, ends, positions) of a tree, then padding; `nodes`: (depth, tokens) of each, depth first."""
+    segments, ends, positions = torch.full((1, width), -1), *torch.full((2, 1, width), width)
+    starts, tokens = [0], {}  # tokens up to the end of the last node of each depth
+    for depth, length in nodes:
+        part = slice(starts[-1], starts[-1] + length)
+        before = tokens.get(depth - 1, 0)
+        segments[:, part], positions[:, part] = 0, torch.arange(before, before + length)
+        tokens[depth] = before + length
+        starts.append(part.stop)
+    for i, (depth, _) in enumerate(nodes):
+        stop = next((j for j in range(i + 1, len(nodes)) if nodes[j][0] <= depth), len(nodes))
+        ends[:, starts[i] : starts[i + 1]] = starts[stop]
+    positions[:, starts[-1] :] = 0
+    return segments, ends, positions
+
+
 def branched(trunk: int, samples: list[int], width: int) -> Ids:
-    """Returns the ids of one group: a trunk and the samples that share it, then padding."""
-    segments, branches, positions = torch.full((1, width), -1), *torch.zeros(2, 1, width, dtype=torch.long)
-    at = 0
-    for branch, length in enumerate([trunk, *samples]):
-        part = slice(at, at + length)
-        segments[:, part], branches[:, part] = 0, branch
-        positions[:, part] = torch.arange(length) + (trunk if branch else 0)
-        at += length
-    return segments, branches, positions
+    """Returns those of one group: a trunk and the samples that share it, then padding."""
+    return treed([(0, trunk), *((1, length) for length in samples)], width)
 
 
 PACKED = packed([[70, 50, 20], [130, 20]], T)
 BRANCHED = branched(40, [30, 60, 10], T)
+TREED = treed([(0, 40), (1, 10), (2, 9), (2, 21), (3, 5), (1, 40), (2, 1), (1, 14)], T)
 CAUSAL = (None, None, torch.arange(T).repeat(2, 1))
 
 
@@ -98,12 +109,12 @@ def heads(rows: int, width: int, dtype: torch.dtype = torch.float32, device: str
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, ids: Ids, window: int | None, softcap: float | None) -> Tensor:
-    segments, branches, positions = ids
+    segments, ends, positions = ids
     segments = torch.zeros_like(positions) if segments is None else segments
-    return attention(q, k, v, attention_mask(segments, branches, positions=positions, window=window), softcap)
+    return attention(q, k, v, attention_mask(segments, ends, positions=positions, window=window), softcap)
 
 
-@pytest.mark.parametrize("ids", [PACKED, BRANCHED, CAUSAL], ids=["packed", "branched", "causal"])
+@pytest.mark.parametrize("ids", [PACKED, TREED, CAUSAL], ids=["packed", "tree", "causal"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (WINDOW, None), (None, 2.0), (WINDOW, 2.0)])
 def test_flex_is_sdpa(ids: Ids, window: int | None, softcap: float | None) -> None:
     q, k, v = heads(ids[2].size(0), 16)
@@ -118,25 +129,33 @@ def test_flex_is_sdpa(ids: Ids, window: int | None, softcap: float | None) -> No
     assert (attend(q[:, :, asked], k, v, mask, kernels) - expected[:, :, asked]).abs().max() <= SAME
 
 
+def drawn_nodes(draw: st.DrawFn, lengths: list[int]) -> list[tuple[int, int]]:
+    """Draws the depths of the nodes of a tree: each is a child of the one before, or of one above that."""
+    depths = [0]
+    for _ in lengths[1:]:
+        depths.append(draw(st.integers(1, depths[-1] + 1)))
+    return list(zip(depths, lengths, strict=True))
+
+
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[Ids, int | None]:
-    """Draws a width, documents or a group in it, and perhaps a window."""
+    """Draws a width, documents or a tree in it, and perhaps a window."""
     width = draw(st.integers(1, 3 * BLOCK + 1))
     cuts = sorted(draw(st.lists(st.integers(0, width), min_size=1, max_size=6)))
     lengths = [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
     window = draw(st.none() | st.integers(1, 2 * BLOCK))
-    return (branched(lengths[0], lengths[1:], width) if draw(st.booleans()) else packed([lengths], width)), window
+    return (treed(drawn_nodes(draw, lengths), width) if draw(st.booleans()) else packed([lengths], width)), window
 
 
 @settings(max_examples=40, deadline=None, database=None)
 @given(rows(), st.booleans())
 def test_no_block_is_forgotten_and_whole_ones_are_whole(drawn: tuple[Ids, int | None], part: bool) -> None:
     """The kernels look at nothing else (on a CPU flex ignores blocks, so that `test_flex_is_sdpa` would not notice)."""
-    (segments, branches, positions), window = drawn
+    (segments, ends, positions), window = drawn
     width = positions.size(1)
     queries = torch.arange(width)[width // 3 :: 2] if part else None
-    some, every = seen_blocks(segments, branches, positions, window, queries)
-    mask = attention_mask(segments, branches, queries, positions=positions, window=window)[:, 0]
+    some, every = seen_blocks(segments, ends, positions, window, queries)
+    mask = attention_mask(segments, ends, queries, positions=positions, window=window)[:, 0]
     padded = torch.zeros(1, some.size(1) * BLOCK, some.size(2) * BLOCK, dtype=torch.bool)
     padded[:, : mask.size(1), :width] = mask
     tiles = padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
@@ -345,7 +364,7 @@ def gpu_cases() -> Iterator[tuple[str, torch.dtype, float]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "dtype", "most"), gpu_cases())
-@pytest.mark.parametrize("ids", [PACKED, BRANCHED, CAUSAL], ids=["packed", "branched", "causal"])
+@pytest.mark.parametrize("ids", [PACKED, TREED, CAUSAL], ids=["packed", "tree", "causal"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (WINDOW, None), (WINDOW, 2.0)])
 def test_forward_and_backward_on_a_gpu(
     backend: str, dtype: torch.dtype, most: float, ids: Ids, window: int | None, softcap: float | None

@@ -14,7 +14,7 @@ from llmtrain.model.kernels.sdpa import attention, plain_attention
 from llmtrain.model.kernels.tile_plan import Span, Tiles, plan_tiles, whole_row
 from llmtrain.model.kernels.tiles import attend_tiles, tile_side
 from llmtrain.parallel.zigzag import places, spans
-from tests.model.kernels.backends_test import BRANCHED, CAUSAL, PACKED, Ids, T, branched, heads, packed
+from tests.model.kernels.backends_test import BRANCHED, CAUSAL, PACKED, TREED, Ids, T, drawn_nodes, heads, packed, treed
 
 SAME = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # of the whole tensor; fp32: sums in another order; seen: 4e-7
 
@@ -26,11 +26,11 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[Ids, int | None]:
-    """Draws documents or a group in a row of 48 places, and perhaps a window."""
+    """Draws documents or a tree in a row of 48 places, and perhaps a window."""
     cuts = sorted(draw(st.lists(st.integers(0, 48), min_size=1, max_size=6)))
     lengths = [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
     window = draw(st.none() | st.integers(1, 40))
-    return (branched(lengths[0], lengths[1:], 48) if draw(st.booleans()) else packed([lengths], 48)), window
+    return (treed(drawn_nodes(draw, lengths), 48) if draw(st.booleans()) else packed([lengths], 48)), window
 
 
 def scored(plan: Tiles, queries: Tensor, keys: Tensor) -> Tensor:
@@ -51,15 +51,15 @@ def scored(plan: Tiles, queries: Tensor, keys: Tensor) -> Tensor:
 @given(rows(), st.sampled_from([None, 5]), st.sampled_from([1, 2, 4]))
 def test_every_pair_that_is_seen_is_scored_once(drawn: tuple[Ids, int | None], side: int | None, cp: int) -> None:
     """The queries of a rank and the keys of each, or of the whole row."""
-    (segments, branches, positions), window = drawn
+    (segments, ends, positions), window = drawn
     real = segments[0] >= 0
-    expected = (attention_mask(segments, branches, positions=positions, window=window)[0, 0] & real[:, None]).long()
+    expected = (attention_mask(segments, ends, positions=positions, window=window)[0, 0] & real[:, None]).long()
     whole, n = torch.arange(48), 48 // cp
     for rank in range(cp):
         mine = places(rank, cp, n, whole.device)
         sources = [(whole, whole_row(48))] + [(places(r, cp, n, whole.device), spans(r, cp, n)) for r in range(cp)]
         for keys, key_spans in sources:
-            plan = plan_tiles(segments, branches, positions, window, spans(rank, cp, n), key_spans, side)
+            plan = plan_tiles(segments, ends, positions, window, spans(rank, cp, n), key_spans, side)
             assert torch.equal(scored(plan, mine, keys), expected[mine][:, keys])
 
 
@@ -69,8 +69,8 @@ def test_the_work_is_the_sum_of_squares_of_documents() -> None:
     assert [(t.queries, t.keys, t.causal) for t in plan.tiles] == [
         (span, span, True) for span in (Span(0, 70, 0), Span(70, 120, 70), Span(120, 140, 120))
     ]
-    segments, branches, positions = BRANCHED  # a trunk of 40, samples of 30, 60 and 10
-    plan = plan_tiles(segments, branches, positions, None, whole_row(T), whole_row(T))
+    segments, ends, positions = BRANCHED  # a trunk of 40, samples of 30, 60 and 10
+    plan = plan_tiles(segments, ends, positions, None, whole_row(T), whole_row(T))
     found = [(t.queries[:2], t.keys[:2], t.causal) for t in plan.tiles]
     runs = [(40, 70), (70, 130), (130, 140)]
     pairs = [pair for run in runs for pair in ((run, (0, 40), False), (run, run, True))]
@@ -87,13 +87,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("ids", [PACKED, BRANCHED, CAUSAL], ids=["packed", "branched", "causal"])
+@pytest.mark.parametrize("ids", [PACKED, TREED, CAUSAL], ids=["packed", "tree", "causal"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (24, None), (None, 2.0), (24, 2.0)])
 @pytest.mark.parametrize(("dtype", "value_width"), [(torch.float32, 16), (torch.float32, 12), (torch.bfloat16, 24)])
 def test_output_and_gradients(
     ids: Ids, window: int | None, softcap: float | None, dtype: torch.dtype, value_width: int
 ) -> None:
-    segments, branches, positions = ids
+    segments, ends, positions = ids
     rows = positions.size(0)
     g = torch.Generator().manual_seed(1)
     q, k, v = heads(rows, 16, dtype)
@@ -102,11 +102,11 @@ def test_output_and_gradients(
     grad = torch.randn(rows, T, 4, value_width, generator=g).to(dtype).transpose(1, 2) * real.to(dtype)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     side = tile_side(q.device, softcap) and 32
-    plan = plan_tiles(segments, branches, positions, window, whole_row(T), whole_row(T), side)
+    plan = plan_tiles(segments, ends, positions, window, whole_row(T), whole_row(T), side)
     out = attend_tiles(*inputs, plan, softcap)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     everywhere = torch.zeros_like(positions) if segments is None else segments
-    mask = attention_mask(everywhere, branches, positions=positions, window=window)
+    mask = attention_mask(everywhere, ends, positions=positions, window=window)
     expected = (attention if softcap is None else plain_attention)(*exact, mask, softcap)
     assert out.dtype == dtype and (out * (1 - real)).eq(0).all()
     pairs = [(out * real, expected * real)]
