@@ -33,13 +33,15 @@ class Dropped(Exception):
     """Says that a connection was not made, or ended before the answer was whole: worth another try."""
 
 
-def post_json(url: str, body: object, token: str | None, max_bytes: int, deadline: float, again: bool = True) -> Any:
+def post_json(
+    url: str, body: object, token: str | None, max_bytes: int, deadline: float, again: bool = True, up: bool = False
+) -> Any:
     """Returns the JSON that a server answers to `body`.
 
     Tries again, at growing intervals, when the connection fails or the server says that it is busy (429, 503), until
-    `deadline` (of time.monotonic); without `again` once only. Redirects are not followed, and proxies of the
-    environment not asked. Raises ServerFault, without the token, for every other status, an answer of more than
-    `max_bytes`, or one that is no JSON.
+    `deadline` (of time.monotonic); without `again` once only, and with `up` not where nothing listens. Redirects are
+    not followed, and proxies of the environment not asked. Raises ServerFault, without the token, for every other
+    status, an answer of more than `max_bytes`, or one that is no JSON.
     """
     data, wait_s = json.dumps(body).encode(), FIRST_WAIT_S
     while True:
@@ -50,6 +52,8 @@ def post_json(url: str, body: object, token: str | None, max_bytes: int, deadlin
             reason = f"status {status}, {_shown(answer, token)}"
         except Dropped as error:
             reason = str(error)
+            if up and isinstance(error.__cause__, ConnectionRefusedError):
+                raise ServerFault(f"{url}: nothing listens there; start the server first, or correct it") from error
         if not again:
             raise ServerFault(f"{url}: no answer: {reason}")
         if time.monotonic() + wait_s >= deadline:

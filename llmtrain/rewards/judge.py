@@ -45,7 +45,7 @@ class JudgeScorer:
         if self.known is None:
             self.rubric = read_rubric(f"{self.key}.rubric", self.settings.rubric)
             self.known = read_cache(self.settings.cache)
-            self._judged(filled(self.rubric, *PROBE), time.monotonic() + self.settings.deadline_s)
+            self._judged(filled(self.rubric, *PROBE), time.monotonic() + self.settings.deadline_s, up=True)
 
     def close(self) -> None:
         """Forgets what was judged; a cache on the disk stays."""
@@ -89,13 +89,14 @@ class JudgeScorer:
         kept = [score for score in found if score is not None]
         return Score(fmean(kept)) if kept else Score(0.0, f"no judgement holds a score: {replies[0][:80]!r}")
 
-    def _judged(self, asked: str, deadline: float) -> list[str]:
-        """Returns the judgements of a completion. Raises ServerFault unless there are as many as were asked for."""
+    def _judged(self, asked: str, deadline: float, up: bool = False) -> list[str]:
+        """Returns the judgements of a completion. Raises ServerFault unless there are as many as were asked for, and
+        with `up` at once where nothing listens; else the judge may be starting again."""
         s = self.settings
         body = {"model": s.model, "messages": [{"role": "user", "content": asked}], "n": s.votes}
         body |= {"temperature": s.temperature, "max_tokens": s.max_tokens}
         most = OTHER_BYTES + BYTES_PER_TOKEN * s.votes * s.max_tokens
-        answer = post_json(f"{s.url.rstrip('/')}/chat/completions", body, token_of(s.token_env), most, deadline)
+        answer = post_json(f"{s.url.rstrip('/')}/chat/completions", body, token_of(s.token_env), most, deadline, up=up)
         choices = answer.get("choices") if isinstance(answer, dict) else None
         texts = [text_of(choice) for choice in choices] if isinstance(choices, list) else []
         if len(texts) != s.votes or None in texts:

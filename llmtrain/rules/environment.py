@@ -14,6 +14,7 @@ from llmtrain.rules.case import Case, Rules, evaluates_problems
 from llmtrain.rules.index import store_faults
 
 KEY = "rollout.environment"
+OF_SEARCH = ("endpoint", "token_env", "results", "fields", "k")  # of web: read by web_search alone
 OF_TOOLS = ("calls", "results", "system", "result_characters", "deadline_s")  # read with `tools` alone
 
 
@@ -76,6 +77,9 @@ def _web(case: Case) -> Iterator[str]:
         return
     if e.web is None or not e.web.hosts:
         yield f"{KEY}.web.hosts: must list what {' and '.join(using)} may reach; set it, such as [en.wikipedia.org]"
+    for name in OF_SEARCH if e.web is not None and "web_search" not in using else ():
+        if (value := getattr(e.web, name)) != getattr(WebConfig(), name):
+            yield f"{KEY}.web.{name}={value}: is read by the tool web_search alone; add it to {KEY}.tools, or remove it"
     if "fetch" in using and (find_spec("trafilatura") is None or find_spec("datatrove") is None):
         yield f"{KEY}.tools=fetch: reads pages with the extra `data`; pip install 'llmtrain[data]' -c constraints.txt"
     if "web_search" in using and (e.web is None or e.web.endpoint is None):

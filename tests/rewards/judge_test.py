@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,6 +96,26 @@ def test_a_judge_that_answers_otherwise_is_refused_at_the_start(judge: Callable,
     scorer, _ = judge(lambda handler, body: reply(handler, 200, answer))
     with pytest.raises(OSError, match=said):
         check_rows([RewardConfig(rubric=scorer.settings)], [ROW], ["rows.jsonl:1"])
+
+
+def test_a_judge_that_is_not_there_is_refused_at_the_start(judge: Callable) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+    scorer, start = scorer_of(RewardConfig(rubric={"url": url, "model": "big", "deadline_s": 60})), time.monotonic()
+    with pytest.raises(OSError, match=f"{url}/chat/completions: nothing listens there; start the server first"):
+        scorer.start()
+    assert time.monotonic() - start < 5
+
+
+def test_one_that_is_gone_for_a_while_is_asked_again(judge: Callable) -> None:
+    """Only at the start must it be there."""
+    scorer, server = judge()
+    scorer.start()
+    server.shutdown()
+    server.server_close()
+    scorer.settings = scorer.settings.model_copy(update={"deadline_s": 0.5})
+    (score,) = scorer.score([("42", ROW)])
+    assert "no answer until the deadline" in score.error
 
 
 def test_one_that_fails_later_is_an_error_of_each(judge: Callable) -> None:

@@ -62,6 +62,11 @@ def lines(folder: Path, command: str, environment: str, *overrides: str) -> list
             "{tools: [web_search], web: {hosts: [a.org], endpoint: 'http://a.org:99999/s?q={query}'}}",
             "web.endpoint=http://a.org:99999/.*: is no URL .*; correct it",
         ),
+        (
+            "grpo",
+            "{tools: [fetch], web: {hosts: [a.org], k: 2}}",
+            "rollout.environment.web.k=2: is read by the tool web_search alone; add it to .*tools, or remove it",
+        ),
         ("grpo", "{tools: [python, python]}", "rollout.environment.tools: python stands there twice; remove one"),
         ("raft", "{game: nim, calls: plain}", "rollout.environment.calls=plain: is read with .*tools alone; remove it"),
         (

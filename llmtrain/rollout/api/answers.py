@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from llmtrain.data.calls import Call
+from llmtrain.data.calls import Call, CallStream
+from llmtrain.data.chat import OPEN as THOUGHT
 from llmtrain.data.stream import UNFINISHED, TextStream
 from llmtrain.rollout.api.choices import Choice, Delta
 from llmtrain.rollout.api.model import ServedModel
@@ -18,6 +19,7 @@ from llmtrain.rollout.api.requests import ChatRequest, CompletionRequest
 from llmtrain.rollout.continuous import Token
 
 Json = dict[str, Any]
+END_TOKENS = 16  # of a prompt, in which <think> and white space fit
 LOWEST = -9999.0  # what vLLM writes for minus infinity
 
 
@@ -38,11 +40,18 @@ class Answer:
         self.chat = isinstance(a, ChatRequest)
         stop_ids = (*self.model.ends, *(a.stop_token_ids or ()))
         tools = isinstance(a, ChatRequest) and a.shown_tools is not None
+        thinking = tools and self._thinking()
         self.decode = partial(tokenizer.decode, skip_special=a.skip_special_tokens)
-        self.choices = [Choice(self.decode, a.stop, stop_ids, tools) for _ in range(len(self.prompts) * (a.n or 1))]
+        calls = [CallStream(thinking) if tools else None for _ in range(len(self.prompts) * (a.n or 1))]
+        self.choices = [Choice(self.decode, a.stop, stop_ids, each) for each in calls]
         self.calls = [0] * len(self.choices)  # of each choice: how many are told
         self.offsets = [Offsets(self.decode) for _ in self.choices]
         self.begun: set[int] = set()  # choices of which something is streamed
+
+    def _thinking(self) -> bool:
+        """Returns whether the chat template has opened a thought, in which the answer then begins."""
+        end = self.model.tokenizer.decode(self.prompts[0][-END_TOKENS:], skip_special=False)
+        return end.rstrip().endswith(THOUGHT)
 
     def prompt_of(self, number: int) -> int:
         """Returns which prompt a choice continues."""

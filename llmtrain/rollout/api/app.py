@@ -7,7 +7,7 @@ import contextlib
 import hmac
 import json
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from llmtrain.observe.log import log
 from llmtrain.rollout.api.answers import Answer
@@ -99,10 +100,14 @@ async def _generate(
     """Answers a request for completions or a chat."""
     caller = _caller(caller_of, request)
     asked = parsed(kind, await _body(request))
-    answer = Answer(model, asked, await run_in_threadpool(caller.prompts, asked))
-    if asked.stream:
-        return StreamingResponse(_events(answer, caller), media_type="text/event-stream")
-    return JSONResponse(await _unless_gone(request, _whole(answer, caller)))
+    try:
+        answer = Answer(model, asked, await run_in_threadpool(caller.prompts, asked))
+        if not asked.stream:
+            return JSONResponse(await _unless_gone(request, _whole(answer, caller)))
+    except BaseException:
+        caller.left(asked)
+        raise
+    return Events(_events(answer, caller), partial(caller.left, asked))
 
 
 def _caller(caller_of: CallerOf, request: Request) -> Caller:
@@ -148,6 +153,23 @@ async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result:
             await task  # it frees its places
 
 
+class Events(StreamingResponse):
+    """Streams events, and tells when nobody gets any more of them, also where the client has left before the first."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str], ended: Callable[[], None]) -> None:
+        super().__init__(events)
+        self.events, self.ended = events, ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.ended()
+            await self.events.aclose()  # which frees its places
+
+
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -178,7 +200,7 @@ async def _whole(answer: Answer, caller: Caller) -> dict[str, Any]:
     return answer.whole(wholes)
 
 
-async def _events(answer: Answer, caller: Caller) -> AsyncIterator[str]:
+async def _events(answer: Answer, caller: Caller) -> AsyncGenerator[str]:
     """Yields the answer piece by piece, as server-sent events."""
     count = 0
     try:

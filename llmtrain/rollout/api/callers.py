@@ -27,7 +27,7 @@ class Caller(Protocol):
         """Is told of each choice that is complete: which prompt it continues, its tokens, what the client sees."""
 
     def left(self, asked: ChatRequest | CompletionRequest) -> None:
-        """Is told that a request has ended, whether it was answered or not."""
+        """Is told that a request has ended, whether it was answered or not; perhaps twice."""
 
 
 class Anyone:

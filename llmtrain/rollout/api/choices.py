@@ -29,13 +29,16 @@ class Delta:
 
 class Choice:
     """Reads the tokens of one choice as they come. Neither a stop string nor what stands behind it is shown, nor a stop
-    token. With `tools` calls are told from text."""
+    token. With `calls` these are told from text."""
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str], stop_ids: Sequence[int], tools: bool
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str],
+        stop_ids: Sequence[int],
+        calls: CallStream | None = None,
     ) -> None:
-        self.stream, self.stops, self.stop_ids = TextStream(decode), stops, stop_ids
-        self.calls = CallStream() if tools else None
+        self.stream, self.stops, self.stop_ids, self.calls = TextStream(decode), stops, stop_ids, calls
         self.called = False
         self.held = ""  # text that may be the beginning of a stop string
         self.over = False  # a stop string has come

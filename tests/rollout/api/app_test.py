@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -208,6 +209,49 @@ def test_who_leaves_frees_the_place(server: Server) -> None:
         raw.sendall(head.encode() + b"\r\n" + body)
         assert waits_until(lambda: server.continuous.sequences > 0, 3)
     assert waits_until(lambda: server.continuous.sequences == 0, 3)
+
+
+@pytest.mark.parametrize("events_sent", [0, 1])
+def test_who_leaves_is_told_of(events_sent: int) -> None:
+    """Also before the first event, when nothing of the generator has run, and while an event is sent."""
+    from llmtrain.rollout.api.app import Events
+
+    told, sent = [], []
+
+    async def events() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield "data: x"
+        finally:
+            told.append("closed")
+
+    async def receive() -> dict[str, str]:
+        while sum(message["type"] == "http.response.body" for message in sent) < events_sent:
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        await asyncio.sleep(60 if len(sent) > events_sent else 0)
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(Events(events(), lambda: told.append("left"))(scope, receive, send))
+    assert told == ["left", "closed"][: 1 + events_sent]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_thought_calls_nothing(server: Server, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, end = server.tokenizer.encode, server.tokenizer.turn_end_ids
+    for prompt, thought in (("a", f"<think>{CALL}</think>"), ("<think>\n", f"{CALL}</think>")):
+        monkeypatch.setattr(server.tokenizer, "encode_chat", lambda *args, text=prompt, **more: encode(text))
+        server.continuous.script = [*encode(f"{thought}\n{CALL}"), *end]
+        answer = chat(server, tools=[TOOL], stream=stream)
+        if stream:
+            deltas = [piece.choices[0].delta for piece in answer]
+            text, calls = "".join(d.content or "" for d in deltas), [c for d in deltas for c in d.tool_calls or []]
+        else:
+            text, calls = answer.choices[0].message.content, answer.choices[0].message.tool_calls
+        assert text == thought and len(calls) == 1
 
 
 def asked(**more: Any) -> bytes:
