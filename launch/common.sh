@@ -153,3 +153,40 @@ ensure_venv() {
   fi
   exec {lock}<&-
 }
+
+# step COMMAND ...: runs it; in a dry run, prints it.
+step() { if $dry_run; then run "$@"; else "$@"; fi; }
+
+pip_step() {
+  step "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$@" ${LLMTRAIN_INDEX:+--index-url "$LLMTRAIN_INDEX"}
+}
+
+# own_venv WHAT KEY FILE KEYS ...: makes $venv, an environment that is not the project's, by the function `install`;
+# FILE lists what it needs, KEY is the key that names another place. Instant when it is there with these KEYS and this
+# FILE; a killed install starts over; two calls at once wait for each other.
+own_venv() {
+  local digest base lock
+  stamp=$venv/.llmtrain-installed
+  unfinished=$venv/.llmtrain-installing
+  if $dry_run; then
+    install
+    exit
+  fi
+  exec {lock}<"$3"
+  flock "$lock"
+  digest=$({ echo "${*:4} $root" && cat "$3"; } | sha256sum | cut -d' ' -f1)
+  if [[ ! -e $unfinished ]] && grep -qsxF "$digest" "$stamp"; then
+    exit
+  fi
+  note "installing $1 into $venv (minutes)"
+  base=$(python_for_venv)
+  if [[ -e $venv && ! -e $stamp && ! -e $unfinished ]]; then
+    die "$venv: is there, and not from this script; move it away, or name it with $2"
+  fi
+  rm -rf "$venv"
+  mkdir "$venv" && touch "$unfinished"
+  "$base" -m venv "$venv"
+  install
+  echo "$digest" >"$stamp"
+  rm "$unfinished"
+}

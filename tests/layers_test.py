@@ -45,6 +45,7 @@ ONE_FILE = {
     "wandb": "observe/wandb.py",
     "vllm": "rollout/inside_vllm/llmtrain_vllm.py",
     "lm_eval": "eval/lm_eval.py",
+    "verifiers": "envs/inside_verifiers.py",
 }
 TORCH_FREE = ("config", "sandbox", "arch", "rules", "rewards", "scaling", "cli")
 SINGLE_PROCESS = ("data", "model", "losses")
@@ -162,7 +163,7 @@ def test_only_its_own_files_name_an_algorithm() -> None:
 
 
 def test_the_single_files_exist_and_import_what_is_theirs() -> None:
-    for library in ("deepspeed", "wandb", "lm_eval"):
+    for library in ("deepspeed", "wandb", "lm_eval", "verifiers"):
         tree = ast.parse((ROOT / ONE_FILE[library]).read_text())
         assert any(name.partition(".")[0] == library for name in names(tree))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, PositiveInt
 
-from llmtrain.config.section import DeadlineS, OwnCode, Section, Share, file_of
+from llmtrain.config.section import DeadlineS, OwnCode, Section, Share, UserPath, file_of
 
 
 class AgentConfig(Section):
@@ -12,6 +14,8 @@ class AgentConfig(Section):
     the sandbox."""
 
     function: OwnCode | None = None  # my_agent.py:run or package.module:run, called as run(example, base_url, api_key)
+    args: dict[str, Any] | None = None  # keyword arguments: function(**args) makes what is called so; null = itself is
+    python: UserPath | None = None  # interpreter that `function` runs in, with packages of its own; null = this one
     command: list[str] = Field([])  # or a program: the example on stdin, OPENAI_BASE_URL and OPENAI_API_KEY set
     deadline_s: DeadlineS = 300.0  # for one sample; later it is ended, and an error of that sample
     processes: PositiveInt = 8  # that run at the same time on a rank

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os.path
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -37,6 +38,16 @@ def file_of(place: str | None) -> str | None:
     """Returns the file of a place of own code, None where it is in a module or there is none."""
     file = (place or "").rpartition(":")[0]
     return file if file.endswith(".py") else None
+
+
+def files_of(place: str | None, args: Mapping[str, Any] | None) -> dict[str, str]:
+    """Returns the files with Python that own code and its arguments name, by key.
+
+    Example: files_of("a.py:run", {"environment": "b.py"}) is {"function": "a.py", "args.environment": "b.py"}
+    """
+    found = {f"args.{name}": value for name, value in (args or {}).items() if str(value).endswith(".py")}
+    file = file_of(place)
+    return found if file is None else {"function": file, **found}
 
 
 class Section(BaseModel):

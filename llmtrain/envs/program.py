@@ -36,8 +36,12 @@ class Program:
         self.settings = settings
         self.pool: Pool | None = None
         if settings.function is not None:
-            functions = {"run": absolute(settings.function)}
-            self.pool = Pool(functions, settings.processes, sandboxed=False, takes={"run": 3})
+            functions, made = (
+                {"run": absolute(settings.function)},
+                {} if settings.args is None else {"run": settings.args},
+            )
+            own = {"takes": {"run": 3}, "made": made, "python": settings.python}
+            self.pool = Pool(functions, settings.processes, sandboxed=False, **own)
 
     def start(self) -> None:
         """Starts the processes of a function. Raises ValueError when it cannot be loaded."""

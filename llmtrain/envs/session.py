@@ -129,7 +129,8 @@ class Session:
             if not new or not thread.dialogue.hear(new, limit - 1):
                 if not new:
                     return False
-                message = f"messages: the conversation would have more than the {limit} tokens of a row; shorten it"
+                rule = f"the conversation would have more than the {limit} tokens of a row, the context length here"
+                message = f"messages: {rule}; shorten it"
                 raise Refused(400, message, "messages", "context_length_exceeded")
         except Rewritten:
             return False

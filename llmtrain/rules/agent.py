@@ -37,6 +37,15 @@ def _one_program(case: Case) -> Iterator[str]:
         yield f"{KEY}.command={a.command}: {a.command[0]} is no program here; correct the path"
 
 
+def _interpreter(case: Case) -> Iterator[str]:
+    a = _settings(case)
+    for name in ("args", "python") if a.function is None else ():
+        if (value := getattr(a, name)) is not None:
+            yield f"{KEY}.{name}={value}: is read with function alone; remove it"
+    if a.function is not None and a.python is not None and shutil.which(a.python) is None:
+        yield f"{KEY}.python={a.python}: does not exist; correct it (launch/verifiers.sh makes .venv-verifiers)"
+
+
 def _server(case: Case) -> Iterator[str]:
     if missing := [name for name in OF_SERVER if find_spec(name) is None]:
         yield f"{KEY}: needs {' and '.join(missing)}, not installed; pip install -e '.[serve]' -c constraints.txt"
@@ -69,4 +78,4 @@ def _alone(case: Case) -> Iterator[str]:
         )
 
 
-AGENT_RULES: Rules = tuple((_there, rule) for rule in (_one_program, _server, _trains, _alone))
+AGENT_RULES: Rules = tuple((_there, rule) for rule in (_one_program, _interpreter, _server, _trains, _alone))

@@ -26,6 +26,11 @@ START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from llmtrain.sandbox import server; "
     "server.own_channel(); server.main()"
 )
+START_ELSEWHERE = (  # of llmtrain an interpreter of its own finds this package alone, which needs nothing but Python
+    "import sys, importlib.util as u; s = u.spec_from_file_location('llmtrain', sys.argv[1] + '/__init__.py', "
+    "submodule_search_locations=[sys.argv[1]]); m = sys.modules['llmtrain'] = u.module_from_spec(s); "
+    "s.loader.exec_module(m); from llmtrain.sandbox import server; server.own_channel(); server.main()"
+)
 PASSED_ON = ("HOME", "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "MPLCONFIGDIR", "XDG_CACHE_HOME")
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
 OURS = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))  # where the package llmtrain lies
@@ -62,12 +67,15 @@ class Worker:
         sandboxed: bool = True,
         without: Sequence[str] = (),
         takes: Mapping[str, int] = MappingProxyType({}),
+        made: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        python: str | None = None,
         warm_up: Sequence[Any] = (),
     ) -> None:
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         self.sandboxed, self.give_up = sandboxed, 0.0
+        here = [sys.executable, "-I", "-c", START, json.dumps(search_path())]
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-c", START, json.dumps(search_path())],
+            here if python is None else [python, "-I", "-c", START_ELSEWHERE, os.path.join(OURS, "llmtrain")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**(environment if sandboxed else os.environ), **ONE_THREAD, "PYTHONDONTWRITEBYTECODE": "1"},
@@ -76,7 +84,7 @@ class Worker:
         )
         settings = {"functions": dict(functions), "sandboxed": sandboxed, "readable": library_folders()}
         settings |= {"limits": dataclasses.asdict(limits), "without": list(without)}
-        settings |= {"takes": dict(takes), "warm_up": list(warm_up)}
+        settings |= {"takes": dict(takes), "made": dict(made), "warm_up": list(warm_up)}
         self.write(settings)
 
     def await_ready(self) -> Mechanisms:
@@ -171,7 +179,9 @@ class Pool:
     """Workers with the same functions, started at the first calls. Usable from any thread, one at a time.
 
     Up to `batch` calls share a process, until one of them fails: for functions that never evaluate what they are given.
-    `takes` says of names how many arguments the function must take; others are refused when a worker starts.
+    `takes` says of names how many arguments the function must take; others are refused when a worker starts. `made`
+    says of names that the function is what the one that is named returns for these keyword arguments, in each worker.
+    `python` is another interpreter, for functions outside of the sandbox whose packages are installed there.
     A function named `warm_up` is called by each worker before all calls, in the process that they are forked from.
 
     Example: Pool({"score": "my_rewards.py:score"}).run([Call("score", ("42", {}), 5.0)]) -> [Reply(1.0, None)]
@@ -186,10 +196,15 @@ class Pool:
         without: Sequence[str] = (),
         batch: int = 1,
         takes: Mapping[str, int] = MappingProxyType({}),
+        made: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        python: str | None = None,
     ) -> None:
+        """Raises ValueError for another interpreter with a sandbox, which knows the libraries of this one."""
+        if sandboxed and python is not None:
+            raise ValueError(f"{python}: another interpreter has no sandbox; run it outside")
         self.batch = batch
         self.functions, self.warm_up = dict(functions), ()
-        self.arguments = (functions, limits or Limits(), sandboxed, without, takes)
+        self.arguments = (functions, limits or Limits(), sandboxed, without, takes, made, python)
         self.size, self.workers, self.mechanisms = workers, deque[Worker](), Mechanisms()
         self.lock = threading.Lock()
         atexit.register(self.close)

@@ -44,6 +44,7 @@ class Settings(NamedTuple):
     limits: Limits
     without: list[str]  # mechanisms that are not used (tests)
     takes: dict[str, int]  # name -> how many arguments a plain function of that name must take
+    made: dict[str, dict[str, Any]]  # name -> keyword arguments for which what is loaded returns the function
     warm_up: list[Any]  # arguments of the function `warm_up`, if there is one
 
 
@@ -185,6 +186,7 @@ def load_all(settings: Settings) -> dict[str, Function] | None:
     """Returns the functions by name, after a call of `warm_up`. If one cannot be loaded, says so and returns None."""
     try:
         functions = {name: load(spec) for name, spec in settings.functions.items()}
+        functions |= {name: functions[name](**arguments) for name, arguments in settings.made.items()}
         for name, count in settings.takes.items():
             check_plain(functions[name], settings.functions[name].rpartition(":")[2], count)
         if "warm_up" in functions:

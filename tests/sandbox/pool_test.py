@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import llmtrain
 from llmtrain.sandbox import lock
 from llmtrain.sandbox.limits import Limits, Mechanisms
 from llmtrain.sandbox.pool import Call, Pool, Reply, Worker
@@ -216,3 +217,28 @@ def test_memory_counts_beside_what_is_loaded() -> None:
     held = lock.Lock(Limits(memory_bytes=100), ["/"], Mechanisms(), loaded_bytes=1000, null=0)
     bounds = lock.resource_limits(held, 2.5)
     assert bounds[resource.RLIMIT_AS] == 1100 and bounds[resource.RLIMIT_CPU] == 4
+
+
+SHOWS = """import sys
+class Shows:
+    def __init__(self, word): self.word, self.calls = word, 0
+    def __call__(self, more):
+        self.calls += 1
+        return [self.word + more, self.calls, sys.executable, sys.path, sys.modules["llmtrain"].__file__]
+"""
+
+
+def test_a_function_may_run_in_another_interpreter(tmp_path: Path) -> None:
+    """It has its own packages, and of this one's llmtrain alone; what is made for it stays from call to call."""
+    (tmp_path / "mine.py").write_text(SHOWS)
+    base, own = sys._base_executable, {"sandboxed": False, "takes": {"run": 1}, "python": sys._base_executable}
+    pool = Pool({"run": f"{tmp_path}/mine.py:Shows"}, made={"run": {"word": "a"}}, **own)
+    values = [reply.value for reply in pool.run([Call("run", (each,), 5.0) for each in "bc"])]
+    pool.close()
+    assert [value[:2] for value in values] == [["ab", 1], ["ac", 2]]
+    assert values[0][2] == base and values[0][4] == llmtrain.__file__
+    assert not {str(Path(module.__file__).parents[1]) for module in (pytest, llmtrain)} & set(values[0][3])
+    with pytest.raises(ImportError, match=r"TypeError: .*unexpected keyword argument 'words'"):
+        Pool({"run": f"{tmp_path}/mine.py:Shows"}, made={"run": {"words": "a"}}, **own).start()
+    with pytest.raises(ValueError, match="another interpreter has no sandbox; run it outside"):
+        Pool({}, python=base)

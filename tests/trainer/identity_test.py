@@ -185,6 +185,36 @@ def test_the_code_of_a_reward_of_the_users_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rollout", "keys"),
+    [
+        ("environment={{function: {0}:A, unsandboxed: true}}", ["environment.function"]),
+        ("agent={{function: {0}:run}}", ["agent.function"]),
+        ("agent={{function: b:A, args: {{environment: {0}, most: 3, other: gone.py}}}}", ["agent.args.environment"]),
+        ("agent={{function: b:A}}", []),
+    ],
+)
+def test_the_code_of_an_agent_or_environment_counts(tmp_path: Path, rollout: str, keys: list[str]) -> None:
+    config, records = document(tmp_path, "rollout." + rollout.format(tmp_path / "mine.py")), []
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "mine.py").write_text(text)
+        contents = contents_of(config, GRPO, data_dir(config), tokenizer_dir(config), Checksums())
+        records.append(record_of(resolved(config), GRPO, contents))
+    assert [key for key, *_ in differences(*records, GRPO)] == [f"rollout.{key}" for key in keys]
+    earlier = {**records[0], "contents": {}}  # of a version that did not look into the file
+    assert differences(earlier, records[1], GRPO) == []
+    assert contents_of(config, SFT, data_dir(config), tokenizer_dir(config), Checksums()) == {}
+
+
+def test_an_agent_of_an_earlier_version(tmp_path: Path) -> None:
+    """Keys that came later count as they are by default."""
+    for settings, changed in (("{function: b:A}", []), ("{function: b:A, python: x}", ["rollout.agent"])):
+        now = record_of(resolved(document(tmp_path, f"rollout.agent={settings}")), GRPO, {})
+        config = json.loads(json.dumps(now["config"]))
+        del config["rollout"]["agent"]["python"], config["rollout"]["agent"]["args"]
+        assert [key for key, *_ in differences(as_record({"config": config}), now, GRPO)] == changed
+
+
+@pytest.mark.parametrize(
     ("recipe", "override"),
     [
         (PRETRAIN, "optim.lr=0.1"),

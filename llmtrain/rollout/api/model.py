@@ -71,14 +71,15 @@ class ServedModel:
         return ids
 
     def check_prompt(self, ids: Sequence[int], wanted: int, param: str) -> None:
-        """Raises Refused for a prompt that leaves no room for so many tokens, or has some that the model lacks."""
+        """Raises Refused for a prompt that leaves no room for so many tokens, or has some that the model lacks. Clients
+        look for the words `context length`."""
         limit = self.generator.max_seq_tokens
         if not ids:
             raise Refused(400, f"{param}: has no tokens; write something", param)
         if len(ids) + wanted > limit:
             message = (
-                f"{param} of {len(ids)} tokens and max_tokens={wanted}: together they must be at most {limit}, as long "
-                "as a sequence may be here; shorten the one or lower the other"
+                f"{param} of {len(ids)} tokens and max_tokens={wanted}: together they must be at most {limit}, the "
+                "context length here; shorten the one or lower the other"
             )
             raise Refused(400, message, param, "context_length_exceeded")
         vocab_size = self.generator.model.config.vocab_size
