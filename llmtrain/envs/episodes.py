@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from llmtrain.config.environment import EnvironmentConfig
@@ -136,20 +137,32 @@ class Episodes:
         self.generator, self.renderer, self.make = generator, renderer, make
         self.settings, self.seq_len, self.decode = settings, seq_len, decode
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, between: Callable[[], object] | None = None
+    ) -> list[Group]:
         """Returns the group of each prompt, in their order. Prompts without an example, by which a run probes its
-        generator, are continued by the generator itself. Raises as the generator does."""
+        generator, are continued by the generator itself. Raises as the generator does.
+
+        `between` may load other weights: it is called before each turn behind the first, which these weights then write
+        from its first token on, and by the generator within turns. What it raises ends all episodes: their environments
+        are closed, and whoever calls again has them start anew.
+        """
+        if not prompts:
+            return []
+        ask = self.generator.generate if between is None else partial(self.generator.generate, between=between)
         if not any(prompt.example for prompt in prompts):
-            return self.generator.generate(prompts, sampling) if prompts else []
+            return ask(prompts, sampling)
         with ThreadPoolExecutor(self.settings.threads) as pool:
             games = [[self._episode(p, i) for i in range(sampling.num_samples)] for p in prompts]
             episodes = list(chain.from_iterable(games))
             try:
                 list(pool.map(Episode.start, episodes))
-                first = self.generator.generate(prompts, sampling)  # a prompt once for its group
+                first = ask(prompts, sampling)  # a prompt once for its group
                 self._turn(pool, episodes, list(chain.from_iterable(first)))
                 while going_on := [episode for episode in episodes if episode.going_on]:
-                    self._turn(pool, going_on, self._next(going_on, sampling))
+                    if between is not None:
+                        between()
+                    self._turn(pool, going_on, self._next(ask, going_on, sampling))
             finally:
                 list(pool.map(lambda episode: episode.environment.close(), episodes))
         return [group_of(each) for each in games]
@@ -157,10 +170,12 @@ class Episodes:
     def _episode(self, prompt: Prompt, number: int) -> Episode:
         return Episode(self.make(), self.renderer, prompt, number, self.seq_len)
 
-    def _next(self, episodes: Sequence[Episode], sampling: Sampling) -> list[Sample]:
+    def _next(
+        self, ask: Callable[[Sequence[Prompt], Sampling], list[Group]], episodes: Sequence[Episode], sampling: Sampling
+    ) -> list[Sample]:
         """Returns the next turn of each episode; its random stream follows from the prompt's seed."""
         asked = [Prompt(e.context, derive(e.prompt.seed, f"turn/{e.number}/{e.turns}")) for e in episodes]
-        groups = self.generator.generate(asked, replace(sampling, num_samples=1))
+        groups = ask(asked, replace(sampling, num_samples=1))
         return [sample for (sample,) in groups]
 
     def _turn(self, pool: ThreadPoolExecutor, episodes: Sequence[Episode], samples: Sequence[Sample]) -> None:

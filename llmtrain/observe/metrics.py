@@ -71,6 +71,21 @@ class MetricsFile(StepLines):
         assert record["step"] > self.last_step, f"step {record['step']} after step {self.last_step} in metrics.jsonl"
         super().write(record)
 
+    def amend(self, step: int, more: dict[str, Any]) -> None:
+        """Adds to the line of a step that is written; to none where there is no such line. The file is replaced whole.
+
+        Raises OSError as `write` does; if `patient`, a warning says that the values are lost to the file."""
+        try:
+            if self._waiting and (error := self._hand_over()):
+                raise error
+            _replace(self.path, [line | (more if line["step"] == step else {}) for line in read_metrics(self.path)])
+            self._file.close()
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held until close)
+        except OSError as error:
+            if not self.patient:
+                raise OSError(error.errno, error.strerror, self.path) from error
+            logger.warning("%s: %s; what was added to step %d is in the log alone", self.path, error.strerror, step)
+
 
 class Events:
     """Writes events.jsonl: the decisions of a run, each on disk before the run acts on it, with its `step` and

@@ -92,12 +92,14 @@ def count_failures(rewards: Sequence[RewardConfig], groups: Sequence[Group]) -> 
 
 
 def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Returns `reward_errors`, how many scores failed, and the mean of each reward before its weight, `reward/<name>`.
+    """Returns `reward_errors`, how many scores failed, and the mean of each reward before its weight, `reward/<name>`;
+    a part that an environment did not give counts 0.
 
     Example: two samples, on one of which `math` failed -> {"reward_errors": 1, "reward/math": 0.5}
     """
     samples = list(chain.from_iterable(groups))
-    means = {f"reward/{name}": fsum(s.parts[name] for s in samples) / len(samples) for name in samples[0].parts}
+    names = dict.fromkeys(chain.from_iterable(s.parts for s in samples))  # of all rounds of a step
+    means = {f"reward/{name}": fsum(s.parts.get(name, 0.0) for s in samples) / len(samples) for name in names}
     return {"reward_errors": sum(len(s.errors) for s in samples), **means}
 
 

@@ -4,6 +4,7 @@ train."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -13,11 +14,28 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.rollout.board import Board, Limits, WorkersFail
 from llmtrain.rollout.fleet import Fleet, Orders
 from llmtrain.rollout.generator import Weights
+from llmtrain.rollout.question import Question
 from llmtrain.rollout.shared_weights import share
 from llmtrain.rollout.wire import pack, unpack
-from llmtrain.types import Group, Reward
+from llmtrain.types import Group, Prompt, Reward, Sampling
 
 ROOT = 0  # the trainer that keeps the workers
+
+
+class Pinned:
+    """Answers prompts as `Generator.generate` does, by workers that have nothing to sample for a step, with the weights
+    that were the newest when it was made."""
+
+    def __init__(self, board: Board, most_samples: int) -> None:
+        """`most_samples` bounds what a worker is given at once."""
+        assert board.weights is not None
+        self.board, self.weights, self.most_samples = board, board.weights, most_samples
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Returns the groups in the order of the prompts; for another thread than the trainer's. Raises as
+        `Board.answers` does."""
+        at_once = max(1, self.most_samples // sampling.num_samples)
+        return self.board.answers(Question(prompts, sampling, self.weights, at_once))
 
 
 class Ahead:
@@ -60,7 +78,7 @@ class Ahead:
         groups = self._shared(numbers)
         for group, number in zip(groups, numbers, strict=True):
             for sample in group:
-                age = self.version - min(sample.versions)
+                age = self.version - min(sample.versions, default=self.version)  # a side that never spoke has none
                 assert age <= self.limits.max_staleness, f"prompt {number} was sampled {age} steps ago"
                 sample.example = self.prompts.examples[self.prompts.at(number, self.seed)]
         self.ages += [self.version - v for s in chain.from_iterable(groups) for v in s.versions]
@@ -75,6 +93,10 @@ class Ahead:
             return
         for _ in weights:  # a collective
             pass
+
+    def pinned(self) -> Pinned:
+        """Returns what answers other prompts with the newest weights of now, on the trainer that keeps the workers."""
+        return Pinned(self.board, self.limits.at_once * self.samples)
 
     def close(self) -> None:
         """Ends the workers; see RolloutSource."""
@@ -119,6 +141,6 @@ class Ahead:
             raise FloatingPointError(reason) if kind == "FloatingPointError" else WorkersFail(reason)
         if self.mesh.size == 1:
             return groups
-        data = self.mesh.all_gather_bytes(pack(dict(zip(numbers, groups, strict=False))))[ROOT]
         ids = {number: self.prompts.prompt_ids(self.prompts.at(number, self.seed)) for number in numbers}
+        data = self.mesh.all_gather_bytes(pack(dict(zip(numbers, groups, strict=False)), ids))[ROOT]
         return list(unpack(data, ids).values())

@@ -1,8 +1,9 @@
 """Decides which prompt is sampled when, by whom and with which weights, while others are trained on.
 
 Prompts have numbers, and steps take them in this order. A prompt is begun only when the newest weights can be at most
-`max_staleness` steps old at the step that takes it, so that nothing has to be thrown away for its age. One lock guards
-all; the trainer and a thread for each worker share it.
+`max_staleness` steps old at the step that takes it, so that nothing has to be thrown away for its age. Where none may
+be begun, workers answer a question that was asked beside. One lock guards all; the trainer, a thread for each worker
+and who asks share it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmtrain.observe.log import log
+from llmtrain.rollout.question import Question
 from llmtrain.rollout.shared_weights import Shared
 from llmtrain.types import Group
 
@@ -42,10 +44,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Task:
-    """Holds prompts that a worker has begun, with the newest weights of that moment."""
+    """Holds prompts that a worker has begun, with the newest weights of that moment; or places of a question, with its
+    weights."""
 
     numbers: list[int]
     weights: Shared
+    question: Question | None = None
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Board:
     again: set[int] = field(default_factory=set)  # given back by workers that failed
     under_way: dict[int, int] = field(default_factory=dict)  # number -> worker
     done: dict[int, Group] = field(default_factory=dict)
+    question: Question | None = None  # that is asked beside
     resting: dict[int, float] = field(default_factory=dict)  # worker -> since when
     counts: Counts = field(default_factory=Counts)
 
@@ -99,31 +104,47 @@ class Board:
         return self.weights
 
     def begin(self, worker: int, wait_s: float) -> Task | None:
-        """Returns a share of the prompts that may be begun now, as a task of this worker; None when there are none for
-        so long. Raises Closed."""
+        """Returns a share of the prompts that may be begun now, as a task of this worker, else of a question; None when
+        there are none for so long. Raises Closed."""
         with self.changed:
             self.resting.setdefault(worker, time.monotonic())
-            self.changed.wait_for(lambda: self.closed or self._open(), wait_s)
+            self.changed.wait_for(lambda: self.closed or self._open() or self._posed(), wait_s)
             if self.closed:
                 raise Closed
-            if not (numbers := self._open()):
+            if numbers := self._open():
+                return self._begun(worker, self._share(numbers, self.limits.at_once))
+            question = self.question
+            if question is None or not question.open:
                 return None
-            mine = numbers[: min(self.limits.at_once, math.ceil(len(numbers) / len(self.resting)))]
-            self.counts.rest_s += time.monotonic() - self.resting.pop(worker)
-            self.again -= set(mine)
-            self.fresh = max(self.fresh, mine[-1] + 1)
-            self.under_way |= dict.fromkeys(mine, worker)
-            self.counts.begun += len(mine)
-            assert self.weights is not None
-            return Task(mine, self.weights)
+            mine = self._share(question.open, question.at_once)
+            question.begin(mine, worker)
+            self._works(worker)
+            return Task(mine, question.weights, question)
 
-    def finish(self, worker: int, groups: Mapping[int, Group]) -> None:
-        """Takes what a worker made of its task."""
+    def finish(self, worker: int, groups: Mapping[int, Group], question: Question | None = None) -> None:
+        """Takes what a worker made of its task, of a question where that is given."""
         with self.changed:
-            for number in groups:
-                assert self.under_way.pop(number) == worker
-            self.done |= groups
+            if question is not None:
+                question.finish(groups)
+            else:
+                for number in groups:
+                    assert self.under_way.pop(number) == worker
+                self.done |= groups
             self.changed.notify_all()
+
+    def answers(self, question: Question) -> list[Group]:
+        """Returns the groups of a question, the only one at this time, once workers that had nothing to sample for a
+        step have answered it; for another thread than the trainer's. Raises Closed, and as `take` does."""
+        with self.changed:
+            assert self.question is None, "one question at a time"
+            self.question = question
+            self.changed.notify_all()
+            try:
+                while not question.answered:
+                    self._await_news()
+            finally:
+                self.question = None
+            return question.groups()
 
     def fail(self, worker: int, reason: str, starts_left: int) -> None:
         """Gives the prompts of a worker that failed to others, and drops it when it is not started again."""
@@ -133,13 +154,14 @@ class Board:
             self.under_way = {number: who for number, who in self.under_way.items() if who != worker}
             self.resting.pop(worker, None)
             self.counts.given_back += len(lost)
+            beside = self.question.give_back(worker) if self.question is not None else 0
             if not starts_left:
                 self.live.discard(worker)
             if not self.live and not self.closed:
                 self.error = self.error or WorkersFail(f"no rollout worker is left; the last one: {reason}")
             self.changed.notify_all()
         then = f"it starts again, {starts_left} left" if starts_left else "it is dropped (rollout.restarts)"
-        log(f"{reason}\n{len(lost)} prompts go to others; {then}")
+        log(f"{reason}\n{len(lost) + beside} prompts go to others; {then}")
 
     def stop(self, error: Exception) -> None:
         """Lets the trainer, which waits or will, raise this."""
@@ -161,10 +183,7 @@ class Board:
             self.next, self.asked = numbers.stop, True
             self.changed.notify_all()
             while any(number not in self.done for number in numbers):
-                if self.error is not None:
-                    raise self.error
-                if not self.changed.wait(self.limits.patience_s):
-                    raise WorkersFail(f"no rollout worker gave a sign of life in {self.limits.patience_s:g} s")
+                self._await_news()
             return [self.done.pop(number) for number in numbers]
 
     def flush(self) -> tuple[Counts, int]:
@@ -180,6 +199,37 @@ class Board:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+
+    def _await_news(self) -> None:
+        """Waits until something changes. Raises what stopped the sampling, Closed, WorkersFail when nothing does."""
+        if self.error is not None:
+            raise self.error
+        if self.closed:
+            raise Closed
+        if not self.changed.wait(self.limits.patience_s):
+            raise WorkersFail(f"no rollout worker gave a sign of life in {self.limits.patience_s:g} s")
+
+    def _share(self, numbers: Sequence[int], at_once: int) -> list[int]:
+        """Returns the first of the numbers: what one of the workers that rest is given."""
+        return list(numbers[: min(at_once, math.ceil(len(numbers) / len(self.resting)))])
+
+    def _works(self, worker: int) -> None:
+        """Notes that a worker rests no more."""
+        self.counts.rest_s += time.monotonic() - self.resting.pop(worker)
+
+    def _begun(self, worker: int, mine: list[int]) -> Task:
+        """Notes that a worker begins prompts of steps; returns its task."""
+        self._works(worker)
+        self.again -= set(mine)
+        self.fresh = max(self.fresh, mine[-1] + 1)
+        self.under_way |= dict.fromkeys(mine, worker)
+        self.counts.begun += len(mine)
+        assert self.weights is not None
+        return Task(mine, self.weights)
+
+    def _posed(self) -> bool:
+        """Returns whether a question waits for a worker."""
+        return self.question is not None and bool(self.question.open)
 
     def _open(self) -> list[int]:
         """Returns the prompts that may be begun now, in their order.

@@ -13,7 +13,6 @@ import torch
 
 from llmtrain.rollout.board import Board, Closed, Task
 from llmtrain.rollout.process import Program, Worker, WorkerFault
-from llmtrain.rollout.shared_weights import Shared
 from llmtrain.rollout.wire import unpack
 from llmtrain.rollout.worker import request_of
 from llmtrain.types import Group, Prompt, Sampling
@@ -31,6 +30,7 @@ class Orders:
     sampling: Sampling
     inflight: Literal["finish", "continue", "restart"]  # what becomes of an unfinished sample under newer weights
     restarts: int  # of each worker
+    episodes: bool = False  # they play episodes: a sample has a row for each side
 
 
 class Fleet:
@@ -64,13 +64,13 @@ class Fleet:
 
     def _serve(self, index: int) -> None:
         """Runs a process from its start to its end. Raises WorkerFault, Closed."""
-        worker = Worker(self.orders.program, index, self._look)
+        worker = Worker(self.orders.program, index, self.board.newest)
         try:
             heard = time.monotonic()
             while True:
                 task = self.board.begin(index, LOOK_S)
                 if task is not None:
-                    self.board.finish(index, self._sampled(worker, task))
+                    self.board.finish(index, self._sampled(worker, task), task.question)
                 elif time.monotonic() - heard > worker.deadline_s / 2:
                     worker.ask({"kind": "ping"})
                 else:
@@ -80,35 +80,43 @@ class Fleet:
         finally:
             worker.kill()
 
-    def _look(self) -> Shared | None:
-        """Returns weights that what is under way goes on with. Raises Closed."""
-        newest = self.board.newest()
-        return None if self.orders.inflight == "finish" else newest
-
     def _sampled(self, worker: Worker, task: Task) -> dict[int, Group]:
-        """Returns the groups of a task. Raises WorkerFault, and FloatingPointError when the model has diverged."""
-        orders, prompts = self.orders, self.orders.prompts_of(task.numbers)
+        """Returns the groups of a task. Raises WorkerFault; FloatingPointError when the model has diverged, ValueError
+        for what no worker can answer."""
+        prompts, sampling, inflight = self._asked(task)
         if worker.sent != task.weights.version:
             worker.give(task.weights)
-        request = {"numbers": task.numbers, "inflight": orders.inflight, **request_of(prompts, orders.sampling)}
+        request = {"numbers": task.numbers, "inflight": inflight, **request_of(prompts, sampling)}
         load_s, loaded_bytes = worker.load_s, worker.loaded_bytes
-        answer = worker.ask({"kind": "generate", **request})
+        answer = worker.ask({"kind": "generate", **request}, renew=inflight != "finish")
         if answer.head["kind"] == "diverged":
             raise FloatingPointError(answer.head["error"])
+        if answer.head["kind"] == "refused":
+            raise ValueError(answer.head["error"])
         ids = {number: prompt.ids for number, prompt in zip(task.numbers, prompts, strict=True)}
         groups = unpack(torch.frombuffer(answer.payload, dtype=torch.uint8), ids)
-        if reason := wrong(groups, task, orders.sampling):
+        if reason := wrong(groups, task, sampling.num_samples, self.orders.episodes):
             raise worker.fault(f"generate: {reason}")
         rejected = answer.head["rejected"]
         self.board.count(rejected, worker.load_s - load_s, worker.loaded_bytes - loaded_bytes)
         return groups
 
+    def _asked(self, task: Task) -> tuple[list[Prompt], Sampling, str]:
+        """Returns what a worker is asked: prompts, how they are sampled, and what newer weights do to them."""
+        orders, question = self.orders, task.question
+        if question is None:
+            return orders.prompts_of(task.numbers), orders.sampling, orders.inflight
+        return [question.prompts[place] for place in task.numbers], question.sampling, "finish"
 
-def wrong(groups: dict[int, Group], task: Task, sampling: Sampling) -> str | None:
-    """Returns what is wrong with the groups that answer a task, None if nothing is."""
-    if list(groups) != task.numbers or any(len(group) != sampling.num_samples for group in groups.values()):
+
+def wrong(groups: dict[int, Group], task: Task, num_samples: int, episodes: bool) -> str | None:
+    """Returns what is wrong with the groups that answer a task, None if nothing is. Of `episodes` each has as many rows
+    as sides, which the worker alone knows."""
+    rows = [len(group) % num_samples if episodes else len(group) - num_samples for group in groups.values()]
+    if list(groups) != task.numbers or any(rows):
         return "the answer is not one group for each prompt"
-    oldest = min(version for group in groups.values() for sample in group for version in sample.versions)
-    if oldest < task.weights.version:
-        return f"sampled with weights of version {oldest}, and {task.weights.version} had been sent"
+    wanted = task.weights.version
+    versions = {version for group in groups.values() for sample in group for version in sample.versions}
+    if other := {v for v in versions if v < wanted or (task.question is not None and v > wanted)}:
+        return f"sampled with weights of version {min(other)}, and {wanted} had been sent"
     return None

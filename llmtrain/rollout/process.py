@@ -19,7 +19,7 @@ from llmtrain.rollout.checksums import differing
 from llmtrain.rollout.shared_weights import Shared
 
 POLL_S = 0.05  # between looks for newer weights while a worker samples
-TAIL_CHARACTERS = 1500  # of a worker's log, in a message
+TAIL_BYTES = 1500  # of a worker's log, in a message
 
 
 class WorkerFault(RuntimeError):
@@ -45,8 +45,8 @@ class Worker:
     def __init__(self, program: Program, index: int, look: Callable[[], Shared | None]) -> None:
         """Starts the process and waits until it is ready. Raises WorkerFault.
 
-        `look` is called again and again while something is waited for: it returns weights that an answer may go on
-        with, and may raise to end the wait.
+        `look` is called again and again while something is waited for: it returns the newest weights, and may raise to
+        end the wait.
         """
         self.name, self.deadline_s, self.look = f"rollout worker {index}", program.deadline_s, look
         self.log = Path(program.directory, f"rollout-worker-{index}.log")
@@ -70,9 +70,9 @@ class Worker:
             self.kill()
             raise
 
-    def ask(self, head: dict[str, Any]) -> Message:
+    def ask(self, head: dict[str, Any], renew: bool = False) -> Message:
         """Returns the answer to a request. Raises WorkerFault, with the end of the log, when there is none within the
-        deadline."""
+        deadline. With `renew` the newest weights are sent while it is waited for, and the answer goes on with them."""
         deadline = time.monotonic() + self.deadline_s
         try:
             send(self.sock, head, deadline=deadline)
@@ -80,7 +80,7 @@ class Worker:
                 if time.monotonic() >= deadline:
                     raise Cut(f"no answer within {self.deadline_s:g} s")
                 weights = self.look()
-                if weights is not None and self.sent == self.held != weights.version:
+                if renew and weights is not None and self.sent == self.held != weights.version:
                     self.give(weights)
             return message
         except Cut as error:
@@ -108,7 +108,7 @@ class Worker:
             self.process.wait(0.2)
         code = self.process.poll()
         ended = "" if code is None else f" (it ended {ending(code)})"
-        tail = self.log.read_bytes()[-TAIL_CHARACTERS:].decode(errors="replace").strip()
+        tail = last_bytes(self.log, TAIL_BYTES).decode(errors="replace").strip()
         return WorkerFault(f"{self.name}: {reason}{ended}" + (f"; the end of {self.log}:\n{tail}" if tail else ""))
 
     def kill(self) -> None:
@@ -132,6 +132,13 @@ class Worker:
         self.load_s += message.head["load_s"]
         self.loaded_bytes += message.head["bytes"]
         return None
+
+
+def last_bytes(path: Path, count: int) -> bytes:
+    """Returns the end of a file, so many bytes at most."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - count))
+        return file.read()
 
 
 def ending(code: int) -> str:

@@ -1,7 +1,7 @@
 """Runs a process that samples for a trainer: `python -m llmtrain.rollout.worker_process SOCKET PARENT`.
 
 It holds a whole model, takes weights as they come, and answers requests one after the other until the trainer closes
-the connection or ends.
+the connection or ends. `envs/worker_process.py` runs one that answers with episodes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from typing import Any
 
 import torch
 
+from llmtrain.config.sampling import RolloutConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.channel import Message, receive, send
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.shared_weights import shared_tensors
+from llmtrain.rollout.vllm import VllmGenerator
 from llmtrain.rollout.wire import pack
 from llmtrain.rollout.worker import asked_by
 from llmtrain.sandbox.kernel import die_with_parent
 from llmtrain.types import Group, Prompt, Sampling
+
+Build = Callable[[dict[str, Any]], Any]
+"""Takes the settings that a trainer sends, and returns a generator."""
 
 
 class Gone(Exception):
@@ -38,10 +43,11 @@ class Renewed(Exception):
 
 
 class Obedient:
-    """Answers the requests of a trainer with a generator, such as NativeGenerator."""
+    """Answers the requests of a trainer with a generator, such as NativeGenerator, or with what lies over it."""
 
-    def __init__(self, sock: socket.socket, generator: Any) -> None:
-        self.sock, self.generator = sock, generator
+    def __init__(self, sock: socket.socket, generator: Any, generate: Callable[..., list[Group]] | None = None) -> None:
+        """`generate` calls that of the generator and does more; None = it alone."""
+        self.sock, self.generator, self.generate = sock, generator, generate or generator.generate
 
     def run(self) -> None:
         """Answers until the trainer closes the connection."""
@@ -68,14 +74,16 @@ class Obedient:
         send(self.sock, {"kind": "loaded", **told})
 
     def answer(self, head: dict[str, Any]) -> None:
-        """Sends the groups of the prompts, or why the model cannot be sampled from."""
+        """Sends the groups of the prompts, or why there are none, whoever is asked."""
         prompts, sampling = asked_by(head)
         try:
             groups, rejected = self.sampled(prompts, sampling, head["inflight"])
-        except FloatingPointError as error:
-            send(self.sock, {"kind": "diverged", "error": str(error)})
+        except (FloatingPointError, ValueError) as error:
+            kind = "diverged" if isinstance(error, FloatingPointError) else "refused"
+            send(self.sock, {"kind": kind, "error": str(error)})
             return
-        data = pack(dict(zip(head["numbers"], groups, strict=True))).numpy()
+        ids = {number: prompt.ids for number, prompt in zip(head["numbers"], prompts, strict=True)}
+        data = pack(dict(zip(head["numbers"], groups, strict=True)), ids).numpy()
         send(self.sock, {"kind": "groups", "rejected": rejected}, memoryview(data))
 
     def sampled(self, prompts: Sequence[Prompt], sampling: Sampling, inflight: str) -> tuple[list[Group], int]:
@@ -88,7 +96,9 @@ class Obedient:
         rejected = 0
         while True:
             try:
-                return self.generator.generate(prompts, sampling, between[inflight]), rejected
+                if (renew := between[inflight]) is None:  # an engine that cannot change within a call takes none
+                    return self.generate(prompts, sampling), rejected
+                return self.generate(prompts, sampling, renew), rejected
             except Renewed:
                 rejected += len(prompts) * sampling.num_samples
 
@@ -109,16 +119,30 @@ class Obedient:
             raise Renewed
 
 
-def build_generator(settings: dict[str, Any]) -> NativeGenerator:
-    """Returns the generator that the trainer describes; its weights come later."""
+def build_generator(settings: dict[str, Any]) -> NativeGenerator | VllmGenerator:
+    """Returns the generator that the trainer describes; its weights come later. A server of vLLM belongs to this
+    process, and ends with it in whatever way."""
     config, device = ModelConfig.model_validate(settings["model"]), torch.device(settings["device"])
+    dtype, most = getattr(torch, settings["dtype"]), settings["max_seq_tokens"]
+    decode = partial(load_tokenizer(settings["tokenizer"]).decode, skip_special=False)
+    rollout = RolloutConfig.model_validate(settings["rollout"])
+    if rollout.generator == "vllm":
+        show_alone(device)
+        return VllmGenerator(config, rollout, dtype, device, most, decode)
     with torch.device("meta"):
         model = Decoder(config)
-    model = model.to(getattr(torch, settings["dtype"])).to_empty(device=device)
+    model = model.to(dtype).to_empty(device=device)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
-    decode = partial(load_tokenizer(settings["tokenizer"]).decode, skip_special=False)
-    return NativeGenerator(model, settings["max_batch_seqs"], device, settings["max_seq_tokens"], decode)
+    return NativeGenerator(model, rollout.max_batch_seqs, device, most, decode)
+
+
+def show_alone(device: torch.device) -> None:
+    """Lets what this process starts see no other GPU than its own, which a server would not be told of otherwise."""
+    if device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        number = device.index or 0
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
 
 
 def opened(arguments: Sequence[str]) -> socket.socket:
@@ -129,12 +153,15 @@ def opened(arguments: Sequence[str]) -> socket.socket:
     return socket.socket(fileno=int(arguments[0]))
 
 
-def serve(sock: socket.socket, build: Callable[[dict[str, Any]], Any]) -> None:
-    """Answers requests with what `build` makes of the settings, the first message, until the trainer is gone."""
+def serve(sock: socket.socket, build: Build, over: Callable[[dict[str, Any], Any], Any] | None = None) -> None:
+    """Answers requests with the generator that `build` makes of the settings, the first message, until the trainer is
+    gone; or with what `over` makes of the settings and that generator."""
     settings = receive(sock)
     if settings is not None:
         try:
-            Obedient(sock, build(settings.head)).run()
+            generator = build(settings.head)
+            answering = generator if over is None else over(settings.head, generator)
+            Obedient(sock, generator, answering.generate).run()
         except (Gone, ConnectionError):
             sys.exit("the trainer has closed the connection")
 

@@ -29,23 +29,34 @@ def _ahead(case: Case) -> Iterator[str]:
             f"rollout.max_staleness={r.max_staleness}: not with data.curriculum, which chooses prompts by the rewards "
             "of earlier ones, that are not there yet; use colocated or separate, or remove the curriculum"
         )
-    if r.verify == "probe":
+    if r.generator == "vllm":
+        yield from _served(case)
+    elif r.verify == "probe":
         yield (
             "rollout.verify=probe: not with rollout.placement=ahead, whose workers have other weights before a probe "
             "is back; set checksum, which compares all weights when a worker has loaded them, or off"
         )
-    if r.environment is not None:
-        yield (
-            "rollout.environment: not with rollout.placement=ahead, whose workers answer single prompts; use "
-            "colocated or separate, or remove it"
-        )
-    if r.generator != "native":
-        yield f"rollout.placement=ahead: needs rollout.generator=native, not {r.generator}; use colocated or separate"
     if case.world_size > 1 and 2 * r.deadline_s >= timeout_s:
         yield (
             f"rollout.deadline_s={r.deadline_s:g}: must be below half of engine.timeout_s={timeout_s} on several "
             "ranks, which wait for the first in a collective while it waits for a worker, and again for who does its "
             "work; lower it or raise timeout_s"
+        )
+
+
+def _served(case: Case) -> Iterator[str]:
+    """Yields a line for what a worker with a vLLM server cannot do."""
+    r = case.config.rollout
+    if r.verify != "off":
+        yield (
+            f"rollout.verify={r.verify}: must be off with rollout.placement=ahead and rollout.generator=vllm: a probe "
+            "comes back too late, and the server holds weights joined and packed; set off: each answer is refused that "
+            "is not of the version which was sent"
+        )
+    if r.inflight != "finish":
+        yield (
+            f"rollout.inflight={r.inflight}: must be finish with rollout.generator=vllm, whose server takes weights "
+            "between answers alone; set finish, or use native"
         )
 
 
@@ -59,12 +70,6 @@ def _unread(case: Case) -> Iterator[str]:
 
 def _replay(case: Case) -> Iterator[str]:
     r = case.config.rollout
-    for name in ("record", "replay") if r.environment is not None else ():
-        if getattr(r, name):
-            yield (
-                f"rollout.{name}={getattr(r, name)}: not with rollout.environment, whose episodes it does not hold; "
-                "remove one of them"
-            )
     if r.replay is None:
         return
     if case.missing(r.replay):

@@ -100,7 +100,8 @@ def _together(case: Case) -> Iterator[str]:
 
 
 def _verify(case: Case) -> Iterator[str]:
-    if case.config.rollout.verify == "checksum":
+    r = case.config.rollout
+    if r.verify == "checksum" and r.placement != "ahead":  # whose own rule says so
         yield NO_CHECKSUMS
 
 

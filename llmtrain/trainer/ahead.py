@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmtrain.arch.adapters import without_adapters
+from llmtrain.config.schema import Config
 from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.rollout.ahead import Ahead
@@ -20,6 +21,7 @@ from llmtrain.trainer.job import Job, tokenizer_dir
 from llmtrain.types import Reward
 
 COMMAND = (sys.executable, "-m", "llmtrain.rollout.worker_process")
+OF_EPISODES = (sys.executable, "-m", "llmtrain.envs.worker_process")
 
 
 def build_ahead(job: Job, prompts: PromptSet, prompts_per_step: int, first: int, reward: Reward) -> Ahead:
@@ -34,11 +36,12 @@ def build_ahead(job: Job, prompts: PromptSet, prompts_per_step: int, first: int,
         patience_s=2 * r.deadline_s + 60,  # a worker that is waited for gives news, or fails, in the half of it
     )
     orders = Orders(
-        Program(COMMAND, settings, job.config.directory, r.deadline_s),
+        Program(OF_EPISODES if r.environment else COMMAND, settings, job.config.directory, r.deadline_s),
         lambda numbers: numbered(prompts, seed, numbers, [prompts.at(number, seed) for number in numbers]),
         sampling_of(job.config, job.tokenizer),
         r.inflight,
         r.restarts,
+        episodes=r.environment is not None,
     )
     return Ahead(job.mesh, prompts, limits, orders, reward, seed, dtype, first, r.verify == "checksum")
 
@@ -50,10 +53,19 @@ def settings_of(job: Job, dtype: torch.dtype, worker: int) -> dict[str, Any]:
         "model": without_adapters(job.model).model_dump(mode="json"),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device_of(job, worker),
-        "max_batch_seqs": job.config.rollout.max_batch_seqs,
+        "rollout": job.config.rollout.model_dump(mode="json"),
         "max_seq_tokens": job.config.train.seq_len,
         "tokenizer": tokenizer_dir(job.config),
+        **of_episodes(job.config),
     }
+
+
+def of_episodes(config: Config) -> dict[str, Any]:
+    """Returns what a worker that plays episodes is told beside, as JSON."""
+    t = config.tokenizer
+    if config.rollout.environment is None:
+        return {}
+    return {"chat_template": t.chat_template, "chat_template_kwargs": t.chat_template_kwargs}
 
 
 def device_of(job: Job, worker: int) -> str:

@@ -3,6 +3,7 @@ eval`."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,13 +25,15 @@ from llmtrain.eval.ranks import IDLE_S, agreed, lead, sharing
 from llmtrain.eval.testtime.problems import Problems
 from llmtrain.observe.beside import PREFIX
 from llmtrain.observe.log import as_line, log
+from llmtrain.observe.metrics import read_metrics
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.rewards import Score, check_rows, scorer_of, stop_if_failing
 from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.worker import ColocatedGenerator
 from llmtrain.trainer.batches import evaluate_text, text_rows
+from llmtrain.trainer.beside import Beside
 from llmtrain.trainer.completions import completion_text, sampling_of
-from llmtrain.trainer.environments import make_of, prompts_of
+from llmtrain.trainer.environments import answering, make_of, prompts_of
 from llmtrain.trainer.job import Job, data_dir
 from llmtrain.trainer.record import is_due
 from llmtrain.trainer.rollouts import local_generator
@@ -121,6 +124,7 @@ class Evaluation:
                     "names no problems; raise data.sources[].held_out, or set it to 0"
                 )
             self.waiting = job.mesh.side_group(IDLE_S)
+            self.beside, self.found_late = Beside(self.waiting), {}
             log(self.words())
 
     def words(self) -> str:
@@ -132,8 +136,14 @@ class Evaluation:
         return f"every {self.every_steps} of {job.config.train.steps} steps: {', and '.join(text + asked)}"
 
     def at_start(self) -> dict[str, float]:
-        """Returns the level that the run starts from, if none of its steps is done; else nothing (a collective)."""
-        return self.measure() if self.every_steps and self.job.step == 0 else {}
+        """Returns the level that the run starts from, if none of its steps is done; else nothing (a collective). A run
+        that goes on measures problems again, beside its training, that were asked where it was saved and not answered
+        when it ended."""
+        if self.every_steps and self.job.step == 0:
+            return self.measure()
+        if self.beside_training and is_due(self.job.step, self.every_steps) and self._unanswered():
+            self.ask_beside(self.problems)
+        return {}
 
     def after_step(self) -> dict[str, float]:
         """Returns the measures where they are due after this step, among them the last (a collective)."""
@@ -141,19 +151,66 @@ class Evaluation:
         due = is_due(self.job.step, self.every_steps) or (last and self.every_steps > 0)
         return self.measure() if due else {}
 
+    def late(self) -> dict[int, dict[str, float]]:
+        """Returns what was measured of earlier steps beside training and has been found since the last call, by these;
+        on rank 0 alone."""
+        if not self.beside_training:
+            return {}
+        found, self.found_late = self.found_late | self.beside.found(), {}
+        return found
+
+    def before_save(self) -> dict[int, dict[str, float]]:
+        """Waits for what must be found before this step is saved, and returns it as `late` does (a collective): that of
+        an earlier step, whose weights a run that goes on from here has no more, and at the end all."""
+        step = self.beside.step if self.beside_training else None
+        if step is not None and (step < self.job.step or step == self.job.config.train.steps):
+            self.found_late |= self.beside.settle()
+        return self.late()
+
+    @property
+    def beside_training(self) -> bool:
+        """Returns whether the workers that sample ahead answer the problems, while the trainers go on."""
+        return self.problems is not None and self.job.ahead is not None
+
+    def ask_beside(self, problems: PromptSet) -> None:
+        """Has the workers answer the problems with the newest weights, once those before are answered (a
+        collective)."""
+        self.found_late |= self.beside.settle()
+        job, began = self.job, time.perf_counter()
+        step, generator = job.step, job.ahead.pinned() if job.mesh.rank == 0 else None
+
+        def work() -> dict[str, float]:
+            asked = posed(job.config, problems, job.tokenizer)
+            found = plain(problem_scores(job.config, asked, job.tokenizer, generator)[0])
+            log(f"evaluated beside training, step {step}: {as_line(found)}")
+            return prefixed(found) | {"eval_beside_s": time.perf_counter() - began}
+
+        self.beside.begin(step, work)
+
+    def _unanswered(self) -> bool:
+        """Returns whether the line of this step lacks what problems were to give (a collective)."""
+        path = os.path.join(self.job.config.directory, "metrics.jsonl")
+        lines = read_metrics(path) if self.job.mesh.rank == 0 and os.path.exists(path) else []
+        own = [line for line in lines if line["step"] == self.job.step]
+        return self.waiting.all_gather_json(any(f"{PREFIX}problems" not in line for line in own))[0]
+
     def measure(self) -> dict[str, float]:
         """Returns the measures by their names in metrics.jsonl, `eval/loss`, `eval/pass@1`, ..., and the seconds that
-        they took; those of problems on rank 0 alone (a collective)."""
+        they took; those of problems on rank 0 alone, and not yet those that are asked beside training (a
+        collective)."""
         began, state, job = time.perf_counter(), random_state(), self.job
         found: dict[str, float] = {}
         if self.rows is not None:
             seqs, micro = job.config.eval.text_seqs, job.config.train.micro_batch_seqs
             found |= evaluate_text(job.engine, self.rows, seqs, micro, job.mesh, job.tokenizer)
-        if self.problems is not None:
+        if self.beside_training:
+            self.ask_beside(self.problems)
+        elif self.problems is not None:
             found |= self.solved(self.problems)
         set_random_state(state)
-        log(f"evaluated, step {job.step}: {as_line(found)}")
-        return {f"{PREFIX}{name}": value for name, value in found.items()} | {"eval_s": time.perf_counter() - began}
+        if found:
+            log(f"evaluated, step {job.step}: {as_line(found)}")
+        return prefixed(found) | {"eval_s": time.perf_counter() - began}
 
     def solved(self, problems: PromptSet) -> dict[str, float]:
         """Returns what the newest weights make of the problems, on rank 0 (a collective)."""
@@ -162,8 +219,17 @@ class Evaluation:
         found = lead(self.waiting, generator, lambda g: problem_scores(job.config, asked, job.tokenizer, g))
         generator.sleep()  # the cache was as large as the evaluation needs it
         generator.wake()
-        scores = {} if found is None else found[0]
-        return {name: value for name, value in scores.items() if not isinstance(value, dict)}  # without intervals
+        return {} if found is None else plain(found[0])
+
+
+def plain(scores: dict[str, Any]) -> dict[str, float]:
+    """Returns the measures without their intervals."""
+    return {name: value for name, value in scores.items() if not isinstance(value, dict)}
+
+
+def prefixed(found: dict[str, float]) -> dict[str, float]:
+    """Returns the measures by their names in metrics.jsonl."""
+    return {f"{PREFIX}{name}": value for name, value in found.items()}
 
 
 def held_out_text(job: Job) -> TextRows | None:
@@ -181,8 +247,9 @@ def held_out_problems(job: Job) -> PromptSet | None:
 
 
 def whole_model(job: Job) -> ColocatedGenerator:
-    """Returns a generator with the newest weights, whole on every trainer (a collective): for a recipe that samples
-    nothing itself. Whoever drops it frees them."""
-    generator = sharing(local_generator(job), job.mesh)
+    """Returns a generator with the newest weights, whole on every trainer (a collective), that plays episodes where
+    there is an environment: for a recipe that samples nothing itself. Whoever drops it frees them."""
+    local = local_generator(job)
+    generator = sharing(local, job.mesh, answering(job.config, job.tokenizer, local).generate)
     generator.load_weights(job.engine.full_weights(), job.step)
     return generator

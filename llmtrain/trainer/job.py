@@ -34,6 +34,7 @@ from llmtrain.observe.locks import hold
 from llmtrain.observe.log import log, make_run_dir
 from llmtrain.parallel.mesh import Mesh, init_mesh
 from llmtrain.parallel.watch import Watch
+from llmtrain.rollout.ahead import Ahead
 from llmtrain.rollout.generator import Generator
 from llmtrain.trainer.identity import Contents, check_directory, check_files, contents_of, record_of
 
@@ -91,6 +92,7 @@ class Job:
     base: str | None = None  # fingerprint of the weights that adapters are trained on
     saver: Saver | None = None  # made by the loop
     generator: Generator | None = None  # of a recipe that samples: has the weights that were published last
+    ahead: Ahead | None = None  # of a recipe whose rollout workers sample while it trains
     report: Callable[[], dict[str, float]] = dict  # what the source of rollouts says of the step that ends
     padding: float = 0.0  # share of the tokens in this rank's last microbatches, see trainer.waste
 

@@ -46,11 +46,12 @@ def train(job: Job, step_fn: StepFn) -> None:
             waste.look(metrics)
             step_s = time.perf_counter() - began
             record.write(job, metrics | job.report() | guard.report(), tokens, step_s, bar, evaluation.after_step())
-            save_or_stop(job, stop)
+            record.complete(job, evaluation.late())
+            save_or_stop(job, stop, lambda: record.complete(job, evaluation.before_save()))
         job.saver.close()
 
 
-def save_or_stop(job: Job, stop: StopSignal) -> None:
+def save_or_stop(job: Job, stop: StopSignal, before_save: Callable[[], None]) -> None:
     """Saves after a step where that is due, and leaves if a signal came, or a save failed and must not."""
     config = job.config
     stopping, failing = stop.poll(job.saver.failed)
@@ -58,6 +59,7 @@ def save_or_stop(job: Job, stop: StopSignal) -> None:
         job.saver.wait()  # raises on all ranks at the same step
     last = stopping or job.step == config.train.steps
     if last or is_due(job.step, config.checkpoint.every_steps):
+        before_save()
         save(job, last)
     if stopping and job.step < config.train.steps:
         job.saver.close()

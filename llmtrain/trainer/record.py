@@ -13,6 +13,7 @@ from types import TracebackType
 import torch
 
 from llmtrain.observe import wandb
+from llmtrain.observe.beside import PREFIX
 from llmtrain.observe.log import as_line, log
 from llmtrain.observe.metrics import MetricsFile, Samples, StepLines
 from llmtrain.trainer.completions import completion_text
@@ -77,6 +78,13 @@ class Record:
         self.file.write({"step": job.step, **line})
         self.sink.log(job.step, line)
         bar(job.step, {name: line[name] for name in SHOWN if name in line})
+
+    def complete(self, job: Job, late: Mapping[int, Mapping[str, float]]) -> None:
+        """Adds what was measured of earlier steps, by these, to their lines. W&B, whose steps ascend, has it at the
+        newest step, with its own in `eval/step`."""
+        for step, measured in late.items() if self.main else ():
+            self.file.amend(step, dict(measured))
+            self.sink.log(job.step, {**measured, f"{PREFIX}step": step})
 
     def go_on_after(self, step: int) -> None:
         """Lets later lines be written again, after the run went back to `step`. (W&B keeps the first value of a

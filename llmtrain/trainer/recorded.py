@@ -27,6 +27,7 @@ from llmtrain.types import Group
 Made = dict[str, Any]
 """Maps the keys of a document that say what a record is of to their values, as JSON."""
 KEPT = ("group_size", "temperature", "max_staleness", "router_replay")  # of rollout
+OF_EPISODES = {"tools", "game", "args", "max_turns", "weights"}  # of rollout.environment
 
 
 def made_with(config: Config) -> Made:
@@ -34,6 +35,8 @@ def made_with(config: Config) -> Made:
     another loss."""
     r = config.rollout
     kept = {f"rollout.{name}": getattr(r, name) for name in KEPT}
+    if r.environment is not None:
+        kept["rollout.environment"] = r.environment.model_dump(mode="json", include=OF_EPISODES)
     return kept | {"rewards": [{"name": each.name, "weight": each.weight} for each in config.rewards]}
 
 
@@ -122,7 +125,8 @@ class Replayed:
     def _read(self, path: str, numbers: range, rows: Sequence[int]) -> list[Group]:
         groups, made = read_groups(path)
         remedy = "replay with the document of the run that was recorded"
-        other = [(key, made.get(key), now) for key, now in self.made.items() if made.get(key) != now]
+        keys = dict.fromkeys([*self.made, *made])
+        other = [(key, made.get(key), self.made.get(key)) for key in keys if made.get(key) != self.made.get(key)]
         if other:
             raise ValueError("\n".join(f"{k}={now}: {path} was made with {was}; {remedy}" for k, was, now in other))
         if list(groups) != list(numbers):
@@ -130,7 +134,9 @@ class Replayed:
             raise ValueError(f"{path}: holds other prompts than {asked}; {remedy}")
         for number, row in zip(numbers, rows, strict=True):
             for sample in groups[number]:
-                if sample.prompt_ids != self.prompts.prompt_ids(row):
+                own = self.prompts.prompt_ids(row)
+                shared = own[: len(sample.prompt_ids)] if "rollout.environment" in made else own  # by all sides
+                if sample.prompt_ids != shared:
                     raise ValueError(f"{path}: prompt {number} has other tokens here; replay with the same data")
                 sample.example = self.prompts.examples[row]
         return list(groups.values())

@@ -100,7 +100,8 @@ def sampling_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InSt
         stop_if_failing([*rewards, *failures_of(environment)], [s.errors for group in groups for s in group])
 
     if config.rollout.max_staleness:
-        return build_ahead(job, prompts, prompts_per_step, first_prompt(job, job.step, prompts_per_step), reward)
+        job.ahead = build_ahead(job, prompts, prompts_per_step, first_prompt(job, job.step, prompts_per_step), reward)
+        return job.ahead
     job.generator, sampling = build_generator(job), sampling_of(config, job.tokenizer)
     order = curriculum(job, prompts, prompts_per_step)
     load = partial(load_verified, job)

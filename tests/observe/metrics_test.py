@@ -88,6 +88,31 @@ def test_lines_wait_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFix
     full.close()
 
 
+def test_a_line_is_amended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(str(path), -1, patient=True)
+    for step in (0, 1, 3):
+        metrics.write({"step": step, "loss": 0.1, "none": float("nan")})
+    metrics.amend(1, {"eval/loss": 0.25, "loss": 0.1})
+    metrics.amend(2, {"eval/loss": 9.0})  # it has no line
+    metrics.write({"step": 4})
+    lines = [{"step": step, "loss": 0.1, "none": None} for step in (0, 1, 3)]
+    lines[1]["eval/loss"] = 0.25
+    assert read_metrics(str(path)) == [*lines, {"step": 4}]
+    disk, metrics._file = metrics._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    metrics.write({"step": 5})
+    metrics.amend(5, {"eval/loss": 1.0})  # lines wait in memory, so the file on the disk is not whole
+    assert "what was added to step 5 is in the log alone" in caplog.text
+    metrics._file.close()
+    metrics._file = disk
+    metrics.close()
+    assert read_metrics(str(path))[-1] == {"step": 5}
+    metrics = MetricsFile(str(path), 5)
+    path.unlink()
+    with pytest.raises(OSError, match=r"No such file or directory: .*metrics.jsonl"):
+        metrics.amend(5, {})
+
+
 def test_half_a_line_is_completed(tmp_path: Path) -> None:
     """As the last free bytes of a disk take a part of one."""
     path = tmp_path / "m"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
+from llmtrain.data.chat import CHATML
 from llmtrain.model.hf_write import save_hf
 from tests.conftest import ROOT
 from tests.rollout.native_test import random_decoder
@@ -92,3 +95,48 @@ def test_eval_answers_as_with_native(document: Path) -> None:
         greedy[generator] = [row["completion"] for row in rows if row["greedy"]]
         assert len(rows) > len(greedy[generator]) == 16
     assert greedy["vllm"] == greedy["native"]
+
+
+def kill_a_worker(metrics: Path, killed: list[int], stop: threading.Event) -> None:
+    """Kills a worker that samples ahead, once the first step is done."""
+    while not stop.wait(0.1) and not killed:
+        trained = metrics.exists() and '"step": 1,' in metrics.read_text()
+        for process in psutil.Process().children(recursive=True) if trained else ():
+            with contextlib.suppress(psutil.Error):
+                if any(name.endswith(".worker_process") for name in process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+
+
+def episodes(folder: Path) -> list[str]:
+    """Returns what makes episodes of samples: a number is guessed, in turns that end at a few letters."""
+    rows = "".join(json.dumps({"number": i % 3}) + "\n" for i in range(8))
+    for name, text in (("rows.jsonl", rows), ("chatml.jinja", CHATML)):
+        (folder / name).write_text(text)
+    own = {"function": str(Path(__file__).parents[1] / "envs" / "own.py") + ":Guess", "unsandboxed": True}
+    rollout = (
+        f"rollout.environment={json.dumps({**own, 'max_turns': 3})}",
+        f"rollout.stop={json.dumps([*'aeiou0123'])}",
+    )
+    data = (f"data.train={folder / 'rows.jsonl'}", f"data.held_out={folder / 'rows.jsonl'}", "train.seq_len=250")
+    return [*rollout, *data, f"tokenizer.chat_template={folder / 'chatml.jinja'}", "rollout.max_new_tokens=8"]
+
+
+@pytest.mark.parametrize("playing", [False, True])
+def test_a_worker_that_samples_ahead_has_a_server(playing: bool, document: Path) -> None:
+    """One that is killed takes it along; the next one goes on, with an evaluation beside training too."""
+    own = episodes(document.parent) if playing else []
+    ahead = ("rollout.placement=ahead", "rollout.workers=1", "rollout.max_staleness=1", "rollout.verify=off")
+    evaluation = ("eval.every_steps=2", "eval.problems=3", "eval.samples=2", "eval.text=false")
+    metrics, killed, stop = document.parent / "run" / "metrics.jsonl", [], threading.Event()
+    killer = threading.Thread(target=kill_a_worker, args=(metrics, killed, stop))
+    killer.start()
+    run(document, "grpo", "train.steps=4", *ahead, *evaluation, *own)
+    stop.set()
+    killer.join()
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert len(killed) == 1 and [line["step"] for line in steps] == [0, 1, 2, 3, 4]
+    assert [line.get("eval/problems") for line in steps] == [3, None, 3, None, 3]
+    assert steps[1]["logprob_gap_max"] < 4e-5 and {line["staleness_max"] for line in steps[1:]} <= {0, 1}
+    assert all(line["grad_norm"] > 0 for line in steps[1:])
+    assert all((line.get("turns_mean", 0) > 1) == playing for line in steps[1:])

@@ -83,6 +83,8 @@ def test_weights_are_summed_and_parts_kept(own: Callable[..., RewardConfig]) -> 
         "reward/length": pytest.approx(1.75 / 3),
         "reward/first_integer": pytest.approx(1 / 3),
     }
+    groups[0][0].parts = {"length": 1.0, "won": 3.0}  # as where another round of a step has parts of an environment
+    assert reward_metrics(groups)["reward/won"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from llmtrain.rollout.ahead import Ahead
-from llmtrain.rollout.board import WorkersFail
+from llmtrain.rollout.board import Task, WorkersFail
+from llmtrain.rollout.fleet import wrong
+from llmtrain.rollout.question import Question
+from llmtrain.rollout.shared_weights import share
+from llmtrain.types import Prompt, Sample, Sampling
 from tests.rollout.fleets import ahead, is_stub, publish, train, workers_of_this_process
 
 PHASES = ("start", "weights", "sample", "answer")
@@ -146,6 +151,62 @@ def test_closing_does_not_wait_for_who_samples(tmp_path: Path) -> None:
     assert time.monotonic() - began < 4
 
 
+def ask_beside(source: Ahead, until: threading.Event, found: list) -> None:
+    """Asks three prompts again and again with the weights of then, and notes the answers."""
+    while not until.is_set():
+        pinned = source.pinned()
+        groups = pinned.generate([Prompt([7, n]) for n in range(3)], Sampling(8, num_samples=3))
+        found.append((pinned.weights.version, groups))
+
+
+def check_asked(found: list) -> None:
+    """Every prompt is answered once, in its order, by the weights that were asked for."""
+    for version, groups in found:
+        assert [[(s.ids, s.versions) for s in group] for group in groups] == [
+            [([7, n], [version] * 2)] * 3 for n in range(3)
+        ]
+
+
+@pytest.mark.parametrize("how", ["", "kill"])
+def test_what_is_asked_beside_has_the_weights_of_then(how: str, tmp_path: Path) -> None:
+    """While training goes on and newer weights are published; also where its worker is killed."""
+    fault = {"phase": "beside", "how": how} if how else {}
+    with ahead(tmp_path, workers=2, pause_s=0.01, inflight="continue", **fault) as source:
+        publish(source, 0)
+        done, found = threading.Event(), []
+        thread = threading.Thread(target=ask_beside, args=(source, done, found))
+        thread.start()
+        assert max(train(source, 10)) <= 1
+        done.set()
+        thread.join(20)
+        assert found and found[0][0] == 0
+        check_asked(found)
+        assert source.report()["workers"] == 2
+
+
+def test_an_answer_of_newer_weights_than_were_asked_is_a_fault(tmp_path: Path) -> None:
+    with ahead(tmp_path, restarts=0, stale=-1) as source:
+        publish(source, 10)  # no step is left
+        with pytest.raises(WorkersFail, match="sampled with weights of version 11, and 10 had been sent"):
+            source.pinned().generate([Prompt([7])], Sampling(8))
+
+
+def test_what_is_wrong_with_an_answer() -> None:
+    """Of episodes a sample has a row for each side, which may never have spoken."""
+    weights = share([("w", torch.zeros(1))], 3, torch.float32)
+    task, row, silent = Task([4, 5], weights), Sample([1], [2], [True], [0.0], [3], True), Sample([1], *[[]] * 4, True)
+    pair, game = [row, row], [row, silent, silent, row]
+    assert wrong({4: pair, 5: pair}, task, 2, False) is wrong({4: game, 5: game}, task, 2, True) is None
+    assert wrong({4: pair, 5: game}, task, 2, False) == "the answer is not one group for each prompt"
+    assert wrong({5: pair, 4: pair}, task, 2, False) == wrong({4: game, 5: game[:3]}, task, 2, True)
+    newer, older = (Sample([1], [2, 2], [True] * 2, [0.0] * 2, [3, v], True) for v in (4, 2))
+    question = Task([4, 5], weights, Question([], Sampling(1), weights, 1))
+    assert wrong({4: pair, 5: [row, newer]}, task, 2, False) is None  # it may have gone on
+    told = "sampled with weights of version {}, and 3 had been sent"
+    assert wrong({4: pair, 5: [row, newer]}, question, 2, False) == told.format(4)
+    assert wrong({4: pair, 5: [row, older]}, task, 2, False) == told.format(2)
+
+
 def kills(directory: Path, count: int, seed: int) -> None:
     """Trains while so many workers are killed at random moments."""
     rng, made, stop = random.Random(seed), 0, threading.Event()
@@ -160,8 +221,9 @@ def kills(directory: Path, count: int, seed: int) -> None:
 
     with ahead(directory, workers=3, staleness=2, steps=10**6, restarts=10**6, pause_s=0.002) as source:
         publish(source, 0)
-        thread, step = threading.Thread(target=killer), 0
-        thread.start()
+        thread, step, found = threading.Thread(target=killer), 0, []
+        asking = threading.Thread(target=ask_beside, args=(source, stop, found))
+        thread.start(), asking.start()
         try:
             while made < count:
                 assert max(train(source, step + 1, first=step)) <= 2
@@ -170,6 +232,9 @@ def kills(directory: Path, count: int, seed: int) -> None:
             stop.set()
             thread.join(10)
         assert max(train(source, step + 5, first=step)) <= 2
+        asking.join(20)
+        check_asked(found)
+        assert found and not asking.is_alive()
 
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from llmtrain.rollout.board import Board, Closed, Limits, Task, WorkersFail
+from llmtrain.rollout.question import Question
 from llmtrain.rollout.shared_weights import Shared, share
-from llmtrain.types import Group, Sample
+from llmtrain.types import Group, Prompt, Sample, Sampling
 
 
 def weights(version: int) -> Shared:
@@ -157,3 +158,73 @@ def test_rest_is_counted_once() -> None:
     first, _ = b.flush()
     second, _ = b.flush()
     assert 0.05 <= first.rest_s < 1 and second.rest_s < 0.05
+
+
+def asked(b: Board, prompts: int, at_once: int = 2) -> tuple[Question, threading.Thread, list]:
+    """A question that a thread waits for, and what comes of it."""
+    question, found = Question([Prompt([n]) for n in range(prompts)], Sampling(1), b.weights, at_once), []
+
+    def wait() -> None:
+        try:
+            found.append(b.answers(question))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while b.question is None:
+        time.sleep(0.001)
+    return question, thread, found
+
+
+def test_a_question_is_answered_by_who_has_no_prompts_of_a_step() -> None:
+    """Its weights stay those of the moment in which it was asked. A worker that fails gives its places back."""
+    b = board(workers=2)
+    b.publish(weights(0))
+    old = b.weights
+    question, thread, found = asked(b, 5)
+    b.publish(weights(1))
+    first, second = b.begin(0, 0.0), b.begin(1, 0.0)
+    assert first == Task([0, 1, 2, 3], b.weights) and second == Task([0, 1], old, question)
+    assert b.begin(1, 0.0) == Task([2, 3], old, question)  # at_once
+    b.fail(1, "killed", starts_left=1)
+    assert (question.open, b.counts.given_back, b.counts.begun) == ([0, 1, 2, 3, 4], 0, 4)
+    b.finish(0, groups([0, 1, 2, 3]))
+    assert b.begin(0, 0.0) == Task([0, 1], old, question)
+    b.finish(0, groups([0, 1]), question)
+    assert [g[0].ids for g in b.take(range(2))] == [[0], [1]]  # those of the step are its own
+    b.publish(weights(2))
+    assert b.begin(0, 0.0).numbers == [4, 5]  # a step goes first
+    b.begin(1, 0.0), b.begin(1, 0.0)
+    b.finish(1, groups([4]), question)  # in any order
+    assert not found
+    b.finish(1, groups([2, 3]), question)
+    thread.join(10)
+    assert [[s.ids for s in group] for group in found[0]] == [[[n]] for n in range(5)] and b.question is None
+
+
+def test_workers_that_rest_share_a_question() -> None:
+    b = board(workers=2, steps=0)
+    b.publish(weights(0))
+    assert begun(b, 0) == begun(b, 1) == []
+    question, thread, found = asked(b, 3, at_once=9)
+    assert (begun(b, 0), begun(b, 1)) == ([0, 1], [2])
+    b.finish(0, groups([0, 1]), question)
+    b.finish(1, groups([2]), question)
+    thread.join(10)
+    assert len(found[0]) == 3
+
+
+def test_who_asks_is_told_what_stops_the_sampling() -> None:
+    for stop, kind in (
+        (lambda b: b.fail(0, "killed", starts_left=0), WorkersFail),
+        (lambda b: b.stop(FloatingPointError("diverged")), FloatingPointError),
+        (lambda b: b.close(), Closed),
+        (lambda b: None, WorkersFail),  # nobody gives a sign of life
+    ):
+        b = board()
+        b.publish(weights(0))
+        _, thread, found = asked(b, 1)
+        stop(b)
+        thread.join(10)
+        assert [type(each) for each in found] == [kind] and b.question is None

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import psutil
@@ -36,12 +36,13 @@ def ahead(
     deadline_s: float = 20.0,
     restarts: int = 1,
     verify: bool = False,
+    inflight: Literal["finish", "continue", "restart"] = "finish",
     **settings: Any,
 ) -> Iterator[Ahead]:
     """A source of `workers` stubs with these settings; at its end no process is left."""
-    told = {"kind": "settings", "flag": str(directory / "flag"), **settings}
+    told = {"kind": "settings", "flag": str(directory / "flag"), "inflight": inflight, **settings}
     program = Program([sys.executable, "-S", str(STUB)], [told] * workers, str(directory), deadline_s)
-    orders = Orders(program, lambda ns: [Prompt([n + 1, n + 2], n) for n in ns], Sampling(8, TWO), "finish", restarts)
+    orders = Orders(program, lambda ns: [Prompt([n + 1, n + 2], n) for n in ns], Sampling(8, TWO), inflight, restarts)
     limits = Limits(TWO, staleness, steps, at_once=4, patience_s=2 * deadline_s + 5)
     with patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # a stub starts without site-packages
         source = Ahead(MESH, PROMPTS, limits, orders, lambda groups: None, 0, torch.float32, 0, verify)

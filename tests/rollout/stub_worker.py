@@ -84,7 +84,9 @@ def main() -> None:
             send(sock, {"kind": "diverged", "error": "the logits are not finite"})
             continue
         time.sleep(settings.get("pause_s", 0.0))
-        misbehave("sample", settings, sock)
+        of_step = head["sampling"]["num_samples"] == 2
+        assert head["inflight"] == (settings["inflight"] if of_step else "finish")
+        misbehave("sample" if of_step else "beside", settings, sock)
         data = packed(head, version - settings.get("stale", 0))
         if settings.get("phase") == "answer" and not Path(settings["flag"]).exists():
             sock.sendall(struct.pack("<QQ", 30, len(data)) + b"{")  # the beginning of a message

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from llmtrain.rollout.channel import Cut, Message, receive, send
-from llmtrain.rollout.shared_weights import share
+from llmtrain.rollout.shared_weights import share, shared_tensors
 from llmtrain.rollout.wire import unpack
 from llmtrain.rollout.worker import request_of
-from llmtrain.rollout.worker_process import Obedient, build_generator, serve
+from llmtrain.rollout.worker_process import Obedient, build_generator, serve, show_alone
 from llmtrain.types import Group, Prompt, Sample, Sampling
 from tests.model.llama import SMALL
+from tests.rollout.native_test import random_decoder
+from tests.rollout.vllm_client_test import MODEL as VLLM_MODEL
+from tests.rollout.vllm_stand_in import interpreter
 
 
 @dataclass
@@ -34,7 +39,9 @@ class Slow:
     def load_weights(self, weights: Any, version: int) -> None:
         self.weight, self.version = int(dict(weights)["w"]), version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, between: Callable[[], object] | None) -> list:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, between: Callable[[], object] | None = None
+    ) -> list:
         self.prompts.append(prompts)
         written: list[tuple[int, int]] = []
         for token in range(6):
@@ -126,14 +133,36 @@ def test_a_sign_of_life(trainer: Trainer) -> None:
     assert trainer.next().head == {"kind": "pong"}
 
 
-def test_divergence_is_told() -> None:
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(FloatingPointError("the logits are not finite"), "diverged"), (ValueError("the sides share no"), "refused")],
+)
+def test_what_no_worker_could_answer_is_told(error: Exception, kind: str) -> None:
     def fail(token: int) -> None:
-        raise FloatingPointError("the logits are not finite")
+        raise error
 
     ours, theirs = socket.socketpair()
     with ours, theirs:
         Obedient(theirs, Slow(fail)).answer({"numbers": [0], "inflight": "finish", **request_of([Prompt([1])], TWO)})
-        assert receive(ours).head == {"kind": "diverged", "error": "the logits are not finite"}
+        assert receive(ours).head == {"kind": kind, "error": str(error)}
+
+
+def test_a_group_that_shares_another_prompt_sends_it() -> None:
+    """As those of a game do, whose sides share the beginning of what was asked, with two rows a sample."""
+
+    def play(prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        return [[Sample(p.ids[:1], [9], [True], [-0.5], [3], True, parts={"won": 1.0})] * 4 for p in prompts]
+
+    ours, theirs = socket.socketpair()
+    prompts = [Prompt([5, 6]), Prompt([7])]
+    with ours, theirs:
+        head = {"numbers": [2, 3], "inflight": "finish", **request_of(prompts, TWO)}
+        Obedient(theirs, Slow(lambda token: None), play).answer(head)
+        found = unpack(torch.frombuffer(receive(ours).payload, dtype=torch.uint8), {2: [5, 6], 3: [7]})
+    assert [(n, len(group), group[3].prompt_ids, group[0].parts) for n, group in found.items()] == [
+        (2, 4, [5], {"won": 1.0}),
+        (3, 4, [7], {"won": 1.0}),
+    ]
 
 
 def test_a_trainer_that_leaves_while_it_is_sampled_ends_the_worker() -> None:
@@ -147,10 +176,36 @@ def test_a_trainer_that_leaves_while_it_is_sampled_ends_the_worker() -> None:
 
 
 def test_the_generator_is_as_the_trainer_describes_it(small_data: Any) -> None:
-    settings = {"model": SMALL.model_dump(mode="json"), "dtype": "bfloat16", "device": "cpu", "max_batch_seqs": 3}
-    settings |= {"max_seq_tokens": 64, "tokenizer": str(small_data / "tokenizer")}
+    settings = {"model": SMALL.model_dump(mode="json"), "dtype": "bfloat16", "device": "cpu", "max_seq_tokens": 64}
+    settings |= {"tokenizer": str(small_data / "tokenizer"), "rollout": {"max_batch_seqs": 3}}
     generator = build_generator(settings)
     assert generator.model.embed.weight.dtype == torch.bfloat16
     assert generator.model.head.weight is generator.model.embed.weight
     assert (generator.max_batch_seqs, generator.max_seq_tokens) == (3, 64)
     assert isinstance(generator.decode([5]), str)
+
+
+def test_a_worker_may_have_a_server(small_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes weights between answers, and sees the GPU of its worker alone."""
+    server = {"python": interpreter(tmp_path / "server"), "start_s": 20, "answer_s": 20}
+    settings = {"model": VLLM_MODEL.model_dump(mode="json"), "dtype": "float32", "device": "cpu", "max_seq_tokens": 32}
+    settings |= {"tokenizer": str(small_data / "tokenizer"), "rollout": {"generator": "vllm", "vllm": server}}
+    generator = build_generator(settings)
+    try:
+        shared = share(random_decoder(VLLM_MODEL).state_dict().items(), 4, torch.float32)
+        generator.load_weights(shared_tensors(shared.head(), shared.file), 4)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            head = {"numbers": [1], "inflight": "finish", **request_of([Prompt([5, 7], 3)], TWO)}
+            Obedient(theirs, generator).answer(head)
+            found = unpack(torch.frombuffer(receive(ours).payload, dtype=torch.uint8), {1: [5, 7]})
+        assert [s.versions for s in found[1]] == [[4] * 6] * 2
+    finally:
+        generator.close()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    for device, seen in (("cpu", "2,5"), ("cuda:1", "5")):
+        show_alone(torch.device(device))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    show_alone(torch.device("cuda:3"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"

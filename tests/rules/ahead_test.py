@@ -28,6 +28,8 @@ def lines(tmp_path: Path) -> Callable[..., list[str]]:
 def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
     assert lines(1) == lines(1, *AHEAD) == lines(1, *AHEAD, "rollout.inflight=continue") == []
     assert lines(2, *AHEAD, "rollout.deadline_s=299") == []
+    tools = ("rollout.environment={tools: [calculator]}", "rollout.record=true")
+    assert lines(1, *AHEAD, *tools) == lines(1, *AHEAD, *tools, "rollout.inflight=restart") == lines(1, *tools) == []
 
 
 @pytest.mark.parametrize(
@@ -75,17 +77,6 @@ def test_what_goes_together(lines: Callable[..., list[str]]) -> None:
             [*AHEAD, "rollout.verify=probe"],
             "rollout.verify=probe: not with rollout.placement=ahead, whose workers have other weights before a probe "
             "is back; set checksum, which compares all weights when a worker has loaded them, or off",
-        ),
-        (
-            1,
-            [*AHEAD, "rollout.environment={tools: [calculator]}"],
-            "rollout.environment: not with rollout.placement=ahead, whose workers answer single prompts; use "
-            "colocated or separate, or remove it",
-        ),
-        (
-            1,
-            ["rollout.record=true", "rollout.environment={tools: [calculator]}"],
-            "rollout.record=True: not with rollout.environment, whose episodes it does not hold; remove one of them",
         ),
         (
             1,

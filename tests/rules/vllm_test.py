@@ -47,6 +47,32 @@ def test_what_can_be_is_let_through(tmp_path: Path, command: str) -> None:
     assert told(tmp_path, "rollout.top_p=0.9", "rollout.top_k=5", command=command) == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], []),
+        (
+            ["rollout.verify=checksum"],
+            [
+                "rollout.verify=checksum: must be off with rollout.placement=ahead and rollout.generator=vllm: a probe "
+                "comes back too late, and the server holds weights joined and packed; set off: each answer is refused "
+                "that is not of the version which was sent"
+            ],
+        ),
+        (
+            ["rollout.inflight=continue"],
+            [
+                "rollout.inflight=continue: must be finish with rollout.generator=vllm, whose server takes weights "
+                "between answers alone; set finish, or use native"
+            ],
+        ),
+    ],
+)
+def test_a_server_of_a_worker_that_samples_ahead(tmp_path: Path, overrides: list[str], expected: list[str]) -> None:
+    ahead = ("rollout.placement=ahead", "rollout.workers=1", "rollout.max_staleness=1", "rollout.verify=off")
+    assert told(tmp_path, *ahead, *overrides) == expected
+
+
 def test_a_missing_interpreter_is_told_with_the_remedy(tmp_path: Path) -> None:
     (line,) = told(tmp_path, "rollout.vllm.python=none/bin/python")
     assert line.startswith(

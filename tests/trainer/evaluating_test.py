@@ -6,7 +6,8 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from llmtrain.trainer.identity import Record as RunRecord
 from llmtrain.trainer.identity import contents_of, differences, record_of
 from llmtrain.trainer.job import Job, resolved
 from llmtrain.trainer.record import Record
-from llmtrain.types import Batch, Prompt, Scores
+from llmtrain.types import Batch, Group, Prompt, Sampling, Scores
 from tests.recipes.conftest import one_rank, stub_job  # noqa: F401  fixtures
 from tests.recipes.stubs import StubGenerator, shifted
 
@@ -143,6 +144,87 @@ def test_a_recipe_that_samples_nothing_gets_a_whole_model_for_the_evaluation(
     monkeypatch.setattr(evaluating, "whole_model", lambda job: made.append(job.step) or generator)
     found = measured(job)
     assert made == [0, 2] and found[2]["eval/pass@1"] == 0.25 and "eval/loss" not in found[2]
+
+
+class Workers:
+    """Stands in for workers that sample ahead: what they are asked waits until `answer` is set."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.local, self.answer, self.versions = job, job.generator, threading.Event(), []
+        job.generator, job.ahead = None, self
+
+    def pinned(self) -> Workers:
+        self.versions.append(self.job.step)
+        return self
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        assert self.answer.wait(20)
+        return self.local.generate(prompts, sampling)
+
+
+def written(job: Job) -> list[tuple[int, bool, bool]]:
+    """Of each line: its step, whether it has a loss on text, and whether it has answers, which must be right."""
+    lines = [json.loads(line) for line in (Path(job.config.directory) / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "eval/pass@1" in line:
+            assert (line["eval/pass@1"], line["eval/greedy"], line["eval/problems"]) == (0.25, 1.0, 4)
+            assert line["eval_beside_s"] >= 0
+    return [(line["step"], "eval/loss" in line, "eval/pass@1" in line) for line in lines]
+
+
+def test_problems_are_answered_beside_training(start: Callable[..., Job]) -> None:
+    """What is found later stands in the line of the step whose weights were asked."""
+    job, saves = start("grpo", "eval.every_steps=2", "train.steps=5", "log.every_steps=4"), []
+    workers = Workers(job)
+    evaluation = Evaluation(job)
+    with Record(job) as record:
+        record.write_start(evaluation.at_start())
+        for job.step in range(1, 6):
+            if job.step == 3:  # what step 2 asked is answered, what step 4 asks is not yet
+                evaluation.beside.future.result(20)
+            workers.answer.clear() if job.step in (1, 4) else workers.answer.set()
+            record.write(job, {"loss": 1.0}, 10, 0.5, lambda *shown: None, evaluation.after_step())
+            record.complete(job, evaluation.late())
+            if job.step == 1:
+                assert written(job) == [(0, True, False)]
+            if job.step == 3:
+                assert written(job) == [(0, True, True), (2, True, True)]
+            if job.step == 4:  # it is saved at once: these weights are there when the run goes on from here
+                record.complete(job, evaluation.before_save())
+                assert written(job) == [(0, True, True), (2, True, True), (4, True, False)]
+            if job.step == 5:  # the end
+                saves.append(evaluation.beside.step)
+                record.complete(job, evaluation.before_save())
+    assert workers.versions == [0, 2, 4, 5] and saves == [5] and evaluation.beside.step is None
+    assert written(job) == [(step, True, True) for step in (0, 2, 4, 5)]
+
+
+def test_a_save_waits_for_what_earlier_weights_answer(start: Callable[..., Job]) -> None:
+    job = start("grpo", "eval.every_steps=4", "train.steps=9", "eval.text=false")
+    workers = Workers(job)
+    evaluation = Evaluation(job)
+    assert list(evaluation.at_start()) == ["eval_s"]
+    job.step = 3
+    assert evaluation.late() == {}
+    threading.Timer(0.1, workers.answer.set).start()
+    found = evaluation.before_save()
+    assert list(found) == [0] and found[0]["eval/pass@1"] == 0.25 and evaluation.late() == {}
+
+
+@pytest.mark.parametrize(("held", "asked"), [({}, [4]), ({"eval/problems": 4}, [])])
+def test_a_run_that_goes_on_asks_again_what_was_not_answered(
+    held: dict, asked: list[int], start: Callable[..., Job]
+) -> None:
+    job = start("grpo", "eval.every_steps=2", "train.steps=8", "eval.text=false")
+    workers, path = Workers(job), Path(job.config.directory) / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "eval_s": 0.0, **held}) + "\n" for step in (0, 2, 4)))
+    workers.answer.set()
+    job.step = 4
+    evaluation = Evaluation(job)
+    assert evaluation.at_start() == {} and workers.versions == asked
+    assert list(evaluation.beside.settle()) == asked
+    job.step = 5
+    assert Evaluation(job).at_start() == {} and workers.versions == asked  # nothing was due there
 
 
 def test_every_measure_has_its_line(start: Callable[..., Job]) -> None:

@@ -108,6 +108,10 @@ def test_what_a_record_is_of() -> None:
     rollout = {"group_size": 2, "temperature": 0.7}
     rewards = [{"function": "mine.py:own", "weight": 0.5}]
     assert made_with(Config.model_validate({"name": "x", "rollout": rollout, "rewards": rewards})) == MADE
+    rollout["environment"] = {"game": "nim", "threads": 3, "weights": {"won": 2}}
+    own = {"tools": [], "game": "nim", "args": {}, "max_turns": 8, "weights": {"won": 2.0}}
+    found = made_with(Config.model_validate({"name": "x", "rollout": rollout, "rewards": rewards}))
+    assert found == MADE | {"rollout.environment": own}
 
 
 def test_a_record_of_other_settings_is_refused(recorded: Path) -> None:
@@ -119,6 +123,27 @@ def test_a_record_of_other_settings_is_refused(recorded: Path) -> None:
         f"rollout.temperature=1.0: {path} was made with 0.7; {remedy}",
         f"rewards=[]: {path} was made with {MADE['rewards']}; {remedy}",
     ]
+
+
+def test_episodes_come_back(tmp_path: Path) -> None:
+    """With the rows of both sides, what they share of the prompt, and tokens that no policy wrote; one side never
+    spoke."""
+    game = {**MADE, "rollout.environment": {"game": "nim", "weights": {"won": 2.0}}}
+    row = PROMPTS.prompt_ids(4)
+    sides = [
+        Sample(row[:2], [1, 9, 8, 7], [False, True, False, True], [0.0, -0.5, 0.0, -1.5], [3, 3, 3, 4], True, 1.0),
+        Sample(row[:2], [], [], [], [], True, -1.0, {"won": -1.0}, {"environment": "broken"}),
+    ]
+    for sample in sides:
+        sample.example = {"row": 4}
+    source = Source()
+    source.ask = lambda numbers: [sides] * len(numbers)
+    recording = Recording(source, LocalGroup(), str(tmp_path), 1, game)
+    recording.publish("weights", 4)
+    recording.take(4)
+    assert replayed(tmp_path, 4, **game).ask(range(4, 5)) == [sides]
+    with pytest.raises(ValueError, match=r"rollout\.environment=None: .* was made with \{'game': 'nim'"):
+        replayed(tmp_path, 4).ask(range(4, 5))
 
 
 def test_a_step_that_is_not_there_is_named(recorded: Path) -> None:
