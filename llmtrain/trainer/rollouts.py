@@ -16,6 +16,7 @@ from llmtrain.data.prompts import PromptSet
 from llmtrain.engine.precision import compute_dtype
 from llmtrain.envs.parts import add_parts, failures_of, judged_by_environment
 from llmtrain.model.decoder import Decoder
+from llmtrain.parallel.mesh import Mesh
 from llmtrain.rewards import RewardsFail, build_reward, check_rows, count_failures, reward_metrics, stop_if_failing
 from llmtrain.rollout.ahead import Ahead
 from llmtrain.rollout.board import WorkersFail
@@ -23,7 +24,7 @@ from llmtrain.rollout.generator import Generator, RolloutSource
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.source import InStep, Shuffled, shared_reward
 from llmtrain.rollout.vllm import VllmGenerator
-from llmtrain.rollout.worker import ColocatedGenerator, RemoteGenerator, serve
+from llmtrain.rollout.worker import Answer, ColocatedGenerator, RemoteGenerator, serve
 from llmtrain.trainer.ahead import build_ahead
 from llmtrain.trainer.completions import completion_text, sampling_of, stop_text
 from llmtrain.trainer.curriculum import Curriculum
@@ -33,7 +34,7 @@ from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import CURRICULUM, STEP_SAMPLES
 from llmtrain.trainer.recorded import Recording, Replayed, made_with
 from llmtrain.trainer.verify import load_verified
-from llmtrain.types import Group, Sample
+from llmtrain.types import Group, Prompt, Sample, Sampling
 
 PROMPTS = "prompts"  # key in Job.state: how many the run has sampled
 
@@ -58,7 +59,24 @@ def build_generator(job: Job) -> ColocatedGenerator | RemoteGenerator:
         job.mesh.link.await_trainers("model", job.mesh.role)
         return RemoteGenerator(job.mesh.link, job.mesh.num_trainers)
     local = with_agent(job.config, job.tokenizer, local_generator(job))
-    return ColocatedGenerator(local, job.mesh, answering(job.config, job.tokenizer, local).generate)
+    answer = answering(job.config, job.tokenizer, local).generate
+    return ColocatedGenerator(local, job.mesh, partial(answered_by_all, job.mesh, answer))
+
+
+def answered_by_all(mesh: Mesh, answer: Answer, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    """Returns what `answer` does on this rank (a collective). Where it fails on any, all raise at once: they would wait
+    for its share of the prompts."""
+    groups, error = [], None
+    try:
+        groups = answer(prompts, sampling)
+    except Exception as failed:  # of any kind, as the others must hear of it
+        error = failed
+    told = mesh.all_gather_json(None if error is None else [type(error).__name__, str(error)])
+    if error is not None:
+        raise error
+    for rank, (kind, reason) in ((rank, each) for rank, each in enumerate(told) if each is not None):
+        raise FloatingPointError(reason) if kind == "FloatingPointError" else OSError(f"rank {rank}: {reason}")
+    return groups
 
 
 def serve_rollouts(job: Job) -> None:

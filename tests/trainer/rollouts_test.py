@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from llmtrain.config.schema import RewardConfig, RolloutConfig
+from llmtrain.data.post import ServerFault
 from llmtrain.trainer import rollouts
-from llmtrain.trainer.rollouts import take_spread
-from llmtrain.types import Group, Sample
+from llmtrain.trainer.rollouts import answered_by_all, take_spread
+from llmtrain.types import Group, Prompt, Sample, Sampling
 
 
 class Source:
@@ -59,6 +60,42 @@ def test_the_next_step_takes_the_prompts_behind() -> None:
     assert taken({9, 10, 11}, 5, number=1, state={"prompts": 9}) == ([9, 10, 11], [[9, 10, 11]], {"prompts": 12})
     # a checkpoint that was made before prompts were counted
     assert taken({6, 7, 8}, 5, number=2) == ([6, 7, 8], [[6, 7, 8]], {"prompts": 9})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (FloatingPointError("not finite"), FloatingPointError, "not finite"),
+        (ServerFault("it ended"), OSError, "rank 1: it ended"),
+        (KeyError("x"), OSError, "rank 1: 'x'"),
+        (None, None, ""),
+    ],
+)
+def test_a_rank_that_fails_ends_all(error: Exception | None, kind: type | None, words: str) -> None:
+    barrier, said = Barrier(2), {}
+
+    def answered(rank: int) -> Any:
+        def answer(prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+            if rank and error is not None:
+                raise error
+            return [[rank]]
+
+        def gather(part: Any) -> list[Any]:
+            said[rank] = part
+            barrier.wait(10)
+            return [said[0], said[1]]
+
+        try:
+            return answered_by_all(SimpleNamespace(all_gather_json=gather), answer, [], Sampling(1))
+        except Exception as failed:
+            return failed
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(answered, range(2))
+    if error is None:
+        assert (first, second) == ([[0]], [[1]])
+    else:
+        assert second is error and type(first) is kind and str(first) == words
 
 
 def test_a_failed_score_counts_the_worst_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
