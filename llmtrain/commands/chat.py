@@ -21,6 +21,7 @@ from llmtrain.data.search.store import Hit, Store, open_store
 from llmtrain.data.stream import text_of
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine.precision import compute_dtype
+from llmtrain.model.decoder import Decoder
 from llmtrain.observe.log import log
 from llmtrain.parallel.device import rank_device
 from llmtrain.rollout.native import NativeGenerator
@@ -173,12 +174,22 @@ def load_generator(
     path: str, max_batch_seqs: int = 1, max_seq_tokens: int | None = None, decode: Decode | None = None
 ) -> NativeGenerator:
     """Returns a generator of the model at the path, on the GPU if there is one; the rest is as in `NativeGenerator`.
-    Raises ValueError when there is none that generates."""
+    Raises ValueError as `language_model` does."""
+    model = load_model(path, language_model(path))
+    return NativeGenerator(model, max_batch_seqs, rank_device(), max_seq_tokens, decode)
+
+
+def language_model(path: str) -> ModelConfig:
+    """Returns the architecture of the model at the path. Raises ValueError when there is none that generates."""
     model = resolve_model(ModelConfig(init_from=path))
     if model.head != "lm":
         raise ValueError(f"{path}: its head gives numbers instead of words (model.head={model.head}); give another")
-    decoder = load_decoder(path, model, compute_dtype(fast_precision()))
-    return NativeGenerator(decoder, max_batch_seqs, rank_device(), max_seq_tokens, decode)
+    return model
+
+
+def load_model(path: str, model: ModelConfig) -> Decoder:
+    """Returns the model at the path, in the dtype that is fast here."""
+    return load_decoder(path, model, compute_dtype(fast_precision()))
 
 
 def tokenizer_of(path: str) -> Tokenizer:

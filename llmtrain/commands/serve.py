@@ -9,11 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from llmtrain.commands.chat import load_generator, tokenizer_of
+from llmtrain.commands.chat import language_model, load_generator, load_model, tokenizer_of
+from llmtrain.config.sampling import RolloutConfig
 from llmtrain.config.serve import ServeOptions
 from llmtrain.data.ends import end_ids
 from llmtrain.observe.log import log
-from llmtrain.rollout.continuous import Continuous
+from llmtrain.parallel.device import rank_device
+from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.stop import Decode
+from llmtrain.rollout.vllm import VllmGenerator
+from llmtrain.rollout.vllm_streams import streams_of
+from llmtrain.rules.vllm import lacking, unserved
 from llmtrain.trainer.completions import stop_text
 
 GRACE_S = 10  # for the answers that are under way when the server is told to end
@@ -39,9 +45,9 @@ def main(options: ServeOptions) -> None:
         tokenizer = tokenizer_of(options.path)
         if tokenizer.has_chat:
             _ = tokenizer.chat  # what is broken is told before the first request
-        generator = load_generator(options.path, options.max_batch_seqs, options.max_seq_tokens, stop_text(tokenizer))
+        generator = generator_of(options, stop_text(tokenizer))
         ends = end_ids(tokenizer, (options.path, tokenizer.directory))
-        model = ServedModel(options.name, tokenizer, ends, Continuous(generator))
+        model = ServedModel(options.name, tokenizer, ends, streams_of(generator))
         token = options.token or secrets.token_urlsafe(32)
         app = build_app(model, only(token, Anyone(model)))
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
@@ -52,6 +58,27 @@ def main(options: ServeOptions) -> None:
         finally:
             model.continuous.close()
     log("serve: ended")
+
+
+def generator_of(options: ServeOptions, decode: Decode) -> NativeGenerator | VllmGenerator:
+    """Returns what decodes, as the options say. Raises ValueError for a model that it cannot serve."""
+    sizes = options.max_batch_seqs, options.max_seq_tokens
+    if options.generator == "native":
+        return load_generator(options.path, *sizes, decode)
+    if fault := lacking(options.vllm.python):
+        raise ValueError(f"serve: --vllm-python {options.vllm.python}: {fault}")
+    if fault := unserved(shape := language_model(options.path)):
+        raise ValueError(f"serve: --generator vllm: {fault}; use --generator native")
+    model = load_model(options.path, shape)
+    settings = RolloutConfig(generator="vllm", max_batch_seqs=sizes[0], vllm=options.vllm)
+    dtype = model.embed.weight.dtype
+    generator = VllmGenerator(model.config, settings, dtype, rank_device(), sizes[1], decode, raw=True)
+    try:
+        generator.load_weights(model.state_dict().items(), 0)
+    except BaseException:
+        generator.close()
+        raise
+    return generator
 
 
 @contextmanager

@@ -7,15 +7,16 @@ import ipaddress
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llmtrain.config.chat import count, text
 from llmtrain.config.document import ConfigError
 from llmtrain.config.hub import fetch, is_name
+from llmtrain.config.vllm import VllmConfig
 
 SERVE_USAGE = (
     "llmtrain serve RUN|DIRECTORY [--host HOST] [--port PORT] [--token TOKEN] [--name NAME] [--max-batch-seqs N] "
-    "[--max-seq-tokens N]"
+    "[--max-seq-tokens N] [--generator native|vllm] [--vllm-python FILE] [--vllm-cache-gib GIB]"
 )
 TOKEN = "LLMTRAIN_SERVE_TOKEN"  # environment variable: unlike --token, no other user of the machine can read it
 LEAST_TOKEN = 16  # characters of a token for another host
@@ -35,6 +36,8 @@ class ServeOptions:
     name: str = ""  # what requests call the model; empty: the last part of the path
     max_batch_seqs: int = 16  # sequences decoded together
     max_seq_tokens: int = 4096  # of a prompt and its answer, and at most what the model has positions for
+    generator: str = "native"  # what decodes: native or vllm
+    vllm: VllmConfig = field(default_factory=VllmConfig)  # read where it is vllm
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,7 +56,12 @@ def serve_options(arguments: Sequence[str]) -> ServeOptions:
     parser.add_argument("--name", type=text, default=default.name)
     parser.add_argument("--max-batch-seqs", type=count, default=default.max_batch_seqs)
     parser.add_argument("--max-seq-tokens", type=count, default=default.max_seq_tokens)
-    options = ServeOptions(**vars(parser.parse_args(list(arguments))))
+    parser.add_argument("--generator", choices=("native", "vllm"), default=default.generator)
+    parser.add_argument("--vllm-python", type=text)
+    parser.add_argument("--vllm-cache-gib", type=gib)
+    given = vars(parser.parse_args(list(arguments)))
+    own = {"python": given.pop("vllm_python"), "cache_gib": given.pop("vllm_cache_gib")}
+    options = ServeOptions(**given, vllm=_vllm(given["generator"], own))
     _check_host(options)
     options = replace(options, name=options.name or os.path.basename(os.path.normpath(options.path)))
     if is_name(options.path):
@@ -61,6 +69,16 @@ def serve_options(arguments: Sequence[str]) -> ServeOptions:
     if not os.path.isdir(options.path):
         raise ConfigError(f"{options.path}: no such directory; give that of a run or of a Hugging Face model")
     return options
+
+
+def _vllm(generator: str, given: dict[str, Any]) -> VllmConfig:
+    """Returns the settings of vLLM. Raises ConfigError for some that nothing reads."""
+    own = {name: value for name, value in given.items() if value is not None}
+    if own and generator != "vllm":
+        name = next(iter(own))
+        option = f"--vllm-{name.replace('_', '-')} {own[name]}"
+        raise ConfigError(f"serve: {option}: is read with --generator vllm alone; set that, or leave it out")
+    return VllmConfig(**own)
 
 
 def _check_host(options: ServeOptions) -> None:
@@ -86,6 +104,14 @@ def port(written: str) -> int:
     value = int(written)
     if not 0 <= value < 65_536:
         raise argparse.ArgumentTypeError(f"{written}: must be 0 (any that is free) to 65535")
+    return value
+
+
+def gib(written: str) -> float:
+    """Returns the number. Raises ArgumentTypeError when it is no size."""
+    value = float(written)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{written}: must be above 0")
     return value
 
 

@@ -15,9 +15,10 @@ from llmtrain.envs.dialogue import Renderer
 from llmtrain.envs.episodes import FAILED
 from llmtrain.envs.program import Program, Task, rewards_of
 from llmtrain.envs.session import Session, Thread
-from llmtrain.rollout.continuous import Continuous
 from llmtrain.rollout.generator import Weights
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.vllm import VllmGenerator
+from llmtrain.rollout.vllm_streams import streams_of
 from llmtrain.sandbox.pool import Reply
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
@@ -31,7 +32,12 @@ class Agents:
     knows the session; a group holds the rows of all sessions of a prompt (see `Sample.attempt`)."""
 
     def __init__(
-        self, generator: NativeGenerator, tokenizer: Tokenizer, program: Program, rewarded: bool, most_seqs: int
+        self,
+        generator: NativeGenerator | VllmGenerator,
+        tokenizer: Tokenizer,
+        program: Program,
+        rewarded: bool,
+        most_seqs: int,
     ) -> None:
         """`rewarded`: there are rewards beside what the program returns. `most_seqs` are decoded together."""
         self.generator, self.tokenizer, self.program, self.rewarded = generator, tokenizer, program, rewarded
@@ -115,14 +121,18 @@ class Server:
     """Holds a server of this process: it listens at a free port of this machine, in threads."""
 
     def __init__(
-        self, generator: NativeGenerator, tokenizer: Tokenizer, sessions: dict[str, Session], most_seqs: int
+        self,
+        generator: NativeGenerator | VllmGenerator,
+        tokenizer: Tokenizer,
+        sessions: dict[str, Session],
+        most_seqs: int,
     ) -> None:
         import uvicorn  # of the extra `serve`
 
         from llmtrain.rollout.api.app import build_app
         from llmtrain.rollout.api.model import ServedModel
 
-        self.continuous = Continuous(generator, most_seqs)
+        self.continuous = streams_of(generator, most_seqs)
         self.model = ServedModel(NAME, tokenizer, (), self.continuous)
         sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"

@@ -65,7 +65,7 @@ class Session:
 
     def sampling(self, asked: ChatRequest | CompletionRequest, prompt_tokens: int) -> Sampling:
         """Returns the run's settings, with the stops of the request; see Caller."""
-        most = min(self.settings.max_new_tokens, self.model.generator.max_seq_tokens - prompt_tokens)
+        most = min(self.settings.max_new_tokens, self.model.continuous.max_seq_tokens - prompt_tokens)
         stop_ids = (*self.settings.stop_ids, *(asked.stop_token_ids or ()))
         stops, most = (*self.settings.stop_strings, *asked.stop), min(most, asked.wanted or most)
         return replace(self.settings, max_new_tokens=most, num_samples=1, stop_ids=stop_ids, stop_strings=stops)
@@ -124,7 +124,7 @@ class Session:
         new = list(messages[count:])
         if not thread.answered:  # it was asked, and the answer never came
             return not new
-        limit = self.model.generator.max_seq_tokens
+        limit = self.model.continuous.max_seq_tokens
         try:
             if not new or not thread.dialogue.hear(new, limit - 1):
                 if not new:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from torch import Tensor
 from llmtrain.observe.log import log
 from llmtrain.rollout.completion import Completion
 from llmtrain.rollout.native import Decoding, NativeGenerator
+from llmtrain.rollout.stem import without_head
 from llmtrain.types import Prompt, Sampling
+
+HEAD_TOKENS = 512  # of a prompt that is scored, whose logits exist at one time
 
 
 class Token(NamedTuple):
@@ -28,7 +31,7 @@ class Token(NamedTuple):
 
     sample: int  # its number in the group
     id: int
-    logprob: float  # under the sampling temperature, as in `Sample.logprobs`
+    logprob: float | None  # under the sampling temperature, as in `Sample.logprobs`; None where an engine gives none
     plain: float | None  # the log-prob at temperature 1; None where nobody asked
     top: list[tuple[int, float]]  # the likeliest tokens, with their log-probs at temperature 1
     version: int  # of the weights
@@ -51,12 +54,41 @@ class Request:
     left: int = 0  # sequences that have not ended
 
 
+class Streams(Protocol):
+    """Answers requests that come one after the other, whoever decodes. Methods may be called in any thread."""
+
+    max_seq_tokens: int  # of a prompt and what follows it
+    vocab_size: int
+    alive: bool  # whether requests can be answered
+    sequences: int  # that are decoded or wait
+
+    def refuses(self, sampling: Sampling, top: int | None) -> str | None:
+        """Returns why nothing can be sampled so, for who asks; None where it can."""
+
+    def submit(self, request: Request) -> int:
+        """Starts a request and returns its number. Raises ValueError as `Generator.generate` does, RuntimeError when
+        closed."""
+
+    def drop(self, number: int) -> None:
+        """Ends a request, which frees its place; one that has ended is no matter."""
+
+    def scored(self, ids: Sequence[int], top: int) -> Future[list[Token]]:
+        """Returns the future tokens of a prompt but the first, as the model sees them at temperature 1, with the `top`
+        likeliest of each place."""
+
+    def rest(self) -> None:
+        """Ends all requests, and lets go of what they held until the next one comes."""
+
+    def close(self) -> None:
+        """Ends, with the generator; requests that run are told."""
+
+
 class Continuous:
-    """Runs the decoding of a generator: requests that are there at the same time are decoded together, at most
-    `generator.max_batch_seqs` sequences; others wait.
+    """Implements `Streams` with the decoding of a generator: requests that are there at the same time are decoded
+    together, at most `generator.max_batch_seqs` sequences; others wait.
 
     The tokens of a request are those that `generator.generate` gives for its prompt, seed and sampling, whatever else
-    runs. Methods may be called in any thread.
+    runs.
     """
 
     def __init__(self, generator: NativeGenerator, most_seqs: int | None = None) -> None:
@@ -74,13 +106,29 @@ class Continuous:
         self.thread.start()
 
     @property
+    def max_seq_tokens(self) -> int:
+        return self.generator.max_seq_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return self.generator.model.config.vocab_size
+
+    @property
+    def alive(self) -> bool:
+        return self.thread.is_alive()
+
+    @property
     def sequences(self) -> int:
         """Returns how many sequences are decoded or wait."""
         with self.changed:
             return sum(r.sampling.num_samples for r in (*self.coming.values(), *self.running.values()))
 
+    def refuses(self, sampling: Sampling, top: int | None) -> str | None:
+        """Returns None: all that a request may ask for can be sampled."""
+        return None
+
     def submit(self, request: Request) -> int:
-        """Starts a request and returns its number. Raises ValueError as `generate` does, RuntimeError when closed."""
+        """Starts a request and returns its number; see Streams."""
         self.generator.sequences(0, request.prompt, request.sampling)  # refuses what is wrong, in the caller's thread
         with self.changed:
             if self.closing:
@@ -106,6 +154,10 @@ class Continuous:
             self.jobs.append((future, job))
             self.changed.notify()
         return future
+
+    def scored(self, ids: Sequence[int], top: int) -> Future[list[Token]]:
+        """Returns the future tokens of a prompt; see Streams."""
+        return self.call(lambda: prompt_tokens(self.generator, ids, top))
 
     def rest(self) -> None:
         """Ends all requests, and lets go of the cache until the next one comes."""
@@ -223,3 +275,21 @@ class Continuous:
         for future, _ in jobs:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
+
+
+@torch.inference_mode()
+def prompt_tokens(generator: NativeGenerator, ids: Sequence[int], top: int) -> list[Token]:
+    """Returns what the model says of each of `ids` but the first, given those before it: log-probs at temperature 1,
+    and the `top` likeliest tokens there."""
+    rows = torch.tensor([list(ids)], device=generator.device)
+    hidden = without_head(generator.model)(rows, torch.arange(len(ids), device=generator.device)[None])[0, :-1]
+    found: list[Token] = []
+    for start in range(0, len(ids) - 1, HEAD_TOKENS):
+        logp = generator.model.head(hidden[start : start + HEAD_TOKENS]).float().log_softmax(-1)
+        labels = rows[0, start + 1 : start + 1 + len(logp)]
+        plain = logp.gather(-1, labels[:, None])[:, 0].tolist()
+        best, likeliest = (x.tolist() for x in logp.topk(min(top, logp.size(-1)), -1))
+        for label, value, *of_place in zip(labels.tolist(), plain, likeliest, best, strict=True):
+            pairs = list(zip(*of_place, strict=True))
+            found.append(Token(0, label, value, value, pairs, generator.version, None))
+    return found

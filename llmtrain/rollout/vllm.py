@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,24 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.vllm import LEAST_TEMPERATURE, NO_CHECKSUMS, truncates
 from llmtrain.data.post import ServerFault
 from llmtrain.model.hf_write import hf_tensors
+from llmtrain.rollout.continuous import Token
 from llmtrain.rollout.sampling import check_prompts, check_sampling
 from llmtrain.rollout.stop import Decode, Stop
+from llmtrain.rollout.vllm_answers import (
+    BadAnswer,
+    Said,
+    choices_of,
+    in_order,
+    likeliest_of,
+    read_choice,
+    read_prompt,
+)
 from llmtrain.rollout.vllm_server import VllmServer
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
 GENERATE = "/inference/v1/generate"
 TOKEN_BYTES, ANSWER_BYTES = 512, 65_536  # of an answer: for a token, and beside all tokens
-ABOVE_ZERO, NOT_FINITE = 1e-3, -9999.0  # a log-prob may be, by rounding; what vLLM writes for NaN and minus infinity
+MOST_TOLD = 20  # of the likeliest tokens of a place
 GIB, MIB = 2**30, 2**20
 
 
@@ -52,10 +60,13 @@ class VllmGenerator:
         device: torch.device | str,
         max_seq_tokens: int | None = None,
         decode: Decode | None = None,
+        raw: bool | None = None,
     ) -> None:
-        """Starts the server and waits for it. `model` is resolved and has no adapters. Raises ServerFault when the
-        server does not start."""
+        """Starts the server and waits for it. `model` is resolved and has no adapters. `raw`: log-probs are those of
+        temperature 1, before truncation (None: where `settings` truncate); else those of the temperature. Raises
+        ServerFault when the server does not start."""
         self.model, self.settings, self.dtype, self.decode = model, settings, dtype, decode
+        self.raw = truncates(settings.top_p, settings.top_k) if raw is None else raw
         self.max_seq_tokens = min(max_seq_tokens or model.max_positions, model.max_positions)
         self.sleeps = torch.device(device).type == "cuda"  # on a CPU a server can free nothing
         self.version, self.loaded, self.asleep = 0, False, False
@@ -77,9 +88,14 @@ class VllmGenerator:
         FloatingPointError when the logits are not finite, RuntimeError when asleep or without weights, ServerFault
         when the server does not answer in time or not as it must.
         """
-        self._check(prompts, sampling)
-        deadline = self._woken("weights", "kv_cache")
-        each = 1 if sampling.stop_strings else self.settings.max_batch_seqs  # what stops by itself is asked by itself
+        self.check(prompts, sampling)
+        if fault := self._unfit(sampling):
+            raise ValueError(fault)
+        deadline = self.woken("weights", "kv_cache")
+        alone = (
+            sampling.stop_strings or sampling.temperature == 0
+        )  # that stop by themselves; vLLM takes no greedy group
+        each = 1 if alone else self.settings.max_batch_seqs
         n = sampling.num_samples
         parts = [(p, i, min(each, n - i)) for p in prompts for i in range(0, n, each)]
         pool = ThreadPoolExecutor(max(1, min(len(parts), self.settings.max_batch_seqs)))
@@ -92,7 +108,7 @@ class VllmGenerator:
             pool.shutdown(cancel_futures=True)
         samples = [sample for answer in answers for sample in answer]
         if samples:  # an answer may name no version: a streamed one does not
-            self._check_version(deadline)
+            self.check_version(deadline)
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -101,7 +117,7 @@ class VllmGenerator:
         Raises ValueError when one is missing, unknown or of another shape. The model is then partly updated, and
         nothing is sampled from it: load again.
         """
-        deadline = self._woken("weights")
+        deadline = self.woken("weights")
         self.loaded = False
         self.server.call("llmtrain_begin", deadline=deadline)
         for number, bucket in enumerate(self._buckets(hf_tensors(weights, self.model, self.dtype))):
@@ -139,15 +155,16 @@ class VllmGenerator:
         ours = ["--worker-extension-cls", "llmtrain_vllm.Loader", "--middleware", "llmtrain_vllm.Guard"]
         plain = ["--tokens-only", "--load-format", "dummy", "--generation-config", "vllm", "--disable-log-stats"]
         quiet = ["--disable-uvicorn-access-log", "--disable-fastapi-docs", "--served-model-name", "policy"]
-        mode = ["--logprobs-mode", "raw_logprobs" if truncates(s.top_p, s.top_k) else "processed_logprobs"]
+        mode = ["--logprobs-mode", "raw_logprobs" if self.raw else "processed_logprobs"]
+        told = ["--max-logprobs", str(MOST_TOLD + 1)]  # the drawn token is one of so many
         # a CPU server shares prompts by blocks of 128 tokens, unless told otherwise
         device = ["--enable-sleep-mode"] if self.sleeps else ["--enforce-eager", "--block-size", "32"]
-        return [*shape, *memory, *ours, *plain, *quiet, *mode, *device]
+        return [*shape, *memory, *ours, *plain, *quiet, *mode, *told, *device]
 
     def _deadline(self) -> float:
         return time.monotonic() + self.settings.vllm.answer_s
 
-    def _woken(self, *parts: str) -> float:
+    def woken(self, *parts: str) -> float:
         """Makes the server hold its weights, then keys and values, as asked; returns the deadline of the call."""
         deadline = self._deadline()
         for part in parts:
@@ -158,7 +175,8 @@ class VllmGenerator:
 
     # Completions
 
-    def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Raises RuntimeError when nothing can be sampled now, ValueError for what can be sampled nowhere."""
         if self.asleep:
             raise RuntimeError("the generator sleeps; call wake() before generate()")
         if not self.loaded:
@@ -166,49 +184,91 @@ class VllmGenerator:
         check_sampling(sampling)
         check_prompts(prompts, self.max_seq_tokens)
         assert self.decode or not sampling.stop_strings, "stop strings need a decoder"
-        s = self.settings
-        fault = unfit(sampling.temperature, sampling.top_p, sampling.top_k)
-        if fault is None and truncates(sampling.top_p, sampling.top_k) and not truncates(s.top_p, s.top_k):
-            fault = f"top_p={sampling.top_p:g}, top_k={sampling.top_k}: the server was started without truncation"
-        if fault is None and truncates(s.top_p, s.top_k) and sampling.temperature not in (0.0, 1.0):
-            fault = f"temperature={sampling.temperature:g}: the server was started for temperature 1"
-        if fault:
-            raise ValueError(fault)
+
+    def _unfit(self, sampling: Sampling) -> str | None:
+        """Returns why this server gives no log-probs that `Sample` asks for, None where it does."""
+        if fault := unfit(sampling.temperature, sampling.top_p, sampling.top_k):
+            return fault
+        if truncates(sampling.top_p, sampling.top_k) and not self.raw:
+            return f"top_p={sampling.top_p:g}, top_k={sampling.top_k}: the server was started without truncation"
+        if self.raw and sampling.temperature not in (0.0, 1.0):
+            return f"temperature={sampling.temperature:g}: the server was started for temperature 1"
+        return None
+
+    def _most(self, prompt: Prompt, sampling: Sampling) -> int:
+        """Returns how many tokens a completion has at most."""
+        return min(sampling.max_new_tokens, self.max_seq_tokens - len(prompt.ids))
+
+    def _body(self, prompt: Prompt, first: int, count: int, sampling: Sampling, **more: int) -> dict[str, Any]:
+        """Returns the request for the samples `first` to `first + count - 1` of a prompt."""
+        asked = {
+            **{"n": count, "seed": seed_of(prompt) + first, "max_tokens": self._most(prompt, sampling), "logprobs": 0},
+            **{"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k},
+            **{"stop_token_ids": list(sampling.stop_ids), "ignore_eos": True, "detokenize": False, **more},
+        }
+        return {"model": "policy", "token_ids": prompt.ids, "sampling_params": asked}
 
     def _complete(self, prompt: Prompt, first: int, count: int, sampling: Sampling, deadline: float) -> list[Sample]:
         """Returns the samples `first` to `first + count - 1` of a prompt."""
-        most = min(sampling.max_new_tokens, self.max_seq_tokens - len(prompt.ids))
-        asked = {
-            **{"n": count, "seed": seed_of(prompt) + first, "max_tokens": most, "logprobs": 0},
-            **{"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k},
-            **{"stop_token_ids": list(sampling.stop_ids), "ignore_eos": True, "detokenize": False},
-        }
-        body = {"model": "policy", "token_ids": prompt.ids, "sampling_params": asked}
-        stop = Stop(sampling.stop_ids, sampling.stop_strings, self.decode)
+        if sampling.stop_strings:
+            return [self._streamed(prompt, first, sampling, deadline)]
+        most, stop = self._most(prompt, sampling), Stop(sampling.stop_ids)
+        max_bytes = ANSWER_BYTES + TOKEN_BYTES * count * most
+        answer = self.server.post(GENERATE, self._body(prompt, first, count, sampling), max_bytes, deadline)
         try:
-            if sampling.stop_strings:
-                said = [self._streamed({**body, "stream": True}, stop, deadline)]
-            else:
-                answer = self.server.post(GENERATE, body, ANSWER_BYTES + TOKEN_BYTES * count * most, deadline)
-                said = [self._said(choice) for choice in in_order(answer, count)]
-            return [self._sample(prompt, each, stop, most) for each in said]
+            return [self._sample(prompt, self._said(choice), stop, most) for choice in in_order(answer, count)]
         except BadAnswer as error:
             raise self.server.fault(f"it answers {error}") from error
 
-    def _streamed(self, body: dict[str, Any], stop: Stop, deadline: float) -> Said:
-        """Returns a completion up to where it stops; the server, which knows no texts, ends it when we hang up."""
-        found = Said([], [], None)
-        with closing(self.server.lines(GENERATE, body, ANSWER_BYTES, deadline)) as lines:
-            for choice in choices_of(lines):
-                said = self._said(choice)
-                found.ended = said.ended
-                for token, logprob in zip(said.ids, said.logprobs, strict=True):
-                    found.ids.append(token)
-                    found.logprobs.append(logprob)
-                    if stop(found.ids):
-                        found.ended = "stop"
-                        return found
-        return found
+    def _streamed(self, prompt: Prompt, number: int, sampling: Sampling, deadline: float) -> Sample:
+        """Returns a sample that may stop at a string."""
+        tokens = list(self.stream(prompt, number, sampling, deadline))
+        n, logprobs = len(tokens), [t.logprob for t in tokens]
+        return Sample(
+            prompt.ids, [t.id for t in tokens], [True] * n, logprobs, [self.version] * n, tokens[-1].end == "stop"
+        )
+
+    def stream(
+        self, prompt: Prompt, number: int, sampling: Sampling, deadline: float, top: int | None = None
+    ) -> Iterator[Token]:
+        """Yields the tokens of a sample as they come, with the `top` likeliest of each place where that is given. The
+        server, which knows no texts, ends where we hang up: at a stop string, or when this iterator is closed.
+
+        Raises ServerFault and FloatingPointError as `generate` does.
+        """
+        most, stop = self._most(prompt, sampling), Stop(sampling.stop_ids, sampling.stop_strings, self.decode)
+        told = {} if top is None else {"logprobs": top + 1}  # beside the drawn token, if that is none of the likeliest
+        body = {**self._body(prompt, number, 1, sampling, **told), "stream": True}
+        ids: list[int] = []
+        try:
+            with closing(self.server.lines(GENERATE, body, ANSWER_BYTES, deadline)) as lines:
+                for choice in choices_of(lines):
+                    said = self._said(choice)
+                    likeliest = likeliest_of(choice, len(said.ids), top)
+                    for id_, logprob, best in zip(said.ids, said.logprobs, likeliest, strict=True):
+                        ids.append(id_)
+                        end = "stop" if stop(ids) else "length" if len(ids) == most else None
+                        exact = sampling.temperature in (0.0, 1.0)  # then both are the same, but for truncation
+                        own = logprob if exact or not self.raw else None
+                        plain = logprob if top is not None and (exact or self.raw) else None
+                        yield Token(number, id_, own, plain, best, self.version, end)
+                        if end:
+                            return
+            raise BadAnswer(f"with a stream of {len(ids)} tokens of {most} that do not end with a stop token")
+        except BadAnswer as error:
+            raise self.server.fault(f"it answers {error}") from error
+
+    def scored(self, ids: list[int], top: int) -> list[Token]:
+        """Returns the tokens of a prompt but the first, as the model sees them at temperature 1, with the `top`
+        likeliest of each place. Raises ServerFault as `generate` does."""
+        body = self._body(Prompt(ids), 0, 1, Sampling(1), prompt_logprobs=top)
+        max_bytes = ANSWER_BYTES + TOKEN_BYTES * len(ids) * (1 + top)
+        answer = self.server.post(GENERATE, body, max_bytes, self._deadline())
+        try:
+            told = read_prompt(answer, ids, top)
+        except BadAnswer as error:
+            raise self.server.fault(f"it answers {error}") from error
+        return [Token(0, id_, value, value, best, self.version, None) for id_, value, best in told]
 
     def _said(self, choice: dict[str, Any]) -> Said:
         """Returns what a choice says. Raises BadAnswer unless it says all, for the weights that were loaded last."""
@@ -227,7 +287,7 @@ class VllmGenerator:
             raise BadAnswer(f"with {n} tokens of {most} that do not end with a stop token")
         return Sample(prompt.ids, said.ids, [True] * n, said.logprobs, [self.version] * n, finished)
 
-    def _check_version(self, deadline: float) -> None:
+    def check_version(self, deadline: float) -> None:
         """Raises ServerFault unless the server has the weights that were loaded last."""
         found = self.server.call("llmtrain_version", deadline=deadline)
         if not found or any(each["version"] != str(self.version) for each in found):
@@ -258,19 +318,6 @@ class VllmGenerator:
             path.unlink(missing_ok=True)
 
 
-class BadAnswer(Exception):
-    """Says what is wrong with an answer of the server."""
-
-
-@dataclass
-class Said:
-    """Holds the tokens of a completion, their log-probs, and what the server says that ended it."""
-
-    ids: list[int]
-    logprobs: list[float]
-    ended: str | None
-
-
 def unfit(temperature: float, top_p: float, top_k: int) -> str | None:
     """Returns why vLLM cannot sample so with the log-probs that `rollout.sampling` promises, None where it can. It
     gives those of temperature 1 before truncation, or those of the temperature behind it."""
@@ -284,51 +331,6 @@ def unfit(temperature: float, top_p: float, top_k: int) -> str | None:
 def seed_of(prompt: Prompt) -> int:
     """Returns the seed of a prompt's first sample; those of the others follow it."""
     return int.from_bytes(hashlib.sha256(str(prompt.seed).encode()).digest()[:6])
-
-
-def in_order(answer: Any, count: int) -> list[dict[str, Any]]:
-    """Returns the choices of an answer by their numbers. Raises BadAnswer unless there is one of each."""
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
-        raise BadAnswer("without choices")
-    found = {each.get("index"): each for each in choices}
-    if len(choices) != count or found.keys() != set(range(count)):
-        raise BadAnswer(f"with the choices {list(found)}, not those of {count} samples")
-    return [found[i] for i in range(count)]
-
-
-def choices_of(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yields the choices of a streamed answer. Raises BadAnswer where it breaks off."""
-    for line in lines:
-        kind, _, data = line.strip().partition(b": ")
-        if not kind:
-            continue
-        if kind != b"data":
-            raise BadAnswer(f"with {line[:80]!r} in a stream")
-        if data == b"[DONE]":
-            return
-        try:
-            yield in_order(json.loads(data), 1)[0]
-        except ValueError as error:
-            raise BadAnswer(f"with what is no JSON: {data[:80]!r}") from error
-    raise BadAnswer("with a stream that breaks off")
-
-
-def read_choice(choice: dict[str, Any], vocab_size: int) -> Said:
-    """Returns what a choice holds. Raises BadAnswer unless there is a log-prob of each token, FloatingPointError for
-    what vLLM writes where the logits are not finite."""
-    ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise BadAnswer(f"without token ids of the vocabulary: {str(ids)[:80]}")
-    if not isinstance(content, list) or [each.get("token_id") for each in content] != ids:
-        raise BadAnswer("without the log-probs of its tokens")
-    values = [each.get("logprob") for each in content]
-    if any(value == NOT_FINITE for value in values):
-        raise FloatingPointError("the logits are not finite; the weights have diverged")
-    if not all(type(value) is float and NOT_FINITE < value <= ABOVE_ZERO for value in values):
-        raise BadAnswer(f"with log-probs that are none: {str(values)[:80]}")
-    return Said(ids, values, choice.get("finish_reason"))
 
 
 def check_room(folder: Path, size_bytes: int) -> None:

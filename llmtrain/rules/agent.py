@@ -64,8 +64,6 @@ def _alone(case: Case) -> Iterator[str]:
     for name in ("record", "replay", "router_replay"):
         if getattr(r, name):
             yield f"rollout.{name}={getattr(r, name)}: not with {KEY}, whose rows it does not hold; remove one of them"
-    if r.generator != "native":
-        yield f"{KEY}: not with rollout.generator={r.generator}: the native generator is served to it; set native"
     if case.config.rollout.environment is not None:
         yield f"{KEY}: not together with rollout.environment: a program has its own; remove one of them"
     if case.config.data.curriculum is not None:

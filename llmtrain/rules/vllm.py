@@ -28,10 +28,17 @@ def _wanted(case: Case) -> bool:
 
 def _interpreter(case: Case) -> Iterator[str]:
     python = case.config.rollout.vllm.python
+    if fault := lacking(python):
+        yield f"rollout.vllm.python={python}: {fault}"
+
+
+def lacking(python: str) -> str | None:
+    """Returns why an interpreter does not serve, with the remedy; None where it does."""
     found = installed_version(python)
-    if found != VLLM_VERSION:
-        has = f"has vLLM {found}, and {VLLM_VERSION} is needed" if found else "is no interpreter that has vLLM"
-        yield f"rollout.vllm.python={python}: {has}; run bash launch/vllm.sh, or name the interpreter of another place"
+    if found == VLLM_VERSION:
+        return None
+    has = f"has vLLM {found}, and {VLLM_VERSION} is needed" if found else "is no interpreter that has vLLM"
+    return f"{has}; run bash launch/vllm.sh, or name the interpreter of another place"
 
 
 def _model(case: Case) -> Iterator[str]:

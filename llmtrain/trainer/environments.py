@@ -17,6 +17,7 @@ from llmtrain.envs.program import Program
 from llmtrain.envs.starts import examples, starts_of
 from llmtrain.rollout.generator import Generator
 from llmtrain.rollout.native import NativeGenerator
+from llmtrain.rollout.vllm import VllmGenerator
 from llmtrain.trainer.completions import completion_text
 
 
@@ -64,7 +65,9 @@ def answering(config: Config, tokenizer: Tokenizer, generator: Generator) -> Gen
     return Episodes(generator, Renderer(tokenizer), make_of(settings), settings, config.train.seq_len, decode)
 
 
-def with_agent(config: Config, tokenizer: Tokenizer, generator: NativeGenerator) -> NativeGenerator | Agents:
+def with_agent(
+    config: Config, tokenizer: Tokenizer, generator: NativeGenerator | VllmGenerator
+) -> NativeGenerator | VllmGenerator | Agents:
     """Returns the generator, or runs of an agent over it."""
     settings = config.rollout.agent
     if settings is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from llmtrain.config.document import ConfigError
 from llmtrain.config.serve import ServeOptions, serve_options
+from llmtrain.config.vllm import VllmConfig
 
 LONG = "a-token-of-my-own-16"
 
@@ -20,6 +22,11 @@ def test_options_and_their_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     more = ["--max-batch-seqs", "3", "--max-seq-tokens=99"]
     assert serve_options([*given, here, *more]) == ServeOptions(here, "0.0.0.0", 0, LONG, "m", 3, 99)
     assert LONG not in repr(serve_options([*given, here]))
+    vllm = ["--generator", "vllm", "--vllm-python", "~/p", "--vllm-cache-gib", "0.5"]
+    options = serve_options([here, *vllm])
+    assert options.generator == "vllm"
+    assert options.vllm == VllmConfig(python=os.path.expanduser("~/p"), cache_gib=0.5)
+    assert serve_options([here, *vllm[:2]]).vllm == VllmConfig()
     monkeypatch.setenv("LLMTRAIN_SERVE_TOKEN", LONG)
     assert serve_options([here, "--host", "::"]).token == LONG
     assert serve_options([here, "--host", "localhost", "--token", "short"]).token == "short"
@@ -35,6 +42,10 @@ def test_options_and_their_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["{here}", "--max-batch-seqs", "0"], "serve: argument --max-batch-seqs: 0: must be at least 1"),
         (["{here}", "--host", "0.0.0.0"], "serve: --host 0.0.0.0: other machines reach it, so it needs a token"),
         (["{here}", "--host", "gpu7", "--token", "short"], "serve: --host gpu7: other machines reach it, so"),
+        (["{here}", "--vllm-python", "p"], "serve: --vllm-python p: is read with --generator vllm alone; set that"),
+        (["{here}", "--vllm-cache-gib", "2"], "serve: --vllm-cache-gib 2.0: is read with --generator vllm alone"),
+        (["{here}", "--vllm-cache-gib", "0"], "serve: argument --vllm-cache-gib: 0: must be above 0"),
+        (["{here}", "--generator", "sglang"], "serve: argument --generator: invalid choice: 'sglang'"),
         (["{here}/no"], "{here}/no: no such directory; give that of a run or of a Hugging Face model"),
     ],
 )

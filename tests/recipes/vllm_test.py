@@ -27,6 +27,7 @@ from tests.vllm_python import vllm_python
 MODEL = ModelConfig(
     num_layers=2, hidden_size=128, ffn_size=160, num_heads=4, num_kv_heads=2, vocab_size=512, max_positions=256
 )
+OWN = ROOT / "tests/envs/own.py"
 REWARD = "def score(completion, example):\n    return sum(map(ord, completion)) % 7 / 7\n"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -69,10 +70,12 @@ def orphans() -> list[psutil.Process]:
     return [p for p, line in keepers if not psutil.pid_exists(int(line[3]))]
 
 
-def check_metrics(folder: Path) -> None:
+def check_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Checks two steps in which generator and trainer agreed, and returns their metrics."""
     steps: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["weight_version"] for m in steps] == [1, 2] and all(m["grad_norm"] > 0 for m in steps)
     assert max(m["logprob_gap_max"] for m in steps) < 4e-5  # fp32, other kernels: see tests/rollout/vllm_test.py
+    return steps
 
 
 def test_grpo_with_the_gate(document: Path) -> None:
@@ -84,6 +87,37 @@ def test_grpo_with_adapters_and_a_worker(document: Path) -> None:
     separate = ("rollout.placement=separate", "rollout.workers=1")
     run(document, "grpo", "train.steps=2", "model.lora={rank: 4}", "rollout.temperature=0.8", *separate, ranks=2)
     check_metrics(document.parent / "run")
+
+
+def conversing(document: Path, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Returns the overrides of a run on rows that an environment or a program reads."""
+    folder = document.parent
+    (folder / "chatml.jinja").write_text(CHATML)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = (f"data.train={folder / 'rows.jsonl'}", f"tokenizer.chat_template={folder / 'chatml.jinja'}")
+    stop = json.dumps(list("aeiou0123456789"))
+    sampled = ("rollout.group_size=3", "rollout.max_new_tokens=8", f"rollout.stop={stop}")
+    return (*files, *sampled, "train.steps=2", "train.seq_len=250", "grpo.prompts_per_step=2")
+
+
+@pytest.mark.parametrize("placement", ["colocated", "separate"])
+def test_grpo_with_an_environment(document: Path, placement: str) -> None:
+    environment = {"function": f"{OWN}:Guess", "unsandboxed": True, "max_turns": 3, "threads": 2}
+    own = (*conversing(document, [{"number": i} for i in range(8)]), f"rollout.environment={json.dumps(environment)}")
+    apart = ("rollout.placement=separate", "rollout.workers=1") if placement == "separate" else ()
+    run(document, "grpo", *own, *apart, ranks=2 if apart else 1)
+    steps = check_metrics(document.parent / "run")
+    assert all(m["environment_tokens_mean"] > 0 and m["turns_mean"] > 1 for m in steps)
+
+
+def test_grpo_with_a_program(document: Path) -> None:
+    pytest.importorskip("uvicorn")
+    rows = [{"messages": [{"role": "user", "content": "a digit"}], "answer": str(i)} for i in range(8)]
+    agent = {"function": f"{ROOT / 'configs/grpo/agent.py'}:run", "processes": 2}
+    own = (*conversing(document, rows), f"rollout.agent={json.dumps(agent)}", "rollout.temperature=0.9")
+    run(document, "grpo", *own)
+    steps = check_metrics(document.parent / "run")
+    assert all(m["reward_errors"] == 0 and 1 < m["turns_mean"] <= 2 for m in steps)
 
 
 def test_eval_answers_as_with_native(document: Path) -> None:

@@ -21,7 +21,7 @@ from llmtrain.config.sampling import RolloutConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.post import ServerFault
 from llmtrain.model.hf import disk_shapes
-from llmtrain.rollout import vllm
+from llmtrain.rollout import vllm, vllm_answers
 from llmtrain.rollout.vllm import VllmGenerator, seed_of
 from llmtrain.types import Prompt, Sampling
 from tests.rollout.native_test import random_decoder
@@ -77,6 +77,8 @@ def test_groups_come_in_order_each_sample_from_its_own_seed(start: Start, tmp_pa
     assert sorted(p["n"] for p in sent) == [1, 1, 1, 2, 2, 2]  # at most max_batch_seqs in a request
     assert {p["temperature"] for p in sent} == {0.5} and {p["ignore_eos"] for p in sent} == {True}
     assert generator.generate([], Sampling(4)) == []
+    generator.generate(PROMPTS[:1], Sampling(4, num_samples=2, temperature=0))
+    assert [each["sampling_params"]["n"] for each in requests(tmp_path, vllm.GENERATE)[-2:]] == [1, 1]
 
 
 def test_a_sequence_ends_at_a_stop_token_or_at_its_limit(start: Start) -> None:
@@ -184,7 +186,7 @@ def choice(**changed: Any) -> dict[str, Any]:
 
 
 def test_a_choice_is_read() -> None:
-    assert vllm.read_choice(choice(), 10) == vllm.Said([5, 9], [-0.5, 0.0], "length")
+    assert vllm_answers.read_choice(choice(), 10) == vllm_answers.Said([5, 9], [-0.5, 0.0], "length")
 
 
 @pytest.mark.parametrize(
@@ -201,28 +203,28 @@ def test_a_choice_is_read() -> None:
     ],
 )
 def test_a_choice_that_lacks_something_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(vllm.BadAnswer):
-        vllm.read_choice(choice(**wrong), 97)
+    with pytest.raises(vllm_answers.BadAnswer):
+        vllm_answers.read_choice(choice(**wrong), 97)
 
 
 def test_logits_that_are_not_finite_are_said_as_native_says_it() -> None:
     content = [{"token_id": 5, "logprob": -9999.0}, {"token_id": 9, "logprob": -0.5}]
     with pytest.raises(FloatingPointError, match="the logits are not finite"):
-        vllm.read_choice(choice(logprobs={"content": content}), 97)
+        vllm_answers.read_choice(choice(logprobs={"content": content}), 97)
 
 
 @pytest.mark.parametrize(
     "answer", [{}, [], {"choices": [{"index": 1}]}, {"choices": [{"index": 0}] * 2}, {"choices": [7]}]
 )
 def test_an_answer_without_its_choices_is_refused(answer: Any) -> None:
-    with pytest.raises(vllm.BadAnswer):
-        vllm.in_order(answer, 1)
+    with pytest.raises(vllm_answers.BadAnswer):
+        vllm_answers.in_order(answer, 1)
 
 
 @pytest.mark.parametrize("lines", [[b"data: {"], [b"event: x"], [], [b'data: {"error": {}}']])
 def test_a_stream_that_breaks_off_is_refused(lines: list[bytes]) -> None:
-    with pytest.raises(vllm.BadAnswer):
-        list(vllm.choices_of(lines))
+    with pytest.raises(vllm_answers.BadAnswer):
+        list(vllm_answers.choices_of(lines))
 
 
 def test_what_the_answer_ends_with_must_fit(start: Start, tmp_path: Path) -> None:

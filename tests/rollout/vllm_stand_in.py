@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body: Any, how: Any) -> None:
         p = body["sampling_params"]
         if body.get("stream"):
-            self.stream(body["token_ids"], p)
+            self.stream(body["token_ids"], p, how)
             return
         choices = []
         for i in range(p["n"]):
@@ -106,16 +106,24 @@ class Handler(BaseHTTPRequestHandler):
             named = None if how.get("unnamed") else spans
             own = {"index": i, "token_ids": ids, "finish_reason": ended, "weight_versions": named}
             choices.insert(0, {**own, "logprobs": {"content": content}})
-        self.reply({"choices": choices})
+        told = [
+            None,
+            *({str(t): {"logprob": -(t + 1) / 100}, "96": {"logprob": -0.005}} for t in body["token_ids"][1:]),
+        ]
+        self.reply({"choices": choices, "prompt_logprobs": told if "prompt_logprobs" in p else None})
 
-    def stream(self, prompt: list[int], p: Any) -> None:
+    def stream(self, prompt: list[int], p: Any, how: Any) -> None:
         self.send_response(200)
         self.send_header("Connection", "close")
         self.end_headers()
         try:
-            for t in tokens(prompt, p, 0):
+            for number, t in enumerate(tokens(prompt, p, 0)):
+                if number == how.get("breaks_off"):
+                    return
                 choice = {"index": 0, "token_ids": [t], "finish_reason": None, "weight_versions": None}
-                choice["logprobs"] = {"content": [{"token_id": t, "logprob": -(t + 1) / 100}]}
+                drawn = {"token_id": t, "logprob": -(t + 1) / 100}
+                top = [drawn, *({"token_id": i, "logprob": -(i + 1) / 200} for i in range(p["logprobs"]) if i != t)]
+                choice["logprobs"] = {"content": [{**drawn, "top_logprobs": top}]}
                 self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
                 time.sleep(0.01)
             choice = {"index": 0, "token_ids": [], "finish_reason": "length", "weight_versions": None}

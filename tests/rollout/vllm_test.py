@@ -8,29 +8,40 @@ import math
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from openai import OpenAI, UnprocessableEntityError
 
 from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.checkpoint.source import load_decoder
+from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.sampling import RolloutConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.post import ServerFault
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.envs.agents import Agents
+from llmtrain.envs.dialogue import Renderer
+from llmtrain.envs.episodes import Episodes
 from llmtrain.model.decoder import Decoder
 from llmtrain.rollout.native import NativeGenerator
 from llmtrain.rollout.vllm import VllmGenerator
+from llmtrain.rollout.vllm_streams import VllmStreams
+from llmtrain.trainer.completions import stop_text
 from llmtrain.types import Group, Prompt, Sampling
+from tests.byte_tokenizer import VOCAB_SIZE, save_byte_tokenizer
+from tests.envs.own import Guess
 from tests.model.llama import smollm2_directory
 from tests.rollout.native_test import flat, random_decoder, random_prompts
 from tests.vllm_python import vllm_python
 
 SHAPE = {"num_layers": 3, "hidden_size": 128, "ffn_size": 160, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
-TIED = resolve_model(ModelConfig(**SHAPE, vocab_size=97, max_positions=256))
+TIED = resolve_model(ModelConfig(**SHAPE, vocab_size=VOCAB_SIZE, max_positions=512))
 TOLERANCE = 4e-5  # of log-probs in fp32: other kernels add in another order; SmolLM2-135M differed by up to 2.7e-5
+MOST_TOKENS = tuple(i for i in range(4, VOCAB_SIZE) if i % 4)  # that turns soon end with
 SMALL = {"cache_gib": 0.25, "bucket_mib": 1, "start_s": 250, "answer_s": 60}  # 1 MiB: weights come in several files
 
 
@@ -41,7 +52,7 @@ def decode(ids: list[int]) -> str:
 def generator_of(model: ModelConfig, **settings: object) -> VllmGenerator:
     vllm = {"python": vllm_python(), **SMALL, **settings.pop("vllm", {})}
     rollout = RolloutConfig(generator="vllm", max_batch_seqs=32, vllm=vllm, **settings)
-    return VllmGenerator(model, rollout, torch.float32, "cpu", 128, decode)
+    return VllmGenerator(model, rollout, torch.float32, "cpu", 512, decode)
 
 
 def weights_of(config: ModelConfig, seed: int) -> Decoder:
@@ -60,7 +71,7 @@ def check_equal(
 ) -> list[Group]:
     """Checks greedy completions of both generators, tokens and log-probs; returns them."""
     generator.load_weights(model.state_dict().items(), version)
-    native = NativeGenerator(model, 32, "cpu", 128, decode)
+    native = NativeGenerator(model, 32, "cpu", 512, decode)
     sampling = Sampling(30, temperature=0, stop_ids=(5, 7, 11))
     ours, theirs = (g.generate(prompts or random_prompts(), sampling) for g in (native, generator))
     assert [s.ids for s in flat(theirs)] == [s.ids for s in flat(ours)]
@@ -116,7 +127,7 @@ def test_sampled_tokens_follow_the_distribution(server: VllmGenerator) -> None:
 def test_stop_strings_end_as_with_native(server: VllmGenerator) -> None:
     model = weights_of(TIED, 0)
     server.load_weights(model.state_dict().items(), 5)
-    native = NativeGenerator(model, 32, "cpu", 128, decode)
+    native = NativeGenerator(model, 32, "cpu", 512, decode)
     whole = flat(native.generate(random_prompts(), Sampling(30, temperature=0)))
     strings = (decode(whole[0].ids[3:5]), decode(whole[2].ids[7:8]))
     sampling = Sampling(30, temperature=0, stop_strings=strings)
@@ -142,6 +153,112 @@ def test_logits_that_are_not_finite_are_said(server: VllmGenerator) -> None:
     with pytest.raises(FloatingPointError, match="the weights have diverged"):
         server.generate(random_prompts(), Sampling(4))
     check_equal(server, weights_of(TIED, 0), 9)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("vllm") / "tokenizer"
+    save_byte_tokenizer(directory)
+    return load_tokenizer(str(directory))
+
+
+@torch.no_grad()
+def told(model: Decoder, ids: list[int]) -> torch.Tensor:
+    """Returns the log-probs of the whole vocabulary behind each of the ids, [T, vocabulary]."""
+    return model(torch.tensor([ids]), torch.arange(len(ids))[None])[0].log_softmax(-1)
+
+
+def test_episodes_are_those_of_native(server: VllmGenerator, tokenizer: Tokenizer) -> None:
+    """Contexts go on over several blocks of the prefix cache, under two versions of the weights."""
+    rows = [Prompt(tokenizer.encode_chat(Guess(most).start({"number": 1})), most, {"number": 1}) for most in (3, 4, 5)]
+    settings, sampling = EnvironmentConfig(max_turns=3), Sampling(9, 2, 0, stop_ids=MOST_TOKENS)
+    for version, seed in ((20, 0), (21, 1)):
+        model = weights_of(TIED, seed)
+        native = NativeGenerator(model, 32, "cpu", 512, decode)
+        made = []
+        for generator in (native, server):
+            generator.load_weights(list(model.state_dict().items()), version)
+            episodes = Episodes(generator, Renderer(tokenizer), Guess, settings, 500, tokenizer.decode)
+            made.append(flat(episodes.generate(rows, sampling)))
+        assert [len(s.turns()) for s in made[0]] == [5, 5, 5, 5, 1, 1]  # three turns of the policy, or one that was cut
+        for our, their in zip(*made, strict=True):
+            assert (their.ids, their.trained, their.versions) == (our.ids, our.trained, our.versions)
+            assert set(their.versions) == {version} and not their.errors
+            assert max(abs(a - b) for a, b in zip(their.logprobs, our.logprobs, strict=True)) <= TOLERANCE
+
+
+def test_requests_in_the_openai_protocol(
+    server: VllmGenerator, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a client that knows nothing of what decodes: whole, streamed, echoed, cut at a text, and refused."""
+    from llmtrain.rollout.api.app import build_app, only
+    from llmtrain.rollout.api.callers import Anyone
+    from llmtrain.rollout.api.model import ServedModel
+    from tests.rollout.api.conftest import TOKEN, serving
+
+    model, messages = weights_of(TIED, 1), [{"role": "user", "content": "What is 1 + 1?"}]
+    server.load_weights(model.state_dict().items(), 22)
+    monkeypatch.setattr(server, "decode", stop_text(tokenizer))
+    streams = VllmStreams(server)
+    served = ServedModel("m", tokenizer, (1, 3), streams)
+    ids = {"return_token_ids": True}
+    with serving(build_app(served, only(TOKEN, Anyone(served)))) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=30)
+
+        def chat(**more: Any) -> Any:
+            own = {"max_tokens": 12, "seed": 7, "n": 2, "logprobs": True, "top_logprobs": 3, "extra_body": ids}
+            return client.chat.completions.create(**{"model": "m", "messages": messages, **own, **more})
+
+        whole, prompt = chat(), tokenizer.encode_chat(messages)
+        (group,) = server.generate([Prompt(prompt, 7)], Sampling(12, 2, stop_ids=(1, 3)))
+        assert [c.token_ids for c in whole.choices] == [s.ids for s in group]
+        for choice in whole.choices:
+            expected = told(model, prompt + choice.token_ids)[len(prompt) - 1 : -1]
+            for row, place, id_ in zip(expected, choice.logprobs.content, choice.token_ids, strict=True):
+                assert abs(place.logprob - float(row[id_])) <= TOLERANCE
+                best = [each.logprob for each in place.top_logprobs]
+                assert torch.tensor(best).sub(row.topk(3).values).abs().max() <= TOLERANCE
+        pieces = list(chat(stream=True))
+        for choice in whole.choices:
+            own = [p.choices[0] for p in pieces if p.choices[0].index == choice.index]
+            assert "".join(p.delta.content or "" for p in own) == choice.message.content
+        echo = {"prompt": prompt[:9], "echo": True, "logprobs": 2, "max_tokens": 1, "temperature": 0}
+        answer = client.completions.create(model="m", **echo).choices[0].logprobs
+        rows = told(model, prompt[:9])
+        for at in range(1, 9):
+            assert abs(answer.token_logprobs[at] - float(rows[at - 1, prompt[at]])) <= TOLERANCE
+            assert abs(max(answer.top_logprobs[at].values()) - float(rows[at - 1].max())) <= TOLERANCE
+        text = whole.choices[0].message.content
+        stop = next(c for c in text[2:] if c != "\ufffd")
+        cut = chat(stop=stop, n=1).choices[0]
+        assert cut.message.content == text[: text.index(stop)] and cut.finish_reason == "stop"
+        with pytest.raises(UnprocessableEntityError, match=r"must be 0 \(greedy\) or at least 0.01 with vLLM"):
+            chat(temperature=0.001)
+        assert streams.sequences == 0
+    streams.rest()
+    streams.pool.shutdown()
+
+
+def test_a_program_is_recorded(server: VllmGenerator, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns of a conversation are one row of what was sampled, with its log-probs at the run's temperature."""
+    from tests.envs.agents_test import A, Here, talk
+
+    monkeypatch.setattr(server, "close", lambda: None)
+    model = weights_of(TIED, 0)
+    server.load_weights(model.state_dict().items(), 23)
+    agents = Agents(server, tokenizer, Here(talk), False, 4)
+    sampling = Sampling(12, 2, temperature=0.6, stop_ids=(1, 3))
+    (group,), (again,) = (agents.generate([Prompt([1], 5, A)], sampling) for _ in range(2))
+    agents.close()
+    assert [s.ids for s in group] == [s.ids for s in again] and group[0].ids != group[1].ids
+    for sample in group:
+        assert len(sample.turns()) == 3 and set(sample.versions) == {23} and sample.parts == {"agent": 1.0}
+        ids = sample.prompt_ids + sample.ids
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), torch.arange(len(ids))[None])[0, len(sample.prompt_ids) - 1 : -1] / 0.6
+        wanted = logits.log_softmax(-1).gather(-1, torch.tensor(sample.ids)[:, None])[:, 0]
+        trained = torch.tensor(sample.trained)
+        assert (torch.tensor(sample.logprobs) - wanted)[trained].abs().max() <= TOLERANCE
 
 
 def status(server: VllmGenerator, route: str, body: object = None, token: str | None = None) -> int:
@@ -189,13 +306,13 @@ def test_a_killed_engine_is_noticed_and_nothing_is_left(server: VllmGenerator) -
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("family", ["llama-untied", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_every_family_that_is_served_equals_native(family: str) -> None:
-    name, _, untied = family.partition("-")
+    name = family.removesuffix("-untied")
     fields = next(f for f in presets().values() if f["family"] == name)
     layers = ["sliding", "sliding", "full"]
     narrow = {"sliding_window": 16, "layer_types": layers} if fields.get("layer_types") else {}
     heads = {"num_kv_heads": 4} if name == "gpt2" else {}
-    own = {"tie_embeddings": False} if untied else {}
-    sizes = {"vocab_size": 97, "max_positions": 256}
+    own = {"tie_embeddings": False} if name != family else {}
+    sizes = {"vocab_size": 97, "max_positions": 512}
     config = resolve_model(ModelConfig(**{**fields, **SHAPE, **sizes, **narrow, **heads, **own}))
     generator = generator_of(config)
     try:

@@ -48,7 +48,7 @@ def only(token: str, caller: Caller) -> CallerOf:
 def build_app(model: ServedModel, caller_of: CallerOf) -> Starlette:
     """Returns the application. A client must send `Authorization: Bearer` with a token that `caller_of` knows."""
     routes = [
-        Route("/health", partial(_told, _health), methods=["GET"]),
+        Route("/health", partial(_told, partial(_health, model)), methods=["GET"]),
         Route("/v1/models", partial(_told, partial(_models, model, caller_of)), methods=["GET"]),
     ]
     for path, kind in (("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatRequest)):
@@ -83,14 +83,14 @@ async def _http(request: Request, error: Exception) -> Response:
     return JSONResponse(Refused(status, f"{message}/v1/completions, POST /v1/chat/completions").body, status)
 
 
-async def _health(request: Request) -> Response:
-    return Response(status_code=200)
+async def _health(model: ServedModel, request: Request) -> Response:
+    return Response(status_code=200 if model.continuous.alive else 503)
 
 
 async def _models(model: ServedModel, caller_of: CallerOf, request: Request) -> Response:
     _caller(caller_of, request)
     card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "llmtrain"}
-    card["max_model_len"] = model.generator.max_seq_tokens  # as vLLM tells it
+    card["max_model_len"] = model.continuous.max_seq_tokens  # as vLLM tells it
     return JSONResponse({"object": "list", "data": [card]})
 
 
@@ -101,6 +101,7 @@ async def _generate(
     caller = _caller(caller_of, request)
     asked = parsed(kind, await _body(request))
     try:
+        model.check_sampling(caller.sampling(asked, 0), asked.top)
         answer = Answer(model, asked, await run_in_threadpool(caller.prompts, asked))
         if not asked.stream:
             return JSONResponse(await _unless_gone(request, _whole(answer, caller)))

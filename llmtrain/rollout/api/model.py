@@ -11,22 +11,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from llmtrain.data.chat import Message
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.rollout.api.refused import Refused
 from llmtrain.rollout.api.requests import ChatRequest, CompletionRequest, shown
-from llmtrain.rollout.continuous import Continuous, Request, Token
-from llmtrain.rollout.native import NativeGenerator
-from llmtrain.rollout.stem import without_head
+from llmtrain.rollout.continuous import Request, Streams, Token
 from llmtrain.types import Prompt, Sampling
 
 if TYPE_CHECKING:
     from llmtrain.rollout.api.callers import Caller
 
 MOST_SEQUENCES = 1024  # decoded or waiting; above it the client is told to come again
-HEAD_TOKENS = 512  # of an echoed prompt, whose logits exist at one time
 
 
 @dataclass
@@ -36,12 +31,8 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     ends: tuple[int, ...]  # tokens that end an answer
-    continuous: Continuous
+    continuous: Streams
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def generator(self) -> NativeGenerator:
-        return self.continuous.generator
 
     def check_name(self, name: str) -> None:
         """Raises Refused when another model is asked for."""
@@ -73,7 +64,7 @@ class ServedModel:
     def check_prompt(self, ids: Sequence[int], wanted: int, param: str) -> None:
         """Raises Refused for a prompt that leaves no room for so many tokens, or has some that the model lacks. Clients
         look for the words `context length`."""
-        limit = self.generator.max_seq_tokens
+        limit = self.continuous.max_seq_tokens
         if not ids:
             raise Refused(400, f"{param}: has no tokens; write something", param)
         if len(ids) + wanted > limit:
@@ -82,15 +73,20 @@ class ServedModel:
                 "context length here; shorten the one or lower the other"
             )
             raise Refused(400, message, param, "context_length_exceeded")
-        vocab_size = self.generator.model.config.vocab_size
+        vocab_size = self.continuous.vocab_size
         if max(ids) >= vocab_size:
             raise Refused(400, f"{param}: token {max(ids)} must be below {vocab_size}, the vocabulary's size", param)
+
+    def check_sampling(self, sampling: Sampling, top: int | None) -> None:
+        """Raises Refused for what the generator cannot sample, or cannot tell of it."""
+        if why := self.continuous.refuses(sampling, top):
+            raise Refused(422, why, why.partition("=")[0].partition(":")[0])
 
     def sampling(self, asked: ChatRequest | CompletionRequest, prompt_tokens: int) -> Sampling:
         """Returns how a prompt of so many tokens is continued."""
         stops = tuple(dict.fromkeys((*self.ends, *(asked.stop_token_ids or ()))))
         return Sampling(
-            asked.limit or self.generator.max_seq_tokens - prompt_tokens,
+            asked.limit or self.continuous.max_seq_tokens - prompt_tokens,
             asked.n or 1,
             1.0 if asked.temperature is None else asked.temperature,
             1.0 if asked.top_p is None else asked.top_p,
@@ -132,7 +128,7 @@ class ServedModel:
 
     async def echoed(self, ids: Sequence[int], top: int) -> list[Token]:
         """Returns what the model says of each token of a prompt but the first, at temperature 1."""
-        return await asyncio.wrap_future(self.continuous.call(lambda: prompt_tokens(self.generator, ids, top)))
+        return await asyncio.wrap_future(self.continuous.scored(ids, top))
 
 
 def message_of(turn: Message) -> Message:
@@ -152,21 +148,3 @@ def _function(function: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         return function
     return {**function, "arguments": arguments} if isinstance(arguments, dict) else function
-
-
-@torch.inference_mode()
-def prompt_tokens(generator: NativeGenerator, ids: Sequence[int], top: int) -> list[Token]:
-    """Returns what the model says of each of `ids` but the first, given those before it: log-probs at temperature 1,
-    and the `top` likeliest tokens there."""
-    rows = torch.tensor([list(ids)], device=generator.device)
-    hidden = without_head(generator.model)(rows, torch.arange(len(ids), device=generator.device)[None])[0, :-1]
-    found: list[Token] = []
-    for start in range(0, len(ids) - 1, HEAD_TOKENS):
-        logp = generator.model.head(hidden[start : start + HEAD_TOKENS]).float().log_softmax(-1)
-        labels = rows[0, start + 1 : start + 1 + len(logp)]
-        plain = logp.gather(-1, labels[:, None])[:, 0].tolist()
-        best, likeliest = (x.tolist() for x in logp.topk(min(top, logp.size(-1)), -1))
-        for label, value, *of_place in zip(labels.tolist(), plain, likeliest, best, strict=True):
-            pairs = list(zip(*of_place, strict=True))
-            found.append(Token(0, label, value, value, pairs, generator.version, None))
-    return found

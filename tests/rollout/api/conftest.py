@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,18 @@ class Server:
         return self.model.continuous
 
 
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """Yields the URL of a server of the application, in a thread."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [sock]})
+    thread.start()
+    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    running.should_exit = True
+    thread.join()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from llmtrain.rollout.api.app import build_app, only
@@ -87,13 +100,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     decode, decoder = stop_text(tokenizer), random_model()
     continuous = Scripted(NativeGenerator(decoder, 8, "cpu", decode=decode))
     model = ServedModel(NAME, tokenizer, (tokenizer.eos_id, *tokenizer.turn_end_ids), continuous)
-    sock = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(build_app(model, only(TOKEN, Anyone(model))), log_level="warning", access_log=False)
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [sock]})
-    thread.start()
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    yield Server(url, model, tokenizer, NativeGenerator(decoder, 64, "cpu", decode=decode))
-    running.should_exit = True
-    thread.join()
+    with serving(build_app(model, only(TOKEN, Anyone(model)))) as url:
+        yield Server(url, model, tokenizer, NativeGenerator(decoder, 64, "cpu", decode=decode))
     continuous.close()
