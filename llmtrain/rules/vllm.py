@@ -11,7 +11,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.vllm import LEAST_TEMPERATURE, NO_CHECKSUMS, VLLM_VERSION, installed_version, truncates
 from llmtrain.rules.case import Case, Rules, command, either, samples
 
-SERVED = ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3")  # those that rollout/vllm_test.py shows equal
+SERVED = ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3-moe")  # see rollout/vllm_test.py
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # head_dim that the attention of the CPU build has
 

@@ -40,6 +40,8 @@ class Loader:
             finalize_layerwise_reload(model, self.model_runner.model_config)
         self._llmtrain_missing, self._llmtrain_version = {name for name, _ in model.named_parameters()}, ""
         initialize_layerwise_reload(model)
+        if self.device.type == "cpu":
+            forget_packed_experts(model)
 
     @torch.inference_mode()
     def llmtrain_load(self, name: str) -> None:
@@ -63,6 +65,15 @@ class Loader:
     def llmtrain_version(self) -> dict[str, str]:
         """Returns which weights these are."""
         return {"version": self._llmtrain_version}
+
+
+def forget_packed_experts(model: torch.nn.Module) -> None:
+    """Makes a CPU pack experts when they are loaded: it does so for the first weights alone, and would compute with
+    later ones as if they were packed."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 class Guard:

@@ -45,11 +45,17 @@ def post(server: Server, body: bytes, path: str = "/v1/completions", token: str 
     return response.status, json.loads(text)
 
 
-def test_models_and_health(server: Server) -> None:
+def test_models_and_health(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [m.id for m in server.client.models.list()] == [NAME]
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
-    connection.request("GET", "/health")
-    assert connection.getresponse().status == 200
+
+    def health() -> int:
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+
+    assert health() == 200
+    monkeypatch.setattr(type(server.continuous), "alive", False)
+    assert health() == 503
 
 
 def test_a_chat_is_what_generate_gives(server: Server) -> None:
