@@ -39,6 +39,7 @@ def measure(path: str) -> HardwareConfig:
         bf16_tflops=product_tflops(device, torch.bfloat16),
         fp32_tflops=product_tflops(device, torch.float32),
         reached_share=REACHED,
+        device="cuda" if device.type == "cuda" else "cpu",
         memory_gb=memory_gb(device, ranks),
         memory_gb_per_s=memory_rate(device),
         gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmtrain.config.section import Section, UserPath
@@ -15,6 +17,7 @@ class HardwareConfig(Section):
     fp8_tflops: PositiveFloat | None = None  # the same in fp8; null = there is no fp8
     fp32_tflops: PositiveFloat | None = None  # the same in fp32, not TF32; null = as in bf16
     reached_share: float | None = Field(None, gt=0.0, le=1.0)  # of these in training; null = that of docs/plan.md
+    device: Literal["cuda", "cpu"] = "cuda"  # cpu: the native generator keeps its weights twice
     memory_gb: PositiveFloat  # 1e9 bytes
     memory_gb_per_s: PositiveFloat  # 1e9 bytes a second between memory and cores
     node_gb_per_s: PositiveFloat | None = None  # to the other GPUs of a node; null = not known
@@ -29,6 +32,7 @@ class PlanConfig(Section):
 
     hardware: UserPath | None = None  # a100, h100, h200, b200, or a file of these keys; null = no time is told
     gpus: PositiveInt | None = None  # ranks of a single stage; null = WORLD_SIZE, else as few as the mesh takes
+    episode_rows: PositiveInt | None = None  # rows that an episode gives at most; null = 1, of a game its sides
     reserve_gb: float = Field(4.0, ge=0.0)  # of each GPU for the CUDA context, NCCL's buffers and fragmentation
     price_per_gpu_hour: PositiveFloat | None = None  # dollars; null = no costs are told
     gpu_mttf_hours: PositiveFloat | None = None  # mean hours until a failure of one GPU stops the job; null = none do

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from llmtrain.config.agent import AgentConfig
 from llmtrain.config.recipes import JUDGES
-from llmtrain.rules.case import Case, Rules
+from llmtrain.rules.case import Case, Rules, here
 
 KEY = "rollout.agent"
 OF_SERVER = ("starlette", "uvicorn")
@@ -31,19 +31,23 @@ def _one_program(case: Case) -> Iterator[str]:
         yield f"{KEY}: must name a program; set function, such as my_agent.py:run, or command"
     if a.function is not None and a.command:
         yield f"{KEY}.command={a.command}: not together with function; remove one of them"
+
+
+def _program_here(case: Case) -> Iterator[str]:
+    a = _settings(case)
     if a.file is not None and not os.path.isfile(a.file):
         yield f"{KEY}.function={a.function}: {a.file} is no file here; correct the path"
     if a.command and shutil.which(a.command[0]) is None:
         yield f"{KEY}.command={a.command}: {a.command[0]} is no program here; correct the path"
+    if a.function is not None and a.python is not None and shutil.which(a.python) is None:
+        yield f"{KEY}.python={a.python}: does not exist; correct it (launch/verifiers.sh makes .venv-verifiers)"
 
 
-def _interpreter(case: Case) -> Iterator[str]:
+def _function_alone(case: Case) -> Iterator[str]:
     a = _settings(case)
     for name in ("args", "python") if a.function is None else ():
         if (value := getattr(a, name)) is not None:
             yield f"{KEY}.{name}={value}: is read with function alone; remove it"
-    if a.function is not None and a.python is not None and shutil.which(a.python) is None:
-        yield f"{KEY}.python={a.python}: does not exist; correct it (launch/verifiers.sh makes .venv-verifiers)"
 
 
 def _server(case: Case) -> Iterator[str]:
@@ -76,4 +80,11 @@ def _alone(case: Case) -> Iterator[str]:
         )
 
 
-AGENT_RULES: Rules = tuple((_there, rule) for rule in (_one_program, _interpreter, _server, _trains, _alone))
+AGENT_RULES: Rules = (
+    (_there, _one_program),
+    (_there, _function_alone),
+    (here(_there), _program_here),
+    (here(_there), _server),
+    (_there, _trains),
+    (_there, _alone),
+)

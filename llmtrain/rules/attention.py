@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtrain.arch.attention import flash_faults, flex_faults, has_flash
-from llmtrain.rules.case import Case, Rules, plans, trains
+from llmtrain.rules.case import Case, Rules, here, plans, trains
 
 
 def _backend(case: Case) -> Iterator[str]:
@@ -30,4 +30,4 @@ def _package(case: Case) -> Iterator[str]:
 
 
 ATTENTION_RULES: Rules = ((plans, _backend),)
-PACKAGE_RULES: Rules = ((trains, _package),)  # of the machine, not of the document
+PACKAGE_RULES: Rules = ((here(trains), _package),)  # of the machine, not of the document

@@ -26,6 +26,7 @@ class Case:
     command: str
     run_dir: str | None  # that of the whole run: what lies below it may be made by a stage before
     earlier: Earlier
+    planned: bool = False  # nothing starts here: files, programs and packages may come later
 
     @property
     def recipe(self) -> Recipe | None:
@@ -59,6 +60,8 @@ class Case:
 
     def missing(self, path: str) -> bool:
         """Tells whether there is nothing at `path`, and neither this stage nor one before could make it."""
+        if self.planned:
+            return False
         data_dir = self.config.data.path or os.path.join(self.config.directory, "data")
         made = self.run_dir is not None and inside(path, self.run_dir)
         made = made or (self.makes_data and inside(path, data_dir))
@@ -66,7 +69,8 @@ class Case:
 
     def missing_model(self, path: str) -> bool:
         """Tells whether there are no weights at `path` and none can come: they only lie in the directory of a stage."""
-        return not os.path.exists(path) and not any(inside(path, stage) for stage in self.earlier)
+        there = self.planned or os.path.exists(path)
+        return not there and not any(inside(path, stage) for stage in self.earlier)
 
 
 Rule = Callable[[Case], Iterator[str]]
@@ -111,6 +115,12 @@ def reads_rewards(case: Case) -> bool:
 def command(*names: str) -> Where:
     """Returns a condition that holds for these commands."""
     return lambda case: case.command in names
+
+
+def here(condition: Where) -> Where:
+    """Returns a condition that holds where another does and the command runs on this machine: for what looks at its
+    files, programs and packages."""
+    return lambda case: not case.planned and condition(case)
 
 
 def either(*conditions: Where) -> Where:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 
 from llmtrain.arch.resolve import resolve_model
@@ -18,7 +18,7 @@ from llmtrain.rules.case import Case, Earlier, Rules, pretrains
 from llmtrain.rules.cleaning import CLEANING_RULES
 from llmtrain.rules.curriculum import CURRICULUM_RULES
 from llmtrain.rules.environment import ENVIRONMENT_RULES
-from llmtrain.rules.files import FILE_RULES
+from llmtrain.rules.files import FILE_RULES, KEY_RULES
 from llmtrain.rules.index import INDEX_RULES
 from llmtrain.rules.judging import JUDGING_RULES
 from llmtrain.rules.ladder import LADDER_RULES
@@ -35,7 +35,11 @@ from llmtrain.rules.testtime import TEST_TIME_RULES
 from llmtrain.rules.vllm import VLLM_RULES
 from llmtrain.rules.vocabulary import VOCABULARY_RULES
 
-SHAPE_RULES = (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES)  # what does not look at files
+SHAPE_RULES = (*LAYOUT_RULES, *MODEL_RULES, *ATTENTION_RULES, *LORA_RULES)  # of a layout
+PLANNED_RULES = (  # that `llmtrain plan` asks for of a document of one stage, which may have no data yet
+    *(*SHAPE_RULES, *KEY_RULES, *VOCABULARY_RULES, *MIX_RULES, *CURRICULUM_RULES, *ENVIRONMENT_RULES, *VLLM_RULES),
+    *(*AHEAD_RULES, *REPLAY_RULES, *AGENT_RULES, *JUDGING_RULES, *TASK_RULES, *TEST_TIME_RULES),
+)
 RULES = (
     *SHAPE_RULES,
     *(*VOCABULARY_RULES, *FILE_RULES, *MIX_RULES, *CLEANING_RULES, *JUDGING_RULES, *SCALING_RULES),
@@ -52,7 +56,7 @@ def check(config: Config, world_size: int, command: str) -> None:
     if isinstance(config, RunConfig):
         found = _run_violations(config, world_size, command)
     else:
-        found = violations(config, world_size, command)
+        found = violations(config, world_size, command, planned=command == "plan")
     if found:
         raise ConfigError("\n".join(found))
 
@@ -63,8 +67,10 @@ def violations(
     command: str,
     run_dir: str | None = None,
     earlier: Earlier | None = None,
+    planned: bool = False,
 ) -> list[str]:
-    """Returns all broken rules of one stage; `run_dir` and `earlier` are given only where it is a stage of a run."""
+    """Returns all broken rules of one stage; `run_dir` and `earlier` are given only where it is a stage of a run.
+    `planned`: see `Case`."""
     found: list[str] = []
     model = None
     absent = config.model.init_from is not None and not os.path.exists(config.model.init_from)
@@ -73,25 +79,36 @@ def violations(
     except ValueError as error:
         if not absent:  # a missing directory is the business of `_init_from`
             found += str(error).splitlines()
-    case = Case(config, model, world_size, command, run_dir, earlier or {})
+    case = Case(config, model, world_size, command, run_dir, earlier or {}, planned)
     found += _broken(case)
-    found += [line for line in other_models(case) if line.partition(": ")[2] not in found]
+    found += _of_others(case, found)
     for phase in phases(config.train)[1:] if pretrains(case) or command == "plan" else ():
         lines = _broken(replace(case, config=with_phase(config, phase)))
         found += [f"train ramp from token {phase.first_token}: {line}" for line in lines if line not in found]
     return found
 
 
-def recipe_violations(
-    config: Config, model: ModelConfig, world_size: int, recipe: str, earlier: Earlier, rules: Rules
+def planned_violations(
+    config: Config,
+    model: ModelConfig,
+    world_size: int,
+    command: str,
+    earlier: Earlier,
+    rules: Rules = PLANNED_RULES,
 ) -> list[str]:
-    """Returns which of some rules a recipe breaks in any phase of a ramp. `llmtrain plan`, whose document may have no
-    files yet and names its recipe by a section, asks for KEY_RULES and SHAPE_RULES."""
+    """Returns which of some rules a command breaks in any phase of a ramp, and which models beside the main one do not
+    fit the layout. `llmtrain plan` asks, whose document of one stage names its command by a section alone."""
     found: dict[str, None] = {}
     for phase in phases(config.train):
-        case = Case(with_phase(config, phase), model, world_size, recipe, None, earlier)
+        case = Case(with_phase(config, phase), model, world_size, command, None, earlier, planned=True)
         found |= dict.fromkeys(_broken(case, rules))
+        found |= dict.fromkeys(_of_others(case, found))
     return list(found)
+
+
+def _of_others(case: Case, found: Container[str]) -> list[str]:
+    """Returns what is wrong with the models beside the main one alone."""
+    return [line for line in other_models(case) if line.partition(": ")[2] not in found]
 
 
 def _broken(case: Case, rules: Rules = RULES) -> Iterator[str]:
@@ -107,7 +124,8 @@ def _run_violations(run: RunConfig, world_size: int, command: str) -> list[str]:
         return [f"WORLD_SIZE={world_size}: run starts the processes of its stages itself; call it without torchrun"]
     found: list[str] = []
     for stage, config, earlier in planned_stages(run, weights=command == "run"):
-        lines = violations(config, stage.ranks, stage.command, run.directory, earlier)
+        planned = command == "plan"
+        lines = violations(config, stage.ranks, stage.command, run.directory, earlier, planned)
         found += [f"stages.{stage.name}: {line}" for line in lines]
     return found
 

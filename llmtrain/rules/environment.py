@@ -80,7 +80,7 @@ def _web(case: Case) -> Iterator[str]:
     for name in OF_SEARCH if e.web is not None and "web_search" not in using else ():
         if (value := getattr(e.web, name)) != getattr(WebConfig(), name):
             yield f"{KEY}.web.{name}={value}: is read by the tool web_search alone; add it to {KEY}.tools, or remove it"
-    if "fetch" in using and (find_spec("trafilatura") is None or find_spec("datatrove") is None):
+    if "fetch" in using and not case.planned and (find_spec("trafilatura") is None or find_spec("datatrove") is None):
         yield f"{KEY}.tools=fetch: reads pages with the extra `data`; pip install 'llmtrain[data]' -c constraints.txt"
     if "web_search" in using and (e.web is None or e.web.endpoint is None):
         yield f"{KEY}.web.endpoint: must be set for web_search; give a URL that answers JSON, with {{query}} in it"
@@ -112,7 +112,7 @@ def _own_code(case: Case) -> Iterator[str]:
         if e.args and e.game is None:
             yield f"{KEY}.args={e.args}: are those of {KEY}.game, or of a class of your own; remove them"
         return
-    if e.file is not None and not os.path.isfile(e.file):
+    if e.file is not None and not case.planned and not os.path.isfile(e.file):
         yield f"{KEY}.function={e.function}: {e.file} is no file here; correct the path"
     if not e.unsandboxed:
         yield (

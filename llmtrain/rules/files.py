@@ -21,6 +21,7 @@ from llmtrain.rules.case import (
     command,
     either,
     evaluates_problems,
+    here,
     plans,
     pretrains,
     reads_rewards,
@@ -135,7 +136,7 @@ def _rewards(case: Case) -> Iterator[str]:
     names = [reward.name for reward in rewards]
     for reward in rewards:
         file = (reward.function or "").rpartition(":")[0]
-        if file.endswith(".py") and not os.path.isfile(file):
+        if file.endswith(".py") and not case.planned and not os.path.isfile(file):
             yield f"rewards.{reward.name}.function={reward.function}: {file} is no file here; correct the path"
         yield from (*_reward_model(case, reward), *_judge(case, reward))
         if reward.unsandboxed and reward.function is None:
@@ -207,7 +208,7 @@ def _existing(case: Case, key: str, path: str | None, needed: str | None) -> Ite
     """Yields a line if a path that is read is not there; None is refused with the reason `needed`."""
     if path is None and needed:
         yield f"{key}: must be set, {needed}; give a path"
-    if path is not None and (fault := dangling(path)):
+    if path is not None and not case.planned and (fault := dangling(path)):
         yield f"{key}={path}: {fault}"
     elif path is not None and case.missing(path):
         yield f"{key}={path}: does not exist; give an existing path or make it first"
@@ -273,7 +274,7 @@ def _evaluation_files(case: Case) -> Iterator[str]:
 
 
 def _harness(case: Case, section: LmEvalConfig) -> Iterator[str]:
-    if section.tasks and find_spec("lm_eval") is None:
+    if section.tasks and not case.planned and find_spec("lm_eval") is None:
         yield (
             f"eval.lm_eval.tasks={section.tasks[0]}: the lm-evaluation-harness is not installed; "
             "pip install 'llmtrain[eval]' -c constraints.txt, or remove the key"
@@ -314,7 +315,7 @@ FILE_RULES: Rules = (
     *KEY_RULES,
     (either(reads_rewards, evaluates_problems, command("eval", "judge")), _rewards),
     (trains, _spikes),
-    (trains, _wandb),
+    (here(trains), _wandb),
     (either(trains, command("eval", "export", *JUDGES)), _init_from),
     (either(tunes, command("eval", "export", *JUDGES)), _tokenizer),
     (either(pretrains, command("data", "tokenizer")), _sources),

@@ -49,7 +49,7 @@ def _constitution(case: Case) -> Iterator[str]:
     low, high = c.clamp
     if c.principles is None:
         yield "constitutional.principles: must be set; give a file such as configs/constitutional/principles.yaml"
-    elif not os.path.isfile(c.principles):
+    elif not case.planned and not os.path.isfile(c.principles):
         yield f"constitutional.principles={c.principles}: does not exist; give a YAML file with principles"
     if c.agreement is not None and case.missing(c.agreement):
         yield f"constitutional.agreement={c.agreement}: does not exist; give rows with chosen and rejected"

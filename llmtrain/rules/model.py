@@ -130,7 +130,7 @@ def _scalar_head(case: Case) -> Iterator[str]:
     """Refuses what a scalar head is not shown with, and what needs a language model."""
     m, tp = case.model, case.config.parallel.tp
     wanted = case.recipe.head if case.recipe is not None else None
-    trained = planned_recipes(case.config)[0] if case.command == "plan" else case.recipe
+    trained = next(iter(planned_recipes(case.config)), None) if case.command == "plan" else case.recipe
     if trained is not None and trained.head == "scalar" and m is not None and m.head != "scalar":
         yield f"model.head={m.head}: {trained.name} trains a model with one number a position; set model.head=scalar"
     if m is None or m.head != "scalar":

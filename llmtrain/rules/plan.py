@@ -34,4 +34,13 @@ def _time(case: Case) -> Iterator[str]:
             yield f"plan.{key}={value:g}: needs plan.hardware, without which no time is told; set that"
 
 
-PLAN_RULES: Rules = ((timed, _hardware), (command("plan"), _time))
+def _rows(case: Case) -> Iterator[str]:
+    r, rows = case.config.rollout, case.config.plan.episode_rows
+    if rows is not None and r.environment is None and r.agent is None:
+        yield (
+            f"plan.episode_rows={rows}: is of rollout.environment and rollout.agent; without, a sample is one row; "
+            "remove it"
+        )
+
+
+PLAN_RULES: Rules = ((timed, _hardware), (command("plan"), _time), (command("plan"), _rows))

@@ -9,7 +9,7 @@ from llmtrain.arch.resolve import hf_config
 from llmtrain.config.machine import has_gpu
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.vllm import LEAST_TEMPERATURE, NO_CHECKSUMS, VLLM_VERSION, installed_version, truncates
-from llmtrain.rules.case import Case, Rules, command, either, samples
+from llmtrain.rules.case import Case, Rules, command, either, here, samples
 
 SERVED = ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3-moe")  # see rollout/vllm_test.py
 
@@ -113,7 +113,7 @@ def _verify(case: Case) -> Iterator[str]:
 
 
 VLLM_RULES: Rules = (
-    (_wanted, _interpreter),
+    (here(_wanted), _interpreter),
     (_wanted, _model),
     (_wanted, _sampling),
     (_wanted, _together),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.ramp import Phase, phases
-from llmtrain.config.recipes import Recipe, StepSize, planned_recipes, recipe_of
+from llmtrain.config.recipes import Recipe, StepSize, planned_command, planned_recipes, recipe_of
 from llmtrain.config.schema import Config, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
-from llmtrain.rules.check import SHAPE_RULES, planned_stages, recipe_violations
-from llmtrain.rules.files import KEY_RULES
+from llmtrain.rules.check import planned_stages, planned_violations
 from llmtrain.scaling.plan import Plan, bubble_share, plan, rollout_workers
-from llmtrain.scaling.speed import fit_line, hardware_line, speed_lines
-from llmtrain.scaling.turnlines import step_lines, traffic_lines
-from llmtrain.scaling.turns import Turn, heaviest, other_models, takes_turns, turns_of, unplanned, waits
+from llmtrain.scaling.speed import WAIT, fit_line, hardware_line, speed_lines
+from llmtrain.scaling.stages import SAMPLING, sampling_lines
+from llmtrain.scaling.turnlines import step_lines, traffic_lines, turn_lines
+from llmtrain.scaling.turns import heaviest, other_models, takes_turns, turns_of, unplanned, waits
 from llmtrain.scaling.turntime import Job, step_of_turns
 from llmtrain.scaling.units import gigabytes
 
@@ -30,45 +31,77 @@ MOMENTS = {
 
 
 def main(config: Config) -> None:
-    """Prints the plan of a stage, or of every training stage of a run. Raises ValueError when some cannot be planned,
+    """Prints the plan of a stage, or of every stage of a run. Raises ValueError when some cannot be planned,
     after the plans of the others; weights that are not there yet are no fault of the document, and said in its place.
     """
-    faults: list[str] = []
-    stages = list(planned(config))
-    if not stages:
-        print(f"{config.name}: nothing of it trains, and nothing else is planned")
-    for recipe, staged, world_size, earlier in stages:
-        print(f"{staged.name} ({recipe.name})")
+    each_stage(config, Stage.title, lambda stage: print("\n".join(f"  {line}" for line in lines_of(stage))))
+
+
+class Stage(NamedTuple):
+    """Holds a stage of a document: its command, the recipe of one that trains, and what it starts with."""
+
+    command: str
+    recipe: Recipe | None
+    config: Config
+    ranks: int
+    earlier: Earlier
+
+    def title(self) -> str:
+        """Returns the name of the stage, and what it is."""
+        return f"{self.config.name} ({self.command})"
+
+    def comes_yet(self) -> bool:
+        """Tells whether its model is not there yet, and no stage before says what it will be."""
+        start = self.config.model.init_from
         try:
-            _hold_to_rules(staged, world_size, recipe, earlier)
-            lines = describe(staged, plan(staged, world_size, recipe, earlier), recipe, earlier)
+            resolve_model(self.config.model, self.earlier)
+        except ValueError:
+            return start is not None and not os.path.exists(start)
+        return False
+
+
+def each_stage(config: Config, title: Callable[[Stage], str], tell: Callable[[Stage], None]) -> None:
+    """Prints the title of each stage of a document and has it told. Raises ValueError with the faults of all behind the
+    last one; a stage whose model is not there yet has none."""
+    faults: list[str] = []
+    for stage in planned(config):
+        print(title(stage), flush=True)
+        try:
+            tell(stage)
         except ValueError as error:
-            start, said = staged.model.init_from, str(error).splitlines()
-            waits = start is not None and not os.path.exists(start)
-            lines = ["cannot be planned yet", *said] if waits else ["cannot be planned"]
-            faults += [] if waits else [f"{staged.name} ({recipe.name}): {line}" for line in said]
-        print("\n".join(f"  {line}" for line in lines))
+            said, coming = str(error).splitlines(), stage.comes_yet()
+            told = ["cannot be planned yet", *said] if coming else ["cannot be planned"]
+            print("\n".join(f"  {line}" for line in told), flush=True)
+            faults += [] if coming else [f"{stage.title()}: {line}" for line in said]
     if faults:
         raise ValueError("\n".join(faults))
 
 
-def _hold_to_rules(config: Config, world_size: int, recipe: Recipe, earlier: Earlier) -> None:
-    """Raises ValueError with a line for each rule of the recipe that the document breaks, files apart."""
-    model = resolve_model(config.model, earlier)
-    rules = (*SHAPE_RULES, *KEY_RULES)
-    if broken := recipe_violations(config, model, world_size, recipe.name, earlier, rules):
+def lines_of(stage: Stage) -> list[str]:
+    """Returns the plan of a stage. Raises ValueError with a line for each rule that it breaks, files apart."""
+    if stage.recipe is None and stage.command not in SAMPLING:
+        return ["neither trains nor samples, and is not planned"]
+    model = resolve_model(stage.config.model, stage.earlier)
+    if broken := planned_violations(stage.config, model, stage.ranks, stage.command, stage.earlier):
         raise ValueError("\n".join(broken))
+    if stage.recipe is None:
+        return sampling_lines(stage.command, stage.config, model, stage.ranks)
+    found = plan(stage.config, stage.ranks, stage.recipe, stage.earlier)
+    return describe(stage.config, found, stage.recipe, stage.earlier)
 
 
-def planned(config: Config) -> Iterator[tuple[Recipe, Config, int, Earlier]]:
-    """Yields (recipe, configuration, ranks, earlier stages) of every stage that trains."""
+def planned(config: Config) -> Iterator[Stage]:
+    """Yields every stage of a run, or what a document of one stage may be for."""
     if isinstance(config, RunConfig):
         for stage, staged, earlier in planned_stages(config):
-            if (recipe := recipe_of(stage.command, staged)) is not None:
-                yield recipe, staged, stage.ranks, earlier
+            yield Stage(stage.command, recipe_of(stage.command, staged), staged, stage.ranks, earlier)
+    elif (command := planned_command(config)) is not None:
+        ranks = config.plan.gpus or _launched() or least_ranks(config, None)
+        yield Stage(command, None, config, ranks if command == "eval" else 1, {})
     else:
         for recipe in planned_recipes(config):
-            yield recipe, config, config.plan.gpus or _launched() or least_ranks(config, recipe), {}
+            ranks = config.plan.gpus or _launched() or least_ranks(config, recipe)
+            yield Stage(recipe.name, recipe, config, ranks, {})
 
 
 def _launched() -> int | None:
@@ -79,10 +112,10 @@ def _launched() -> int | None:
     return None if said is None else int(said)
 
 
-def least_ranks(config: Config, recipe: Recipe) -> int:
+def least_ranks(config: Config, recipe: Recipe | None) -> int:
     """Returns the smallest number of ranks that the mesh fits."""
-    p = config.parallel
-    return p.pp * p.dp_replicate * max(1, p.dp_shard) * p.cp * p.tp + rollout_workers(config, recipe)
+    p, workers = config.parallel, 0 if recipe is None else rollout_workers(config, recipe)
+    return p.pp * p.dp_replicate * max(1, p.dp_shard) * p.cp * p.tp + workers
 
 
 def describe(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[str]:
@@ -110,25 +143,22 @@ def describe(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[
 def _time_lines(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> list[str]:
     """Returns the lines about messages, bubble and time: of a step, or of its turns where models take turns."""
     model = resolve_model(config.model, earlier)
-    if recipe.samples and (other := unplanned(config)) is not None:
-        return [f"turns        not planned: {other}", *([] if p.hardware is None else [hardware_line(p)])]
+    named = [] if p.hardware is None else [hardware_line(p.ranks, p.hardware)]
+    if (other := unplanned(config, recipe, p.ranks, p.hardware)) is not None:
+        return [f"turns        not planned: {other}", *named]
     try:
         models = other_models(config, model, recipe, earlier)
     except ValueError as error:  # a directory that a command before makes
         later = [f"turns        cannot be told yet: {line}" for line in str(error).splitlines()]
-        return [*later, *([] if p.hardware is None else [hardware_line(p)])]
+        return [*later, *named]
     if not takes_turns(recipe, models):
         return [*_sent_lines(p), *_bubble_lines(config, p), *speed_lines(config, p)]
     turns, step = turns_of(config, model, recipe, p, models), step_of_turns(Job(config, recipe, model, models, p))
-    lines = [*traffic_lines(step), *_turn_lines(turns), *_fit_lines(config, p, recipe, turns)]
+    lines = [*traffic_lines(step), *turn_lines(turns), *named]
+    if p.hardware is not None:
+        useless = [WAIT] if waits(config, recipe) else []
+        lines.append(fit_line(config, p.hardware, turns[heaviest(turns)[0]], useless))
     return [*lines, *step_lines(config, recipe, p, step)]
-
-
-def _fit_lines(config: Config, p: Plan, recipe: Recipe, turns: dict[str, Turn]) -> list[str]:
-    """Returns the lines about the hardware and whether the heaviest turn fits it; none without hardware."""
-    if p.hardware is None:
-        return []
-    return [hardware_line(p), fit_line(config, p, turns[heaviest(turns)[0]], waits(config, recipe))]
 
 
 def _bubble_lines(config: Config, p: Plan) -> list[str]:
@@ -146,16 +176,6 @@ def _work_lines(p: Plan) -> list[str]:
     w = p.work
     parts = f"{w.model - 3 * w.attention:.4g} of weights ({2 * w.passes} N), {3 * w.attention:.4g} of attention"
     return [f"work         {w.model:.4g} FLOPs a token: {parts}; with what is computed again {w.hardware:.4g}"]
-
-
-def _turn_lines(turns: dict[str, Turn]) -> list[str]:
-    """Returns the lines about the memory of each turn, the heaviest first."""
-    lines = []
-    for name, turn in sorted(turns.items(), key=lambda entry: -sum(entry[1].values())):
-        parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in turn.items())
-        first = " (the heaviest)" if not lines else ""
-        lines.append(f"{'' if lines else 'turns':<13}{name} {gigabytes(sum(turn.values()))}{first}: {parts}")
-    return lines
 
 
 def _batch_line(size: StepSize, p: Plan) -> str:

@@ -6,14 +6,12 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrain.config.schema import Config
-from llmtrain.rules.check import recipe_violations
-from llmtrain.rules.files import KEY_RULES
-from llmtrain.scaling.describe import planned
-from llmtrain.scaling.plan import Plan, plan
+from llmtrain.rules.check import PLANNED_RULES, SHAPE_RULES, planned_violations
+from llmtrain.scaling.describe import Stage, each_stage
+from llmtrain.scaling.plan import Plan, ahead_workers, plan
 from llmtrain.scaling.search import NEAREST, Document, Found, Layout, document_of, heaviest_turn, plan_of, search
-from llmtrain.scaling.speed import largest_part, mfu, room_bytes
+from llmtrain.scaling.speed import largest_part, mfu, parts_of, room_bytes
 from llmtrain.scaling.turnlines import step_mfu
-from llmtrain.scaling.turns import unplanned
 from llmtrain.scaling.turntime import Job, step_of_turns
 
 SHOWN = 10
@@ -22,23 +20,34 @@ AXES = ("tp", "pp", "cp", "ep", "dp_shard", "dp_replicate")
 
 
 def main(config: Config) -> None:
-    """Prints a table for each training stage of a document. Raises ValueError when no layout fits."""
-    console = Console(width=max(WIDTH, Console().width))
-    for recipe, staged, ranks, earlier in planned(config):
-        console.print(f"{staged.name} ({recipe.name}), {ranks:,} GPUs", highlight=False)
-        if recipe.samples and (other := unplanned(staged)) is not None:
-            raise ValueError(
-                f"{staged.name}: {other}, which is not planned; search with colocated or separate, and native"
-            )
-        document = document_of(staged, recipe, ranks, earlier)
-        if broken := recipe_violations(staged, document.model, ranks, recipe.name, earlier, KEY_RULES):
-            raise ValueError("\n".join(broken))
-        found = search(document)
-        if not found.best:
-            raise ValueError(nothing_fits(found, document))
-        console.print(table(found.best[:SHOWN], document))
-        for line in (*summary(found, staged), f"the first: {overrides(found.best[0].config, staged)}"):
-            console.print(line, highlight=False, soft_wrap=True)
+    """Prints a table for each stage of a document that trains. Raises ValueError, behind the last one, with a line for
+    each stage that no layout fits."""
+    each_stage(config, title, tell)
+
+
+def title(stage: Stage) -> str:
+    """Returns the name of a stage, and of one that trains on how many GPUs."""
+    if stage.recipe is None:
+        return stage.title()
+    return f"{stage.title()}, {stage.ranks + ahead_workers(stage.config, stage.recipe):,} GPUs"
+
+
+def tell(stage: Stage) -> None:
+    """Prints the table of a stage. Raises ValueError when no layout fits."""
+    console, staged = Console(width=max(WIDTH, Console().width)), stage.config
+    if stage.recipe is None:
+        console.print("  trains nothing, and has no layout to search")
+        return
+    document = document_of(staged, stage.recipe, stage.ranks, stage.earlier)
+    rules = [rule for rule in PLANNED_RULES if rule not in SHAPE_RULES]
+    if broken := planned_violations(staged, document.model, stage.ranks, stage.command, stage.earlier, rules):
+        raise ValueError("\n".join(broken))
+    found = search(document)
+    if not found.best:
+        raise ValueError(nothing_fits(found, document))
+    console.print(table(found.best[:SHOWN], document))
+    for line in (*summary(found, staged), f"the first: {overrides(found.best[0].config, staged)}"):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def table(layouts: list[Layout], document: Document) -> Table:
@@ -59,7 +68,7 @@ def table(layouts: list[Layout], document: Document) -> Table:
 def reasons(document: Document, layout: Layout, p: Plan) -> tuple[float, str]:
     """Returns the MFU of a step, and what it spends most time on: its turns, or what there is beside products; with how
     much memory is left."""
-    config, left = layout.config, f"{(room_bytes(layout.config, p) + p.memory_bytes - layout.memory_bytes) / 1e9:.1f}"
+    config, left = layout.config, f"{room_bytes(layout.config, document.hardware, layout.memory_bytes) / 1e9:.1f}"
     if document.turned:
         step = step_of_turns(Job(config, document.recipe, document.model, document.models, p))
         share, spent = step_mfu(config, p, step), step.seconds
@@ -121,7 +130,8 @@ def nothing_fits(found: Found, document: Document) -> str:
             f"--search: the rules refuse every layout of {document.ranks} GPUs, whose number must divide into axes and "
             "whose batch into microbatches; change plan.gpus or train.global_batch_seqs"
         )
-    part, size = largest_part(plan_of(document, found.smallest.config), heaviest_turn(document, found.smallest.config))
+    smallest = found.smallest.config
+    part, size = largest_part(heaviest_turn(document, smallest) or parts_of(plan_of(document, smallest)))
     return (
         f"--search: no layout of {document.ranks} GPUs fits {document.hardware.memory_gb:g} GB less plan.reserve_gb; "
         f"the smallest needs {found.smallest.memory_bytes / 1e9:.3g} GB, most of it {part}, {size:.3g} GB; use more "

@@ -37,8 +37,8 @@ from llmtrain.scaling.work import Work, work_of
 class Plan:
     """Holds the resource figures of one stage of a run. Memory is that of the fullest rank, in bytes."""
 
-    ranks: int  # trainers and rollout workers
-    rollout_ranks: int
+    ranks: int  # trainers and what samples apart from them
+    rollout_ranks: int  # that sample apart: ranks of the job, or processes that sample ahead
     mesh: dict[str, int]
     parameters: int
     active_parameters: int  # that compute one token: without experts that are not chosen
@@ -52,6 +52,11 @@ class Plan:
     bubble: float | None  # idle share of the slowest pipeline rank's time; None in RL
     hardware: HardwareConfig | None
     time: StepTime | None  # of a step at the start; None without hardware, and in RL
+
+    @property
+    def sampling_ranks(self) -> int:
+        """Returns what samples, where anything does."""
+        return self.rollout_ranks or self.ranks
 
     @property
     def memory_bytes(self) -> int:
@@ -83,9 +88,10 @@ def plan(
     bubble = None if accumulation is None else bubble_of(model, parallel, work, accumulation)
     hardware = None if config.plan.hardware is None else hardware_of(config.plan.hardware)
     timed = hardware is not None and step is not None and bubble is not None
+    ahead = ahead_workers(config, recipe)
     return Plan(
-        ranks=world_size,
-        rollout_ranks=workers,
+        ranks=world_size + ahead,
+        rollout_ranks=workers + ahead,
         mesh=mesh,
         parameters=parameter_count(model),
         active_parameters=active_parameter_count(model),
@@ -134,8 +140,14 @@ def accumulation_of(config: Config, size: StepSize, dp: int) -> float | None:
 
 
 def rollout_workers(config: Config, recipe: Recipe) -> int:
-    """Returns the ranks that only generate."""
+    """Returns the ranks of the job that only generate."""
     return config.rollout.workers if recipe.samples and config.rollout.placement == "separate" else 0
+
+
+def ahead_workers(config: Config, recipe: Recipe) -> int:
+    """Returns the processes beside the job that sample ahead, each on a GPU of its own."""
+    r = config.rollout
+    return r.workers if recipe.samples and r.placement == "ahead" and r.replay is None else 0
 
 
 def sent_bytes(config: Config, model: ModelConfig, parallel: ParallelConfig, step: Step) -> dict[str, int]:

@@ -13,13 +13,14 @@ from llmtrain.config.plan import HardwareConfig
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.rules.case import Earlier
-from llmtrain.rules.check import SHAPE_RULES, recipe_violations
+from llmtrain.rules.check import SHAPE_RULES, planned_violations
 from llmtrain.scaling.memory import fullest_memory, rank_states
-from llmtrain.scaling.plan import Plan, accumulation_of, bubble_of, plan, rollout_workers, step_of
+from llmtrain.scaling.plan import Plan, accumulation_of, ahead_workers, bubble_of, plan, rollout_workers, step_of
+from llmtrain.scaling.sampler import Sampler, Turn, sampler_in_step
 from llmtrain.scaling.states import States
 from llmtrain.scaling.steptime import step_time
-from llmtrain.scaling.turns import Models, Turn, heaviest, other_models, takes_turns, turns_of
-from llmtrain.scaling.turntime import Job, turn_seconds
+from llmtrain.scaling.turns import Models, heaviest, other_models, takes_turns, turns_of, unplanned
+from llmtrain.scaling.turntime import Job, step_seconds, turn_seconds
 from llmtrain.scaling.work import work_of
 
 LEAST_TOKENS = 2048  # of a row on one context-parallel rank: with fewer, messages cost more than they spare
@@ -81,56 +82,89 @@ def document_of(config: Config, recipe: Recipe, ranks: int, earlier: Earlier | N
         raise ValueError(f"train.micro_batch_tokens={tokens}: not with --search, which chooses rows; remove it")
     model, hardware = resolve_model(config.model, earlier), hardware_of(config.plan.hardware)
     models = other_models(config, model, recipe, earlier or {})
+    if (other := unplanned(config, recipe, ranks + ahead_workers(config, recipe), hardware)) is not None:
+        raise ValueError(f"--search: {other}")
     return Document(config, recipe, model, models, hardware, ranks, earlier or {})
 
 
 def search(document: Document) -> Found:
     """Returns the layouts of the GPUs for the document's model, batch, engine and precision; where it samples also with
     rollout workers of their own. Pipelines have 1F1B or interleaved schedules."""
-    room = (document.hardware.memory_gb - document.config.plan.reserve_gb) * 1e9
-    fitting: list[Layout] = []
-    misfits: list[tuple[int, Config]] = []
-    refused = tried = 0
-    rules: list[str] | None = None
-    for variants in _layouts(document):
-        for candidate in variants:  # from the fastest to the smallest
-            tried += 1
-            broken = _refusals(document, candidate)
-            rules = broken if rules is None else [line for line in rules if line in broken]
-            if broken:
-                refused += 1
-                continue
-            size = _memory(document, candidate)
-            if size <= room:
-                fitting.append(_timed(document, candidate, size))
-                break
-            misfits.append((size, candidate))
-    misfits.sort(key=lambda misfit: misfit[0])
-    near = [_timed(document, each, size) for size, each in misfits[:NEAREST]]
-    best = sorted(fitting, key=lambda layout: (layout.seconds, layout.memory_bytes))
-    fastest = min(near, key=lambda layout: layout.seconds, default=None)
-    return Found(best, fastest, near[0] if near else None, refused, tried, rules or [])
-
-
-def _layouts(document: Document) -> Iterator[list[Config]]:
-    """Yields lists of candidates that differ in recomputation only."""
-    config, model, hardware = document.config, document.model, document.hardware
-    longest = max(1, config.train.seq_len // LEAST_TOKENS)
+    tries = Tries(document)
     for placed, ranks in _placements(document):
-        for tp in _divisors(math.gcd(ranks, model.num_heads), hardware.gpus_per_node):
-            for pp in _divisors(ranks // tp, model.num_layers):
-                for cp in _divisors(ranks // (tp * pp), longest):
-                    dp = ranks // (tp * pp * cp)
-                    for micro in (each for each in MICRO if _divides(document, each, dp, pp)):
-                        yield from _of_mesh(document, placed, {"tp": tp, "pp": pp, "cp": cp}, dp, micro)
+        sampler = _sampler(document, placed)
+        hopeless = sampler is not None and sum(sampler.memory().values()) > tries.room
+        for variants in _layouts(document, placed, ranks):
+            accepted = tries.add(variants)
+            if hopeless and accepted:
+                break  # whatever the layout, what samples does not fit
+    near = [_timed(document, config, size) for size, config in _nearest(document, tries.misfits)]
+    best = sorted(tries.fitting, key=lambda layout: (layout.seconds, layout.memory_bytes))
+    fastest = min(near, key=lambda layout: layout.seconds, default=None)
+    return Found(best, fastest, near[0] if near else None, tries.refused, tries.tried, tries.rules or [])
+
+
+class Tries:
+    """Collects what becomes of candidates."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.room = (document.hardware.memory_gb - document.config.plan.reserve_gb) * 1e9
+        self.fitting: list[Layout] = []
+        self.misfits: list[tuple[int, Config]] = []  # with the least that they take
+        self.refused = self.tried = 0
+        self.rules: list[str] | None = None  # that refuse all so far
+
+    def add(self, variants: list[Config]) -> bool:
+        """Tries candidates that differ in recomputation only, from the fastest to the smallest, until one fits. Where
+        what they all hold is too much, only the smallest is looked at. Returns whether the rules accept one."""
+        accepted, least = False, _least_bytes(self.document, variants[-1])
+        for candidate in variants[-1:] if least > self.room else variants:
+            if self._refuses(candidate):
+                continue
+            accepted = True
+            size = least if least > self.room else _memory(self.document, candidate)
+            if size <= self.room:
+                self.fitting.append(_timed(self.document, candidate, size))
+                break
+            self.misfits.append((size, candidate))
+        return accepted
+
+    def _refuses(self, candidate: Config) -> bool:
+        """Tells whether a rule refuses the candidate, and counts it."""
+        broken = _refusals(self.document, candidate)
+        self.rules = broken if self.rules is None else [line for line in self.rules if line in broken]
+        self.tried += 1
+        self.refused += bool(broken)
+        return bool(broken)
+
+
+def _nearest(document: Document, misfits: list[tuple[int, Config]]) -> list[tuple[int, Config]]:
+    """Returns the NEAREST candidates that fail to fit by least, with their bytes, the smallest first."""
+    near: list[tuple[int, Config]] = []
+    for least, config in sorted(misfits, key=lambda misfit: misfit[0]):
+        if len(near) == NEAREST and least >= near[-1][0]:
+            break
+        near = sorted([*near, (_memory(document, config), config)], key=lambda each: each[0])[:NEAREST]
+    return near
+
+
+def _layouts(document: Document, placed: Config, ranks: int) -> Iterator[list[Config]]:
+    """Yields lists of candidates that differ in recomputation only, with so many trainers."""
+    model, longest = document.model, max(1, placed.train.seq_len // LEAST_TOKENS)
+    for tp in _divisors(math.gcd(ranks, model.num_heads), document.hardware.gpus_per_node):
+        for pp in _divisors(ranks // tp, model.num_layers):
+            for cp in _divisors(ranks // (tp * pp), longest):
+                dp = ranks // (tp * pp * cp)
+                for micro in (each for each in MICRO if _divides(document, each, dp, pp)):
+                    yield from _of_mesh(document, placed, {"tp": tp, "pp": pp, "cp": cp}, dp, micro)
 
 
 def _placements(document: Document) -> Iterator[tuple[Config, int]]:
     """Yields the document with each number of rollout workers, 0 = the trainers sample, and the number of trainers.
-    Sampling ahead, and by a server, keep the place that they have."""
+    Processes that sample ahead keep their number."""
     config, ranks = document.config, document.ranks
-    r = config.rollout
-    if not document.recipe.samples or r.placement == "ahead" or r.generator != "native":
+    if _sampler(document, config) is None or config.rollout.placement == "ahead":
         yield config, ranks - rollout_workers(config, document.recipe)
         return
     for workers in sorted({0, *(int(ranks * share) for share in WORKERS)}):
@@ -198,7 +232,7 @@ def _engines(config: Config) -> list[dict[str, Any]]:
 def _refusals(document: Document, config: Config) -> list[str]:
     """Returns the rules that the layout breaks."""
     d = document
-    return recipe_violations(config, d.model, d.ranks, d.recipe.name, d.earlier, SHAPE_RULES)
+    return planned_violations(config, d.model, d.ranks, d.recipe.name, d.earlier, SHAPE_RULES)
 
 
 def _accumulation(document: Document, config: Config) -> float | None:
@@ -225,6 +259,20 @@ def _memory(document: Document, config: Config) -> int:
     return fullest_memory(config, document.model, config.parallel, accumulation, states).total
 
 
+def _sampler(document: Document, config: Config) -> Sampler | None:
+    """Returns what samples on a rank; None where nothing is sampled."""
+    apart = rollout_workers(config, document.recipe) or ahead_workers(config, document.recipe)
+    return sampler_in_step(config, document.model, document.recipe, apart or document.ranks, document.hardware)
+
+
+def _least_bytes(document: Document, config: Config) -> int:
+    """Returns what the fullest rank holds at least, whatever it computes again: its states in the update, and beside
+    them what is left of a sampler in its place."""
+    sampler = _sampler(document, config) if config.rollout.placement == "colocated" else None
+    rest = 0 if sampler is None else sum(sampler.resting().values())
+    return rest + max(s.weights + s.gradients + s.optimizer for s in _states(document, config))
+
+
 def heaviest_turn(document: Document, config: Config) -> Turn | None:
     """Returns what a rank holds in the heaviest turn of a layout; None where the policy is alone."""
     if not document.turned:
@@ -241,7 +289,7 @@ def plan_of(document: Document, config: Config) -> Plan:
 def _timed(document: Document, config: Config, size: int) -> Layout:
     if document.turned:
         job = Job(config, document.recipe, document.model, document.models, plan_of(document, config))
-        return Layout(config, size, sum(turn_seconds(job, document.hardware)[0].values()))
+        return Layout(config, size, step_seconds(turn_seconds(job, document.hardware)[0], job.ahead))
     parallel, engine, accumulation = config.parallel, config.engine, _accumulation(document, config)
     assert accumulation is not None
     step = step_of(config, parallel, math.ceil(accumulation))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llmtrain.arch.hardware import peak_flops
+from llmtrain.config.plan import HardwareConfig
 from llmtrain.config.schema import Config
 from llmtrain.scaling.failures import best_interval_s, goodput, job_mttf_s
 from llmtrain.scaling.plan import Plan
@@ -17,6 +18,7 @@ SHARD_STATE = "shard it: engine.zero_stage=1"
 FREE = "free weights after use: engine.reshard=true"
 APART = "give it ranks of its own: rollout.placement=separate"
 WAIT = "let models wait in host memory (reference_waits, teachers_wait, wait_on_host)"
+CACHE, BATCH = "lower rollout.vllm.cache_gib", "lower rollout.max_batch_seqs"
 RECOMPUTE = "compute more of them again: engine.remat=selective or full"
 RECOMPUTE_ALL = "compute more of them again: engine.remat=full"
 RING, FLEX = "use parallel.context=ring", "use engine.attention=flex"
@@ -25,7 +27,9 @@ SPLIT = "raise parallel.tp or pp"
 REMEDIES = {
     "policy": (SHARD, "use more ranks"),
     "generator": (APART, DEVICES),
-    "KV cache": ("lower rollout.max_batch_seqs", "lower rollout.max_new_tokens and train.seq_len"),
+    "packed weights": (APART, DEVICES),
+    "server": (DEVICES,),
+    "KV cache": (CACHE, BATCH, "lower rollout.max_new_tokens and train.seq_len"),
     "prompts": ("lower train.seq_len or rollout.max_batch_seqs",),
     "frozen models": (WAIT, "use more ranks"),
     "critics": (WAIT, "use more ranks"),
@@ -58,28 +62,24 @@ def run_seconds(p: Plan) -> float:
     return p.total_tokens / p.tokens_per_step * p.time.total_s
 
 
-def room_bytes(config: Config, p: Plan, parts: Mapping[str, int] | None = None) -> float:
-    """Returns the bytes of a GPU that are left beside the plan, or beside these `parts`; negative where it does not
-    fit."""
-    assert p.hardware is not None
-    taken = p.memory_bytes if parts is None else sum(parts.values())
-    return (p.hardware.memory_gb - config.plan.reserve_gb) * 1e9 - taken
+def room_bytes(config: Config, hardware: HardwareConfig, taken: int) -> float:
+    """Returns the bytes of a GPU that are left beside those that are `taken`; negative where these do not fit."""
+    return (hardware.memory_gb - config.plan.reserve_gb) * 1e9 - taken
 
 
-def fit_line(config: Config, p: Plan, parts: Mapping[str, int] | None = None, waiting: bool = False) -> str:
-    """Returns whether the plan, or these parts of a turn, fit, with the largest part and remedies where they do not.
-    `waiting`: other models lie in host memory while they have nothing to do."""
-    assert p.hardware is not None
-    room, reserve = room_bytes(config, p, parts), config.plan.reserve_gb
-    of = f"{p.hardware.memory_gb:g} GB less {reserve:g} (plan.reserve_gb)"
+def fit_line(config: Config, hardware: HardwareConfig, parts: Mapping[str, int], useless: Sequence[str] = ()) -> str:
+    """Returns whether these parts of a rank's memory fit, with the largest of them and remedies where they do not, but
+    `useless` ones."""
+    room, reserve = room_bytes(config, hardware, sum(parts.values())), config.plan.reserve_gb
+    of = f"{hardware.memory_gb:g} GB less {reserve:g} (plan.reserve_gb)"
     if room >= 0:
         return f"fits         {room / 1e9:.3g} GB of {of} are left"
-    part, size = largest_part(p, parts)
-    most = f"most are {part}, {size:.3g} GB: {_remedies(config, part, waiting)}"
+    part, size = largest_part(parts)
+    most = f"most are {part}, {size:.3g} GB: {_remedies(config, part, useless)}"
     return f"does not fit {-room / 1e9:.3g} GB more than {of}; {most}"
 
 
-def _remedies(config: Config, part: str, waiting: bool) -> str:
+def _remedies(config: Config, part: str, useless: Sequence[str]) -> str:
     """Returns what makes a part smaller, without what the document does already or what its engine does not read."""
     e, parallel = config.engine, config.parallel
     fsdp = e.backend == "fsdp"
@@ -87,34 +87,38 @@ def _remedies(config: Config, part: str, waiting: bool) -> str:
         SHARD: fsdp or e.zero_stage == 3,
         SHARD_STATE: fsdp or e.zero_stage > 0,
         FREE: not fsdp or e.reshard or parallel.pp > 1,
-        APART: config.rollout.placement == "separate",
-        WAIT: waiting,
+        APART: config.rollout.placement != "colocated",
+        CACHE: config.rollout.generator != "vllm",
+        BATCH: config.rollout.generator == "vllm",
         RECOMPUTE: e.remat != "none",
         RECOMPUTE_ALL: e.remat != "selective",
         RING: parallel.context == "ring" or parallel.cp == 1,
         FLEX: e.attention == "flex",
     }
-    return "; or ".join(way for way in REMEDIES[part] if not without.get(way, False))
+    return "; or ".join(way for way in REMEDIES[part] if way not in useless and not without.get(way, False))
 
 
-def largest_part(p: Plan, parts: Mapping[str, int] | None = None) -> tuple[str, float]:
+def parts_of(p: Plan) -> dict[str, int]:
+    """Returns the parts of the plan's memory."""
+    return {name: getattr(p.memory, name) for name in PARTS}
+
+
+def largest_part(parts: Mapping[str, int]) -> tuple[str, float]:
     """Returns the name of the largest part of the memory, and its size in GB."""
-    sizes = {name: getattr(p.memory, name) for name in PARTS} if parts is None else parts
-    part = max(sizes, key=lambda name: sizes[name])
-    return part, sizes[part] / 1e9
+    part = max(parts, key=lambda name: parts[name])
+    return part, parts[part] / 1e9
 
 
-def hardware_line(p: Plan) -> str:
+def hardware_line(ranks: int, hardware: HardwareConfig) -> str:
     """Returns the line that names the hardware."""
-    assert p.hardware is not None
-    return f"hardware     {p.ranks:,} x {p.hardware.name}, {-(-p.ranks // p.hardware.gpus_per_node):,} nodes"
+    return f"hardware     {ranks:,} x {hardware.name}, {-(-ranks // hardware.gpus_per_node):,} nodes"
 
 
 def speed_lines(config: Config, p: Plan) -> list[str]:
     """Returns the lines about hardware, none where none is named; time is told only where a step's size is known."""
     if p.hardware is None:
         return []
-    head = [hardware_line(p), fit_line(config, p)]
+    head = [hardware_line(p.ranks, p.hardware), fit_line(config, p.hardware, parts_of(p))]
     if p.time is None:
         return head
     tokens = p.tokens_per_step / p.time.total_s
@@ -122,7 +126,7 @@ def speed_lines(config: Config, p: Plan) -> list[str]:
         *head,
         f"step         {p.time.total_s:.3g} s: {spent(p.time)} {estimated(config)}",
         f"speed        {tokens:,.0f} tokens/s, {amount(tflops_per_gpu(p))} TFLOP/s a GPU, MFU {mfu(p, config):.1%}",
-        f"run          {cost(config, p, run_seconds(p))}",
+        f"run          {run_cost(config, p, run_seconds(p))}",
         *failure_lines(config, p, run_seconds(p)),
     ]
 
@@ -155,16 +159,21 @@ def failure_lines(config: Config, p: Plan, seconds: float) -> list[str]:
     return [f"failures     {often}; {share:.1%} of the time is work that lasts, {whole}"]
 
 
-def cost(config: Config, p: Plan, seconds: float) -> str:
-    """Returns the days, the energy and, with a price, the dollars of a run of `seconds`."""
+def run_cost(config: Config, p: Plan, seconds: float) -> str:
+    """Returns what a run of `seconds` costs, where the document says how many steps it has."""
     assert p.hardware is not None
     if config.train.epochs is not None:
         return "its steps follow from the number of rows"
-    hours = seconds / 3600
-    said = f"{duration(seconds)}, {amount(hours * p.ranks)} GPU hours"
-    if p.hardware.watts is not None:
-        energy = hours * p.ranks * p.hardware.watts * config.plan.power_factor / 1000
+    return cost(config, p.hardware, p.ranks, seconds)
+
+
+def cost(config: Config, hardware: HardwareConfig, ranks: int, seconds: float) -> str:
+    """Returns the days, the energy and, with a price, the dollars of so many ranks for `seconds`."""
+    gpu_hours = seconds / 3600 * ranks
+    said = f"{duration(seconds)}, {amount(gpu_hours)} GPU hours"
+    if hardware.watts is not None:
+        energy = gpu_hours * hardware.watts * config.plan.power_factor / 1000
         more = "" if config.plan.power_factor == 1 else f" x {config.plan.power_factor:g}"
-        said += f", {amount(energy)} kWh at {p.hardware.watts:g} W a GPU{more}"
+        said += f", {amount(energy)} kWh at {hardware.watts:g} W a GPU{more}"
     price = config.plan.price_per_gpu_hour
-    return said if price is None else f"{said}, {amount(hours * p.ranks * price)} dollars at {price:g} a GPU hour"
+    return said if price is None else f"{said}, {amount(gpu_hours * price)} dollars at {price:g} a GPU hour"

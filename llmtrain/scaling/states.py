@@ -9,6 +9,7 @@ update that ZeRO's table leaves out. DeepSpeed's communication buckets come on t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -121,7 +122,7 @@ def _most_touched(groups: Sequence[Sequence[Shape]], ranks: int) -> int:
 
     The parameters of an optimizer group are concatenated and split into equal runs.
     """
-    changes = [0] * (ranks + 1)  # of the total, from one rank to the next
+    changes: Counter[int] = Counter()  # of the total, at the ranks where it changes
     for group in groups:
         run, start = -(-numel(group) // (2 * ranks)) * 2, 0
         for shape in group:
@@ -129,7 +130,7 @@ def _most_touched(groups: Sequence[Sequence[Shape]], ranks: int) -> int:
             changes[start // run] += size
             changes[(start + size - 1) // run + 1] -= size
             start += size
-    return max(accumulate(changes[:-1]))
+    return max(accumulate(changes[rank] for rank in sorted(changes)))
 
 
 def _fsdp(

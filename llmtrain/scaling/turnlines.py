@@ -6,7 +6,8 @@ from llmtrain.arch.hardware import peak_flops
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config
 from llmtrain.scaling.plan import Plan
-from llmtrain.scaling.speed import cost, estimated, failure_lines, spent
+from llmtrain.scaling.sampler import Turn
+from llmtrain.scaling.speed import estimated, failure_lines, run_cost, spent
 from llmtrain.scaling.turntime import StepOfTurns
 from llmtrain.scaling.units import gigabytes
 
@@ -24,6 +25,16 @@ def traffic_lines(step: StepOfTurns) -> list[str]:
     return [*lines, f"bubble       {step.bubble:.1%} of the slowest rank's time in updates{scoring}"]
 
 
+def turn_lines(turns: dict[str, Turn]) -> list[str]:
+    """Returns the lines about the memory of each turn, the heaviest first."""
+    lines = []
+    for name, turn in sorted(turns.items(), key=lambda entry: -sum(entry[1].values())):
+        parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in turn.items())
+        first = " (the heaviest)" if not lines and len(turns) > 1 else ""
+        lines.append(f"{'' if lines else 'turns':<13}{name} {gigabytes(sum(turn.values()))}{first}: {parts}")
+    return lines
+
+
 def step_lines(config: Config, recipe: Recipe, p: Plan, step: StepOfTurns) -> list[str]:
     """Returns the lines about the time of a step and of the run, all lengths being the longest; none without
     hardware."""
@@ -31,15 +42,16 @@ def step_lines(config: Config, recipe: Recipe, p: Plan, step: StepOfTurns) -> li
         return []
     run = config.train.steps * step.total_s
     each = ", ".join(f"{name} {value:.3g}" for name, value in step.seconds.items())
+    each = f"the longer of {each.replace(', ', ' and ', 1)}" if step.ahead else each
     parts = [f"{'':<13}{name} {time.total_s:.3g} s: {spent(time)}" for name, time in step.parts.items()]
     rate = recipe.step_size(config).tokens / step.total_s
-    made = "sampled" if recipe.samples else "trained"
+    made = "sampled" if "sampling" in step.seconds else "trained"
     shares = f"MFU {update_mfu(config, p, step):.1%} of updates, {step_mfu(config, p, step):.1%} of the step"
     return [
         f"step         {step.total_s:.3g} s at full lengths: {each} {estimated(config)}",
         *parts,
         f"speed        {rate:,.0f} tokens/s {made}, {shares}",
-        f"run          {cost(config, p, run)}, at full lengths",
+        f"run          {run_cost(config, p, run)}, at full lengths",
         *failure_lines(config, p, run),
     ]
 

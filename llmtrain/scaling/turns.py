@@ -1,23 +1,23 @@
 """Computes what a rank holds while the models of a step take turns: sampling, scoring, updating.
 
-    sampling   the generator's whole model, its KV cache, a prompt's forward; the trainer's states wait beside it
+    sampling   what samples, see `scaling.sampler`; the trainer's states wait beside it, or it has ranks of its own
     scoring    a frozen model with one block's weights whole, the policy's own log-probs; no gradients
     updating   policy or critic, as a training step; the other models wait
 
 Frozen models (a reference, teachers) are sharded over all ranks in the compute precision; those that wait in host
-memory (`reference_waits`, `teachers_wait`, `wait_on_host`) count in their own turn alone. The KV cache is freed when
-sampling ends. Lengths are the longest there can be: rows of `train.seq_len` tokens, completions of
-`rollout.max_new_tokens`.
+memory (`reference_waits`, `teachers_wait`, `wait_on_host`) count in their own turn alone. Lengths are the longest there
+can be: rows of `train.seq_len` tokens, completions of `rollout.max_new_tokens`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmtrain.arch.attention import cache_row, round_up
 from llmtrain.arch.parameters import numel
-from llmtrain.arch.resolve import parameter_count, resolve_model
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.arch.start import with_scalar_head
+from llmtrain.config.plan import HardwareConfig
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
 from llmtrain.rules.case import Earlier
@@ -25,12 +25,9 @@ from llmtrain.scaling.activations import block_activations, logits_bytes
 from llmtrain.scaling.memory import Memory, fullest_memory, rank_states
 from llmtrain.scaling.parts import block_shapes, rank_shapes, value_bytes
 from llmtrain.scaling.plan import Plan
+from llmtrain.scaling.sampler import Turn, sampler_in_step
 
-PREFILL_TOKENS = 8192  # prompt tokens in one forward of the generator, as `rollout.native` has it
 WAITING = ("reference_waits", "teachers_wait", "wait_on_host")  # keys of recipes
-
-Turn = dict[str, int]
-"""Maps the parts of a rank's memory to bytes."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +69,18 @@ def turns_of(config: Config, model: ModelConfig, recipe: Recipe, p: Plan, models
     held = {"policy": p.memory.weights + p.memory.optimizer}
     if not waits(config, recipe):
         held |= {"frozen models": frozen, "critics": sum(each.weights + each.optimizer for each in critics)}
-    sampling = sampling_turn(config, model, recipe, p) if recipe.samples else {}
-    generator = {"generator": sampling["generator"]} if recipe.samples and not p.rollout_ranks else {}
-    turns = {}
-    if recipe.samples:
-        turns["rollout workers" if p.rollout_ranks else "sampling"] = sampling if p.rollout_ranks else held | sampling
+    turns, rest = {}, {}
+    sampler = sampler_in_step(config, model, recipe, p.sampling_ranks, p.hardware)
+    if sampler is not None and p.rollout_ranks:
+        turns["rollout workers"] = sampler.memory()
+    elif sampler is not None:
+        turns["sampling"], rest = held | sampler.memory(), sampler.resting()
     if models.frozen or recipe.samples:
-        turns["scoring"] = held | generator | {"frozen models": frozen} | scoring_turn(config, models, model, p)
-    turns["updating"] = held | generator | updating_turn(p)
+        scoring = scoring_turn(config, [*models.frozen, model], model, p.mesh)
+        turns["scoring"] = held | rest | {"frozen models": frozen} | scoring
+    turns["updating"] = held | rest | updating_turn(p)
     if critics:
-        turns["updating the critic"] = held | generator | critic_turn(critics)
+        turns["updating the critic"] = held | rest | critic_turn(critics)
     return {name: {part: size for part, size in turn.items() if size} for name, turn in turns.items()}
 
 
@@ -103,50 +102,38 @@ def frozen_bytes(model: ModelConfig, parallel: ParallelConfig, value: int) -> in
     return value * -(-whole // (parallel.dp_replicate * parallel.dp_shard * parallel.cp))
 
 
-def sampling_turn(config: Config, model: ModelConfig, recipe: Recipe, p: Plan) -> Turn:
-    """Returns what the generator holds: a whole model without adapters, its cache, one forward over prompts."""
-    value, slots = value_bytes(config.engine), slots_of(config, recipe, p)
-    tokens = min(PREFILL_TOKENS, slots * config.train.seq_len)
-    whole = model.model_copy(update={"lora": None})
-    return {
-        "generator": value * parameter_count(whole),
-        "KV cache": kv_cache_bytes(whole, slots, round_up(config.train.seq_len), value),
-        "prompts": int(value * tokens * block_activations(whole, 1, False)) + 2 * 4 * slots * whole.vocab_size,
-    }
-
-
-def unplanned(config: Config) -> str | None:
-    """Returns what samples in a way that the plan has no memory, messages or time of; None: nothing does."""
+def unplanned(config: Config, recipe: Recipe, ranks: int, hardware: HardwareConfig | None) -> str | None:
+    """Returns what samples in a way that a plan has no memory or time of; None: nothing does. `ranks`: with processes
+    that sample ahead."""
     r = config.rollout
-    if r.placement == "ahead":
-        return f"rollout.placement=ahead: {r.workers} processes beside the ranks sample while these train"
-    if r.generator != "native":
-        return f"rollout.generator={r.generator}: a server of its own holds the sampled model, its cache and its ranks"
+    if not recipe.samples or r.replay is not None:
+        return None
+    if r.generator == "vllm" and r.tp > 1:
+        return f"rollout.tp={r.tp}: which GPUs the processes of a server take is not known; plan with rollout.tp=1"
+    if r.placement != "ahead" or hardware is None:
+        return None
+    if hardware.device == "cpu":
+        return f"rollout.placement=ahead: {r.workers} processes take cores from the trainers, and how much is not known"
+    if ranks > hardware.gpus_per_node:
+        return (
+            f"rollout.workers={r.workers}: what samples ahead is on the machine of the first trainer, whose "
+            f"{hardware.gpus_per_node} GPUs are too few for it and {ranks - r.workers} trainers, and how long it takes "
+            "on shared GPUs is not known; lower plan.gpus or workers, or use separate"
+        )
     return None
 
 
-def slots_of(config: Config, recipe: Recipe, p: Plan) -> int:
-    """Returns the sequences that one rank decodes together; prompts are dealt out with all their samples."""
-    r, sampling = config.rollout, p.rollout_ranks or p.ranks
-    return min(r.max_batch_seqs, -(-recipe.step_size(config).prompts // sampling) * r.group_size)
-
-
-def kv_cache_bytes(model: ModelConfig, seqs: int, tokens: int, value: int) -> int:
-    """Returns the bytes of the KV cache of `seqs` sequences of at most `tokens`. `model` is resolved."""
-    rows = (cache_row(model, layer, tokens) for layer in range(model.num_layers))
-    return seqs * value * sum(row.heads * (row.key_dim + row.value_dim) * row.tokens for row in rows)
-
-
-def scoring_turn(config: Config, models: Models, model: ModelConfig, p: Plan) -> Turn:
-    """Returns what a forward without gradients takes beside the shards: weights and activations of a block, logits."""
-    value, tp = value_bytes(config.engine), p.mesh["tp"]
-    blocks = [numel(block_shapes(each, each.num_layers - 1, tp)) for each in (*models.frozen, model)]
+def scoring_turn(config: Config, scoring: Sequence[ModelConfig], model: ModelConfig, mesh: dict[str, int]) -> Turn:
+    """Returns what a forward without gradients takes beside the shards of the models that score: weights and
+    activations of a block, logits."""
+    value, tp = value_bytes(config.engine), mesh["tp"]
+    blocks = [numel(block_shapes(each, each.num_layers - 1, tp)) for each in scoring]
     block = block_activations(model, tp, config.parallel.sequence_parallel)
     rows = config.train.micro_batch_tokens or config.train.micro_batch_seqs * config.train.seq_len
     return {
         "gathered": 2 * value * max(blocks),
-        "activations": int(value * rows // p.mesh["cp"] * block),
-        "logits": logits_bytes(config, model, p.mesh) // 2,
+        "activations": int(value * rows // mesh["cp"] * block),
+        "logits": logits_bytes(config, model, mesh) // 2,
     }
 
 

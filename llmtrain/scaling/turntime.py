@@ -3,11 +3,13 @@ one after the other.
 
     step = sampling + forwards without gradients + epochs x minibatches updates + joining the weights
 
+Sampling ahead goes on beside all others: the step is then the longer of the two.
+
 Lengths are the longest there can be: every completion has `rollout.max_new_tokens` behind a prompt that fills the rest
 of a row, and every pair fills a row, so that each sample or pair is a row of `train.seq_len` tokens. Real steps are
-shorter. Sampling reads the weights and the cache once a token (or computes, where that takes longer), after a forward
-over the prompts. Everything else is timed as a training step is, `scaling.steptime`. Rewards, moves to and from host
-memory, and text that is mixed in (`data.replay_seqs`) are left out.
+shorter. Sampling is timed by `scaling.sampler`, everything else as a training step is, `scaling.steptime`. Rewards,
+moves to and from host memory, new weights on their way to a server or to processes that sample ahead, and text that is
+mixed in (`data.replay_seqs`) are left out.
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llmtrain.arch.hardware import peak_flops
-from llmtrain.arch.resolve import active_parameter_count, parameter_count
 from llmtrain.config.plan import HardwareConfig
 from llmtrain.config.recipes import Recipe
 from llmtrain.config.schema import Config, ModelConfig, ParallelConfig
@@ -25,11 +25,11 @@ from llmtrain.scaling.communication import Item, RankStep, Step, communication, 
 from llmtrain.scaling.forwards import broadcast_bytes, frozen_rank, scoring, weight_sync
 from llmtrain.scaling.links import bandwidths, link_seconds, ring_bandwidth
 from llmtrain.scaling.memory import rank_states
-from llmtrain.scaling.parts import value_bytes
-from llmtrain.scaling.plan import Plan, bubble_of, by_axes
+from llmtrain.scaling.plan import Plan, ahead_workers, bubble_of, by_axes, rollout_workers
+from llmtrain.scaling.sampler import Sampler, sampler_in_step
 from llmtrain.scaling.simulate import forward_bubble
-from llmtrain.scaling.steptime import REACHED, StepTime, score_time, slowest_rank, step_time, summed
-from llmtrain.scaling.turns import Models, kv_cache_bytes, parallel_of, slots_of
+from llmtrain.scaling.steptime import StepTime, score_time, slowest_rank, step_time, summed
+from llmtrain.scaling.turns import Models, parallel_of
 from llmtrain.scaling.work import work_of
 
 MICROBATCH_TOKENS = 16  # by which `data.microbatches` prefers fewer microbatches
@@ -53,6 +53,16 @@ class Job:
     @property
     def trainers(self) -> int:
         return self.p.ranks - self.p.rollout_ranks
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """Returns what samples on a rank that does; None where nothing is sampled."""
+        return sampler_in_step(self.config, self.model, self.recipe, self.p.sampling_ranks, self.p.hardware)
+
+    @property
+    def ahead(self) -> bool:
+        """Tells whether processes beside the job sample."""
+        return ahead_workers(self.config, self.recipe) > 0
 
     @property
     def updates(self) -> int:
@@ -103,10 +113,18 @@ class StepOfTurns:
     seconds: dict[str, float]  # by turn; empty without hardware
     parts: dict[str, StepTime]  # of scoring and updating, without hardware none
     trained_flops: float  # the models' own, of all updates of a step
+    ahead: bool  # sampling goes on beside the other turns
 
     @property
     def total_s(self) -> float:
-        return sum(self.seconds.values())
+        return step_seconds(self.seconds, self.ahead)
+
+
+def step_seconds(seconds: dict[str, float], ahead: bool) -> float:
+    """Returns the seconds of a step from those of its turns; `ahead`: it samples beside the others."""
+    whole = sum(seconds.values())
+    sampling = seconds.get("sampling", 0.0)
+    return max(sampling, whole - sampling) if ahead else whole
 
 
 def step_of_turns(job: Job) -> StepOfTurns:
@@ -124,6 +142,7 @@ def step_of_turns(job: Job) -> StepOfTurns:
         seconds=seconds,
         parts=parts,
         trained_flops=job.recipe.passes_of(job.config).epochs * job.tokens * work,
+        ahead=job.ahead,
     )
 
 
@@ -135,8 +154,8 @@ def turn_seconds(job: Job, hardware: HardwareConfig) -> tuple[dict[str, float], 
         if passes:
             parts[name] = summed([pass_time(job, each, hardware) for each in passes], [p.times for p in passes])
     seconds = {name: time.total_s for name, time in parts.items()}
-    if job.recipe.samples:
-        seconds = {"sampling": sampling_seconds(job, hardware), **seconds, "new weights": sync_seconds(job, hardware)}
+    if (sampler := job.sampler) is not None:
+        seconds = {"sampling": sampler.seconds(hardware), **seconds, "new weights": sync_seconds(job, hardware)}
     return seconds, parts
 
 
@@ -167,7 +186,7 @@ def step_of_rows(job: Job, rows: int) -> Step:
     else:
         shapes = [(max(p.pp, math.ceil(rows / (each * dp))), each) for each in range(1, most + 1)]
     count, each = min(shapes, key=lambda shape: shape[0] * (shape[1] * tokens + MICROBATCH_TOKENS))
-    labels = job.config.rollout.max_new_tokens if job.recipe.samples else tokens
+    labels = min(job.recipe.step_size(job.config).sample_tokens, tokens) if job.recipe.samples else tokens
     ids = 2 if job.recipe.branches else int(job.config.data.mask_documents)
     return Step(count, each, tokens, math.ceil(rows / dp) * labels // p.cp, ids)
 
@@ -184,26 +203,12 @@ def pass_time(job: Job, each: Pass, hardware: HardwareConfig) -> StepTime:
     return score_time(rank, scoring(rank), _scoring_bubble(job, each), hardware, gathers)
 
 
-def sampling_seconds(job: Job, hardware: HardwareConfig) -> float:
-    """Returns the seconds until one rank has sampled its share, all completions being as long as they may. A group's
-    prompt is computed once."""
-    config, p, model = job.config, job.p, job.model
-    rate = peak_flops(hardware, config.engine.precision) * (hardware.reached_share or REACHED)
-    r, slots, value = config.rollout, slots_of(config, job.recipe, p), value_bytes(config.engine)
-    size, sampling = job.recipe.step_size(config), p.rollout_ranks or p.ranks
-    rounds = size.rounds * -(-size.prompts * r.group_size // (slots * sampling))
-    read = value * parameter_count(model) + kv_cache_bytes(model, slots, config.train.seq_len, value)
-    each = max(read / (hardware.memory_gb_per_s * 1e9), slots * 2 * active_parameter_count(model) / rate)
-    prompts = size.rounds * -(-size.prompts // sampling) * max(0, config.train.seq_len - size.sample_tokens)
-    return rounds * size.sample_tokens * each + prompts * 2 * active_parameter_count(model) / rate
-
-
 def sync_seconds(job: Job, hardware: HardwareConfig) -> float:
     """Returns the seconds until the generator has the new weights: joined on every trainer, and with rollout workers
     broadcast over the job, tensor by tensor, one behind the other."""
     ranks = _policy_ranks(job)
     joined = max(sum(link_seconds(item, rank, hardware) for item in weight_sync(rank)) for rank in ranks)
-    if not job.p.rollout_ranks:
+    if not rollout_workers(job.config, job.recipe):
         return joined
     one_node, near = job.p.ranks <= hardware.gpus_per_node, min(job.p.ranks, hardware.gpus_per_node)
     node, network = bandwidths(hardware, near > 1, not one_node)
@@ -239,8 +244,8 @@ def _sent(job: Job, passes: Sequence[Pass]) -> dict[str, int]:
 
 def _sync_sent(job: Job) -> dict[str, int]:
     """Returns what new weights move, by mesh axes; nothing where nothing is sampled."""
-    if not job.recipe.samples:
+    if job.sampler is None:
         return {}
     ranks = _policy_ranks(job)
     sent = max((by_axes(weight_sync(rank), job.parallel) for rank in ranks), key=lambda each: sum(each.values()))
-    return sent | ({JOB: broadcast_bytes(ranks[0])} if job.p.rollout_ranks else {})
+    return sent | ({JOB: broadcast_bytes(ranks[0])} if rollout_workers(job.config, job.recipe) else {})

@@ -12,9 +12,9 @@ def duration(seconds: float) -> str:
 
 
 def amount(number: float) -> str:
-    """Returns a number in whole units, or with three digits where it is small. Example: amount(116711.4) ->
+    """Returns a number in whole units, or with three digits where it is small or huge. Example: amount(116711.4) ->
     '116,711'"""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    return f"{number:,.0f}" if 100 <= number < 1e15 else f"{number:.3g}"
 
 
 def gigabytes(size: int) -> str:

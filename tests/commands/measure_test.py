@@ -36,6 +36,7 @@ def test_the_file_is_read_by_the_plan(
     assert f"written: {path}; use it as plan.hardware={path}" in capsys.readouterr().out
     found = hardware_of(str(path))
     assert found.bf16_tflops == pytest.approx(2 * 1024**3 / 0.5 / 1e12) and found.node_gb_per_s is None
+    assert found.device == ("cuda" if torch.cuda.is_available() else "cpu")
     document.write_text(f"model: {{num_layers: 2}}\nplan: {{hardware: {path}}}\n")
     assert cli.main(["plan", str(document)]) == 0
     out = capsys.readouterr().out

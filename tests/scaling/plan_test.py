@@ -180,7 +180,10 @@ def test_a_run_is_planned_stage_by_stage_without_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "data (" not in done.stdout and "batch        8 x 2048 tokens" in done.stdout
+    assert (
+        "data (data)\n  neither trains nor samples, and" in done.stdout
+        and "batch        8 x 2048 tokens" in done.stdout
+    )
     assert done.stdout.count("parameters   134,515,008") == 2
     assert "accumulation 2\n" in done.stdout
     assert load(str(path), []).name == "q"

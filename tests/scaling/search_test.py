@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from llmtrain import cli
+from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES, config_class, planned_recipes
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, TrainConfig
@@ -38,7 +40,7 @@ def test_figures_are_those_of_the_plan(eight: Found) -> None:
     for layout in (*eight.best[:3], eight.misfit):
         p = plan(layout.config, 8)
         assert (layout.memory_bytes, layout.seconds) == (p.memory_bytes, pytest.approx(p.time.total_s))
-        assert (room_bytes(layout.config, p) >= 0) == (layout is not eight.misfit)
+        assert (room_bytes(layout.config, p.hardware, p.memory_bytes) >= 0) == (layout is not eight.misfit)
     assert [x.seconds for x in eight.best] == sorted(x.seconds for x in eight.best)
 
 
@@ -109,9 +111,14 @@ def test_a_stage_that_starts_from_one_before_may_fit_nowhere(
         "  - {name: a, command: pretrain, ranks: 1}\n"
         "  - {name: b, command: pretrain, ranks: 1, set: {plan: {reserve_gb: 79.5}, "
         'model: {preset: null, init_from: "{run}/a"}}}\n'
+        "  - {name: c, command: report}\n"
+        "  - {name: d, command: pretrain, ranks: 2}\n"
     )
     assert cli.main(["plan", str(path), "--search"]) == 2
-    assert capsys.readouterr().err.startswith("--search: no layout of 1 GPUs fits 80 GB less plan.reserve_gb")
+    said = capsys.readouterr()
+    assert said.err.startswith("b (pretrain): --search: no layout of 1 GPUs fits 80 GB less plan.reserve_gb")
+    assert said.err.count("\n") == 1 and said.out.count("the first: parallel.") == 2  # the others go on
+    assert "b (pretrain), 1 GPUs\n  cannot be planned\nc (report)\n  trains nothing, and has no layout" in said.out
 
 
 def test_the_misfit_is_called_what_it_is(eight: Found) -> None:
@@ -120,12 +127,13 @@ def test_the_misfit_is_called_what_it_is(eight: Found) -> None:
 
 
 def test_who_samples_ahead_stays_where_it_is() -> None:
-    """Rollout workers of other kinds than ranks of the job are not moved."""
-    for changes in ({"placement": "ahead"}, {"generator": "vllm", "placement": "separate", "workers": 2}):
+    """Processes beside the job are not moved; a server is where native samples."""
+    for changes, places in (({"placement": "ahead", "workers": 2}, [2]), ({"generator": "vllm"}, [0, 1, 2, 4, 6])):
         rollout = config_class()().rollout.model_copy(update=changes)
-        config = config_of("smollm2-135m", "fsdp", 8).model_copy(update={"rollout": rollout})
-        each = list(_placements(Document(config, RECIPES["grpo"], None, None, None, 8, {})))
-        assert each == [(config, 8 - rollout.workers)]
+        config = config_class()(model=ModelConfig(preset="smollm2-135m"), rollout=rollout)
+        each = list(_placements(Document(config, RECIPES["grpo"], resolve_model(config.model), None, None, 8, {})))
+        assert [placed.rollout.workers for placed, _ in each] == places
+        assert [ranks for _, ranks in each] == [8 if "placement" in changes else 8 - workers for workers in places]
 
 
 TURNS = """
@@ -176,7 +184,7 @@ def test_what_cannot_be_searched(lines: str, told: str, tmp_path: Path, capsys: 
     more = ", micro_batch_tokens: 4096" if "tokens" in told else ""
     path.write_text(f"model: {{preset: smollm2-135m}}\ntrain: {{global_batch_seqs: 8{more}}}\n{lines}\n")
     assert cli.main(["plan", str(path), "--search"]) == 2
-    assert capsys.readouterr().err.startswith(told)
+    assert capsys.readouterr().err.startswith(f"run ({'sft' if 'sft' in lines else 'pretrain'}): {told}")
 
 
 GRPO = "model: {preset: smollm2-135m}\ntrain: {seq_len: 1024}\ngrpo: {prompts_per_step: 8}\n"
@@ -188,6 +196,12 @@ HELD = "plan: {hardware: a100, gpus: 2}\n"
     [
         (GRPO + "rollout: {max_new_tokens: 1024}\n", "rollout.max_new_tokens=1024: must be less than", "grpo"),
         ("model: {preset: smollm2-135m, lora: {rank: 8}}\n", "model.lora: must have model.init_from", "pretrain"),
+        (GRPO + "rollout: {router_replay: true}\n", "rollout.router_replay=true: needs experts", "grpo"),
+        (GRPO + "rollout: {placement: ahead, workers: 1, max_staleness: 1}\n", "rollout.verify=probe: not", "grpo"),
+        (GRPO + "rollout: {generator: vllm, temperature: 0.001}\n", "rollout.temperature=0.001: must be", "grpo"),
+        (GRPO + "rollout: {record: true, replay: a}\n", "rollout.record=true: rollout.replay=a is a", "grpo"),
+        ("model: {vocab_size: 64}\n", "model.vocab_size=64: must be at least tokenizer.vocab_size=", "pretrain"),
+        ("data: {mix: blocks, temperature: 1}\n", "data.mix=blocks: not with data.temperature", "pretrain"),
     ],
 )
 def test_the_rule_that_no_layout_mends_is_said(
@@ -197,9 +211,36 @@ def test_the_rule_that_no_layout_mends_is_said(
     path = tmp_path / "x.yaml"
     path.write_text(document + HELD)
     assert cli.main(["plan", str(path), "--search"]) == 2
-    assert capsys.readouterr().err.startswith(said)
+    assert capsys.readouterr().err.startswith(f"run ({planned}): {said}")
     assert cli.main(["plan", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"run ({planned}): {said}")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "rollout: {agent: {function: not_there.py:run}}\n",
+        "rollout: {generator: vllm, vllm: {python: not/there}}\n",
+        "rollout: {environment: {function: 'not_there.py:Mine', unsandboxed: true}}\n",
+        "rollout: {replay: not/there}\ndata: {train: not/there.jsonl}\nlog: {wandb: online}\n",
+    ],
+)
+def test_a_plan_asks_for_no_files_and_programs(more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GRPO + HELD + more)
+    assert cli.main(["plan", str(path)]) == 0, capsys.readouterr().err
+
+
+def test_other_models_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher, path = tmp_path / "teacher", tmp_path / "x.yaml"
+    teacher.mkdir()
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+    shape |= {"model_type": "llama", "head_dim": 16, "max_position_embeddings": 512, "vocab_size": 49_152}
+    (teacher / "config.json").write_text(json.dumps(shape | {"architectures": ["LlamaForCausalLM"]}))
+    path.write_text(f"model: {{preset: smollm2-135m}}\ntrain: {{seq_len: 1024}}\ndistill: {{teacher: {teacher}}}\n")
+    assert cli.main(["plan", str(path)]) == 2
+    said = "run (distill): distill.teacher.teacher: model.max_positions=512: must be at least train.seq_len=1024"
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_a_plan_needs_rollout_workers_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

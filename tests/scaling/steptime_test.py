@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,16 @@ import pytest
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, TrainConfig
 from llmtrain.scaling import links, steptime
 from llmtrain.scaling.plan import Plan, plan
-from llmtrain.scaling.speed import cost, failure_lines, fit_line, mfu, run_seconds, speed_lines
+from llmtrain.scaling.speed import (
+    WAIT,
+    failure_lines,
+    fit_line,
+    mfu,
+    parts_of,
+    run_cost,
+    run_seconds,
+    speed_lines,
+)
 
 MODEL = ModelConfig(preset="llama3-8b")
 FILE = """
@@ -85,8 +95,8 @@ def test_what_a_run_costs(hardware: str) -> None:
     config, p = planned(hardware, 8, tp=8)
     hours = 1000 * p.time.total_s / 3600
     assert run_seconds(p) == pytest.approx(hours * 3600)
-    assert f"{8 * hours:,.0f} GPU hours, {8 * hours * 0.5:,.0f} kWh" in cost(config, p, run_seconds(p))
-    assert cost(config, p, run_seconds(p)).endswith(f"{16 * hours:,.0f} dollars at 2 a GPU hour")
+    assert f"{8 * hours:,.0f} GPU hours, {8 * hours * 0.5:,.0f} kWh" in run_cost(config, p, run_seconds(p))
+    assert run_cost(config, p, run_seconds(p)).endswith(f"{16 * hours:,.0f} dollars at 2 a GPU hour")
     assert mfu(p, config) == pytest.approx(64 * 8192 * p.work.model / (8 * p.time.total_s * 100e12))
 
 
@@ -119,28 +129,28 @@ def test_the_step_says_that_offloading_is_not_timed(hardware: str) -> None:
 
 def test_what_does_not_fit_names_its_largest_part(hardware: str) -> None:
     config, p = planned(hardware, 1)
-    assert fit_line(config, p).startswith("does not fit ") and "most are optimizer, 96.4 GB: shard it" in fit_line(
-        config, p
-    )
+    said = fit_line(config, p.hardware, parts_of(p))
+    assert said.startswith("does not fit ") and "most are optimizer, 96.4 GB: shard it" in said
     config, p = planned(hardware, 8, {"remat": "full", "zero_stage": 3}, dp_shard=8)
-    left = 50e9 - p.memory_bytes
-    assert fit_line(config, p) == f"fits         {left / 1e9:.3g} GB of 50 GB less 0 (plan.reserve_gb) are left"
+    left, said = 50e9 - p.memory_bytes, fit_line(config, p.hardware, parts_of(p))
+    assert said == f"fits         {left / 1e9:.3g} GB of 50 GB less 0 (plan.reserve_gb) are left"
 
 
 def test_a_remedy_is_not_what_is_done_already(hardware: str) -> None:
     config, p = planned(hardware, 8, {"remat": "full", "zero_stage": 3}, dp_shard=8)
-    said = fit_line(config, p, {"activations": 10**12})
+    said = fit_line(config, p.hardware, {"activations": 10**12})
     assert said.endswith("most are activations, 1e+03 GB: lower train.micro_batch_seqs; or raise parallel.tp or cp")
     for part in ("policy", "weights", "gradients", "optimizer"):
-        assert "engine." not in fit_line(config, p, {part: 10**12})
-    assert fit_line(config, p, {"buffers": 10**12}).endswith(" GB: raise parallel.tp or pp")  # not read by DeepSpeed
+        assert "engine." not in fit_line(config, p.hardware, {part: 10**12})
+    said = fit_line(config, p.hardware, {"buffers": 10**12})
+    assert said.endswith(" GB: raise parallel.tp or pp")  # the rest is not read by DeepSpeed
 
 
 def test_remedies_follow_the_document(hardware: str) -> None:
     config, p = planned(hardware, 8, {"backend": "fsdp", "reshard": False, "remat": "selective"}, dp_shard=8)
 
-    def said(part: str, changed: Config = config, waiting: bool = False) -> str:
-        return fit_line(changed, p, {part: 10**12}, waiting).partition(" GB: ")[2]
+    def said(part: str, changed: Config = config, useless: Sequence[str] = ()) -> str:
+        return fit_line(changed, p.hardware, {part: 10**12}, useless).partition(" GB: ")[2]
 
     assert said("buffers") == "free weights after use: engine.reshard=true; or raise parallel.tp or pp"
     resharded = config.model_copy(update={"engine": config.engine.model_copy(update={"reshard": True})})
@@ -149,7 +159,10 @@ def test_remedies_follow_the_document(hardware: str) -> None:
     assert "rollout.placement=separate" in said("generator")
     apart = config.model_copy(update={"rollout": config.rollout.model_copy(update={"placement": "separate"})})
     assert said("generator", apart) == "use hardware with more memory"
-    assert "host memory" in said("critics") and said("critics", waiting=True) == "use more ranks"
+    assert "host memory" in said("critics") and said("critics", useless=[WAIT]) == "use more ranks"
+    assert said("KV cache").startswith("lower rollout.max_batch_seqs; or lower rollout.max_new")
+    served = config.model_copy(update={"rollout": config.rollout.model_copy(update={"generator": "vllm"})})
+    assert said("KV cache", served).startswith("lower rollout.vllm.cache_gib; or lower rollout.max_new")
 
 
 def test_there_is_no_fp8_on_an_a100() -> None:

@@ -1,21 +1,22 @@
-"""What the turns of a step hold and take, by hand: placements, frozen models, critics, the KV cache itself."""
+"""What the turns of a step hold and take, by hand: placements, servers, frozen models, critics, episodes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.recipes import Recipe, planned_recipes
-from llmtrain.config.schema import Config, ModelConfig
-from llmtrain.rollout.cache import KVCache
+from llmtrain.config.recipes.base import SIDES
+from llmtrain.config.schema import Config
+from llmtrain.envs.nim import Nim
 from llmtrain.scaling.describe import main
 from llmtrain.scaling.layouts import main as search_main
 from llmtrain.scaling.plan import Plan, plan
-from llmtrain.scaling.turns import heaviest, kv_cache_bytes, other_models, turns_of
+from llmtrain.scaling.turns import heaviest, other_models, turns_of
+from llmtrain.scaling.turntime import Job, step_of_turns
 
 DOCUMENT = """
 model: {preset: llama3-8b}
@@ -39,13 +40,6 @@ def found(tmp_path: Path, section: str, *overrides: str, ranks: int = 16) -> tup
 def turns(config: Config, recipe: Recipe, p: Plan) -> dict[str, dict[str, int]]:
     model = resolve_model(config.model)
     return turns_of(config, model, recipe, p, other_models(config, model, recipe, {}))
-
-
-@pytest.mark.parametrize("preset", ["llama3-8b", "gemma2-2b", "deepseek-v3"])
-def test_the_cache_has_as_many_bytes_as_the_generators(preset: str) -> None:
-    model = resolve_model(ModelConfig(preset=preset))
-    cache = KVCache(model, 3, 8192, torch.bfloat16, torch.device("meta"))
-    assert kv_cache_bytes(model, 3, 8192, 2) == cache.memory_bytes
 
 
 def test_colocated(tmp_path: Path) -> None:
@@ -105,19 +99,88 @@ def test_an_episode_of_several_turns_is_one_row(tmp_path: Path) -> None:
         assert turns(config, recipe, p)["sampling"]["KV cache"] == 64 * 4096 * 32 * 2 * 8 * 128 * 2
 
 
+def test_vllm_sleeps_while_a_gpu_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU it cannot. 40 GiB hold 80 rows, and 64 are asked for: it decodes as fast as the native generator."""
+    section = "grpo: {prompts_per_step: 64, kl_coef: 0.01}"
+    served = ("rollout.generator=vllm", "rollout.vllm.cache_gib=40")
+    each, own = turns(*found(tmp_path, section, *served)), turns(*found(tmp_path, section))
+    assert set(each["sampling"]) == {"policy", "frozen models", "generator", "KV cache"}
+    assert each["sampling"]["KV cache"] == 40 * 2**30 and each["sampling"]["generator"] == 2 * N
+    assert {**each["updating"], "generator": 2 * N} == own["updating"] and "generator" not in each["scoring"]
+    (tmp_path / "here.yaml").write_text("{name: X, bf16_tflops: 1, memory_gb: 400, memory_gb_per_s: 10, device: cpu}")
+    each = turns(*found(tmp_path, section, *served, f"plan.hardware={tmp_path}/here.yaml"))
+    assert each["updating"]["KV cache"] == 40 * 2**30 and each["scoring"]["server"] == 3_000_000_000
+    config, _, _ = found(tmp_path, section, *served, "plan.gpus=16")
+    out = planned_lines(config, capsys)
+    assert "updating 28.6 GB: policy 6.02 GB, frozen models 1 GB, gradients" in out
+    assert "sampling 46.3, scoring" in out  # as the native generator
+
+
+def planned_lines(config: Config, capsys: pytest.CaptureFixture[str]) -> str:
+    main(config)
+    return capsys.readouterr().out
+
+
+AHEAD = ("rollout.placement=ahead", "rollout.max_staleness=1", "rollout.verify=checksum", "engine.timeout_s=1800")
+
+
+def test_sampling_ahead_takes_the_longer_of_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4 trainers and 4 processes on one machine of 8 GPUs: each decodes 16 prompts of 16 samples. They are not part of
+    the mesh, and no trainer has their model."""
+    overrides = (*AHEAD, "rollout.workers=4", "parallel.dp_shard=2")
+    config, recipe, p = found(tmp_path, "grpo: {prompts_per_step: 64}", *overrides, ranks=4)
+    assert (p.ranks, p.rollout_ranks, p.mesh["dp_shard"]) == (8, 4, 2)
+    each = turns(config, recipe, p)
+    assert each["rollout workers"]["KV cache"] == 256 * 4096 * 32 * 2 * 8 * 128 * 2
+    assert "generator" not in each["updating"]
+    model = resolve_model(config.model)
+    step = step_of_turns(Job(config, recipe, model, other_models(config, model, recipe, {}), p))
+    seconds = dict(step.seconds)
+    sampling = seconds.pop("sampling")
+    assert step.total_s == max(sampling, sum(seconds.values())) > min(sampling, sum(seconds.values())) > 0
+    assert "all ranks" not in step.sent_bytes["new weights"]  # they lie in memory of the machine
+    config, _, _ = found(tmp_path, "grpo: {prompts_per_step: 64}", *overrides, "plan.gpus=4", ranks=4)
+    out = planned_lines(config, capsys)
+    assert "ranks        8: pp 1 x dp_replicate 1 x dp_shard 2 x cp 1 x tp 2, and 4 for rollouts" in out
+    assert f"{step.total_s:.3g} s at full lengths: the longer of sampling {sampling:.3g} and " in out
+    assert "hardware     8 x H100" in out
+
+
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("overrides", "said"),
     [
-        ("rollout.placement=ahead", "turns        not planned: rollout.placement=ahead: 8 processes"),
-        ("rollout.generator=vllm", "turns        not planned: rollout.generator=vllm: a server"),
+        (
+            [*AHEAD, "rollout.workers=8"],
+            "rollout.workers=8: what samples ahead is on the machine of the first trainer, ",
+        ),
+        (["rollout.generator=vllm", "rollout.tp=2"], "rollout.tp=2: which GPUs the processes of a server take"),
     ],
 )
 def test_what_is_not_planned_has_no_verdict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
 ) -> None:
-    config, _, _ = found(tmp_path, "grpo: {prompts_per_step: 64}", override, "rollout.workers=8", "plan.gpus=16")
-    main(config)
-    printed = capsys.readouterr().out
-    assert said in printed and "fits" not in printed and "step  " not in printed and "hardware" in printed
-    with pytest.raises(ValueError, match="which is not planned; search with colocated or separate"):
+    config, _, _ = found(tmp_path, "grpo: {prompts_per_step: 64}", *overrides, "plan.gpus=16")
+    printed = planned_lines(config, capsys)
+    assert f"turns        not planned: {said}" in printed
+    assert "fits" not in printed and "step  " not in printed and "hardware" in printed
+    with pytest.raises(ValueError, match=rf"run \(grpo\): --search: {said}"):
         search_main(config)
+
+
+def test_a_game_gives_a_row_of_each_side(tmp_path: Path) -> None:
+    """16 x 64 episodes of two rows are trained, and one row of each is sampled at a time."""
+    nim = ("rollout.environment.game=nim", "rollout.max_new_tokens=256", "rollout.environment.max_turns=40")
+    config, recipe, p = found(tmp_path, "grpo: {prompts_per_step: 64}", *nim)
+    assert SIDES == Nim.players == 2
+    assert recipe.passes_of(config).seqs == 2048 and recipe.step_size(config).sample_tokens == 8192
+    assert "64 prompts x 16 samples of 2 rows x 8192 tokens" in recipe.step_size(config).words
+    assert turns(config, recipe, p)["sampling"]["KV cache"] == 64 * 4096 * 32 * 2 * 8 * 128 * 2
+    config, recipe, _ = found(tmp_path, "grpo: {prompts_per_step: 64}", *nim, "plan.episode_rows=3")
+    assert recipe.passes_of(config).seqs == 3072
+    config, recipe, _ = found(tmp_path, "grpo: {prompts_per_step: 64}", "rollout.environment.tools=[calculator]")
+    assert recipe.passes_of(config).seqs == 1024
+
+
+def test_a_record_is_trained_on_without_sampling(tmp_path: Path) -> None:
+    each = turns(*found(tmp_path, "grpo: {prompts_per_step: 64}", "rollout.replay=a/rollouts"))
+    assert list(each) == ["scoring", "updating"] and "generator" not in each["updating"]

@@ -16,9 +16,10 @@ from llmtrain.scaling.describe import main
 from llmtrain.scaling.forwards import frozen_rank, scoring
 from llmtrain.scaling.links import link_seconds
 from llmtrain.scaling.plan import plan
+from llmtrain.scaling.sampler import kv_cache_bytes
 from llmtrain.scaling.steptime import ATTENTION, REACHED, StepTime
 from llmtrain.scaling.turnlines import step_mfu, update_mfu
-from llmtrain.scaling.turns import kv_cache_bytes, other_models
+from llmtrain.scaling.turns import other_models
 from llmtrain.scaling.turntime import Job, step_of_rows, step_of_turns
 from llmtrain.scaling.work import work_of
 

@@ -24,6 +24,7 @@ __all__ = [
     "config_class",
     "fixed_rows",
     "names_of",
+    "planned_command",
     "planned_recipes",
     "recipe_of",
     "register",
@@ -75,15 +76,30 @@ def recipe_of(command: str, config: Config | None = None) -> Recipe | None:
 def planned_recipes(config: Config) -> list[Recipe]:
     """Returns the recipes that a document of one stage may be for, by what it writes.
 
-    They are those with a section of their own; else those of its plugins; else the first that samples if there is a
-    `rollout` section; else the first that there is. Of these only recipes for the model's head, if there are any.
+    They are those with a section of their own; else those of its plugins; else none where it is for another command
+    (`planned_command`); else the first that samples if there is a `rollout` section; else the first that there is. Of
+    these only recipes for the model's head, if there are any.
     """
+    if planned_command(config) is not None:
+        return []
     written, recipes = config.model_fields_set, RECIPES.values()
     own = [r for r in recipes if r.section is not None and r.name in written]
     outside = [r for r in recipes if config.plugins and not r.main.startswith("llmtrain.")]
     sampling = [r for r in recipes if r.samples and "rollout" in written]
     found = own or outside or [*sampling, *recipes][:1]
     return [r.of(config) for r in found if r.head == config.model.head] or [r.of(config) for r in found]
+
+
+def planned_command(config: Config) -> str | None:
+    """Returns the command that a document of one stage is for where that samples or scores and trains nothing, by what
+    it writes: no section of a recipe, and `judge`, `constitutional`, or `eval` of a model that is there. None: it
+    trains."""
+    written = config.model_fields_set
+    if config.plugins or written & RECIPES.keys():
+        return None
+    evaluates = "eval" in written and not config.eval.every_steps and config.model.init_from is not None
+    judges = [name for name in JUDGES if name in written]
+    return judges[0] if judges else "eval" if evaluates else None
 
 
 def names_of(holds: Callable[[Recipe], bool]) -> str:

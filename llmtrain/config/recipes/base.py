@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from llmtrain.config.schema import Config, Section
 
+SIDES = 2  # of each game of `rollout.environment.game`
+
 Panel = tuple[str, Mapping[str, str]]
 """Holds (title of a plot, {key of metrics.jsonl: name of its line})."""
 
@@ -34,17 +36,35 @@ def fixed_rows(config: Config) -> StepSize:
     return StepSize(tokens, t.global_batch_seqs, f"{t.global_batch_seqs} x {t.seq_len} tokens = {tokens:,} a step")
 
 
+def episode_rows(config: Config) -> int:
+    """Returns the rows to train on that an episode gives at most: one, or one of each side of a game; an agent's or
+    environment's own number is `plan.episode_rows`. A completion that stands alone is one row."""
+    environment, said = config.rollout.environment, config.plan.episode_rows
+    if environment is None:
+        return (said or 1) if config.rollout.agent is not None else 1
+    return said or (SIDES if environment.game else 1)
+
+
+def rows_of(config: Config, prompts: int) -> int:
+    """Returns the rows to train on that so many prompts give at most."""
+    return prompts * config.rollout.group_size * episode_rows(config)
+
+
+def sample_tokens(config: Config) -> int:
+    """Returns the most tokens that a sample has behind its prompt, or an episode in all of its rows."""
+    r, row = config.rollout, episode_rows(config) * config.train.seq_len
+    if r.agent is not None:
+        return row
+    return r.max_new_tokens if r.environment is None else min(r.max_new_tokens * r.environment.max_turns, row)
+
+
 def sampled(config: Config, prompts: int, updates: int, rounds: int = 1) -> StepSize:
     """Returns the size of a step that samples `rollout.group_size` completions of each prompt, or episodes, in at most
     so many rounds of as many prompts."""
-    r = config.rollout
-    each = r.max_new_tokens
-    if r.agent is not None:
-        each = config.train.seq_len
-    if r.environment is not None:
-        each = min(each * r.environment.max_turns, config.train.seq_len)
+    r, each, rows = config.rollout, sample_tokens(config), episode_rows(config)
     tokens = rounds * prompts * r.group_size * each
-    shape = f"{rounds * prompts} prompts x {r.group_size} samples x {each} tokens"
+    samples = f"{r.group_size} samples" + (f" of {rows} rows" if rows > 1 else "")
+    shape = f"{rounds * prompts} prompts x {samples} x {each} tokens"
     words = f"at most {shape} = {tokens:,} a step, in {updates} updates"
     return StepSize(tokens, None, words, prompts, rounds, each)
 
@@ -213,9 +233,7 @@ class Recipe:
         if self.passes is not None:
             return self.passes(config)
         size = self.step_size(config)
-        return Passes(
-            size.rounds * size.prompts * config.rollout.group_size if self.samples else config.train.global_batch_seqs
-        )
+        return Passes(rows_of(config, size.rounds * size.prompts) if self.samples else config.train.global_batch_seqs)
 
     @property
     def reads_rewards(self) -> bool:

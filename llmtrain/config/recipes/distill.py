@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from llmtrain.config.recipes.base import SAMPLING_PLOTS, Passes, Recipe, StepSize, sampled, without_effect
+from llmtrain.config.recipes.base import SAMPLING_PLOTS, Passes, Recipe, StepSize, rows_of, sampled, without_effect
 from llmtrain.config.schema import Config
 from llmtrain.config.section import Count, DeadlineS, Section, UserPath
 from llmtrain.config.served import SCHEMES, address, reachable
@@ -76,7 +76,7 @@ def passes(config: Config) -> Passes:
     """Returns how often what a step trains on is scored: the likeliest tokens are asked for first, of the student or of
     the teachers, and a single teacher says all at once."""
     d = config.distill
-    seqs = d.prompts_per_step * config.rollout.group_size if d.on_policy else config.train.global_batch_seqs
+    seqs = rows_of(config, d.prompts_per_step) if d.on_policy else config.train.global_batch_seqs
     proposed = d.estimate == "vocabulary" and d.top_k > 0
     own = proposed and d.kind == "reverse"
     return Passes(seqs, policy=float(own), frozen=2.0 if proposed and not own and len(d.teacher) > 1 else 1.0)

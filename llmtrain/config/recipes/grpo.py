@@ -18,6 +18,7 @@ from llmtrain.config.recipes.base import (
     mismatch_of,
     no_spikes,
     old_scores,
+    rows_of,
     sampled,
     waiting_reference,
     whole_minibatches,
@@ -83,7 +84,7 @@ def passes(config: Config) -> Passes:
     g = config.grpo
     own_start = g.kl_coef > 0 and config.model.lora is not None
     old = old_scores(mismatch_of(config, "grpo"), g.epochs, g.minibatches)
-    return Passes(g.prompts_per_step * config.rollout.group_size, g.epochs, g.minibatches, old + own_start)
+    return Passes(rows_of(config, g.prompts_per_step), g.epochs, g.minibatches, old + own_start)
 
 
 def other_models(config: Config) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from llmtrain.config.recipes.base import (
     mismatch_of,
     no_spikes,
     old_scores,
+    rows_of,
     sampled,
     whole_minibatches,
     without_effect,
@@ -66,7 +67,7 @@ def passes(config: Config) -> Passes:
     p = config.ppo
     own_start = p.kl_coef > 0 and config.model.lora is not None
     old = old_scores(mismatch_of(config, "ppo"), p.epochs, p.minibatches)
-    return Passes(p.prompts_per_step * config.rollout.group_size, p.epochs, p.minibatches, old + own_start, critics=1.0)
+    return Passes(rows_of(config, p.prompts_per_step), p.epochs, p.minibatches, old + own_start, critics=1.0)
 
 
 def other_models(config: Config) -> tuple[str, ...]:

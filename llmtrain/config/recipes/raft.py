@@ -18,6 +18,7 @@ from llmtrain.config.recipes.base import (
     mismatch_of,
     no_spikes,
     old_scores,
+    rows_of,
     sampled,
 )
 from llmtrain.config.schema import Config, Section
@@ -63,7 +64,7 @@ def step_size(config: Config) -> StepSize:
 def passes(config: Config) -> Passes:
     """Returns how often what a round chooses is gone through: at most all samples, or the best of each prompt."""
     r = config.raft
-    seqs = r.prompts_per_step * (1 if r.keep == "best" else config.rollout.group_size)
+    seqs = r.prompts_per_step if r.keep == "best" else rows_of(config, r.prompts_per_step)
     return Passes(seqs, r.epochs, r.minibatches, old_scores(correction(config), r.epochs, r.minibatches))
 
 
