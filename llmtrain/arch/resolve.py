@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -231,7 +232,9 @@ def parameter_count(model: ModelConfig) -> int:
     Multi-token prediction modules and the selection bias of routers (updated without a gradient) do not count.
     """
     m = resolve_model(model)
-    blocks = sum(numel(_weights(layer_shapes(m, layer))) for layer in range(m.num_layers))
+    kinds = Counter(has_experts(m, layer) for layer in range(m.num_layers))  # within which blocks are alike
+    first = {has_experts(m, layer): layer for layer in reversed(range(m.num_layers))}
+    blocks = sum(count * numel(_weights(layer_shapes(m, first[kind]))) for kind, count in kinds.items())
     return blocks + sum(numel(shapes.values()) for shapes in outer_shapes(m))
 
 

@@ -16,11 +16,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from llmtrain.arch.adapters import adapter_shapes
-from llmtrain.arch.parameters import Shape, layer_shapes, local_shape, mtp_shapes, numel, outer_shapes, tp_dim
+from llmtrain.arch.parameters import (
+    Shape,
+    has_experts,
+    layer_shapes,
+    local_shape,
+    mtp_shapes,
+    numel,
+    outer_shapes,
+    tp_dim,
+)
 from llmtrain.arch.resolve import parameter_count
 from llmtrain.config.schema import ModelConfig
 from llmtrain.scaling.communication import ATTENTION, Item, RankStep
@@ -146,20 +155,42 @@ def _experts(rank: RankStep) -> Iterator[Item]:
 def _joined(rank: RankStep) -> Iterator[Item]:
     """Yields the messages of `engine.step.full_weights`: those of this pipeline rank's parameters, and every broadcast.
     An adapter is joined too, to be added to its projection."""
-    model, p, value, plan = rank.model, rank.parallel, rank.value_bytes, rank.plan
-    base, adapters = _base_shapes(model), adapter_shapes(model)
-    for name, shape in {**base, **adapters}.items():
-        if plan.owner(name) != rank.pp_rank or name.endswith("router.bias"):
-            continue
-        local = local_shape(name, shape, model, p.tp, p.ep)
-        yield from _joined_shards(rank, local, is_expert(name))
-        if tp_dim(name, model, p.tp) is not None:
-            yield Item("tp", "all_gather", "weights", math.prod(local) * p.tp * value)
-        if is_expert(name):
-            yield Item("ep", "all_gather", "weights", math.prod(shape) * value)
-    for name, shape in base.items():
-        each = 4 if name.endswith("router.bias") else value
-        yield Item("pp", "broadcast", "weights", math.prod(shape) * each)
+    for name, shape, owned, count in _kinds(rank):
+        each = _joined_parameter(rank, name, shape) if owned else ()
+        yield from (item._replace(size_bytes=item.size_bytes * owned) for item in each)
+        if not name.endswith((".lora.a", ".lora.b")):
+            value = 4 if name.endswith("router.bias") else rank.value_bytes
+            yield Item("pp", "broadcast", "weights", math.prod(shape) * value * count)
+
+
+def _kinds(rank: RankStep) -> Iterator[tuple[str, Shape, int, int]]:
+    """Yields parameters: name, shape, how many of its kind this pipeline rank has, and how many there are. Those of
+    blocks of a kind are alike but for their layer."""
+    model = rank.model
+    first = {has_experts(model, layer): layer for layer in reversed(range(model.num_layers))}
+    layers = Counter(has_experts(model, layer) for layer in range(model.num_layers))
+    own = Counter(
+        has_experts(model, layer) for stage in rank.plan.stages_of(rank.pp_rank) for layer in rank.plan.layers[stage]
+    )
+    for name, shape in {**_base_shapes(model, first.values()), **adapter_shapes(model)}.items():
+        if not name.startswith("layers."):
+            yield name, shape, int(rank.plan.owner(name) == rank.pp_rank), 1
+        elif (layer := int(name.split(".")[1])) in first.values():
+            kind = has_experts(model, layer)
+            yield name, shape, own[kind], layers[kind]
+
+
+def _joined_parameter(rank: RankStep, name: str, shape: Shape) -> Iterator[Item]:
+    """Yields the messages by which the ranks that share a parameter of this pipeline rank join it."""
+    if name.endswith("router.bias"):
+        return
+    p, value = rank.parallel, rank.value_bytes
+    local = local_shape(name, shape, rank.model, p.tp, p.ep)
+    yield from _joined_shards(rank, local, is_expert(name))
+    if tp_dim(name, rank.model, p.tp) is not None:
+        yield Item("tp", "all_gather", "weights", math.prod(local) * p.tp * value)
+    if is_expert(name):
+        yield Item("ep", "all_gather", "weights", math.prod(shape) * value)
 
 
 def _joined_shards(rank: RankStep, local: Shape, expert: bool) -> Iterator[Item]:
@@ -178,12 +209,8 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
-def _base_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Returns the shapes that a generator gets, by canonical name, buffers included."""
+def _base_shapes(model: ModelConfig, layers: Iterable[int]) -> dict[str, Shape]:
+    """Returns the shapes that a generator gets, by canonical name, buffers included; of blocks, those of `layers`."""
     front, behind = outer_shapes(model)
-    blocks = {
-        f"layers.{layer}.{name}": shape
-        for layer in range(model.num_layers)
-        for name, shape in layer_shapes(model, layer).items()
-    }
+    blocks = {f"layers.{layer}.{name}": shape for layer in layers for name, shape in layer_shapes(model, layer).items()}
     return {**front, **blocks, **behind, **mtp_shapes(model)}

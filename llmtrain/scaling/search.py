@@ -17,6 +17,7 @@ from llmtrain.rules.check import SHAPE_RULES, planned_violations
 from llmtrain.scaling.memory import fullest_memory, rank_states
 from llmtrain.scaling.plan import Plan, accumulation_of, ahead_workers, bubble_of, plan, rollout_workers, step_of
 from llmtrain.scaling.sampler import Sampler, Turn, sampler_in_step
+from llmtrain.scaling.speed import APART, fit_line, room_bytes
 from llmtrain.scaling.states import States
 from llmtrain.scaling.steptime import step_time
 from llmtrain.scaling.turns import Models, heaviest, other_models, takes_turns, turns_of, unplanned
@@ -89,15 +90,14 @@ def document_of(config: Config, recipe: Recipe, ranks: int, earlier: Earlier | N
 
 def search(document: Document) -> Found:
     """Returns the layouts of the GPUs for the document's model, batch, engine and precision; where it samples also with
-    rollout workers of their own. Pipelines have 1F1B or interleaved schedules."""
+    rollout workers of their own. Pipelines have 1F1B or interleaved schedules.
+
+    Raises ValueError where what samples does not fit by itself, which no layout changes.
+    """
     tries = Tries(document)
-    for placed, ranks in _placements(document):
-        sampler = _sampler(document, placed)
-        hopeless = sampler is not None and sum(sampler.memory().values()) > tries.room
+    for placed, ranks in _roomy(document):
         for variants in _layouts(document, placed, ranks):
-            accepted = tries.add(variants)
-            if hopeless and accepted:
-                break  # whatever the layout, what samples does not fit
+            tries.add(variants)
     near = [_timed(document, config, size) for size, config in _nearest(document, tries.misfits)]
     best = sorted(tries.fitting, key=lambda layout: (layout.seconds, layout.memory_bytes))
     fastest = min(near, key=lambda layout: layout.seconds, default=None)
@@ -109,26 +109,24 @@ class Tries:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.room = (document.hardware.memory_gb - document.config.plan.reserve_gb) * 1e9
+        self.room = room_bytes(document.config, document.hardware, 0)
         self.fitting: list[Layout] = []
         self.misfits: list[tuple[int, Config]] = []  # with the least that they take
         self.refused = self.tried = 0
         self.rules: list[str] | None = None  # that refuse all so far
 
-    def add(self, variants: list[Config]) -> bool:
+    def add(self, variants: list[Config]) -> None:
         """Tries candidates that differ in recomputation only, from the fastest to the smallest, until one fits. Where
-        what they all hold is too much, only the smallest is looked at. Returns whether the rules accept one."""
-        accepted, least = False, _least_bytes(self.document, variants[-1])
+        what they all hold is too much, only the smallest is looked at."""
+        least = _least_bytes(self.document, variants[-1])
         for candidate in variants[-1:] if least > self.room else variants:
             if self._refuses(candidate):
                 continue
-            accepted = True
             size = least if least > self.room else _memory(self.document, candidate)
             if size <= self.room:
                 self.fitting.append(_timed(self.document, candidate, size))
                 break
             self.misfits.append((size, candidate))
-        return accepted
 
     def _refuses(self, candidate: Config) -> bool:
         """Tells whether a rule refuses the candidate, and counts it."""
@@ -147,6 +145,22 @@ def _nearest(document: Document, misfits: list[tuple[int, Config]]) -> list[tupl
             break
         near = sorted([*near, (_memory(document, config), config)], key=lambda each: each[0])[:NEAREST]
     return near
+
+
+def _roomy(document: Document) -> list[tuple[Config, int]]:
+    """Returns the placements in which what samples fits by itself."""
+    hardware, found, least = document.hardware, [], None
+    for placed, ranks in _placements(document):
+        sampler = _sampler(document, placed)
+        held = {} if sampler is None else sampler.memory()
+        if room_bytes(placed, hardware, sum(held.values())) >= 0:
+            found.append((placed, ranks))
+        elif least is None or sum(held.values()) < sum(least.values()):
+            least = held
+    if not found and least is not None:
+        said = fit_line(document.config, hardware, least, [APART]).removeprefix("does not fit ")
+        raise ValueError(f"--search: what samples does not fit by itself, whatever the layout: {said}")
+    return found
 
 
 def _layouts(document: Document, placed: Config, ranks: int) -> Iterator[list[Config]]:

@@ -11,13 +11,14 @@ import pytest
 from rich.console import Console
 
 from llmtrain import cli
-from llmtrain.arch.resolve import resolve_model
+from llmtrain.arch.resolve import parameter_count, resolve_model
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES, config_class, planned_recipes
 from llmtrain.config.schema import Config, EngineConfig, ModelConfig, TrainConfig
+from llmtrain.scaling import search as search_module
 from llmtrain.scaling.layouts import WIDTH, overrides, summary, table
 from llmtrain.scaling.plan import plan
-from llmtrain.scaling.search import Document, Found, _placements, document_of, search
+from llmtrain.scaling.search import Document, Found, Tries, _layouts, _placements, document_of, search
 from llmtrain.scaling.speed import room_bytes
 from llmtrain.scaling.turns import heaviest, other_models, turns_of
 from llmtrain.scaling.turntime import Job, step_of_turns
@@ -134,6 +135,30 @@ def test_who_samples_ahead_stays_where_it_is() -> None:
         each = list(_placements(Document(config, RECIPES["grpo"], resolve_model(config.model), None, None, 8, {})))
         assert [placed.rollout.workers for placed, _ in each] == places
         assert [ranks for _, ranks in each] == [8 if "placement" in changes else 8 - workers for workers in places]
+
+
+def test_what_samples_and_does_not_fit_by_itself_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layout is tried: the weights alone have 812 GB."""
+    monkeypatch.setattr(search_module, "_layouts", None)
+    config = config_class()(
+        model=ModelConfig(preset="llama3-405b"), plan={"hardware": "h100"}, engine={"backend": "fsdp"}
+    )
+    said = (
+        r"^--search: what samples does not fit by itself, whatever the layout: 7\d\d GB more than 80 GB less 4 \(plan"
+    )
+    with pytest.raises(ValueError, match=said + r".*; most are generator, 812 GB: use hardware with more memory$"):
+        search(document_of(config, RECIPES["grpo"], 16_384))
+
+
+def test_where_states_are_too_much_recomputation_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "_memory", None)
+    tries = Tries(document_of(config_of("llama3-405b", "fsdp", 64), TEXT, 8))
+    variants = next(_layouts(tries.document, tries.document.config, 8))
+    tries.add(variants)
+    ((least, smallest),) = tries.misfits
+    assert len(variants) == 3 and tries.tried == 1 and smallest.engine.remat == "full"
+    states = 18 * parameter_count(tries.document.model)
+    assert least == pytest.approx(states / 8, rel=0.2)  # and weights that are whole
 
 
 TURNS = """
