@@ -13,7 +13,7 @@ from llmtrain.config.schema import Config, RunConfig, TrainConfig
 from llmtrain.rules.case import Earlier
 from llmtrain.rules.check import planned_stages, planned_violations
 from llmtrain.scaling.plan import Plan, bubble_share, plan, rollout_workers
-from llmtrain.scaling.speed import WAIT, fit_line, hardware_line, speed_lines
+from llmtrain.scaling.speed import WAIT, fit_line, hardware_line, parts_of, speed_lines
 from llmtrain.scaling.stages import SAMPLING, sampling_lines
 from llmtrain.scaling.turnlines import step_lines, traffic_lines, turn_lines
 from llmtrain.scaling.turns import heaviest, other_models, takes_turns, turns_of, unplanned, waits
@@ -157,7 +157,8 @@ def _time_lines(config: Config, p: Plan, recipe: Recipe, earlier: Earlier) -> li
     lines = [*traffic_lines(step), *turn_lines(turns), *named]
     if p.hardware is not None:
         useless = [WAIT] if waits(config, recipe) else []
-        lines.append(fit_line(config, p.hardware, turns[heaviest(turns)[0]], useless))
+        held = turns[heaviest(turns)[0]] if turns else parts_of(p)
+        lines.append(fit_line(config, p.hardware, held, useless))
     return [*lines, *step_lines(config, recipe, p, step)]
 
 

@@ -181,6 +181,15 @@ def test_a_game_gives_a_row_of_each_side(tmp_path: Path) -> None:
     assert recipe.passes_of(config).seqs == 1024
 
 
+def test_pairs_without_another_model_have_no_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their step has no fixed number of rows all the same."""
+    config, recipe, p = found(tmp_path, "reward: {}", "model.head=scalar", "plan.gpus=16")
+    assert turns(config, recipe, p) == {}
+    left = 76e9 - p.memory_bytes
+    out = planned_lines(config, capsys)
+    assert f"fits         {left / 1e9:.3g} GB of 80 GB less 4" in out and "s at full lengths: updating " in out
+
+
 def test_a_record_is_trained_on_without_sampling(tmp_path: Path) -> None:
     each = turns(*found(tmp_path, "grpo: {prompts_per_step: 64}", "rollout.replay=a/rollouts"))
     assert list(each) == ["scoring", "updating"] and "generator" not in each["updating"]
