@@ -96,13 +96,14 @@ def planned_violations(
     earlier: Earlier,
     rules: Rules = PLANNED_RULES,
 ) -> list[str]:
-    """Returns which of some rules a command breaks in any phase of a ramp, and which models beside the main one do not
-    fit the layout. `llmtrain plan` asks, whose document of one stage names its command by a section alone."""
+    """Returns which of some rules a command breaks in any phase of a ramp; with those of a layout, also which models
+    beside the main one do not fit it. `llmtrain plan` asks, whose document of one stage names its command by a section
+    alone."""
     found: dict[str, None] = {}
     for phase in phases(config.train):
         case = Case(with_phase(config, phase), model, world_size, command, None, earlier, planned=True)
         found |= dict.fromkeys(_broken(case, rules))
-        found |= dict.fromkeys(_of_others(case, found))
+        found |= dict.fromkeys(_of_others(case, found) if SHAPE_RULES[0] in rules else ())
     return list(found)
 
 

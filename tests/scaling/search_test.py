@@ -266,6 +266,10 @@ def test_other_models_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["plan", str(path)]) == 2
     said = "run (distill): distill.teacher.teacher: model.max_positions=512: must be at least train.seq_len=1024"
     assert capsys.readouterr().err.startswith(said)
+    fits = ["train.seq_len=512", "plan.gpus=3", "plan.hardware=a100", "train.global_batch_seqs=9"]
+    assert cli.main(["plan", str(path), *fits, "--search"]) == 0
+    found = capsys.readouterr().out
+    assert "the first: parallel." in found and "\n 1   3   " not in found  # it has 2 layers
 
 
 def test_a_plan_needs_rollout_workers_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
