@@ -240,9 +240,12 @@ def test_who_leaves_is_told_of(events_sent: int) -> None:
         sent.append(message)
         await asyncio.sleep(60 if len(sent) > events_sent else 0)
 
-    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-    asyncio.run(Events(events(), lambda: told.append("left"))(scope, receive, send))
-    assert told == ["left", "closed"][: 1 + events_sent]
+    async def run() -> list[str]:
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await Events(events(), lambda: told.append("left"))(scope, receive, send)
+        return list(told)  # by now, and not when the loop ends
+
+    assert asyncio.run(run()) == ["left", "closed"][: 1 + events_sent]
 
 
 @pytest.mark.parametrize("stream", [False, True])
