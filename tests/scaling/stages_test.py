@@ -121,6 +121,8 @@ def test_an_evaluation_with_a_server_has_the_model_too(tmp_path: Path) -> None:
         ("eval: {problems: 1, every_steps: 5}\nmodel: {init_from: a}\n", "pretrain"),
         ("eval: {problems: 1}\nmodel: {init_from: a}\ngrpo: {}\n", "grpo"),
         ("judge: {prompts: 1}\n", "judge"),
+        ("tokenizer: {vocab_size: 32768}\n", "tokenizer"),
+        ("tokenizer: {vocab_size: 1024}\nmodel: {num_layers: 2}\n", "pretrain"),
         ("judge: {prompts: 1}\nsft: {}\n", "sft"),
         ("constitutional: {prompts: 1}\n", "constitutional"),
     ],

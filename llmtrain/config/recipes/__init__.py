@@ -91,15 +91,16 @@ def planned_recipes(config: Config) -> list[Recipe]:
 
 
 def planned_command(config: Config) -> str | None:
-    """Returns the command that a document of one stage is for where that samples or scores and trains nothing, by what
-    it writes: no section of a recipe, and `judge`, `constitutional`, or `eval` of a model that is there. None: it
-    trains."""
+    """Returns the command that a document of one stage is for where that trains no model, by what it writes: no section
+    of a recipe, and `judge`, `constitutional`, `eval` with a model to start from, or `tokenizer` without a model. None:
+    it trains one."""
     written = config.model_fields_set
     if config.plugins or written & RECIPES.keys():
         return None
     evaluates = "eval" in written and not config.eval.every_steps and config.model.init_from is not None
-    judges = [name for name in JUDGES if name in written]
-    return judges[0] if judges else "eval" if evaluates else None
+    found = {name: name in written for name in JUDGES} | {"eval": evaluates}
+    found["tokenizer"] = "tokenizer" in written and "model" not in written
+    return next((name for name, is_meant in found.items() if is_meant), None)
 
 
 def names_of(holds: Callable[[Recipe], bool]) -> str:
