@@ -47,10 +47,11 @@ def sampling_lines(command: str, config: Config, model: ModelConfig, ranks: int)
     seconds = {"sampling": sum(each.seconds(hardware) for each in samplers)}
     seconds["scoring"] = scoring_seconds(config, model, rows, hardware) / ranks
     each, whole = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()), sum(seconds.values())
+    lines += [hardware_line(ranks, hardware), fit_line(config, hardware, turns[heaviest(turns)[0]], [APART])]
+    if not whole:  # of what it does nothing is counted
+        return lines
     return [
         *lines,
-        hardware_line(ranks, hardware),
-        fit_line(config, hardware, turns[heaviest(turns)[0]], [APART]),
         f"time         {whole:.3g} s at full lengths: {each} {estimated(config)}",
         f"run          {cost(config, hardware, ranks, whole)}, at full lengths",
     ]

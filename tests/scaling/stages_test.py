@@ -102,6 +102,9 @@ def test_an_evaluation_by_hand(tmp_path: Path) -> None:
     seconds = 100 * ROW * (work.blocks + work.head + work.attention * REACHED / ATTENTION) / RATE
     assert scoring_seconds(config, SMOLLM2, 100, hardware_of(config.plan.hardware)) == pytest.approx(seconds)
     assert f"scoring {seconds / 4:.3g} " in lines and "hardware     4 x X" in lines
+    tasks = config_of(tmp_path, EVAL, "eval.problems=0", "eval.text=false")
+    lines = "\n".join(sampling_lines("eval", tasks, SMOLLM2, 1))
+    assert "not counted  eval.tasks" in lines and "fits  " in lines and "time  " not in lines
 
 
 def test_an_evaluation_with_a_server_has_the_model_too(tmp_path: Path) -> None:
