@@ -111,10 +111,29 @@ def directory(small_data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-def test_a_run_with_a_killed_worker_and_its_replay(directory: Path) -> None:
+def write_problems(directory: Path) -> None:
     problems = [{"prompt": f"say {i % 3} {'x' * (i % 5)}:", "answer": str(i % 3)} for i in range(32)]
     (directory / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in problems))
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_asks_again_what_was_not_answered(directory: Path) -> None:
+    """As if it had been killed behind the checkpoint of step 4, before the workers had answered for that step."""
+    write_problems(directory)
+    settings = ("optim.schedule=constant", "eval.every_steps=4", "eval.text=false")
+    lines, _ = run(directory, "cut", "train.steps=4", *settings)
+    assert [line["step"] for line in lines] == list(range(5)) and lines[4]["eval/problems"] == 5
+    cut = {name: value for name, value in lines[4].items() if name == "eval_s" or not name.startswith("eval")}
+    text = "".join(json.dumps(line) + "\n" for line in [*lines[:4], cut])
+    (directory / "cut" / "metrics.jsonl").write_text(text)
+    again, _ = run(directory, "cut", *settings)
+    assert [line["step"] for line in again if "eval/problems" in line] == [0, 4, 8] and again[:4] == lines[:4]
+    assert of_training(again[4]) == of_training(lines[4])
+
+
+@pytest.mark.slow
+def test_a_run_with_a_killed_worker_and_its_replay(directory: Path) -> None:
+    write_problems(directory)
     killed, stop = [], threading.Event()
     killer = threading.Thread(target=kill_a_worker, args=(killed, stop))
     killer.start()
