@@ -124,13 +124,13 @@ def _most_touched(groups: Sequence[Sequence[Shape]], ranks: int) -> int:
     """
     changes: Counter[int] = Counter()  # of the total, at the ranks where it changes
     for group in groups:
-        run, start = -(-numel(group) // (2 * ranks)) * 2, 0
+        run, start = max(1, -(-numel(group) // (2 * ranks)) * 2), 0  # 0 where tp x ep is more than the experts
         for shape in group:
             size = math.prod(shape)
             changes[start // run] += size
             changes[(start + size - 1) // run + 1] -= size
             start += size
-    return max(accumulate(changes[rank] for rank in sorted(changes)))
+    return max(accumulate(changes[rank] for rank in sorted(changes)), default=0)
 
 
 def _fsdp(

@@ -124,3 +124,15 @@ def test_muon_with_experts_on_ranks_of_their_own() -> None:
         engine, parallel = EngineConfig(backend=backend, zero_stage=1), ParallelConfig(dp_shard=4, ep=2)
         adamw, muon = (state_bytes(config, parallel, engine, name) for name in ("adamw", "muon"))
         assert adamw.optimizer - muon.optimizer == 4 * rest // 4 + 4 * (experts // 2) // 2
+
+
+def test_a_pipeline_rank_may_have_no_experts_and_a_refused_layout_less_than_one() -> None:
+    """The first layers of DeepSeek are dense; a search looks at states before the rules refuse tp x ep above the
+    experts."""
+    moe = MoeConfig(num_experts=4, top_k=2, dense_layers=[0])
+    model = resolve_model(ModelConfig(num_layers=2, num_heads=8, num_kv_heads=8, moe=moe))
+    cut = ParallelConfig(pp=2, dp_shard=2, ep=2)
+    dense, routed = (state_bytes(model, cut, EngineConfig(), pp_rank=rank) for rank in (0, 1))
+    assert dense.weights == 2 * numel(rank_shapes(model, cut, 0)) and dense.gradients <= dense.weights
+    assert routed.weights == 2 * numel(rank_shapes(model, cut, 1))
+    assert state_bytes(model, ParallelConfig(tp=4, dp_shard=2, ep=2), EngineConfig()).weights > 0
