@@ -114,12 +114,16 @@ class Sampler:
         """Returns the seconds until all is sampled."""
         rate = peak_flops(hardware, self.config.engine.precision) * (hardware.reached_share or REACHED)
         asked, slots, flops = self.asked, self.slots(), 2 * active_parameter_count(self.whole)
-        cache = kv_cache_bytes(self.model, slots, asked.row_tokens, self.value)
-        read = self.value * parameter_count(self.whole) + cache
-        each = max(read / (hardware.memory_gb_per_s * 1e9), slots * flops / rate)
-        rounds = -(-asked.prompts * asked.samples // slots)
+
+        def token(rows: int) -> float:
+            cache = kv_cache_bytes(self.model, rows, asked.row_tokens, self.value)
+            read = self.value * parameter_count(self.whole) + cache
+            return max(read / (hardware.memory_gb_per_s * 1e9), rows * flops / rate)
+
+        rounds, rest = divmod(asked.prompts * asked.samples, slots)
+        tokens = rounds * token(slots) + (token(rest) if rest else 0.0)
         prompt_tokens = asked.prompts * max(0, asked.row_tokens - asked.new_tokens)
-        return asked.times * (rounds * asked.new_tokens * each + prompt_tokens * flops / rate)
+        return asked.times * (asked.new_tokens * tokens + prompt_tokens * flops / rate)
 
     def _cache_bytes(self, slots: int) -> int:
         return kv_cache_bytes(self.model, slots, round_up(self.asked.row_tokens), self.value)
