@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmtrain.config.section import Section, UserPath
+
+Rate = Annotated[float, Field(gt=0.0, le=1e15)]
+"""A figure of hardware; far above this, times would be zero."""
 
 
 class HardwareConfig(Section):
     """Describes a GPU and how it is joined to others. Bandwidths are of one GPU in one direction."""
 
     name: str  # as `llmtrain plan` prints it
-    bf16_tflops: PositiveFloat  # peak of dense matrix products, 1e12 a second
-    fp8_tflops: PositiveFloat | None = None  # the same in fp8; null = there is no fp8
-    fp32_tflops: PositiveFloat | None = None  # the same in fp32, not TF32; null = as in bf16
+    bf16_tflops: Rate  # peak of dense matrix products, 1e12 a second
+    fp8_tflops: Rate | None = None  # the same in fp8; null = there is no fp8
+    fp32_tflops: Rate | None = None  # the same in fp32, not TF32; null = as in bf16
     reached_share: float | None = Field(None, gt=0.0, le=1.0)  # of these in training; null = that of docs/plan.md
     device: Literal["cuda", "cpu"] = "cuda"  # cpu: the native generator keeps its weights twice
-    memory_gb: PositiveFloat  # 1e9 bytes
-    memory_gb_per_s: PositiveFloat  # 1e9 bytes a second between memory and cores
-    node_gb_per_s: PositiveFloat | None = None  # to the other GPUs of a node; null = not known
-    network_gb_per_s: PositiveFloat | None = None  # to other nodes; null = not known
+    memory_gb: Rate  # 1e9 bytes
+    memory_gb_per_s: Rate  # 1e9 bytes a second between memory and cores
+    node_gb_per_s: Rate | None = None  # to the other GPUs of a node; null = not known
+    network_gb_per_s: Rate | None = None  # to other nodes; null = not known
     gpus_per_node: PositiveInt = 8  # joined without the network
-    watts: PositiveFloat | None = None  # limit of one GPU; null = no energy is told
+    watts: Rate | None = None  # limit of one GPU; null = no energy is told
     source: str = ""  # where these figures are from
 
 

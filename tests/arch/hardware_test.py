@@ -41,3 +41,10 @@ def test_hardware_that_is_not_there_is_refused_with_status_2(capsys: pytest.Capt
     assert "plan.reserve_gb=80: must be below the 80 GB of A100" in capsys.readouterr().err
     assert cli.main(["plan", tiny, "plan.price_per_gpu_hour=2"]) == 2
     assert "plan.price_per_gpu_hour=2: needs plan.hardware" in capsys.readouterr().err
+
+
+def test_figures_that_make_times_zero_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fast.yaml"
+    path.write_text("name: x\nbf16_tflops: 1.0e+300\nmemory_gb: 80\nmemory_gb_per_s: 1.0e+15\n")
+    with pytest.raises(ValueError, match=r"fast\.yaml:2: bf16_tflops: .*must be less than or equal to"):
+        hardware_of(str(path))
