@@ -70,7 +70,7 @@ def own_maker(settings: EnvironmentConfig) -> Make:
     key = f"rollout.environment.function={settings.function}"
     try:
         kind = load(absolute(settings.function))
-    except Exception as error:  # of any kind: it is the user's own code
+    except (Exception, SystemExit) as error:  # of any kind: it is the user's own code
         raise ValueError(f"{key}: cannot be loaded: {type(error).__name__}: {error}; mend it") from error
     return maker(kind, settings.args, key)
 
@@ -79,7 +79,7 @@ def maker(kind: Callable[..., Environment], args: dict[str, Any], key: str) -> M
     """Returns what makes an environment of a class. One is made now, as a trial."""
     try:
         trial = kind(**args)
-    except Exception as error:  # as above
+    except (Exception, SystemExit) as error:  # as above
         raise ValueError(f"{key}: cannot be made: {type(error).__name__}: {error}; mend it, or its args") from error
     missing = [name for name in ("tools", "role", "players", "start", "step", "close") if not hasattr(trial, name)]
     if missing:

@@ -39,7 +39,7 @@ class Episode:
         try:
             messages = self.environment.start(self.prompt.example)
             self.sides[0] = Dialogue(self.renderer, messages, self.environment.tools, self.prompt.ids)
-        except Exception as error:  # of a user's own code; the other episodes go on
+        except (Exception, SystemExit) as error:  # of a user's own code; the other episodes go on
             self.sides[0] = Dialogue(self.renderer, [], [], self.prompt.ids)
             self._fail(error)
 
@@ -59,7 +59,7 @@ class Episode:
             self._credit(reply)
             self.finished = sample.finished and reply.done
             self.going_on = sample.finished and not reply.done and self.turns < max_turns and self._hear(reply)
-        except Exception as error:  # as above
+        except (Exception, SystemExit) as error:  # as above
             self._fail(error)
 
     def _hear(self, reply: Reply) -> bool:
@@ -83,7 +83,7 @@ class Episode:
                     raise ValueError(f"the part {name} is {value!r:.40}, no finite number")
                 own[name] = own.get(name, 0.0) + float(value)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self.going_on, self.errors = False, {FAILED: f"{type(error).__name__}: {error}"[:300]}
 
     def samples(self, prompt_tokens: int) -> list[Sample]:

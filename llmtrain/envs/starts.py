@@ -30,7 +30,7 @@ def starts_of(make: Make, keep_thinking: bool) -> Starts:
                 example = mapped(record, settings.fields)
                 messages = environment.start(example)
                 ids = renderer.ids(renderer.rendered(messages, environment.tools), goes_on=False)
-            except Exception as error:  # of a user's own code, too
+            except (Exception, SystemExit) as error:  # of a user's own code, too
                 faults.add(where, str(error) or repr(error))
                 continue
             finally:

@@ -140,6 +140,15 @@ def test_an_environment_that_fails_ends_its_episode_alone(tokenizer: Tokenizer) 
     assert Counting.closed == closed + 6
 
 
+def test_an_environment_that_exits_fails_and_does_not_end_the_run(tokenizer: Tokenizer) -> None:
+    class Exits(Counting):
+        def step(self, text: str) -> Any:
+            raise SystemExit(0)
+
+    ((sample, _),) = run(tokenizer, Script(tokenizer, lambda context, number: "a"), "x", make=Exits)
+    assert sample.errors == {"environment": "SystemExit: 0"} and not sample.finished
+
+
 @pytest.mark.parametrize(
     ("reply", "error"),
     [
