@@ -23,6 +23,7 @@ class Part:
     name: str
     weight: float
     max_error_share: float
+    section: str  # that says so
     function: str | None = None
     verifies: bool = True
 
@@ -49,7 +50,7 @@ def add_parts(groups: Sequence[Group], judged: Judged, settings: EnvironmentConf
             f"rollout.environment: rewards a part {taken[0]!r}, and one of rewards has that name; give the entry of "
             "rewards another `name`"
         )
-    parts = [Part(name, settings.weights.get(name, 1.0), settings.max_error_share) for name in names]
+    parts = [_part(name, settings.weights.get(name, 1.0), settings) for name in names]
     for sample, (own, errors) in zip(samples, judged, strict=True):
         _add(sample, parts, own, errors)
     return parts
@@ -57,7 +58,7 @@ def add_parts(groups: Sequence[Group], judged: Judged, settings: EnvironmentConf
 
 def failures_of(settings: EnvironmentConfig | AgentConfig | None) -> list[Part]:
     """Returns the entry under which failures of the environment itself are counted."""
-    return [] if settings is None else [Part(FAILED, 0.0, settings.max_error_share)]
+    return [] if settings is None else [_part(FAILED, 0.0, settings)]
 
 
 def episode_scores(settings: EnvironmentConfig) -> Callable[[Sequence[Sample], Sequence[Score] | None], list[Score]]:
@@ -72,10 +73,16 @@ def episode_scores(settings: EnvironmentConfig) -> Callable[[Sequence[Sample], S
 
     def scores(samples: Sequence[Sample], judged: Sequence[Score] | None) -> list[Score]:
         names = sorted({FAILED, *chain.from_iterable(sample.errors for sample in samples)})
-        stop_if_failing([Part(name, 0.0, settings.max_error_share) for name in names], [s.errors for s in samples])
+        stop_if_failing([_part(name, 0.0, settings) for name in names], [s.errors for s in samples])
         return [score(*each) for each in zip(samples, judged or [None] * len(samples), strict=True)]
 
     return scores
+
+
+def _part(name: str, weight: float, settings: EnvironmentConfig | AgentConfig) -> Part:
+    """Returns the entry of a part."""
+    section = "rollout.agent" if isinstance(settings, AgentConfig) else "rollout.environment"
+    return Part(name, weight, settings.max_error_share, section)
 
 
 def _add(sample: Sample, parts: Sequence[Part], own: dict[str, float], errors: dict[str, str]) -> None:

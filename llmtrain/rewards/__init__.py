@@ -111,8 +111,9 @@ def stop_if_failing(rewards: Sequence[RewardConfig], errors: Sequence[dict[str, 
         most = own if reward.max_error_share is None else reward.max_error_share
         told = [each[reward.name] for each in errors if reward.name in each]
         if told and len(told) > most * len(errors):
+            key = f"{getattr(reward, 'section', 'rewards')}.max_error_share"
             raise RewardsFail(
-                f"reward {reward.name}: failed on {len(told)} of {len(errors)} completions, more than "
-                f"rewards.max_error_share={most:g}; the first time: {told[0]}; mend it (for a completion that it "
-                "cannot read it should return 0.0) or raise the share"
+                f"reward {reward.name}: failed on {len(told)} of {len(errors)} completions, more than {key}={most:g}; "
+                f"the first time: {told[0]}; mend it (for a completion that it cannot read it should return 0.0) or "
+                "raise the share"
             )

@@ -43,7 +43,8 @@ def test_where_the_environment_failed_each_part_counts_the_worst() -> None:
 def test_too_many_failures_end_the_run() -> None:
     settings = EnvironmentConfig(game="nim", max_error_share=0.4)
     group, entries = judged(settings, ({}, {"environment": "OSError: x"}), ({}, {}))
-    with pytest.raises(RewardsFail, match="environment: failed on 1 of 2 completions"):
+    told = r"environment: failed on 1 of 2 completions, more than rollout\.environment\.max_error_share=0\.4"
+    with pytest.raises(RewardsFail, match=told):
         stop_if_failing([*entries, *failures_of(settings)], [s.errors for s in group])
 
 
