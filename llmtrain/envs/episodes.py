@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -57,6 +57,7 @@ class Episode:
         try:
             reply = self.environment.step(text)
             self._credit(reply)
+            check_reply(reply, self.environment.players)
             self.finished = sample.finished and reply.done
             self.going_on = sample.finished and not reply.done and self.turns < max_turns and self._hear(reply)
         except (Exception, SystemExit) as error:  # as above
@@ -96,6 +97,17 @@ class Episode:
             sample.parts, sample.errors = dict(self.parts.get(player, {})), dict(self.errors)
             made.append(sample)
         return made
+
+
+def check_reply(reply: Reply, players: int) -> None:
+    """Raises ValueError for a reply that a lenient chat template would render as something else, in silence."""
+    for message in reply.messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise ValueError(f"a message is {message!r:.60}, and no object with text as `content`")
+        if message.get("role") not in ("user", "tool", "system"):
+            raise ValueError(f"a message has the role {message.get('role')!r:.40}; answer as user or tool")
+    if reply.player not in range(players):
+        raise ValueError(f"the player {reply.player!r:.40} speaks next, and there are {players} from 0 on")
 
 
 def group_of(episodes: Sequence[Episode]) -> Group:

@@ -155,7 +155,11 @@ def test_an_environment_that_exits_fails_and_does_not_end_the_run(tokenizer: Tok
         (Reply(parts={"x": float("nan")}), "ValueError: the part x is nan, no finite number"),
         (Reply(parts={"x": "many"}), "TypeError: must be real number, not str"),
         (None, "AttributeError: 'NoneType' object has no attribute 'errors'"),
-        (Reply([{"role": "user"}]), "ValueError: the chat template refuses these messages"),
+        (Reply([{"role": "user"}]), "ValueError: a message is {'role': 'user'}, and no object with text as `content`"),
+        (Reply([{"role": "user", "content": 5}]), "ValueError: a message is {'role': 'user', 'content': 5}, and no"),
+        (Reply("again"), "ValueError: a message is 'a', and no object with text as `content`"),
+        (Reply([{"role": "assistant", "content": "b"}]), "ValueError: a message has the role 'assistant'; answer as"),
+        (Reply([{"role": "user", "content": "b"}], player=1), "ValueError: the player 1 speaks next, and there are 1"),
     ],
 )
 def test_an_answer_that_is_none(tokenizer: Tokenizer, reply: Any, error: str) -> None:
