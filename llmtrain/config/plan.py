@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from llmtrain.config.section import Section, UserPath
 
@@ -37,8 +37,8 @@ class PlanConfig(Section):
     gpus: PositiveInt | None = None  # ranks of a single stage; null = WORLD_SIZE, else as few as the mesh takes
     episode_rows: PositiveInt | None = None  # rows that an episode gives at most; null = 1, of a game its sides
     reserve_gb: float = Field(4.0, ge=0.0)  # of each GPU for the CUDA context, NCCL's buffers and fragmentation
-    price_per_gpu_hour: PositiveFloat | None = None  # dollars; null = no costs are told
-    gpu_mttf_hours: PositiveFloat | None = None  # mean hours until a failure of one GPU stops the job; null = none do
-    restart_s: float = Field(600.0, ge=0.0)  # from a failure until the job trains again
-    save_s: PositiveFloat = 30.0  # pause of the job for a checkpoint
-    power_factor: float = Field(1.0, ge=1.0)  # energy of servers and cooling too, over that of GPUs at their limit
+    price_per_gpu_hour: float | None = Field(None, gt=0.0, le=1e6)  # dollars; null = no costs are told
+    gpu_mttf_hours: float | None = Field(None, gt=0.0, le=1e9)  # mean, until one GPU fails and stops all; null = never
+    restart_s: float = Field(600.0, ge=0.0, le=1e9)  # from a failure until the job trains again
+    save_s: float = Field(30.0, gt=0.0, le=1e9)  # pause of the job for a checkpoint
+    power_factor: float = Field(1.0, ge=1.0, le=100.0)  # energy with servers and cooling, over that of the GPUs
