@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Worker:
         self.name, self.deadline_s, self.look = f"rollout worker {index}", program.deadline_s, look
         self.log = Path(program.directory, f"rollout-worker-{index}.log")
         self.sent: int | None = None  # version of the weights that were sent last
-        self.checksums: dict[str, str] | None = None  # of these
+        self.checksums: deque[dict[str, str] | None] = deque()  # of weights that were sent and not yet loaded, in order
         self.held: int | None = None  # version that it has loaded
         self.load_s, self.loaded_bytes = 0.0, 0  # of all weights that it has loaded
         self.sock, other = socket.socketpair()
@@ -100,7 +101,8 @@ class Worker:
             send(self.sock, weights.head(), file=weights.file, deadline=time.monotonic() + self.deadline_s)
         except Cut as error:
             raise self.fault(f"weights: {error}") from error
-        self.sent, self.checksums = weights.version, weights.checksums
+        self.sent = weights.version
+        self.checksums.append(weights.checksums)
 
     def fault(self, reason: str) -> WorkerFault:
         """Returns a fault of this worker, with how it ended and the end of its log."""
@@ -126,7 +128,10 @@ class Worker:
             raise Cut("the connection ended")
         if message.head["kind"] != "loaded":
             return message
-        if self.checksums is not None and (wrong := differing(self.checksums, message.head["checksums"])):
+        if not self.checksums:
+            raise Cut("has loaded weights that nobody sent")
+        sums = self.checksums.popleft()
+        if sums is not None and (wrong := differing(sums, message.head["checksums"])):
             raise Cut(f"does not hold the weights that were sent (rollout.verify), first in {wrong[0]} of {len(wrong)}")
         self.held = message.head["version"]
         self.load_s += message.head["load_s"]
