@@ -37,7 +37,7 @@ class PlanConfig(Section):
     gpus: PositiveInt | None = None  # ranks of a single stage; null = WORLD_SIZE, else as few as the mesh takes
     episode_rows: PositiveInt | None = None  # rows that an episode gives at most; null = 1, of a game its sides
     reserve_gb: float = Field(4.0, ge=0.0)  # of each GPU for the CUDA context, NCCL's buffers and fragmentation
-    price_per_gpu_hour: float | None = Field(None, gt=0.0, le=1e6)  # dollars; null = no costs are told
+    price_per_gpu_hour: float | None = Field(None, gt=0.0, le=1e9)  # dollars; null = no costs are told
     gpu_mttf_hours: float | None = Field(None, gt=0.0, le=1e9)  # mean, until one GPU fails and stops all; null = never
     restart_s: float = Field(600.0, ge=0.0, le=1e9)  # from a failure until the job trains again
     save_s: float = Field(30.0, gt=0.0, le=1e9)  # pause of the job for a checkpoint
