@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
+from llmtrain.observe.report import evaluations, read_stages
 
 Row = dict[str, Any]
 
@@ -23,21 +23,15 @@ def write_rows(folder: Path, files: Mapping[str, Sequence[Row]]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def run(config: str) -> float:
-    """Runs all stages. Returns their CPU-seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "llmtrain", "run", config], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def scores(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Returns the share of right answers, sampled and greedy, of each evaluation of the run."""
-    found = {}
-    for path in sorted(run_dir.glob("eval-*/eval.json")):
-        measured = json.loads(path.read_text(encoding="utf-8"))
-        found[measured["label"]] = {"sampled": measured["pass@1"], "greedy": measured["greedy"]}
-    return found
+    """Returns the share of right answers, sampled and greedy, of each evaluation of the run, in their order."""
+    found = evaluations(read_stages(str(run_dir)))
+    return {label: {"sampled": each["pass@1"], "greedy": each["greedy"]} for label, each in found.items()}
+
+
+def spent_cpu_s(run_dir: Path) -> float:
+    """Returns the CPU-seconds of all stages, also where the run was broken off and went on."""
+    return sum(json.loads(path.read_text(encoding="utf-8"))["cpu_s"] for path in run_dir.glob("*/done.json"))
 
 
 def report(about: str, module: str, config: str, rows: Path, run_dir: Path, make_rows: Callable[[Path], None]) -> None:
@@ -49,11 +43,12 @@ def report(about: str, module: str, config: str, rows: Path, run_dir: Path, make
     make_rows(rows)
     if args.rows:
         return
-    cpu_s = run(config)
+    subprocess.run([sys.executable, "-m", "llmtrain", "run", config], check=True)
     found = scores(run_dir)
     print("| right answers | sampled | greedy |\n|---|---|---|")
-    for label in sorted(found, key=lambda label: (label.startswith("seed"), label)):
-        print(f"| {label} | {found[label]['sampled']:.3f} | {found[label]['greedy']:.3f} |")
+    for label, each in found.items():
+        print(f"| {label} | {each['sampled']:.3f} | {each['greedy']:.3f} |")
     if args.out is not None:
         head = environment(module, ("torch", "deepspeed"), 1)
-        args.out.write_text(json.dumps({**head, "cpu_s": cpu_s, "scores": found}, indent=2) + "\n", encoding="utf-8")
+        record = {**head, "cpu_s": spent_cpu_s(run_dir), "scores": found}
+        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import self_play, tool_use
-from benchmarks.learned import scores
+from benchmarks.learned import scores, spent_cpu_s
 from llmtrain.envs.calculator import calculate
 
 
@@ -65,7 +65,14 @@ def test_one_demonstration_of_four_calls_the_calculator(tmp_path: Path) -> None:
     assert all(calculate({"expression": row["messages"][0]["content"]}) == row["answer"] for row in problems[-9:])
 
 
-def test_scores_are_read_by_their_labels(tmp_path: Path) -> None:
-    (tmp_path / "eval-1").mkdir()
-    (tmp_path / "eval-1" / "eval.json").write_text('{"label": "seed 1", "pass@1": 0.5, "greedy": 1.0}')
-    assert scores(tmp_path) == {"seed 1": {"sampled": 0.5, "greedy": 1.0}}
+def test_scores_and_costs_are_those_of_the_stages_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text('["eval-start", "grpo-1", "eval-1"]')
+    for name, label, rate in (("eval-start", "start", 0.25), ("eval-1", "seed 1", 0.5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.json").write_text(json.dumps({"label": label, "pass@1": rate, "greedy": 1.0}))
+        (tmp_path / name / "done.json").write_text('{"cpu_s": 1.5}')
+    assert list(scores(tmp_path).items()) == [
+        ("start", {"sampled": 0.25, "greedy": 1.0}),
+        ("seed 1", {"sampled": 0.5, "greedy": 1.0}),
+    ]
+    assert spent_cpu_s(tmp_path) == 3.0
