@@ -12,6 +12,7 @@ import numpy as np
 
 SHOWN = 20  # faults that are written out; the rest is counted
 SIGNED = ("reward",)  # columns that may be zero or negative; of all others there are logarithms
+LEAST, MOST = 1e-30, 1e60  # of the others: beyond, what laws and plots compute of them is no number any more
 GAP = 1.05  # budgets closer than this factor are one
 
 
@@ -49,8 +50,9 @@ def read_columns(
     `read_points` does."""
     header, rows = _objects(path) if path.endswith(".jsonl") else _rows(path)
     found = {name: fields.get(name, name) for name in names if name not in optional or name in header}
+    there = ", ".join(header) or "none"
     faults = [
-        f"{path}:1: has no column {column}; its columns are {', '.join(header)}, name yours in scaling.fields.{name}"
+        f"{path}:1: has no column {column}; its columns are {there}, name yours in scaling.fields.{name}"
         for name, column in found.items()
         if column not in header
     ]
@@ -106,12 +108,12 @@ def _objects(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 
 def _kind(name: str) -> str:
-    return "finite number" if name in SIGNED else "positive number"
+    return "finite number" if name in SIGNED else f"positive number, from {LEAST:g} to {MOST:g}"
 
 
 def _is_number(text: str, name: str) -> bool:
     try:
-        return (-math.inf if name in SIGNED else 0) < float(text) < math.inf
+        return math.isfinite(float(text)) if name in SIGNED else LEAST <= float(text) <= MOST
     except ValueError:
         return False
 

@@ -30,7 +30,7 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
         read_points(str(path), {})
     lines = str(error.value).splitlines()
     assert [line.rpartition(".csv:")[2].split(":")[0] for line in lines[:-1]] == ["2", "2", "3", "4", "4", "6"]
-    assert lines[0] == f"{path}:2: params='-1': must be a positive number; correct or remove it"
+    assert lines[0] == f"{path}:2: params='-1': must be a positive number, from 1e-30 to 1e+60; correct or remove it"
     assert lines[2] == f"{path}:3: has 2 fields, the header has 3; correct it"
     assert lines[-1] == f"{path}: 6 faults"
 
@@ -38,7 +38,9 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ":1: has no column params"),
+        ("", ":1: has no column params; its columns are none"),
+        ("params,tokens,loss\n1e-293,2,3\n", ":2: params='1e-293': must be a positive number"),
+        ("params,tokens,loss\n1,1e287,3\n", ":2: tokens='1e287': must be a positive number"),
         ("params,loss\n1,2\n", ":1: has no column tokens; its columns are params, loss"),
         ("params,tokens,loss,loss\n1,2,3,4\n", ":1: has two columns loss"),
         ("params,tokens,loss\n", ": has no points"),
