@@ -18,6 +18,7 @@ SHARD_STATE = "shard it: engine.zero_stage=1"
 FREE = "free weights after use: engine.reshard=true"
 APART = "give it ranks of its own: rollout.placement=separate"
 WAIT = "let models wait in host memory (reference_waits, teachers_wait, wait_on_host)"
+RANKS, ROWS = "use more ranks", "lower train.micro_batch_seqs"
 CACHE, BATCH = "lower rollout.vllm.cache_gib", "lower rollout.max_batch_seqs"
 RECOMPUTE = "compute more of them again: engine.remat=selective or full"
 RECOMPUTE_ALL = "compute more of them again: engine.remat=full"
@@ -25,20 +26,21 @@ RING, FLEX = "use parallel.context=ring", "use engine.attention=flex"
 DEVICES = "use hardware with more memory"
 SPLIT = "raise parallel.tp or pp"
 REMEDIES = {
-    "policy": (SHARD, "use more ranks"),
+    "policy": (SHARD, RANKS),
+    "model": (RANKS, DEVICES),
     "generator": (APART, DEVICES),
     "packed weights": (APART, DEVICES),
     "server": (DEVICES,),
     "KV cache": (CACHE, BATCH, "lower rollout.max_new_tokens and train.seq_len"),
     "prompts": ("lower train.seq_len or rollout.max_batch_seqs",),
-    "frozen models": (WAIT, "use more ranks"),
-    "critics": (WAIT, "use more ranks"),
+    "frozen models": (WAIT, RANKS),
+    "critics": (WAIT, RANKS),
     "gathered": ("raise parallel.tp",),
     "weights": (SHARD, SPLIT),
     "gradients": (SHARD, SPLIT),
     "optimizer": (SHARD_STATE, "shard it over more data-parallel ranks", SPLIT),
     "buffers": (FREE, SPLIT),
-    "activations": (RECOMPUTE, RECOMPUTE_ALL, "lower train.micro_batch_seqs", "raise parallel.tp or cp"),
+    "activations": (RECOMPUTE, RECOMPUTE_ALL, ROWS, "raise parallel.tp or cp"),
     "attention": (RING, FLEX, "raise parallel.cp"),
     "logits": ("lower engine.logprob_chunk_tokens", "raise parallel.tp"),
 }

@@ -19,7 +19,17 @@ from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.scaling.activations import block_activations, logits_bytes
 from llmtrain.scaling.parts import value_bytes
 from llmtrain.scaling.sampler import PREFILL_TOKENS, Asked, Sampler, Turn
-from llmtrain.scaling.speed import APART, cost, estimated, fit_line, hardware_line
+from llmtrain.scaling.speed import (
+    APART,
+    RANKS,
+    RECOMPUTE,
+    RECOMPUTE_ALL,
+    ROWS,
+    cost,
+    estimated,
+    fit_line,
+    hardware_line,
+)
 from llmtrain.scaling.steptime import ATTENTION, REACHED
 from llmtrain.scaling.turnlines import turn_lines
 from llmtrain.scaling.turns import frozen_bytes, heaviest, scoring_turn
@@ -47,7 +57,9 @@ def sampling_lines(command: str, config: Config, model: ModelConfig, ranks: int)
     seconds = {"sampling": sum(each.seconds(hardware) for each in samplers)}
     seconds["scoring"] = scoring_seconds(config, model, rows, hardware) / ranks
     each, whole = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()), sum(seconds.values())
-    lines += [hardware_line(ranks, hardware), fit_line(config, hardware, turns[heaviest(turns)[0]], [APART])]
+    turn = heaviest(turns)[0]
+    fits = fit_line(config, hardware, turns[turn], useless(command, turn, ranks))
+    lines += [hardware_line(ranks, hardware), fits]
     if not whole:  # of what it does nothing is counted
         return lines
     return [
@@ -105,6 +117,14 @@ def uncounted(command: str, config: Config) -> list[str]:
     e = config.eval
     asked = {"eval.tasks": e.tasks, "eval.test_time": e.test_time, "eval.lm_eval.tasks": e.lm_eval.tasks}
     return [f"{key}, whose rows or answers say how much it is" for key, value in asked.items() if value]
+
+
+def useless(command: str, turn: str, ranks: int) -> list[str]:
+    """Returns the remedies of training that do not help: no backward follows, one process scores TEXT_ROWS rows at
+    once, and only text that is scored is of a sharded model."""
+    found = [APART, RECOMPUTE, RECOMPUTE_ALL]
+    found += [ROWS] if ranks == 1 else []
+    return found + ([RANKS] if turn == "sampling" or command != "eval" else [])
 
 
 def memory_turns(

@@ -107,6 +107,40 @@ def test_an_evaluation_by_hand(tmp_path: Path) -> None:
     assert "not counted  eval.tasks" in lines and "fits  " in lines and "time  " not in lines
 
 
+@pytest.mark.parametrize(
+    ("section", "overrides", "ranks", "said"),
+    [
+        ("eval: {problems: 0}", ["train.seq_len=256"], 1, "model, 0.269 GB: use more ranks; or use hardware with more"),
+        (
+            EVAL,
+            ["rollout.generator=vllm", "eval.text=false", "rollout.vllm.cache_gib=0.1"],
+            1,
+            "model, 0.269 GB: use h",
+        ),
+        (
+            JUDGE.replace("BY", "by: logprob"),
+            ["rollout.temperature=0.5", "rollout.max_batch_seqs=8"],
+            1,
+            "model, 0.269",
+        ),
+        ("eval: {problems: 0}", ["train.seq_len=8192"], 1, "activations, 2.62 GB: raise parallel.tp or cp"),
+        (
+            "eval: {problems: 0}",
+            ["train.seq_len=8192", "engine.logprob_chunk_tokens=512"],
+            4,
+            "activations, 0.164 GB: lower train.mi",
+        ),
+    ],
+)
+def test_what_does_not_fit_has_a_remedy_that_helps(
+    section: str, overrides: list[str], ranks: int, said: str, tmp_path: Path
+) -> None:
+    """Nothing is computed again without a backward; who judges has one rank."""
+    config = config_of(tmp_path, section, *overrides, "plan.reserve_gb=49.99")
+    command = "judge" if "judge" in section else "eval"
+    assert f"; most are {said}" in "\n".join(sampling_lines(command, config, SMOLLM2, ranks))
+
+
 def test_an_evaluation_with_a_server_has_the_model_too(tmp_path: Path) -> None:
     """It scores likelihoods in its own process. No longer row is sampled than the model has positions."""
     config = config_of(tmp_path, EVAL, "rollout.generator=vllm", "train.seq_len=100000")
