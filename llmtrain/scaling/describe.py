@@ -50,13 +50,14 @@ class Stage(NamedTuple):
         """Returns the name of the stage, and what it is."""
         return f"{self.config.name} ({self.command})"
 
-    def comes_yet(self) -> bool:
-        """Tells whether its model is not there yet, and no stage before says what it will be."""
+    def comes_yet(self, error: ValueError) -> bool:
+        """Tells whether all that is wrong is its model, which is not there yet, and of which no stage before says what
+        it will be."""
         start = self.config.model.init_from
         try:
             resolve_model(self.config.model, self.earlier)
-        except ValueError:
-            return start is not None and not os.path.exists(start)
+        except ValueError as missing:
+            return start is not None and not os.path.exists(start) and str(missing) == str(error)
         return False
 
 
@@ -69,7 +70,7 @@ def each_stage(config: Config, title: Callable[[Stage], str], tell: Callable[[St
         try:
             tell(stage)
         except ValueError as error:
-            said, coming = str(error).splitlines(), stage.comes_yet()
+            said, coming = str(error).splitlines(), stage.comes_yet(error)
             told = ["cannot be planned yet", *said] if coming else ["cannot be planned"]
             print("\n".join(f"  {line}" for line in told), flush=True)
             faults += [] if coming else [f"{stage.title()}: {line}" for line in said]

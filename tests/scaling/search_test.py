@@ -212,6 +212,15 @@ def test_what_cannot_be_searched(lines: str, told: str, tmp_path: Path, capsys: 
     assert capsys.readouterr().err.startswith(f"run ({'sft' if 'sft' in lines else 'pretrain'}): {told}")
 
 
+def test_a_fault_is_told_though_the_model_comes_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {init_from: ./not/there}\nplan: {gpus: 2}\n")
+    assert cli.main(["plan", str(path), "--search"]) == 2
+    assert capsys.readouterr().err.startswith("run (pretrain): plan.hardware=null: must be set for --search")
+    assert cli.main(["plan", str(path), "--search", "plan.hardware=a100"]) == 0
+    assert "cannot be planned yet\n  model.init_from=./not/there: has neither" in capsys.readouterr().out
+
+
 GRPO = "model: {preset: smollm2-135m}\ntrain: {seq_len: 1024}\ngrpo: {prompts_per_step: 8}\n"
 HELD = "plan: {hardware: a100, gpus: 2}\n"
 
