@@ -97,7 +97,8 @@ class Sampler:
         if self.served:
             server = {"server": SERVER_BYTES} if self.on_cpu else {}
             return {**weights, **server, "KV cache": int(self.config.rollout.vllm.cache_gib * GIB)}
-        tokens = min(PREFILL_TOKENS, slots * self.asked.row_tokens)
+        row = self.asked.row_tokens
+        tokens = min(max(PREFILL_TOKENS, row), slots * row)  # a longer prompt has a forward of its own
         prompts = int(self.value * tokens * block_activations(whole, 1, False)) + 2 * 4 * slots * whole.vocab_size
         packed = {"packed weights": packed_bytes(whole, self.value)} if self.on_cpu else {}
         return {**weights, **packed, "KV cache": self._cache_bytes(slots), "prompts": prompts}

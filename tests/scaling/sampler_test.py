@@ -91,6 +91,14 @@ def test_a_server_decodes_as_many_rows_as_its_cache_holds() -> None:
         small.memory()
 
 
+@pytest.mark.parametrize(("row", "tokens"), [(1024, 8192), (16_384, 16_384)])
+def test_a_forward_over_prompts_has_at_least_one_of_them(row: int, tokens: int) -> None:
+    """As in `rollout.native`, however long it is; beside it are logits and their log-probs of 32 rows in fp32."""
+    values = 4 * 576 + 2 * 64 * (9 + 3) + 4 * 1536  # of a block, a token
+    held = Sampler(config(), SMOLLM2, Asked(4, 8, 768, row), None).memory()
+    assert held["prompts"] == 2 * tokens * values + 2 * 4 * 32 * 49_152
+
+
 def test_seconds_by_hand() -> None:
     """512 samples, 182 at a time: 2 rounds of 768 tokens, each of which reads weights and cache, and one of the 148
     that are left; the prompts once."""
