@@ -307,6 +307,7 @@ KEY_RULES: Rules = (  # of these what looks at no files
     (trains, _epochs),
     (trains, _learning_rate),
     (plans, _own_rules),
+    (trains, _spikes),
     (either(samples, evaluates_problems, command(*JUDGES)), _completions),
 )
 FILE_RULES: Rules = (
@@ -314,7 +315,6 @@ FILE_RULES: Rules = (
     (command("data", "tokenizer", "export", "report", "scaling", "ladder", "index", *JUDGES), _one_process),
     *KEY_RULES,
     (either(reads_rewards, evaluates_problems, command("eval", "judge")), _rewards),
-    (trains, _spikes),
     (here(trains), _wandb),
     (either(trains, command("eval", "export", *JUDGES)), _init_from),
     (either(tunes, command("eval", "export", *JUDGES)), _tokenizer),

@@ -235,6 +235,7 @@ HELD = "plan: {hardware: a100, gpus: 2}\n"
         (GRPO + "rollout: {generator: vllm, temperature: 0.001}\n", "rollout.temperature=0.001: must be", "grpo"),
         (GRPO + "rollout: {record: true, replay: a}\n", "rollout.record=true: rollout.replay=a is a", "grpo"),
         ("model: {vocab_size: 64}\n", "model.vocab_size=64: must be at least tokenizer.vocab_size=", "pretrain"),
+        ("guard: {spike: rewind, spike_window: 99}\n", "checkpoint.every_steps=100: must be in 1 .. guard", "pretrain"),
         ("data: {mix: blocks, temperature: 1}\n", "data.mix=blocks: not with data.temperature", "pretrain"),
     ],
 )
