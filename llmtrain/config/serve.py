@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from llmtrain.config.chat import count, text
 from llmtrain.config.document import ConfigError
 from llmtrain.config.hub import fetch, is_name
-from llmtrain.config.vllm import VllmConfig
+from llmtrain.config.vllm import MOST_CACHE_GIB, VllmConfig
 
 SERVE_USAGE = (
     "llmtrain serve RUN|DIRECTORY [--host HOST] [--port PORT] [--token TOKEN] [--name NAME] [--max-batch-seqs N] "
@@ -110,8 +110,8 @@ def port(written: str) -> int:
 def gib(written: str) -> float:
     """Returns the number. Raises ArgumentTypeError when it is no size."""
     value = float(written)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{written}: must be above 0")
+    if not 0 < value <= MOST_CACHE_GIB:
+        raise argparse.ArgumentTypeError(f"{written}: must be above 0, and at most {MOST_CACHE_GIB:g}")
     return value
 
 

@@ -45,6 +45,10 @@ def test_options_and_their_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["{here}", "--vllm-python", "p"], "serve: --vllm-python p: is read with --generator vllm alone; set that"),
         (["{here}", "--vllm-cache-gib", "2"], "serve: --vllm-cache-gib 2.0: is read with --generator vllm alone"),
         (["{here}", "--vllm-cache-gib", "0"], "serve: argument --vllm-cache-gib: 0: must be above 0"),
+        (
+            ["{here}", "--generator", "vllm", "--vllm-cache-gib", "2e6"],
+            "serve: argument --vllm-cache-gib: 2e6: must be",
+        ),
         (["{here}", "--generator", "sglang"], "serve: argument --generator: invalid choice: 'sglang'"),
         (["{here}/no"], "{here}/no: no such directory; give that of a run or of a Hugging Face model"),
     ],
