@@ -8,6 +8,7 @@ import pytest
 
 from llmtrain.arch.hardware import hardware_of
 from llmtrain.arch.resolve import active_parameter_count, parameter_count, resolve_model
+from llmtrain.commands import evaluate
 from llmtrain.config.load import load
 from llmtrain.config.schema import Config, ModelConfig
 from llmtrain.scaling.describe import main, planned
@@ -82,6 +83,10 @@ def test_the_time_of_a_judge_by_hand(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 EVAL = "eval: {problems: 256, samples: 8, text_seqs: 100, tasks: [gsm8k]}\nrewards: [{name: math}]"
+
+
+def test_the_rows_of_a_forward_over_text_are_those_of_eval() -> None:
+    assert TEXT_ROWS == evaluate.ROWS_A_BATCH
 
 
 def test_an_evaluation_by_hand(tmp_path: Path) -> None:
