@@ -74,6 +74,14 @@ def has_experts(model: ModelConfig, layer: int) -> bool:
     return model.moe is not None and layer not in model.moe.dense_layers
 
 
+def kinds_of(model: ModelConfig, layers: Iterable[int]) -> list[list[int]]:
+    """Returns these layers in up to two lists, with experts and without: the blocks of each have the same shapes."""
+    kinds: dict[bool, list[int]] = {}
+    for layer in layers:
+        kinds.setdefault(has_experts(model, layer), []).append(layer)
+    return list(kinds.values())
+
+
 def layer_shapes(model: ModelConfig, layer: int) -> dict[str, Shape]:
     """Returns the shapes of one block by names relative to it, in module order, those of buffers (a router's bias)
     included."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llmtrain.arch.parameters import has_experts, head_rows, layer_shapes
+from llmtrain.arch.parameters import head_rows, kinds_of, layer_shapes
 from llmtrain.config.schema import ModelConfig, ParallelConfig
 
 
@@ -64,18 +64,12 @@ def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> StagePlan:
 
 
 def _multiplied(model: ModelConfig) -> float:
-    """Returns the number of matrix elements that one token is multiplied with in all blocks. There are two kinds of
-    blocks, with experts and without."""
+    """Returns the number of matrix elements that one token is multiplied with in all blocks."""
     chosen = 1.0 if model.moe is None else model.moe.top_k / model.moe.num_experts
-    layers = range(model.num_layers)
-    sparse = [layer for layer in layers if has_experts(model, layer)]
-    dense = next((layer for layer in layers if not has_experts(model, layer)), None)
-    kinds = [(sparse[0], len(sparse))] if sparse else []
-    kinds += [] if dense is None else [(dense, model.num_layers - len(sparse))]
     total = 0.0
-    for layer, count in kinds:
-        shapes = [shape for shape in layer_shapes(model, layer).values() if len(shape) > 1]
-        total += count * sum(math.prod(shape) * (chosen if len(shape) == 3 else 1.0) for shape in shapes)
+    for layers in kinds_of(model, range(model.num_layers)):
+        shapes = [shape for shape in layer_shapes(model, layers[0]).values() if len(shape) > 1]
+        total += len(layers) * sum(math.prod(shape) * (chosen if len(shape) == 3 else 1.0) for shape in shapes)
     return total
 
 

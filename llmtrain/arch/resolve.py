@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,15 @@ from pydantic import ValidationError
 
 from llmtrain.arch.families import FAMILIES, family_of, presets
 from llmtrain.arch.families.base import classifier_hf, head_of, key_of, without_aliases
-from llmtrain.arch.parameters import has_experts, layer_shapes, layer_type, numel, outer_shapes, padded_vocab_size
+from llmtrain.arch.parameters import (
+    has_experts,
+    kinds_of,
+    layer_shapes,
+    layer_type,
+    numel,
+    outer_shapes,
+    padded_vocab_size,
+)
 from llmtrain.config.load import load
 from llmtrain.config.ramp import trained_model
 from llmtrain.config.schema import EngineConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, Section
@@ -232,9 +239,8 @@ def parameter_count(model: ModelConfig) -> int:
     Multi-token prediction modules and the selection bias of routers (updated without a gradient) do not count.
     """
     m = resolve_model(model)
-    kinds = Counter(has_experts(m, layer) for layer in range(m.num_layers))  # within which blocks are alike
-    first = {has_experts(m, layer): layer for layer in reversed(range(m.num_layers))}
-    blocks = sum(count * numel(_weights(layer_shapes(m, first[kind]))) for kind, count in kinds.items())
+    kinds = kinds_of(m, range(m.num_layers))
+    blocks = sum(len(layers) * numel(_weights(layer_shapes(m, layers[0]))) for layers in kinds)
     return blocks + sum(numel(shapes.values()) for shapes in outer_shapes(m))
 
 

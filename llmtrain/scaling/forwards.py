@@ -22,7 +22,7 @@ from dataclasses import replace
 from llmtrain.arch.adapters import adapter_shapes
 from llmtrain.arch.parameters import (
     Shape,
-    has_experts,
+    kinds_of,
     layer_shapes,
     local_shape,
     mtp_shapes,
@@ -167,17 +167,13 @@ def _kinds(rank: RankStep) -> Iterator[tuple[str, Shape, int, int]]:
     """Yields parameters: name, shape, how many of its kind this pipeline rank has, and how many there are. Those of
     blocks of a kind are alike but for their layer."""
     model = rank.model
-    first = {has_experts(model, layer): layer for layer in reversed(range(model.num_layers))}
-    layers = Counter(has_experts(model, layer) for layer in range(model.num_layers))
-    own = Counter(
-        has_experts(model, layer) for stage in rank.plan.stages_of(rank.pp_rank) for layer in rank.plan.layers[stage]
-    )
-    for name, shape in {**_base_shapes(model, first.values()), **adapter_shapes(model)}.items():
+    own = {layer for stage in rank.plan.stages_of(rank.pp_rank) for layer in rank.plan.layers[stage]}
+    alike = {kind[0]: kind for kind in kinds_of(model, range(model.num_layers))}
+    for name, shape in {**_base_shapes(model, alike), **adapter_shapes(model)}.items():
         if not name.startswith("layers."):
             yield name, shape, int(rank.plan.owner(name) == rank.pp_rank), 1
-        elif (layer := int(name.split(".")[1])) in first.values():
-            kind = has_experts(model, layer)
-            yield name, shape, own[kind], layers[kind]
+        elif (layer := int(name.split(".")[1])) in alike:
+            yield name, shape, len(own.intersection(alike[layer])), len(alike[layer])
 
 
 def _joined_parameter(rank: RankStep, name: str, shape: Shape) -> Iterator[Item]:

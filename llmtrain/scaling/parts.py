@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from llmtrain.arch.adapters import adapter_shapes
-from llmtrain.arch.parameters import Shape, has_experts, in_block, layer_shapes, local_shape, mtp_shapes, outer_shapes
+from llmtrain.arch.parameters import Shape, in_block, kinds_of, layer_shapes, local_shape, mtp_shapes, outer_shapes
 from llmtrain.arch.pipeline import StagePlan, plan_stages
 from llmtrain.config.schema import EngineConfig, ModelConfig, ParallelConfig
 
@@ -43,9 +43,9 @@ def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: int) -> lis
         further = {name: shape for name, shape in mtp_shapes(model).items() if not name.endswith("router.bias")}
         rest = rest + behind + [local_shape(n, shape, model, tp, parallel.ep) for n, shape in further.items()]
         rest += [front[0]] if stage > 0 and model.tie_embeddings else []
-    first = {has_experts(model, layer): layer for layer in reversed(layers[stage])}  # of its kind: all others are alike
-    kinds = {experts: block_shapes(model, layer, tp, parallel.ep) for experts, layer in first.items()}
-    return [list(kinds[has_experts(model, layer)]) for layer in layers[stage]] + [rest]
+    alike = [(kind, block_shapes(model, kind[0], tp, parallel.ep)) for kind in kinds_of(model, layers[stage])]
+    blocks = {layer: shapes for kind, shapes in alike for layer in kind}
+    return [list(blocks[layer]) for layer in layers[stage]] + [rest]
 
 
 def rank_shapes(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[Shape]:
