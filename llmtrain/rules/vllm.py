@@ -44,20 +44,21 @@ def lacking(python: str) -> str | None:
 def _model(case: Case) -> Iterator[str]:
     if case.model is None:
         return
-    fault = unserved(case.model)
+    fault = unserved(case.model, case.planned)
     if fault:
         yield f"model.family={case.model.family}: {fault}; use rollout.generator=native"
 
 
-def unserved(model: ModelConfig) -> str | None:
-    """Returns why vLLM does not serve a resolved model as we export it, None where it does."""
+def unserved(model: ModelConfig, planned: bool = False) -> str | None:
+    """Returns why vLLM does not serve a resolved model as we export it, None where it does; `planned`: on a machine
+    that may have other hardware than this."""
     if model.family not in SERVED:
         return f"vLLM serves {', '.join(SERVED)} as we export them, and this was not shown to be equal"
     try:
         hf_config(without_mup(model) if model.mup else model)
     except ValueError as error:
         return f"vLLM reads a config.json, which cannot say this model ({str(error).partition(';')[0]})"
-    if not has_gpu() and model.head_dim not in CPU_HEADS:
+    if not planned and not has_gpu() and model.head_dim not in CPU_HEADS:
         sizes = ", ".join(map(str, CPU_HEADS))
         return f"model.head_dim={model.head_dim}: vLLM's attention on a CPU has heads of {sizes}"
     return None
@@ -98,7 +99,7 @@ def _unread(case: Case) -> Iterator[str]:
 
 def _together(case: Case) -> Iterator[str]:
     tp, heads = case.config.rollout.tp, case.model.num_heads if case.model else 0
-    if tp > 1 and has_gpu():
+    if tp > 1 and not case.planned and has_gpu():
         yield (
             f"rollout.tp={tp}: must be 1 with a GPU, as nothing says which GPUs a server shares with whom; set it to 1"
         )

@@ -115,6 +115,15 @@ def test_with_a_gpu_other_heads_can_be_but_no_shared_server(tmp_path: Path, monk
     assert told(tmp_path, "rollout.tp=2")[0].startswith("rollout.tp=2: must be 1 with a GPU")
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_plan_does_not_ask_what_this_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    monkeypatch.setattr(vllm, "has_gpu", lambda: gpu)
+    (tmp_path / "x.yaml").write_text(DOCUMENT)
+    config = load(str(tmp_path / "x.yaml"), ["model.head_dim=24", "rollout.tp=2"])
+    found = violations(config, 1, "grpo", planned=True)
+    assert not [line for line in found if "head_dim" in line or "rollout.tp" in line]
+
+
 @pytest.mark.parametrize("command", ["judge", "constitutional"])
 def test_commands_that_sample_in_their_own_process_say_so(tmp_path: Path, command: str) -> None:
     assert any(line.startswith("rollout.generator=vllm: " + command) for line in told(tmp_path, command=command))
