@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from llmtrain.rules.case import Case, Rules, command, either, pretrains
+from llmtrain.rules.case import Case, Rules, command, either, here, pretrains
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of folders, and of phases in the jobs of a cluster
 OF_DATASETS = ("split", "configuration", "streamed")
@@ -60,19 +60,27 @@ def _executor(case: Case) -> Iterator[str]:
     data = case.config.data
     if not data.collect:
         return
+    if data.executor == "slurm":
+        if missing := [key for key in SLURM_NEEDS if key not in data.execution.slurm]:
+            yield f"data.executor=slurm: data.execution.slurm must have {' and '.join(missing)}; add what your site has"
+    elif data.execution.slurm:
+        yield f"data.execution.slurm: only data.executor=slurm reads it, not {data.executor}; remove one"
+
+
+def _programs(case: Case) -> Iterator[str]:
+    data = case.config.data
+    if not data.collect:
+        return
     if find_spec("datatrove") is None:
         yield "data.collect: needs the packages of the extra data; pip install 'llmtrain[data]' -c constraints.txt"
     if data.executor == "ray" and find_spec("ray") is None:
         yield "data.executor=ray: needs the package ray; pip install 'llmtrain[ray]' -c constraints.txt, or use local"
-    if data.executor == "slurm":
-        if missing := [key for key in SLURM_NEEDS if key not in data.execution.slurm]:
-            yield f"data.executor=slurm: data.execution.slurm must have {' and '.join(missing)}; add what your site has"
-        if shutil.which("sbatch") is None:
-            yield "data.executor=slurm: there is no sbatch on this machine; start it where Slurm is, or use local"
-    if data.execution.slurm and data.executor != "slurm":
-        yield f"data.execution.slurm: only data.executor=slurm reads it, not {data.executor}; remove one"
+    if data.executor == "slurm" and shutil.which("sbatch") is None:
+        yield "data.executor=slurm: there is no sbatch on this machine; start it where Slurm is, or use local"
 
 
-CLEANING_RULES: Rules = tuple(
-    (either(pretrains, command("data", "tokenizer")), rule) for rule in (_inputs, _cleaned_sources, _files, _executor)
+_cleans = either(pretrains, command("data", "tokenizer"))
+CLEANING_RULES: Rules = (
+    *((_cleans, rule) for rule in (_inputs, _cleaned_sources, _files, _executor)),
+    (here(_cleans), _programs),
 )

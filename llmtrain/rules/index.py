@@ -8,7 +8,7 @@ from glob import has_magic
 from importlib.util import find_spec
 
 from llmtrain.config.retrieval import StoreConfig
-from llmtrain.rules.case import Case, Rules, command
+from llmtrain.rules.case import Case, Rules, command, here
 
 
 def _library(case: Case) -> Iterator[str]:
@@ -65,4 +65,7 @@ def store_faults(case: Case, key: str, asked: StoreConfig) -> Iterator[str]:
         yield f"{key}: needs bm25s, which is not installed; pip install 'llmtrain[search]' -c constraints.txt"
 
 
-INDEX_RULES: Rules = tuple((command("index"), rule) for rule in (_library, _documents, _passages, _models))
+INDEX_RULES: Rules = (
+    (here(command("index")), _library),
+    *((command("index"), rule) for rule in (_documents, _passages, _models)),
+)

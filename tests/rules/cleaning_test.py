@@ -10,8 +10,8 @@ from llmtrain.config.clean import CollectConfig, ExecutionConfig
 from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.config.load import ConfigError
 from llmtrain.config.schema import Config
-from llmtrain.rules import cleaning
-from llmtrain.rules.check import check
+from llmtrain.rules import cleaning, index
+from llmtrain.rules.check import check, violations
 
 PAGES = CollectConfig(name="pages", type="pydoc")
 
@@ -91,3 +91,15 @@ def test_executors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleaning, "find_spec", lambda name: None)
     told = faults(collect=[PAGES], executor="ray")
     assert "needs the packages of the extra data" in told and "data.executor=ray: needs the package ray" in told
+
+
+def test_the_plan_of_a_run_asks_for_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a document is planned, Slurm and the packages of its stages need not be."""
+    monkeypatch.setattr(cleaning.shutil, "which", lambda name: None)
+    for module in (cleaning, index):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    slurm = ExecutionConfig(slurm={"time": "1:00", "partition": "cpu"})
+    config = Config(data=DataConfig(collect=[PAGES], executor="slurm", execution=slurm))
+    assert violations(config, 1, "data", planned=True) == []
+    assert len(violations(config, 1, "data")) == 2
+    assert not [line for line in violations(config, 1, "index", planned=True) if "bm25s" in line]
