@@ -51,10 +51,6 @@ class Job:
         return self.config.parallel.model_copy(update=self.p.mesh)
 
     @property
-    def trainers(self) -> int:
-        return self.p.ranks - self.p.rollout_ranks
-
-    @property
     def sampler(self) -> Sampler | None:
         """Returns what samples on a rank that does; None where nothing is sampled."""
         return sampler_in_step(self.config, self.model, self.recipe, self.p.sampling_ranks, self.p.hardware)
