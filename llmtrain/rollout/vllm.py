@@ -68,12 +68,14 @@ class VllmGenerator:
         self.model, self.settings, self.dtype, self.decode = model, settings, dtype, decode
         self.raw = truncates(settings.top_p, settings.top_k) if raw is None else raw
         self.max_seq_tokens = min(max_seq_tokens or model.max_positions, model.max_positions)
-        self.sleeps = torch.device(device).type == "cuda"  # on a CPU a server can free nothing
+        device = torch.device(device)
+        self.sleeps = device.type == "cuda"  # on a CPU a server can free nothing
         self.version, self.loaded, self.asleep = 0, False, False
         self.awake = {"weights", "kv_cache"}  # what the server holds
         plain = without_mup(model) if model.mup else model  # its factors go into the weights
         described = {**hf_config(plain), "dtype": str(dtype).removeprefix("torch.")}
-        self.server = VllmServer(settings.vllm, described, self._arguments(), cpu=not self.sleeps)
+        gpu = (device.index or 0) if self.sleeps else None
+        self.server = VllmServer(settings.vllm, described, self._arguments(), gpu)
         self.close = weakref.finalize(self, self.server.stop)  # whoever drops this ends the server, too
         try:
             self.server.ready()

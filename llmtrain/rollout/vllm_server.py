@@ -44,9 +44,12 @@ ON_CPU = {
 class VllmServer:
     """Holds a running server: one model, one keeper that outlives us for as long as it takes to end the server."""
 
-    def __init__(self, settings: VllmConfig, described: Mapping[str, Any], arguments: Sequence[str], cpu: bool) -> None:
+    def __init__(
+        self, settings: VllmConfig, described: Mapping[str, Any], arguments: Sequence[str], gpu: int | None
+    ) -> None:
         """Begins to start a server of the model that `described`, the content of its config.json, says; its weights are
-        random until they are loaded. `ready` waits for it."""
+        random until they are loaded. It sees no other GPU than that of ours with this number; None = it runs on the
+        CPU. `ready` waits for it."""
         self.settings = settings
         self.port, self.token = free_port(), secrets.token_urlsafe(32)
         self.folder = Path(tempfile.mkdtemp(prefix="llmtrain-vllm-", dir=SHARED if SHARED.is_dir() else None))
@@ -60,7 +63,8 @@ class VllmServer:
         # open for as long as the server: it is read after the keeper has removed it
         self.log = open(self.folder / "server.log", "w+b")  # noqa: SIM115
         own = {"VLLM_API_KEY": self.token, "LLMTRAIN_VLLM_FOLDER": str(self.folder), "PYTHONPATH": str(INSIDE)}
-        env = {name: os.environ[name] for name in KEPT if name in os.environ} | ALWAYS | (ON_CPU if cpu else {}) | own
+        place = ON_CPU if gpu is None else {"CUDA_VISIBLE_DEVICES": visible(gpu)}
+        env = {name: os.environ[name] for name in KEPT if name in os.environ} | ALWAYS | place | own
         out = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
         self.keeper = subprocess.Popen(keeper, env=env, cwd=self.folder, start_new_session=True, **out)
 
@@ -128,6 +132,12 @@ class VllmServer:
                 self.keeper.kill()  # the server dies with it
                 self.keeper.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def visible(gpu: int) -> str:
+    """Returns the value of CUDA_VISIBLE_DEVICES that shows one alone of the GPUs that this process sees."""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ours.split(",")[gpu] if ours else str(gpu)
 
 
 def free_port() -> int:

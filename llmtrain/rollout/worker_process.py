@@ -127,7 +127,6 @@ def build_generator(settings: dict[str, Any]) -> NativeGenerator | VllmGenerator
     decode = partial(load_tokenizer(settings["tokenizer"]).decode, skip_special=False)
     rollout = RolloutConfig.model_validate(settings["rollout"])
     if rollout.generator == "vllm":
-        show_alone(device)
         return VllmGenerator(config, rollout, dtype, device, most, decode)
     with torch.device("meta"):
         model = Decoder(config)
@@ -135,14 +134,6 @@ def build_generator(settings: dict[str, Any]) -> NativeGenerator | VllmGenerator
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     return NativeGenerator(model, rollout.max_batch_seqs, device, most, decode)
-
-
-def show_alone(device: torch.device) -> None:
-    """Lets what this process starts see no other GPU than its own, which a server would not be told of otherwise."""
-    if device.type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        number = device.index or 0
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
 
 
 def opened(arguments: Sequence[str]) -> socket.socket:

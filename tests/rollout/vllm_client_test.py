@@ -289,6 +289,21 @@ def test_on_a_gpu_weights_wake_before_the_cache(start: Start, tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize(
+    ("ours", "device", "seen"),
+    [("2,5", "cpu", "2,5"), ("2,5", "cuda:1", "5"), ("2,5", "cuda", "2"), (None, "cuda:3", "3")],
+)
+def test_a_server_sees_the_gpu_of_its_rank_alone(
+    ours: str | None, device: str, seen: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ours)
+    start(loaded=False, device=device)
+    (said,) = (each for each in asked(tmp_path / "server") if "arguments" in each)
+    assert said["environment"]["CUDA_VISIBLE_DEVICES"] == seen
+
+
 def test_the_server_gets_a_secret_and_nothing_of_ours(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,7 +376,7 @@ OWNER = """
 import sys, time
 from llmtrain.config.vllm import VllmConfig
 from llmtrain.rollout.vllm_server import VllmServer
-server = VllmServer(VllmConfig(python=sys.argv[1]), {}, [], cpu=True)
+server = VllmServer(VllmConfig(python=sys.argv[1]), {}, [], None)
 server.ready()
 print(server.keeper.pid, server.folder, flush=True)
 time.sleep(60)
