@@ -39,7 +39,8 @@ class VllmStreams:
         self.pool = ThreadPoolExecutor(min(most_seqs or most, most), "stream")
         self.changed = threading.Condition()
         self.sent: dict[int, Sent] = {}  # by number
-        self.count, self.reading, self.closing = 0, 0, False  # reading: samples whose thread has not ended
+        self.count, self.closing = 0, False
+        self.reading = 0  # samples and prompts whose thread has not ended
 
     @property
     def max_seq_tokens(self) -> int:
@@ -90,7 +91,11 @@ class VllmStreams:
 
     def scored(self, ids: Sequence[int], top: int) -> Future[list[Token]]:
         """Returns the future tokens of a prompt; see Streams."""
-        return self.pool.submit(self.generator.scored, list(ids), top)
+        with self.changed:
+            self.reading += 1
+        future = self.pool.submit(self.generator.scored, list(ids), top)
+        future.add_done_callback(lambda _: self._let_go())  # also of one that is cancelled before it begins
+        return future
 
     def rest(self) -> None:
         """Ends all requests, and waits until the server has heard of it. Raises ServerFault when it has sampled with
@@ -127,9 +132,13 @@ class VllmStreams:
         except Exception as error:  # whatever it is, other requests go on
             self._end(number, error)
         finally:
-            with self.changed:
-                self.reading -= 1
-                self.changed.notify_all()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Notes that nothing is read of a sample or prompt any more."""
+        with self.changed:
+            self.reading -= 1
+            self.changed.notify_all()
 
     def _complete(self, number: int, sent: Sent) -> None:
         """Notes that a sample has ended; the request leaves with its last one."""

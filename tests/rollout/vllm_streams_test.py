@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,25 @@ def test_weights_of_another_version_are_noticed_at_the_end(streams: VllmStreams,
     behave(version="6")
     with pytest.raises(ServerFault, match=r"weights of version .*'6'.*, not 7"):
         streams.rest()
+
+
+def test_a_prompt_that_is_scored_is_waited_for(streams: VllmStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a sample is: the server takes no new weights while it computes. One that nobody waits for any more is none."""
+    begun, goes_on, rested = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def scored(ids: list[int], top: int) -> list[Token]:
+        begun.release()
+        assert goes_on.wait(20)
+        return []
+
+    monkeypatch.setattr(streams.generator, "scored", scored)
+    running, waiting = [streams.scored([4, 8], 0) for _ in range(3)], streams.scored([4, 8], 0)
+    assert all(begun.acquire(timeout=10) for _ in running) and waiting.cancel()
+    resting = threading.Thread(target=lambda: [streams.rest(), rested.set()])
+    resting.start()
+    assert not rested.wait(0.2)
+    goes_on.set()
+    assert rested.wait(10) and [each.result(0) for each in running] == [[], [], []]
 
 
 def test_what_cannot_be_told_is_refused(streams: VllmStreams, monkeypatch: pytest.MonkeyPatch) -> None:
