@@ -9,7 +9,7 @@ from llmtrain.data.encode import Encoded
 from llmtrain.data.faults import Faults
 from llmtrain.data.files import read_rows
 from llmtrain.data.prompts import Starts
-from llmtrain.data.rows import Example, mapped
+from llmtrain.data.rows import Example, Record, mapped
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.envs.build import Make
 from llmtrain.envs.dialogue import Renderer, check_template
@@ -27,7 +27,7 @@ def starts_of(make: Make, keep_thinking: bool) -> Starts:
         for where, record in read_rows(path, faults):
             environment = make()
             try:
-                example = mapped(record, settings.fields)
+                example = given(record, settings)
                 messages = environment.start(example)
                 ids = renderer.ids(renderer.rendered(messages, environment.tools), goes_on=False)
             except (Exception, SystemExit) as error:  # of a user's own code, too
@@ -47,11 +47,17 @@ def examples(path: str, tokenizer: Tokenizer, settings: DataConfig, faults: Faul
     """Yields the rows of a file for an agent, which makes its prompts itself: one token stands for them."""
     for where, record in read_rows(path, faults):
         try:
-            example = mapped(record, settings.fields)
+            example = given(record, settings)
         except ValueError as error:
             faults.add(where, str(error))
             continue
-        if not example:
-            faults.add(where, "the row is empty; an agent is given it, so write something, or remove it")
-            continue
         yield Encoded(where, Example(example, prompt=[]), [tokenizer.eos_id], [False])
+
+
+def given(record: Record, settings: DataConfig) -> Record:
+    """Returns what an environment or an agent is given of a row. Raises ValueError where that is nothing: a prompt
+    without an example would be answered without them (see `Episodes.generate`)."""
+    example = mapped(record, settings.fields)
+    if not example:
+        raise ValueError("the row is empty; an environment or agent is given it, so write something, or remove it")
+    return example
