@@ -94,7 +94,7 @@ def run_ranks(size: int, action: Callable[[ThreadGroup], object]) -> list:
     def one(rank: int) -> object:
         try:
             return action(ThreadGroup(rank, size, board, barrier))
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             return e
 
     with ThreadPoolExecutor(size) as pool:

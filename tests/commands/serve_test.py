@@ -37,6 +37,19 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def client_of(port: int, timeout_s: float) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="given", timeout=timeout_s, max_retries=0)
+
+
+def await_server(client: OpenAI) -> None:
+    while True:
+        try:
+            client.models.list()
+            return
+        except APIConnectionError:
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_in_good_order(
     how: signal.Signals, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -44,15 +57,10 @@ def test_a_signal_ends_it_in_good_order(
     """An answer that is under way is finished first."""
     monkeypatch.setenv("LLMTRAIN_SERVE_TOKEN", "given")
     port, heard = free_port(), []
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="given", timeout=20, max_retries=0)
+    client = client_of(port, 20)
 
     def ask() -> None:
-        while True:
-            try:
-                client.models.list()
-                break
-            except APIConnectionError:
-                time.sleep(0.02)
+        await_server(client)
         stream = client.completions.create(model="m", prompt="a", max_tokens=100, temperature=9, stream=True)
         heard.append(next(iter(stream)))
         os.kill(os.getpid(), how)
@@ -123,15 +131,10 @@ def test_vllm_serves_from_the_start_to_the_end(
     llama.save_pretrained(tmp_path / "hf")
     monkeypatch.setenv("LLMTRAIN_SERVE_TOKEN", "given")
     monkeypatch.setattr("llmtrain.commands.chat.fast_precision", lambda: "fp32")
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="given", timeout=60, max_retries=0)
+    client = client_of(port, 60)
 
     def ask() -> None:
-        while True:
-            try:
-                client.models.list()
-                break
-            except APIConnectionError:
-                time.sleep(0.1)
+        await_server(client)
         own = {"temperature": 0.7, "top_p": 0.9, "logprobs": 1, "seed": 3, "extra_body": {"return_token_ids": True}}
         heard.append(client.completions.create(model="hf", prompt="what", max_tokens=9, **own).choices[0])
         os.kill(os.getpid(), signal.SIGTERM)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from llmtrain.eval import ranks
 from llmtrain.eval.ranks import Leading, agreed, lead, sharing
 from llmtrain.types import Group, Prompt, Sample, Sampling
+from tests.checkpoint.conftest import ThreadGroup, run_ranks
 
 SIZE = 3
 
@@ -21,38 +20,10 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "LEAVE_S", 0.0)
 
 
-class Rank:
-    """One of `SIZE` ranks, which are threads; values go to the others as they are."""
-
-    def __init__(self, rank: int, barrier: Barrier, said: list[Any]) -> None:
-        self.rank, self.size, self.barrier, self.said = rank, SIZE, barrier, said
-
-    def all_gather_json(self, value: object) -> list[Any]:
-        self.said[self.rank] = value
-        self.barrier.wait(10)
-        found = list(self.said)
-        self.barrier.wait(10)
-        return found
-
-
-def on_ranks(action: Callable[[Rank], Any]) -> list[Any]:
-    """Returns what `action` returns on each rank, or how it ends."""
-    barrier, said = Barrier(SIZE), [None] * SIZE
-
-    def run(rank: int) -> Any:
-        try:
-            return action(Rank(rank, barrier, said))
-        except (Exception, SystemExit) as error:
-            return error
-
-    with ThreadPoolExecutor(SIZE) as pool:
-        return list(pool.map(run, range(SIZE)))
-
-
 class Echo:
     """Answers each prompt with its own ids; every call is a collective, as that of a colocated generator."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: ThreadGroup) -> None:
         self.rank, self.calls = rank, list[tuple[list[Prompt], Sampling]]()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -70,11 +41,11 @@ def test_rank_0_works_and_all_answer_each_of_its_calls() -> None:
         sampled = generator.generate(prompts, sampling)
         return [s.ids[0] for group in greedy + sampled for s in group]
 
-    def action(rank: Rank) -> Any:
+    def action(rank: ThreadGroup) -> Any:
         echoes[rank.rank] = Echo(rank)
         return lead(rank, echoes[rank.rank], work)
 
-    assert on_ranks(action) == [[1, 1, 2], None, None]
+    assert run_ranks(SIZE, action) == [[1, 1, 2], None, None]
     expected = [(prompts[:1], Sampling(4, temperature=0.0)), (prompts, sampling)]
     assert [echoes[rank].calls for rank in range(SIZE)] == [expected] * SIZE
 
@@ -85,13 +56,13 @@ def test_an_error_of_the_work_is_told_once_and_ends_all(error: Exception, code: 
         generator.generate([Prompt([1])], Sampling(4))
         raise error
 
-    first, *others = on_ranks(lambda rank: lead(rank, Echo(rank), work))
+    first, *others = run_ranks(SIZE, lambda rank: lead(rank, Echo(rank), work))
     assert first is error
     assert [(type(other), other.code) for other in others] == [(SystemExit, code)] * 2
 
 
-def fails_on(broken: dict[int, Exception]) -> Callable[[Rank], Any]:
-    def action(rank: Rank) -> Any:
+def fails_on(broken: dict[int, Exception]) -> Callable[[ThreadGroup], Any]:
+    def action(rank: ThreadGroup) -> Any:
         def own() -> int:
             if rank.rank in broken:
                 raise broken[rank.rank]
@@ -103,24 +74,24 @@ def fails_on(broken: dict[int, Exception]) -> Callable[[Rank], Any]:
 
 
 def test_each_rank_gets_its_own_result() -> None:
-    assert on_ranks(fails_on({})) == [0, 1, 2]
+    assert run_ranks(SIZE, fails_on({})) == [0, 1, 2]
 
 
 def test_one_line_names_the_ranks_that_failed() -> None:
-    first, *others = on_ranks(fails_on({1: FloatingPointError("not finite"), 2: ValueError("late")}))
+    first, *others = run_ranks(SIZE, fails_on({1: FloatingPointError("not finite"), 2: ValueError("late")}))
     assert type(first) is RuntimeError and str(first) == "rank 1: not finite; rank 2: late"
     assert [other.code for other in others] == [1, 1]
 
 
 def test_what_all_ranks_find_is_said_once() -> None:
-    first, *others = on_ranks(fails_on({rank: ValueError("no weights here") for rank in range(SIZE)}))
+    first, *others = run_ranks(SIZE, fails_on({rank: ValueError("no weights here") for rank in range(SIZE)}))
     assert type(first) is ValueError and str(first) == "no weights here"
     assert [other.code for other in others] == [2, 2]
 
 
 def test_a_fault_of_the_program_keeps_its_place() -> None:
     fault = KeyError("x")
-    first, second, third = on_ranks(fails_on({1: fault}))
+    first, second, third = run_ranks(SIZE, fails_on({1: fault}))
     assert str(first) == "rank 1: 'x'" and second is fault and third.code == 1
 
 
@@ -128,7 +99,7 @@ def test_a_rank_whose_generator_fails_ends_the_evaluation_on_all() -> None:
     """Rank 2 fails within `generate`: rank 0 names it, and does not wait for ranks that are gone."""
 
     class Local:
-        def __init__(self, rank: Rank) -> None:
+        def __init__(self, rank: ThreadGroup) -> None:
             self.rank = rank
 
         def wake(self) -> None:
@@ -139,9 +110,9 @@ def test_a_rank_whose_generator_fails_ends_the_evaluation_on_all() -> None:
                 raise FloatingPointError("the logits are not finite")
             return []
 
-    def action(rank: Rank) -> Any:
+    def action(rank: ThreadGroup) -> Any:
         return lead(rank, sharing(Local(rank), rank), lambda g: g.generate([Prompt([1])], Sampling(4)))
 
-    first, *others = on_ranks(action)
+    first, *others = run_ranks(SIZE, action)
     assert type(first) is RuntimeError and str(first) == "rank 2: the logits are not finite"
     assert [(type(other), other.code) for other in others] == [(SystemExit, 1)] * 2

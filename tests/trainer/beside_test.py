@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from llmtrain.checkpoint.group import LocalGroup
 from llmtrain.eval import ranks
 from llmtrain.trainer.beside import Beside
+from tests.checkpoint.conftest import ThreadGroup, run_ranks
 
 
 def test_it_is_found_once_and_holds_nobody_up() -> None:
@@ -33,53 +33,19 @@ def test_it_is_found_once_and_holds_nobody_up() -> None:
     assert beside.settle() == {6: {"eval/pass@1": 0.5}} and beside.step is None
 
 
-class Two:
-    """Both trainers, in threads, that exchange JSON."""
-
-    size = 2
-
-    def __init__(self, rank: int, barrier: threading.Barrier, values: list[Any]) -> None:
-        self.rank, self.barrier, self.values = rank, barrier, values
-
-    def all_gather_json(self, value: object) -> list:
-        self.values[self.rank] = value
-        self.barrier.wait(10)
-        found = list(self.values)
-        self.barrier.wait(10)
-        return found
-
-
-def on_both(act: Callable[[Any], Any]) -> list[Any]:
-    """Returns what comes of it on each trainer: a value, or an error."""
-    barrier, values, found = threading.Barrier(2), [None, None], [None, None]
-
-    def run(rank: int) -> None:
-        try:
-            found[rank] = act(Two(rank, barrier, values))
-        except BaseException as error:
-            found[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return found
-
-
 def test_trainer_0_works_and_the_others_wait() -> None:
-    def act(group: Two) -> tuple[dict, int | None]:
+    def act(group: ThreadGroup) -> tuple[dict, int | None]:
         beside = Beside(group)
         beside.begin(2, lambda: {"rank": float(group.rank)})
         return beside.settle(), beside.step
 
-    assert on_both(act) == [({2: {"rank": 0.0}}, None), ({}, None)]
+    assert run_ranks(2, act) == [({2: {"rank": 0.0}}, None), ({}, None)]
 
 
 def test_what_fails_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "LEAVE_S", 0)
 
-    def act(group: Two) -> Any:
+    def act(group: ThreadGroup) -> Any:
         beside = Beside(group)
 
         def work() -> dict[str, float]:
@@ -90,6 +56,6 @@ def test_what_fails_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert beside.found() == {}  # it is raised where all trainers are
         return beside.settle()
 
-    first, second = on_both(act)
+    first, second = run_ranks(2, act)
     assert isinstance(first, RuntimeError) and str(first) == "rank 0: the reward failed"
     assert isinstance(second, SystemExit) and second.code == 1
