@@ -24,7 +24,7 @@ from llmtrain.types import Prompt, Sample, Sampling
 from tests.rollout.fleets import ahead, is_stub, publish, train, workers_of_this_process
 
 PHASES = ("start", "weights", "sample", "answer")
-DEADLINE_S = 0.7  # of a stub that stands still; a start takes 0.1 s
+DEADLINE_S = 1.5  # of a stub that stands still; a start takes 0.1 s, on a loaded machine ten times as long
 
 
 def await_done(source: Ahead, groups: int) -> None:
@@ -92,7 +92,7 @@ def test_standing_still_is_noticed_by_the_deadline(
         began = time.monotonic()
         publish(source, 0)
         assert max(train(source, 10)) <= 1
-        assert DEADLINE_S < time.monotonic() - began < DEADLINE_S + 4
+        assert DEADLINE_S < time.monotonic() - began < DEADLINE_S + 8
     assert f"no answer within {DEADLINE_S} s" in capsys.readouterr().err
 
 
