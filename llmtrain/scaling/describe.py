@@ -97,12 +97,20 @@ def planned(config: Config) -> Iterator[Stage]:
         for stage, staged, earlier in planned_stages(config):
             yield Stage(stage.command, recipe_of(stage.command, staged), staged, stage.ranks, earlier)
     elif (command := planned_command(config)) is not None:
-        ranks = config.plan.gpus or _launched() or least_ranks(config, None)
-        yield Stage(command, None, config, ranks if command == "eval" else 1, {})
+        yield Stage(command, None, config, _ranks_of(command, config), {})
     else:
         for recipe in planned_recipes(config):
             ranks = config.plan.gpus or _launched() or least_ranks(config, recipe)
             yield Stage(recipe.name, recipe, config, ranks, {})
+
+
+def _ranks_of(command: str, config: Config) -> int:
+    """Returns the ranks of a command that trains nothing. Raises ValueError where it has one and more are asked for."""
+    if command == "eval":
+        return config.plan.gpus or _launched() or least_ranks(config, None)
+    if (config.plan.gpus or 1) > 1:
+        raise ValueError(f"plan.gpus={config.plan.gpus}: {command} runs in one process; remove plan.gpus")
+    return 1
 
 
 def _launched() -> int | None:

@@ -178,3 +178,9 @@ def test_a_stage_is_held_to_its_rules(tmp_path: Path) -> None:
     config = config_of(tmp_path, JUDGE.replace("BY", "by: greedy"), "rollout.group_size=1")
     with pytest.raises(ValueError, match=r"^run \(judge\): rollout.group_size=1: must be at least 2, samples are"):
         main(config)
+
+
+def test_who_judges_runs_in_one_process(tmp_path: Path) -> None:
+    config = config_of(tmp_path, JUDGE.replace("BY", "by: greedy"), "plan.gpus=8")
+    with pytest.raises(ValueError, match=r"plan.gpus=8: judge runs in one process; remove plan.gpus"):
+        main(config)
