@@ -15,13 +15,18 @@ from llmtrain.model.decoder import Decoder, routed_layers
 SMALL = 256  # experts that uint8 tells apart
 
 
+def dtype_of(num_experts: int) -> torch.dtype:
+    """Returns the dtype in which a sample holds experts."""
+    return torch.uint8 if num_experts <= SMALL else torch.int16
+
+
 class ChosenExperts:
     """Notes the choices of all routers of a model, in the order of its layers, from forward to forward."""
 
     def __init__(self, model: Decoder) -> None:
         layers = routed_layers(model.config)
         assert layers, "a model with experts"
-        self.dtype = torch.uint8 if model.config.moe.num_experts <= SMALL else torch.int16
+        self.dtype = dtype_of(model.config.moe.num_experts)
         self.noted: list[Tensor] = []
         for name in layers:
             model.layers[name].feedforward.router.register_forward_hook(self._note)

@@ -35,6 +35,7 @@ from llmtrain.rollout.vllm_answers import (
     read_choice,
     read_prompt,
 )
+from llmtrain.rollout.vllm_experts import ServedExperts
 from llmtrain.rollout.vllm_server import VllmServer
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
@@ -61,10 +62,12 @@ class VllmGenerator:
         max_seq_tokens: int | None = None,
         decode: Decode | None = None,
         raw: bool | None = None,
+        record_experts: bool = False,
     ) -> None:
         """Starts the server and waits for it. `model` is resolved and has no adapters. `raw`: log-probs are those of
-        temperature 1, before truncation (None: where `settings` truncate); else those of the temperature. Raises
-        ServerFault when the server does not start."""
+        temperature 1, before truncation (None: where `settings` truncate); else those of the temperature.
+        `record_experts`: samples hold the experts that were chosen for their tokens. Raises ServerFault when the
+        server does not start."""
         self.model, self.settings, self.dtype, self.decode = model, settings, dtype, decode
         self.raw = truncates(settings.top_p, settings.top_k) if raw is None else raw
         self.max_seq_tokens = min(max_seq_tokens or model.max_positions, model.max_positions)
@@ -79,6 +82,7 @@ class VllmGenerator:
         self.close = weakref.finalize(self, self.server.stop)  # whoever drops this ends the server, too
         try:
             self.server.ready()
+            self.experts = ServedExperts(self.server, model, self._deadline()) if record_experts else None
         except BaseException:
             self.close()
             raise
@@ -216,31 +220,44 @@ class VllmGenerator:
             return [self._streamed(prompt, first, sampling, deadline)]
         most, stop = self._most(prompt, sampling), Stop(sampling.stop_ids)
         max_bytes = ANSWER_BYTES + TOKEN_BYTES * count * most
-        answer = self.server.post(GENERATE, self._body(prompt, first, count, sampling), max_bytes, deadline)
+        named = {"request_id": self.experts.name()} if self.experts else {}
+        body = {**self._body(prompt, first, count, sampling), **named}
+        answer = self.server.post(GENERATE, body, max_bytes, deadline)
         try:
-            return [self._sample(prompt, self._said(choice), stop, most) for choice in in_order(answer, count)]
+            samples = [self._sample(prompt, self._said(choice), stop, most) for choice in in_order(answer, count)]
         except BadAnswer as error:
             raise self.server.fault(f"it answers {error}") from error
+        return self.experts.add(named["request_id"], samples, deadline) if self.experts else samples
 
     def _streamed(self, prompt: Prompt, number: int, sampling: Sampling, deadline: float) -> Sample:
         """Returns a sample that may stop at a string."""
-        tokens = list(self.stream(prompt, number, sampling, deadline))
+        name = self.experts.name() if self.experts else None
+        tokens = list(self.stream(prompt, number, sampling, deadline, name=name))
         n, logprobs = len(tokens), [t.logprob for t in tokens]
-        return Sample(
+        sample = Sample(
             prompt.ids, [t.id for t in tokens], [True] * n, logprobs, [self.version] * n, tokens[-1].end == "stop"
         )
+        return self.experts.add(name, [sample], deadline)[0] if self.experts else sample
 
     def stream(
-        self, prompt: Prompt, number: int, sampling: Sampling, deadline: float, top: int | None = None
+        self,
+        prompt: Prompt,
+        number: int,
+        sampling: Sampling,
+        deadline: float,
+        top: int | None = None,
+        name: str | None = None,
     ) -> Iterator[Token]:
         """Yields the tokens of a sample as they come, with the `top` likeliest of each place where that is given. The
-        server, which knows no texts, ends where we hang up: at a stop string, or when this iterator is closed.
+        server, which knows no texts, ends where we hang up: at a stop string, or when this iterator is closed. `name`
+        is that of the request, where the server shall remember its experts.
 
         Raises ServerFault and FloatingPointError as `generate` does.
         """
         most, stop = self._most(prompt, sampling), Stop(sampling.stop_ids, sampling.stop_strings, self.decode)
         told = {} if top is None else {"logprobs": top + 1}  # beside the drawn token, if that is none of the likeliest
-        body = {**self._body(prompt, number, 1, sampling, **told), "stream": True}
+        named = {} if name is None else {"request_id": name}
+        body = {**self._body(prompt, number, 1, sampling, **told), **named, "stream": True}
         ids: list[int] = []
         try:
             with closing(self.server.lines(GENERATE, body, ANSWER_BYTES, deadline)) as lines:

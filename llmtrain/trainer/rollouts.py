@@ -44,7 +44,7 @@ def local_generator(job: Job) -> Generator:
     r, shape, device = job.config.rollout, without_adapters(job.model), job.mesh.device
     dtype, most, decode = compute_dtype(job.config.engine.precision), job.config.train.seq_len, stop_text(job.tokenizer)
     if r.generator == "vllm":
-        return VllmGenerator(shape, r, dtype, device, most, decode)
+        return VllmGenerator(shape, r, dtype, device, most, decode, record_experts=r.router_replay)
     with torch.device("meta"):
         model = Decoder(shape)
     model = model.to(dtype).to_empty(device=device)

@@ -12,7 +12,9 @@ import re
 from typing import Any
 
 import torch
+from llmtrain_experts import Recorder
 from safetensors.torch import load_file
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -20,7 +22,7 @@ TOKEN, FOLDER = "VLLM_API_KEY", "LLMTRAIN_VLLM_FOLDER"  # environment: of the se
 BUCKET = re.compile(r"\d+\.safetensors")
 RPC = "/collective_rpc"
 ROUTES = {"/health", "/inference/v1/generate", "/reset_prefix_cache", "/update_weight_version", "/sleep", "/wake_up"}
-METHODS = {"llmtrain_begin", "llmtrain_load", "llmtrain_finish", "llmtrain_version"}
+METHODS = {f"llmtrain_{name}" for name in ("begin", "load", "finish", "version", "record", "experts")}
 MAX_RPC_BYTES = 4096
 
 
@@ -32,6 +34,7 @@ class Loader:
 
     _llmtrain_missing: set[str] | None = None  # parameters that an update under way has not brought yet
     _llmtrain_version = ""  # of the weights, "" before there are any and while they change
+    _llmtrain_recorder: Recorder | None = None  # of the first process that shares a model: all choose alike
 
     def llmtrain_begin(self) -> None:
         """Begins an update; nothing may be sampled until it is finished. One that broke off is left."""
@@ -42,6 +45,8 @@ class Loader:
         initialize_layerwise_reload(model)
         if self.device.type == "cpu":
             forget_packed_experts(model)
+        if self._llmtrain_recorder is not None:
+            self._llmtrain_recorder.renew()
 
     @torch.inference_mode()
     def llmtrain_load(self, name: str) -> None:
@@ -65,6 +70,18 @@ class Loader:
     def llmtrain_version(self) -> dict[str, str]:
         """Returns which weights these are."""
         return {"version": self._llmtrain_version}
+
+    def llmtrain_record(self) -> None:
+        """Begins to record the experts that are chosen."""
+        if self.device.type != "cpu":
+            raise ValueError("experts are recorded on a CPU alone")
+        if get_tp_group().is_first_rank:
+            self._llmtrain_recorder = Recorder(self.model_runner)
+
+    def llmtrain_experts(self, name: str) -> None:
+        """Writes the experts of a request to the folder."""
+        if self._llmtrain_recorder is not None:
+            self._llmtrain_recorder.give(name, os.environ[FOLDER])
 
 
 def forget_packed_experts(model: torch.nn.Module) -> None:
