@@ -53,8 +53,8 @@ class ServedExperts:
 
 
 def read_experts(path: Path, tokens: Sequence[int], width: int, num_experts: int) -> list[Tensor]:
-    """Returns the experts of the first `tokens` of each sample, [tokens, width], of a file that the server wrote. Raises
-    BadAnswer unless each of them is one of the model's."""
+    """Returns the experts of the first `tokens` of each sample, [tokens, width], of a file that the server wrote.
+    Raises BadAnswer unless each of them is one of the model's."""
     most_bytes = sum(HEADER_BYTES + 2 * width * (n + BLOCK_TOKENS) for n in tokens)
     try:
         if path.is_symlink() or path.stat().st_size > most_bytes:

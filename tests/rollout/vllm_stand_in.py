@@ -19,6 +19,7 @@ HERE = Path(sys.argv[1] if len(sys.argv) > 1 else ".")  # how.json there: how to
 FOLDER = Path(os.environ.get("LLMTRAIN_VLLM_FOLDER", "."))
 version = "none"
 label = "default"
+remembered: dict[str, list[list[int]]] = {}  # the tokens of each sample, by the name of a request
 
 
 def interpreter(folder: Path, **how: Any) -> str:
@@ -49,6 +50,21 @@ def names_in(path: Path) -> list[str]:
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     return [name for name in json.loads(data[8 : 8 + size]) if name != "__metadata__"]
+
+
+def write_experts(
+    path: Path, samples: list[list[int]], width: int = 4, dtype: str = "I16", form: str = "h", shift: int = 0
+) -> None:
+    """Writes experts (token + column) % 8 of all tokens of the samples, and of none behind them, as safetensors."""
+    header, data = {}, b""
+    for i, ids in enumerate(samples):
+        rows = [(t + c) % 8 + shift for t in ids for c in range(width)] + [-1] * width
+        packed = struct.pack(f"<{len(rows)}{form}", *rows)
+        header[str(i)] = {"dtype": dtype, "shape": [len(ids) + 1, width]}
+        header[str(i)]["data_offsets"] = [len(data), len(data) + len(packed)]
+        data += packed
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -88,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             note(loaded=names_in(path), mode=oct(FOLDER.stat().st_mode & 0o777), bytes=path.stat().st_size)
         elif body["method"] == "llmtrain_finish":
             version, answer = body["args"][0], {"missing": how.get("missing", [])}
+        elif body["method"] == "llmtrain_experts":
+            write_experts(FOLDER / f"{body['args'][0]}.experts", remembered[body["args"][0]], **how.get("experts", {}))
         elif body["method"] == "llmtrain_version":
             answer = {"version": how.get("version", version)}
         self.reply({"results": [answer]})
@@ -95,9 +113,13 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body: Any, how: Any) -> None:
         p = body["sampling_params"]
         if body.get("stream"):
+            remembered[body.get("request_id", "")] = [[*body["token_ids"], *tokens(body["token_ids"], p, 0)]]
             self.stream(body["token_ids"], p, how)
             return
         choices = []
+        remembered[body.get("request_id", "")] = [
+            [*body["token_ids"], *tokens(body["token_ids"], p, i)] for i in range(p["n"])
+        ]
         for i in range(p["n"]):
             ids = list(tokens(body["token_ids"], p, i))
             ended = "stop" if ids[-1] in p["stop_token_ids"] else "length"

@@ -1,5 +1,5 @@
-"""Records which experts a vLLM worker chooses, as vLLM 0.32 gives none on a CPU: its own option needs a model runner that
-needs Triton.
+"""Records which experts a vLLM worker chooses: on a CPU vLLM 0.32 tells none, as its own option needs a model runner
+that needs Triton.
 
 Imported by `llmtrain_vllm`, in vLLM's interpreter: nothing of llmtrain is imported here.
 """
