@@ -163,8 +163,10 @@ class VllmGenerator:
         quiet = ["--disable-uvicorn-access-log", "--disable-fastapi-docs", "--served-model-name", "policy"]
         mode = ["--logprobs-mode", "raw_logprobs" if self.raw else "processed_logprobs"]
         told = ["--max-logprobs", str(MOST_TOLD + 1)]  # the drawn token is one of so many
-        # a CPU server shares prompts by blocks of 128 tokens, unless told otherwise
-        device = ["--enable-sleep-mode"] if self.sleeps else ["--enforce-eager", "--block-size", "32"]
+        # a CPU server shares prompts by blocks of 128 tokens, unless told otherwise; and it dies of a prompt that it
+        # computes in parts when its completion has a seed (it sets the seed's generator back, which a CPU's cannot)
+        on_cpu = ["--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill"]
+        device = ["--enable-sleep-mode"] if self.sleeps else on_cpu
         return [*shape, *memory, *ours, *plain, *quiet, *mode, *told, *device]
 
     def _deadline(self) -> float:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from llmtrain.arch.families import presets
 from llmtrain.arch.resolve import resolve_model
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.chat import CHATML
@@ -81,6 +82,35 @@ def check_metrics(folder: Path) -> list[dict[str, Any]]:
 def test_grpo_with_the_gate(document: Path) -> None:
     run(document, "grpo", "train.steps=2", "rollout.stop=['e']")
     check_metrics(document.parent / "run")
+
+
+@pytest.fixture
+def routed(document: Path, small_data: Path) -> Path:
+    """The document with a model that has experts in its second layer."""
+    fields = next(f for f in presets().values() if f["family"] == "qwen3-moe")
+    moe = fields["moe"].model_copy(update={"num_experts": 8, "top_k": 2, "expert_ffn_size": 32, "dense_layers": [0]})
+    config = resolve_model(ModelConfig(**{**fields, **MODEL.model_dump(exclude_unset=True), "moe": moe}))
+    weights = random_decoder(config, 0, scale=2).state_dict().items()
+    save_hf(str(document.parent / "start"), config, weights, torch.float32, str(small_data / "tokenizer"), 0)
+    return document
+
+
+def test_grpo_with_the_experts_of_the_server(routed: Path) -> None:
+    """In fp32 both sides choose alike: replay changes nothing but rounding. Once the completions are streamed."""
+    own = ("train.steps=2", "rollout.stop=['e']", "data.replay_seqs=0")
+    run(routed, "grpo", *own)
+    plain = check_metrics(routed.parent / "run")
+    run(routed, "grpo", *own, "rollout.router_replay=true", f"run_dir={routed.parent / 'replayed'}")
+    replayed = check_metrics(routed.parent / "replayed")
+    for here, there in zip(replayed, plain, strict=True):
+        for key in ("loss", "grad_norm", "reward_mean", "response_tokens_mean"):
+            assert here[key] == pytest.approx(there[key], rel=1e-3, abs=1e-5), key
+
+
+def test_grpo_with_the_experts_of_a_worker_s_server(routed: Path) -> None:
+    separate = ("rollout.placement=separate", "rollout.workers=1", "rollout.router_replay=true")
+    run(routed, "grpo", "train.steps=2", *separate, ranks=2)
+    check_metrics(routed.parent / "run")
 
 
 def test_grpo_with_adapters_and_a_worker(document: Path) -> None:

@@ -249,19 +249,25 @@ def test_experts_are_those_of_our_model(monkeypatch: pytest.MonkeyPatch) -> None
         generator.close()
 
 
+PARTS = ("--enable-chunked-prefill", "--max-num-batched-tokens", "64")  # fewer than a prompt has, in a forward
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_experts_of_prompts_in_parts_and_of_requests_that_were_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 tokens at most in a forward, fewer than a prompt has; and a cache of 24 blocks, far less than 12 sequences
-    need, so that they are set back, and others compute on in their blocks."""
-    few = ("--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "24")
+@pytest.mark.parametrize(("arguments", "temperature"), [(PARTS, 0.0), ((), 1.0)], ids=["parts", "whole"])
+def test_experts_of_requests_that_were_set_back(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], temperature: float
+) -> None:
+    """A cache of 24 blocks, far less than 12 sequences need: they are set back, and others compute on in their
+    blocks. In parts: greedily alone, as `VllmGenerator._arguments` says."""
     config = moe("mixtral", 3, 128)
-    generator, model = served(monkeypatch, config, *few), weights_of(config, 0)
+    generator = served(monkeypatch, config, "--num-gpu-blocks-override", "24", *arguments)
+    model = weights_of(config, 0)
     try:
         generator.load_weights(model.state_dict().items(), 1)
         for strings in ((), (decode([96, 96, 96]),)):
             prompts = prompts_with_a_beginning(60, 70, 80, 90, 100, 110, shared=20)
-            groups = generator.generate(prompts, Sampling(120, 2, stop_strings=strings))
+            groups = generator.generate(prompts, Sampling(120, 2, temperature, stop_strings=strings))
             assert check_own(model, flat(groups)) == set(range(8))
     finally:
         generator.close()

@@ -124,6 +124,14 @@ def test_sampled_tokens_follow_the_distribution(server: VllmGenerator) -> None:
         assert abs(sum(t == token for t, _ in drawn) - 1024 * p) <= 4 * math.sqrt(1024 * p * (1 - p))
 
 
+def test_more_prompts_than_a_forward_takes(server: VllmGenerator) -> None:
+    """10,800 tokens: a CPU build that computes a prompt in parts dies where its completion has a seed."""
+    server.load_weights(weights_of(TIED, 1).state_dict().items(), 30)
+    prompts = [Prompt([i, 3, 4, 5] * 75, seed=i) for i in range(36)]
+    groups = server.generate(prompts, Sampling(3, num_samples=2))
+    assert [len(s.ids) for s in flat(groups)] == [3] * 72
+
+
 def test_stop_strings_end_as_with_native(server: VllmGenerator) -> None:
     model = weights_of(TIED, 0)
     server.load_weights(model.state_dict().items(), 5)
