@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from vllm.model_executor.layers.fused_moe.routed_experts_capturer import bind_routed_experts_capturer
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 NAME = re.compile(r"routes-\d+")  # what our client calls a request whose experts it will ask for
 REQUEST = re.compile(r"(?:(\d+)_)?generate-tokens-(routes-\d+)-[0-9a-f]{8}")  # what vLLM makes of it: a sample of it
@@ -30,19 +28,17 @@ class Recorder:
     asked for or the weights change.
     """
 
-    def __init__(self, runner: Any) -> None:
-        """Begins to record what a model runner computes. Raises ValueError where a layer forgets tokens (a sliding
-        window), whose blocks do not stay."""
-        groups = runner.kv_cache_config.kv_cache_groups
-        if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
-            raise ValueError(f"experts are recorded with full attention in all layers alone, not {groups}"[:500])
-        self.runner, self.block_tokens = runner, groups[0].kv_cache_spec.block_size
+    def __init__(self, runner: Any, bind: Callable[[Any, Any], None]) -> None:
+        """Begins to record what a model runner computes, all of whose layers keep all tokens. `bind` makes the routers
+        of a model call the `capture` of an object."""
+        (group,) = runner.kv_cache_config.kv_cache_groups
+        self.runner, self.block_tokens = runner, group.kv_cache_spec.block_size
         self.places = runner.kv_cache_config.num_blocks * self.block_tokens
         self.table: torch.Tensor | None = None  # int16 [places, layers with experts x top_k]
         self.chosen: dict[int, torch.Tensor] = {}  # by layer, of the tokens of this forward: [T, top_k]
         self.kept: dict[str, dict[str, torch.Tensor]] = {}  # by name and sample
         self.given: set[str] = set()  # names that were asked for
-        bind_routed_experts_capturer(runner.get_model(), self)
+        bind(runner.get_model(), self)
         self.compute, runner.execute_model = runner.execute_model, self.execute_model
 
     def capture(self, layer: int, experts: torch.Tensor) -> None:

@@ -15,8 +15,10 @@ import torch
 from llmtrain_experts import Recorder
 from safetensors.torch import load_file
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.fused_moe.routed_experts_capturer import bind_routed_experts_capturer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 TOKEN, FOLDER = "VLLM_API_KEY", "LLMTRAIN_VLLM_FOLDER"  # environment: of the server alone, and where weights come from
 BUCKET = re.compile(r"\d+\.safetensors")
@@ -72,11 +74,13 @@ class Loader:
         return {"version": self._llmtrain_version}
 
     def llmtrain_record(self) -> None:
-        """Begins to record the experts that are chosen."""
-        if self.device.type != "cpu":
-            raise ValueError("experts are recorded on a CPU alone")
+        """Begins to record the experts that are chosen. Raises ValueError where a layer forgets tokens (a sliding
+        window), as their blocks do not stay, and on a GPU, which has another model runner."""
+        kinds = [type(group.kv_cache_spec) for group in self.model_runner.kv_cache_config.kv_cache_groups]
+        if self.device.type != "cpu" or kinds != [FullAttentionSpec]:
+            raise ValueError(f"experts are recorded on a CPU, with full attention, not on {self.device} with {kinds}")
         if get_tp_group().is_first_rank:
-            self._llmtrain_recorder = Recorder(self.model_runner)
+            self._llmtrain_recorder = Recorder(self.model_runner, bind_routed_experts_capturer)
 
     def llmtrain_experts(self, name: str) -> None:
         """Writes the experts of a request to the folder."""
