@@ -154,6 +154,16 @@ class Sample:
 Group = list[Sample]
 """Holds the samples of one prompt. A preference pair is a group of two, the chosen one first."""
 
+
+def attempts(group: Group) -> list[list[Sample]]:
+    """Returns the rows of each attempt of a group, by `Sample.attempt`; the reward of an attempt is that of its last
+    row."""
+    found: dict[tuple[bool, int], list[Sample]] = {}
+    for i, sample in enumerate(group):
+        found.setdefault((sample.attempt is None, i if sample.attempt is None else sample.attempt), []).append(sample)
+    return list(found.values())
+
+
 Reward = Callable[[Sequence[Group]], None]
 """Fills in `reward`, `parts` and `errors` of every sample."""
 

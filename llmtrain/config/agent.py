@@ -18,7 +18,7 @@ class AgentConfig(Section):
     python: UserPath | None = None  # interpreter that `function` runs in, with packages of its own; null = this one
     command: list[str] = Field([])  # or a program: the example on stdin, OPENAI_BASE_URL and OPENAI_API_KEY set
     deadline_s: DeadlineS = 300.0  # for one sample; later it is ended, and an error of that sample
-    processes: PositiveInt = 8  # that run at the same time on a rank
+    processes: PositiveInt = 8  # that run at the same time on a rank, or for a worker that samples ahead
     weights: dict[str, float] = Field({})  # of the rewards that it returns, in the sum; others: 1
     max_error_share: Share = 0.5  # of the samples of a step in which it fails; above it the run stops
 

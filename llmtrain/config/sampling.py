@@ -46,6 +46,13 @@ class RolloutConfig(Section):
     tp: PositiveInt = 1  # vllm: processes that share a server's model (tensor parallel)
     vllm: VllmConfig = VllmConfig()
 
+    @property
+    def prompts_at_once(self) -> int:
+        """Returns how many prompts a worker that samples ahead is given at most: of as many samples as it decodes
+        together, or as the processes of an agent run at the same time."""
+        most = self.max_batch_seqs if self.agent is None else self.agent.processes
+        return max(1, most // self.group_size)
+
 
 REWARDS = ("reasoning_gym", "first_integer", "math")
 DEVICE_MAP = r"^(auto|balanced|balanced_low_0|sequential|cpu|cuda(:\d+)?)$"  # of accelerate

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 from llmtrain.data.sampler import derive
@@ -23,6 +24,7 @@ from llmtrain.sandbox.pool import Reply
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
 NAME = "policy"  # what the server calls the model; requests may call it as they like
+RENEW_S = 0.1  # between looks for newer weights while the program runs
 SILENT = "it asked the policy for nothing"
 OTHERS = "some of its prompts begin with another token than those of its group; begin all with the same words"
 
@@ -46,9 +48,15 @@ class Agents:
         self.sessions: dict[str, Session] = {}
         self.server: Server | None = None
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, between: Callable[[], object] | None = None
+    ) -> list[Group]:
         """Returns the group of each prompt, with the rows of `num_samples` runs of the program. Prompts without an
-        example, by which a run probes its generator, are continued by the generator itself."""
+        example, by which a run probes its generator, are continued by the generator itself.
+
+        `between` may load other weights: it is called again and again, between two rounds of decoding, and what the
+        program asks goes on under these. What it raises is raised when the runs have ended. Native generators alone.
+        """
         if not any(prompt.example for prompt in prompts):
             return self.generator.generate(prompts, sampling)
         self.server = self.server or Server(self.generator, self.tokenizer, self.sessions, self.most_seqs)
@@ -57,7 +65,8 @@ class Agents:
         self.sessions.update(made)
         try:
             tasks = [Task(p.example, self.server.url, key) for key, (p, _) in zip(made, asked, strict=True)]
-            replies = self.program.run(tasks)
+            with self.server.renewing(between):
+                replies = self.program.run(tasks)
         finally:
             self.sessions.clear()
             for session in made.values():
@@ -90,8 +99,7 @@ class Agents:
         return group
 
     def _rows(self, threads: Sequence[Thread], shared: list[int]) -> Group:
-        version = self.generator.version
-        return [thread.dialogue.sample(thread.finished, len(shared), version) for thread in threads]
+        return [t.dialogue.sample(t.finished, len(shared), t.dialogue.versions[0]) for t in threads]
 
     def _silent(self, shared: list[int]) -> Sample:
         """Returns a row in which nothing is trained, of a run that has none: its reward counts in the group."""
@@ -141,6 +149,31 @@ class Server:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [sock]}, daemon=True)
         self.thread.start()
+
+    @contextlib.contextmanager
+    def renewing(self, between: Callable[[], object] | None) -> Iterator[None]:
+        """Calls `between` (None: nothing) again and again meanwhile. Raises what it raised, at the end."""
+        if between is None:
+            yield
+            return
+        over, failed = threading.Event(), []
+
+        def renew() -> None:
+            while not over.wait(RENEW_S) and not failed:
+                try:
+                    self.continuous.renew(between)
+                except Exception as error:  # of any kind: who waits for the program raises it
+                    failed.append(error)
+
+        thread = threading.Thread(target=renew, name="renewing", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if failed:
+            raise failed[0]
 
     def rest(self) -> None:
         """Ends the requests that are left, and lets go of the cache."""

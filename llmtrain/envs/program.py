@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmtrain.config.agent import AgentConfig
 from llmtrain.rewards.scorer import absolute
 from llmtrain.sandbox.pool import Call, Pool, Reply, printable
 
+KEEPER = Path(__file__).with_name("keeper.py")
 REWARD = "agent"  # the name of a reward that is one number
 MOST_OUTPUT_BYTES = 1 << 16  # of what a command prints, from its end, that is read
 
@@ -64,16 +67,17 @@ class Program:
             self.pool.close()
 
     def _command(self, task: Task) -> Reply:
-        """Runs the command, with all that it starts in a process group of its own."""
+        """Runs the command, with all that it starts in a process group of its own, which ends with this process."""
+        if shutil.which(self.settings.command[0]) is None:
+            return Reply(None, f"cannot be started: {self.settings.command[0]} is no program here")
         environment = {**os.environ, "OPENAI_BASE_URL": task.base_url, "OPENAI_API_KEY": task.api_key}
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as told:
+        temporary = tempfile.TemporaryFile
+        with temporary() as given, temporary() as said, temporary() as told, open_while_alive() as pipe:
             given.write(json.dumps(task.example).encode())
             given.seek(0)
             streams = {"stdin": given, "stdout": said, "stderr": told}
-            try:
-                process = subprocess.Popen(self.settings.command, env=environment, start_new_session=True, **streams)
-            except OSError as error:
-                return Reply(None, f"cannot be started: {error}")
+            kept = [sys.executable, "-I", "-S", str(KEEPER), str(pipe), *self.settings.command]
+            process = subprocess.Popen(kept, env=environment, start_new_session=True, pass_fds=[pipe], **streams)
             try:
                 status = process.wait(self.settings.deadline_s)
             except subprocess.TimeoutExpired:
@@ -85,6 +89,17 @@ class Program:
             if status != 0:
                 return Reply(None, f"ended with {status}: {_last_line(told) or 'without a word'}")
             return _value(_last_line(said))
+
+
+@contextlib.contextmanager
+def open_while_alive() -> Iterator[int]:
+    """Yields one end of a pipe, to hand on. The other is closed behind it, or when this process ends in any way."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def _last_line(file: Any) -> str:

@@ -41,7 +41,7 @@ from llmtrain.trainer.scored import score_samples
 from llmtrain.trainer.updates import OLD, averaged, columns_of, mean_metrics, policy_tokens, score_old
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
-from llmtrain.types import Batch, Group, Sample
+from llmtrain.types import Batch, Group, Sample, attempts
 
 
 def main(config: Config) -> None:
@@ -117,14 +117,6 @@ def credit(groups: Sequence[Group], settings: GrpoConfig) -> None:
             sample.columns["advantages"] = [advantage] * len(sample.ids)
             if g.aggregate == "sequences":
                 sample.columns["weights"] = [1 / max(1, sum(sample.trained))] * len(sample.ids)
-
-
-def attempts(group: Group) -> list[list[Sample]]:
-    """Returns the rows of each attempt of a group."""
-    found: dict[tuple[bool, int], list[Sample]] = {}
-    for i, sample in enumerate(group):
-        found.setdefault((sample.attempt is None, i if sample.attempt is None else sample.attempt), []).append(sample)
-    return list(found.values())
 
 
 def divergence(sample: Sample, form: str) -> float:

@@ -155,6 +155,18 @@ class Continuous:
             self.changed.notify()
         return future
 
+    def renew(self, between: Callable[[], object]) -> None:
+        """Calls `between`, which may load other weights, between two rounds: what is decoded goes on under these, as in
+        `NativeGenerator.generate`. Raises what it raises."""
+
+        def job() -> None:
+            version = self.generator.version
+            between()
+            if self.generator.version != version and self.decoding is not None:
+                self.decoding.forget()
+
+        self.call(job).result()
+
     def scored(self, ids: Sequence[int], top: int) -> Future[list[Token]]:
         """Returns the future tokens of a prompt; see Streams."""
         return self.call(lambda: prompt_tokens(self.generator, ids, top))

@@ -31,6 +31,7 @@ class Orders:
     inflight: Literal["finish", "continue", "restart"]  # what becomes of an unfinished sample under newer weights
     restarts: int  # of each worker
     episodes: bool = False  # they play episodes: a sample has a row for each side
+    runs: bool = False  # of a program: a sample has as many rows as it began conversations
 
 
 class Fleet:
@@ -95,7 +96,7 @@ class Fleet:
             raise ValueError(answer.head["error"])
         ids = {number: prompt.ids for number, prompt in zip(task.numbers, prompts, strict=True)}
         groups = unpack(torch.frombuffer(answer.payload, dtype=torch.uint8), ids)
-        if reason := wrong(groups, task, sampling.num_samples, self.orders.episodes):
+        if reason := wrong(groups, task, sampling.num_samples, self.orders.episodes, self.orders.runs):
             raise worker.fault(f"generate: {reason}")
         rejected = answer.head["rejected"]
         self.board.count(rejected, worker.load_s - load_s, worker.loaded_bytes - loaded_bytes)
@@ -109,14 +110,22 @@ class Fleet:
         return [question.prompts[place] for place in task.numbers], question.sampling, "finish"
 
 
-def wrong(groups: dict[int, Group], task: Task, num_samples: int, episodes: bool) -> str | None:
+def wrong(groups: dict[int, Group], task: Task, num_samples: int, episodes: bool, runs: bool = False) -> str | None:
     """Returns what is wrong with the groups that answer a task, None if nothing is. Of `episodes` each has as many rows
-    as sides, which the worker alone knows."""
+    as sides, of `runs` of a program as many as it wanted, both of which the worker alone knows."""
+    if runs and any(not _all_attempts(group, num_samples) for group in groups.values()):
+        return f"a group does not hold rows of {num_samples} runs of the program, one behind the other"
     rows = [len(group) % num_samples if episodes else len(group) - num_samples for group in groups.values()]
-    if list(groups) != task.numbers or any(rows):
+    if list(groups) != task.numbers or (any(rows) and not runs):
         return "the answer is not one group for each prompt"
     wanted = task.weights.version
     versions = {version for group in groups.values() for sample in group for version in sample.versions}
     if other := {v for v in versions if v < wanted or (task.question is not None and v > wanted)}:
         return f"sampled with weights of version {min(other)}, and {wanted} had been sent"
     return None
+
+
+def _all_attempts(group: Group, num_samples: int) -> bool:
+    """Returns whether a group holds rows of each attempt, in their order."""
+    attempts = [-1 if sample.attempt is None else sample.attempt for sample in group]
+    return attempts == sorted(attempts) and list(dict.fromkeys(attempts)) == list(range(num_samples))

@@ -16,8 +16,8 @@ def _curriculum(case: Case) -> Iterator[str]:
     if case.recipe is not None and not case.recipe.samples:
         have = names_of(lambda recipe: recipe.samples)
         yield f"data.curriculum: is for recipes that sample ({have}); remove it from {case.command}"
-    environment = case.config.rollout.environment
-    parts = environment is not None and (environment.game or environment.function)
+    environment, agent = case.config.rollout.environment, case.config.rollout.agent
+    parts = agent is not None or (environment is not None and (environment.game or environment.function))
     if samples(case) and settings.filters and not case.config.rewards and not parts:
         yield (
             "data.curriculum: min_pass_rate and max_pass_rate read rewards, and rewards=[], so no row would ever count "

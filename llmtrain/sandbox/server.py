@@ -16,9 +16,11 @@ import importlib.util
 import inspect
 import json
 import os
+import select
 import selectors
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -165,7 +167,9 @@ def describe(error: BaseException) -> str:
 
 
 def serve_unlocked(settings: Settings) -> None:
-    """Answers calls in this very process, where the functions keep what they remember."""
+    """Answers calls in this very process, where the functions keep what they remember. It ends with who asks, with all
+    that it started, whatever it is doing then."""
+    threading.Thread(target=end_with_asker, daemon=True).start()
     functions = load_all(settings)
     if functions is None:
         return
@@ -173,6 +177,15 @@ def serve_unlocked(settings: Settings) -> None:
     while (request := read_frame()) is not None:
         replies = [call(functions[request["function"]], arguments).decode() for arguments in request["calls"]]
         write_frame({"frames": [{"reply": reply} for reply in replies]})
+
+
+def end_with_asker() -> None:
+    """Waits until the process that asks is gone, or lets go of this one, and ends the group. (PR_SET_PDEATHSIG goes by
+    the thread that started this process, and leaves alone what the functions have started.)"""
+    poll = select.poll()
+    poll.register(CHANNEL[0], 0)  # of events a closed end alone, which is always told
+    poll.poll()
+    end_group()
 
 
 def end_group() -> None:

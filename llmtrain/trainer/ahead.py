@@ -21,7 +21,7 @@ from llmtrain.trainer.job import Job, tokenizer_dir
 from llmtrain.types import Reward
 
 COMMAND = (sys.executable, "-m", "llmtrain.rollout.worker_process")
-OF_EPISODES = (sys.executable, "-m", "llmtrain.envs.worker_process")
+PLAYING = (sys.executable, "-m", "llmtrain.envs.worker_process")  # episodes, or runs of an agent
 
 
 def build_ahead(job: Job, prompts: PromptSet, prompts_per_step: int, first: int, reward: Reward) -> Ahead:
@@ -32,16 +32,17 @@ def build_ahead(job: Job, prompts: PromptSet, prompts_per_step: int, first: int,
         prompts_per_step,
         r.max_staleness,
         job.config.train.steps,
-        at_once=max(1, r.max_batch_seqs // r.group_size),
+        at_once=r.prompts_at_once,
         patience_s=2 * r.deadline_s + 60,  # a worker that is waited for gives news, or fails, in the half of it
     )
     orders = Orders(
-        Program(OF_EPISODES if r.environment else COMMAND, settings, job.config.directory, r.deadline_s),
+        Program(PLAYING if r.environment or r.agent else COMMAND, settings, job.config.directory, r.deadline_s),
         lambda numbers: numbered(prompts, seed, numbers, [prompts.at(number, seed) for number in numbers]),
         sampling_of(job.config, job.tokenizer),
         r.inflight,
         r.restarts,
         episodes=r.environment is not None,
+        runs=r.agent is not None,
     )
     return Ahead(job.mesh, prompts, limits, orders, reward, seed, dtype, first, r.verify == "checksum")
 
@@ -56,16 +57,17 @@ def settings_of(job: Job, dtype: torch.dtype, worker: int) -> dict[str, Any]:
         "rollout": job.config.rollout.model_dump(mode="json"),
         "max_seq_tokens": job.config.train.seq_len,
         "tokenizer": tokenizer_dir(job.config),
-        **of_episodes(job.config),
+        **of_playing(job.config),
     }
 
 
-def of_episodes(config: Config) -> dict[str, Any]:
-    """Returns what a worker that plays episodes is told beside, as JSON."""
-    t = config.tokenizer
-    if config.rollout.environment is None:
+def of_playing(config: Config) -> dict[str, Any]:
+    """Returns what a worker that plays episodes, or runs of an agent, is told beside, as JSON."""
+    t, r = config.tokenizer, config.rollout
+    if r.environment is None and r.agent is None:
         return {}
-    return {"chat_template": t.chat_template, "chat_template_kwargs": t.chat_template_kwargs}
+    template = {"chat_template": t.chat_template, "chat_template_kwargs": t.chat_template_kwargs}
+    return {**template, "rewarded": bool(config.rewards)}
 
 
 def device_of(job: Job, worker: int) -> str:

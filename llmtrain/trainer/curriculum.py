@@ -10,7 +10,7 @@ from llmtrain.config.curriculum import CurriculumConfig
 from llmtrain.data.faults import Faults
 from llmtrain.data.prompts import PromptSet
 from llmtrain.data.sampler import derive
-from llmtrain.types import Group
+from llmtrain.types import Group, attempts
 
 State = dict[str, Any]
 """Holds what a checkpoint keeps, as JSON: `place`, how far the order of prompts was walked; `skipped`, how many of
@@ -39,11 +39,12 @@ class Curriculum:
         return [self._next() for _ in numbers]
 
     def note(self, rows: Sequence[int], groups: Sequence[Group]) -> None:
-        """Keeps which share of the group of each row was solved."""
+        """Keeps which share of the attempts at each row was solved: such as have a solved sample for their last row."""
         least, place = self.settings.solved_reward, self.state["place"]
         for row, group in zip(rows, groups, strict=True) if self.settings.filters else ():
-            solved = sum(sample.reward >= least and not sample.errors for sample in group)
-            self.state["rates"][str(row)] = [solved / len(group), place]
+            last = [rows[-1] for rows in attempts(group)]
+            solved = sum(sample.reward >= least and not sample.errors for sample in last)
+            self.state["rates"][str(row)] = [solved / len(last), place]
 
     def at(self, place: int) -> int:
         """Returns the row at a place of the order: at first drawn among the easiest, a share of the rows that rises as

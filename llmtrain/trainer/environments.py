@@ -44,14 +44,15 @@ def program_of(settings: AgentConfig) -> Program:
 def prompts_of(config: Config, path: str, tokenizer: Tokenizer) -> PromptSet:
     """Returns the prompts of a file, each of which leaves room for `rollout.max_new_tokens` in a row. Where there is an
     environment, they are what its episodes begin with; an agent is given the rows alone. It is started here, so that
-    one that cannot be loaded is refused, and ended again where other ranks run it."""
+    one that cannot be loaded is refused, and ended again where others run it; in a replay nobody does."""
     seq_len, new, settings = config.train.seq_len, config.rollout.max_new_tokens, config.rollout.environment
     room = f"train.seq_len={seq_len} less rollout.max_new_tokens={new}"
     starts = None if settings is None else starts_of(make_of(settings), settings.keep_thinking)
     if (agent := config.rollout.agent) is not None:
         program, starts = program_of(agent), examples
-        program.start()
-        if config.rollout.placement == "separate":
+        if config.rollout.replay is None:
+            program.start()
+        if config.rollout.placement != "colocated":
             program.close()
     return PromptSet(path, tokenizer, seq_len - new, config.data, room, starts)
 

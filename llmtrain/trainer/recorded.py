@@ -6,6 +6,7 @@ A file for each time that a step asks: `rollouts/step-00000012.safetensors` in t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,21 +23,28 @@ from llmtrain.data.prompts import PromptSet
 from llmtrain.rollout.generator import RolloutSource, Weights
 from llmtrain.rollout.source import Order
 from llmtrain.rollout.wire import groups_of, tensors_of
-from llmtrain.types import Group
+from llmtrain.trainer.identity import Contents
+from llmtrain.types import Group, Sample
 
 Made = dict[str, Any]
 """Maps the keys of a document that say what a record is of to their values, as JSON."""
 KEPT = ("group_size", "temperature", "max_staleness", "router_replay")  # of rollout
 OF_EPISODES = {"tools", "game", "args", "max_turns", "weights"}  # of rollout.environment
+OF_RUNS = {"function", "args", "command", "weights"}  # of rollout.agent
+AGENT = "rollout.agent"
 
 
-def made_with(config: Config) -> Made:
+def made_with(config: Config, contents: Contents | None = None) -> Made:
     """Returns what must be the same where a record is replayed: otherwise its groups, log-probs or rewards would mean
-    another loss."""
+    another loss. Of `contents`, what the run reads, these are the files of its agent, wherever they lie."""
     r = config.rollout
     kept = {f"rollout.{name}": getattr(r, name) for name in KEPT}
     if r.environment is not None:
         kept["rollout.environment"] = r.environment.model_dump(mode="json", include=OF_EPISODES)
+    if (agent := r.agent) is not None:
+        name = (agent.function or "").rpartition(":")[2] if agent.file else agent.function
+        kept[AGENT] = agent.model_dump(mode="json", include=OF_RUNS) | {"function": name}
+        kept |= {key: found["sha256"] for key, found in (contents or {}).items() if key.startswith(f"{AGENT}.")}
     return kept | {"rewards": [{"name": each.name, "weight": each.weight} for each in config.rewards]}
 
 
@@ -123,7 +131,7 @@ class Replayed:
         return {}
 
     def _read(self, path: str, numbers: range, rows: Sequence[int]) -> list[Group]:
-        groups, made = read_groups(path)
+        groups, made, digests = read_groups(path)
         remedy = "replay with the document of the run that was recorded"
         keys = dict.fromkeys([*self.made, *made])
         other = [(key, made.get(key), self.made.get(key)) for key in keys if made.get(key) != self.made.get(key)]
@@ -132,14 +140,19 @@ class Replayed:
         if list(groups) != list(numbers):
             asked = f"{numbers.start} to {numbers.stop - 1}, which the step takes"
             raise ValueError(f"{path}: holds other prompts than {asked}; {remedy}")
+        if digests and digests != [digest(self.prompts.examples[row]) for row in rows]:
+            raise ValueError(f"{path}: is of other rows than these prompts are here; replay with the same data")
         for number, row in zip(numbers, rows, strict=True):
             for sample in groups[number]:
-                own = self.prompts.prompt_ids(row)
-                shared = own[: len(sample.prompt_ids)] if "rollout.environment" in made else own  # by all sides
-                if sample.prompt_ids != shared:
+                if AGENT not in made and sample.prompt_ids != self._shared(row, sample, made):
                     raise ValueError(f"{path}: prompt {number} has other tokens here; replay with the same data")
                 sample.example = self.prompts.examples[row]
         return list(groups.values())
+
+    def _shared(self, row: int, sample: Sample, made: Made) -> list[int]:
+        """Returns what the prompt of a sample must be; of episodes it is what all sides begin with."""
+        own = self.prompts.prompt_ids(row)
+        return own[: len(sample.prompt_ids)] if "rollout.environment" in made else own
 
 
 def write_groups(path: str, groups: Mapping[int, Group], made: Made) -> None:
@@ -154,17 +167,21 @@ def write_groups(path: str, groups: Mapping[int, Group], made: Made) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         notes = {"scores": json.dumps(scores), "made": json.dumps(made)}
+        if AGENT in made:  # whose prompts do not tell of which rows they are
+            notes["rows"] = json.dumps([digest(group[0].example) for group in groups.values()])
         save_file(tensors, path, notes)  # to a file beside it, which is then renamed
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 
 
-def read_groups(path: str) -> tuple[dict[int, Group], Made]:
-    """Returns what `write_groups` wrote. Raises OSError for a file that is not there, ValueError for a broken one."""
+def read_groups(path: str) -> tuple[dict[int, Group], Made, list[str]]:
+    """Returns what `write_groups` wrote, and of an agent the digest of the row of each group. Raises OSError for a file
+    that is not there, ValueError for a broken one."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            scores, made = (json.loads(file.metadata()[name]) for name in ("scores", "made"))
+            notes = {"rows": "[]", **file.metadata()}
+            scores, made, digests = (json.loads(notes[name]) for name in ("scores", "made", "rows"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: is not there; was the run recorded (rollout.record), and so far?") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -175,4 +192,9 @@ def read_groups(path: str) -> tuple[dict[int, Group], Made]:
     groups = groups_of(tensors, {n: ids[first:end] for n, (first, end) in zip(numbers, ends, strict=True)})
     for sample, (reward, parts, errors) in zip(chain.from_iterable(groups.values()), scores, strict=True):
         sample.reward, sample.parts, sample.errors = reward, parts, errors
-    return groups, made
+    return groups, made, digests
+
+
+def digest(example: Mapping[str, Any]) -> str:
+    """Returns what tells a row of a file from others."""
+    return hashlib.sha256(json.dumps(example, sort_keys=True).encode()).hexdigest()

@@ -92,12 +92,12 @@ def build_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> Rollout
     config, r = job.config, job.config.rollout
     if r.replay is not None:
         order = curriculum(job, prompts, prompts_per_step) or Shuffled(prompts, config.seed)
-        return Replayed(job.mesh, r.replay, prompts, prompts_per_step, order, made_with(config))
+        return Replayed(job.mesh, r.replay, prompts, prompts_per_step, order, made_with(config, job.contents))
     source = sampling_source(job, prompts, prompts_per_step)
     job.report = source.report
     if not r.record:
         return source
-    return Recording(source, job.mesh, records_dir(config), prompts_per_step, made_with(config))
+    return Recording(source, job.mesh, records_dir(config), prompts_per_step, made_with(config, job.contents))
 
 
 def records_dir(config: Config) -> str:

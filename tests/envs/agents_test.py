@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -313,6 +314,9 @@ def test_a_command_reads_the_example_and_prints_the_reward(tmp_path: Path, monke
         Reply(None, "the last line that it printed is 'fine', no JSON number or object of numbers"),
     ]
     assert replies[3:] == [Reply(None, "took longer than 2 s"), Reply({"url": 1, "key": "k"}, None)]
-    assert ended(int((tmp_path / "child").read_text()))  # with the program that had started it
+    child, give_up = int((tmp_path / "child").read_text()), time.monotonic() + 5
+    while not ended(child) and time.monotonic() < give_up:  # it was killed, and may take a moment
+        time.sleep(0.01)
+    assert ended(child)  # with the program that had started it
     (missing,) = Program(AgentConfig(command=[str(tmp_path / "no")])).run([Task({}, "", "")])
     assert missing.error.startswith("cannot be started: ")

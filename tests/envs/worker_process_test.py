@@ -21,7 +21,7 @@ from llmtrain.envs.base import Reply
 from llmtrain.envs.dialogue import Renderer
 from llmtrain.envs.episodes import Episodes
 from llmtrain.envs.nim import Nim
-from llmtrain.envs.worker_process import episodes_over
+from llmtrain.envs.worker_process import playing_over
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.rollout.channel import Cut, Message, receive, send
 from llmtrain.rollout.native import NativeGenerator
@@ -173,7 +173,7 @@ def test_what_the_trainer_describes_is_played(tokenizer: Tokenizer, tmp_path: Pa
     environment = {"game": "nim", "args": {"note_moves": True}, "max_turns": 5}
     rollout = RolloutConfig(environment=environment, skip_special_tokens=False).model_dump(mode="json")
     settings = {"tokenizer": str(tokenizer.directory), "chat_template": None, "chat_template_kwargs": {}}
-    episodes = episodes_over(settings | {"rollout": rollout, "max_seq_tokens": 64}, "the generator")
+    episodes = playing_over(settings | {"rollout": rollout, "max_seq_tokens": 64}, "the generator")
     game = episodes.make()
     assert isinstance(game, Nim) and game.note_moves and episodes.generator == "the generator"
     assert (episodes.seq_len, episodes.settings.max_turns) == (64, 5)

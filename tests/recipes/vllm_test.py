@@ -140,13 +140,20 @@ def test_grpo_with_an_environment(document: Path, placement: str) -> None:
     assert all(m["environment_tokens_mean"] > 0 and m["turns_mean"] > 1 for m in steps)
 
 
-def test_grpo_with_a_program(document: Path) -> None:
+@pytest.mark.parametrize("placement", ["colocated", "ahead"])
+def test_grpo_with_a_program(document: Path, placement: str) -> None:
     pytest.importorskip("uvicorn")
     rows = [{"messages": [{"role": "user", "content": "a digit"}], "answer": str(i)} for i in range(8)]
-    agent = {"function": f"{ROOT / 'configs/grpo/agent.py'}:run", "processes": 2}
+    agent = {"function": f"{ROOT / 'configs/grpo/agent.py'}:run", "processes": 2, "deadline_s": 60}
     own = (*conversing(document, rows), f"rollout.agent={json.dumps(agent)}", "rollout.temperature=0.9")
-    run(document, "grpo", *own)
-    steps = check_metrics(document.parent / "run")
+    ahead = ("rollout.placement=ahead", "rollout.workers=1", "rollout.max_staleness=1", "rollout.verify=off")
+    run(document, "grpo", *own, *(ahead if placement == "ahead" else ()))
+    if placement == "colocated":
+        steps = check_metrics(document.parent / "run")
+    else:  # the gap of the second step, by weights of before, is no error
+        lines = (document.parent / "run" / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines]
+        assert [m["staleness_max"] for m in steps] == [0, 1] and steps[0]["logprob_gap_max"] < 4e-5
     assert all(m["reward_errors"] == 0 and 1 < m["turns_mean"] <= 2 for m in steps)
 
 

@@ -207,6 +207,29 @@ def test_what_is_wrong_with_an_answer() -> None:
     assert wrong({4: pair, 5: [row, older]}, task, 2, False) == told.format(2)
 
 
+@pytest.mark.parametrize(
+    ("attempts", "whole"),
+    [
+        ([0, 1], True),
+        ([0, 0, 0, 1], True),
+        ([0, 0], False),  # one run is missing
+        ([1, 1], False),
+        ([0, 1, 2], False),  # one too many
+        ([1, 0], False),
+        ([0, 1, 0], False),
+        ([None, None], False),  # samples that are no runs
+        ([-1, 0, 1], False),
+        ([], False),
+    ],
+)
+def test_rows_of_a_program_are_those_of_all_its_runs(attempts: list[int | None], whole: bool) -> None:
+    weights = share([("w", torch.zeros(1))], 3, torch.float32)
+    rows = [Sample([1], [2], [True], [0.0], [3], True, attempt=attempt) for attempt in attempts]
+    good = [Sample([1], [2], [True], [0.0], [3], True, attempt=attempt) for attempt in (0, 1)]
+    found = wrong({4: rows, 5: good}, Task([4, 5], weights), 2, False, runs=True)
+    assert found == (None if whole else "a group does not hold rows of 2 runs of the program, one behind the other")
+
+
 def kills(directory: Path, count: int, seed: int) -> None:
     """Trains while so many workers are killed at random moments."""
     rng, made, stop = random.Random(seed), 0, threading.Event()

@@ -12,6 +12,7 @@ from llmtrain.rules.check import violations
 
 OWN = str(Path(__file__).parents[1] / "envs" / "agent_failing.py")
 GOOD = f"{{function: '{OWN}:fails'}}"
+AHEAD = ("rollout.placement=ahead", "rollout.workers=1", "rollout.max_staleness=1", "rollout.verify=off")
 
 
 def lines(folder: Path, command: str, settings: str, *overrides: str) -> list[str]:
@@ -43,15 +44,26 @@ def lines(folder: Path, command: str, settings: str, *overrides: str) -> list[st
             "rollout.agent: not in distill, which rewards no samples to train on them; remove it",
         ),
         ("grpo", GOOD, ("rollout.environment={game: nim}",), "rollout.agent: not together with rollout.environment"),
-        ("grpo", GOOD, ("rollout.placement=ahead",), "rollout.agent: not with rollout.placement=ahead, whose workers"),
-        ("grpo", GOOD, ("rollout.record=true",), "rollout.record=True: not with rollout.agent, whose rows it does not"),
-        ("grpo", GOOD, ("eval.every_steps=1", f"data.held_out={OWN}"), "eval.problems=256: measures single answers"),
+        (
+            "grpo",
+            f"{GOOD[:-1]}, deadline_s: 200}}",
+            (*AHEAD, "rollout.group_size=20"),
+            "rollout.agent.deadline_s=200: a worker is given 20 runs at once, which 8 processes play in 3 rounds, 600 "
+            "s at most; after rollout.deadline_s=600 it is killed; set rollout.deadline_s above 600, or lower this one",
+        ),
+        (
+            "raft",
+            GOOD,
+            (*AHEAD, "rollout.inflight=restart"),
+            "rollout.inflight=restart: not with rollout.agent, whose runs may have done something; set finish, or c",
+        ),
         (
             "grpo",
             GOOD,
-            ("data.curriculum={max_pass_rate: 0.9}",),
-            "data.curriculum: not with rollout.agent, of which it would count rows as samples; remove one of them",
+            ("rollout.router_replay=true",),
+            "rollout.router_replay=true: not with rollout.agent, whose",
         ),
+        ("grpo", GOOD, ("eval.every_steps=1", f"data.held_out={OWN}"), "eval.problems=256: measures single answers"),
         ("grpo", GOOD, ("grpo.overlong_buffer=9",), "grpo.overlong_buffer=9: measures one completion, and rollout.ag"),
     ],
 )
@@ -85,9 +97,14 @@ def test_what_can_work_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert lines(tmp_path, command, GOOD) == []
     assert lines(tmp_path, "grpo", "{command: [bash, -c, 'exit 0']}") == []
     assert lines(tmp_path, "grpo", GOOD, "rollout.generator=vllm") == []
+    assert lines(tmp_path, "grpo", GOOD, *AHEAD, "rollout.record=true") == []
+    assert lines(tmp_path, "ppo", f"{GOOD[:-1]}, deadline_s: 199}}", *AHEAD, "rollout.group_size=20") == []
+    assert lines(tmp_path, "grpo", GOOD, "data.curriculum={max_pass_rate: 0.9}") == []
     monkeypatch.setattr(agent, "find_spec", lambda name: None)
     expected = "rollout.agent: needs starlette and uvicorn, not installed; pip install -e '.[serve]' -c constraints.txt"
     assert lines(tmp_path, "grpo", GOOD) == [expected]
+    python = f"{GOOD[:-1]}, python: no/py, deadline_s: 9999}}"
+    assert lines(tmp_path, "grpo", python, *AHEAD, f"rollout.replay={tmp_path}") == []  # it runs nothing of it
 
 
 def test_a_function_has_a_place(tmp_path: Path) -> None:

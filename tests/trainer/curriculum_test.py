@@ -38,6 +38,17 @@ def group(*rewards: float) -> Group:
     return [Sample([1], [2], [True], [0.0], [0], True, reward=reward) for reward in rewards]
 
 
+def test_a_row_is_solved_by_attempts_not_by_their_rows() -> None:
+    """Of two runs of a program the first has three rows; each is worth what its last row is."""
+    order, runs = curriculum([1, 2], max_pass_rate=0.6), group(1.0, 1.0, 1.0, 0.0)
+    for sample, attempt in zip(runs, (0, 0, 0, 1), strict=True):
+        sample.attempt = attempt
+    order.note([0], [runs])
+    runs[1].reward, runs[2].reward = 0.0, 0.0
+    order.note([1], [runs])
+    assert order.state["rates"] == {"0": [0.5, 0], "1": [0.0, 0]}
+
+
 def test_rows_are_ranked_by_their_column() -> None:
     easy_low = curriculum([3, 1, 2, 1], column="level")
     assert easy_low.ranked == [1, 3, 2, 0]

@@ -146,6 +146,46 @@ def test_episodes_come_back(tmp_path: Path) -> None:
         replayed(tmp_path, 4).ask(range(4, 5))
 
 
+def test_runs_of_an_agent_come_back(tmp_path: Path) -> None:
+    """With all rows of each attempt, parts and errors, and a prompt that is none of the data's."""
+    made = {**MADE, "rollout.agent": {"function": "run"}, "rollout.agent.function": "ab12"}
+    rows = [
+        Sample([7, 8], [1, 9], [False, True], [0.0, -0.5], [3, 3], True, 1.0, {"agent": 1.0}, attempt=0),
+        Sample([7, 8], [4], [True], [-1.5], [3], False, 1.0, {"agent": 1.0}, attempt=0),
+        Sample([7, 8], [2], [False], [0.0], [3], False, -1.0, {}, {"environment": "KeyError"}, attempt=1),
+    ]
+    for sample in rows:
+        sample.example = {"row": 4}
+    source = Source()
+    source.ask = lambda numbers: [rows] * len(numbers)
+    recording = Recording(source, LocalGroup(), str(tmp_path), 1, made)
+    recording.publish("weights", 4)
+    recording.take(4)
+    assert replayed(tmp_path, 4, **made).ask(range(4, 5)) == [rows]
+    other = copy.copy(PROMPTS)
+    other.examples = [{"row": i + 1} for i in range(5)]
+    with pytest.raises(ValueError, match=r"is of other rows than these prompts are here; replay with the same data"):
+        replayed(tmp_path, 4, other, **made).ask(range(4, 5))
+    for key, value in (("rollout.agent", {"function": "go"}), ("rollout.agent.function", "cd34")):
+        with pytest.raises(ValueError, match=rf"^(rank 0: )?{key}=.*was made with"):
+            replayed(tmp_path, 4, **{**made, key: value}).ask(range(4, 5))
+
+
+def test_what_a_record_of_an_agent_is_of() -> None:
+    """The place of a file does not count, its contents do."""
+
+    def made(agent: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
+        config = Config.model_validate({"name": "x", "rollout": {"agent": agent}})
+        return made_with(config, {key: {"path": "p", "sha256": sha} for key, sha in contents.items()})
+
+    found = made({"function": "a/b.py:run", "processes": 3}, {"rollout.agent.function": "ab", "data.train": "cd"})
+    assert found["rollout.agent"] == {"function": "run", "args": None, "command": [], "weights": {}}
+    assert found["rollout.agent.function"] == "ab" and "data.train" not in found
+    assert made({"function": "mine.runs:run"}, {})["rollout.agent"]["function"] == "mine.runs:run"
+    asked = made({"command": ["bash", "x.sh"], "weights": {"good": 2}}, {})["rollout.agent"]
+    assert asked == {"function": None, "args": None, "command": ["bash", "x.sh"], "weights": {"good": 2.0}}
+
+
 def test_a_step_that_is_not_there_is_named(recorded: Path) -> None:
     with pytest.raises(OSError, match=r"step-00000014\.safetensors: is not there; was the run recorded"):
         replayed(recorded, 13).take(13)
