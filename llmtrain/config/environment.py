@@ -48,6 +48,7 @@ class EnvironmentConfig(Section):
     weights: dict[str, float] = Field({})  # of parts that the environment rewards, in the sum; others: 1
     max_error_share: Share = 0.5  # of the episodes of a step in which the environment fails; above it the run stops
     keep_thinking: bool = False  # episodes keep what the policy thought, also where the chat template would drop it
+    rewritten: Literal["refuse", "new_row"] = "refuse"  # earlier turns that the template renders in another way later
     threads: PositiveInt = 8  # episodes of a rank that are answered at the same time
 
     @property

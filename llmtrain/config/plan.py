@@ -35,7 +35,7 @@ class PlanConfig(Section):
 
     hardware: UserPath | None = None  # a100, h100, h200, b200, or a file of these keys; null = no time is told
     gpus: PositiveInt | None = None  # ranks of a single stage; null = WORLD_SIZE, else as few as the mesh takes
-    episode_rows: PositiveInt | None = None  # rows that an episode gives at most; null = 1, of a game its sides
+    episode_rows: PositiveInt | None = None  # rows that an episode gives at most; null = see docs/plan.md
     reserve_gb: float = Field(4.0, ge=0.0)  # of each GPU for the CUDA context, NCCL's buffers and fragmentation
     price_per_gpu_hour: float | None = Field(None, gt=0.0, le=1e9)  # dollars; null = no costs are told
     gpu_mttf_hours: float | None = Field(None, gt=0.0, le=1e9)  # mean, until one GPU fails and stops all; null = never

@@ -21,6 +21,8 @@ class Reply:
         Reply([{"role": "tool", "name": "calculator", "content": "42"}])
     In a game of two the second player (1) has won with this turn:
         Reply(done=True, parts={"outcome": 1.0}, parts_of={0: {"outcome": -1.0}})
+    A long conversation is summed up, and the policy goes on from there, in a new row:
+        Reply(history=[{"role": "user", "content": "Find the bug. So far you have read a.py."}])
     """
 
     messages: list[Message] = field(default_factory=list)  # user or tool turns; empty where the episode is done
@@ -29,6 +31,7 @@ class Reply:
     errors: dict[str, str] = field(default_factory=dict)  # why a part could not be scored, by its name
     player: int = 0  # who speaks next; `messages` are all that this one has not seen yet
     parts_of: dict[int, dict[str, float]] = field(default_factory=dict)  # rewards of those who did not speak
+    history: list[Message] | None = None  # all that who speaks next sees from now on, in place of `messages`: a new row
 
 
 class Environment(Protocol):

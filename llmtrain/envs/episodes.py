@@ -10,10 +10,11 @@ from functools import partial
 from itertools import chain
 
 from llmtrain.config.environment import EnvironmentConfig
+from llmtrain.data.chat import Message
 from llmtrain.data.sampler import derive
 from llmtrain.data.tree import shared_tokens
 from llmtrain.envs.base import Environment, Reply
-from llmtrain.envs.dialogue import Dialogue, Renderer
+from llmtrain.envs.dialogue import Dialogue, Renderer, Rewritten
 from llmtrain.rollout.generator import Generator
 from llmtrain.types import Group, Prompt, Sample, Sampling
 
@@ -21,16 +22,25 @@ FAILED = "environment"  # the name under which Sample.errors tells that the envi
 
 
 class Episode:
-    """Holds one episode while it runs: an environment, and a conversation with each side that has spoken."""
+    """Holds one episode while it runs: an environment, and the rows of each side that has spoken: its conversation, and
+    again from where its history was rewritten."""
 
     def __init__(
-        self, environment: Environment, renderer: Renderer, prompt: Prompt, number: int, most_tokens: int
+        self,
+        environment: Environment,
+        renderer: Renderer,
+        prompt: Prompt,
+        number: int,
+        most_tokens: int,
+        new_rows: bool = False,
     ) -> None:
+        """`most_tokens` bounds a row. `new_rows`: where the chat template renders earlier turns in another way, a new
+        row begins; else that is an error."""
         self.environment, self.renderer, self.prompt, self.number = environment, renderer, prompt, number
-        self.most_tokens = most_tokens  # of a conversation
+        self.most_tokens, self.new_rows = most_tokens, new_rows
         self.player, self.turns = 0, 0
         self.going_on, self.finished = True, False
-        self.sides: dict[int, Dialogue] = {}
+        self.sides: dict[int, list[Dialogue]] = {}
         self.parts: dict[int, dict[str, float]] = {}
         self.errors: dict[str, str] = {}
 
@@ -38,19 +48,19 @@ class Episode:
         """Starts the environment, whose first messages the prompt holds as tokens."""
         try:
             messages = self.environment.start(self.prompt.example)
-            self.sides[0] = Dialogue(self.renderer, messages, self.environment.tools, self.prompt.ids)
+            self.sides[0] = [Dialogue(self.renderer, messages, self.environment.tools, self.prompt.ids)]
         except (Exception, SystemExit) as error:  # of a user's own code; the other episodes go on
-            self.sides[0] = Dialogue(self.renderer, [], [], self.prompt.ids)
+            self.sides[0] = [Dialogue(self.renderer, [], [], self.prompt.ids)]
             self._fail(error)
 
     @property
     def context(self) -> list[int]:
         """Returns the tokens that the next turn follows."""
-        return self.sides[self.player].context
+        return self.sides[self.player][-1].context
 
     def turn(self, sample: Sample, text: str, max_turns: int) -> None:
         """Takes a turn of the policy, and has the environment answer it."""
-        self.sides[self.player].say(sample)
+        self.sides[self.player][-1].say(sample)
         self.turns += 1
         if not self.going_on:  # it failed at its start
             return
@@ -65,13 +75,23 @@ class Episode:
 
     def _hear(self, reply: Reply) -> bool:
         """Adds what is said to who speaks next; returns whether there is room for another turn."""
-        self.player = reply.player
-        if self.player in self.sides:
-            return self.sides[self.player].hear(reply.messages, self.most_tokens - 1)
-        side = Dialogue(self.renderer, reply.messages, self.environment.tools)
-        if len(side.prompt_ids) >= self.most_tokens:
+        self.player, messages = reply.player, reply.messages
+        rows = self.sides.get(self.player, [])
+        if reply.history is not None:
+            messages = reply.history
+        elif rows:
+            try:
+                return rows[-1].hear(messages, self.most_tokens - 1, as_text=self.new_rows)
+            except Rewritten:
+                if not self.new_rows:
+                    raise
+                messages = [*rows[-1].history(), *messages]
+        row = Dialogue(self.renderer, messages, self.environment.tools)
+        if rows and row.prompt_ids[:1] != rows[0].prompt_ids[:1]:
+            raise ValueError("a rewritten history begins with another token than the first; begin it as `start` does")
+        if len(row.prompt_ids) >= self.most_tokens:
             return False
-        self.sides[self.player] = side
+        self.sides[self.player] = [*rows, row]
         return True
 
     def _credit(self, reply: Reply) -> None:
@@ -88,37 +108,53 @@ class Episode:
         self.going_on, self.errors = False, {FAILED: f"{type(error).__name__}: {error}"[:300]}
 
     def samples(self, prompt_tokens: int) -> list[Sample]:
-        """Returns a sample of each side, with its rewards. One that never spoke has a row in which nothing is trained:
-        its reward counts in the group."""
-        first, made = self.sides[0], []
-        for player in range(self.environment.players):
-            side = self.sides.get(player) or Dialogue(self.renderer, [], [], first.prompt_ids)
-            sample = side.sample(self.finished, prompt_tokens, first.versions[0])
-            sample.parts, sample.errors = dict(self.parts.get(player, {})), dict(self.errors)
-            made.append(sample)
+        """Returns the rows of each side, which are one attempt, with its rewards. A side that never spoke has a row in
+        which nothing is trained: its reward counts in the group."""
+        first, made, players = self.sides[0][0], [], self.environment.players
+        for player in range(players):
+            for row in self.sides.get(player) or [Dialogue(self.renderer, [], [], first.prompt_ids)]:
+                sample = row.sample(self.finished, prompt_tokens, first.versions[0])
+                sample.parts, sample.errors = dict(self.parts.get(player, {})), dict(self.errors)
+                sample.attempt = self.number * players + player
+                made.append(sample)
         return made
 
 
 def check_reply(reply: Reply, players: int) -> None:
     """Raises ValueError for a reply that a lenient chat template would render as something else, in silence."""
-    for message in reply.messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(f"a message is {message!r:.60}, and no object with text as `content`")
-        if message.get("role") not in ("user", "tool", "system"):
-            raise ValueError(f"a message has the role {message.get('role')!r:.40}; answer as user or tool")
+    check_messages(reply.messages, ("user", "tool", "system"), "answer as user or tool")
     if reply.player not in range(players):
         raise ValueError(f"the player {reply.player!r:.40} speaks next, and there are {players} from 0 on")
+    if reply.history is not None:
+        check_history(reply.history, reply.messages)
+
+
+def check_history(history: Sequence[Message], messages: Sequence[Message]) -> None:
+    """Raises ValueError for a rewritten history that no turn of the policy can follow."""
+    if not isinstance(history, Sequence) or not history:
+        raise ValueError(f"the history is {history!r:.40}, and no list of messages")
+    check_messages(history, ("user", "tool", "system", "assistant"), "a history has user, assistant, tool and system")
+    if history[-1]["role"] == "assistant":
+        raise ValueError("the history ends with a message of the assistant; end it with what the policy answers")
+    if messages:
+        raise ValueError("there are messages beside a history, which is all that the policy sees; put them into it")
+
+
+def check_messages(messages: Sequence[Message], roles: Sequence[str], remedy: str) -> None:
+    """Raises ValueError where one is no message, or has another role than these."""
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise ValueError(f"a message is {message!r:.60}, and no object with text as `content`")
+        if message.get("role") not in roles:
+            raise ValueError(f"a message has the role {message.get('role')!r:.40}; {remedy}")
 
 
 def group_of(episodes: Sequence[Episode]) -> Group:
-    """Returns the samples of the episodes of one prompt. They share a prompt: where there are several sides, it is what
-    all of their conversations begin with."""
-    asked = episodes[0].prompt.ids
-    if episodes[0].environment.players == 1:
-        shared = len(asked)
-    else:
-        starts = [side.prompt_ids for episode in episodes for side in episode.sides.values()]
-        shared = min(shared_tokens(min(starts), max(starts)), min(map(len, starts)) - 1)
+    """Returns the samples of the episodes of one prompt. They share a prompt: what all of their rows begin with."""
+    starts = [row.prompt_ids for episode in episodes for rows in episode.sides.values() for row in rows]
+    shared = shared_tokens(min(starts), max(starts))
+    if episodes[0].environment.players > 1:  # a side that never spoke has a token behind it
+        shared = min(shared, min(map(len, starts)) - 1)
     if shared < 1:
         raise ValueError(
             "rollout.environment: the conversations of the sides begin with different tokens, so they share no prompt; "
@@ -130,10 +166,10 @@ def group_of(episodes: Sequence[Episode]) -> Group:
 class Episodes:
     """Answers prompts as `Generator.generate` does, each with `num_samples` episodes.
 
-    A group holds a sample of every side of every episode. An episode is finished when its environment says so; it is
-    cut, and not finished, at `max_turns`, where a turn reaches `max_new_tokens`, or where `seq_len` is full. The tokens
-    drawn depend only on the weights, the prompt, its seed and example, the sample's number and what the environment
-    answers.
+    A group holds the rows of every side of every episode (see `Sample.attempt`). An episode is finished when its
+    environment says so; it is cut, and not finished, at `max_turns`, where a turn reaches `max_new_tokens`, or where
+    `seq_len` is full. The tokens drawn depend only on the weights, the prompt, its seed and example, the sample's
+    number and what the environment answers.
     """
 
     def __init__(
@@ -145,7 +181,7 @@ class Episodes:
         seq_len: int,
         decode: Callable[[Sequence[int]], str],
     ) -> None:
-        """`decode` returns the text of a turn, as rewards read it; `seq_len` bounds a conversation, in tokens."""
+        """`decode` returns the text of a turn, as rewards read it; `seq_len` bounds a row, in tokens."""
         self.generator, self.renderer, self.make = generator, renderer, make
         self.settings, self.seq_len, self.decode = settings, seq_len, decode
 
@@ -180,7 +216,8 @@ class Episodes:
         return [group_of(each) for each in games]
 
     def _episode(self, prompt: Prompt, number: int) -> Episode:
-        return Episode(self.make(), self.renderer, prompt, number, self.seq_len)
+        new_rows = self.settings.rewritten == "new_row"
+        return Episode(self.make(), self.renderer, prompt, number, self.seq_len, new_rows)
 
     def _next(
         self, ask: Callable[[Sequence[Prompt], Sampling], list[Group]], episodes: Sequence[Episode], sampling: Sampling

@@ -15,11 +15,12 @@ from llmtrain.envs.build import Make
 from llmtrain.envs.dialogue import Renderer, check_template
 
 
-def starts_of(make: Make, keep_thinking: bool) -> Starts:
+def starts_of(make: Make, keep_thinking: bool, new_rows: bool = False) -> Starts:
     """Returns what reads a file in place of `llmtrain.data.encode.encode_rows`: each row is given to an environment,
     and what that starts with is the prompt. A row that it refuses goes to the faults.
 
     The first row shows whether the chat template can render an episode: ValueError, with the remedy, where it cannot.
+    See `check_template` for `keep_thinking` and `new_rows`.
     """
 
     def starts(path: str, tokenizer: Tokenizer, settings: DataConfig, faults: Faults) -> Iterator[Encoded]:
@@ -36,7 +37,7 @@ def starts_of(make: Make, keep_thinking: bool) -> Starts:
             finally:
                 environment.close()
             if not checked:
-                check_template(renderer, messages, environment.role, environment.tools, keep_thinking)
+                check_template(renderer, messages, environment.role, environment.tools, keep_thinking, new_rows)
                 checked = True
             yield Encoded(where, Example(example, prompt=messages), ids, [False] * len(ids))
 

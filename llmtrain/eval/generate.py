@@ -12,7 +12,7 @@ from llmtrain.eval.intervals import bootstrap
 from llmtrain.eval.passk import ks_up_to, majority, pass_at_k
 from llmtrain.rewards import Score
 from llmtrain.rollout.generator import Generator
-from llmtrain.types import Prompt, Sample, Sampling
+from llmtrain.types import Prompt, Sample, Sampling, attempts
 
 SOLVED = 1.0  # reward of a right answer; a lower one is partial credit and counts as wrong
 
@@ -44,19 +44,20 @@ def evaluate_problems(
     sampled tokens, or over the greedy ones where nothing is sampled (nats), `problems`, their number, and
     `reward_errors`, on how many completions the scorer failed; and one record for each completion, the greedy ones
     first: {"problem", "prompt", "completion", "reward", "greedy"}, and "reward_error" where the scorer failed. Raises
-    ValueError without prompts. Of an episode the last turn is the completion, and `transcript` is the whole.
+    ValueError without prompts. Of an episode the last turn is the completion, and `transcript` is the whole, behind
+    `earlier_rows` where its history was rewritten.
     """
     if not prompts:
         raise ValueError("no problems to evaluate: raise eval.problems or fill data.held_out")
-    made: list[list[Sample]] = []  # of each call
+    made: list[list[list[Sample]]] = []  # of each call: the rows of each answer
 
     def complete(request: Sampling, greedily: bool) -> Records:
-        groups = generator.generate(prompts, request)
-        made.append(list(chain.from_iterable(groups)))
-        answered = [(i, decode(s.prompt_ids), decode(s.last_turn)) for i, group in enumerate(groups) for s in group]
+        tries = [(i, rows) for i, group in enumerate(generator.generate(prompts, request)) for rows in attempts(group)]
+        made.append([rows for _, rows in tries])
+        answered = [(i, decode(rows[-1].prompt_ids), decode(rows[-1].last_turn)) for i, rows in tries]
         scores = judge([(i, text) for i, _, text in answered]) if judge else None
-        scores = by_episode(made[-1], scores) if by_episode else scores
-        whole = [{} if all(s.trained) else {"transcript": decode(s.ids)} for s in made[-1]]
+        scores = by_episode([rows[-1] for rows in made[-1]], scores) if by_episode else scores
+        whole = [transcript(rows, decode) for rows in made[-1]]
         lines = zip(answered, scores, whole, strict=True)
         return [record(*each, score) | {"greedy": greedily} | more for each, score, more in lines]
 
@@ -64,13 +65,22 @@ def evaluate_problems(
     sampled = complete(replace(sampling, num_samples=samples), False) if samples else []
     every = list(chain.from_iterable(made))
     scores = measures(first, sampled, len(prompts), samples, classes) | {
-        "entropy": -fmean(chain.from_iterable(map(sampled_logprobs, made[-1]))),
-        "tokens": fmean(s.written_tokens for s in every),
-        "cut_off": fmean(not s.finished for s in every),
+        "entropy": -fmean(chain.from_iterable(map(sampled_logprobs, chain.from_iterable(made[-1])))),
+        "tokens": fmean(sum(s.written_tokens for s in rows) for rows in every),
+        "cut_off": fmean(not rows[-1].finished for rows in every),
         "problems": len(prompts),
         "reward_errors": sum("reward_error" in s for s in first + sampled),
     }
     return scores, first + sampled
+
+
+def transcript(rows: Sequence[Sample], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """Returns what the record of an answer says of an episode: the whole behind its prompt, as it was seen last, and
+    what was seen before its history was rewritten."""
+    if len(rows) == 1 and all(rows[0].trained):
+        return {}
+    *earlier, last = [decode(s.ids) for s in rows]
+    return {"transcript": last} | ({"earlier_rows": earlier} if earlier else {})
 
 
 def sampled_logprobs(sample: Sample) -> list[float]:

@@ -106,17 +106,19 @@ def sample(job: Job, source: RolloutSource, number: int) -> tuple[list[Group], l
 def credit(groups: Sequence[Group], settings: GrpoConfig) -> None:
     """Fills in the columns `advantages` and `weights` (of tokens, in the loss): one value a sample, for each token.
 
-    The rows of one attempt have one advantage, by the reward of the last one, and count once where it is compared.
+    The rows of one attempt have one advantage, by the reward of the last one, and are one answer wherever answers
+    count.
     """
     g, tries = settings, [attempts(group) for group in groups]
     rewards = [[rows[-1].reward - sum(g.kl_coef * divergence(s, g.kl_form) for s in rows) for rows in t] for t in tries]
     exact = torch.tensor(rewards, dtype=torch.float64)  # fp32 would lose the differences of large rewards
     advantages = group_advantages(exact, g.normalize_std, g.baseline, g.std_of, g.std_eps)
     for rows, advantage in zip(chain.from_iterable(tries), advantages.flatten().tolist(), strict=True):
+        written = max(1, sum(sample.written_tokens for sample in rows))
         for sample in rows:
             sample.columns["advantages"] = [advantage] * len(sample.ids)
             if g.aggregate == "sequences":
-                sample.columns["weights"] = [1 / max(1, sum(sample.trained))] * len(sample.ids)
+                sample.columns["weights"] = [1 / written] * len(sample.ids)
 
 
 def divergence(sample: Sample, form: str) -> float:
@@ -183,12 +185,12 @@ def lay_out(
 
 def divided_by(groups: Sequence[Group], config: Config) -> float:
     """Returns what `grpo.aggregate` divides the sum over all these groups by."""
-    samples = sum(map(len, groups))
+    answers = sum(len(attempts(group)) for group in groups)
     match config.grpo.aggregate:
         case "sequences":
-            return samples
+            return answers
         case "constant":
-            return samples * config.rollout.max_new_tokens
+            return answers * config.rollout.max_new_tokens
         case _:
             return policy_tokens(groups)
 

@@ -15,7 +15,7 @@ from llmtrain.rollout.board import Board, Closed, Task
 from llmtrain.rollout.process import Program, Worker, WorkerFault
 from llmtrain.rollout.wire import unpack
 from llmtrain.rollout.worker import request_of
-from llmtrain.types import Group, Prompt, Sampling
+from llmtrain.types import Group, Prompt, Sampling, attempts
 
 LOOK_S = 0.2  # between looks at a worker without a prompt
 END_S = 10.0  # for a thread to kill its worker
@@ -30,7 +30,7 @@ class Orders:
     sampling: Sampling
     inflight: Literal["finish", "continue", "restart"]  # what becomes of an unfinished sample under newer weights
     restarts: int  # of each worker
-    episodes: bool = False  # they play episodes: a sample has a row for each side
+    episodes: bool = False  # they play episodes: a sample is an attempt of each side
     runs: bool = False  # of a program: a sample has as many rows as it began conversations
 
 
@@ -111,12 +111,12 @@ class Fleet:
 
 
 def wrong(groups: dict[int, Group], task: Task, num_samples: int, episodes: bool, runs: bool = False) -> str | None:
-    """Returns what is wrong with the groups that answer a task, None if nothing is. Of `episodes` each has as many rows
-    as sides, of `runs` of a program as many as it wanted, both of which the worker alone knows."""
+    """Returns what is wrong with the groups that answer a task, None if nothing is. Of `episodes` each is as many
+    attempts as it has sides, of `runs` of a program each has as many rows as it wanted: the worker alone knows both."""
     if runs and any(not _all_attempts(group, num_samples) for group in groups.values()):
         return f"a group does not hold rows of {num_samples} runs of the program, one behind the other"
-    rows = [len(group) % num_samples if episodes else len(group) - num_samples for group in groups.values()]
-    if list(groups) != task.numbers or (any(rows) and not runs):
+    tries = [len(attempts(group)) % num_samples if episodes else len(group) - num_samples for group in groups.values()]
+    if list(groups) != task.numbers or (any(tries) and not runs):
         return "the answer is not one group for each prompt"
     wanted = task.weights.version
     versions = {version for group in groups.values() for sample in group for version in sample.versions}

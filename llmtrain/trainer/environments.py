@@ -47,7 +47,9 @@ def prompts_of(config: Config, path: str, tokenizer: Tokenizer) -> PromptSet:
     one that cannot be loaded is refused, and ended again where others run it; in a replay nobody does."""
     seq_len, new, settings = config.train.seq_len, config.rollout.max_new_tokens, config.rollout.environment
     room = f"train.seq_len={seq_len} less rollout.max_new_tokens={new}"
-    starts = None if settings is None else starts_of(make_of(settings), settings.keep_thinking)
+    starts = None
+    if settings is not None:
+        starts = starts_of(make_of(settings), settings.keep_thinking, settings.rewritten == "new_row")
     if (agent := config.rollout.agent) is not None:
         program, starts = program_of(agent), examples
         if config.rollout.replay is None:

@@ -34,7 +34,7 @@ from llmtrain.trainer.job import Job
 from llmtrain.trainer.record import CURRICULUM, STEP_SAMPLES
 from llmtrain.trainer.recorded import Recording, Replayed, made_with
 from llmtrain.trainer.verify import load_verified
-from llmtrain.types import Group, Prompt, Sample, Sampling
+from llmtrain.types import Group, Prompt, Sample, Sampling, attempts
 
 PROMPTS = "prompts"  # key in Job.state: how many the run has sampled
 
@@ -111,11 +111,13 @@ def sampling_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InSt
     shared = shared_reward(build_reward(config.rewards, completion_text(config, job.tokenizer)), job.mesh)
 
     def reward(groups: Sequence[Group]) -> None:
-        judged = judged_by_environment(groups)
-        shared(groups)
-        rewards = [*config.rewards, *add_parts(groups, judged, environment)]
-        count_failures(rewards, groups)  # here, where every rank has all groups
-        stop_if_failing([*rewards, *failures_of(environment)], [s.errors for group in groups for s in group])
+        last = last_rows(groups)
+        judged = judged_by_environment(last)
+        shared(last)
+        rewards = [*config.rewards, *add_parts(last, judged, environment)]
+        count_failures(rewards, last)  # here, where every rank has all groups
+        spread_rewards(groups)
+        stop_if_failing([*rewards, *failures_of(environment)], [s.errors for group in last for s in group])
 
     if config.rollout.max_staleness:
         job.ahead = build_ahead(job, prompts, prompts_per_step, first_prompt(job, job.step, prompts_per_step), reward)
@@ -124,6 +126,18 @@ def sampling_source(job: Job, prompts: PromptSet, prompts_per_step: int) -> InSt
     order = curriculum(job, prompts, prompts_per_step)
     load = partial(load_verified, job)
     return InStep(job.generator, prompts, prompts_per_step, sampling, reward, config.seed, order, load)
+
+
+def last_rows(groups: Sequence[Group]) -> list[Group]:
+    """Returns the last row of each attempt of the groups: what is rewarded."""
+    return [[rows[-1] for rows in attempts(group)] for group in groups]
+
+
+def spread_rewards(groups: Sequence[Group]) -> None:
+    """Gives the rows of each attempt the reward of its last one, with its parts and errors."""
+    for *rows, last in chain.from_iterable(map(attempts, groups)):
+        for row in rows:
+            row.reward, row.parts, row.errors = last.reward, dict(last.parts), dict(last.errors)
 
 
 def curriculum(job: Job, prompts: PromptSet, prompts_per_step: int) -> Curriculum | None:
@@ -176,25 +190,27 @@ def read_prompts(job: Job) -> PromptSet:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Returns what metrics.jsonl says of samples: their rewards, lengths in tokens, and how many were finished."""
-    samples = list(chain.from_iterable(groups))
+    """Returns what metrics.jsonl says of samples: their rewards, lengths in tokens, and how many were finished. Rows of
+    one attempt are one sample."""
+    rows, last = list(chain.from_iterable(groups)), last_rows(groups)
+    samples = list(chain.from_iterable(last))
     return {
         STEP_SAMPLES: len(samples),
         "reward_mean": sum(s.reward for s in samples) / len(samples),
-        **reward_metrics(groups),
-        "response_tokens_mean": sum(s.written_tokens for s in samples) / len(samples),
+        **reward_metrics(last),
+        "response_tokens_mean": sum(s.written_tokens for s in rows) / len(samples),
         "finished_fraction": sum(s.finished for s in samples) / len(samples),
-        **episode_metrics(samples),
+        **episode_metrics(rows, len(samples)),
     }
 
 
-def episode_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns the turns of the policy a sample, and the tokens that its environment wrote; nothing where it wrote
-    none."""
-    heard = sum(len(s.ids) - s.written_tokens for s in samples)
-    turns = sum(written for s in samples for written, _ in s.turns()) if heard else 0
-    means = {"turns_mean": turns / len(samples), "environment_tokens_mean": heard / len(samples)}
-    return means if heard else {}
+def episode_metrics(rows: Sequence[Sample], samples: int) -> dict[str, float]:
+    """Returns the turns of the policy a sample, the tokens that it did not write, and where some samples have several
+    the rows; nothing where it wrote all."""
+    heard = sum(len(s.ids) - s.written_tokens for s in rows)
+    turns = sum(written for s in rows for written, _ in s.turns()) if heard else 0
+    means = {"turns_mean": turns / samples, "environment_tokens_mean": heard / samples}
+    return means | ({"rows_mean": len(rows) / samples} if len(rows) > samples else {}) if heard else {}
 
 
 @contextlib.contextmanager

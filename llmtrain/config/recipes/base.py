@@ -37,12 +37,14 @@ def fixed_rows(config: Config) -> StepSize:
 
 
 def episode_rows(config: Config) -> int:
-    """Returns the rows to train on that an episode gives at most: one, or one of each side of a game; an agent's or
-    environment's own number is `plan.episode_rows`. A completion that stands alone is one row."""
+    """Returns the rows to train on that an episode gives at most: one, or one of each side of a game, or of each turn
+    where turns may begin new rows; an agent's or environment's own number is `plan.episode_rows`. A completion that
+    stands alone is one row."""
     environment, said = config.rollout.environment, config.plan.episode_rows
     if environment is None:
         return (said or 1) if config.rollout.agent is not None else 1
-    return said or (SIDES if environment.game else 1)
+    sides = SIDES if environment.game else 1
+    return said or (max(sides, environment.max_turns) if environment.rewritten == "new_row" else sides)
 
 
 def rows_of(config: Config, prompts: int) -> int:
