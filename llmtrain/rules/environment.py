@@ -121,6 +121,15 @@ def _own_code(case: Case) -> Iterator[str]:
         )
 
 
+def _rewritten(case: Case) -> Iterator[str]:
+    e = _settings(case)
+    if e.rewritten == "new_row" and e.keep_thinking:
+        yield (
+            f"{KEY}.rewritten=new_row: begins a row where the template drops a thought, and keep_thinking=true keeps it "
+            "in the row that there is; remove one of them"
+        )
+
+
 def _single_answers(case: Case) -> Iterator[str]:
     yield f"{KEY}: not in {case.command}, which compares single answers; remove it"
 
@@ -141,6 +150,7 @@ ENVIRONMENT_RULES: Rules = (
     (_there, _web),
     (_there, _own_code),
     (_there, _servers),
+    (_there, _rewritten),
     (lambda case: _there(case) and case.command in JUDGES, _single_answers),
     (lambda case: _there(case) and case.command == "eval", _test_time),
     (lambda case: _there(case) and evaluates_problems(case), _one_winner),

@@ -33,6 +33,11 @@ def lines(folder: Path, command: str, environment: str, *overrides: str) -> list
             "rollout.environment: must name what the policy talks to; set one of tools, such as .calculator.",
         ),
         ("grpo", "{tools: [python], game: nim}", "rollout.environment.game=nim: not together with tools; remove one"),
+        (
+            "grpo",
+            "{tools: [python], rewritten: new_row, keep_thinking: true}",
+            "rollout.environment.rewritten=new_row: begins a row where the template drops a thought, .* remove one of",
+        ),
         ("grpo", "{tools: [search]}", "rollout.environment.tools=search: needs a store; set .*search.store to one"),
         ("grpo", "{tools: [search], search: {store: gone}}", "rollout.environment.search.store=gone: does not exist"),
         (

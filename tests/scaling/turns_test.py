@@ -177,8 +177,11 @@ def test_a_game_gives_a_row_of_each_side(tmp_path: Path) -> None:
     assert turns(config, recipe, p)["sampling"]["KV cache"] == 64 * 4096 * 32 * 2 * 8 * 128 * 2
     config, recipe, _ = found(tmp_path, "grpo: {prompts_per_step: 64}", *nim, "plan.episode_rows=3")
     assert recipe.passes_of(config).seqs == 3072
-    config, recipe, _ = found(tmp_path, "grpo: {prompts_per_step: 64}", "rollout.environment.tools=[calculator]")
+    tools = ("grpo: {prompts_per_step: 64}", "rollout.environment.tools=[calculator]")
+    config, recipe, _ = found(tmp_path, *tools)
     assert recipe.passes_of(config).seqs == 1024
+    config, recipe, _ = found(tmp_path, *tools, "rollout.environment.rewritten=new_row")
+    assert recipe.passes_of(config).seqs == 1024 * 8  # each of the turns may begin a row
 
 
 def test_pairs_without_another_model_have_no_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
