@@ -125,8 +125,8 @@ def _rewritten(case: Case) -> Iterator[str]:
     e = _settings(case)
     if e.rewritten == "new_row" and e.keep_thinking:
         yield (
-            f"{KEY}.rewritten=new_row: begins a row where the template drops a thought, and keep_thinking=true keeps it "
-            "in the row that there is; remove one of them"
+            f"{KEY}.rewritten=new_row: begins a row where the template drops a thought, and keep_thinking=true keeps "
+            "it in the row that there is; remove one of them"
         )
 
 

@@ -88,6 +88,30 @@ def test_an_environment_scores_its_episodes() -> None:
     assert [r["reward"] for r in records[:3]] == [1.0, 0.0, 0.0] and "maj@4" not in scores
 
 
+def test_rows_of_an_episode_are_one_answer() -> None:
+    """The second answer to each problem was given in two rows: its last one is judged, both are told and counted."""
+
+    class Rows:
+        def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+            def row(attempt: int, ids: list[int], finished: bool = True) -> Sample:
+                trained = [False, *[True] * (len(ids) - 1)]
+                return Sample([100], ids, trained, [-0.5] * len(ids), [0] * len(ids), finished, attempt=attempt)
+
+            return [[row(0, [1, 5]), row(1, [2, 8, 8, 8]), row(1, [3, 7], finished=False)] for _ in prompts]
+
+    seen = []
+
+    def judge(pairs: Sequence[tuple[int, str]]) -> list[Score]:
+        seen.extend(pairs)
+        return [judged(i, text) for i, text in pairs]
+
+    scores, records = _evaluate(Rows(), [Prompt([100])], greedy=False, judge=judge, samples=2)
+    assert seen == [(0, "5"), (0, "7")] and scores["pass@1"] == 0.5 and scores["pass@2"] == 1.0
+    assert (scores["tokens"], scores["cut_off"], scores["entropy"]) == ((1 + 3 + 1) / 2, 0.5, 0.5)
+    assert [record["transcript"] for record in records] == ["1 5", "3 7"]
+    assert [record.get("earlier_rows") for record in records] == [None, ["2 8 8 8"]]
+
+
 def test_no_problems_is_refused() -> None:
     with pytest.raises(ValueError, match="no problems"):
         _evaluate(Scripted(), [])

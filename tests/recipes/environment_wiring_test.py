@@ -115,6 +115,60 @@ def test_an_environment_rewards_too(talking: Callable[..., Job]) -> None:
     assert sum(own for own, _ in second.turns()) == 8
 
 
+REWRITES = """
+from llmtrain.envs.base import Reply
+class Sums:
+    tools, role, players = (), "user", 1
+    def start(self, example):
+        self.turn = 0
+        return [{"role": "user", "content": example["prompt"]}]
+    def step(self, text):
+        self.turn += 1
+        if self.turn == 3 or text == "7":
+            return Reply(done=True, parts={"turns": self.turn / 4})
+        return Reply(history=[{"role": "user", "content": f"again: turn {self.turn}"}])
+    def close(self):
+        pass
+"""
+
+
+def test_an_episode_of_several_rows_is_rewarded_once(
+    talking: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sample 0 goes over three rows to the right answer, sample 1 is wrong at once: what was rewarded, counted and
+    compared are two answers a prompt. The batch of the update has all rows."""
+    (tmp_path / "sums.py").write_text(REWRITES)
+    own = f'rollout.environment={{"function": "{tmp_path}/sums.py:Sums", "unsandboxed": true}}'
+
+    def says(context: str, number: int) -> str:
+        return "42" if "turn 2" in context else "8" if "turn 1" in context else "7" if number else "9"
+
+    rows = [{"prompt": "6*7", "answer": "42"}, {"prompt": "7*6", "answer": "42"}]
+    job = talking(says, rows, *TOOLS, own, "grpo.normalize_std=false", "rollout.max_logprob_gap=1.0")
+    asked = []
+    build = rollouts.build_reward
+
+    def counting(rewards: Any, decode: Any) -> Any:
+        reward = build(rewards, decode)
+        return lambda groups: (asked.append([len(group) for group in groups]), reward(groups))
+
+    monkeypatch.setattr(rollouts, "build_reward", counting)
+    source = build_source(job, read_prompts(job), 2)
+    source.publish([], 0)
+    groups = source.take(0)
+    assert asked == [[2, 2]]
+    for group in groups:
+        assert [s.attempt for s in group] == [0, 0, 0, 1]
+        assert [s.reward for s in group] == [1.75] * 3 + [0.25]
+        assert all(s.parts == {"first_integer": 1.0, "turns": 0.75} for s in group[:3])
+    found = rollout_metrics(groups)
+    assert (found["step_samples"], found["reward_mean"], found["rows_mean"], found["turns_mean"]) == (4, 1.0, 2.0, 2.0)
+    assert found["reward/first_integer"] == 0.5 and found["reward/turns"] == 0.5 and found["finished_fraction"] == 1.0
+    assert found["response_tokens_mean"] == sum(s.written_tokens for group in groups for s in group) / 4
+    grpo.credit(groups, job.config.grpo)
+    assert [s.columns["advantages"][-1] for group in groups for s in group] == [0.75, 0.75, 0.75, -0.75] * 2
+
+
 def test_rows_that_an_environment_refuses_are_all_named(talking: Callable[..., Job], tmp_path: Path) -> None:
     job = talking(calls_first, [{"prompt": "1"}, {"answer": 3}, {"answer": 4}], *TOOLS)
     with pytest.raises(ValueError) as refused:

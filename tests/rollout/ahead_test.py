@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -199,6 +200,9 @@ def test_what_is_wrong_with_an_answer() -> None:
     assert wrong({4: pair, 5: pair}, task, 2, False) is wrong({4: game, 5: game}, task, 2, True) is None
     assert wrong({4: pair, 5: game}, task, 2, False) == "the answer is not one group for each prompt"
     assert wrong({5: pair, 4: pair}, task, 2, False) == wrong({4: game, 5: game[:3]}, task, 2, True)
+    rows = [replace(row, attempt=i) for i in (0, 0, 0, 1)]  # of a rewritten history
+    assert wrong({4: rows, 5: rows[2:]}, task, 2, True) is None
+    assert wrong({4: rows, 5: rows[:3]}, task, 2, True) == "the answer is not one group for each prompt"
     newer, older = (Sample([1], [2, 2], [True] * 2, [0.0] * 2, [3, v], True) for v in (4, 2))
     question = Task([4, 5], weights, Question([], Sampling(1), weights, 1))
     assert wrong({4: pair, 5: [row, newer]}, task, 2, False) is None  # it may have gone on
