@@ -26,9 +26,10 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def log(message: str) -> None:
-    """Prints one line on stderr, above a running progress bar; silent on ranks > 0."""
-    if is_main():
+def log(message: str, any_rank: bool = False) -> None:
+    """Prints one line on stderr, above a running progress bar; silent on ranks > 0, but for what `any_rank` has to
+    say."""
+    if any_rank or is_main():
         _console.print(message, markup=False, soft_wrap=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -73,8 +73,8 @@ class Link:
 
 @dataclass
 class SideGroup:
-    """Exchanges JSON between the ranks of the own role from another thread than the training's: collectives of two
-    threads in one group would meet the wrong partners. Over gloo, on GPUs too."""
+    """Exchanges data between ranks of the own role from another thread than the training's: collectives of two threads
+    in one group would meet the wrong partners. Over gloo, on GPUs too."""
 
     rank: int
     size: int
@@ -82,8 +82,11 @@ class SideGroup:
 
     def all_gather_json(self, value: object) -> list:
         """Returns the value of every rank, as `Mesh.all_gather_json` does."""
-        gather = partial(dist.all_gather, group=self.group)
-        return [_decode(part) for part in _all_gather_bytes(_encode(value), self.size, torch.device("cpu"), gather)]
+        return [_decode(part) for part in self.all_gather_bytes(_encode(value))]
+
+    def all_gather_bytes(self, data: Tensor) -> list[Tensor]:
+        """Returns the tensor of every rank, as `Mesh.all_gather_bytes` does."""
+        return _all_gather_bytes(data, self.size, torch.device("cpu"), partial(dist.all_gather, group=self.group))
 
 
 @dataclass
@@ -160,9 +163,18 @@ class Mesh:
         """Returns the JSON values of all ranks of the own role. Floats survive exactly."""
         return [_decode(part) for part in self.all_gather_bytes(_encode(value))]
 
-    def side_group(self, timeout_s: int) -> SideGroup:
-        """Returns a new group of all ranks of the own role (a collective)."""
-        return SideGroup(self.rank, self.size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+    def side_group(self, timeout_s: int, ranks: Sequence[int] | None = None) -> SideGroup:
+        """Returns a new group of these ranks of the own role, None = of all, in which they are counted from 0 (a
+        collective of all); of use to its members alone."""
+        members = list(range(self.size)) if ranks is None else list(ranks)
+        group = dist.new_group(members, backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return SideGroup(members.index(self.rank) if self.rank in members else -1, len(members), group)
+
+    def leaders(self) -> list[int]:
+        """Returns the first rank of each machine, as the launcher numbers those of a machine (LOCAL_RANK), of the own
+        role (a collective). Rank 0 is always one."""
+        local = self.all_gather_json(int(os.environ.get("LOCAL_RANK", "0")))
+        return [rank for rank, number in enumerate(local) if number == 0 or rank == 0]
 
     def table(self) -> str:
         """Returns one line a rank, for the log at start."""

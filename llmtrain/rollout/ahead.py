@@ -5,44 +5,62 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from itertools import chain
 
 import torch
 
 from llmtrain.data.prompts import PromptSet
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.rollout.board import Board, Limits, WorkersFail
+from llmtrain.rollout.board import Board, Counts, Limits, share_of
 from llmtrain.rollout.fleet import Fleet, Orders
 from llmtrain.rollout.generator import Weights
+from llmtrain.rollout.machines import Gathering, Said, gathered, heard, waited
 from llmtrain.rollout.question import Question
 from llmtrain.rollout.shared_weights import share
-from llmtrain.rollout.wire import pack, unpack
 from llmtrain.types import Group, Prompt, Reward, Sampling
 
-ROOT = 0  # the trainer that keeps the workers
+ANSWER_S = 86400  # how long a trainer waits to be asked something beside; the launcher ends it when rank 0 is gone
 
 
 class Pinned:
     """Answers prompts as `Generator.generate` does, by workers that have nothing to sample for a step, with the weights
     that were the newest when it was made."""
 
-    def __init__(self, board: Board, most_samples: int) -> None:
-        """`most_samples` bounds what a worker is given at once."""
+    def __init__(self, board: Board, most_samples: int, ranks: Gathering) -> None:
+        """`most_samples` bounds what a worker is given at once; `ranks` are the trainers that keep workers."""
         assert board.weights is not None
-        self.board, self.weights, self.most_samples = board, board.weights, most_samples
+        self.board, self.weights, self.most_samples, self.ranks = board, board.weights, most_samples, ranks
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Returns the groups in the order of the prompts; for another thread than the trainer's. Raises as
-        `Board.answers` does."""
+        """Returns the groups in the order of the prompts, on every trainer that keeps workers (a collective of them;
+        all pass the same prompts); for another thread than the trainer's. Raises on all FloatingPointError when the
+        model has diverged, WorkersFail for whatever else ends it on one of them."""
+        found, said = waited(self.board, dict)
+        owed = list(range(len(prompts))) if self.ranks.rank == 0 else []  # to begin with, the first owes all
+        while True:
+            owners, left = heard(self.ranks.all_gather_json({**said, "owed": owed}))
+            if not left:
+                return gathered(self.ranks, found, {place: prompt.ids for place, prompt in enumerate(prompts)})
+            mine = share_of(left, owners, self.ranks.rank)
+            part, said = waited(self.board, partial(self._answers, mine, prompts, sampling))
+            found |= part
+            owed = [place for place in mine if place not in part]
+
+    def _answers(self, places: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> dict[int, Group]:
+        """Returns the groups at those of these places that workers of this trainer have answered: all, if any is
+        left."""
         at_once = max(1, self.most_samples // sampling.num_samples)
-        return self.board.answers(Question(prompts, sampling, self.weights, at_once))
+        question = Question([prompts[place] for place in places], sampling, self.weights, at_once)
+        return {places[i]: group for i, group in self.board.answers(question).items()}
 
 
 class Ahead:
     """Implements a `RolloutSource` with bounded staleness: `take` waits for groups that were begun earlier.
 
-    No token that a step trains on was written by weights of more than `limits.max_staleness` steps before. Only
-    trainer 0 keeps workers; it hands the others what they answer.
+    No token that a step trains on was written by weights of more than `limits.max_staleness` steps before. The first
+    trainer of each machine keeps workers there, for a share of the prompts; all hand one another what these answer.
     """
 
     def __init__(
@@ -57,15 +75,21 @@ class Ahead:
         first: int,
         verify: bool = False,
     ) -> None:
-        """`first` is the number of the first prompt that the run still wants; `dtype` that of the sampling model; with
-        `verify` workers compare the checksums of all weights with what they hold."""
+        """Starts the workers of `orders`, none where it has no settings (a collective). `first` is the number of the
+        first prompt that the run still wants; `dtype` that of the sampling model; with `verify` workers compare the
+        checksums of all weights with what they hold."""
         self.verify = verify
         self.mesh, self.prompts, self.limits, self.reward = mesh, prompts, limits, reward
         self.seed, self.dtype, self.version = seed, dtype, 0
-        self.board = Board(limits, first, set(range(len(orders.program.settings))))
-        self.fleet = Fleet(self.board, orders) if mesh.rank == ROOT else None
-        self.samples = orders.sampling.num_samples
+        own = orders.program.settings
+        kept = mesh.all_gather_json(len(own))
+        self.keepers = [rank for rank, workers in enumerate(kept) if workers]
+        owners = [rank for rank in self.keepers for _ in range(kept[rank])]
+        self.board = Board(limits, first, set(own), mesh.rank, owners)
+        self.fleet = Fleet(self.board, orders) if own else None
+        self.samples, self.beside = orders.sampling.num_samples, None
         self.waited_s, self.waiting, self.ages = 0.0, 0, []
+        self.counts, self.elsewhere = Counts(), 0
 
     def take(self, step: int) -> list[Group]:
         """Returns the groups of a step, rewarded; see RolloutSource."""
@@ -86,7 +110,8 @@ class Ahead:
         return groups
 
     def publish(self, weights: Weights, version: int) -> None:
-        """Makes these weights the newest, for what is begun from now on; see RolloutSource."""
+        """Makes these weights the newest, for what is begun from now on: one copy on each machine; see
+        RolloutSource."""
         self.version = version
         if self.fleet is not None:
             self.board.publish(share(weights, version, self.dtype, self.verify))
@@ -94,9 +119,14 @@ class Ahead:
         for _ in weights:  # a collective
             pass
 
-    def pinned(self) -> Pinned:
-        """Returns what answers other prompts with the newest weights of now, on the trainer that keeps the workers."""
-        return Pinned(self.board, self.limits.at_once * self.samples)
+    def pinned(self) -> Pinned | None:
+        """Returns what answers other prompts with the newest weights of now, on the trainers that keep workers; None on
+        others (a collective)."""
+        if self.beside is None:
+            self.beside = self.mesh.side_group(ANSWER_S, self.keepers)
+        if self.fleet is None:
+            return None
+        return Pinned(self.board, self.limits.at_once * self.samples, self.beside)
 
     def close(self) -> None:
         """Ends the workers; see RolloutSource."""
@@ -105,7 +135,7 @@ class Ahead:
 
     def report(self) -> dict[str, float]:
         """Returns what metrics.jsonl says of the step that ends: see docs/rollouts/ahead.md."""
-        counts, _ = self.board.flush()
+        counts, self.counts = self.counts + self.board.flush(), Counts()
         ages, self.ages = self.ages or [0], []
         waited_s, self.waited_s = self.waited_s, 0.0
         begun = max(1, counts.begun * self.samples + counts.rejected)
@@ -115,32 +145,33 @@ class Ahead:
             "queue_groups": self.waiting,
             "trainer_idle_s": waited_s,
             "workers_idle_s": counts.rest_s,
-            "workers": len(self.board.live),
+            "workers": len(self.board.live) + self.elsewhere,
             "rejected_fraction": (counts.given_back * self.samples + counts.rejected) / begun,
             "load_bytes": counts.loaded_bytes,
             "load_s": counts.load_s,
         }
 
-    def _awaited(self, numbers: range) -> list[Group]:
-        """Waits for the groups, on the trainer that keeps the workers."""
-        began, self.waiting = time.perf_counter(), len(self.board.done)
-        groups = self.board.take(numbers)
-        self.waited_s += time.perf_counter() - began
-        return groups
-
     def _shared(self, numbers: range) -> list[Group]:
-        """Returns what trainer 0 waits for, on every trainer (a collective); all raise what it raises."""
-        groups, error = [], None
-        if self.fleet is not None:
-            try:
-                groups = self._awaited(numbers)
-            except Exception as failed:  # of any kind: the other trainers wait to hear of it
-                error = [type(failed).__name__, str(failed)]
-        if (told := self.mesh.all_gather_json(error)[ROOT]) is not None:
-            kind, reason = told
-            raise FloatingPointError(reason) if kind == "FloatingPointError" else WorkersFail(reason)
-        if self.mesh.size == 1:
-            return groups
+        """Returns the groups of the prompts on every trainer, once workers have answered all (a collective). Raises as
+        `ask` does."""
+        began, found, queue = time.perf_counter(), {}, len(self.board.done)
+        self.board.ask(numbers)
+        while True:
+            part, said = waited(self.board, partial(self.board.take, numbers))
+            found |= part
+            counts = asdict(self.board.flush())
+            every = self.mesh.all_gather_json({**said, "owed": self.board.owed(), "queue": queue, "counts": counts})
+            owners, owed = heard(every)
+            self.board.deal(owners, owed)
+            self._note(every)
+            if not owed:
+                break
+        self.waited_s += time.perf_counter() - began
         ids = {number: self.prompts.prompt_ids(self.prompts.at(number, self.seed)) for number in numbers}
-        data = self.mesh.all_gather_bytes(pack(dict(zip(numbers, groups, strict=False)), ids))[ROOT]
-        return list(unpack(data, ids).values())
+        return gathered(self.mesh, found, ids)
+
+    def _note(self, every: Sequence[Said]) -> None:
+        """Notes what all trainers say of their workers, for the report."""
+        self.waiting = sum(said["queue"] for said in every)
+        self.elsewhere = sum(said["live"] for rank, said in enumerate(every) if rank != self.mesh.rank)
+        self.counts = sum((Counts(**said["counts"]) for said in every), self.counts)

@@ -39,7 +39,7 @@ class Fleet:
 
     def __init__(self, board: Board, orders: Orders) -> None:
         self.board, self.orders = board, orders
-        workers = range(len(orders.program.settings))
+        workers = orders.program.settings
         self.threads = [threading.Thread(target=self._keep, args=(i,), daemon=True) for i in workers]
         for thread in self.threads:
             thread.start()

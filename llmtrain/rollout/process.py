@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Program:
     """
 
     command: Sequence[str]  # gets the descriptor of its socket and the id of this process as arguments
-    settings: Sequence[dict[str, Any]]  # for each worker, as JSON
+    settings: Mapping[int, dict[str, Any]]  # for each worker that is started here, by its number, as JSON
     directory: str  # where the logs of the workers lie
     deadline_s: float  # to start, to take weights, to answer a request
 

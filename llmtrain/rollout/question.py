@@ -49,7 +49,3 @@ class Question:
         self.under_way = {place: who for place, who in self.under_way.items() if who != worker}
         self.open = sorted([*self.open, *lost])
         return len(lost)
-
-    def groups(self) -> list[Group]:
-        """Returns the answers in the order of the prompts."""
-        return [self.done[place] for place in range(len(self.prompts))]

@@ -25,9 +25,10 @@ PLAYING = (sys.executable, "-m", "llmtrain.envs.worker_process")  # episodes, or
 
 
 def build_ahead(job: Job, prompts: PromptSet, prompts_per_step: int, first: int, reward: Reward) -> Ahead:
-    """Returns the source, whose workers start now; `first` is the number of the first prompt that the run wants."""
+    """Returns the source, whose workers start now, on each machine its share; `first` is the number of the first prompt
+    that the run wants (a collective)."""
     r, seed, dtype = job.config.rollout, job.config.seed, compute_dtype(job.config.engine.precision)
-    settings = [settings_of(job, dtype, worker) for worker in range(r.workers)]
+    settings = {worker: settings_of(job, dtype, device) for worker, device in own_workers(job).items()}
     limits = Limits(
         prompts_per_step,
         r.max_staleness,
@@ -47,13 +48,25 @@ def build_ahead(job: Job, prompts: PromptSet, prompts_per_step: int, first: int,
     return Ahead(job.mesh, prompts, limits, orders, reward, seed, dtype, first, r.verify == "checksum")
 
 
-def settings_of(job: Job, dtype: torch.dtype, worker: int) -> dict[str, Any]:
+def own_workers(job: Job) -> dict[int, str]:
+    """Returns the device of each worker that this trainer keeps, by the worker's number (a collective): the machines
+    get workers in turn, and the first trainer of each keeps them."""
+    leaders, mesh = job.mesh.leaders(), job.mesh
+    if mesh.rank not in leaders:
+        return {}
+    machine = leaders.index(mesh.rank)
+    trainers = [*leaders[1:], mesh.size][machine] - mesh.rank
+    own = range(machine, job.config.rollout.workers, len(leaders))
+    return {worker: device_of(mesh.device, trainers + i) for i, worker in enumerate(own)}
+
+
+def settings_of(job: Job, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Returns what a worker is built from, as JSON."""
     return {
         "kind": "settings",
         "model": without_adapters(job.model).model_dump(mode="json"),
         "dtype": str(dtype).removeprefix("torch."),
-        "device": device_of(job, worker),
+        "device": device,
         "rollout": job.config.rollout.model_dump(mode="json"),
         "max_seq_tokens": job.config.train.seq_len,
         "tokenizer": tokenizer_dir(job.config),
@@ -70,8 +83,9 @@ def of_playing(config: Config) -> dict[str, Any]:
     return {**template, "rewarded": bool(config.rewards)}
 
 
-def device_of(job: Job, worker: int) -> str:
-    """Returns the device of a worker: the GPUs behind those of the trainers, in turn with these where none is left."""
-    if job.mesh.device.type != "cuda":
-        return str(job.mesh.device)
-    return f"cuda:{(job.mesh.size + worker) % torch.cuda.device_count()}"
+def device_of(of_trainer: torch.device, place: int) -> str:
+    """Returns the device of what is the trainers' neighbour at this place on their machine, from 0, counted on behind
+    their own: a GPU of its own, in turn with theirs where none is left."""
+    if of_trainer.type != "cuda":
+        return str(of_trainer)
+    return f"cuda:{place % torch.cuda.device_count()}"

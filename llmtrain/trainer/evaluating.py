@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from llmtrain.arch.resolve import resolve_model
@@ -21,7 +22,7 @@ from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine.build import Role, build_frozen
 from llmtrain.envs.parts import episode_scores
 from llmtrain.eval.generate import Classes, Judge, evaluate_problems
-from llmtrain.eval.ranks import IDLE_S, agreed, lead, sharing
+from llmtrain.eval.ranks import IDLE_S, Leading, agreed, lead, sharing
 from llmtrain.eval.testtime.problems import Problems
 from llmtrain.observe.beside import PREFIX
 from llmtrain.observe.log import as_line, log
@@ -177,15 +178,15 @@ class Evaluation:
         collective)."""
         self.found_late |= self.beside.settle()
         job, began = self.job, time.perf_counter()
-        step, generator = job.step, job.ahead.pinned() if job.mesh.rank == 0 else None
+        step, pinned = job.step, job.ahead.pinned()
 
-        def work() -> dict[str, float]:
+        def work(generator: Leading) -> dict[str, float]:
             asked = posed(job.config, problems, job.tokenizer)
             found = plain(problem_scores(job.config, asked, job.tokenizer, generator)[0])
             log(f"evaluated beside training, step {step}: {as_line(found)}")
             return prefixed(found) | {"eval_beside_s": time.perf_counter() - began}
 
-        self.beside.begin(step, work)
+        self.beside.begin(step, None if pinned is None else partial(lead, pinned.ranks, pinned, work))
 
     def _unanswered(self) -> bool:
         """Returns whether the line of this step lacks what problems were to give (a collective)."""

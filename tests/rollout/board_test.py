@@ -27,6 +27,11 @@ def begun(b: Board, worker: int = 0) -> list[int]:
     return [] if task is None else task.numbers
 
 
+def taken(b: Board, numbers: range) -> list[Group]:
+    b.ask(numbers)
+    return list(b.take(numbers).values())
+
+
 def groups(numbers: list[int]) -> dict[int, Group]:
     return {n: [Sample([n], [n], [True], [-1.0], [0], True)] for n in numbers}
 
@@ -43,7 +48,7 @@ def test_how_far_ahead_prompts_are_begun() -> None:
         b.publish(weights(0))
         assert begun(b) == ahead
         b.finish(0, groups(ahead))
-        assert [g[0].ids for g in b.take(range(2))] == [[0], [1]]
+        assert [g[0].ids for g in taken(b, range(2))] == [[0], [1]]
         assert begun(b) == []
         b.publish(weights(1))
         assert begun(b) == [ahead[-1] + 1, ahead[-1] + 2]
@@ -53,8 +58,8 @@ def test_a_step_that_asks_again_takes_what_was_begun_for_the_next() -> None:
     b = board()
     b.publish(weights(0))
     b.finish(0, groups(begun(b)))
-    b.take(range(2))
-    b.take(range(2, 4))  # which would have been those of step 1
+    taken(b, range(2))
+    taken(b, range(2, 4))  # which would have been those of step 1
     assert begun(b) == [4, 5]  # for step 1, by weights of version 0
     b.finish(0, groups([4, 5]))
     b.publish(weights(1))
@@ -66,9 +71,9 @@ def test_nothing_is_sampled_for_steps_behind_the_last() -> None:
     b.publish(weights(1))  # steps 1 and 2 are left
     assert begun(b) == [0, 1, 2, 3]
     b.finish(0, groups([0, 1, 2, 3]))
-    b.take(range(2))
+    taken(b, range(2))
     b.publish(weights(2))
-    b.take(range(2, 4))
+    taken(b, range(2, 4))
     assert begun(b) == []
 
 
@@ -76,10 +81,10 @@ def test_the_last_step_may_ask_again() -> None:
     b = board(steps=1)
     b.publish(weights(0))
     b.finish(0, groups(begun(b)))
-    b.take(range(2))
+    taken(b, range(2))
     assert begun(b) == []
     with pytest.raises(WorkersFail):
-        b.take(range(2, 4))  # nobody answers, but now they are open
+        taken(b, range(2, 4))  # nobody answers, but now they are open
     assert begun(b) == [2, 3]
 
 
@@ -110,26 +115,29 @@ def test_the_prompts_of_a_failed_worker_go_first() -> None:
     b.next = 2  # as if step 0 had taken its prompts
     task = b.begin(1, 0.0)
     assert task == Task([0, 1, 2, 3, 8, 9], b.weights) and task.weights.version == 1  # the newest weights
-    counts, waiting = b.flush()
-    assert (counts.begun, counts.given_back, waiting) == (14, 4, 4)
+    counts = b.flush()
+    assert (counts.begun, counts.given_back, len(b.done)) == (14, 4, 4)
 
 
-def test_without_workers_the_trainer_is_told() -> None:
+def test_without_workers_what_is_done_is_taken_and_the_rest_is_owed() -> None:
     b = board(workers=2)
+    b.begin(0, 0.0), b.begin(1, 0.0)
     b.publish(weights(0))
-    begun(b, 0)
+    assert (begun(b, 0), begun(b, 1)) == ([0, 1], [2, 3])
+    b.finish(0, groups([0, 1]))
     b.fail(0, "worker 0: killed", starts_left=0)
-    assert b.error is None
+    assert b.owed() == []
     b.fail(1, "worker 1: too slow", starts_left=0)
-    with pytest.raises(WorkersFail, match="no rollout worker is left; the last one: worker 1: too slow"):
-        b.take(range(2))
+    assert [g[0].ids for g in taken(b, range(2))] == [[0], [1]] and b.last_fault == "worker 1: too slow"
+    assert b.owed() == [2, 3] and b.owed() == []
+    assert taken(b, range(2, 4)) == [] and b.owed() == [4, 5]  # which that step may still begin
 
 
 def test_the_trainer_does_not_wait_for_ever() -> None:
     b = board()
     began = time.monotonic()
     with pytest.raises(WorkersFail, match=r"no rollout worker gave a sign of life in 0\.5 s"):
-        b.take(range(2))
+        taken(b, range(2))
     assert time.monotonic() - began < 5
 
 
@@ -155,9 +163,10 @@ def test_rest_is_counted_once() -> None:
     b = board()
     begun(b)
     time.sleep(0.05)
-    first, _ = b.flush()
-    second, _ = b.flush()
+    first, second = b.flush(), b.flush()
     assert 0.05 <= first.rest_s < 1 and second.rest_s < 0.05
+    both = first + second
+    assert both.rest_s == first.rest_s + second.rest_s and both.begun == 0
 
 
 def asked(b: Board, prompts: int, at_once: int = 2) -> tuple[Question, threading.Thread, list]:
@@ -192,7 +201,7 @@ def test_a_question_is_answered_by_who_has_no_prompts_of_a_step() -> None:
     b.finish(0, groups([0, 1, 2, 3]))
     assert b.begin(0, 0.0) == Task([0, 1], old, question)
     b.finish(0, groups([0, 1]), question)
-    assert [g[0].ids for g in b.take(range(2))] == [[0], [1]]  # those of the step are its own
+    assert [g[0].ids for g in taken(b, range(2))] == [[0], [1]]  # those of the step are its own
     b.publish(weights(2))
     assert b.begin(0, 0.0).numbers == [4, 5]  # a step goes first
     b.begin(1, 0.0), b.begin(1, 0.0)
@@ -200,7 +209,8 @@ def test_a_question_is_answered_by_who_has_no_prompts_of_a_step() -> None:
     assert not found
     b.finish(1, groups([2, 3]), question)
     thread.join(10)
-    assert [[s.ids for s in group] for group in found[0]] == [[[n]] for n in range(5)] and b.question is None
+    assert {n: [s.ids for s in group] for n, group in found[0].items()} == {n: [[n]] for n in range(5)}
+    assert b.question is None
 
 
 def test_workers_that_rest_share_a_question() -> None:
@@ -217,7 +227,7 @@ def test_workers_that_rest_share_a_question() -> None:
 
 def test_who_asks_is_told_what_stops_the_sampling() -> None:
     for stop, kind in (
-        (lambda b: b.fail(0, "killed", starts_left=0), WorkersFail),
+        (lambda b: b.fail(0, "killed", starts_left=0), dict),  # nothing is answered
         (lambda b: b.stop(FloatingPointError("diverged")), FloatingPointError),
         (lambda b: b.close(), Closed),
         (lambda b: None, WorkersFail),  # nobody gives a sign of life

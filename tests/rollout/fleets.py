@@ -22,8 +22,11 @@ from llmtrain.types import Prompt, Sampling
 from tests.conftest import ROOT
 
 STUB = Path(__file__).with_name("stub_worker.py")
-MESH = SimpleNamespace(rank=0, size=1, all_gather_json=lambda value: [value])
-PROMPTS = SimpleNamespace(at=lambda number, seed: number % 10, examples=[{"row": i} for i in range(10)])
+ALONE = SimpleNamespace(rank=0, size=1, all_gather_json=lambda value: [value])
+MESH = SimpleNamespace(**vars(ALONE), side_group=lambda timeout_s, ranks: ALONE)
+PROMPTS = SimpleNamespace(
+    at=lambda number, seed: number % 10, examples=[{"row": i} for i in range(10)], prompt_ids=lambda row: [row]
+)
 TWO = 2  # prompts a step, samples a prompt
 
 
@@ -41,7 +44,8 @@ def ahead(
 ) -> Iterator[Ahead]:
     """A source of `workers` stubs with these settings; at its end no process is left."""
     told = {"kind": "settings", "flag": str(directory / "flag"), "inflight": inflight, **settings}
-    program = Program([sys.executable, "-S", str(STUB)], [told] * workers, str(directory), deadline_s)
+    settings = dict.fromkeys(range(workers), told)
+    program = Program([sys.executable, "-S", str(STUB)], settings, str(directory), deadline_s)
     orders = Orders(program, lambda ns: [Prompt([n + 1, n + 2], n) for n in ns], Sampling(8, TWO), inflight, restarts)
     limits = Limits(TWO, staleness, steps, at_once=4, patience_s=2 * deadline_s + 5)
     with patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # a stub starts without site-packages

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.checkpoint.group import LocalGroup
 from llmtrain.commands.stage_files import read_paths
 from llmtrain.config.load import load
 from llmtrain.config.recipes import RECIPES
@@ -151,6 +152,7 @@ class Workers:
 
     def __init__(self, job: Job) -> None:
         self.job, self.local, self.answer, self.versions = job, job.generator, threading.Event(), []
+        self.ranks = LocalGroup()
         job.generator, job.ahead = None, self
 
     def pinned(self) -> Workers:
