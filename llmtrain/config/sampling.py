@@ -23,7 +23,7 @@ class RolloutConfig(Section):
 
     generator: Literal["native", "vllm"] = "native"  # the trained decoder with a static KV cache, or a vLLM server
     placement: Literal["colocated", "separate", "ahead"] = "colocated"  # by trainers, ranks, processes; see the pages
-    workers: int = Field(0, ge=0)  # separate: ranks that sample; ahead: processes that trainer 0 starts; else not read
+    workers: int = Field(0, ge=0)  # separate: ranks that sample; ahead: processes, over all machines; else not read
     max_staleness: int = Field(0, ge=0)  # steps that the weights behind a trained token may be old; 0 = in step
     inflight: Literal["finish", "continue", "restart"] = "finish"  # ahead: unfinished samples, when new weights come
     deadline_s: DeadlineS = 600.0  # ahead: for a worker to start, to take weights, to answer; later it is restarted

@@ -4,7 +4,6 @@ worker of its own."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import socket

@@ -238,3 +238,29 @@ def test_who_asks_is_told_what_stops_the_sampling() -> None:
         stop(b)
         thread.join(10)
         assert [type(each) for each in found] == [kind] and b.question is None
+
+
+def test_prompts_are_dealt_by_their_numbers() -> None:
+    b = Board(Limits(2, 1, 10, 100, 0.5), 0, {0}, rank=4, owners=[2, 4, 4])
+    b.publish(weights(0))
+    assert begun(b) == [1, 2]
+    b.finish(0, groups([1, 2]))
+    assert [g[0].ids for g in taken(b, range(2))] == [[1]]
+
+
+def test_other_owners_get_what_nobody_was_dealt_and_what_is_owed() -> None:
+    """Prompts 0 to 3 may be begun by weights of version 0, and have been dealt, also where no worker has looked."""
+    boards = [Board(Limits(2, 1, 10, 100, 0.5), 0, {0}, rank=rank, owners=[0, 1, 2]) for rank in range(3)]
+    for b in boards:
+        b.publish(weights(0))
+    boards[2].fail(0, "killed", starts_left=0)
+    owed = boards[2].owed()
+    assert owed == [2]
+    for b in boards:
+        b.deal([0, 1], owed)
+    assert [begun(b) for b in boards[:2]] == [[0, 2, 3], [1]] and boards[2].owed() == []
+    for b, own in zip(boards, ([0, 2, 3], [1], []), strict=True):
+        b.finish(0, groups(own))
+        b.ask(range(2))
+        b.publish(weights(1))
+    assert [begun(b) for b in boards[:2]] == [[4], [5]] and boards[2].owed() == []

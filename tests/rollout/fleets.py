@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -31,9 +31,21 @@ TWO = 2  # prompts a step, samples a prompt
 
 
 @contextlib.contextmanager
-def ahead(
+def ahead(directory: Path, workers: int = 1, **given: Any) -> Iterator[Ahead]:
+    """A source of `workers` stubs, as `source_of` makes it; at its end no process is left."""
+    with patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # a stub starts without site-packages
+        source = source_of(directory, range(workers), **given)
+        try:
+            yield source
+        finally:
+            source.close()
+            assert workers_of_this_process() == []
+
+
+def source_of(
     directory: Path,
-    workers: int = 1,
+    workers: Iterable[int],
+    mesh: Any = MESH,
     staleness: int = 1,
     steps: int = 10,
     deadline_s: float = 20.0,
@@ -41,20 +53,14 @@ def ahead(
     verify: bool = False,
     inflight: Literal["finish", "continue", "restart"] = "finish",
     **settings: Any,
-) -> Iterator[Ahead]:
-    """A source of `workers` stubs with these settings; at its end no process is left."""
+) -> Ahead:
+    """A source that keeps these stubs, with these settings."""
     told = {"kind": "settings", "flag": str(directory / "flag"), "inflight": inflight, **settings}
-    settings = dict.fromkeys(range(workers), told)
-    program = Program([sys.executable, "-S", str(STUB)], settings, str(directory), deadline_s)
+    command = [sys.executable, "-S", str(STUB)]
+    program = Program(command, dict.fromkeys(workers, told), str(directory), deadline_s)
     orders = Orders(program, lambda ns: [Prompt([n + 1, n + 2], n) for n in ns], Sampling(8, TWO), inflight, restarts)
     limits = Limits(TWO, staleness, steps, at_once=4, patience_s=2 * deadline_s + 5)
-    with patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # a stub starts without site-packages
-        source = Ahead(MESH, PROMPTS, limits, orders, lambda groups: None, 0, torch.float32, 0, verify)
-        try:
-            yield source
-        finally:
-            source.close()
-            assert workers_of_this_process() == []
+    return Ahead(mesh, PROMPTS, limits, orders, lambda groups: None, 0, torch.float32, 0, verify)
 
 
 def workers_of_this_process() -> list[psutil.Process]:
