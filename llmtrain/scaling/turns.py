@@ -116,7 +116,7 @@ def unplanned(config: Config, recipe: Recipe, ranks: int, hardware: HardwareConf
         return f"rollout.placement=ahead: {r.workers} processes take cores from the trainers, and how much is not known"
     if ranks > hardware.gpus_per_node:
         return (
-            f"rollout.workers={r.workers}: what samples ahead is on the machine of the first trainer, whose "
+            f"rollout.workers={r.workers}: what samples ahead is planned on one machine, whose "
             f"{hardware.gpus_per_node} GPUs are too few for it and {ranks - r.workers} trainers, and how long it takes "
             "on shared GPUs is not known; lower plan.gpus or workers, or use separate"
         )

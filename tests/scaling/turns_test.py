@@ -151,7 +151,7 @@ def test_sampling_ahead_takes_the_longer_of_two(tmp_path: Path, capsys: pytest.C
     [
         (
             [*AHEAD, "rollout.workers=8"],
-            "rollout.workers=8: what samples ahead is on the machine of the first trainer, ",
+            "rollout.workers=8: what samples ahead is planned on one machine, ",
         ),
         (["rollout.generator=vllm", "rollout.tp=2"], "rollout.tp=2: which GPUs the processes of a server take"),
     ],
