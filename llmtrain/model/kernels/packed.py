@@ -23,7 +23,6 @@ from llmtrain.model.rope import apply_rope
 
 LEAST_WEIGHTS = 2**18  # of a product; below, calling oneDNN takes longer than it saves
 FEW_ROWS, PADDED_ROWS = 2, 4  # oneDNN's kernel for one or two rows is 1.1 to 1.3 times as slow as that for four
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Product:
@@ -172,10 +171,7 @@ class Packed:
 def packed_modules(model: Decoder) -> Decoder:
     """Returns what `Packed.decoder` is, with nothing packed yet. Modules of which no part is replaced are the model's
     own, so that a hook on one of them (a router's) is called in both."""
-    weight = model.embed.weight
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES or not torch.backends.mkldnn.is_available():
-        return model
-    products = _products(model)
+    products = _products(model) if _packs(model.embed.weight) else {}
     if not products:
         return model
     norms = {m for m in model.modules() if type(m) is Norm and m.kind == "rms" and not m.offset}
@@ -188,6 +184,15 @@ def packed_modules(model: Decoder) -> Decoder:
         elif old in norms:
             new.__class__, new.packed = PackedNorm, Mirrored(old)
     return decoder
+
+
+def _packs(weight: Tensor) -> bool:
+    """Tells whether oneDNN packs weights of this device and dtype: bf16 only on a CPU with AVX-512 or the like."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
 
 
 def _products(model: Decoder) -> dict[nn.Module, tuple[type[nn.Module], list[nn.Module]]]:
