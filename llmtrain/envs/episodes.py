@@ -68,7 +68,7 @@ class Episode:
             reply = self.environment.step(text)
             self._credit(reply)
             check_reply(reply, self.environment.players)
-            self.finished = sample.finished and reply.done
+            self.finished = sample.finished and bool(reply.done)
             self.going_on = sample.finished and not reply.done and self.turns < max_turns and self._hear(reply)
         except (Exception, SystemExit) as error:  # as above
             self._fail(error)
@@ -96,13 +96,16 @@ class Episode:
 
     def _credit(self, reply: Reply) -> None:
         """Adds the rewards of a reply. Raises ValueError for one that is no finite number."""
-        self.errors |= reply.errors
+        self.errors |= {str(name): str(reason) for name, reason in reply.errors.items()}
         for player, parts in chain([(self.player, reply.parts)], reply.parts_of.items()):
             own = self.parts.setdefault(player, {})
             for name, value in parts.items():
                 if not math.isfinite(value):
                     raise ValueError(f"the part {name} is {value!r:.40}, no finite number")
-                own[name] = own.get(name, 0.0) + float(value)
+                total = own.get(str(name), 0.0) + float(value)
+                if not math.isfinite(total):
+                    raise ValueError(f"the part {name} is {value!r:.40}, and its sum over the turns no finite number")
+                own[str(name)] = total
 
     def _fail(self, error: BaseException) -> None:
         self.going_on, self.errors = False, {FAILED: f"{type(error).__name__}: {error}"[:300]}

@@ -28,7 +28,7 @@ from llmtrain.trainer.rollouts import build_source, closing, read_prompts, rollo
 from llmtrain.trainer.updates import OLD, columns_of, mean_metrics, policy_tokens, score_old
 from llmtrain.trainer.waste import note_padding
 from llmtrain.trainer.weights import build_engine
-from llmtrain.types import Group, Sample
+from llmtrain.types import Group, Sample, attempts
 
 
 def main(config: Config) -> None:
@@ -79,13 +79,13 @@ def choose(groups: Sequence[Group], settings: RaftConfig) -> list[Group]:
 
 
 def keep(group: Group, settings: RaftConfig) -> Group:
-    """Returns the samples of a group that are kept: those that are right, the best of them (the first of equal ones),
-    or for Reinforce-Rej the whole group, if some are right and some wrong."""
+    """Returns the samples of a group that are kept: those that are right, all rows of the best attempt (the first of
+    equal ones), or for Reinforce-Rej the whole group, if some are right and some wrong."""
     kept = [sample for sample in group if right(sample, settings)]
     if settings.variant == REJECT:
         return group if 0 < len(kept) < len(group) else []
     if settings.keep == "best" and kept:
-        return [max(kept, key=lambda sample: sample.reward)]
+        return max(attempts(kept), key=lambda rows: rows[-1].reward)
     return kept
 
 

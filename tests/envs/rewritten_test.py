@@ -3,6 +3,7 @@ of them is trained, and what an episode of several rows counts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from llmtrain.config.environment import EnvironmentConfig
 from llmtrain.config.recipes.grpo import GrpoConfig
+from llmtrain.config.recipes.raft import RaftConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.data.chat import Message
 from llmtrain.data.groups import piece_batch
@@ -25,6 +27,7 @@ from llmtrain.envs.episodes import Episodes
 from llmtrain.losses.policy import grpo_loss
 from llmtrain.model.decoder import Decoder, initialize
 from llmtrain.recipes.grpo import credit, divided_by
+from llmtrain.recipes.raft import keep
 from llmtrain.rollout.wire import pack, unpack
 from llmtrain.types import Group, Prompt, Sample, Sampling, attempts
 from tests.data.families import family
@@ -448,3 +451,36 @@ def test_log_probs_are_those_of_each_row(tokenizer: Tokenizer, folder: Path) -> 
         expected = (logits / 1.5).log_softmax(-1).gather(-1, torch.tensor(s.ids)[:, None])[:, 0]
         expected = torch.where(torch.tensor(s.trained), expected, 0.0)
         torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-4, rtol=0)  # fp32, another order of sums
+
+
+def test_best_of_a_group_is_an_attempt_with_all_its_rows() -> None:
+    rows = [Sample([1], [2], [True], [-1.0], [0], True, reward, attempt=i) for reward, i in ((1, 0), (2, 1), (2, 1))]
+    settings = RaftConfig(keep="best", min_reward=None)
+    kept = keep(rows, settings)
+    assert [id(row) for row in kept] == [id(row) for row in rows[1:]]
+    alone = [Sample([1], [2], [True], [-1.0], [0], True, reward) for reward in (1.0, 3.0, 3.0)]
+    assert [id(row) for row in keep(alone, settings)] == [id(alone[1])]
+
+
+@pytest.mark.parametrize(
+    ("reply", "finished"),
+    [
+        (Reply(history=[{"role": "user", "content": "Go"}], done=None), False),
+        (Reply(done="yes", parts={7: 1.0}, errors={"own": OSError("no disk")}), True),
+        (Reply(history=[{"role": "user", "content": "Go"}], parts={"much": 1e308}), False),
+    ],
+)
+def test_odd_replies_can_be_sent(tokenizer: Tokenizer, reply: Reply, finished: bool) -> None:
+    """Values that are neither bool nor text, and parts whose sum overflows, would end the run where it sends them."""
+
+    class Odd(Lesson):
+        def step(self, text: str) -> Reply:
+            return reply
+
+    group = run(tokenizer, first_only(lambda context, number: "go"), Odd, samples=1, max_turns=2)
+    sent = unpack(pack({0: group}), {0: group[0].prompt_ids})[0]
+    assert [row.finished for row in sent] == [finished] * len(sent)
+    for row in sent:
+        assert all(isinstance(name, str) for name in row.parts) and all(map(math.isfinite, row.parts.values()))
+        assert all(isinstance(each, str) for pair in row.errors.items() for each in pair)
+    assert ("environment" in sent[0].errors) == ("much" in reply.parts)
