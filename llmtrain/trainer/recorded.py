@@ -31,7 +31,7 @@ Made = dict[str, Any]
 KEPT = ("group_size", "temperature", "max_staleness", "router_replay")  # of rollout
 OF_EPISODES = {"tools", "game", "args", "max_turns", "weights"}  # of rollout.environment
 OF_RUNS = {"function", "args", "command", "weights"}  # of rollout.agent
-AGENT = "rollout.agent"
+AGENT, EPISODES = "rollout.agent", "rollout.environment"
 
 
 def made_with(config: Config, contents: Contents | None = None) -> Made:
@@ -40,7 +40,7 @@ def made_with(config: Config, contents: Contents | None = None) -> Made:
     r = config.rollout
     kept = {f"rollout.{name}": getattr(r, name) for name in KEPT}
     if r.environment is not None:
-        kept["rollout.environment"] = r.environment.model_dump(mode="json", include=OF_EPISODES)
+        kept[EPISODES] = r.environment.model_dump(mode="json", include=OF_EPISODES)
     if (agent := r.agent) is not None:
         name = (agent.function or "").rpartition(":")[2] if agent.file else agent.function
         kept[AGENT] = agent.model_dump(mode="json", include=OF_RUNS) | {"function": name}
@@ -152,7 +152,7 @@ class Replayed:
     def _shared(self, row: int, sample: Sample, made: Made) -> list[int]:
         """Returns what the prompt of a sample must be; of episodes it is what all sides begin with."""
         own = self.prompts.prompt_ids(row)
-        return own[: len(sample.prompt_ids)] if "rollout.environment" in made else own
+        return own[: len(sample.prompt_ids)] if EPISODES in made else own
 
 
 def write_groups(path: str, groups: Mapping[int, Group], made: Made) -> None:
@@ -167,7 +167,7 @@ def write_groups(path: str, groups: Mapping[int, Group], made: Made) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         notes = {"scores": json.dumps(scores), "made": json.dumps(made)}
-        if AGENT in made:  # whose prompts do not tell of which rows they are
+        if AGENT in made or EPISODES in made:  # whose prompts, what all rows share, do not tell of which row they are
             notes["rows"] = json.dumps([digest(group[0].example) for group in groups.values()])
         save_file(tensors, path, notes)  # to a file beside it, which is then renamed
     except SafetensorError as error:
@@ -175,8 +175,8 @@ def write_groups(path: str, groups: Mapping[int, Group], made: Made) -> None:
 
 
 def read_groups(path: str) -> tuple[dict[int, Group], Made, list[str]]:
-    """Returns what `write_groups` wrote, and of an agent the digest of the row of each group. Raises OSError for a file
-    that is not there, ValueError for a broken one."""
+    """Returns what `write_groups` wrote, and of an agent or episodes the digest of the row of each group. Raises
+    OSError for a file that is not there, ValueError for a broken one."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

@@ -215,3 +215,26 @@ def test_a_record_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     recording = Recording(Source(), LocalGroup(), str(tmp_path / "rollouts"), 2, MADE)
     with pytest.raises(OSError, match="rollouts"):
         recording.take(0)
+
+
+def test_episodes_of_other_rows_are_refused(tmp_path: Path) -> None:
+    """Where histories were rewritten, the prompt that all rows share is too short to tell of which row of the data they
+    are."""
+    made = {**MADE, "rollout.environment": {"game": None}}
+    rows = [Sample([1], [1, 7], [False, True], [0.0, -0.5], [3, 3], True, example={"row": 4}, attempt=0)]
+    source = Source()
+    source.ask = lambda numbers: [rows]
+    recording = Recording(source, LocalGroup(), str(tmp_path), 1, made)
+    recording.publish("weights", 4)
+    recording.ask(range(4, 5))
+    other = SimpleNamespace(at=PROMPTS.at, prompt_ids=PROMPTS.prompt_ids, examples=[{"row": -i} for i in range(5)])
+    order = Shuffled(other, 0)
+
+    def again(prompts: Any, order: Shuffled) -> list[Group]:
+        source = Replayed(LocalGroup(), str(tmp_path), prompts, 1, order, made)
+        source.publish("weights", 4)
+        return source.ask(range(4, 5))
+
+    assert again(PROMPTS, Shuffled(PROMPTS, 0)) == [rows]
+    with pytest.raises(ValueError, match="is of other rows than these prompts are here"):
+        again(other, order)
