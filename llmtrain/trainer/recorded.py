@@ -197,4 +197,4 @@ def read_groups(path: str) -> tuple[dict[int, Group], Made, list[str]]:
 
 def digest(example: Mapping[str, Any]) -> str:
     """Returns what tells a row of a file from others."""
-    return hashlib.sha256(json.dumps(example, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(example, sort_keys=True, default=str).encode()).hexdigest()
