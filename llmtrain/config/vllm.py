@@ -21,9 +21,7 @@ class VllmConfig(Section):
     """Configures the server that samples with `rollout.generator: vllm`, see docs/rollouts/vllm.md."""
 
     python: UserPath = ".venv-vllm/bin/python"  # interpreter that vLLM 0.32.0 is installed in, see launch/vllm.sh
-    cache_gib: PositiveFloat = Field(
-        4.0, le=MOST_CACHE_GIB
-    )  # of a server for keys and values, GiB: of the host, or of a GPU
+    cache_gib: PositiveFloat = Field(4.0, le=MOST_CACHE_GIB)  # of a server for keys and values, in host or GPU memory
     bucket_mib: PositiveInt = 256  # weights that are sent at once, MiB of shared memory (/dev/shm)
     start_s: DeadlineS = 600.0  # for a server to start
     answer_s: DeadlineS = 1800.0  # for the completions of one call of it, and for new weights

@@ -24,6 +24,7 @@ from llmtrain.rollout.native import NativeGenerator
 from llmtrain.types import Group, Sample
 from tests.data.families import family
 from tests.envs.agents_test import ASK, Here, say
+from tests.envs.whole_row import whole_row_logprobs
 from tests.envs.worker_process_test import Side
 
 pytest.importorskip("uvicorn")
@@ -58,10 +59,7 @@ class Runs(Side):
         return 1.0
 
     def expected(self, sample: Sample, version: int) -> torch.Tensor:
-        row = torch.tensor([sample.prompt_ids + sample.ids])
-        with torch.inference_mode():
-            logits = self.models[version](row, torch.arange(row.size(1))[None])[0, len(sample.prompt_ids) - 1 : -1]
-        return (logits / 1.5).log_softmax(-1).gather(-1, torch.tensor(sample.ids)[:, None])[:, 0]
+        return whole_row_logprobs(self.models[version], sample, 1.5)
 
 
 @pytest.fixture

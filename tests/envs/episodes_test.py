@@ -19,6 +19,7 @@ from llmtrain.rollout.native import NativeGenerator
 from llmtrain.types import Group, Prompt, Sampling
 from tests.data.families import family
 from tests.envs.talk import Counting, Script
+from tests.envs.whole_row import whole_row_logprobs
 
 ASKED = Sampling(max_new_tokens=50, num_samples=2)
 
@@ -197,9 +198,5 @@ def test_log_probs_are_those_of_the_whole_row(tokenizer: Tokenizer) -> None:
     samples = [sample for group in groups for sample in group]
     assert max(len(s.turns()) for s in samples) == 5
     for s in samples:
-        row = torch.tensor([s.prompt_ids + s.ids])
-        with torch.inference_mode():
-            logits = model(row, torch.arange(row.size(1))[None])[0, len(s.prompt_ids) - 1 : -1]
-        expected = (logits / 1.5).log_softmax(-1).gather(-1, torch.tensor(s.ids)[:, None])[:, 0]
-        expected = torch.where(torch.tensor(s.trained), expected, 0.0)
+        expected = torch.where(torch.tensor(s.trained), whole_row_logprobs(model, s, 1.5), 0.0)
         torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-4, rtol=0)  # fp32, another order of sums

@@ -33,6 +33,7 @@ from llmtrain.types import Group, Prompt, Sample, Sampling, attempts
 from tests.data.families import family
 from tests.data.tree_test import gradients
 from tests.envs.talk import Script
+from tests.envs.whole_row import whole_row_logprobs
 
 # As Qwen3's: a thought is kept behind the last message of a user, in a chain of tool calls, and dropped before it.
 CHAIN = (
@@ -445,11 +446,7 @@ def test_log_probs_are_those_of_each_row(tokenizer: Tokenizer, folder: Path) -> 
     (group,) = episodes.generate([prompt], Sampling(max_new_tokens=6, num_samples=3, temperature=1.5, stop_ids=stops))
     assert any(len(rows) == 3 for rows in attempts(group)) and not any(s.errors for s in group)
     for s in group:
-        row = torch.tensor([s.prompt_ids + s.ids])
-        with torch.inference_mode():
-            logits = model(row, torch.arange(row.size(1))[None])[0, len(s.prompt_ids) - 1 : -1]
-        expected = (logits / 1.5).log_softmax(-1).gather(-1, torch.tensor(s.ids)[:, None])[:, 0]
-        expected = torch.where(torch.tensor(s.trained), expected, 0.0)
+        expected = torch.where(torch.tensor(s.trained), whole_row_logprobs(model, s, 1.5), 0.0)
         torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-4, rtol=0)  # fp32, another order of sums
 
 

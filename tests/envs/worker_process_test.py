@@ -32,6 +32,7 @@ from llmtrain.rollout.worker_process import Obedient
 from llmtrain.types import Group, Prompt, Sampling
 from tests.data.families import family
 from tests.envs.talk import Counting
+from tests.envs.whole_row import whole_row_logprobs
 
 SETTINGS = EnvironmentConfig(game="nim", max_turns=3, threads=1)
 NUMBERS = [8, 9]
@@ -159,10 +160,7 @@ def test_episodes_go_on_under_the_new_weights(side: Side) -> None:
             assert sample.ids[:own] == old.ids[:own] and sample.logprobs[:own] == old.logprobs[:own]
             by = [v for v, trained in zip(sample.versions, sample.trained, strict=True) if trained]
             assert by == [1] * own + [2] * (len(by) - own)
-            row = torch.tensor([sample.prompt_ids + sample.ids])
-            with torch.inference_mode():
-                logits = side.models[2](row, torch.arange(row.size(1))[None])[0, len(sample.prompt_ids) - 1 : -1]
-            expected = (logits / 1.5).log_softmax(-1).gather(-1, torch.tensor(sample.ids)[:, None])[:, 0]
+            expected = whole_row_logprobs(side.models[2], sample, 1.5)
             late = torch.tensor(sample.trained) & (torch.arange(len(sample.ids)) >= own)
             found = torch.tensor(sample.logprobs)
             torch.testing.assert_close(found[late], expected[late], atol=1e-4, rtol=0)  # fp32, another order of sums

@@ -89,7 +89,8 @@ def test_a_rollout_rank_does_the_same(files: Path) -> None:
 @pytest.mark.slow
 def test_a_template_that_rewrites_earlier_turns(files: Path) -> None:
     """As Qwen3's thinking models: a thought is opened for the policy, and left out once a user answers. Two steps of
-    GRPO and of PPO, on rows on which generator and trainer agree; those of GRPO are recorded, and replayed."""
+    GRPO and of PPO, on rows on which generator and trainer agree; those of GRPO are recorded, and replayed, in step
+    and ahead; and by a rollout rank."""
     from safetensors.torch import load_file
 
     opened = CHATML.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
@@ -97,17 +98,24 @@ def test_a_template_that_rewrites_earlier_turns(files: Path) -> None:
     (files / "opened.jinja").write_text(opened)
     own = (f"tokenizer.chat_template={files / 'opened.jinja'}", "rollout.environment.rewritten=new_row")
     saved = (*own, "checkpoint.every_steps=2")
+    ahead = [f"rollout.{key}" for key in ("placement=ahead", "workers=1", "max_staleness=1", "verify=checksum")]
     runs = [
         arguments(files, "grpo", "rewritten", *saved, "rollout.record=true"),
         arguments(files, "grpo", "again", *saved, f"rollout.replay={files / 'rewritten' / 'rollouts'}"),
         arguments(files, "ppo", "rewritten-ppo", *own),
+        arguments(files, "grpo", "ahead", *saved, *ahead, "rollout.record=true"),
+        arguments(files, "grpo", "ahead-again", *saved, *ahead, f"rollout.replay={files / 'ahead' / 'rollouts'}"),
     ]
     result = run_forked(1, WORKER, json.dumps(runs), timeout_s=240)
-    assert "exit codes [0, 0, 0]" in result.stdout, result.stdout[-3000:]
-    for name in ("rewritten", "rewritten-ppo"):
+    assert "exit codes [0, 0, 0, 0, 0]" in result.stdout, result.stdout[-3000:]
+    apart = arguments(files, "grpo", "rewritten-apart", *own, "rollout.placement=separate", "rollout.workers=1")
+    result = run_forked(2, WORKER, json.dumps([apart]), timeout_s=240)
+    assert "exit codes [0]" in result.stdout, result.stdout[-3000:]
+    for name in ("rewritten", "rewritten-ppo", "rewritten-apart", "ahead"):
         lines = check(files / name)
         assert all(line["step_samples"] == 6 and 1 < line["rows_mean"] == line["turns_mean"] <= 3 for line in lines)
         assert all(line["reward_errors"] == 0 for line in lines)
-    one, other = (next((files / name / "checkpoints").rglob("*.safetensors")) for name in ("rewritten", "again"))
-    weights, replayed = load_file(one), load_file(other)
-    assert all((weights[name] == replayed[name]).all() for name in weights)
+    for pair in (("rewritten", "again"), ("ahead", "ahead-again")):
+        one, other = (next((files / name / "checkpoints").rglob("*.safetensors")) for name in pair)
+        weights, replayed = load_file(one), load_file(other)
+        assert weights and all((weights[name] == replayed[name]).all() for name in weights)
